@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 from uuid import uuid4
@@ -48,6 +49,19 @@ def test_an_agent_schedules_a_follow_up(person: Callable[..., Person], own: Worl
         assert (row.message, row.due_date.isoformat()) == ("Hello\nyou", "2100-01-31T09:00:00+00:00")
         assert events(own, one_id) == ["follow_up.created test agent console"]
         assert "Created console, test agent" in words(one.get(f"/follow-ups/{one_id}"))
+
+
+def test_a_form_that_is_submitted_twice_schedules_one(person: Callable[..., Person], own: World) -> None:
+    """A repeated submission leads to the same follow-up; a changed form schedules another one."""
+    one = person("agent", own)
+    page = one.get("/follow-ups/new")
+    fields = {"chat": str(own.chat()), "message": "Once", "due": "2100-01-31T09:00", "do": "schedule"}
+    with ThreadPoolExecutor(2) as pool:
+        answers = list(pool.map(lambda _: one.submit(page, "/follow-ups/new", **fields), range(2)))
+    assert {answer.status_code for answer in answers} == {303}
+    assert len({answer.headers["location"] for answer in answers}) == 1
+    again = one.submit(page, "/follow-ups/new", **fields | {"message": "Twice"})
+    assert again.headers["location"] != answers[0].headers["location"]
 
 
 @pytest.mark.parametrize(

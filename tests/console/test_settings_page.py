@@ -8,8 +8,10 @@ from typing import TYPE_CHECKING
 from uuid import uuid4
 
 import pytest
+from sqlalchemy import text
 
 from console.person import heading, words
+from followups.console.pages import settings
 from web import FOLLOW_UPS, key_of
 
 if TYPE_CHECKING:
@@ -190,3 +192,20 @@ def test_the_system_page_shows_the_doctors_findings(path: str, person: Callable[
     for name in ("migrations", "tick", "breaker", "queues", "transport"):
         assert name in said
     assert person("admin", own).get(path).status_code == 403
+
+
+def test_the_release_of_held_follow_ups_is_bounded(
+    person: Callable[..., Person], own: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A request releases for a limited time, and says that saving again releases more."""
+    monkeypatch.setattr(settings, "RELEASE_LIMIT", timedelta(0))
+    one_id = own.follow_up(
+        held_until=text("now() + interval '1 day'"), next_attempt_at=text("now() + interval '1 day'")
+    )
+    one = person("admin", own)
+    fields = {"time_zone": "UTC", "from": "00:00", "to": "00:00", "day": ["mon"], "do": "save"}
+    answer = one.post("/settings/hours", **fields)
+    assert "save again to release more" in words(answer)
+    assert own.row(one_id).held_until is None  # the first batch
+    monkeypatch.undo()
+    assert one.post("/settings/hours", **fields).status_code == 303

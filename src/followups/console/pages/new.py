@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from http import HTTPStatus
 from typing import TYPE_CHECKING
+from uuid import UUID, uuid4
 
 from sqlalchemy import func, select, text
 
@@ -14,11 +15,12 @@ from followups.console.forms import uuid_or_none
 from followups.console.zones import AmbiguousTimeError, Zone
 from followups.errors import ChatNotFoundError, ConflictError, InvalidRequestError, WorkspaceNotFoundError
 from followups.models import MAX_MESSAGE_LENGTH, Chat
-from followups.store import workspaces
+from followups.store import chats, idempotency, workspaces
 from followups.store.audit import Action
+from followups.store.idempotency import StoredResponse
 
 if TYPE_CHECKING:
-    from uuid import UUID
+    from datetime import datetime
 
     from sqlalchemy.orm import Session
     from starlette.responses import Response
@@ -39,6 +41,8 @@ class ScheduleForm:
     message: str = ""
     due: str = ""
     workspace: str = ""
+    token: UUID = field(default_factory=uuid4)
+    """The identity of this form, by which a second submission is recognised."""
     told: str = ""
     ambiguous: bool = False
     consequences: list[str] = field(default_factory=list)
@@ -57,6 +61,7 @@ def schedule(visit: Visit) -> Response:
     """
     form = visit.form
     typed = ScheduleForm(form.text("chat"), form.raw("message"), form.text("due"), form.text("workspace"))
+    typed.token = form.uuid("token") or typed.token
     created: UUID | None = None
     status = HTTPStatus.UNPROCESSABLE_ENTITY
     try:
@@ -68,11 +73,7 @@ def schedule(visit: Visit) -> Response:
                 typed.consequences = consequences.foreseen(visit, session, chat, due, now)
                 status = HTTPStatus.OK
             else:
-                new = scheduling.schedule(
-                    session, workspace_id=chat.workspace_id, chat_id=chat.id, message=typed.message, due_date=due
-                )
-                actors.record(visit, session, Action.FOLLOW_UP_CREATED, chat.workspace_id, new.id)
-                created = new.id
+                created = _schedule_once(visit, session, chat, typed, due)
     except (ChatNotFoundError, WorkspaceNotFoundError) as error:
         typed.told = visit.said(error.sentence)
     except ConflictError as error:
@@ -85,6 +86,22 @@ def schedule(visit: Visit) -> Response:
         return _page(visit, typed, status)
     visit.services.nudge()
     return visit.redirect(f"/follow-ups/{created}")
+
+
+def _schedule_once(visit: Visit, session: Session, chat: Chat, typed: ScheduleForm, due: datetime) -> UUID:
+    """Schedule the follow-up and return its id; a form that is submitted twice schedules only one."""
+    chats.lock_chat(session, chat.workspace_id, chat.id)  # so that a simultaneous repetition waits
+    submitted = idempotency.hash_of(repr((chat.id, typed.message, due)).encode(errors="surrogatepass"))
+    key = f"console form {typed.token} {submitted.hex()}"
+    if known := idempotency.recall(session, chat.workspace_id, key, submitted):
+        return UUID(known.location)
+    new = scheduling.schedule(
+        session, workspace_id=chat.workspace_id, chat_id=chat.id, message=typed.message, due_date=due
+    )
+    actors.record(visit, session, Action.FOLLOW_UP_CREATED, chat.workspace_id, new.id)
+    response = StoredResponse(HTTPStatus.SEE_OTHER, str(new.id), b"")
+    idempotency.remember(session, chat.workspace_id, key, submitted, response)
+    return new.id
 
 
 def _chat(visit: Visit, session: Session, typed: ScheduleForm) -> Chat:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from datetime import datetime, time, timedelta
 from http import HTTPStatus
+from time import monotonic
 from typing import TYPE_CHECKING, Any
 
 from sqlalchemy import func, select
@@ -24,7 +25,7 @@ from followups.store.audit import Action
 from followups.wording import SECONDS, Sentence, rate_in_words
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
     from uuid import UUID
 
     from sqlalchemy.orm import Session
@@ -42,6 +43,9 @@ LIVES = {"": None, "30": timedelta(days=30), "90": timedelta(days=90), "365": ti
 
 LEAST_RATE, MOST_RATE = 0.01 / SECONDS["d"], 1_000_000
 PREVIEWED = timedelta(days=7)
+
+RELEASE_LIMIT = timedelta(seconds=2)
+"""How long a request releases held follow-ups, some ten thousand a second."""
 
 
 @dataclass(slots=True)
@@ -136,15 +140,36 @@ def set_hours(visit: Visit) -> Response:
                     _week(hours, session.execute(select(func.now())).scalar_one())
                     return _page(visit, session, workspace, Told(hours=hours))
                 administration.set_hours(session, actor, workspace.id, hours)
-        except (InvalidRequestError, LookupError) as error:
-            return _page(visit, session, workspace, Told(str(error), typed=_typed(visit)))
+        except InvalidRequestError as error:
+            return _page(visit, session, workspace, Told(visit.said(error.sentence), typed=_typed(visit)))
+        except LookupError:
+            told = visit.t("These hours are never open: {hours}.", hours=_typed_hours(visit).in_words)
+            return _page(visit, session, workspace, Told(told, typed=_typed(visit)))
         workspace_id, name = workspace.id, workspace.name
+    finished = _within_time(_release_held(visit, workspace_id))
+    visit.services.nudge()
+    if finished:
+        return _back(visit, name, "sending-hours")
+    with visit.transaction() as session:
+        done = visit.t(
+            "The hours are saved. Some follow-ups are still held by the former hours: save again to release more."
+        )
+        return _page(visit, session, _required(visit, session), Told(done=done))
+
+
+def _release_held(visit: Visit, workspace_id: UUID) -> Iterator[None]:
+    """Release what the former sending hours hold, each batch in a short transaction."""
     released = 1
-    while released:  # each batch is released in a short transaction
+    while released:
         with visit.services.engine.begin() as connection:
             released = holds.release_held(connection, workspace_id)
-    visit.services.nudge()
-    return _back(visit, name, "sending-hours")
+        yield
+
+
+def _within_time(batches: Iterator[object]) -> bool:
+    """Process batches for at most `RELEASE_LIMIT`; return whether all were processed."""
+    deadline = monotonic() + RELEASE_LIMIT.total_seconds()
+    return not any(monotonic() > deadline for _ in batches)
 
 
 def _typed(visit: Visit) -> dict[str, str]:
@@ -260,8 +285,7 @@ def resume(visit: Visit) -> Response:
         scope = pauses.PauseScope(workspace.id if workspace else None, _channel(visit))
         administration.resume(session, actors.actor_of(visit), scope)
         name = workspace.name if workspace else ""
-    for _ in bulk.release_paused(visit.services.engine):
-        pass  # each batch is released in a short transaction; after an interruption, the workers release the rest
+    _within_time(bulk.release_paused(visit.services.engine))  # the workers release the rest
     visit.services.nudge()
     return _back(visit, name, "pauses")
 
