@@ -1,4 +1,4 @@
-"""A flood of requests without an API key: ``python tests/flood.py HOST PORT CONNECTIONS SECONDS PATH...``.
+"""A flood of requests: ``python tests/flood.py HOST PORT CONNECTIONS SECONDS PATH...``, with the API key in $FLOOD_KEY.
 
 It is a process of its own, which takes no time from the test. Each connection sends one request after the other, and
 is made anew when the server closes it.
@@ -7,9 +7,12 @@ is made anew when the server closes it.
 from __future__ import annotations
 
 import asyncio
+import os
 import sys
 import time
 from contextlib import suppress
+
+HEAD = f"host: a\r\nauthorization: {os.environ['FLOOD_KEY']}\r\n" if "FLOOD_KEY" in os.environ else "host: a\r\n"
 
 
 async def ask(host: str, port: int, path: str, until: float) -> None:
@@ -17,7 +20,7 @@ async def ask(host: str, port: int, path: str, until: float) -> None:
     reader, writer = await asyncio.open_connection(host, port)
     try:
         while time.monotonic() < until:
-            writer.write(f"GET {path} HTTP/1.1\r\nhost: a\r\n\r\n".encode())
+            writer.write(f"GET {path} HTTP/1.1\r\n{HEAD}\r\n".encode())
             head = (await reader.readuntil(b"\r\n\r\n")).lower()
             await reader.readexactly(int(head.partition(b"content-length: ")[2].partition(b"\r\n")[0]))
     finally:

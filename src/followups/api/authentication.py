@@ -327,8 +327,13 @@ async def admit(scope: Scope) -> None:
         await services.shares.turnstile()
         if hashed is None:
             raise UnauthorizedError
-        async with services.shares.strangers, services.database.reading() as connection:
-            identity = await event_loop.run(connection, api_keys.authenticate.steps(key))
+        strangers = services.shares.strangers
+        await strangers.acquire()
+        try:
+            async with strangers, services.database.reading() as connection:
+                identity = await event_loop.run(connection, api_keys.authenticate.steps(key))
+        finally:
+            strangers.release()
         if identity is None:
             raise UnauthorizedError
         services.known_keys.add(hashed, identity)

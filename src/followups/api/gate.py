@@ -13,14 +13,15 @@ from http import HTTPStatus
 from typing import TYPE_CHECKING
 
 from followups.api import problems
-from followups.api.authentication import admit
-from followups.errors import FollowUpsError
+from followups.api.authentication import IDENTITY, admit
+from followups.errors import FollowUpsError, TooManyRequestsError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+    from followups.api.shares import Turns
     from followups.console.application import Console
 
 KEYED = "/api/"
@@ -80,8 +81,8 @@ class RequestBody:
     budget: Budget
     most: int = MAX_BODY_SIZE
     size: int = 0
-    has_key: bool = False
-    """Whether the request's API key is valid."""
+    owner: Turns | None = None
+    """The workspace's share that it takes, or None if the request has no valid API key."""
     problem: problems.ProblemAnswer | None = None
 
     def take(self, size: int) -> problems.ProblemAnswer | None:
@@ -93,12 +94,23 @@ class RequestBody:
             return TOO_LARGE
         if self.budget.taken + size > MAX_BUFFERED:
             return _NO_ROOM
+        if self.owner is not None:
+            if self.owner.buffered + size > MAX_BUFFERED // 2:
+                return _NO_ROOM
+            self.owner.buffered += size
         self.budget.taken += size
         self.size += size
         return None
 
+    def charge(self, owner: Turns) -> None:
+        """Charge the body to a workspace, which may use half of the memory of all bodies."""
+        self.owner = owner
+        owner.buffered += self.size
+
     def release(self) -> None:
         """Release all memory of the body."""
+        if self.owner is not None:
+            self.owner.buffered -= self.size
         self.budget.taken -= self.size
         self.size = 0
 
@@ -153,10 +165,7 @@ class Gate:
             _check_head(scope)
             if scope["path"].startswith(KEYED):
                 await _admit(scope)
-                wire.has_key = True
-                body = await _read_body(receive, wire)
-                self._slots.acquire(MAX_WAITING, _FULL)
-                await self._let_in(self._slots, scope, _replay(body, receive), answer)
+                await self._serve_api(scope, receive, answer)
                 return
             await scope["app"].state.services.shares.turnstile()
             console = getattr(scope["app"].state, "console", None) if scope["path"].startswith(CONSOLE) else None
@@ -165,9 +174,11 @@ class Gate:
             else:
                 answer.closes = _has_body(scope)
                 await self._app(scope, _replay(b"", receive), answer)
+        # these two are raised only before a response has started
         except Refusal as refusal:
-            # a `Refusal` is raised only before a response has started
             await answer.problem(scope, receive, refusal.problem)
+        except TooManyRequestsError as error:
+            await answer.problem(scope, receive, problems.of_error(error))
         except Gone:
             return
         except Exception as error:  # noqa: BLE001 - the last resort: no stack trace leaves the process
@@ -175,6 +186,24 @@ class Gate:
                 await answer.problem(scope, receive, problems.of_exception(error))
         finally:
             wire.release()
+
+    async def _serve_api(self, scope: Scope, receive: Receive, answer: _Answer) -> None:
+        wire: RequestBody = scope[WIRE]
+        turns: Turns = scope["app"].state.services.shares.of(scope[IDENTITY].workspace_id)
+        wire.charge(turns)
+        body = await _read_body(receive, wire)
+        await turns.acquire()  # first, so that one workspace cannot take every slot
+        try:
+            self._slots.acquire(MAX_WAITING, _FULL)
+        except Refusal:
+            turns.release()
+            raise
+
+        def release() -> None:
+            turns.release()
+            self._slots.release()
+
+        await self._let_in(release, scope, _replay(body, receive), answer)
 
     async def _serve_console(self, console: Console, scope: Scope, receive: Receive, answer: _Answer) -> None:
         wire: RequestBody = scope[WIRE]
@@ -185,16 +214,16 @@ class Gate:
             self._console_slots.release()  # a body that arrives slowly occupies no slot
         body = await _read_body(receive, wire)
         self._console_slots.acquire(MAX_CONSOLE_WAITING, _CONSOLE_FULL)
-        await self._let_in(self._console_slots, scope, _replay(body, receive), answer)
+        await self._let_in(self._console_slots.release, scope, _replay(body, receive), answer)
 
-    async def _let_in(self, slots: RequestSlots, scope: Scope, receive: Receive, answer: _Answer) -> None:
-        answer.at_start = slots.release
+    async def _let_in(self, release: Callable[[], None], scope: Scope, receive: Receive, answer: _Answer) -> None:
+        answer.at_start = release
         try:
             await self._app(scope, receive, answer)
         finally:
             if not answer.begun:
                 answer.at_start = None
-                slots.release()
+                release()
 
 
 class _Answer:

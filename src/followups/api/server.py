@@ -142,7 +142,7 @@ class LimitedProtocol(HttpToolsProtocol):
     @property
     def has_key(self) -> bool:
         """Whether the connection's latest request had a valid API key."""
-        return self._wire.has_key
+        return self._wire.owner is not None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override] # as uvicorn's
         """Close another connection if there are too many, and start the header timer."""

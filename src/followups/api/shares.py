@@ -23,6 +23,9 @@ SHARE = 6
 WAITING_SHARE = 128
 """Maximum number of one workspace's requests running or waiting: half of the process's limit."""
 
+BUSY = 32
+"""Number of one workspace's requests running or waiting from which further ones pass through a turnstile."""
+
 STRANGERS_SHARE = 2
 """Maximum number of database connections for looking up API keys unknown to this process."""
 
@@ -36,8 +39,8 @@ TOO_MANY_STRANGERS = "Too many requests with keys that are not known yet are wai
 class Turnstile:
     """Lets one request pass in each turn of the event loop, in the order of arrival.
 
-    Requests without a known API key pass through it. However many of them arrive at once, the requests of known clients
-    run in every turn.
+    Requests without a known API key pass through one, and those of a busy workspace through another. However many of
+    them arrive at once, the requests of all others run in every turn.
     """
 
     def __init__(self) -> None:
@@ -68,28 +71,38 @@ class Shares:
 
 
 class Turns:
-    """A limit on simultaneous requests, entered by each request of a workspace or with an unknown API key."""
+    """A limit on the requests of a workspace, or on those with an unknown API key.
+
+    A request counts from `acquire` to `release`. As a context manager, it waits for a database connection.
+    """
 
     def __init__(self, share: int = SHARE, refusal: str = TOO_MANY_WAIT) -> None:
-        """Store the number of simultaneous requests, and the error message for when too many wait."""
+        """Store the number of database connections, and the error message for when too many requests wait."""
         self._semaphore = asyncio.Semaphore(share)
+        self._turnstile = Turnstile()
         self._refusal = refusal
         self._inside = 0
+        self.buffered = 0
+        """Bytes of request bodies in memory."""
 
-    async def __aenter__(self) -> None:
-        """Wait until another request may run. Raises `TooManyRequestsError` if too many are already waiting."""
+    async def acquire(self) -> None:
+        """Count a request. Raises `TooManyRequestsError` if too many are already counted."""
+        if self._inside >= BUSY:
+            await self._turnstile()
         if self._inside >= WAITING_SHARE:
             raise TooManyRequestsError(self._refusal)
         self._inside += 1
-        try:
-            await self._semaphore.acquire()
-        except BaseException:
-            self._inside -= 1
-            raise
+
+    def release(self) -> None:
+        """Stop counting a request."""
+        self._inside -= 1
+
+    async def __aenter__(self) -> None:
+        """Wait until another request may use a connection."""
+        await self._semaphore.acquire()
 
     async def __aexit__(self, *_: object) -> None:
-        """Let the next waiting request run."""
-        self._inside -= 1
+        """Let the next waiting request use a connection."""
         self._semaphore.release()
 
 

@@ -17,12 +17,12 @@ from followups.api import gate, server
 from followups.api.shares import STRANGERS_SHARE
 from stack import wait_until
 from web import CHAT_MESSAGES, FOLLOW_UPS, Api, client_of, is_problem, key_of, pointers, served
+from world import World
 
 if TYPE_CHECKING:
     import httpx
 
     from followups.settings import Settings
-    from world import World
 
 HOSTILE = {"host": "attacker.example", "x-forwarded-host": "attacker.example", "x-forwarded-proto": "http"}
 
@@ -193,9 +193,14 @@ def test_a_revoked_key_is_refused_at_once(api: Api) -> None:
 
 
 def test_bodies_have_a_budget(settings: Settings, world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Request bodies above the shared memory budget are rejected with 503 until memory is free again."""
-    monkeypatch.setattr(gate, "MAX_BUFFERED", 300_000)
-    with served(settings) as (host, port), client_of((host, port), key_of(world)[1]) as client:
+    """A workspace's bodies beyond half of the shared memory get 503 until memory is free again; another's are read."""
+    monkeypatch.setattr(gate, "MAX_BUFFERED", 600_000)
+    other_key = key_of(World(world.engine))[1]
+    with (
+        served(settings) as (host, port),
+        client_of((host, port), key_of(world)[1]) as client,
+        client_of((host, port), other_key) as other,
+    ):
         head = f"POST {CHAT_MESSAGES} HTTP/1.1\r\nhost: a\r\ncontent-length: 250000\r\n"
         head += f"authorization: {client.headers['authorization']}\r\n\r\n"
 
@@ -203,6 +208,7 @@ def test_bodies_have_a_budget(settings: Settings, world: World, monkeypatch: pyt
             with socket.create_connection((host, port)) as slow:
                 slow.sendall(head.encode() + b" " * 200_000)
                 answer = client.post(CHAT_MESSAGES, content=b" " * 200_000)
+                assert other.post(CHAT_MESSAGES, content=b" " * 200_000).status_code == 422
                 return (
                     answer if answer.status_code == 503 else None
                 )  # otherwise the slow request was rejected or had not yet arrived
