@@ -46,11 +46,11 @@ def kubernetes() -> Iterator[tuple[str, Any]]:
 
 
 def unit(name: str) -> dict[str, list[str]]:
-    """Return a unit's assignments by name, including repeated ones; those of the common drop-in are first."""
+    """Return a unit's assignments by name, including repeated ones, in systemd's order: a drop-in comes last."""
     found: dict[str, list[str]] = {}
     files = [UNITS / name]
     if name.endswith(".service"):
-        files.insert(0, UNITS / "followups-.service.d" / "common.conf")
+        files.append(UNITS / "followups-.service.d" / "common.conf")
     for path in files:
         for line in path.read_text().splitlines():
             if "=" in line and not line.startswith(("#", "[")):

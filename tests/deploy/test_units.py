@@ -96,6 +96,13 @@ def test_it_runs_what_the_procfile_runs(name: str) -> None:
     assert [command.removeprefix(PREFIX), *arguments] == COMMANDS[name]
 
 
+@pytest.mark.parametrize("name", COMMANDS)
+def test_the_settings_of_one_process_override_those_of_all(name: str) -> None:
+    """Each unit reads the common settings first and then its own file, because systemd keeps the later value."""
+    process = name.removeprefix("followups-").removesuffix(".service").removesuffix("@")
+    assert unit(name)["EnvironmentFile"] == ["/etc/followups/followups.env", f"-/etc/followups/{process}.env"]
+
+
 @pytest.mark.parametrize("name", LASTING)
 def test_it_is_confined_and_comes_back(name: str) -> None:
     """Each unit has the most important confinements and restarts its process."""
