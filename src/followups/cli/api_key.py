@@ -27,7 +27,7 @@ app = typer.Typer(
 
 @app.callback()
 def group() -> None:
-    """Create, list and revoke API keys. A key belongs to one workspace; only a hash of the key is stored."""
+    """Create, list and revoke API keys. Each key belongs to one workspace. Only a hash of each key is stored."""
 
 
 @app.command(
@@ -54,7 +54,7 @@ def create(
         row, key = administration.create_key(
             session, connection.actor(), workspaces.find(session, workspace).id, name, expires
         )
-    # Print the key after the commit, so that every printed key works.
+    # The key is printed after the commit, so that a printed key always works.
     if json:
         print_json(api_key_document(row, workspace) | {"key": key})
         return
@@ -92,7 +92,10 @@ def revoke(
     *,
     json: Json = False,
 ) -> None:
-    """Revoke an API key: requests with it are refused from now on. Revoking it again changes nothing."""
+    """Revoke an API key, so that requests with it are refused from now on.
+
+    Revoking a key twice has no further effect.
+    """
     with connection.session() as session:
         row = administration.revoke_key(session, connection.actor(), key_id)
         workspace = session.get_one(Workspace, row.workspace_id).name

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     Batches = Callable[[], Iterator[dict[str, int]]]
 
 SAMPLE = 5
-"""Number of affected follow-ups that are listed before the command runs."""
+"""Number of affected follow-ups that a bulk command lists before it runs."""
 
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Show how many there are and name some; change nothing.")]
 Yes = Annotated[bool, typer.Option("--yes", "-y", help="Don't ask.")]
@@ -34,7 +34,7 @@ class Manner:
 
 @dataclass(frozen=True, slots=True)
 class BulkPreview:
-    """What a bulk command is about to do, and to how many follow-ups."""
+    """What a bulk command is about to do, and how many follow-ups it affects."""
 
     verb: str
     """The verb's infinitive, as in "cancel"."""
@@ -43,12 +43,12 @@ class BulkPreview:
     number: int
     sample: Sequence[str]
     remark: str = ""
-    """An additional remark that is shown to the operator before the command runs."""
+    """An additional remark for the operator, shown before the command runs."""
     noun: str = "follow-up"
 
     @property
     def counted(self) -> str:
-        """The number of follow-ups with its noun, as in "1 follow-up", "3 follow-ups"."""
+        """The number of follow-ups followed by the noun, as in "1 follow-up", "3 follow-ups"."""
         return f"{self.number:,} {self.noun}{'' if self.number == 1 else 's'}"
 
 
@@ -56,8 +56,8 @@ def carry_out(plan: BulkPreview, batches: Batches, manner: Manner) -> None:
     """Run the batches, unless this is a dry run or the operator declines.
 
     Each batch yields its counts by name. The counts ``plan.done`` and ``passedOver`` advance the progress bar. After
-    Ctrl-C, each follow-up is either completely processed or unchanged; running the command again continues with the
-    rest.
+    Ctrl-C, each follow-up is either completely processed or unchanged, and running the command again processes the
+    remaining follow-ups.
     """
     if manner.dry_run:
         _announce(plan, json=manner.json, then="Nothing has changed: this was a dry run.")
@@ -115,7 +115,7 @@ def _run(plan: BulkPreview, batches: Iterator[dict[str, int]], totals: dict[str,
 
 
 def progress(plan: BulkPreview) -> Progress:
-    """Return a progress bar on stderr, which is shown only on a terminal and disappears at the end."""
+    """Return a progress bar on stderr, which is shown only on a terminal and disappears when it is complete."""
     target = remarks()
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     return Progress(*columns, console=target, transient=True, disable=not target.is_terminal or not plan.number)

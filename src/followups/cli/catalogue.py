@@ -1,7 +1,7 @@
 """The list of all commands: each with its module and a one-line description.
 
-The help text is built from this list alone, so that it appears without delay. A command's module, with all its imports,
-is loaded only when the command is called.
+The help text is built from this list alone, so it appears without delay. A command's module, with all its imports, is
+loaded only when the command is called.
 """
 
 from __future__ import annotations
@@ -56,14 +56,14 @@ CATALOGUE = {
         "stats", "Show counts by state, the oldest overdue, lag and throughput; live with --watch.", OPERATE
     ),
 }
-"""The commands in the order of the help."""
+"""The commands, in the order in which the help lists them."""
 
 
 class Catalogue(TyperGroup):
     """The root command, which lists the commands of `CATALOGUE` and imports a command when it is called."""
 
     def list_commands(self, ctx: object) -> list[str]:  # noqa: ARG002 - the base class's signature
-        """Return the command names in the order of the help."""
+        """Return the command names, in the order in which the help lists them."""
         return list(CATALOGUE)
 
     def get_command(self, ctx: object, cmd_name: str) -> TyperCommand | None:  # noqa: ARG002 - likewise
@@ -97,5 +97,5 @@ def examples(*lines: str) -> str:
     >>> examples("followups up")
     'Examples:\n\n**$ followups up**'
     """
-    # Without a blank line between them, the help would join the examples into one paragraph.
+    # Without blank lines between the examples, the help would join them into one paragraph.
     return "\n\n".join(["Examples:", *(f"**$ {line}**" for line in lines)])

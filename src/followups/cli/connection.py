@@ -1,4 +1,4 @@
-"""The database connection of one command, and the tick after the command."""
+"""The database connection of one command, and the tick that the command requests afterwards."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 PATIENCE = timedelta(seconds=5)
 """How long a command waits for the broker.
 
-If the command's tick cannot be sent, the next regular tick follows a little later.
+If the command cannot send a tick, beat's next regular tick follows a little later.
 """
 
 
@@ -40,7 +40,10 @@ def engine() -> Iterator[Engine]:
 
 @contextmanager
 def session() -> Iterator[Session]:
-    """Yield a session, whose transaction is committed at the end of the block; its objects stay readable."""
+    """Yield a session whose transaction is committed at the end of the block.
+
+    Objects loaded in the session stay readable after the commit.
+    """
     with engine() as made, Session(made, expire_on_commit=False) as opened, opened.begin():
         yield opened
 
@@ -53,7 +56,7 @@ def actor() -> Actor:
 def nudge_if_soon(due: datetime, now: datetime) -> None:
     """Request a tick if ``due`` is before the next regular tick.
 
-    Errors are ignored, since beat's regular ticks continue.
+    Errors are ignored, because beat keeps sending regular ticks.
     """
     if due - now <= get_settings().tick_interval:
         ask_for_tick()
@@ -64,10 +67,10 @@ def ask_for_tick() -> None:
     from followups.worker import celery_app  # noqa: PLC0415 - loads Celery, which other commands don't need
 
     def send() -> None:
-        with suppress(Exception):  # the change is committed, so the next regular tick picks it up
+        with suppress(Exception):  # the change is committed, so the next regular tick sends what is due
             celery_app.ask_for_tick()
 
-    # The tick is sent in a thread, because a client of an unreachable broker may block longer than an operator would
+    # The tick is sent in a thread, because the client may block on an unreachable broker longer than an operator would
     # wait.
     sender = threading.Thread(target=send, daemon=True)
     sender.start()
@@ -75,7 +78,7 @@ def ask_for_tick() -> None:
 
 
 def ask_workers() -> Replies:
-    """Return the replies of all workers, after waiting a second. Raises the errors of the broker's client."""
+    """Wait a second for the workers' replies and return them. Raises the errors of the broker's client."""
     from followups.worker import celery_app  # noqa: PLC0415 - likewise
 
     return celery_app.ask_workers()

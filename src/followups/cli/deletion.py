@@ -21,11 +21,11 @@ if TYPE_CHECKING:
     from followups.store.deletion import Whole
 
 PATIENCE = timedelta(seconds=15)
-"""How much longer than a lease to wait for attempts in flight."""
+"""How long to wait for attempts in flight, in addition to the duration of a lease."""
 
 
 def carry_out(whole: Whole, what: str, name: str, manner: Manner) -> None:
-    """Delete a workspace or chat, unless this is a dry run or the operator does not type its ``name``."""
+    """Delete a workspace or chat, unless this is a dry run or the operator does not confirm its ``name``."""
     with connection.engine() as engine:
         with engine.connect() as opened:
             counted = store.count(opened, whole)

@@ -35,7 +35,7 @@ def doctor(*, json: Json = False) -> None:
     """Check everything that sending needs, and show how to fix each problem.
 
     The command checks the settings, database, migrations, ticks (beat and workers together), overdue follow-ups, recent
-    failures, broker, transport, workers, and the processes on this machine. Exit code 1 when a check failed.
+    failures, broker, transport, workers, and the processes on this machine. The exit code is 1 if a check failed.
     """
     settings = get_settings()
     findings = list(_findings(settings))

@@ -43,7 +43,10 @@ def hours_document(hours: SendingHours | None) -> dict[str, Any] | None:
 
 
 def pause_document(pause: ActivePause) -> dict[str, Any]:
-    """Return the JSON form of a pause; null means all workspaces or all channels."""
+    """Return the JSON form of a pause.
+
+    A null workspace or channel means all workspaces or all channels.
+    """
     return {
         "workspace": pause.workspace,
         "channel": pause.channel,
@@ -87,7 +90,7 @@ def failure_document(failure: FailedAttempt) -> dict[str, Any]:
 def api_key_document(key: ApiKey, workspace: str) -> dict[str, Any]:
     """Return the JSON form of an API key, with its workspace's name and without the key itself.
 
-    ``expiresAt`` is present only if the key expires, so that the form of all other keys stays compatible.
+    ``expiresAt`` is present only if the key expires, so that the JSON form of keys without an expiry has not changed.
     """
     document = {
         "id": str(key.id),
@@ -102,7 +105,7 @@ def api_key_document(key: ApiKey, workspace: str) -> dict[str, Any]:
 
 
 def event_document(event: AuditEvent) -> dict[str, Any]:
-    """Return the JSON form of an audit event."""
+    """Return the JSON form of an event in the audit log."""
     return {
         "id": str(event.id),
         "at": rfc3339(event.at),

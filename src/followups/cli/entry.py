@@ -66,16 +66,17 @@ def root(
     """
     ctx.obj.debug = debug
     if ctx.invoked_subcommand is None:
-        with redirect_stdout(sys.stderr):  # this help was not requested, so it is an error message rather than output
+        # the user did not request this help, so it is an error message rather than output
+        with redirect_stdout(sys.stderr):
             ctx.get_help()
         raise typer.Exit(WRONG_USAGE)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command in ``arguments``, by default this process's arguments, and return the exit code."""
+    """Run the command in ``arguments``, which default to this process's arguments; return the exit code."""
     options = Options()
     if isinstance(sys.stdout, TextIOWrapper):
-        # Characters that the terminal's encoding lacks are printed as escapes, as Python does on stderr.
+        # Characters that the terminal's encoding lacks are printed as escapes, as Python prints them on stderr.
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
         command: Any = get_command(app)

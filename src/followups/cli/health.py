@@ -31,7 +31,7 @@ def group() -> None:
     """Check whether a process on this machine is alive: exit code 0 if so, 1 if it should be restarted.
 
     A process that waits for an unreachable database or broker counts as alive, since restarting it would not help. The
-    output shows what the process is waiting for. See `doctor`.
+    output shows what the process is waiting for. See also `doctor`.
     """
 
 
@@ -42,7 +42,7 @@ Name = Annotated[str, typer.Option("--name", "-n", help="Only the one with this 
 def worker(*, name: Name = "") -> None:
     """Check that every worker on this machine consumes, ticks and sends, or show what it is waiting for.
 
-    The check detects a worker that answers `celery inspect ping` but consumes nothing from its queues.
+    The check also detects a worker that answers `celery inspect ping` but consumes nothing from its queues.
     """
     _judge("worker", name, "celery -A followups.worker worker")
 
@@ -59,7 +59,7 @@ def web(
     port: Annotated[str, typer.Option("--port", envvar="PORT", help="Where web listens.")] = WEB_PORT,
     host: Annotated[str, typer.Option("--host", help="Its address.")] = "127.0.0.1",
 ) -> None:
-    """Check that the `web` process answers."""
+    """Check that the `web` process answers requests."""
     port = port_of(port, WEB_PORT)
     if not (port.isascii() and port.isdigit() and 0 < int(port) < 2**16):
         _say("PORT should be a number from 1 to 65535.", WRONG_USAGE)

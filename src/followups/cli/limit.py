@@ -36,7 +36,7 @@ app = typer.Typer(
 
 
 class Each(StrEnum):
-    """The scope of one token bucket."""
+    """What each token bucket of the limit applies to."""
 
     WORKSPACE = "workspace"
     CHAT = "chat"
@@ -59,9 +59,9 @@ Burst = Annotated[
 def group() -> None:
     """Limit the follow-ups sent per second: of a workspace, on a channel, into each chat, or in total.
 
-    All matching limits apply. Follow-ups over a limit wait, and those due earliest are sent first. Waiting uses up no
-    attempt, and a waiting follow-up can be cancelled or rescheduled. If it waits longer than FOLLOWUPS_MAX_LATENESS or
-    its messaging window, the follow-up fails as too_late or window_closed.
+    All matching limits apply. Follow-ups that exceed a limit wait, and the earliest due are sent first. Waiting uses up
+    no attempt, and a waiting follow-up can be cancelled or rescheduled. A follow-up that waits longer than
+    FOLLOWUPS_MAX_LATENESS or its messaging window fails as too_late or window_closed.
     """
 
 
@@ -83,7 +83,7 @@ def set_(
     burst: Burst = None,
     json: Json = False,
 ) -> None:
-    """Set a limit, or change the limit with the same options. Workers apply it within seconds."""
+    """Set a rate limit, or change the limit with the same options. Workers apply it within seconds."""
     at_once = burst or default_burst(rate)
     with connection.engine() as engine:
         with Session(engine) as session, session.begin():
@@ -115,7 +115,7 @@ def clear(*, workspace: Workspace = None, channel: OneChannel = None, each: Apar
 
 @app.command("list", epilog=examples("followups limit list", "followups limit list --json"))
 def list_(*, json: Json = False) -> None:
-    """List the rate limits, with the widest scope first."""
+    """List the rate limits, starting with the widest scope."""
     with connection.session() as session:
         standing = rate_limits.standing(session.connection())
     if json:
@@ -148,8 +148,8 @@ def quota(
 ) -> None:
     """Show or set the quotas: how many pending follow-ups and chats a workspace may have.
 
-    A request that would exceed a quota is refused with 422, and `followups.schedule` raises QuotaExceededError. A lower
-    quota deletes nothing that already exists. There are no quotas by default.
+    A request that would exceed a quota is refused with 422, and `followups.schedule` raises QuotaExceededError.
+    Lowering a quota deletes nothing that already exists. By default there are no quotas.
     """
     with connection.session() as session:
         workspace_id = workspace_id_of(session, workspace)

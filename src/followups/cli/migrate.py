@@ -1,8 +1,9 @@
 """``followups migrate``: wait for the database, then upgrade its schema.
 
-honcho stops every process as soon as one ends, so a finished ``release`` process would stop web, worker and beat. Under
-a plain ``honcho start``, which starts all processes, this command therefore keeps running until it is stopped.
-Otherwise (``honcho start release``, ``honcho run followups migrate``, a platform's release phase) it ends normally.
+honcho stops every process as soon as one ends, so the end of the ``release`` process would also stop web, worker and
+beat. After a plain ``honcho start``, which starts all processes, this command therefore keeps running until it is
+stopped. In all other cases (``honcho start release``, ``honcho run followups migrate``, a platform's release phase) the
+command ends after the upgrade.
 """
 
 from __future__ import annotations
@@ -41,16 +42,16 @@ Each pause is twice as long as the previous one.
 """
 
 LOOK = 0.2
-"""Seconds between two checks for a stop signal."""
+"""Seconds between two checks whether a stop signal has arrived."""
 
 ANCESTORS = 4
 """Maximum number of ancestor processes to examine.
 
-A shell and honcho's own child process may run between honcho and this process.
+There may be a shell and a child process of honcho between honcho and this process.
 """
 
 TRANSIENT_REFUSALS = ("starting up", "shutting down", "recovery", "too many", "remaining connection slots")
-"""Message fragments of a server that is running but not yet ready.
+"""Parts of the messages with which a PostgreSQL server refuses connections until it is ready.
 
 Any other refusal, such as a wrong password, is final.
 """
@@ -65,8 +66,8 @@ def migrate(
 ) -> None:
     """Upgrade the database to the newest schema. Running the command repeatedly or concurrently is safe.
 
-    Under a plain `honcho start`, the command keeps running until all processes are stopped, because honcho stops every
-    process as soon as one ends. Otherwise it ends after the upgrade.
+    After a plain `honcho start`, the command keeps running until all processes are stopped, because honcho stops every
+    process as soon as one ends. Otherwise the command ends after the upgrade.
     """
     url = get_settings().database_url.get_secret_value()
     with engine() as made:
@@ -111,7 +112,7 @@ def _may_pass(error: OperationalError) -> bool:
 
 
 def _is_started_with_others() -> bool:
-    """Return whether honcho started this process as `release` in a plain ``honcho start``.
+    """Return whether a plain ``honcho start`` started this process as `release`.
 
     A plain ``honcho start`` starts every process of the Procfile.
     """
@@ -129,7 +130,7 @@ def _stay() -> None:
 
 def _words_of_ancestors() -> set[str]:
     words, pid = set[str](), os.getppid()
-    # Without /proc the ancestors are unknown; the default is to assume a plain `honcho start`.
+    # Without /proc the ancestors are unknown, and this process is assumed to belong to a plain `honcho start`.
     with suppress(OSError, IndexError):
         for _ in range(ANCESTORS):
             words.update(Path(f"/proc/{pid}/cmdline").read_text(errors="replace").split("\0"))

@@ -1,4 +1,4 @@
-"""Arguments and options that several commands share, and usage errors (exit code 2) about them."""
+"""Arguments and options that several commands share, and the usage errors (exit code 2) they raise."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def workspace_id_of(session: Session, name: str | None) -> UUID | None:
 
 
 def require_either(follow_up_id: UUID | None, many: object, options: str) -> None:
-    """Raise a usage error unless either the ID of one follow-up or a bulk option is given."""
+    """Raise a usage error unless the ID of one follow-up or a bulk option is given."""
     if bool(follow_up_id) == bool(many):
         message = f"name one follow-up by its ID, or many by {options}."
         raise typer.BadParameter(message)

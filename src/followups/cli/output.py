@@ -1,7 +1,7 @@
-"""Output: results are printed on stdout, everything else on stderr.
+"""Output of the commands: results are printed on stdout, everything else on stderr.
 
-On a terminal, a table fits the width; in a pipe, it is plain and no cell is shortened. Texts may come from untrusted
-sources, so they are printed without markup, and control characters are escaped.
+On a terminal, tables are fitted to its width; in a pipe, tables are plain and no cell is shortened. Texts may come from
+untrusted sources, so they are printed without markup, and control characters are escaped.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
 PIPE_WIDTH = 1000
-"""Table width if stdout is not a terminal, which is wider than any row."""
+"""Table width if stdout is not a terminal. No row is wider."""
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")]
 
@@ -49,7 +49,7 @@ def print_json(document: object) -> None:
 
 
 def say(sentence: str, *, lines: bool = False) -> None:
-    """Print one or several ``lines`` on stdout and flush, since the reader of a pipe may be waiting."""
+    """Print ``lines`` on stdout and flush it, since the reader of a pipe may be waiting."""
     sys.stdout.write(f"{escape(sentence, lines=lines)}\n")
     sys.stdout.flush()
 
@@ -60,7 +60,7 @@ def remark(sentence: str) -> None:
 
 
 def cell(text: str, style: str = "", *, lines: bool = False) -> Text:
-    """Return a text for a table cell, without any markup; with ``lines``, line feeds are kept."""
+    """Return a text as a table cell without any markup. If ``lines`` is set, line feeds are kept."""
     return Text(escape(text, lines=lines), style=style)
 
 

@@ -1,4 +1,4 @@
-"""Parsers of values that an operator types: times, durations, days and rates."""
+"""Parsers for values that an operator types: times, durations, days and rates."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ class Since:
     given: datetime | timedelta
 
     def resolve(self, now: datetime) -> datetime:
-        """Return the time, or the start of the calendar if the time would be earlier."""
+        """Return the time, but never a time before the start of the calendar."""
         if isinstance(self.given, datetime):
             return self.given
         return now - self.given if self.given < now - EARLIEST else EARLIEST
@@ -149,11 +149,14 @@ def parse_days(text: str) -> frozenset[int]:
 
 RATE = re.compile(r"(\d+(?:\.\d+)?)/(s|min|h|d)", re.ASCII)
 MOST = 1_000_000
-"""Largest accepted rate, in follow-ups per second, and largest bucket: more than this system can send."""
+"""Largest accepted rate, in follow-ups per second, and largest accepted bucket.
+
+Both are larger than anything this system can send.
+"""
 LEAST = 0.01 / SECONDS["d"]
 """Smallest accepted rate, in follow-ups per second.
 
-With a lower rate, a large bucket would take longer to fill than the maximum lifetime of a Redis key.
+At a lower rate, filling a large bucket would take longer than the maximum lifetime of a Redis key.
 """
 
 
@@ -177,7 +180,7 @@ def parse_rate(text: str) -> float:
 
 
 def default_burst(rate: float) -> int:
-    """Return the default burst: the follow-ups of one second, and at least one.
+    """Return the default burst: the number of follow-ups that the rate allows in one second, at least one.
 
     >>> default_burst(50), default_burst(1 / 3)
     (50, 1)

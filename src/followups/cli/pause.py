@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 app = typer.Typer(add_completion=False, rich_markup_mode="markdown")
 
 UNDER_WAY = 10.0
-"""Maximum seconds to wait for transactions that may have begun attempts before they saw the pause."""
+"""Maximum seconds to wait for transactions that may have begun attempts before the pause took effect."""
 LOOK = 0.02
 
 
@@ -50,12 +50,12 @@ def pause(
     ] = False,
     json: Json = False,
 ) -> None:
-    """Stop a workspace, a channel, or a channel of a workspace from sending, until it is resumed.
+    """Stop sending for a workspace, a channel, or a channel of a workspace, until it is resumed.
 
     Attempts in flight finish, but after this command has returned, no new attempt begins. Follow-ups that become due
     are held: they use up no attempt, can be cancelled and rescheduled, and block later follow-ups of their chat. After
-    the pause, follow-ups past FOLLOWUPS_MAX_LATENESS or their messaging window fail as too_late or window_closed.
-    Pausing again changes nothing.
+    the pause, follow-ups that are past FOLLOWUPS_MAX_LATENESS or their messaging window fail as too_late or
+    window_closed. Repeating the command changes nothing.
     """
     if list_:
         _list(json=json)
@@ -75,9 +75,9 @@ def pause(
 
 @app.command(epilog=examples("followups resume --workspace acme", "followups resume --channel whatsapp"))
 def resume(*, workspace: Workspace = None, channel: OneChannel = None, json: Json = False) -> None:
-    """End the pause with exactly these options. Due follow-ups are sent immediately, earliest first.
+    """End the pause that has exactly these options. Due follow-ups are sent immediately, earliest first.
 
-    If interrupted, run the command again; otherwise the remaining follow-ups are sent within the duration of a lease.
+    If interrupted, run the command again. Otherwise the remaining follow-ups are sent within the duration of a lease.
     """
     with connection.engine() as engine:
         with Session(engine) as session, session.begin():

@@ -60,9 +60,9 @@ def prune(
     """Delete follow-ups that finished long ago, their failed attempts, and chat messages of the same age.
 
     Rows are deleted in batches of a thousand, oldest first, without blocking anything else. If interrupted, run the
-    command again to continue. With an archive, rows are written to disk before they are deleted; rows that were written
-    but not deleted before an interruption are in two archives. Workers prune once an hour, without an archive, when
-    FOLLOWUPS_RETENTION is set.
+    command again to continue. If an archive is given, rows are written to disk before they are deleted. After an
+    interruption, the next archive may therefore contain some of the same rows. Workers prune once an hour, without an
+    archive, when FOLLOWUPS_RETENTION is set.
 
     The last message of each chat is kept. Idempotency keys are deleted after 24 hours, regardless of the age given.
     """
@@ -99,7 +99,7 @@ def _remover(
     """Open the archive and return a function that archives and deletes one batch."""
     with Session(engine) as session:
         names = {each.id: each.name for each in workspaces.everything(session)}
-    # Only the owner may read the archive, since it contains the texts of the database.
+    # Only the owner may read the archive, since it contains message texts from the database.
     descriptor = os.open(archive, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
     file = stack.enter_context(os.fdopen(descriptor, "wb"))
 
@@ -113,7 +113,7 @@ def _remover(
 
 
 def _write(file: IO[bytes], documents: Sequence[dict[str, Any]]) -> None:
-    """Write a batch as a separate gzip member: complete batches stay readable after an interruption."""
+    """Write a batch as a separate gzip member, so that complete batches stay readable after an interruption."""
     lines = "".join(json_module.dumps(each, ensure_ascii=False) + "\n" for each in documents)
     file.write(gzip.compress(lines.encode()))
     file.flush()

@@ -1,4 +1,4 @@
-"""``followups retry``: create new follow-ups from failed ones, singly or in bulk."""
+"""``followups retry``: create new follow-ups from failed follow-ups, singly or in bulk."""
 
 from __future__ import annotations
 
@@ -64,12 +64,12 @@ def retry(  # noqa: PLR0913 - one for each option
 ) -> None:
     """Create a new follow-up from a failed one, with the same message and chat, and print its id.
 
-    The failed follow-up is not changed. The rules for new follow-ups apply: the chat's last message must not be the
-    user's, and the chat's messaging window must be open.
+    The failed follow-up is not changed. The rules for new follow-ups apply: the user must not have sent the chat's last
+    message, and the chat's messaging window must be open.
 
     With --failed --since, every follow-up that has failed since that time and has not been retried yet is retried, in
-    batches. If interrupted, run the command again to continue; no follow-up is retried twice. Follow-ups that the rules
-    do not allow are skipped and counted.
+    batches. If interrupted, run the command again to continue; no follow-up is retried twice. Follow-ups that these
+    rules forbid are skipped and counted.
     """
     require_either(follow_up_id, failed, "--failed --since TIME")
     if follow_up_id is None:

@@ -55,11 +55,12 @@ def stats(
     """Count follow-ups by state, and show how late and at which rate they were sent.
 
     Lag is the time of acceptance minus the due date; it includes retries, waiting for rate limits, and due dates in the
-    past. The count of pending follow-ups is exact. The count of each final state is exact up to 100,000; above that it
-    is an estimate, marked with a tilde.
+    past. The count of pending follow-ups is exact. The count of each final state is exact up to 100,000; larger counts
+    are estimates, marked with a tilde.
 
-    With --watch on a terminal, the output is a live dashboard. It also shows the sends per second, the outcomes of
-    attempts, the workers that reply, and the age of the last tick. In a pipe, --watch prints one line for each sample.
+    With --watch on a terminal, the output is a live dashboard. The dashboard also shows the sends per second, the
+    outcomes of attempts, the workers that reply, and the age of the last tick. In a pipe, --watch prints one line for
+    each sample.
     """
     window = timedelta(minutes=minutes)
     with connection.engine() as engine:
@@ -75,7 +76,7 @@ def _watch(engine: Engine, window: timedelta, interval: float, *, json: bool) ->
     target = console()
     try:
         if json or not target.is_terminal:
-            # A pipe has no screen to redraw, so each sample is printed as one line.
+            # Output into a pipe cannot be redrawn, so each sample is printed as one line.
             while True:
                 look = measure(engine, window)
                 print(json_module.dumps(_document(look)) if json else _line(look), flush=True)  # noqa: T201 - the result
@@ -166,7 +167,7 @@ def _line(look: Stats) -> str:
 class Workers:
     """The workers that reply.
 
-    They are queried in a thread, because waiting for replies and importing Celery take a second each.
+    Workers are queried in a thread, because waiting for replies and importing Celery take a second each.
     """
 
     said: str = "asking"
@@ -190,7 +191,7 @@ class Workers:
 
 @dataclass
 class Attempts:
-    """Outcomes of attempts: the number since the first sample, and the number per second."""
+    """Outcomes of attempts: how many since the first sample, and how many per second."""
 
     first: Mapping[str, int] = field(default_factory=dict)
     last: Mapping[str, int] = field(default_factory=dict)
@@ -198,7 +199,7 @@ class Attempts:
     at: float = 0.0
 
     def see(self, attempts: Mapping[str, int], now: float) -> None:
-        """Record the totals at the time ``now``, in seconds."""
+        """Record the totals measured at the time ``now``, in seconds."""
         if not self.at:
             self.first = attempts
         elif now > self.at:
@@ -208,7 +209,7 @@ class Attempts:
         self.last, self.at = attempts, now
 
     def table(self) -> Table:
-        """Return a table with one row for each outcome so far."""
+        """Return a table with one row for each outcome that has occurred."""
         table = Table.grid(padding=(0, 2))
         table.add_column(style="dim")
         table.add_column(justify="right", style="bold")
@@ -222,7 +223,7 @@ class Attempts:
 
 
 def sparkline(numbers: Sequence[int]) -> str:
-    """Return numbers as a bar chart in one line, in which the highest number is a full bar.
+    """Return numbers as a one-line bar chart, in which the highest number is a full bar.
 
     >>> sparkline([0, 1, 2, 4, 8])
     ' ▁▂▄█'
@@ -233,7 +234,7 @@ def sparkline(numbers: Sequence[int]) -> str:
 
 
 def _show_dashboard(target: Console, look: Callable[[], Stats], interval: float) -> None:
-    """Refresh the screen until Ctrl-C, which raises KeyboardInterrupt."""
+    """Refresh the screen until the user presses Ctrl-C, which raises KeyboardInterrupt."""
     workers, attempts = Workers(), Attempts()
     workers.start()
     try:

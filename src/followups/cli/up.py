@@ -29,18 +29,18 @@ if TYPE_CHECKING:
 app = typer.Typer(add_completion=False, rich_markup_mode="markdown")
 
 SHOWN = ("FOLLOWUPS_DATABASE_URL", "FOLLOWUPS_BROKER_URL", "FOLLOWUPS_TRANSPORT_URL")
-"""The settings that other commands need to reach this system."""
+"""The settings that other commands need to connect to this system."""
 
 IN_FIVE_SECONDS = "$(date -u -d '+5 seconds' +%FT%TZ 2>/dev/null || date -u -v+5S +%FT%TZ)"
 """Shell code for the RFC 3339 time five seconds from now.
 
-It uses GNU date, or else the date of BSD and macOS.
+The code uses GNU date, or else the date command of BSD and macOS.
 """
 
 WORKSPACE = "local"
 HIGHEST_PORT = 65_535
 LOOK = timedelta(milliseconds=200)
-"""Interval between two checks that every process is still running."""
+"""Interval between two checks whether every process is still running."""
 
 
 @app.command(epilog=examples("followups up", "followups up --port 9000 --data ./followups-data"))
@@ -55,7 +55,7 @@ def up(
 ) -> None:
     """Run everything on this machine: PostgreSQL, Valkey, web, beat, worker, and a sandbox chat.
 
-    Nothing needs to be installed or configured. The sandbox chat receives the messages. The command prints the URLs, an
+    Nothing needs to be installed or configured. Messages are sent to the sandbox chat. The command prints the URLs, an
     API key and an example request. The system is reachable only from this machine. Ctrl-C stops everything.
     """
     _require_free(port)
@@ -98,7 +98,7 @@ class Addresses:
 
     api: str
     console: str
-    """A link that signs an operator in once."""
+    """A link that signs an operator in to the console, and works only once."""
     sandbox: str
     logs: Path
     data: Path | None

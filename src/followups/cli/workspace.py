@@ -48,7 +48,7 @@ def group() -> None:
 def create(
     name: Annotated[str, typer.Argument(help="Up to 200 characters.", show_default=False)], *, json: Json = False
 ) -> None:
-    """Create a workspace. If it already exists, nothing changes."""
+    """Create a workspace. If the workspace already exists, nothing changes."""
     with connection.session() as session:
         workspace, new = administration.create_workspace(session, connection.actor(), name)
     if json:
@@ -60,7 +60,7 @@ def create(
 
 @app.command("list", epilog=examples("followups workspace list", "followups workspace list --json"))
 def list_(*, json: Json = False) -> None:
-    """List the workspaces, by name."""
+    """List the workspaces, ordered by name."""
     with connection.session() as session:
         found = workspaces.everything(session)
         hours = sending_hours.everything(session)
@@ -85,7 +85,7 @@ def delete(
     As soon as the deletion starts, new follow-ups and requests with the workspace's API keys are refused. Pending
     follow-ups are cancelled as chat_removed. Attempts in flight finish first, and nothing is sent afterwards. The
     command asks you to type the workspace's name, unless --yes is given. If interrupted, run the command again to
-    continue. One audit event remains. Archives of followups prune, logs and backups are not changed.
+    continue. One audit event remains. Archives written by followups prune, logs and backups are not changed.
     """
     with connection.session() as session:
         found = workspaces.find(session, name, to_delete=True)
@@ -112,13 +112,15 @@ def hours(  # noqa: PLR0913 - one for each option
 ) -> None:
     """Show, set or clear the sending hours, in which the workspace's messages may be sent.
 
-    A follow-up that becomes due outside the sending hours is held until the next sending hours begin. It uses up no
-    attempt and is sent within a second of the beginning, earliest due first. Lateness (FOLLOWUPS_MAX_LATENESS) counts
-    from the first beginning after the due date. If the channel's messaging window would close before that, the
-    follow-up fails immediately as window_closed, and the API refuses such a due date.
+    A follow-up that becomes due outside the sending hours is held until they next begin. Being held uses up no attempt.
+    Held follow-ups are sent within a second after the sending hours begin, earliest due first. Lateness
+    (FOLLOWUPS_MAX_LATENESS) is counted from the first beginning of the sending hours after the due date. If the
+    channel's messaging window would close before that, the follow-up fails immediately as window_closed, and the API
+    refuses such a due date.
 
-    The hours are local times in the time zone. If --to is not later than --from, it is on the next day; --days are the
-    days on which the hours begin. Follow-ups that are already held are checked again with the new hours.
+    The hours are local times in the given time zone. If --to is not later than --from, the hours end on the next day.
+    --days lists the days on which the hours begin. Follow-ups that are already held are checked again with the new
+    hours.
     """
     given = (time_zone, opening, closing)
     wanted = _wanted(time_zone, opening, closing, days) if any(each is not None for each in (*given, days)) else None
@@ -158,7 +160,7 @@ def _wanted(time_zone: str | None, opening: time | None, closing: time | None, d
 def _look_again(engine: Engine, workspace_id: UUID) -> None:
     """Release held follow-ups to be checked against the new sending hours.
 
-    They are released in batches, which block nothing else.
+    They are released in batches, so nothing else is blocked for long.
     """
     freed = 1
     while freed:

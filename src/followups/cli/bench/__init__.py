@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 app = typer.Typer(add_completion=False, rich_markup_mode="markdown")
 
 MOST = 1_000_000
-"""Maximum number of follow-ups in one benchmark, which is also limited in time."""
+"""Maximum number of follow-ups in one benchmark. A benchmark is also limited in time."""
 LONGEST = 600.0
 LOOK = 0.2
 LATER = timedelta(days=1)
@@ -58,7 +58,7 @@ class Result:
 
     @property
     def ok(self) -> bool:
-        """Whether every follow-up was sent exactly once and none was sent early."""
+        """Whether every follow-up was sent exactly once, and none before its due date."""
         return not (self.unsent or self.duplicates or self.early)
 
 
@@ -82,9 +82,9 @@ def bench(
 
     The benchmark uses a separate schema and separate broker keys, and starts its own beat and workers. They deliver to
     a built-in receiver on this machine, so nothing reaches your chat server. Everything is removed afterwards. The
-    benchmark puts real load on the servers, so avoid running it against production. The first phase is a backlog of
-    follow-ups that are all due at the same moment (throughput), and the second is a steady rate (lag). Exit code 0 when
-    every follow-up was sent exactly once and none was sent early.
+    benchmark puts real load on the servers, so avoid running it against production. The first phase measures the
+    throughput of a backlog of follow-ups that are all due at the same moment. The second phase measures the lag at a
+    steady rate. The exit code is 0 if every follow-up was sent exactly once and none was sent early.
     """
     if rate * seconds > MOST:
         message = (
@@ -104,7 +104,7 @@ def bench(
 def _measure(place: BenchEnvironment, signals: StopSignals, count: int, rate: float, seconds: float) -> Result:
     with place.engine.begin() as connection:
         ids = store.fill(connection, place.workspace_id, count, LATER, timedelta(0))
-    time.sleep(1.0)  # the inserted rows become visible and the workers become idle
+    time.sleep(1.0)  # gives the inserted rows time to become visible, and the workers time to become idle
     with place.engine.begin() as connection:
         store.release(connection, ids)
     backlog = _watch(place, signals, ids, "backlog")
@@ -127,7 +127,7 @@ def _measure(place: BenchEnvironment, signals: StopSignals, count: int, rate: fl
 
 
 def _watch(place: BenchEnvironment, signals: StopSignals, ids: Sequence[UUID], title: str) -> Outcome:
-    """Wait until every follow-up has ended, but at most `LONGEST`."""
+    """Wait until every follow-up has ended, for at most `LONGEST` seconds."""
     deadline = time.monotonic() + LONGEST
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=remarks(), transient=True) as progress:

@@ -1,6 +1,6 @@
 """The environment of a benchmark on the configured servers.
 
-It has a separate schema, separate broker keys, and separate processes.
+The environment consists of a separate schema, separate broker keys, and separate processes.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class BenchPlan:
 
     workers: int
     delay: float
-    """Seconds until the receiver responds."""
+    """Seconds that the receiver waits before it responds."""
     tell: Callable[[str], None]
 
 

@@ -32,24 +32,24 @@ if TYPE_CHECKING:
     from followups.embedded.system import Stack
 
 Show = Callable[[Sequence[FollowUpState], datetime, Sequence[str]], None]
-"""A callback with the state of all follow-ups, the time, and the chats whose users have just replied."""
+"""A callback that receives the state of all follow-ups, the time, and the chats whose users just replied."""
 
 app = typer.Typer(add_completion=False, rich_markup_mode="markdown")
 
 WITHIN = timedelta(seconds=40)
-"""Time limit of the demo; the script needs a quarter of it."""
+"""Time limit of the demo. The script normally takes a quarter of this time."""
 
 LOOK = timedelta(milliseconds=120)
 """Interval between two queries of the follow-ups' state.
 
-Each query costs processor time that punctual sending needs.
+Each query uses processor time that the dispatcher needs to send on time.
 """
 
 SHORT = {
     "retry_base": timedelta(seconds=0.8),
     "retry_cap": timedelta(seconds=2),
 }
-"""Settings that differ from the defaults, so that retries finish within the demo."""
+"""Settings that are shorter than the defaults, so that retries finish within the demo."""
 
 
 @app.command(epilog=examples("followups demo", "followups demo --json"))
@@ -57,9 +57,9 @@ def demo(*, json: Json = False) -> None:
     """Run everything on this machine and play a scenario of 55 follow-ups in 13 chats in about 20 seconds.
 
     The follow-ups are sent on time, retried, rejected, or cancelled by a reply, all through the REST API. Nothing needs
-    to be installed or configured, and nothing is left behind. Exit code 0 only when every follow-up ended as scripted
-    and none arrived twice. Lag is the time of acceptance minus the due date, by the database's clock. It is measured
-    only for follow-ups that the first attempt delivered, since the lag of a retried follow-up is its backoff.
+    to be installed or configured, and nothing is left behind. The exit code is 0 only if every follow-up ended as
+    scripted and none arrived twice. Lag is the time of acceptance minus the due date, by the database's clock. Lag is
+    measured only for follow-ups that the first attempt delivered, because a retried follow-up is late by its backoff.
     """
     with StopSignals() as signals, running(plan_of(signals)) as stack:
         result = _present(stack, json=json)
@@ -68,7 +68,7 @@ def demo(*, json: Json = False) -> None:
 
 
 def plan_of(signals: StopSignals) -> StartPlan:
-    """Return the demo's processes and settings: the defaults, regardless of the environment.
+    """Return the demo's processes and settings, which are the defaults regardless of the environment.
 
     The demo therefore looks the same on every machine.
     """
@@ -77,7 +77,7 @@ def plan_of(signals: StopSignals) -> StartPlan:
 
 
 def _present(stack: Stack, *, json: bool) -> Score:
-    """Perform the scenario and print it as JSON, as a live picture, or as a line for each event."""
+    """Perform the scenario and print it as JSON, as a live picture, or as one line per event."""
     if json:
         result = perform(stack, lambda *_: None)
         print_json(result.document())

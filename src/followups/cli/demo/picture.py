@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 WIDE = 110
 """Terminal width from which the messages are shown too."""
 FRAME_LINES = 8
-"""Number of lines other than rows: title, bar, borders, headings, totals, and the cursor's line."""
+"""Number of lines that are not rows: title, bar, borders, headings, totals, and the cursor's line."""
 LEAST_ROWS = 6
 NARROW = 76
 """Terminal width from which the chats fit next to the follow-ups."""
@@ -91,10 +91,10 @@ class Picture:
 
 
 def around_now(standings: Sequence[FollowUpState], now: datetime, count: int) -> list[FollowUpState]:
-    """Return ``count`` follow-ups around the current time in the order of their due times.
+    """Return ``count`` follow-ups that are due around now, in the order of their due times.
 
-    All follow-ups that are being retried are included. When all have ended, follow-ups that took several attempts or
-    were not sent come first.
+    All follow-ups that are being retried are included. Once all follow-ups have ended, those that took several attempts
+    or were not sent are chosen first.
     """
     if all(each.ended for each in standings):
         ranked = sorted(standings, key=lambda each: each.status == Status.SENT and not each.retried)
@@ -132,7 +132,7 @@ def _cells(standing: FollowUpState, now: datetime) -> tuple[Text, ...]:
         Text(due, style="" if left > 0 else "dim"),
         Text(state_of(standing, now), style=_style(standing)),
         Text(str(standing.attempts or "-"), style="magenta" if standing.retried else "dim"),
-        # The lag of a retried follow-up is its backoff.
+        # The lag of a retried follow-up is not shown, because it is mostly the backoff.
         Text(lag, style="magenta" if standing.retried else "cyan"),
     )
 

@@ -26,29 +26,29 @@ FIRST_ERROR = 400
 LEAST_LEAD = 1.5
 """Minimum seconds between a follow-up's creation and its due time.
 
-Every follow-up is created before it is due, so that its lag measures only how punctual the dispatcher is.
+Every follow-up is created before it is due, so that its lag shows only how punctual the dispatcher is.
 """
 
 CALLS_A_CHAT = 3
-"""Number of requests that open one chat. Their duration predicts the duration of all other requests."""
+"""Number of requests that open one chat. Their duration predicts how long all other requests take."""
 
 
 class Rest:
-    """An HTTP client of one host, for use in one thread."""
+    """An HTTP client for one host, for use in one thread."""
 
     def __init__(self, address: str, key: str = "") -> None:
-        """Store ``http://host:port`` and an optional API key; the first call connects."""
+        """Store ``http://host:port`` and an optional API key. The first call opens the connection."""
         self._connection = http.client.HTTPConnection(urlsplit(address).netloc, timeout=TIMEOUT)
         self._headers = {"content-type": "application/json"} | ({"authorization": f"Bearer {key}"} if key else {})
 
     def close(self) -> None:
-        """Close the connection; the next call reopens it."""
+        """Close the connection. The next call opens a new one."""
         self._connection.close()
 
     def call(self, method: str, path: str, document: object = None) -> Any:  # noqa: ANN401 - any JSON
         """Send a request and return the response's JSON.
 
-        Raises `FollowUpsError` for an error response or no response.
+        Raises `FollowUpsError` if the response is an error or there is no response.
         """
         body = None if document is None else json.dumps(document)
         try:
@@ -76,7 +76,7 @@ class Stage:
         self._chats = {name: uuid4() for name in scenario.chats}
         self._replies = dict(scenario.replies)
         self.start = datetime.now(UTC)
-        """The moment from which the times of the scenario are counted."""
+        """The moment that counts as second 0 of the scenario."""
 
     def open_chats(self) -> timedelta:
         """Open the chats with an agent's message in each, and configure the receiver.
@@ -96,14 +96,14 @@ class Stage:
     def schedule(self, call: timedelta) -> list[Scheduled]:
         """Create every follow-up.
 
-        All are created before the first one is due if no call takes more than twice ``call``.
+        All follow-ups are created before the first one is due, provided that no request takes more than twice ``call``.
         """
         lead = max(timedelta(seconds=LEAST_LEAD), 2 * call * len(self._scenario.parts))
         self.start = datetime.now(UTC) + lead
         return [self._create(part) for part in self._scenario.parts]
 
     def play(self, now: datetime) -> list[str]:
-        """Send the user messages that are due, and return the names of their chats."""
+        """Send the user messages that are due, and return the names of the chats that they belong to."""
         due = [name for name, at in self._replies.items() if now >= self.start + timedelta(seconds=at)]
         for name in due:
             del self._replies[name]
@@ -111,7 +111,7 @@ class Stage:
         return due
 
     def receipts(self) -> dict[str, object]:
-        """Return the receiver's counts of requests."""
+        """Return the receiver's summary of the requests that it has received."""
         counted: dict[str, object] = self._sandbox.call("GET", "/sandbox/summary")
         return counted
 

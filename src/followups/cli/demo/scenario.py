@@ -1,4 +1,4 @@
-"""The demo's script: its chats, the due date of each follow-up, and how each must end. Pure functions."""
+"""The demo's script: its chats, the due date of each follow-up, and the expected endings. Pure functions."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Ending:
-    """How a follow-up must end. ``attempts`` counts the calls of the receiver."""
+    """How a follow-up is expected to end. ``attempts`` is the number of requests to the receiver."""
 
     status: Status
     attempts: int
@@ -23,7 +23,7 @@ class Ending:
 
 @dataclass(frozen=True, slots=True)
 class ScenarioStep:
-    """A follow-up of the script, due ``due`` seconds after the start."""
+    """A follow-up of the script. ``due`` is the due time in seconds after the start."""
 
     chat: str
     due: float
@@ -42,19 +42,19 @@ class Scheduled:
 
 @dataclass(frozen=True, slots=True)
 class Scenario:
-    """All follow-ups in the order of their due times, and the behaviour of the receiver and the users."""
+    """All follow-ups in the order of their due times, and what the receiver and the users do."""
 
     parts: tuple[ScenarioStep, ...]
     failures: dict[str, int]
-    """How many times the receiver answers 500 in each chat before it accepts."""
+    """How many times the receiver responds with 500 in each chat before it accepts a message."""
     refused: frozenset[str]
-    """The chats in which the receiver answers 403."""
+    """The chats in which the receiver responds with 403."""
     replies: dict[str, float]
     """The chats in which the user replies, with the time of the reply in seconds after the start."""
 
     @property
     def chats(self) -> list[str]:
-        """The chats, in the order of the script."""
+        """The chats, in the order in which the script lists them."""
         return list(dict.fromkeys(part.chat for part in sorted(self.parts, key=lambda part: NAMES.index(part.chat))))
 
 
@@ -72,9 +72,10 @@ DURATION = 9.5
 """Seconds between the first and the last due time."""
 REPLY_AT = 5.0
 GOLDEN = 0.618_033_988_75
-"""The golden ratio's fraction.
+"""The fractional part of the golden ratio.
 
-Its multiples spread evenly and never repeat a step, so the due times resemble those of real chats.
+The fractional parts of its multiples are spread evenly without a pattern, so the due times resemble those of real
+chats.
 """
 
 SENT = Ending(Status.SENT, attempts=1)

@@ -1,9 +1,9 @@
 """The results of the follow-ups, their comparison with the script, and the summary.
 
-Lag is the time of acceptance minus the due date, both from the database. This is the dispatcher's own record. It
-includes the receiver's response time, so it is never better than the lag that the receiver saw. Only follow-ups
-delivered by the first attempt are counted, since the lag of a retried follow-up is its backoff. Every follow-up was
-created before it was due.
+Lag is the time of acceptance minus the due date, both read from the database. The time of acceptance is recorded by the
+dispatcher and includes the receiver's response time, so this lag is never shorter than the lag that the receiver saw.
+Only follow-ups delivered by the first attempt are counted, because a retried follow-up is late by its backoff. Every
+follow-up was created before it was due.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ class FollowUpState:
 
 
 def look(session: Session, workspace_id: UUID, scheduled: Sequence[Scheduled]) -> list[FollowUpState]:
-    """Return the current state of each follow-up, in the given order."""
+    """Return the current state of each follow-up, in the order of the argument."""
     found, _ = listing.page(session, workspace_id, ListFilter(), page_number=1, page_size=len(scheduled))
     rows = {row.id: row for row in found}
     return [_standing(each, rows[each.id]) for each in scheduled]
@@ -101,9 +101,9 @@ class Score:
     duplicates: int
     """Idempotency keys that the receiver accepted more than once."""
     lag: Mapping[str, float | None]
-    """The lag in milliseconds, by quantile (nearest rank)."""
+    """Quantiles of the lag in milliseconds (nearest rank)."""
     problems: tuple[str, ...]
-    """The differences from the script."""
+    """The differences between the run and the script."""
 
     @property
     def ok(self) -> bool:
@@ -196,7 +196,7 @@ def summary_panel(score: Score) -> RenderableType:
 
 
 def summary_lines(score: Score) -> Sequence[str]:
-    """Return the summary as plain lines for a pipe."""
+    """Return the summary as plain lines for output into a pipe."""
     said = [f"{name}: {meaning}" for name, meaning in _facts(score)]
     said += [f"Not as scripted: {problem}" for problem in score.problems]
     return [*said, "All as scripted. Next: followups up" if score.ok else "Not all as scripted."]
