@@ -19,6 +19,7 @@ from followups.console.assets import ASSETS, ENVIRONMENT
 from followups.console.forms import Fields, uuid_or_none
 from followups.console.zones import Zone
 from followups.errors import NotFoundError
+from followups.store import workspaces
 from followups.wording import Sentence, span
 
 if TYPE_CHECKING:
@@ -29,6 +30,9 @@ if TYPE_CHECKING:
 
     from followups.console.services import ConsoleServices
 
+
+MOST_SUGGESTED = 200
+"""The most names of workspaces that a field suggests."""
 
 MENU = (
     ("/", "Overview", "see"),
@@ -130,6 +134,16 @@ class Visit:
     def span(self, duration: timedelta) -> str:
         """Return a duration in words."""
         return span(duration)
+
+    def workspace_names(self) -> list[str]:
+        """Return the first names of workspaces, which the fields of people who see all workspaces suggest."""
+
+        def names() -> list[str]:
+            with self.transaction() as session:
+                return workspaces.first_names(session, MOST_SUGGESTED)
+
+        found: list[str] = self.services.recent.get("workspaces", names)
+        return found
 
     def menu(self) -> list[tuple[str, str, str]]:
         """Return the menu entries that the viewer may see: path, name, permission."""

@@ -266,10 +266,11 @@ def search(
             return Found(rows, None)
         top, place = floor, BrowseCursor(floor, NIL)
         took = time.monotonic() - begun
-        growth = min((deadline - time.monotonic()) / took / 2, GROWTH)
-        if growth < 1:
+        left = timedelta(seconds=deadline - time.monotonic())
+        if left <= timedelta(0):
             return Found(rows, place)
-        step = step * growth if step < LONGEST_STEP else None
+        # At least twice as long: the first statement of a connection takes long, however few rows there are.
+        step = step * max(2, min(left.total_seconds() / took / 2, GROWTH)) if step < LONGEST_STEP else None
 
 
 _NOW = text("SELECT now()")

@@ -76,3 +76,8 @@ def check_name(name: str) -> None:
     if len(name) > MAX_NAME_LENGTH or not (name or "-").isprintable():
         message = Sentence("A name must have at most {most} characters, all printable.", most=MAX_NAME_LENGTH)
         raise InvalidRequestError(message, field="name")
+
+
+def first_names(session: Session, most: int) -> list[str]:
+    """Return the names of workspaces in alphabetical order, up to ``most``."""
+    return list(session.scalars(select(Workspace.name).order_by(Workspace.name).limit(most)))

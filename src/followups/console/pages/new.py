@@ -51,7 +51,10 @@ class ScheduleForm:
 def show(visit: Visit) -> Response:
     """Show the form, with the chat filled in if the URL names one."""
     chat = visit.person.chat_id or visit.query.text("chat")
-    return _page(visit, ScheduleForm(chat=str(chat), workspace=visit.query.text("workspace")))
+    workspace = visit.query.text("workspace")
+    if not workspace and visit.person.workspace_id is None and len(names := visit.workspace_names()) == 1:
+        workspace = names[0]
+    return _page(visit, ScheduleForm(chat=str(chat), workspace=workspace))
 
 
 def schedule(visit: Visit) -> Response:
