@@ -111,7 +111,8 @@ class Live:
                 log.warning("console_look_failed", error=type(error).__name__)
                 now = before
             for stream in self._streams:
-                if any(topic in before and before[topic] != now.get(topic) for topic in stream.topics):
+                # A topic's first value counts as a change: there may have been one since the page was rendered.
+                if any(before.get(topic) != now.get(topic) for topic in stream.topics):
                     stream.changed.set()
             before = now
             await asyncio.sleep(EVERY)
