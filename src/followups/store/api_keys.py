@@ -1,8 +1,8 @@
 """API keys. A key is shown once, when it is created; the database stores its SHA-256 hash.
 
-Passwords need a slow hash, but API keys do not: their 256 random bits cannot be guessed. A key ends with a checksum, so
-that a mistyped key is rejected without a database query. Keys created before checksums were introduced have no
-checksum, and remain valid.
+Passwords need a slow hash, but API keys do not, because the 256 random bits of a key cannot be guessed. A key ends with
+a checksum, so that a mistyped key is rejected without a database query. Keys created before checksums were introduced
+have no checksum, and remain valid.
 """
 
 from __future__ import annotations
@@ -35,11 +35,11 @@ if TYPE_CHECKING:
     from followups.statements import Steps
 
 PREFIX = "fup_"
-"""Prefix of every API key, by which people and secret scanners recognise a key."""
+"""Prefix of every API key, which lets people and secret scanners recognise a key."""
 
 SHOWN_LENGTH = 12
-"""Number of characters of an API key that are stored in plain text, so that its owner can tell keys apart: 48 of 256
-bits.
+"""Number of characters of an API key that are stored in plain text, so that its owner can tell keys apart. They reveal
+48 of the key's 256 random bits.
 """
 
 _LENGTH = len(PREFIX) + 43  # 32 bytes in URL-safe base 64, without padding
@@ -76,7 +76,7 @@ def create(
     )
     session.add(row)
     session.flush()
-    session.refresh(row)  # the database computes the expiry
+    session.refresh(row)  # the database computes the expiry time
     return row, key
 
 
@@ -102,7 +102,7 @@ def revoke(session: Session, key_id: UUID) -> ApiKey:
 
 @dataclass(frozen=True, slots=True)
 class Identity:
-    """An API key and its owner, neither of which ever changes."""
+    """The ids of an API key and of its workspace, which never change."""
 
     key_id: UUID
     workspace_id: UUID
@@ -110,7 +110,7 @@ class Identity:
 
 _VALID = "k.revoked_at IS NULL AND (k.expires_at IS NULL OR k.expires_at > now())"
 IS_VALID = f"EXISTS (SELECT FROM api_keys k WHERE k.id = :key_id AND {_VALID})"
-"""The condition of a statement that checks the API key ``key_id`` itself."""
+"""SQL condition that the API key ``key_id`` is valid, for statements that check the key themselves."""
 
 _BY_HASH = Statement(f"SELECT id, workspace_id, key_hash FROM api_keys k WHERE key_hash = :key_hash AND {_VALID}")  # noqa: S608 - no input, only the constant above
 
@@ -135,8 +135,8 @@ def authenticate(key: str) -> Steps[Identity | None]:
 def with_key(select: str) -> str:
     """Return the given SELECT, combined with the look-up of the API key whose id is ``this_key``.
 
-    If no row is returned, the key is not valid. A valid key yields at least one row; ``is_row`` is null if the SELECT
-    itself returns none. ``key_now`` is the start of the transaction.
+    If the combined query returns no row, the key is not valid. With a valid key it returns at least one row; ``is_row``
+    is null if the given SELECT returns no row. ``key_now`` is the start of the transaction.
     """
     return f"""
         SELECT k.id AS key_id, now() AS key_now, this.*
@@ -146,7 +146,7 @@ def with_key(select: str) -> str:
     """  # noqa: S608 - no input, only statements of ours
 
 
-# This update is skipped if another process is recording the same use.
+# If another process is recording the same use of the key, this update is skipped.
 _RECORD_USE = Statement("""
     UPDATE api_keys SET last_used_at = now()
      WHERE id = (SELECT id FROM api_keys
@@ -160,7 +160,7 @@ _RECORD_USE = Statement("""
 def record_use(key_id: UUID) -> Steps[bool]:
     """Record that the API key is in use, without waiting for locks; return whether this call recorded it.
 
-    At most one use a minute is recorded.
+    For each key, at most one use a minute is recorded.
     """
     return bool((yield _RECORD_USE(id=key_id)))
 

@@ -1,7 +1,7 @@
 """Audit events: manual changes and bulk commands with their authors.
 
-Each event is recorded in the transaction of the change itself. No event contains the text of a message, or a reason in
-a caller's own words.
+Each event is recorded in the same transaction as the change. Audit events contain no message texts, and no reasons in a
+caller's own words.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class Actor:
 
 
 SERVICE = Actor(Way.SERVICE, name="followups")
-"""The service itself, as the author of events that no person triggers, such as the expiry of an API key."""
+"""The service as the author of events that no person triggers, such as the expiry of an API key."""
 
 
 @lru_cache
@@ -69,7 +69,7 @@ def user_of_process(way: Way) -> Actor:
 
 
 class Action(StrEnum):
-    """The recorded action: singular names for an action on one object, plural names for a bulk command."""
+    """The recorded action, with a singular name for an action on one object and a plural name for a bulk command."""
 
     FOLLOW_UP_CREATED = "follow_up.created"
     FOLLOW_UP_CHANGED = "follow_up.changed"
@@ -101,7 +101,8 @@ class Action(StrEnum):
 class Event:
     """An audit event: one manual change, or one bulk command.
 
-    Each batch of a bulk command records the same event with its own ``number``; the event's row adds up these numbers.
+    Each batch of a bulk command records the same event with its own ``number``. The numbers are added up in the event's
+    row.
     """
 
     actor: Actor
@@ -114,7 +115,7 @@ class Event:
 
     @property
     def parameters(self) -> dict[str, object]:
-        """The parameters of the INSERT."""
+        """The parameters of the INSERT statement."""
         return {
             "id": self.id,
             "way": self.actor.way.value,
@@ -142,17 +143,17 @@ _RECORD = Statement("""
 
 @Rule
 def record(event: Event) -> Steps[None]:
-    """Record the audit event in the connection's transaction, or add its number to the existing row."""
+    """Record the audit event in the connection's transaction, or add its number to the row of the same event."""
     yield _RECORD(**event.parameters)
 
 
 @dataclass(frozen=True, slots=True)
 class AuditFilter:
-    """The audit events to return; a field that is None or empty does not restrict them."""
+    """A filter for audit events, which ignores every field that is None or empty."""
 
     workspace_id: UUID | None = None
     workspace: str | None = None
-    """The workspace's name, by which the events of deleted workspaces can still be found."""
+    """The workspace's name, which still finds audit events after the workspace has been deleted."""
     since: datetime | None = None
     actions: Sequence[Action] = ()
     target_id: UUID | None = None
@@ -190,7 +191,7 @@ _DELETE_OLD = text("""
 
 
 def delete_old(connection: Connection, before: datetime, most: int) -> int:
-    """Delete up to ``most`` of the oldest audit events from before the time ``before``; return how many."""
+    """Delete up to ``most`` audit events older than ``before``, oldest first; return how many were deleted."""
     return connection.execute(_DELETE_OLD, {"before": before, "most": most}).rowcount
 
 
@@ -207,6 +208,9 @@ _EXPIRED = text("""
 
 
 def record_expired_keys(connection: Connection, since: datetime) -> int:
-    """Record each API key that has expired since the given time, once; return how many were newly recorded."""
+    """Record the expiry of each API key that has expired since the given time; return how many are new.
+
+    Each expiry is recorded only once.
+    """
     parameters = {"way": SERVICE.way.value, "actor": SERVICE.name, "action": Action.API_KEY_EXPIRED.value}
     return connection.execute(_EXPIRED, parameters | {"since": since}).rowcount

@@ -22,7 +22,7 @@ _UNLOCK = text("SELECT pg_advisory_unlock(hashtext(:name))")
 
 
 def create_schema(connection: Connection, name: str) -> None:
-    """Create a schema, reserved while the connection is open, and drop the schemas of killed benchmarks."""
+    """Create a schema, reserved while the connection is open, and drop the schemas that killed benchmarks left."""
     for left in connection.scalars(_LEFT, {"prefix": PREFIX}).all():
         if connection.scalar(_LOCK, {"name": left}):
             drop_schema(connection, left)
@@ -66,7 +66,7 @@ _RELEASE = text(
 def fill(connection: Connection, workspace_id: UUID, count: int, ahead: object, span: object) -> list[UUID]:
     """Insert follow-ups, each in a separate chat; return their ids.
 
-    Their due dates are spread over ``span``, beginning ``ahead`` of the current time.
+    The due dates are spread over ``span``, and the first is ``ahead`` of the current time.
     """
     parameters = {"workspace_id": workspace_id, "count": count, "ahead": ahead, "span": span}
     return list(connection.scalars(_FILL, parameters))
@@ -84,7 +84,7 @@ class Outcome:
     sent: int
     pending: int
     seconds: float | None
-    """Time from the first due date to the last acceptance, in seconds."""
+    """Time from the first due date to the last follow-up that was accepted, in seconds."""
     early: int
     p50: float | None
     p95: float | None

@@ -1,8 +1,8 @@
 """Pages of follow-ups for the console, newest first, with the data that explain each follow-up.
 
 As in `followups.store.listing`, an index is read in its order for each workspace and for each value of one column, and
-the first few rows of each are merged. Conditions that no index covers are checked row by row. So a search goes back in
-steps of time and stops at the caller's time limit; the next search goes on from there.
+the first few rows of each scan are merged. Conditions that no index covers are checked row by row. A search therefore
+goes back in steps of time and stops at the caller's time limit. The next search continues where it stopped.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ if TYPE_CHECKING:
     from sqlalchemy import Connection, TextClause
 
 CHATS = 50
-"""The most chats with the same external id that are searched."""
+"""The largest number of chats with the same external id that are searched."""
 
 
 @dataclass(frozen=True, slots=True)
 class BrowseFilter:
-    """The filter of the console's list of follow-ups; a field that is None or empty restricts nothing."""
+    """The filter of the console's list of follow-ups; a field that is None or empty is ignored."""
 
     workspace_id: UUID | None = None
     statuses: tuple[Status, ...] = ()
@@ -40,12 +40,12 @@ class BrowseFilter:
     due_after: datetime | None = None
     due_before: datetime | None = None
     any_id: UUID | None = None
-    """The id of a follow-up, of its chat, or of a chat message."""
+    """An id to search for, which may belong to a follow-up, to its chat, or to a chat message."""
     external_id: str | None = None
     chat_id: UUID | None = None
     ids: tuple[UUID, ...] = ()
     until: datetime | None = None
-    """The latest creation time."""
+    """The latest creation time of the follow-ups to return."""
 
     def document(self) -> dict[str, Any]:
         """Return the filter as a dictionary that can be stored as JSON."""
@@ -54,7 +54,7 @@ class BrowseFilter:
 
     @classmethod
     def of(cls, document: dict[str, Any]) -> Self:
-        """Return the filter that `document` has turned into a dictionary."""
+        """Return the filter that `document` has converted into this dictionary."""
         known = dict(document)
         for name in ("workspace_id", "any_id", "chat_id"):
             if name in known:
@@ -78,7 +78,7 @@ class BrowseFilter:
 
 
 def replaced(wanted: BrowseFilter, **changes: Any) -> BrowseFilter:  # noqa: ANN401 - values of any of its fields
-    """Return the filter with other values."""
+    """Return a copy of the filter with these fields changed."""
     return replace(wanted, **changes)
 
 
@@ -134,17 +134,17 @@ def _branches(wanted: BrowseFilter) -> tuple[str, ...]:
 
 
 def _statuses_of(code: ReasonCode | None) -> tuple[Status, ...]:
-    """Return the states in which a follow-up may have this code, or all states without a code."""
+    """Return the states in which a follow-up may have this code, or all states if the code is None."""
     return tuple(status for status in Status if code is None or code in TRANSITIONS[Status.PENDING].get(status, ()))
 
 
-# A look-up for each row: the planner would join EXISTS with all chats, for each workspace again.
+# The chat is looked up for each row. With EXISTS, the planner would join all chats, and repeat this for each workspace.
 _ON_CHANNEL = """:channel = (
     SELECT c.channel FROM chats c WHERE c.workspace_id = f.workspace_id AND c.id = f.chat_id)"""
 
 
 def _conditions(wanted: BrowseFilter) -> tuple[str, ...]:
-    """Return the conditions that are checked row by row."""
+    """Return the conditions that no index covers, which are checked row by row."""
     given = {
         "f.status = ANY(CAST(:statuses AS text[]))": wanted.statuses,
         "f.chat_id = :chat_id": wanted.chat_id,
@@ -175,11 +175,11 @@ def _parameters(wanted: BrowseFilter) -> dict[str, Any]:
 
 @lru_cache(maxsize=256)
 def _matching(branches: tuple[str, ...], conditions: tuple[str, ...], *, one: bool) -> str:
-    """Return the SQL that selects the matching ids in order, with at most ``:most`` for each index scan."""
+    """Return the SQL that selects the matching ids in order, with at most ``:most`` ids from each index scan."""
     workspaces = "(SELECT CAST(:workspace_id AS uuid) AS id)" if one else "workspaces"
     narrowed = "".join(f" AND {condition}" for condition in conditions)
     # Several ids of one follow-up may match the search, so duplicates are removed. Branches by state cannot overlap, so
-    # UNION ALL is enough.
+    # UNION ALL is enough for them.
     union = " UNION " if any(":any_id" in branch for branch in branches) else " UNION ALL "
     ways = union.join(
         f"""(SELECT f.id, f.created_at FROM follow_ups f
@@ -198,7 +198,7 @@ def _sql(wanted: BrowseFilter, *more: str) -> str:
 def _page(
     wanted: BrowseFilter, after: BrowseCursor | None, floor: datetime | None, most: int
 ) -> tuple[TextClause, dict[str, Any]]:
-    """Return the statement that selects ``most`` rows after one and above a time of creation, and its parameters."""
+    """Return the statement for ``most`` rows after a given row and above a creation time, and its parameters."""
     columns = ", ".join(f"f.{column.name}" for column in _COLUMNS)
     parameters = _parameters(wanted) | {"most": most}
     bounds = []
@@ -222,30 +222,31 @@ def _page(
 
 NIL = UUID(int=0)
 FIRST_STEP = timedelta(minutes=10)
-"""The first step back in time of a search."""
+"""The length of a search's first step back in time."""
 
 LONGEST_STEP = timedelta(days=3650)
-"""The next step after one of this length has no end."""
+"""After a search step of at least this length, the next step goes back to the oldest follow-up."""
 
 GROWTH = 100
-"""The most by which a step is longer than the one before it."""
+"""The largest factor by which a search step is longer than the previous step."""
 
 
 class Found(NamedTuple):
-    """A page of a search."""
+    """One page of search results."""
 
     rows: list[Row]
     following: BrowseCursor | None
-    """The place from which the search goes on, or None if it has reached the end."""
+    """The position from which the search continues, or None if the search has reached the end."""
 
 
 def search(
     connection: Connection, wanted: BrowseFilter, after: BrowseCursor | None, size: int, limit: timedelta
 ) -> Found | None:
-    """Return the matching follow-ups behind ``after``: up to ``size``, and fewer if that takes longer than ``limit``.
+    """Return up to ``size`` matching follow-ups after ``after``, or fewer if the time ``limit`` is reached.
 
-    Return None if not even the first step back in time ends within the limit. Each step is as long as the time that is
-    left probably allows. A search by an id needs no steps, since its index has few rows.
+    Return None if not even the first step back in time ends within the limit. The length of each step is chosen so that
+    the step probably ends in the time that is left. A search by an id needs no steps, since the index of that id yields
+    few rows.
     """
     deadline = time.monotonic() + limit.total_seconds()
     step = None if wanted.ids or wanted.any_id or wanted.external_id or wanted.chat_id else FIRST_STEP
@@ -287,6 +288,6 @@ def _rows_of(found: Sequence[Any]) -> list[Row]:
 
 
 def count_statement(wanted: BrowseFilter, most: int) -> tuple[TextClause, dict[str, Any]]:
-    """Return the statement that counts the matching follow-ups, up to ``most``, and its parameters."""
+    """Return the statement that counts up to ``most`` matching follow-ups, and its parameters."""
     statement = text(f"SELECT count(*) AS number FROM ({_sql(wanted)} LIMIT :most) AS found")  # noqa: S608 - likewise
     return statement, _parameters(wanted) | {"most": most}

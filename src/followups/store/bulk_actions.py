@@ -1,4 +1,4 @@
-"""Bulk actions of the console: their rows, and the statements of their batches."""
+"""The rows of the console's bulk actions, and the SQL statements of their batches."""
 
 from __future__ import annotations
 
@@ -27,23 +27,23 @@ if TYPE_CHECKING:
     from followups.store.browse import BrowseCursor
 
 LISTED = 50
-"""Number of bulk actions that the history shows."""
+"""Number of bulk actions that the console's history shows."""
 
 IN_FLIGHT = "in flight"
-"""The reason for a follow-up that is not cancelled because it is in flight; it is only kept from a retry."""
+"""The reason given for a follow-up in flight, which a bulk action cannot cancel but only keep from a retry."""
 
 NOT_WRITABLE = "cannot be written"
-"""The reason for a follow-up that is skipped because the database rejects its row."""
+"""The reason given for a follow-up that is skipped because the database rejects its row."""
 
 
 def create(session: Session, **columns: Any) -> bool:  # noqa: ANN401 - the row's columns
-    """Create a bulk action; return whether it is new. An existing action with the same id is not changed."""
+    """Create a bulk action; return whether it is new. An existing bulk action with the same id is not changed."""
     statement = insert(BulkAction).values(**columns).on_conflict_do_nothing().returning(BulkAction.id)
     return session.scalar(statement) is not None
 
 
 def find(session: Session, action_id: UUID, workspace_id: UUID | None) -> BulkAction | None:
-    """Return a bulk action, or None if there is none with this id.
+    """Return the bulk action with this id, or None if it does not exist.
 
     If ``workspace_id`` is given, only actions of that workspace are found.
     """
@@ -52,7 +52,7 @@ def find(session: Session, action_id: UUID, workspace_id: UUID | None) -> BulkAc
 
 
 def newest(session: Session, workspace_id: UUID | None) -> Sequence[BulkAction]:
-    """Return the newest bulk actions of a workspace, or of all workspaces if it is None."""
+    """Return the newest bulk actions of a workspace, or of all workspaces if ``workspace_id`` is None."""
     query = select(BulkAction).order_by(BulkAction.created_at.desc()).limit(LISTED)
     if workspace_id is not None:
         query = query.where(BulkAction.workspace_id == workspace_id)
@@ -63,7 +63,7 @@ _STOP = text("UPDATE bulk_actions SET stopped_at = now() WHERE id = :id AND fini
 
 
 def stop(session: Session, action_id: UUID) -> None:
-    """Stop a bulk action after its current batch; a finished action is not changed."""
+    """Stop a bulk action after its current batch; a finished bulk action is not changed."""
     session.execute(_STOP, {"id": action_id})
 
 
@@ -77,9 +77,9 @@ _LOCK_NEXT = (
 
 
 def lock_next(session: Session, without: Collection[UUID] = ()) -> BulkAction | None:
-    """Return the oldest unfinished bulk action, locked until the transaction ends, or None.
+    """Return the oldest unfinished bulk action, locked until the transaction ends, or None if there is none.
 
-    Actions in ``without``, and actions that another worker has locked, are skipped.
+    Bulk actions in ``without``, and those that another worker has locked, are skipped.
     """
     return session.scalar(_LOCK_NEXT.where(BulkAction.id.not_in(without)))
 
@@ -95,7 +95,7 @@ _PROGRESS = text("""
 def record_progress(
     session: Session, action: BulkAction, done: int, passed_over: str, place: BrowseCursor | None, *, finished: bool
 ) -> None:
-    """Record the progress of a bulk action; ``passed_over`` is JSON."""
+    """Record the progress of a bulk action; ``passed_over`` is a JSON text."""
     at, after = place or (action.ended_at_time, action.ended_at_id)
     values = {"id": action.id, "done": done, "passed_over": passed_over, "at": at, "after": after, "finished": finished}
     session.execute(_PROGRESS, values)
@@ -120,9 +120,10 @@ _FINISHED = text("""
 
 
 def cancel_if_not_begun(connection: Connection, ids: Sequence[UUID], final: Final) -> tuple[list[UUID], dict[str, int]]:
-    """Cancel these follow-ups; return the cancelled ones, and the number of skipped ones by reason.
+    """Cancel these follow-ups; return those that were cancelled, and the number of skipped ones by reason.
 
-    A follow-up in flight is only kept from a retry. Rows that are locked or cannot be written are skipped.
+    A follow-up in flight is not cancelled, but it will not be retried. Follow-ups whose rows are locked or cannot be
+    written are skipped.
     """
     parameters = {"status": final.status.value, "reason": final.reason}
 

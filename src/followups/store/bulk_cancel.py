@@ -1,7 +1,8 @@
 """Bulk cancellation for operators: count, preview, cancel.
 
 Follow-ups are cancelled in batches, each in a short transaction. A batch returns the position of its last follow-up,
-where the next batch starts. So a locked row is skipped once, and not read again by every batch.
+and the next batch starts after that position. So a locked row is skipped only once, and later batches do not read it
+again.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
     from followups.states import Final
 
 BATCH = 500
-"""Follow-ups cancelled in one transaction, which takes some ten milliseconds."""
+"""Number of follow-ups cancelled in one transaction, which takes some ten milliseconds."""
 
 NIL = UUID(int=0)
 FIRST = datetime(1, 1, 1, tzinfo=UTC)
@@ -38,7 +39,7 @@ FIRST = datetime(1, 1, 1, tzinfo=UTC)
 
 @dataclass(frozen=True, slots=True)
 class CancelScope:
-    """The follow-ups to cancel: those of a workspace, or of one chat in it, created until ``until``."""
+    """The pending follow-ups of a workspace, or of one chat in it, that were created until ``until``."""
 
     workspace_id: UUID
     chat_id: UUID | None
@@ -46,13 +47,14 @@ class CancelScope:
 
     @property
     def parameters(self) -> dict[str, object]:
-        """The parameters of the statement."""
+        """The parameters of the SQL statement."""
         return {"workspace_id": self.workspace_id, "chat_id": self.chat_id, "until": self.until}
 
 
 def _where(pending: CancelScope) -> str:
     one_chat = " AND chat_id = :chat_id" if pending.chat_id else ""
-    asked = "(begun_at IS NULL OR cancel_requested IS NULL)"  # follow-ups with a requested cancel are skipped
+    # skips follow-ups in flight whose cancel was already requested
+    asked = "(begun_at IS NULL OR cancel_requested IS NULL)"
     return f"workspace_id = :workspace_id AND status = 'pending' AND created_at <= :until{one_chat} AND {asked}"
 
 
@@ -64,13 +66,13 @@ class Count(NamedTuple):
 
 
 def count_pending(connection: Connection, pending: CancelScope) -> Count:
-    """Count the follow-ups that would be cancelled."""
+    """Count the pending follow-ups that a bulk cancel would cancel."""
     query = f"SELECT count(*), count(begun_at) FROM follow_ups WHERE {_where(pending)}"  # noqa: S608 - no input
     return Count(*connection.execute(text(query), pending.parameters).one())
 
 
 def some_pending(connection: Connection, pending: CancelScope, most: int) -> list[UUID]:
-    """Return the first few follow-ups that would be cancelled, in that order."""
+    """Return the first few follow-ups that a bulk cancel would cancel, in its order."""
     query = f"SELECT id FROM follow_ups WHERE {_where(pending)} ORDER BY chat_id, due_date, id LIMIT :most"  # noqa: S608 - no input
     return list(connection.scalars(text(query), pending.parameters | {"most": most}))
 
@@ -85,7 +87,7 @@ class CancelCursor(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Cancelled:
-    """The result of a batch. ``ended`` is None if no follow-up was left."""
+    """The result of a batch of a bulk cancel. ``ended`` is None if no follow-up was left to cancel."""
 
     cancelled: Sequence[UUID]
     in_flight: int
@@ -114,9 +116,9 @@ def _cancel(*, by_code: bool) -> TextClause:
 
 
 def cancel_if_not_begun(connection: Connection, pending: CancelScope, final: Final, after: CancelCursor) -> Cancelled:
-    """Cancel the next batch of follow-ups; those in flight are only kept from a retry.
+    """Cancel the next batch of follow-ups; those in flight are not cancelled, but will not be retried.
 
-    Rows that are locked or cannot be written are skipped.
+    Follow-ups whose rows are locked or cannot be written are skipped.
     """
     place = {"after_chat": after.chat_id, "after_due": after.due_date, "after_id": after.id, "most": BATCH}
     rows = connection.execute(_lock(_where(pending)), pending.parameters | place).all()
@@ -132,7 +134,7 @@ def cancel_if_not_begun(connection: Connection, pending: CancelScope, final: Fin
     return Cancelled(ended, len(written) - len(ended), max((CancelCursor(*row) for row in rows), default=None))
 
 
-# The batches use one start time, so that follow-ups created while the batches run are not cancelled.
+# All batches use the start time of the command, so that follow-ups created while the batches run are not cancelled.
 _NOW = text("SELECT now()")
 
 

@@ -1,7 +1,7 @@
 """Change detection for a workspace or a follow-up, cheap enough for one query a second.
 
-`look` returns a value that differs after a change. If very many follow-ups exist, changes that do not move a follow-up
-to another state may be missed, so the console's pages also reload their contents from time to time.
+`look` returns a different value for a topic after a change. If very many follow-ups exist, a change that does not move
+a follow-up to another state may be missed, so the console's pages also reload their contents from time to time.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ if TYPE_CHECKING:
     from sqlalchemy import Engine
 
 Topic = tuple[str, UUID | None]
-"""``workspace`` with its id, or with None for all workspaces; ``follow_up`` with its id."""
+"""A pair: ``workspace`` with its id (None means all workspaces), or ``follow_up`` with its id."""
 
 Seen = dict[Topic, str]
 
 RECENT = 1_000
-"""Number of the most recently finished follow-ups that are read."""
+"""Number of the most recently finished follow-ups that change detection reads."""
 
 _NEWEST = ", ".join(
     f"""(SELECT f.created_at FROM follow_ups f
@@ -58,7 +58,7 @@ _FOLLOW_UPS = text("""
 
 
 def look(engine: Engine, topics: Iterable[Topic]) -> Seen:
-    """Return for each topic a value that differs after a change."""
+    """Return a value for each topic, which is different after a change."""
     wanted = list(topics)
     workspaces = [own for kind, own in wanted if kind == "workspace" and own is not None]
     follow_ups = [own for kind, own in wanted if kind == "follow_up" and own is not None]

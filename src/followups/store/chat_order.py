@@ -62,7 +62,7 @@ _PARK = text(f"""
 
 
 def park_if_leased(connection: Connection, pairs: Sequence[tuple[Lease, UUID]]) -> set[UUID]:
-    """Park each leased follow-up behind the earlier one in its pair; return the parked ones."""
+    """Park the later follow-up of each pair behind the earlier one; return those that were parked."""
     pending = set(connection.scalars(_LOCK_EARLIER, {"ids": sorted({earlier for _, earlier in pairs})}))
     leased = [(lease, earlier) for lease, earlier in pairs if earlier in pending]
     if not leased:
@@ -76,13 +76,13 @@ def park_if_leased(connection: Connection, pairs: Sequence[tuple[Lease, UUID]]) 
 
 
 PILE = 1000
-"""The most due follow-ups that are parked together with a parked follow-up of the same chat.
+"""The largest number of due follow-ups that are parked together with a parked follow-up of the same chat.
 
 If they were parked one by one, thousands of them would delay every later follow-up.
 """
 
-# As in `park_if_leased`, each follow-up is locked while it becomes the predecessor of another. Locked rows are skipped;
-# the follow-up after a locked row waits for the one before that row.
+# As in `park_if_leased`, each follow-up is locked while it becomes the predecessor of another follow-up. Locked rows
+# are skipped; the follow-up after a locked row waits for the last follow-up before that row.
 _PARK_PILE = text("""
     WITH chat AS MATERIALIZED (
         SELECT DISTINCT ON (workspace_id, chat_id) workspace_id, chat_id, due_date, id
@@ -116,9 +116,9 @@ def park_pile(connection: Connection, parked: Collection[UUID]) -> int:
     return connection.execute(_PARK_PILE, {"ids": list(parked), "most": PILE}).rowcount
 
 
-# A constraint ensures that a waiting follow-up is pending. With this condition repeated in the query, the planner could
-# scan the index of all pending follow-ups instead of the few waiting ones. Rows that are locked are later unblocked by
-# `unblock_forgotten`.
+# A constraint ensures that a waiting follow-up is pending. If the query repeated this condition, the planner could scan
+# the index of all pending follow-ups instead of the few waiting ones. Follow-ups whose rows are locked are later
+# unblocked by `unblock_forgotten`.
 _WAITING = "f.waits_for = ANY(CAST(:ids AS uuid[])) AND f.waits_for IS NOT NULL"
 
 _LOCK_WAITING = Statement(f"SELECT f.id FROM follow_ups f WHERE {_WAITING} FOR NO KEY UPDATE SKIP LOCKED")  # noqa: S608 - no input, only the constant above
@@ -154,7 +154,7 @@ _LOCK_FORGOTTEN = text("""
        FOR NO KEY UPDATE OF f SKIP LOCKED
 """)
 BATCH = 1000
-"""Overlooked follow-ups that are unblocked in one transaction."""
+"""Number of overlooked follow-ups that are unblocked in one transaction."""
 
 
 _FIRST = text("""
@@ -165,13 +165,13 @@ _FIRST = text("""
 
 
 def first_of(connection: Connection, workspace_id: UUID, chat_id: UUID) -> UUID | None:
-    """Return the earliest pending follow-up of the chat, or None."""
+    """Return the earliest pending follow-up of the chat, or None if the chat has none."""
     first: UUID | None = connection.scalar(_FIRST, {"workspace_id": workspace_id, "chat_id": chat_id})
     return first
 
 
 MOST_PLACES = 100
-"""Up to here a follow-up's place in its chat is counted."""
+"""The largest place of a follow-up in its chat that is counted."""
 
 _PLACES = text("""
     SELECT f.id, (SELECT count(*) FROM (
@@ -184,17 +184,17 @@ _PLACES = text("""
 
 
 def places(connection: Connection, ids: Collection[UUID]) -> dict[UUID, int]:
-    """Return the place of each pending follow-up in its chat, from 1, counted up to `MOST_PLACES`."""
+    """Return the place of each pending follow-up in its chat; the first place is 1, the last `MOST_PLACES`."""
     found = connection.execute(_PLACES, {"ids": uuid_array(ids), "most": MOST_PLACES})
     return {row.id: row.place for row in found}
 
 
 @Rule
 def unblock(ended: Collection[UUID]) -> Steps[None]:
-    """Unblock the follow-ups that waited for those that have ended.
+    """Unblock the follow-ups that waited for follow-ups that have just ended.
 
-    Call this in the transaction that ends them, afterwards. A row that cannot be written stays blocked, and
-    `unblock_forgotten` reports it.
+    Call this after the statement that ends the earlier follow-ups, in the same transaction. A follow-up whose row
+    cannot be written stays blocked, and `unblock_forgotten` reports it.
     """
     if ended:
         waiting = yield _LOCK_WAITING(ids=uuid_array(ended))
@@ -210,8 +210,8 @@ def unblock_and_lease(
 ) -> tuple[list[Lease], list[UUID]]:
     """Unblock the follow-ups that waited for the ended ones, and lease them to the caller.
 
-    The caller sends them immediately. Returns the leases, and those ended follow-ups whose successor in the chat is
-    locked by another transaction.
+    The caller sends the leased follow-ups immediately. Returns the leases, and those ended follow-ups whose successor
+    in the chat is locked by another transaction.
     """
     if not ended:
         return [], []
@@ -231,16 +231,17 @@ def unblock_writable(
 ) -> tuple[list[Lease], list[UUID]]:
     """Unblock and lease like `unblock_and_lease`, but under savepoints.
 
-    A row that cannot be written stays blocked, and `unblock_forgotten` reports it.
+    A follow-up whose row cannot be written stays blocked, and `unblock_forgotten` reports it.
     """
     parts = halve_within(connection, list(ended), lambda part: unblock_and_lease(connection, part, lease)).done
     return [lease for leases, _ in parts for lease in leases], [one for _, blocked in parts for one in blocked]
 
 
 def unblock_forgotten(connection: Connection, refused: Refused | None = None, without: Collection[UUID] = ()) -> int:
-    """Unblock up to a thousand follow-ups that were locked when their predecessors ended; return how many.
+    """Unblock up to a thousand follow-ups whose rows were locked when their predecessors ended.
 
-    ``refused`` is called for each row that cannot be written; rows in ``without`` are skipped.
+    Returns how many were unblocked. ``refused`` is called for each row that cannot be written; rows in ``without`` are
+    skipped.
     """
     ids = connection.scalars(_LOCK_FORGOTTEN, {"without": uuid_array(without), "most": BATCH}).all()
     return len(run(connection, _unblock(ids, refused)))

@@ -1,6 +1,6 @@
 """Chats and chat messages.
 
-The row lock on the chat puts a reply and a new follow-up into a definite order.
+The row lock on a chat determines whether a reply or a new follow-up in this chat comes first.
 """
 
 from __future__ import annotations
@@ -35,14 +35,14 @@ class Role(StrEnum):
 
 
 CANCELLING = {Role.USER: ReasonCode.USER_REPLIED, Role.OPERATOR: ReasonCode.HUMAN_TAKEOVER}
-"""The roles whose messages cancel the chat's pending follow-ups, each with the reason that is recorded."""
+"""The roles whose chat messages cancel the chat's pending follow-ups, each with the reason to record."""
 
 
 @dataclass(frozen=True, slots=True)
 class RecordedMessage:
     """A recorded chat message.
 
-    ``new`` is False if the message had been recorded before and nothing changed.
+    ``new`` is False if the message was already recorded earlier, in which case nothing was changed.
     """
 
     id: UUID
@@ -54,7 +54,7 @@ class RecordedMessage:
 
     @property
     def cancelled_follow_up_ids(self) -> tuple[UUID, ...]:
-        """Ids of the cancelled follow-ups, under the name that the API uses."""
+        """Ids of the follow-ups that the message cancelled, under the name that the API uses."""
         return self.cancelled
 
 
@@ -117,15 +117,15 @@ _LOCK_OF = Statement(
 def lock_chats_of(follow_up_id: UUID, workspace_id: UUID | None, target: UUID | None) -> Steps[dict[UUID, Chat]]:
     """Lock and return the follow-up's chat and the ``target`` chat, including removed chats.
 
-    The chats stay locked until the transaction ends. A chat that does not exist is left out. With ``workspace_id``
-    None, as for operators, chats of all workspaces are found.
+    The chats stay locked until the transaction ends. A chat that does not exist is left out of the result. If
+    ``workspace_id`` is None, as for operators, chats of all workspaces are found.
     """
     chats: Sequence[Chat] = yield _LOCK_OF(follow_up_id=follow_up_id, workspace_id=workspace_id, target=target)
     return {chat.id: chat for chat in chats}
 
 
-# Two concurrent transactions that reserve the same external id run one after the other. The second transaction sees
-# what the first one has committed.
+# Two concurrent transactions that reserve the same external id run one after the other, and the second one sees what
+# the first has committed.
 _LOCK_EXTERNAL_ID = Statement("SELECT pg_advisory_xact_lock(hashtextextended(:external_id, 0))")
 _TAKEN = Statement("""
     SELECT id FROM chats
@@ -138,7 +138,7 @@ def take_external_id(workspace_id: UUID, external_id: str) -> Steps[None]:
     """Reserve an external id for the workspace until the transaction ends.
 
     The caller then creates or updates the chat that has this id. Raises `ExternalChatTakenError` if a chat of another
-    workspace has this external id; a removed chat has none.
+    workspace has this external id, unless that chat is removed.
     """
     yield _LOCK_EXTERNAL_ID(external_id=external_id)
     if (yield _TAKEN(external_id=external_id, workspace_id=workspace_id)):
@@ -158,7 +158,7 @@ _INSERT = Statement(
     """,
     Chat,
 )
-# When a removed chat is created again, its last message is cleared.
+# When a removed chat is created again, the record of its last message is cleared.
 _CHANGE = Statement(
     """
     UPDATE chats
@@ -176,16 +176,16 @@ _CHANGE = Statement(
 
 @Rule
 def put_chat(workspace_id: UUID, chat_id: UUID, channel: Channel, external_id: str | None) -> Steps[tuple[Chat, bool]]:
-    """Create or update the chat; return it and whether it is new. A removed chat counts as new."""
+    """Create or update the chat; return the chat and whether it is new. A removed chat counts as new."""
     name: dict[str, Any] = {"workspace_id": workspace_id, "chat_id": chat_id}
     values = name | {"channel": channel.value, "external_id": external_id}
-    # Only under the lock is it certain whether the chat was removed, and which message is its last one.
+    # Whether the chat is removed, and which message is its last one, is certain only while the chat is locked.
     locked: Sequence[Chat] = yield _LOCK_ANY(**name)
     if not locked:
         if created := (yield _INSERT(**values, within_quota=False)):
             return created[0], True
         locked = yield _LOCK_ANY(**name)
-    if not locked:  # the workspace has a quota
+    if not locked:  # no row was inserted, because the workspace has a quota
         yield from quotas.take.steps(workspace_id, Kind.CHATS, 1)
         if created := (yield _INSERT(**values, within_quota=True)):
             return created[0], True
@@ -204,7 +204,7 @@ _REMOVE = Statement("""
 
 @Rule
 def remove_chat(workspace_id: UUID, chat_id: UUID) -> Steps[list[UUID]]:
-    """Remove the chat and cancel its pending follow-ups; return the cancelled ones.
+    """Remove the chat and cancel its pending follow-ups; return the follow-ups that were cancelled.
 
     Raises `ChatNotFoundError`.
     """
@@ -217,7 +217,7 @@ _ENSURE = Statement(f"""
     INSERT INTO chats (workspace_id, id) SELECT :workspace_id, :chat_id WHERE {_WITHIN_QUOTA}
     ON CONFLICT (workspace_id, id) DO NOTHING
 """)
-# The chat is not locked if its message was recorded before.
+# If the message was recorded before, the chat is not locked.
 _KNOWN_OR_LOCK = Statement("""
     SELECT now() AS now, m.id AS known_id, m.chat_id AS known_chat_id, m.role AS known_role,
            m.created_at AS known_created_at, chat.*
@@ -256,8 +256,8 @@ _SECOND = timedelta(seconds=1)
 def counts_as(created_at: datetime) -> datetime:
     """Return the time at which a message counts as written; whole seconds count as the end of that second.
 
-    Several channels report times in whole seconds. A reply sent within the same second as our own message must not look
-    older than that message.
+    Several channels report times in whole seconds. A reply sent within the same second as our own message must not seem
+    older than our message.
 
     >>> counts_as(datetime(2030, 1, 31, 9, 0, 0)).time().isoformat()
     '09:00:00.999999'
@@ -271,16 +271,16 @@ def receive(
 ) -> Steps[RecordedMessage]:
     """Record a chat message; a message of a user or an operator cancels the chat's pending follow-ups.
 
-    An unknown chat is created. A message that is older than the chat's last one is recorded and cancels nothing, but a
-    user's message still opens the messaging window from its own time. A message that was recorded before changes
-    nothing. Raises `ChatNotFoundError` for a removed chat.
+    If the chat is unknown, it is created. A message that is older than the chat's last one is recorded but cancels
+    nothing; if a user wrote it, it still opens the messaging window from the time of the message. A message that was
+    recorded before changes nothing. Raises `ChatNotFoundError` for a removed chat.
     """
     names: dict[str, Any] = {"workspace_id": workspace_id, "message_id": message_id, "chat_id": chat_id}
     (chat,) = yield _KNOWN_OR_LOCK(**names)
     if chat.known_id is None and chat.id is None:
         yield _ENSURE(workspace_id=workspace_id, chat_id=chat_id, within_quota=False)
         (chat,) = yield _KNOWN_OR_LOCK(**names)
-    if chat.known_id is None and chat.id is None:  # the workspace has a quota
+    if chat.known_id is None and chat.id is None:  # no chat was inserted, because the workspace has a quota
         yield from quotas.take.steps(workspace_id, Kind.CHATS, 1)
         yield _ENSURE(workspace_id=workspace_id, chat_id=chat_id, within_quota=True)
         (chat,) = yield _KNOWN_OR_LOCK(**names)
@@ -305,8 +305,8 @@ def _advance(chat: Any, message_id: UUID, role: Role, at: datetime) -> tuple[boo
     """Return whether the message is the chat's last one, and the new values of the chat's columns, if any.
 
     The clock of the host that wrote the message may be fast. A message with a time in the future counts as written now;
-    otherwise every later reply would look older and cancel nothing. An agent's message keeps its own time, so that a
-    reply within the same second with a more precise time is later.
+    otherwise every later reply would seem older than that message and cancel nothing. The exact time of an agent's
+    message is kept, so that a reply within the same second is later.
     """
     counted = min(counts_as(at), chat.now)
     is_last = chat.last_message_at is None or chat.last_message_at <= counted

@@ -1,10 +1,11 @@
 """Claims: the statements that lease due follow-ups, by due date or shared fairly between workspaces.
 
 While all due follow-ups fit into the window (the in-flight limit), claiming in the order of due dates is both fair and
-cheapest. Behind a backlog that order is not fair, because a workspace with a hundred thousand overdue follow-ups would
-be served before all others. In that case, free slots go to the workspaces with the fewest follow-ups in flight.
+cheapest. When there is a backlog, that order is not fair, because a workspace with a hundred thousand overdue
+follow-ups would be served before all other workspaces. In that case, free slots go to the workspaces with the fewest
+follow-ups in flight.
 
-Each claim is one guarded statement; it skips rows that another transaction has locked.
+Each claim is one guarded statement, which skips rows that another transaction has locked.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
 
 
 class Lost(NamedTuple):
-    """A follow-up claimed after a lost lease, whose attempt had the number ``attempts + 1``."""
+    """A follow-up claimed again after a lost lease; the interrupted attempt had the number ``attempts + 1``."""
 
     lease: Lease
     attempts: int
@@ -43,13 +44,13 @@ class Claim:
 
     leases: tuple[Lease, ...]
     lost: tuple[Lost, ...]
-    """The follow-ups with a lost lease, which expired with an attempt in flight."""
+    """The follow-ups with a lost lease: a lease that expired with an attempt in flight."""
     traced: tuple[tuple[UUID, str], ...]
-    """The follow-ups that were created in a trace: their ids, each with its ``traceparent``."""
+    """The ids of the claimed follow-ups that were created in a trace, each with its ``traceparent``."""
     more: bool
-    """Whether more follow-ups may be due, because this claim or the window was full."""
+    """Whether more follow-ups may be due, because this claim or the in-flight window was full."""
     cut_short: bool
-    """Whether another immediate claim would find more, because this claim was full and the window was not."""
+    """Whether another immediate claim would find more, because this claim was full but the in-flight window was not."""
     low_water: datetime | None
     """The due time from which the next claim may start, unless rows are added with an earlier due date."""
     ended: tuple[tuple[UUID, Final], ...] = ()
@@ -57,7 +58,7 @@ class Claim:
     in_grace: bool = False
     """Whether expired leases with an attempt in flight were left to their workers.
 
-    A later claim takes over these leases shortly.
+    If so, a claim after the grace period takes over these leases.
     """
     busy: bool = False
     """Whether another dispatcher was claiming, so that this claim read nothing."""
@@ -67,7 +68,7 @@ class Claim:
 class ClaimSearch:
     """The search range of a claim: rows that fall due within ``ahead``, but not before ``since``.
 
-    A claim leases up to ``most`` follow-ups for ``lease``, so that at most ``window`` are in flight.
+    A claim leases up to ``most`` follow-ups for the time ``lease``, so that at most ``window`` are in flight.
     """
 
     ahead: timedelta
@@ -76,20 +77,20 @@ class ClaimSearch:
     most: int
     since: datetime | None = None
     without: tuple[UUID, ...] = ()
-    """Follow-ups to skip, since their rows cannot be written."""
+    """Follow-ups that the claim skips, since their rows cannot be written."""
     in_grace: bool = False
     """Whether lost leases are left to their workers for now (`followups.store.last_tick`)."""
 
 
 LOW_WATER_MARGIN = timedelta(seconds=10)
-"""Margin below the low-water mark for rows that are due now but whose transaction commits a little later."""
+"""Margin below the low-water mark for rows that are already due but whose transaction commits a little later."""
 
 FEW = 6
-"""Rows that a fair claim reads in each workspace, whatever the number of workspaces."""
+"""Number of rows that a fair claim reads in each workspace, however many workspaces there are."""
 STRIDE = 32
-"""Rows read in one step of the scan over all workspaces. A workspace's further rows are skipped, and workspaces with
-fewer rows share a step. So a workspace with a single row that is not yet due costs 0.5 us (2.4 us with a stride of 1),
-and a workspace without pending rows costs nothing.
+"""Number of rows read in one step of the scan over all workspaces. The scan skips a workspace's further rows, and
+workspaces with fewer rows share a step. So a workspace with a single row that is not yet due costs 0.5 us (2.4 us with
+a stride of 1), and a workspace without pending rows costs nothing.
 """
 
 _IN_ORDER, _FAIRLY = (text(read_sql(name) + read_sql("lease")) for name in ("claim", "fair_claim"))
@@ -97,13 +98,13 @@ _IN_ORDER, _FAIRLY = (text(read_sql(name) + read_sql("lease")) for name in ("cla
 WITHOUT_SORTING = text(
     "SELECT set_config('enable_sort', 'off', true), set_config('enable_incremental_sort', 'off', true)"
 )
-"""Disables sorting for a fair claim. If the planner believes that the table is almost empty, it reads and sorts all
+"""Disables sorting for a fair claim. If the planner estimates that the table is almost empty, it reads and sorts all
 pending rows for each workspace instead of following the index that has this order. Measured right after an insert of
 30,000 rows: 311 ms, and with a thousand other workspaces more than 10 s.
 """
 
 _NAME = " SELECT f.id FROM taken JOIN follow_ups f ON f.ctid = taken.place"
-# These queries are the claims without the lease: they return the ids of the follow-ups that a claim would lease.
+# These queries return the ids of the follow-ups that a claim would lease, without leasing them.
 _CANDIDATES, _CANDIDATES_FAIRLY = (
     text(query.text.partition(", claimed AS")[0] + _NAME) for query in (_IN_ORDER, _FAIRLY)
 )
@@ -123,9 +124,9 @@ _TRY = text(f"""
 
 
 def candidates(connection: Connection, look: ClaimSearch, *, fairly: bool) -> list[UUID]:
-    """Return the ids that a claim would lease, in its order, and lock their rows for this transaction.
+    """Return the ids that a claim would lease, in its order, and lock their rows until the transaction ends.
 
-    With ``fairly`` these are the ids that `claim_fairly` would lease.
+    If ``fairly`` is true, the ids are those that `claim_fairly` would lease.
     """
     connection.execute(WITHOUT_SORTING)
     parameters = _parameters(look)
@@ -136,7 +137,7 @@ def candidates(connection: Connection, look: ClaimSearch, *, fairly: bool) -> li
 
 
 def try_to_lease(connection: Connection, ids: Sequence[UUID]) -> list[Lost]:
-    """Update the rows as a claim does, in a transaction that is rolled back; return those with a lost lease.
+    """Update the rows as a claim does, in a transaction to be rolled back; return those with a lost lease.
 
     Raises any error that the content of a row causes.
     """
@@ -158,9 +159,9 @@ def claim(connection: Connection, look: ClaimSearch) -> Claim:
 
 
 def claim_fairly(connection: Connection, look: ClaimSearch) -> Claim:
-    """Lease due follow-ups, first of the workspaces with the fewest in flight.
+    """Lease due follow-ups, starting with the workspaces that have the fewest in flight.
 
-    In each workspace the earliest due are leased first.
+    Within each workspace, the follow-ups with the earliest due dates are leased first.
     """
     connection.execute(WITHOUT_SORTING)
     return _claim_of(
@@ -189,7 +190,7 @@ def _claim_of(connection: Connection, rows: Sequence[Any], look: ClaimSearch) ->
         tuple(leases),
         tuple(lost),
         tuple(traced),
-        # A row that was updated concurrently has a new physical position (ctid), and gets no lease.
+        # A row that was updated concurrently has a new physical position (ctid), and is therefore not leased.
         more=looked.taken >= min(look.most, room) or looked.unseen,
         cut_short=looked.taken == look.most < room,
         low_water=looked.low_water,
