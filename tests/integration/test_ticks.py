@@ -11,6 +11,7 @@ import pytest
 from pydantic import SecretStr
 from sqlalchemy import make_url, text
 
+from followups.delivery import claim_interval
 from followups.delivery.attempts import Attempt
 from followups.delivery.begin import begin
 from followups.delivery.claim import claim, rhythm_of
@@ -208,6 +209,26 @@ class TestOneAtATime:
             busy = claim(engine, settings)
         assert (busy.busy, busy.leases) == (True, ())
         assert claimed(engine, settings) == [follow_up]
+
+    def test_nothing_after_its_tick(
+        self, world: World, engine: Engine, settings: Settings, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """A dispatcher does not wait beyond its tick to claim more, since the next tick may be another's."""
+        monkeypatch.setattr(claim_interval, "SHORTEST", 0.4)
+        short = settings.model_copy(update={"tick_interval": timedelta(seconds=0.2), "max_in_flight": 10})
+        world.burst([timedelta(0)] * 30)
+        hints: list[Hint] = []
+        dispatcher = Dispatcher(short, engine, hints.append)
+        dispatcher.start()
+        dispatcher.tick()
+        wait_until(lambda: hints)
+        world.sql("UPDATE follow_ups SET status = 'sent', finished_at = now() WHERE lease_until IS NOT NULL")
+        time.sleep(0.6)
+        claims_of_first_tick = len(hints)
+        dispatcher.tick()
+        wait_until(lambda: len(hints) > claims_of_first_tick)
+        dispatcher.stop()
+        assert claims_of_first_tick == 1
 
     def test_comes_back(self, world: World, engine: Engine, settings: Settings) -> None:
         """If another dispatcher is claiming, a dispatcher waits and then claims without another tick."""
