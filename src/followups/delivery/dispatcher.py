@@ -129,13 +129,13 @@ class Dispatcher:
     def _run(self) -> None:
         while True:
             self.busy_since = None
-            self._wanted.wait(self._until_next_look())
+            prompted = self._wanted.wait(self._until_next_look())
             self._wanted.clear()
             if self._stopping.is_set():
                 return
             self.busy_since = time.monotonic()
             try:
-                self._drain_due()
+                self._drain_due(self._settings.tick_interval.total_seconds() if prompted else 0.0)
                 self._backoff = BACKOFF
                 events.succeeded("claim")
             except Exception as error:  # noqa: BLE001 - the next tick tries again, whatever it was
@@ -168,15 +168,21 @@ class Dispatcher:
         if self._in_grace:
             return IN_GRACE
         # The tick may have been requested for a row inserted below the low-water mark.
-        return None if self._looked_at_all else max(0.0, self._next_whole - time.monotonic())
+        if self._looked_at_all:
+            return None
+        return max(0.0, max(self._next_whole, self._interval.next) - time.monotonic())
 
-    def _drain_due(self) -> None:
-        deadline = time.monotonic() + self._settings.tick_interval.total_seconds()
+    def _drain_due(self, seconds: float) -> None:
+        """Claim and publish until nothing more is due, or until a tick of so many ``seconds`` has ended.
+
+        With 0 seconds there is a single claim.
+        """
+        deadline = time.monotonic() + seconds
         self._interval.begin()
         self._unblock_forgotten()
         # What could be claimed only after the deadline is left to the next tick, which may be another dispatcher's: two
         # that claim alternately make twice as many claims, of half the size.
-        while self._interval.next < deadline:
+        while self._interval.next <= deadline:
             if self._stopping.wait(max(0.0, self._interval.next - time.monotonic())) or not self._claim_and_publish():
                 return
             if time.monotonic() >= deadline:
