@@ -45,6 +45,15 @@ class TestMigrate:
         again = run("migrate")
         assert (again.code, again.stdout) == (0, f"The schema is {newest}, as it was\n")
 
+    def test_a_role_that_may_not_migrate(self, run: Run, database_url: str) -> None:
+        """If the role may not create tables, `migrate` says which role it needs."""
+        downgrade(url_as(database_url, OWNER), "base")
+        ran = run("migrate")
+        assert ran.code == 1
+        needed = "permission denied for schema public; connect as a role that may (migrate and bench need"
+        assert needed in ran.stderr
+        assert ran.stderr.count("\n") == 1
+
     def test_it_waits_for_a_database_that_is_not_there_yet(
         self, run: Run, database_url: str, environment: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory
     ) -> None:

@@ -84,7 +84,8 @@ def bench(
     a built-in receiver on this machine, so nothing reaches your chat server. Everything is removed afterwards. The
     benchmark puts real load on the servers, so avoid running it against production. The first phase measures the
     throughput of a backlog of follow-ups that are all due at the same moment. The second phase measures the lag at a
-    steady rate. The exit code is 0 if every follow-up was sent exactly once and none was sent early.
+    steady rate. The exit code is 0 if every follow-up was sent exactly once and none was sent early. The database role
+    must be allowed to create a schema, as the role that owns the tables is.
     """
     if rate * seconds > MOST:
         message = (
