@@ -10,7 +10,8 @@ from uuid import uuid4
 import pytest
 
 from conftest import brisk_settings
-from databases import OWNER, create_database, drop_database, url_as, url_of
+from databases import OWNER, SUPERUSER, create_database, drop_database, url_as, url_of
+from deploy.manifests import DEPLOY
 from followups.database import make_engine
 from followups.embedded.postgres import BINARIES
 from followups.session_settings import BY_KEY
@@ -29,6 +30,7 @@ def restored(postgres_url: str) -> Iterator[tuple[str, Engine]]:
     """Return the URL of an empty database to restore into, and an engine for it."""
     name = f"test_restored_{uuid4().hex}"
     create_database(postgres_url, name)
+    run("psql", "--quiet", "--file", str(DEPLOY / "grants.sql"), url_of(postgres_url, name, SUPERUSER))
     engine = make_engine(url_of(postgres_url, name), options=BY_KEY)
     yield url_of(postgres_url, name), engine
     engine.dispose()
@@ -41,13 +43,13 @@ def test_what_a_restore_means(stack: Stack, restored: tuple[str, Engine], tmp_pa
     A cancellation made after the backup is lost.
     """
     url, engine = restored
-    dump = str(tmp_path / "followups.sql")
+    dump = str(tmp_path / "followups.dump")
     before = stack.world.follow_up()
     stack.start()
     stack.wait_until_done(before)
     stop_sending(stack)
     after, cancelled = stack.world.follow_up(), stack.world.follow_up(due=timedelta(days=1))
-    run("pg_dump", "--no-owner", "--file", dump, stack.settings.database_url.get_secret_value())
+    run("pg_dump", "--format=custom", "--file", dump, stack.settings.database_url.get_secret_value())
     late = stack.world.follow_up(due=timedelta(days=1))
     stack.world.sql(
         "UPDATE follow_ups SET status = 'cancelled', reason = 'user_replied', finished_at = now() WHERE id = :id",
@@ -57,7 +59,7 @@ def test_what_a_restore_means(stack: Stack, restored: tuple[str, Engine], tmp_pa
     stack.wait_until_done(after)
     stop_sending(stack)
 
-    run("psql", "--quiet", "--set", "ON_ERROR_STOP=1", "--file", dump, url_as(url, OWNER))
+    run("pg_restore", "--no-owner", "--no-acl", "--exit-on-error", "--dbname", url_as(url, OWNER), dump)
     settings = brisk_settings(url, stack.settings.broker_url.get_secret_value())
     again = Stack(settings, World(engine), stack.processes, stack.sandbox_port)
     start_sending(again)
