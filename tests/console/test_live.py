@@ -79,17 +79,21 @@ def come(console_settings: Settings, own: World) -> Iterator[Callable[..., Perso
 
 
 def test_a_change_nudges_those_who_see_it(come: Callable[..., Person], own: World, foreign: World) -> None:
-    """A new follow-up sends an event to open lists, and a changed follow-up sends one to its open page."""
+    """A new follow-up sends an event to open lists, and a changed follow-up sends one to its open page.
+
+    A stream reports nothing of another workspace's follow-up, even if it asks for that.
+    """
     one_id = own.follow_up(due=HOUR)
     ours = Listening(come())
     single = Listening(come(), f"/console/stream?follow_up={one_id}")
-    theirs = Listening(come(world=foreign))
+    theirs = Listening(come(world=foreign), f"/console/stream?follow_up={one_id}")
     operator = Listening(come("operator", None))
     time.sleep(2 * live.EVERY)
     for each in (ours, single, theirs, operator):
         each.events.clear()
     own.sql("UPDATE follow_ups SET updated_at = now() + interval '1 s' WHERE id = :id", id=one_id)
     assert single.wait_for("change")
+    assert theirs.events == []
     own.follow_up(due=HOUR)
     assert ours.wait_for("change")
     assert operator.wait_for("change")

@@ -25,11 +25,13 @@ from followups.console.services import PREFIX, ConsoleServices
 from followups.console.visit import ForbiddenError, Visit
 from followups.database_errors import is_passing, is_undone
 from followups.errors import InvalidRequestError, NotFoundError
+from followups.store import follow_ups
 from followups.telemetry.logs import get_logger
 
 if TYPE_CHECKING:
     import re
     from collections.abc import Callable
+    from uuid import UUID
 
     from starlette.types import Receive, Scope, Send
 
@@ -139,7 +141,8 @@ class Console:
         async def still_valid() -> bool:
             return await self._in_thread(identity.is_known, self.services, visit.cookies, visit.scheme)
 
-        stream = Stream(viewer.session.id, viewer.workspace_id, visit.query.uuid("follow_up"))
+        follow_up_id = await self._in_thread(_followed, visit)
+        stream = Stream(viewer.session.id, viewer.workspace_id, follow_up_id)
         # A proxy that buffered the response would delay these small events indefinitely.
         headers = {"x-accel-buffering": "no", "cache-control": "no-store"}
         events = self._live.events(stream, still_valid)
@@ -195,6 +198,16 @@ class Console:
                 raise
             # the transaction was rolled back because of a conflict, so none of its work was committed
             return route.page(visit)
+
+
+def _followed(visit: Visit) -> UUID | None:
+    """Return the follow-up whose changes the stream reports, or None if the person may not see it."""
+    asked = visit.query.uuid("follow_up")
+    if asked is None:
+        return None
+    with visit.transaction() as session:
+        found = follow_ups.find(session, asked, visit.person.workspace_id)
+        return asked if found and visit.person.sees(found.workspace_id, found.chat_id) else None
 
 
 def _told(visit: Visit, status: int, told: str) -> Response:
