@@ -13,13 +13,13 @@ if TYPE_CHECKING:
 
 
 class Permission(StrEnum):
-    """A permission that a route requires."""
+    """A permission that a console route requires."""
 
     PUBLIC = "public"
-    """Routes that need no session: sign-in and static files."""
+    """The permission of routes that need no session: sign-in and static files."""
     SEE = "see"
     CHANGE = "change"
-    """Schedule, change, cancel, send now and retry follow-ups."""
+    """The permission to schedule, change, cancel, send now and retry follow-ups."""
     SETTINGS = "settings"
     AUDIT = "audit"
     SYSTEM = "system"
@@ -33,7 +33,7 @@ ALLOWED = {"viewer": _VIEWER, "agent": _AGENT, "admin": _ADMIN, "operator": _OPE
 """The permissions of each role."""
 
 WHOLE_WORKSPACE = frozenset({Permission.SETTINGS, Permission.AUDIT, Permission.SYSTEM})
-"""Permissions that a session limited to one chat never has, whatever its role."""
+"""Permissions that a session limited to one chat never has, regardless of its role."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,17 +50,17 @@ class Viewer:
 
     @property
     def workspace_id(self) -> UUID | None:
-        """The one workspace that the session is limited to, or None for all workspaces."""
+        """The workspace that the session is limited to, or None if it sees all workspaces."""
         return self.session.workspace_id
 
     @property
     def chat_id(self) -> UUID | None:
-        """The one chat that the session is limited to, or None for all chats of its workspace."""
+        """The chat that the session is limited to, or None if it sees all chats of its workspace."""
         return self.session.chat_id
 
     @property
     def sees_texts(self) -> bool:
-        """Whether message texts are shown without a click, which is so only for people of the workspace."""
+        """Whether message texts are shown without a click, as they are only for members of the workspace."""
         return self.session.workspace_id is not None
 
     def sees(self, workspace_id: UUID, chat_id: UUID) -> bool:

@@ -25,5 +25,5 @@ def actor_of(visit: Visit) -> Actor:
 def record(
     visit: Visit, session: Session, action: Action, workspace_id: UUID | None, target_id: UUID, **details: object
 ) -> None:
-    """Record the person's action in the audit log, in the transaction of the change itself."""
+    """Record the person's action in the audit log, in the same transaction as the change."""
     audit.record(session.connection(), Event(actor_of(visit), action, workspace_id, target_id, details=details))

@@ -42,22 +42,22 @@ T = TypeVar("T")
 Ts = TypeVarTuple("Ts")
 
 THREADS = 6
-"""Maximum number of console requests served at a time, separate from the API's."""
+"""Maximum number of console requests served at a time. The API's limit is separate."""
 
 STRANGERS_BODY = 16 * 1024
-"""Maximum size of a body without a valid session, in bytes.
+"""Maximum size, in bytes, of a request body that is sent without a valid session.
 
 Only the sign-in form is sent without a session.
 """
 
 PUBLIC_FORM = 1024
-"""Maximum size of a form that is parsed without a session, in bytes.
+"""Maximum size, in bytes, of a form that is parsed without a valid session.
 
-Such a form has an API key or a link's token, and the page to open after sign-in.
+Such a form contains an API key or a link's token, and the page to open after sign-in.
 """
 
 STREAM = f"{PREFIX}/stream"
-"""Path of the stream of server-sent events."""
+"""Path of the server-sent event stream."""
 
 LONGEST_BODY = 1024 * 1024
 
@@ -76,7 +76,7 @@ class Console:
     """The console, an ASGI application for the paths under ``/console``."""
 
     def __init__(self, settings: Settings, nudge: Callable[[], None]) -> None:
-        """Store the settings; ``nudge`` makes the workers run a tick."""
+        """Store the settings and ``nudge``, which makes the workers run a tick."""
         self.services = ConsoleServices(settings, nudge)
         self._limiter = anyio.CapacityLimiter(THREADS)
         self._live = Live(self.services.engine, self._in_thread)
@@ -90,7 +90,7 @@ class Console:
         self.services.close()
 
     async def body_limit(self, scope: Scope) -> int:
-        """Return the maximum size of a request's body in bytes, which is small without a valid session."""
+        """Return the maximum size of a request's body in bytes, which is smaller without a valid session."""
         if scope["method"] in {"GET", "HEAD"}:
             return STRANGERS_BODY
         known = await self._in_thread(identity.is_known, self.services, _cookies(scope), scope["scheme"])
@@ -99,7 +99,7 @@ class Console:
     def end_streams(self) -> None:
         """End the open event streams within a second, because the process is stopping.
 
-        A signal handler may call this.
+        This method may be called from a signal handler.
         """
         self._live.end()
 
@@ -125,7 +125,7 @@ class Console:
         return await self._in_thread(self._serve, visit, route, scope, body)
 
     async def _stream(self, scope: Scope) -> Response:
-        """Return a stream of change events for a person with a session."""
+        """Return a stream of change events for the person who is signed in."""
         visit = _visit(self.services, scope, STREAM.removeprefix(PREFIX))
         try:
             visit.query = _query(scope)
@@ -143,7 +143,7 @@ class Console:
 
         follow_up_id = await self._in_thread(_followed, visit)
         stream = Stream(viewer.session.id, viewer.workspace_id, follow_up_id)
-        # A proxy that buffered the response would delay these small events indefinitely.
+        # A proxy that buffers the response would delay these small events indefinitely.
         headers = {"x-accel-buffering": "no", "cache-control": "no-store"}
         events = self._live.events(stream, still_valid)
         return _finished(visit, StreamingResponse(events, media_type="text/event-stream", headers=headers))
@@ -152,7 +152,7 @@ class Console:
         return await anyio.to_thread.run_sync(work, *arguments, limiter=self._limiter)
 
     def _serve(self, visit: Visit, route: Route | None, scope: Scope, body: bytes) -> Response:
-        """Return the response of the route, or an error page if the route raises an error."""
+        """Return the route's response, or an error page if the route raises an error."""
         try:
             return _finished(visit, self._decide(visit, route, scope, body))
         except ForbiddenError:
@@ -172,7 +172,7 @@ class Console:
             return _finished(visit, response)
 
     def _decide(self, visit: Visit, route: Route | None, scope: Scope, body: bytes) -> Response:
-        """Check the origin, session and role, in this order, and then call the route's page."""
+        """Check the origin, the session and the role, in this order, and then call the route."""
         if visit.method != "GET":
             public = self.services.settings.public_url
             own = origins.own_origin(public, scope["scheme"], visit.headers.get("host", ""))
@@ -196,7 +196,7 @@ class Console:
         except DBAPIError as error:
             if not is_undone(error):
                 raise
-            # the transaction was rolled back because of a conflict, so none of its work was committed
+            # The transaction was rolled back because of a conflict, so nothing was committed.
             return route.page(visit)
 
 

@@ -1,4 +1,4 @@
-"""Templates and static files.
+"""Templates and static files of the console.
 
 A static file's name contains a hash of its content, so browsers may cache the file indefinitely.
 """
@@ -21,7 +21,8 @@ POLICY = (
 HEADERS = {
     "content-security-policy": POLICY,
     "x-content-type-options": "nosniff",
-    # With a policy of no-referrer, browsers might omit the Origin header of the console's own forms, which is checked.
+    # With no-referrer, browsers might omit the Origin header from the console's own forms, and the origin check would
+    # fail.
     "referrer-policy": "same-origin",
     "cross-origin-opener-policy": "same-origin",
     "cross-origin-resource-policy": "same-origin",
@@ -44,7 +45,7 @@ class Asset:
     """A static file."""
 
     name: str
-    """The file's name, which contains a hash of its content."""
+    """The name of the static file, which contains a hash of its content."""
     content: bytes
     media_type: str
 
@@ -61,6 +62,6 @@ def _load() -> dict[str, Asset]:
 
 
 ASSETS = _load()
-"""The static files by their names in the source tree."""
+"""The static files, keyed by their names in the source tree."""
 
 BY_NAME = {asset.name: asset for asset in ASSETS.values()}

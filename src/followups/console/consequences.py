@@ -1,4 +1,4 @@
-"""Sentences that describe the consequences of a due date before it is saved."""
+"""Sentences that tell a user what a due date will lead to, before it is saved."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 def foreseen(visit: Visit, session: Session, chat: Chat, due: datetime, now: datetime) -> list[str]:
-    """Return the consequences of a due date in this chat; the first sentence states the time itself.
+    """Return sentences about the consequences of a due date in this chat, beginning with the time itself.
 
     Raises `InvalidRequestError` for a due date at the edge of the calendar.
     """

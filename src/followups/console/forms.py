@@ -9,11 +9,11 @@ from followups.errors import InvalidRequestError
 from followups.wording import Sentence
 
 MAX_FIELDS = 300
-"""Maximum number of fields in a form or query string: a page's check boxes and a dozen other fields."""
+"""Maximum number of fields in a form or query string: one check box per row, and a dozen other fields."""
 
 
 class Fields:
-    """The fields of a form or query string, in their order."""
+    """The fields of a form or query string, in the order in which they were sent."""
 
     def __init__(self, encoded: str) -> None:
         """Parse the fields. Raises `InvalidRequestError` if there are too many or if they are not valid UTF-8."""
@@ -27,23 +27,23 @@ class Fields:
             self._values.setdefault(name, []).append(value)
 
     def text(self, name: str, default: str = "") -> str:
-        """Return a field's last value without surrounding white space."""
+        """Return the last value of a field, without surrounding white space."""
         return self.raw(name, default).strip()
 
     def raw(self, name: str, default: str = "") -> str:
-        """Return a field's last value as it was typed, with line feeds as line breaks."""
+        """Return the last value of a field as the user typed it, with line breaks as line feeds."""
         return self._values.get(name, [default])[-1].replace("\r\n", "\n")
 
     def every(self, name: str) -> list[str]:
-        """Return all values of the field."""
+        """Return all values of a field."""
         return self._values.get(name, [])
 
     def uuid(self, name: str) -> UUID | None:
-        """Return the field as a UUID, or None if it is missing or not a UUID."""
+        """Return the value of a field as a UUID, or None if it is missing or not a UUID."""
         return uuid_or_none(self.text(name))
 
     def __contains__(self, name: object) -> bool:
-        """Return whether the request contained the field."""
+        """Return whether the form or query string contains the field."""
         return name in self._values
 
 

@@ -25,7 +25,7 @@ LONGEST_NAME = 200
 
 
 def identify(visit: Visit, scope: Scope) -> None:
-    """Set the visit's viewer if there is a valid session, and sign in a person named by the proxy."""
+    """Set the visit's viewer if the request has a valid session, and sign in a person named by the proxy."""
     services = visit.services
     name = services.cookie_name(scope["scheme"])
     token = visit.cookies.get(name, "")
@@ -33,8 +33,8 @@ def identify(visit: Visit, scope: Scope) -> None:
     role = services.settings.console_proxy_role or "viewer"
     with visit.transaction() as session:
         found = console_sessions.find(session, token) if token else None
-        # A session begun by the proxy is valid only while the proxy sends the same name and the setting has the same
-        # role.
+        # A session that began with the proxy's header is valid only while the proxy sends the same name and the
+        # configured role is unchanged.
         if found is not None and found.way == "proxy" and (found.name, found.role) != (told, role):
             console_sessions.end(session, token)
             found = None
@@ -52,7 +52,7 @@ def identify(visit: Visit, scope: Scope) -> None:
 
 
 def keep(visit: Visit, token: str, scheme: str) -> None:
-    """Set the cookie with the session's token."""
+    """Set the session cookie, which contains the session's token."""
     secure = visit.services.is_secure(scheme)
     visit.cookie(
         visit.services.cookie_name(scheme),
@@ -75,11 +75,11 @@ def is_known(services: ConsoleServices, cookies: Mapping[str, str], scheme: str)
 
 
 def _told_by_proxy(services: ConsoleServices, headers: Mapping[str, str], scope: Scope) -> str:
-    """Return the name of the person that a trusted proxy sends, or an empty string."""
+    """Return the person's name from a trusted proxy's header, or an empty string."""
     header = services.settings.console_proxy_header
     if header is None:
         return ""
-    peer = scope.get("state", {}).get("peer")  # the address of the connected peer, regardless of any header
+    peer = scope.get("state", {}).get("peer")  # the address of the connection's peer, whatever the headers say
     try:
         address = ip_address(peer[0]) if peer else None
     except ValueError:
@@ -90,9 +90,9 @@ def _told_by_proxy(services: ConsoleServices, headers: Mapping[str, str], scope:
 
 
 def ask_to_sign_in(visit: Visit) -> Response:
-    """Return the response to a request without a session.
+    """Return the response to a request without a valid session.
 
-    The response is a redirect to the sign-in page for GET, or an error page for any other method.
+    For GET, the response is a redirect to the sign-in page. For any other method, it is an error page.
     """
     if visit.method == "GET":
         wanted = {} if visit.path == "/" else {"next": visit.path}
@@ -102,7 +102,7 @@ def ask_to_sign_in(visit: Visit) -> Response:
 
 
 def _place(visit: Visit) -> str:
-    """Return the page from which one of the console's own forms was sent, according to the Referer header."""
+    """Return the page that contained the submitted form, according to the Referer header."""
     try:
         path = urlsplit(visit.headers.get("referer", "")).path
     except ValueError:  # for example an unclosed bracket
@@ -111,7 +111,7 @@ def _place(visit: Visit) -> str:
 
 
 def safe_place(wanted: str) -> str:
-    r"""Return the path if it is a path within the console, or ``/`` for anything else.
+    r"""Return the path if it belongs to the console, otherwise ``/``.
 
     >>> safe_place("/follow-ups"), safe_place("//evil.example"), safe_place("https://evil.example"), safe_place("/\\x")
     ('/follow-ups', '/', '/', '/')

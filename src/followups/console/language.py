@@ -11,7 +11,7 @@ LANGUAGES = {"en": "English", "pt-BR": "Português (Brasil)"}
 
 @lru_cache
 def catalogue(language: str) -> dict[str, str]:
-    """Return a language's translations by their English texts, which is an empty mapping for English."""
+    """Return a language's translations, keyed by the English text. The mapping is empty for English."""
     if language not in LANGUAGES or language == "en":
         return {}
     found: dict[str, str] = json.loads((files(__package__) / "locale" / f"{language}.json").read_text("utf-8"))
@@ -19,7 +19,7 @@ def catalogue(language: str) -> dict[str, str]:
 
 
 def translate(language: str, text: str) -> str:
-    """Return the text in the language, or in English if the text has no translation.
+    """Return the text in the given language, or in English if there is no translation.
 
     >>> translate("pt-BR", "Follow-up"), translate("pt-BR", "a stranger's words")
     ('Follow-up', "a stranger's words")
@@ -28,7 +28,7 @@ def translate(language: str, text: str) -> str:
 
 
 def preferred(accepted: str) -> str:
-    """Return the preferred language of an Accept-Language header among the console's languages.
+    """Return the console language that an Accept-Language header prefers.
 
     >>> preferred("pt;q=0.8, en;q=0.7"), preferred("de, en-GB"), preferred("")
     ('pt-BR', 'en', 'en')

@@ -1,7 +1,7 @@
 """Live updates of open pages: server-sent events that report only that something has changed.
 
-After an event, the page requests its regions again, with the usual permission checks. One query a second serves all
-viewers of a process; without viewers, no query runs.
+After an event, the page requests the changed regions again, with the usual permission checks. One query a second serves
+all viewers of a process. While nobody is viewing, no query runs.
 """
 
 from __future__ import annotations
@@ -27,13 +27,16 @@ EVERY = 1.0
 """Seconds between two queries of the database."""
 
 STEP = 0.25
-"""Seconds between two checks whether the process is stopping: streams must close within a second."""
+"""Seconds between two checks whether the process is stopping. Streams must close within a second."""
 
 CHECKED_EVERY = 15.0
-"""Seconds after which a stream checks its session again and sends a keep-alive."""
+"""Seconds between two checks whether a stream's session is still valid.
+
+Each check also sends a keep-alive.
+"""
 
 BY_SESSION, BY_WORKSPACE, ALL = 6, 100, 500
-"""Maximum number of open streams of one session, of one workspace, and of this process."""
+"""Maximum number of open streams per session, per workspace, and in this process."""
 
 log = get_logger(__name__)
 
@@ -49,7 +52,7 @@ class Stream:
 
     @property
     def topics(self) -> tuple[tuple[str, UUID | None], ...]:
-        """The page's topics: its workspace or all workspaces, and its follow-up if the page shows only one."""
+        """The page's topics: one workspace or all workspaces, and also a follow-up if the page shows only one."""
         own = (("workspace", self.workspace_id),)
         return (*own, ("follow_up", self.follow_up_id)) if self.follow_up_id else own
 
@@ -60,7 +63,7 @@ class Live:
     def __init__(
         self, engine: Engine, in_thread: Callable[[Callable[[], changes.Seen]], Awaitable[changes.Seen]]
     ) -> None:
-        """Store the engine and ``in_thread``, which runs a function in one of the console's threads."""
+        """Store the engine and ``in_thread``, which runs a function in a thread of the console."""
         self._engine = engine
         self._in_thread = in_thread
         self._streams: set[Stream] = set()
@@ -68,7 +71,7 @@ class Live:
         self._ending = False
 
     def end(self) -> None:
-        """End all streams within a second, and refuse new streams. A signal handler may call this."""
+        """End all streams within a second, and refuse new ones. This may be called from a signal handler."""
         self._ending = True
 
     def has_room(self, session_id: UUID, workspace_id: UUID | None) -> bool:
@@ -101,7 +104,7 @@ class Live:
             self._streams.discard(stream)
 
     async def _look(self) -> None:
-        """Query the database while streams are open, and notify those whose topics have changed."""
+        """Query the database while streams are open, and notify each stream whose topics have changed."""
         before: changes.Seen = {}
         while self._streams and not self._ending:
             topics = {topic for stream in self._streams for topic in stream.topics}

@@ -11,13 +11,13 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
 OURS = frozenset({"same-origin", "none"})
-"""Values of Sec-Fetch-Site for a request from a console page or from the browser's address bar."""
+"""Values of Sec-Fetch-Site for requests from a console page or from the browser's address bar."""
 
 
 def own_origin(public_url: str | None, scheme: str, host: str) -> str:
     """Return the console's origin.
 
-    It is the origin of FOLLOWUPS_PUBLIC_URL, or else that of the request's own URL.
+    The origin is taken from FOLLOWUPS_PUBLIC_URL if it is set, and otherwise from the URL of the request.
 
     >>> own_origin("https://chat.example/followups", "http", "10.0.0.7:8000")
     'https://chat.example'
@@ -50,7 +50,7 @@ def refusal(headers: Mapping[str, str], own: str, *, configured: bool) -> Senten
 
 
 def _plain(url: str) -> str:
-    """Return the origin's scheme, host and port, without a default port.
+    """Return the scheme, host and port of an origin, without a default port.
 
     >>> _plain("HTTPS://Chat.Example:443/x"), _plain("http://[::1]:8000")
     ('https://chat.example', 'http://[::1]:8000')

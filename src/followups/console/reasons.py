@@ -1,6 +1,6 @@
-"""Explanations of why follow-ups were sent or not.
+"""Explanations of why follow-ups were sent or not sent.
 
-They are the sentences of ``followups show``, for a whole list of follow-ups.
+For every follow-up in a list, they are the same sentences as in ``followups show``.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ _RETRIED = text("SELECT retry_of, id FROM follow_ups WHERE retry_of = ANY(CAST(:
 
 
 def of_rows(services: ConsoleServices, session: Session, rows: Sequence[Row], now: datetime) -> Mapping[UUID, Sentence]:
-    """Return the sentence of each row by its id.
+    """Return the explanation of each row, keyed by the row's id.
 
-    The data that the explanations share is read once for each workspace and channel.
+    The data that several explanations share are read once for each workspace and channel.
     """
     connection = session.connection()
     failed = [row.follow_up.id for row in rows if row.follow_up.status == Status.FAILED]

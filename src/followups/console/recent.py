@@ -1,4 +1,7 @@
-"""Results that all viewers of a process share for a second; without viewers, no results are computed."""
+"""A cache of results that all viewers of a process share for a second.
+
+Without viewers, no results are computed.
+"""
 
 from __future__ import annotations
 
@@ -17,16 +20,19 @@ MOST = 1_000
 
 
 class Recent:
-    """The last result for each key. Simultaneous requests with the same key wait for one computation."""
+    """A cache of the last result for each key.
+
+    Simultaneous requests with the same key wait for a single computation.
+    """
 
     def __init__(self) -> None:
-        """Start with no results."""
+        """Create an empty cache."""
         self._made: dict[Hashable, tuple[float, Any]] = {}
         self._locks: dict[Hashable, threading.Lock] = {}
         self._lock = threading.Lock()
 
     def get(self, key: Hashable, make: Callable[[], Any]) -> Any:  # noqa: ANN401 - what is made
-        """Return the key's cached result, or compute a new one if that is older than a second."""
+        """Return the cached result of the key, or compute a new one if it is more than a second old."""
         with self._lock:
             own = self._locks.setdefault(key, threading.Lock())
         with own:

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from followups.settings import Settings
 
 CONNECTIONS = 4
-"""Maximum number of database connections of the console, separate from the API's."""
+"""Maximum number of database connections of the console. The API's connections are separate."""
 
 STATEMENT_TIMEOUT = timedelta(seconds=5)
 
@@ -38,7 +38,10 @@ class ConsoleServices:
     """The console's settings, database connections, and in-memory state."""
 
     def __init__(self, settings: Settings, nudge: Callable[[], None]) -> None:
-        """Store the settings; connections are opened on first use. ``nudge`` makes the workers run a tick."""
+        """Store the settings and ``nudge``, which makes the workers run a tick.
+
+        Connections are opened on first use.
+        """
         self.settings = settings
         self.nudge = nudge
         self.engine = make_engine(
@@ -54,7 +57,7 @@ class ConsoleServices:
         self.proxies = networks_of(settings.console_proxy_addresses)
 
     def breaker(self) -> Shown | None:
-        """Return the breaker's state, at most a second old, or None if the broker is unreachable."""
+        """Return the breaker's state, which may be a second old, or None if the broker is unreachable."""
         shown: Shown | None = self.recent.get("breaker", lambda: breaker_state(self.settings))
         return shown
 
@@ -70,7 +73,7 @@ class ConsoleServices:
     @staticmethod
     @lru_cache(maxsize=1024)
     def is_zone(name: str) -> bool:
-        """Return whether this machine has the time zone in its database."""
+        """Return whether the time zone is known on this machine."""
         return zone_of(name) is not None
 
     def close(self) -> None:

@@ -22,7 +22,7 @@ ACTIONS = {
     Action.FOLLOW_UP_RETRIED: "Retried",
     Action.MESSAGES_SHOWN: "The message was shown",
 }
-"""Manual changes in words; a creation and a move have their own."""
+"""Descriptions of manual changes. Creating and moving a follow-up are described elsewhere."""
 
 OUTCOMES = {
     "retry": "failed for now",
@@ -31,7 +31,7 @@ OUTCOMES = {
     "unknown": "outcome unknown",
     "lost": "worker lost",
 }
-"""Outcomes of attempts that did not end in sent."""
+"""Descriptions of the outcomes of attempts that did not send the message."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,13 +42,13 @@ class TimelineEntry:
     what: Sentence
     who: Sentence | None = None
     detail: str = ""
-    """Words of the transport or of a caller, which are not translated."""
+    """A text from the transport or a caller, which is not translated."""
     code: int | None = None
     took: timedelta | None = None
 
 
 def timeline(found: Explained) -> list[TimelineEntry]:
-    """Return what happened to the follow-up, oldest first."""
+    """Return everything that happened to the follow-up, oldest first."""
     changes = [event for event in found.events if event.action != Action.FOLLOW_UP_CREATED]
     entries = [
         TimelineEntry(found.follow_up.created_at, Sentence("Created"), _creator(found)),
@@ -73,7 +73,7 @@ def timeline(found: Explained) -> list[TimelineEntry]:
 
 
 def _creator(found: Explained) -> Sentence | None:
-    """Return who created it, as far as that is recorded."""
+    """Return who created the follow-up, if that was recorded."""
     created = next((event for event in found.events if event.action == Action.FOLLOW_UP_CREATED), None)
     if created is not None:
         return created.by

@@ -1,4 +1,4 @@
-"""Limits on failed sign-ins, per client and in total."""
+"""Limits on failed sign-ins, for each client and for all clients together."""
 
 from __future__ import annotations
 
@@ -7,29 +7,29 @@ import time
 from ipaddress import ip_address, ip_network
 
 EACH = 10
-"""Maximum number of failed sign-ins of one client in `WINDOW`."""
+"""Maximum number of failed sign-ins by one client within `WINDOW`."""
 
 ALL = 600
-"""Maximum number of failed sign-ins of all clients in `WINDOW`, for this process."""
+"""Maximum number of failed sign-ins by all clients within `WINDOW`, in this process."""
 
 WINDOW = 60.0
 """Seconds over which failed sign-ins are counted."""
 
 CLIENTS = 10_000
-"""Maximum number of clients remembered."""
+"""Maximum number of clients whose failed sign-ins are remembered."""
 
 
 class Tries:
-    """The failed sign-ins of the last minute."""
+    """Counts the failed sign-ins of the last minute."""
 
     def __init__(self) -> None:
-        """Start with no failed sign-ins."""
+        """Start with no failed sign-ins recorded."""
         self._failed: dict[str, list[float]] = {}
         self._all: list[float] = []
         self._lock = threading.Lock()
 
     def wait(self, client: str) -> float:
-        """Return the seconds for which further failed sign-ins of the client are refused, or 0."""
+        """Return for how many seconds the client is over the limit on failed sign-ins, or 0."""
         now = time.monotonic()
         with self._lock:
             mine = _recent(self._failed.get(network_of(client), []), now)
@@ -38,7 +38,7 @@ class Tries:
             return max(waits, default=0.0)
 
     def failed(self, client: str) -> None:
-        """Record a failed sign-in of the client."""
+        """Record that a sign-in by the client has failed."""
         now, network = time.monotonic(), network_of(client)
         with self._lock:
             self._failed[network] = [*_recent(self._failed.pop(network, []), now), now]
@@ -52,7 +52,7 @@ def _recent(moments: list[float], now: float) -> list[float]:
 
 
 def network_of(client: str) -> str:
-    """Return the network that counts as one client: an IPv4 address, or an IPv6 host's /64 network.
+    """Return the network that counts as one client: an IPv4 address, or an IPv6 address's /64 network.
 
     >>> network_of("10.0.0.7"), network_of("2001:db8::1"), network_of("")
     ('10.0.0.7', '2001:db8::/64', '')

@@ -1,4 +1,4 @@
-"""One console request, with everything that its page needs."""
+"""One request to the console, with everything that the requested page needs."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ MENU = (
     ("/audit", "Audit log", "audit"),
     ("/system", "System", "system"),
 )
-"""The menu's pages: path, name, and the permission that a viewer needs."""
+"""The pages in the menu: path, name, and the permission that a viewer needs."""
 
 
 class ForbiddenError(Exception):
@@ -50,14 +50,14 @@ class ForbiddenError(Exception):
 
 @dataclass(slots=True)
 class Visit:
-    """A console request, together with its session."""
+    """A request to the console, together with its session."""
 
     services: ConsoleServices
     method: str
     path: str
-    """The request's path, without ``/console``."""
+    """The path of the request, without ``/console``."""
     parameters: Mapping[str, str]
-    """The variable segments of the path."""
+    """The values of the variable segments of the path."""
     query: Fields
     form: Fields
     headers: Mapping[str, str]
@@ -69,20 +69,20 @@ class Visit:
     workspace_zone: Zone | None = None
     """The time zone of the workspace's sending hours.
 
-    It is None if the workspace has no sending hours, or if the session sees all workspaces.
+    The value is None if the workspace has no sending hours, or if the session sees all workspaces.
     """
     set_cookies: list[tuple[str, str, dict[str, Any]]] = field(default_factory=list)
 
     @property
     def person(self) -> Viewer:
-        """The viewer. Raises `ForbiddenError` if there is none."""
+        """The viewer. Raises `ForbiddenError` if nobody is signed in."""
         if self.viewer is None:
             raise ForbiddenError
         return self.viewer
 
     @property
     def zone(self) -> Zone:
-        """The time zone in the person's cookie, or else the workspace's time zone, or UTC."""
+        """The time zone in the person's cookie, or else that of the workspace, or else UTC."""
         chosen = self.cookies.get("followups_zone", "")
         if chosen and self.services.is_zone(chosen):
             return Zone(chosen)
@@ -95,18 +95,18 @@ class Visit:
             yield session
 
     def id(self, name: str = "id") -> UUID:
-        """Return an id from the path. Raises `NotFoundError` if the value is not a UUID."""
+        """Return the id in the path. Raises `NotFoundError` if it is not a UUID."""
         found = uuid_or_none(self.parameters[name])
         if found is None:
             raise NotFoundError
         return found
 
     def t(self, text: str, **values: object) -> str:
-        """Return the text in the person's language."""
+        """Return a text in the person's language."""
         return self.said(Sentence(text, **values))
 
     def said(self, sentence: Sentence) -> str:
-        """Return a sentence in the person's language, with its times in the person's zone."""
+        """Return a sentence in the person's language, with times in the person's time zone."""
         return sentence.said(partial(language.translate, self.language), self.zone.written)
 
     def url(self, path: str, **query: object) -> str:
@@ -115,7 +115,7 @@ class Visit:
         return f"{self.services.base}{quote(path)}" + (f"?{urlencode(named, doseq=True)}" if named else "")
 
     def time(self, moment: datetime | None, beside: Zone | None = None) -> Markup:
-        """Return a time in the person's time zone, followed by the workspace's local time if the two differ."""
+        """Return a time in the person's time zone, and also in the workspace's time zone if the two differ."""
         if moment is None:
             return Markup("–")  # noqa: RUF001 - the dash of an empty cell
         exact = moment.astimezone(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
@@ -126,13 +126,13 @@ class Visit:
         return shown + Markup(' <span class="beside">({} {})</span>').format(other.written(moment), other.name)
 
     def count(self, number: int | None, most: int = 10_000) -> str:
-        """Return a number for display: exact up to ``most``, otherwise "more than" or "too many to count"."""
+        """Return a number for display. Above ``most``, it is shown as "more than" or "too many to count"."""
         if number is None:
             return self.t("too many to count")
         return self.t("more than {number}", number=f"{most:,}") if number > most else f"{number:,}"
 
     def span(self, duration: timedelta) -> str:
-        """Return a duration in words."""
+        """Return a duration as words."""
         return span(duration)
 
     def workspace_names(self) -> list[str]:
@@ -146,11 +146,11 @@ class Visit:
         return found
 
     def menu(self) -> list[tuple[str, str, str]]:
-        """Return the menu entries that the viewer may see: path, name, permission."""
+        """Return the menu entries that the viewer may see, each with its path, name and permission."""
         return [entry for entry in MENU if self.may(entry[2])]
 
     def is_at(self, path: str) -> bool:
-        """Return whether the request's path is the given page or a page below it."""
+        """Return whether the request is for the given page or a page below it."""
         return self.path == path or (path != "/" and self.path.startswith(f"{path}/"))
 
     def may(self, action: str) -> bool:
@@ -158,11 +158,11 @@ class Visit:
         return self.viewer is not None and self.viewer.may(Permission(action))
 
     def page(self, template: str, status: int = HTTPStatus.OK, **context: object) -> Response:
-        """Return a page rendered from the template."""
+        """Return a page that was rendered from the template."""
         return HTMLResponse(self.rendered(template, **context), status)
 
     def rendered(self, template: str, **context: object) -> str:
-        """Return the template rendered for this request."""
+        """Render the template for this request."""
         shared = {
             "visit": self,
             "t": self.t,
@@ -178,7 +178,7 @@ class Visit:
         return RedirectResponse(self.url(path, **query), HTTPStatus.SEE_OTHER)
 
     def go(self, place: str) -> Response:
-        """Return a redirect to a page given by its path and query string."""
+        """Return a redirect to the page with the given path and query string."""
         path, _, query = place.partition("?")
         return RedirectResponse(f"{self.services.base}{quote(path)}{'?' if query else ''}{query}", HTTPStatus.SEE_OTHER)
 

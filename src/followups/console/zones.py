@@ -1,4 +1,4 @@
-"""Times in the signed-in person's time zone: formatting and parsing. Pure functions."""
+"""Formats and parses times in the signed-in person's time zone. Pure functions."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Zone:
 
     @property
     def info(self) -> ZoneInfo:
-        """The time zone's data, or UTC if this machine does not have them."""
+        """The time zone's data, or UTC if the time zone is unknown on this machine."""
         found = zone_of(self.name) or zone_of("UTC")
         if found is None:
             message = "this machine has no time zones"
@@ -39,7 +39,7 @@ class Zone:
         return found
 
     def written(self, moment: datetime) -> str:
-        """Return a time for display, to the second.
+        """Format a time for display, to the second.
 
         >>> Zone("America/Sao_Paulo").written(datetime(2030, 1, 31, 12, tzinfo=UTC))
         '2030-01-31 09:00:00'
@@ -47,7 +47,7 @@ class Zone:
         return moment.astimezone(self.info).strftime("%Y-%m-%d %H:%M:%S")
 
     def day(self, moment: datetime) -> Sentence:
-        """Return a time for people, with its day of the week, to the minute.
+        """Format a time for display, with the day of the week and to the minute.
 
         >>> str(Zone("UTC").day(datetime(2030, 1, 31, 12, tzinfo=UTC)))
         'Thursday 2030-01-31 12:00'
@@ -56,7 +56,7 @@ class Zone:
         return Sentence("{day} {time}", day=Sentence(WEEKDAYS[local.weekday()]), time=f"{local:%Y-%m-%d %H:%M}")
 
     def typed(self, moment: datetime) -> str:
-        """Return a time as the value of a browser's time field, to the second.
+        """Format a time as the value of a browser's time field, to the second.
 
         >>> Zone("UTC").typed(datetime(2030, 1, 31, 12, tzinfo=UTC))
         '2030-01-31T12:00:00'
@@ -64,11 +64,11 @@ class Zone:
         return moment.astimezone(self.info).strftime("%Y-%m-%dT%H:%M:%S")
 
     def read(self, text: str, fold: str = "") -> datetime:
-        """Return the instant at which the zone's clock shows the typed time.
+        """Return the instant at which clocks in the zone show the typed time.
 
         ``fold`` chooses between the two occurrences of a repeated hour: "first" or "second". Raises
-        `InvalidRequestError` for a time that is invalid or that the clock skips, and `AmbiguousTimeError` for a time
-        that the clock shows twice.
+        `InvalidRequestError` for a time that is invalid or that is skipped when clocks go forward, and
+        `AmbiguousTimeError` for a time that occurs twice.
 
         >>> Zone("Europe/Berlin").read("2030-01-31T09:00").isoformat()
         '2030-01-31T08:00:00+00:00'

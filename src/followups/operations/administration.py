@@ -1,6 +1,6 @@
 """Manual changes to workspaces, API keys, pauses, limits and sending hours.
 
-Each change is recorded in the audit log in its own transaction.
+Each change is recorded in the audit log in the same transaction.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 def create_workspace(session: Session, actor: Actor, name: str) -> tuple[Workspace, bool]:
-    """Create the workspace; return it and whether it is new.
+    """Create the workspace. Return it, and whether it is new.
 
     Raises the same errors as `followups.store.workspaces.create`.
     """
@@ -38,7 +38,7 @@ def create_workspace(session: Session, actor: Actor, name: str) -> tuple[Workspa
 def create_key(
     session: Session, actor: Actor, workspace_id: UUID, name: str = "", expires: timedelta | None = None
 ) -> tuple[ApiKey, str]:
-    """Create an API key; return its row and the key.
+    """Create an API key. Return the row of the key, and the key itself.
 
     Raises the same errors as `followups.store.api_keys.create`.
     """
@@ -49,7 +49,7 @@ def create_key(
 
 
 def revoke_key(session: Session, actor: Actor, key_id: UUID) -> ApiKey:
-    """Revoke an API key. Revoking it again changes nothing. Raises `ApiKeyNotFoundError`."""
+    """Revoke an API key. Revoking a key twice has no further effect. Raises `ApiKeyNotFoundError`."""
     row = api_keys.revoke(session, key_id)
     if row.revoked_at == session.scalar(select(func.now())):
         details = {"prefix": row.prefix}
@@ -58,7 +58,7 @@ def revoke_key(session: Session, actor: Actor, key_id: UUID) -> ApiKey:
 
 
 def pause(session: Session, actor: Actor, scope: pauses.PauseScope) -> bool:
-    """Pause the scope, and return whether the pause is new."""
+    """Pause the scope. Return whether the scope was not paused before."""
     new = pauses.pause(session.connection(), scope)
     if new:
         _record(session, Event(actor, Action.PAUSE_BEGUN, scope.workspace_id, details={"channel": scope.channel}))
@@ -68,7 +68,7 @@ def pause(session: Session, actor: Actor, scope: pauses.PauseScope) -> bool:
 def resume(session: Session, actor: Actor, scope: pauses.PauseScope) -> bool:
     """End the pause, and return whether there was one.
 
-    The follow-ups that it held are released later, in batches.
+    The follow-ups that the pause held are released later, in batches.
     """
     was_paused = pauses.resume(session.connection(), scope)
     if was_paused:
@@ -77,7 +77,7 @@ def resume(session: Session, actor: Actor, scope: pauses.PauseScope) -> bool:
 
 
 def set_limit(session: Session, actor: Actor, scope: rate_limits.LimitScope, rate: float, burst: int) -> None:
-    """Set a rate limit, or change the existing one."""
+    """Set a rate limit, or change the rate limit if the scope already has one."""
     rate_limits.put(session.connection(), scope, rate, burst)
     details = {"channel": scope.channel, "per": scope.per, "rate": rate, "burst": burst}
     _record(session, Event(actor, Action.RATE_LIMIT_SET, scope.workspace_id, details=details))

@@ -1,7 +1,8 @@
 """Bulk actions in batches: cancel, retry, prune, and release follow-ups after a pause.
 
 Each generator commits every batch and yields the batch's counts by name. After an interruption between two batches,
-each follow-up is either completely processed or unchanged, and running the action again continues with the rest.
+each follow-up is either completely processed or unchanged, and running the action again processes the remaining
+follow-ups.
 """
 
 from __future__ import annotations
@@ -43,20 +44,20 @@ if TYPE_CHECKING:
 
 PASSES = 5
 PAUSE = 0.2
-"""Seconds between two attempts to lock a locked row, and the number of attempts."""
+"""Seconds between two attempts to lock a locked row, and the maximum number of attempts."""
 
 RETRIES = 500
 """Number of follow-ups fetched in one batch.
 
-Each follow-up is retried in a separate transaction, which locks the follow-up's chat. Transactions that each locked
-several chats could wait for one another.
+Each follow-up is retried in a separate transaction, which locks only the follow-up's chat. Transactions that lock
+several chats could deadlock.
 """
 
 
 def pending_of(session: Session, workspace_id: UUID | None, chat_id: UUID | None) -> list[CancelScope]:
-    """Return the follow-ups to cancel in a workspace, or in a chat of one or every workspace.
+    """Return the pending follow-ups of a workspace, or of a chat in one workspace or in every workspace.
 
-    Nothing is returned for an unknown chat.
+    The result is empty for an unknown chat.
     """
     now = bulk_cancel.now(session.connection())
     if chat_id is None:
@@ -66,9 +67,9 @@ def pending_of(session: Session, workspace_id: UUID | None, chat_id: UUID | None
 
 
 def cancel(engine: Engine, actor: Actor, chosen: Sequence[CancelScope], final: Final) -> Batches:
-    """Cancel pending follow-ups.
+    """Cancel pending follow-ups in batches.
 
-    Follow-ups in flight are not retried after their attempt, and rows that stay locked are counted.
+    Follow-ups in flight are not retried after their attempt. Rows that stay locked are not cancelled, only counted.
     """
     for pending in chosen:
         details = {"code": final.code and final.code.value}
@@ -96,9 +97,9 @@ def _cancel_pass(engine: Engine, pending: CancelScope, final: Final, event: Even
 
 
 def retry(engine: Engine, actor: Actor, failures: Failures) -> Batches:
-    """Create a new follow-up, due now, from each follow-up that failed and has not been retried."""
+    """Create a new follow-up, due now, for each follow-up that failed and has not been retried."""
     after = FailureCursor()
-    events: dict[UUID, Event] = {}  # keyed by workspace
+    events: dict[UUID, Event] = {}  # keyed by the workspace's id
     while True:
         with engine.connect() as opened:
             batch = retries.some_failed(opened, failures, RETRIES, after)
@@ -122,7 +123,7 @@ def _retry_one(engine: Engine, actor: Actor, follow_up_id: UUID, events: dict[UU
 
 
 def retry_refusal(error: FollowUpsError) -> str:
-    """Return in a few words why a follow-up is not retried, for the command line and the console."""
+    """Return briefly why a follow-up is not retried, for the command line and the console."""
     match error:
         case ChatNotFoundError():
             return "chat removed"

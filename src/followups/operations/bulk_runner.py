@@ -1,7 +1,7 @@
 """Carries out the console's bulk actions in the worker processes, batch by batch.
 
-Each batch locks its action's row, so that no two workers run the same action. The progress is recorded in the
-transaction of the batch. If a worker crashes, another worker continues with the rest.
+Each batch locks the row of its action, so no two workers run the same action. The progress is recorded in the
+transaction of the batch. If a worker crashes, another worker continues the action.
 """
 
 from __future__ import annotations
@@ -42,33 +42,36 @@ CANCELS = 200
 """Number of follow-ups in one cancel batch, which takes some tens of milliseconds."""
 
 RETRIES = 50
-"""Number of follow-ups in one retry batch, which locks their chats one after the other."""
+"""Number of follow-ups in one retry batch. Their chats are locked one after the other."""
 
 SEEN_EVERY = 1.0
 """Minimum seconds between two searches for bulk actions."""
 
 PASSED_OVER = 60.0
-"""Seconds for which an action is skipped after its batch failed."""
+"""Seconds for which an action is skipped after one of its batches failed."""
 
 BY_HAND = finish(Status.CANCELLED, ReasonCode.CANCELLED_BY_API)
 
 
 SEARCH_LIMIT = timedelta(seconds=1)
-"""The time limit of a batch's search. A search that has found fewer goes on in the next batch."""
+"""Time limit for finding the follow-ups of a batch.
+
+If the time limit ends a search early, the next batch continues it.
+"""
 
 
 class BatchError(Exception):
     """A batch of a bulk action failed."""
 
     def __init__(self, action_id: UUID, cause: Exception) -> None:
-        """Store the action's id and the error."""
+        """Store the action's id and the error that the batch raised."""
         super().__init__(f"{action_id}: {cause}")
         self.action_id = action_id
         self.cause = cause
 
 
 class BulkRunner(Background):
-    """Carries out waiting bulk actions in a thread of a worker process; other workers can continue them."""
+    """Carries out waiting bulk actions in a thread of a worker process. Other workers can continue them."""
 
     name = "bulk"
 
@@ -83,7 +86,7 @@ class BulkRunner(Background):
         try:
             while not self._stopping.is_set() and self._run_batch():
                 self._nudge()
-            events.succeeded("bulk")  # an action that is skipped after a failure delays no other action
+            events.succeeded("bulk")  # a skipped action does not delay other actions
         except Exception as error:  # noqa: BLE001 - the next tick tries again, whatever it was
             events.failed("bulk", error, self._engine)
         self._stopping.wait(SEEN_EVERY)
@@ -104,9 +107,9 @@ class BulkRunner(Background):
 
 
 def run_batch(engine: Engine, without: Collection[UUID] = ()) -> bool:
-    """Carry out one batch of the oldest action that is not in ``without``; return whether there was one.
+    """Carry out one batch of the oldest action that is not in ``without``.
 
-    Raises `BatchError` if the batch fails.
+    Return whether there was such an action. Raises `BatchError` if the batch fails.
     """
     action_id = None
     try:
@@ -125,7 +128,7 @@ def run_batch(engine: Engine, without: Collection[UUID] = ()) -> bool:
 
 
 def _carry_out(session: Session, action: BulkAction) -> Sequence[UUID]:
-    """Carry out one batch of the action, and return the follow-ups that it cancelled."""
+    """Carry out one batch of the action. Return the ids of the follow-ups that were cancelled."""
     if action.stopped_at is not None:
         _record(session, action, [], {}, None, finished=True)
         return []
@@ -149,9 +152,10 @@ def _carry_out(session: Session, action: BulkAction) -> Sequence[UUID]:
 
 
 def _retry(session: Session, ids: Sequence[UUID]) -> tuple[list[UUID], dict[str, int]]:
-    """Create a new follow-up from each failed one.
+    """Create a new follow-up for each failed one.
 
-    The chats are locked first, in ascending order of their ids, and then the quotas, in the order of the workspaces.
+    The chats are locked first, in ascending order of their ids. The quotas are locked next, in the order of their
+    workspaces.
     """
     done: list[UUID] = []
     passed: dict[str, int] = {}
@@ -190,6 +194,6 @@ def _record(
     if audited := len(done) + passed.get(bulk_actions.IN_FLIGHT, 0):
         what = Action.FOLLOW_UPS_CANCELLED if action.kind == "cancel" else Action.FOLLOW_UPS_RETRIED
         actor = Actor(Way.CONSOLE, name=action.created_by)
-        # The batches use the action's id as the event's id, so that they add up to one audit event.
+        # All batches use the action's id as the id of their event, so that they add up to one audit event.
         event = Event(actor, what, action.workspace_id, number=audited, id=action.id)
         audit.record(session.connection(), event)

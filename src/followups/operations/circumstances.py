@@ -31,10 +31,10 @@ if TYPE_CHECKING:
     from followups.settings import Settings
 
 MOST_EVENTS = 100
-"""Maximum number of manual changes shown with a follow-up: the newest."""
+"""Maximum number of manual changes shown with a follow-up. Only the newest are shown."""
 
 PATIENCE = timedelta(seconds=1)
-"""How long to wait for the broker's breaker state; everything else is in the database."""
+"""How long to wait for the breaker's state from the broker. All other data comes from the database."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,15 +44,18 @@ class Explained:
     follow_up: FollowUp
     workspace: str
     created_by: ApiKey | None
-    """The API key that created it, or None if it was created in another way or the key is deleted."""
+    """The API key that created the follow-up.
+
+    The value is None if the follow-up was created in another way, or if the API key has been deleted.
+    """
     chat: Chat
     failures: Sequence[FailedAttempt]
     events: Sequence[AuditEvent]
-    """Its manual changes, oldest first."""
+    """The manual changes of the follow-up, oldest first."""
     now: datetime
     around: Circumstances
     explanation: Sentence
-    """Why it is in its state."""
+    """Why the follow-up is in its state."""
 
 
 def explained(session: Session, follow_up_id: UUID, settings: Settings) -> Explained:
@@ -100,13 +103,13 @@ def breaker_state(settings: Settings) -> Shown | None:
         with broker_client(settings, PATIENCE) as client:
             return read(client, settings)
     except (redis.RedisError, OSError):
-        return None  # followups doctor reports it
+        return None  # followups doctor reports an unreachable broker
 
 
 def _first(
     session: Session, follow_up: FollowUp, around: Circumstances, now: datetime, settings: Settings
 ) -> Sentence | None:
-    """Explain the chat's first pending follow-up, which all others of the chat wait for."""
+    """Explain the chat's first pending follow-up. The chat's other follow-ups wait for it."""
     first = chat_order.first_of(session.connection(), follow_up.workspace_id, follow_up.chat_id)
     found = follow_ups.find(session, first, None) if first and first != follow_up.id else None
     if found is None:

@@ -1,7 +1,7 @@
 """Deletion of a workspace or a chat.
 
-Pending follow-ups are cancelled, attempts in flight finish, and then everything is deleted. An interrupted deletion
-continues when it is run again. One audit event with the number of deleted follow-ups remains.
+Pending follow-ups are cancelled, attempts in flight finish, and then everything is deleted. Repeating an interrupted
+deletion continues it. One audit event remains, with the number of deleted follow-ups.
 """
 
 from __future__ import annotations
@@ -40,14 +40,14 @@ NAMES = {
     "chats": "chats",
     "audit_events": "auditEvents",
 }
-"""The names of the deletion's counts."""
+"""The names of the counts that a deletion yields."""
 
 
 def delete(engine: Engine, actor: Actor, whole: Whole, patience: timedelta) -> Batches:
     """Delete the workspace or chat in batches, and yield the counts of each batch.
 
     From the first batch on, no new follow-ups are accepted. Raises `FollowUpsError` if follow-ups are still in flight
-    or locked after ``patience``.
+    or locked when ``patience`` has elapsed.
     """
     event = _event(actor, whole)
     with Session(engine) as session, session.begin():
@@ -69,7 +69,8 @@ def delete(engine: Engine, actor: Actor, whole: Whole, patience: timedelta) -> B
 def _event(actor: Actor, whole: Whole) -> Event:
     if whole.chat_id is not None:
         return Event(actor, Action.CHAT_DELETED, whole.workspace_id, whole.chat_id, number=0, id=uuid4())
-    # The event has the workspace's id, so that an interrupted and repeated deletion records only one event.
+    # The event uses the workspace's id as its own id, so that repeating an interrupted deletion does not record a
+    # second event.
     return Event(
         actor, Action.WORKSPACE_DELETED, whole.workspace_id, whole.workspace_id, number=0, id=whole.workspace_id
     )
@@ -95,7 +96,7 @@ def _pass(engine: Engine, whole: Whole, event: Event) -> Batches:
 
 
 def _complete(engine: Engine, whole: Whole) -> bool:
-    """Delete the workspace's or chat's own row; return False if other rows still refer to it."""
+    """Delete the row of the workspace or chat itself. Return False if other rows still refer to it."""
     try:
         with engine.begin() as opened:
             deletion.complete(opened, whole)

@@ -1,4 +1,4 @@
-"""Explain in words why a follow-up is in its state, and what can be done about it. Pure."""
+"""Explain in words why a follow-up is in its state, and what can be done about it. Pure functions."""
 
 from __future__ import annotations
 
@@ -68,29 +68,29 @@ class Circumstances:
     limits: Sequence[Limit] = ()
     """The rate limits of the follow-up's workspace, channel or chat."""
     breaker: Shown | None = None
-    """The state of the breaker, or None if it is unknown."""
+    """The state of the breaker, or None if the state is unknown."""
     tick_age: timedelta | None = None
     """The age of the last tick."""
     place: int = 1
-    """Its place among the pending follow-ups of its chat, counted up to `MOST_PLACES`."""
+    """The follow-up's position among the pending follow-ups of its chat, counted up to `MOST_PLACES`."""
     first: Sentence | None = None
-    """The explanation of the chat's first pending follow-up, if that is a different one."""
+    """The explanation of the chat's first pending follow-up, if that is a different follow-up."""
     window_closes_at: datetime | None = None
-    """The end of the chat's messaging window, or None if its channel has none."""
+    """The end of the chat's messaging window, or None if its channel has no messaging window."""
     retried_as: UUID | None = None
 
 
 ALONE = Circumstances()
 
 STALE_TICK = timedelta(seconds=30)
-"""Age from which the last tick counts as missing.
+"""Age from which ticks are considered to have stopped.
 
-The limit suits every tick interval in use; the default interval is one second.
+The limit suits every tick interval in use. The default interval is one second.
 """
 
 
 def explain(follow_up: FollowUp, settings: Settings, now: datetime, around: Circumstances = ALONE) -> Sentence:
-    """Return a few sentences: why the follow-up was sent, was not sent, or is not sent yet."""
+    """Return a few sentences on why the follow-up was sent, was not sent, or is not sent yet."""
     if follow_up.status == Status.SENT:
         return _sent(follow_up)
     if follow_up.status == Status.PENDING:
@@ -107,7 +107,10 @@ def explain(follow_up: FollowUp, settings: Settings, now: datetime, around: Circ
 
 
 def lag_of(follow_up: FollowUp) -> timedelta | None:
-    """Return the time of acceptance minus the due date, or None if the transport has not accepted it."""
+    """Return the time of acceptance minus the due date.
+
+    Return None if the transport has not accepted the follow-up.
+    """
     return follow_up.accepted_at - follow_up.due_date if follow_up.accepted_at else None
 
 
@@ -159,7 +162,10 @@ def _pending(follow_up: FollowUp, now: datetime, around: Circumstances) -> Sente
 
 
 def _window(follow_up: FollowUp, moment: datetime, now: datetime, around: Circumstances) -> Sentence | None:
-    """Return what the end of the channel's messaging window means for it, or None if it can be sent before that."""
+    """Return what the end of the messaging window means for the follow-up.
+
+    Return None if the follow-up can be sent before the window closes.
+    """
     closes = around.window_closes_at
     if closes is None:
         return None
@@ -185,7 +191,7 @@ def _due(follow_up: FollowUp, moment: datetime, now: datetime, around: Circumsta
 
 
 def _holds(breaker: Shown | None, follow_up: FollowUp) -> Shown | None:
-    """Return the breaker if it holds the follow-up's workspace, or None otherwise."""
+    """Return the breaker's state if the breaker holds the follow-up's workspace, or None otherwise."""
     return breaker if breaker and key_of(follow_up.workspace_id) in breaker.tripped else None
 
 
@@ -221,7 +227,7 @@ def _paused(follow_up: FollowUp, now: datetime, around: Circumstances) -> Senten
 
 
 def stopped(pause: ActivePause) -> Sentence:
-    """Return what is paused, as a clause."""
+    """Return a clause that says what is paused."""
     values = {"workspace": pause.workspace, "channel": pause.channel, "since": pause.since}
     if pause.workspace is None:
         return Sentence("all chats on channel {channel} have been paused since {since}", **values)
@@ -231,7 +237,7 @@ def stopped(pause: ActivePause) -> Sentence:
 
 
 def going_on(pause: ActivePause) -> str:
-    """Return the command that ends the pause."""
+    """Return the command that would end the pause."""
     options = {"--workspace": pause.workspace, "--channel": pause.channel}
     return "followups resume " + " ".join(f"{name} {shlex.quote(value)}" for name, value in options.items() if value)
 
@@ -304,7 +310,7 @@ def _will_be_held(moment: datetime, around: Circumstances) -> Sentence | None:
 
 
 def _opening(hours: SendingHours | None, moment: datetime) -> datetime | None:
-    """Return when sending hours open, or None if they are open."""
+    """Return when the sending hours next begin, or None during sending hours."""
     try:
         opening = opens_at(hours, moment) if hours else moment
     except LookupError:

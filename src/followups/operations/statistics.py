@@ -25,13 +25,13 @@ SECONDS = 60
 
 @dataclass(frozen=True, slots=True)
 class Stats:
-    """A snapshot of the system. ``pace`` is None if measuring it took too long."""
+    """A snapshot of the system. ``pace`` is None if it took too long to measure."""
 
     at: datetime
     counts: Counts
     pace: Pace | None
     attempts: Mapping[str, int]
-    """The number of all attempts made so far, by outcome."""
+    """The number of all attempts so far, by outcome."""
     tick_age: timedelta | None
     per_second: Sequence[int] | None = None
     """Number of follow-ups sent in each of the last seconds, for the dashboard."""

@@ -73,4 +73,4 @@ ROUTES = (
     Route("GET", "/audit", Permission.AUDIT, audit_log.show),
     Route("GET", "/system", Permission.SYSTEM, system.show),
 )
-"""All routes. A test calls every route in each role, and with the ids of another workspace."""
+"""All routes. A test calls each route with every role, and with ids that belong to another workspace."""

@@ -1,4 +1,7 @@
-"""Bulk actions: preview, start, progress, stop and history. The workers carry out each action."""
+"""Pages for bulk actions: preview, start, progress, stop and history.
+
+The workers carry out each action.
+"""
 
 from __future__ import annotations
 
@@ -29,13 +32,16 @@ SAMPLE = 5
 """Number of follow-ups that the preview lists."""
 
 MOST = 10_000
-"""Number of matching follow-ups up to which the preview's count is exact."""
+"""Largest number of matching follow-ups that the preview counts exactly."""
 
 LONGEST_EXPECTED = 9
-"""Maximum number of digits in the form's expected number: Python refuses to convert thousands."""
+"""Maximum number of digits in the form's expected count.
+
+Python refuses to convert a string of thousands of digits.
+"""
 
 NEEDED = {"cancel": Status.PENDING, "retry": Status.FAILED}
-"""The state of the follow-ups that each action applies to."""
+"""The state that follow-ups must have for each action."""
 
 NOW = text("SELECT now()")
 
@@ -49,7 +55,7 @@ def history(visit: Visit) -> Response:
 
 
 def preview(visit: Visit) -> Response:
-    """Show how many follow-ups match, some of them, and how many would be skipped; change nothing."""
+    """Show how many follow-ups match, a sample, and how many would be skipped. Nothing is changed."""
     kind, everything = _kind(visit)
     asked = Asked.of(visit.form)
     ids = () if everything else _ticked(visit)
@@ -77,7 +83,10 @@ def preview(visit: Visit) -> Response:
 
 
 def start(visit: Visit) -> Response:
-    """Create the bulk action and redirect to its progress; a repeated request starts nothing new."""
+    """Create the bulk action and redirect to its progress.
+
+    A repeated request does not start a second action.
+    """
     kind, everything = _kind(visit)
     action_id = visit.form.uuid("action_id")
     if action_id is None:
@@ -132,7 +141,7 @@ def _sees(visit: Visit, action: BulkAction) -> bool:
 
 
 def _kind(visit: Visit) -> tuple[str, bool]:
-    """Return the action to perform, and whether it applies to all matches. Raises `InvalidRequestError`."""
+    """Return the action, and whether it applies to all matching follow-ups. Raises `InvalidRequestError`."""
     kind, _, everything = visit.form.text("do").partition("-")
     if kind not in NEEDED or everything not in {"", "all"}:
         message = visit.t("Choose what to do.")
@@ -149,7 +158,7 @@ def _ticked(visit: Visit) -> tuple[UUID, ...]:
 
 
 def _wanted(visit: Visit, session: Session, asked: Asked, kind: str, ids: tuple[UUID, ...]) -> BrowseFilter:
-    """Return the action's selection of follow-ups, limited to what the person may see."""
+    """Return which follow-ups the action applies to, limited to those that the person may see."""
     needed = NEEDED[kind]
     if ids:
         return BrowseFilter(ids=ids, statuses=(needed,)).narrowed(visit.person.workspace_id, visit.person.chat_id)

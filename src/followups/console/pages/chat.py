@@ -1,4 +1,4 @@
-"""One chat: who wrote in it and when, and its past and pending follow-ups."""
+"""The page of one chat: who wrote in it and when, and its past and pending follow-ups."""
 
 from __future__ import annotations
 
@@ -25,16 +25,16 @@ if TYPE_CHECKING:
     from followups.console.visit import Visit
 
 MESSAGES = 50
-"""Number of last messages shown."""
+"""Maximum number of messages shown. The most recent messages are shown."""
 
 FOLLOW_UPS = 25
-"""Number of past and of pending follow-ups shown."""
+"""Maximum number of past follow-ups shown, and of pending follow-ups shown."""
 
 NOW = text("SELECT now()")
 
 
 def show(visit: Visit) -> Response:
-    """Show the chat."""
+    """Show the page of a chat."""
     with visit.transaction() as session:
         chat = _own(visit, session)
         now = session.execute(NOW).scalar_one()
@@ -64,11 +64,14 @@ def show(visit: Visit) -> Response:
 
 
 def _own(visit: Visit, session: Session) -> Chat:
-    """Return the chat in the path. Raises `ChatNotFoundError` if the person may not see the chat."""
+    """Return the chat whose id is in the path.
+
+    Raises `ChatNotFoundError` if the person may not see the chat.
+    """
     viewer, chat_id = visit.person, visit.id()
     workspace_id = viewer.workspace_id or uuid_or_none(visit.query.text("workspace"))
     if workspace_id is None:
-        # The same chat id can exist in several workspaces, although most ids exist in only one.
+        # Several workspaces may have a chat with this id, but usually only one workspace does.
         workspace_id = next(iter(bulk_cancel.workspaces_of_chat(session.connection(), chat_id)), None)
     chat = session.get(Chat, (workspace_id, chat_id)) if workspace_id else None
     if chat is None or not viewer.sees(chat.workspace_id, chat.id):

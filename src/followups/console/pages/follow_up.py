@@ -1,4 +1,4 @@
-"""One follow-up: why it is in its state, its history, and the actions that are possible."""
+"""The page of one follow-up: why it is in its state, its history, and the possible actions."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class ChangedMeanwhileError(ConflictError):
 
 @dataclass(slots=True)
 class FollowUpForm:
-    """The values that the person has typed into the forms, which are shown again if saving fails."""
+    """The values that the person typed into the forms. They are shown again if saving fails."""
 
     message: str | None = None
     due: str | None = None
@@ -58,11 +58,11 @@ class FollowUpForm:
     told: str = ""
     consequences: list[str] = field(default_factory=list)
     reveal: bool = False
-    """Whether a person who sees all workspaces has requested the message's text."""
+    """Whether the message text was requested by a person who sees all workspaces."""
 
 
 def show(visit: Visit) -> Response:
-    """Show the follow-up."""
+    """Show the page of a follow-up."""
     return _page(visit, FollowUpForm())
 
 
@@ -75,7 +75,7 @@ def reveal(visit: Visit) -> Response:
 
 
 def save(visit: Visit) -> Response:
-    """Save the message and the due date; the button "Check" only shows the consequences."""
+    """Save the message and the due date, or only show the consequences if the button "Check" was pressed."""
     form = visit.form
     typed = FollowUpForm(form.raw("message") if "message" in form else None, form.text("due"))
 
@@ -93,15 +93,15 @@ def save(visit: Visit) -> Response:
 
 
 def cancel(visit: Visit) -> Response:
-    """Cancel the follow-up, with the person's reason if one was typed."""
+    """Cancel the follow-up, with a reason if the person typed one."""
     typed = FollowUpForm(reason=visit.form.text("reason"))
 
     def change(session: Session, found: FollowUp) -> FollowUp:
         changes: dict[str, Any] = {"status": Status.CANCELLED}
         if typed.reason:
             changes["reason"] = typed.reason
-        # Cancelling a cancelled follow-up again with another reason would be reported as a conflict, although it is
-        # already cancelled.
+        # Without this check, cancelling a cancelled follow-up again with another reason would be reported as a
+        # conflict.
         if found.status == Status.CANCELLED:
             raise AlreadyFinishedError
         changed = _amend(visit, session, found, changes)
@@ -127,7 +127,7 @@ def send_now(visit: Visit) -> Response:
 
 
 def retry(visit: Visit) -> Response:
-    """Create a new follow-up from a failed one and redirect to it.
+    """Create a new follow-up from a failed one and redirect to the new follow-up.
 
     A failed follow-up can be retried only once.
     """
@@ -146,7 +146,10 @@ def _amend(visit: Visit, session: Session, found: FollowUp, changes: dict[str, A
 
 
 def _own(visit: Visit, session: Session) -> FollowUp:
-    """Return the follow-up in the path. Raises `FollowUpNotFoundError` if the person may not see it."""
+    """Return the follow-up whose id is in the path.
+
+    Raises `FollowUpNotFoundError` if the person may not see it.
+    """
     found = follow_ups.find(session, visit.id(), visit.person.workspace_id)
     if found is None or not visit.person.sees(found.workspace_id, found.chat_id):
         raise FollowUpNotFoundError
@@ -154,7 +157,7 @@ def _own(visit: Visit, session: Session) -> FollowUp:
 
 
 def _changed(visit: Visit, typed: FollowUpForm, change: Callable[[Session, FollowUp], FollowUp]) -> Response:
-    """Make a change in one transaction and redirect to the follow-up, or show why the change was refused."""
+    """Make a change in one transaction, then redirect to the follow-up or show why the change was refused."""
     status = HTTPStatus.OK
     changed: UUID | None = None
     try:
@@ -193,14 +196,14 @@ def _changed(visit: Visit, typed: FollowUpForm, change: Callable[[Session, Follo
 
 
 def _check_version(visit: Visit, found: FollowUp) -> None:
-    """Raise `ChangedMeanwhileError` if another person has changed the follow-up since the page was loaded."""
+    """Raise `ChangedMeanwhileError` if the follow-up has been changed since the page was loaded."""
     given = visit.form.text("version")
     if given and found.status == Status.PENDING and given != found.updated_at.isoformat():
         raise ChangedMeanwhileError
 
 
 def _as_typed(message: str) -> str:
-    """Return the message with the line endings that a browser's text field sends."""
+    """Return the message with the line endings that browsers send from a text field."""
     return message.replace("\r\n", "\n").replace("\r", "\n")
 
 
@@ -209,7 +212,7 @@ def _changes(visit: Visit, found: FollowUp, typed: FollowUpForm) -> dict[str, An
     if typed.message is not None and typed.message != _as_typed(found.message):
         changes["message"] = typed.message
     zone = Zone(visit.form.text("due_zone", visit.zone.name))
-    # Browsers omit the seconds of a time if they are zero.
+    # Browsers omit the seconds of a time when they are zero.
     if typed.due and typed.due not in {zone.typed(found.due_date), zone.typed(found.due_date).removesuffix(":00")}:
         changes["due_date"] = zone.read(typed.due, visit.form.text("fold"))
     return changes

@@ -1,4 +1,4 @@
-"""The list of follow-ups: the URL contains its filters, and each row explains the follow-up's state."""
+"""The list of follow-ups. Its filters are in the URL, and each row explains the state of a follow-up."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ SIZE = 25
 """Number of rows on a page."""
 
 LIMIT = timedelta(milliseconds=200)
-"""Time limit of a search."""
+"""Time limit for a search."""
 
 LONGEST_EXTERNAL_ID = 1_000
 
@@ -40,7 +40,7 @@ NOW = text("SELECT now()")
 
 @dataclass(frozen=True, slots=True)
 class Asked:
-    """The filters of the list as they were typed."""
+    """The filters of the list, as the user typed them."""
 
     state: str
     reason: str
@@ -57,7 +57,7 @@ class Asked:
         return cls(**{name: fields.text(name)[:LONGEST_EXTERNAL_ID] for name in names})
 
     def query(self) -> dict[str, str]:
-        """Return the filters that are set, by name."""
+        """Return the filters that are set, keyed by their names."""
         return {name: getattr(self, name) for name in self.__slots__ if getattr(self, name)}
 
 
@@ -105,7 +105,7 @@ def _choices() -> Mapping[str, list[str]]:
 
 
 def wanted_of(visit: Visit, session: Session, asked: Asked) -> BrowseFilter:
-    """Return the database query for the filters, limited to what the person may see.
+    """Return the database query for the filters, limited to follow-ups that the person may see.
 
     Raises `InvalidRequestError`.
     """
@@ -129,7 +129,7 @@ def wanted_of(visit: Visit, session: Session, asked: Asked) -> BrowseFilter:
 
 
 def _one_of(values: type[Status | ReasonCode | Channel], given: str, field: str) -> bool:
-    """Return whether a filter value was chosen. Raises `InvalidRequestError` for an unknown value."""
+    """Return whether a value was chosen for a filter. Raises `InvalidRequestError` for an unknown value."""
     if given and given not in {each.value for each in values}:
         message = f"There is no such {field}."
         raise InvalidRequestError(message, field=field)
@@ -146,7 +146,7 @@ def _workspace(session: Session, name: str) -> UUID | None:
 
 
 def _moment(visit: Visit, typed: str) -> datetime | None:
-    # If the clock shows an hour twice, a filter uses its first occurrence.
+    # When clocks are set back, a time can occur twice; the filter uses the first occurrence.
     return visit.zone.read(typed, "first") if typed else None
 
 

@@ -22,7 +22,7 @@ log = get_logger(__name__)
 
 
 def show(visit: Visit) -> Response:
-    """Show the sign-in form, even to a signed-in person, because a sign-in link leads to this page."""
+    """Show the sign-in form, even to a signed-in person, because sign-in links lead to this page."""
     return visit.page("login.html", told="", next=identity.safe_place(visit.query.text("next", "/")))
 
 
@@ -34,7 +34,7 @@ def sign_in(visit: Visit) -> Response:
         token = _begin(session, secret)
         if token and (old := visit.cookies.get(visit.services.cookie_name(visit.scheme))):
             console_sessions.end(session, old)
-    # Only failed sign-ins are limited, so that failures behind a shared address do not block a client with a valid key.
+    # Only failed sign-ins are limited, so failures from a shared address do not block a client with a valid key.
     if token is None and (wait := visit.services.tries.wait(visit.client)):
         told = visit.t("Too many attempts; try again in {seconds} seconds.", seconds=math.ceil(wait))
         response = visit.page("login.html", HTTPStatus.TOO_MANY_REQUESTS, told=told, next=wanted)
@@ -50,9 +50,9 @@ def sign_in(visit: Visit) -> Response:
 
 
 def _begin(session: Session, secret: str) -> str | None:
-    """Begin the session that the key or token grants.
+    """Begin a session for the API key or token.
 
-    Return the session's token, or None if the key or token is invalid.
+    Return the session's token, or None if the API key or token is invalid.
     """
     if grant := console_sessions.use_link(session, secret):
         return console_sessions.begin(session, grant, "link")

@@ -42,14 +42,14 @@ class ScheduleForm:
     due: str = ""
     workspace: str = ""
     token: UUID = field(default_factory=uuid4)
-    """The identity of this form, by which a second submission is recognised."""
+    """The identifier of this form, which makes a second submission recognisable."""
     told: str = ""
     ambiguous: bool = False
     consequences: list[str] = field(default_factory=list)
 
 
 def show(visit: Visit) -> Response:
-    """Show the form, with the chat filled in if the URL names one."""
+    """Show the form. If the URL names a chat, the chat is filled in."""
     chat = visit.person.chat_id or visit.query.text("chat")
     workspace = visit.query.text("workspace")
     if not workspace and visit.person.workspace_id is None and len(names := visit.workspace_names()) == 1:
@@ -60,7 +60,7 @@ def show(visit: Visit) -> Response:
 def schedule(visit: Visit) -> Response:
     """Schedule the follow-up and redirect to it.
 
-    The button "Check" only shows the due date's consequences.
+    If the button "Check" was pressed, only show the consequences of the due date.
     """
     form = visit.form
     typed = ScheduleForm(form.text("chat"), form.raw("message"), form.text("due"), form.text("workspace"))
@@ -92,8 +92,8 @@ def schedule(visit: Visit) -> Response:
 
 
 def _schedule_once(visit: Visit, session: Session, chat: Chat, typed: ScheduleForm, due: datetime) -> UUID:
-    """Schedule the follow-up and return its id; a form that is submitted twice schedules only one."""
-    chats.lock_chat(session, chat.workspace_id, chat.id)  # so that a simultaneous repetition waits
+    """Schedule the follow-up and return its id. Submitting the form twice schedules only one follow-up."""
+    chats.lock_chat(session, chat.workspace_id, chat.id)  # a second submission of the same form waits for this lock
     submitted = idempotency.hash_of(repr((chat.id, typed.message, due)).encode(errors="surrogatepass"))
     key = f"console form {typed.token} {submitted.hex()}"
     if known := idempotency.recall(session, chat.workspace_id, key, submitted):
@@ -108,7 +108,7 @@ def _schedule_once(visit: Visit, session: Session, chat: Chat, typed: ScheduleFo
 
 
 def _chat(visit: Visit, session: Session, typed: ScheduleForm) -> Chat:
-    """Return the chat with this id or external id.
+    """Return the chat that has this id or external id.
 
     Raises `ChatNotFoundError` if the person may not see the chat.
     """

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from followups.store.pauses import ActivePause
 
 LATE = timedelta(minutes=1)
-"""Time overdue from which a follow-up causes a warning."""
+"""How long a follow-up must be overdue to cause a warning."""
 
 MOST_PAUSES = 20
 """Maximum number of pauses shown."""
@@ -28,7 +28,7 @@ MOST_PAUSES = 20
 
 @dataclass(frozen=True, slots=True)
 class OverviewSnapshot:
-    """The numbers of the overview, read from the database in one go."""
+    """The numbers of the overview, all read from the database at the same time."""
 
     numbers: Numbers
     tick_age: timedelta | None
@@ -36,7 +36,7 @@ class OverviewSnapshot:
 
 
 def show(visit: Visit) -> Response:
-    """Show the overview, or redirect a session limited to one chat to that chat."""
+    """Show the overview. A session limited to one chat is redirected to the page of that chat."""
     viewer = visit.person
     if viewer.chat_id is not None:
         return visit.redirect(f"/chats/{viewer.chat_id}")
@@ -63,6 +63,6 @@ def _look(services: ConsoleServices, workspace_id: UUID | None) -> OverviewSnaps
 
 
 def _bars(sent: list[int]) -> list[tuple[int, float]]:
-    """Return the x position and the height of each minute's bar, in a drawing of 600 by 100 units."""
+    """Return the x position and the height of the bar for each minute, in a drawing of 600 by 100 units."""
     most = max(sent, default=0)
     return [(10 * minute, 100 * number / most) for minute, number in enumerate(sent) if number]

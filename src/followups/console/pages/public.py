@@ -26,7 +26,7 @@ def static(visit: Visit) -> Response:
 
 
 def prefer(visit: Visit) -> Response:
-    """Store the language and time zone that the person has chosen in cookies."""
+    """Store the person's choice of language and time zone in cookies."""
     chosen, zone = visit.form.text("language"), visit.form.text("zone")
     if chosen in LANGUAGES:
         visit.cookie("followups_language", chosen, max_age=YEAR, samesite="lax", httponly=True)

@@ -1,6 +1,6 @@
-"""A workspace's settings: API keys, sending hours, rate limits, pauses and sessions.
+"""The settings page of a workspace: API keys, sending hours, rate limits, pauses and sessions.
 
-People who see all workspaces either choose one workspace, or see the rate limits and pauses that apply to all of them.
+People who see all workspaces choose one of them, or see the rate limits and pauses that apply to all workspaces.
 """
 
 from __future__ import annotations
@@ -39,18 +39,21 @@ MOST_PAUSES = 100
 MOST_LIMITS = 100
 
 LIVES = {"": None, "30": timedelta(days=30), "90": timedelta(days=90), "365": timedelta(days=365)}
-"""Lifetimes of an API key, by the value of the form's field."""
+"""Lifetimes of an API key, keyed by the value of the form field."""
 
 LEAST_RATE, MOST_RATE = 0.01 / SECONDS["d"], 1_000_000
 PREVIEWED = timedelta(days=7)
 
 RELEASE_LIMIT = timedelta(seconds=2)
-"""How long a request releases held follow-ups, some ten thousand a second."""
+"""Maximum time that a request spends on releasing held follow-ups.
+
+Some ten thousand follow-ups are released per second.
+"""
 
 
 @dataclass(slots=True)
 class Told:
-    """The message that the page shows after a successful or refused change."""
+    """The message that the page shows after a change has succeeded or was refused."""
 
     wrong: str = ""
     done: str = ""
@@ -58,12 +61,12 @@ class Told:
     """A new API key, which is shown only once."""
     typed: dict[str, str] = field(default_factory=dict)
     hours: SendingHours | None = None
-    """The sending hours that are previewed but not saved."""
+    """Sending hours that are previewed but not yet saved."""
 
 
 @dataclass(frozen=True, slots=True)
 class HoursForm:
-    """The sending hours as the form shows them."""
+    """The values in the form for the sending hours."""
 
     zone: str
     opening: str
@@ -72,7 +75,7 @@ class HoursForm:
 
 
 def show(visit: Visit) -> Response:
-    """Show the workspace's settings."""
+    """Show the settings page of the workspace."""
     with visit.transaction() as session:
         return _page(visit, session, _chosen(visit, session), Told())
 
@@ -101,7 +104,7 @@ def _life(visit: Visit) -> timedelta | None:
 
 
 def ask_to_revoke(visit: Visit) -> Response:
-    """Show when the API key was last used, and ask for confirmation before revoking it."""
+    """Show when the API key was last used, and ask for confirmation that it is to be revoked."""
     with visit.transaction() as session:
         key = _key(visit, session)
         workspace = session.get_one(Workspace, key.workspace_id).name
@@ -158,7 +161,7 @@ def set_hours(visit: Visit) -> Response:
 
 
 def _release_held(visit: Visit, workspace_id: UUID) -> Iterator[None]:
-    """Release what the former sending hours hold, each batch in a short transaction."""
+    """Release the follow-ups that the former sending hours hold. Each batch is a short transaction."""
     released = 1
     while released:
         with visit.services.engine.begin() as connection:
@@ -167,7 +170,7 @@ def _release_held(visit: Visit, workspace_id: UUID) -> Iterator[None]:
 
 
 def _within_time(batches: Iterator[object]) -> bool:
-    """Process batches for at most `RELEASE_LIMIT`; return whether all were processed."""
+    """Process batches for at most `RELEASE_LIMIT`. Return whether all batches were processed."""
     deadline = monotonic() + RELEASE_LIMIT.total_seconds()
     return not any(monotonic() > deadline for _ in batches)
 
@@ -196,7 +199,7 @@ def _typed_hours(visit: Visit) -> SendingHours:
 
 
 def _week(hours: SendingHours, now: datetime) -> list[tuple[datetime, datetime]]:
-    """Return the next week's sending periods. Raises `LookupError` for sending hours that never open."""
+    """Return the sending periods of the next week. Raises `LookupError` if the sending hours never begin."""
     spans: list[tuple[datetime, datetime]] = []
     moment = now
     while moment < now + PREVIEWED:
@@ -279,13 +282,13 @@ def pause(visit: Visit) -> Response:
 
 
 def resume(visit: Visit) -> Response:
-    """End a pause and release the follow-ups that it holds."""
+    """End a pause and release the follow-ups that were held by it."""
     with visit.transaction() as session:
         workspace = _chosen(visit, session)
         scope = pauses.PauseScope(workspace.id if workspace else None, _channel(visit))
         administration.resume(session, actors.actor_of(visit), scope)
         name = workspace.name if workspace else ""
-    _within_time(bulk.release_paused(visit.services.engine))  # the workers release the rest
+    _within_time(bulk.release_paused(visit.services.engine))  # the workers release any follow-ups that remain held
     visit.services.nudge()
     return _back(visit, name, "pauses")
 
@@ -301,7 +304,7 @@ def end_session(visit: Visit) -> Response:
 
 
 def _chosen(visit: Visit, session: Session) -> Workspace | None:
-    """Return the session's workspace, the workspace that an operator has chosen, or None for all."""
+    """Return the session's workspace, the workspace that an operator chose, or None for all workspaces."""
     viewer = visit.person
     if viewer.workspace_id is not None:
         return session.get_one(Workspace, viewer.workspace_id)
@@ -373,7 +376,7 @@ def _shown_hours(shown: SendingHours | None, told: Told, visit: Visit) -> HoursF
 
 
 def _keys(session: Session, workspace_id: UUID) -> list[tuple[ApiKey, Sentence | None]]:
-    """Return a workspace's newest API keys, each with its creator if it was recorded."""
+    """Return the newest API keys of a workspace, each with its creator if one was recorded."""
     query = select(ApiKey).where(ApiKey.workspace_id == workspace_id).order_by(ApiKey.created_at.desc())
     keys = session.scalars(query.limit(MOST_KEYS)).all()
     created = select(AuditEvent).where(

@@ -1,4 +1,4 @@
-"""The system page for operators: findings of the doctor, workers, beat, queues and breaker."""
+"""The system page for operators: findings of the doctor, workers, beat, queues and the breaker."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 def show(visit: Visit) -> Response:
-    """Show the findings.
+    """Show the findings of the doctor.
 
     Workers are queried only on request, because waiting for their replies takes a second.
     """

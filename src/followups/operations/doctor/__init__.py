@@ -1,6 +1,6 @@
 """The checks of ``followups doctor``, which return or yield findings and never raise.
 
-A finding with advice has to be dealt with now; a finding without advice is only information.
+A finding with advice needs immediate attention. A finding without advice is only information.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """The result of a check. ``advice`` says how to fix the problem; it is empty if there is none."""
+    """The result of a check. ``advice`` says how to fix the problem, and is empty if there is no problem."""
 
     name: str
     detail: str

@@ -1,4 +1,4 @@
-"""The checks of the broker: version, memory, permissions, queues, and the stored state of the breaker."""
+"""Checks of the broker: version, memory, permissions, queues, and the stored state of the breaker."""
 
 from __future__ import annotations
 
@@ -33,10 +33,10 @@ UNVERIFIED = (
 REFUSED = (
     "Repair the server: its disk or memory may be full, or a script may not end. Processes then continue by themselves."
 )
-"""Advice for errors that the broker returns to every client."""
+"""Advice for errors that the broker returns to all clients."""
 
 UNREAD_TICKS = 100
-"""Number of queued ticks from which it seems that no worker reads the queue."""
+"""Number of ticks in the queue from which no worker seems to be reading it."""
 
 
 def broker_client(settings: Settings, patience: timedelta = PATIENCE) -> redis.Redis:
@@ -46,14 +46,14 @@ def broker_client(settings: Settings, patience: timedelta = PATIENCE) -> redis.R
 
 
 def broker(settings: Settings) -> Iterator[Finding]:
-    """Check that the broker is reachable and new enough, permits all commands, and evicts nothing."""
+    """Check that the broker is reachable and new enough, permits all commands, and evicts no keys."""
     url = settings.broker_url.get_secret_value()
     try:
         with broker_client(settings) as client:
             refused = _refusals(client, settings.broker_prefix)
             information: dict[str, Any] = {} if "INFO" in refused else client.info()
     except (redis.RedisError, ValueError, OSError) as error:
-        # The first line of the error's message contains the host and port, never the password.
+        # The first line of the error message contains the host and port, but never the password.
         detail = f"{hide_password(url)}: {named(error)}"
         unverified = "CERTIFICATE_VERIFY_FAILED" in str(error)
         yield Finding("broker", detail, UNVERIFIED if unverified else "Start it, or correct FOLLOWUPS_BROKER_URL.")
@@ -65,7 +65,7 @@ def broker(settings: Settings) -> Iterator[Finding]:
 
 
 def _refusals(client: redis.Redis, prefix: str) -> dict[str, str]:
-    """Return the needed commands that the broker would refuse, each with its error.
+    """Return the commands that the broker would refuse but the processes need, each with the error.
 
     No command is executed: the broker checks permissions when a command is queued in a transaction, and the transaction
     is then discarded.
@@ -86,7 +86,7 @@ def _refusals(client: redis.Redis, prefix: str) -> dict[str, str]:
 
 
 def broker_commands(key: str) -> tuple[tuple[str, ...], ...]:
-    """Return every command that the processes send or their scripts call, applied to ``key``."""
+    """Return every command that the processes send or that their scripts call, applied to ``key``."""
     channel = f"{key}*"
     sha = "0" * 40
     return (
@@ -145,7 +145,7 @@ def _eviction(information: dict[str, Any]) -> Finding:
 
 
 def of_broker(settings: Settings) -> Iterator[Finding]:
-    """Check for unread messages in the queues, and whether the breaker is open."""
+    """Check whether the queues contain unread messages, and whether the breaker is open."""
     try:
         with broker_client(settings) as client:
             yield _queues(settings, client)
@@ -169,7 +169,7 @@ def _breaker(settings: Settings, client: redis.Redis) -> Finding:
 def _queues(settings: Settings, client: redis.Redis) -> Finding:
     batches, unread = (int(client.llen(f"{settings.broker_prefix}{name}")) for name in (DELIVER, DISPATCH))
     detail = f"{batches} batches in {DELIVER}, {unread} ticks in {DISPATCH}"
-    # Every hint in the queue belongs to a lease, so hints beyond MAX_IN_FLIGHT must be stale.
+    # Each hint in the queue belongs to a lease, so if there are more hints than MAX_IN_FLIGHT, some must be stale.
     if unread > UNREAD_TICKS or batches > 2 * max(settings.max_in_flight // settings.batch_size, 1):
         return Finding("queues", detail, "No worker reads them: start workers, or restart those that hang.")
     return Finding("queues", detail)

@@ -1,4 +1,4 @@
-"""The checks of whether the connections to database and broker use TLS and verify the server."""
+"""Checks whether the connections to the database and the broker use TLS and verify the server."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ if TYPE_CHECKING:
     from followups.settings import Settings
 
 VERIFIED = {"verify-full": "certificate and host name verified", "verify-ca": "certificate verified, host name not"}
-"""What each `sslmode` verifies; modes that are not listed verify nothing."""
+"""What each `sslmode` verifies. Modes that are not listed verify nothing."""
 
 _OF_THE_SERVER = text("SELECT version FROM pg_stat_ssl WHERE pid = pg_backend_pid()")
 
 
 def of_database(engine: Engine) -> Iterator[Finding]:
-    """Report whether the connection to the database is encrypted and verified.
+    """Report whether the database connection is encrypted and the server verified.
 
     Yields nothing if the database does not answer.
     """
@@ -35,7 +35,7 @@ def of_database(engine: Engine) -> Iterator[Finding]:
         with engine.connect() as connection:
             yield Finding("database connection", _database(connection))
     except SQLAlchemyError:
-        return  # another check reports this
+        return  # another check reports that the database does not answer
 
 
 def _database(connection: Connection) -> str:
@@ -47,13 +47,13 @@ def _database(connection: Connection) -> str:
     if not driver.pgconn.ssl_in_use:
         return "without TLS (sslmode=verify-full in FOLLOWUPS_DATABASE_URL requires and verifies it)"
     mode = next((each.val or b"" for each in driver.pgconn.info if each.keyword == b"sslmode"), b"").decode()
-    # If there is a pooler, the server sees only the pooler's own connection.
+    # Behind a pooler, the server sees only the connection from the pooler.
     version = connection.scalar(_OF_THE_SERVER) or "TLS"
     return f"{version}, {VERIFIED.get(mode, f'not verified (sslmode is {mode}; verify-full verifies)')}"
 
 
 def of_broker(settings: Settings) -> Iterator[Finding]:
-    """Report whether the connection to the broker is encrypted and verified."""
+    """Report whether the broker connection is encrypted and the server verified."""
     try:
         with broker_client(settings) as client:
             connection: Any = client.connection_pool.get_connection()

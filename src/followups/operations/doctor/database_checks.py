@@ -1,4 +1,4 @@
-"""The checks of the database: version and schema, settings, load, and recent failures."""
+"""Checks of the database: version and schema, settings, load, and recent failures."""
 
 from __future__ import annotations
 
@@ -26,15 +26,19 @@ if TYPE_CHECKING:
 OLDEST_POSTGRESQL = 14
 
 LONG_TRANSACTION = timedelta(minutes=10)
-"""Age from which a transaction is reported.
+"""Age from which an open transaction is reported.
 
-This system's own transactions take milliseconds. A long transaction keeps dead rows, which slows the claim.
+This system's own transactions take milliseconds. A long transaction keeps PostgreSQL from removing dead rows, which
+slows the claim.
 """
 
 CLOCK_OFF = timedelta(seconds=1)
 
 LATEST = 10_000
-"""Number of newest failed attempts to examine, since the table may be large."""
+"""Number of failed attempts to examine, newest first.
+
+The table may be too large to examine completely.
+"""
 
 _ATTEMPTS = text(f"""
     SELECT outcome, count(*) AS number
@@ -64,7 +68,8 @@ EXPLAINED = {
     "rejected": "refused for good",
 }
 """The meaning of each outcome of a failed attempt."""
-# The query reads the server's defaults, because this system's own sessions set some of these settings.
+# The query reads the server's defaults rather than the current values, because this system's sessions override some of
+# them.
 _DEFAULTS = text("""
     SELECT name, reset_val FROM pg_settings
      WHERE name IN ('default_transaction_isolation', 'synchronous_commit', 'synchronous_standby_names')
@@ -127,13 +132,13 @@ def of_server(engine: Engine) -> Iterator[Finding]:
             yield from isolation(defaults["default_transaction_isolation"])
             yield from durability(defaults["synchronous_commit"], defaults["synchronous_standby_names"])
     except SQLAlchemyError:
-        return  # another check reports this
+        return  # another check reports that the database does not answer
 
 
 def isolation(level: str) -> Iterator[Finding]:
-    """Report a default isolation level that differs from PostgreSQL's default.
+    """Report a default isolation level other than PostgreSQL's own default.
 
-    The level applies to the callers of `followups.schedule`.
+    The default isolation level affects programs that call `followups.schedule`.
     """
     if level != "read committed":
         own = "this service's sessions are READ COMMITTED all the same; a caller of followups.schedule needs it too"
@@ -141,7 +146,7 @@ def isolation(level: str) -> Iterator[Finding]:
 
 
 def durability(commit: str, standbys: str) -> Iterator[Finding]:
-    """Report a `synchronous_commit` with which a crash or failover can lose acknowledged transactions.
+    """Report a `synchronous_commit` with which acknowledged transactions can be lost in a crash or failover.
 
     `local` is sufficient if no standby is synchronous. `remote_write` loses transactions only if both machines crash.
     """

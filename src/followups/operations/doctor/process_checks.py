@@ -1,4 +1,4 @@
-"""The checks of the processes: workers through the broker, and worker, beat and web on this machine."""
+"""Checks of the processes: workers through the broker, and worker, beat and web on this machine."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from followups.settings import Settings
 
 Replies = list[dict[str, dict[str, Any]]]
-"""Each worker's reply to `followups.worker.liveness.signs_of_life`, by the worker's name."""
+"""The replies to `followups.worker.liveness.signs_of_life`, keyed by the worker's name."""
 
 RESTART = "Restart it; before that, py-spy dump --pid shows where it hangs."
 
@@ -27,12 +27,15 @@ PATIENCE = 3.0
 
 
 def workers(ask: Callable[[], Replies]) -> Finding:
-    """Check the state of all workers, as returned by ``ask``; a worker that consumes nothing replies too."""
+    """Check the state of all workers, as returned by ``ask``.
+
+    A worker that consumes nothing still replies.
+    """
     try:
         replies = ask()
     except Exception as error:  # noqa: BLE001 - whatever the broker's client raises
         return Finding("workers", named(error), "Repair the broker first.")
-    # During an upgrade, the reply of an older worker shows only that the worker is running.
+    # During an upgrade, the reply of a worker of an older version shows only that the worker is running.
     answers = {name: str(said.get("trouble", "")) for reply in replies for name, said in reply.items()}
     if not answers:
         advice = "Start one: honcho start worker, or celery -A followups.worker worker."
@@ -48,7 +51,7 @@ def _waits(reply: dict[str, dict[str, Any]]) -> list[tuple[str, str]]:
 
 
 def of_this_machine(settings: Settings) -> Finding:
-    """Check the heartbeat files and `web`. A process that does not run on this machine is not a failure."""
+    """Check the heartbeat files and `web`. A process that does not run on this machine is not a problem."""
     directory = directory_of(settings.runtime_dir)
     lives = {role: look(directory, role) for role in ("worker", "beat")}
     told = [f"{len(found)} {role}{'' if len(found) == 1 else 's'}" for role, found in lives.items()]
@@ -74,7 +77,7 @@ def _web() -> str:
 
 
 def trouble_of_web(host: str, port: int) -> str:
-    """Check whether `web` answers; return an error message, or an empty string if it does."""
+    """Check whether `web` answers. Return an error message, or an empty string if it does."""
     place = f"{host}:{port}"
     connection = http.client.HTTPConnection(host, port, timeout=PATIENCE)
     try:

@@ -1,4 +1,4 @@
-"""The checks of tables for rows that other programs or manual changes have made invalid."""
+"""Checks of tables for rows that other programs or manual changes have made invalid."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ SHOWN = 3
 
 
 def of_tables(engine: Engine) -> Iterator[Finding]:
-    """Find rows that cannot be read, and sequences whose next ids are already used.
+    """Find rows that cannot be read, and sequences whose next id is already in use.
 
     Yields nothing if there are no such rows or ids.
     """
@@ -51,7 +51,7 @@ def _checks() -> Iterator[tuple[str, str, str]]:
 
 
 def _unguarded(connection: Connection, table: str, name: str, condition: str) -> Finding:
-    """Return a finding that names the rows that violate a missing constraint, and how to restore it."""
+    """Return a finding that names the rows that violate a missing constraint, and says how to restore it."""
     keys = ", ".join(f"{column.name}::text" for column in Base.metadata.tables[table].primary_key)
     query = text(f"SELECT concat_ws(' ', {keys}) FROM {table} WHERE NOT ({condition}) LIMIT {SHOWN}")  # noqa: S608 - no input
     rows = list(connection.scalars(query))

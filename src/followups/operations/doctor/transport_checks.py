@@ -1,4 +1,4 @@
-"""The checks of the transport: whether its endpoint is reachable, and how long a call may take."""
+"""Checks of the transport: whether its endpoint is reachable, and how long a call may take."""
 
 from __future__ import annotations
 
@@ -16,16 +16,19 @@ if TYPE_CHECKING:
 
 
 def timeouts(settings: Settings) -> Finding:
-    """Report the sum of the timeouts. The lease lasts at least as long, so it cannot expire during a call."""
+    """Report the sum of the timeouts of a call.
+
+    A lease lasts at least as long as this sum, so it cannot expire during a call.
+    """
     detail = (
         f"transport timeout {span(settings.transport_timeout)} + margin {span(LEASE_MARGIN)}"
         f" <= lease {span(settings.lease)}"
     )
-    return Finding("timeouts", detail)  # the settings reject any other combination
+    return Finding("timeouts", detail)  # the settings reject a lease that is shorter than the timeouts
 
 
 def transport(settings: Settings) -> Finding:
-    """Check through the transport whether its endpoint is reachable."""
+    """Use the transport to check whether its endpoint is reachable."""
     try:
         detail = asyncio.run(_checked(settings))
     except FollowUpsError as error:
