@@ -107,5 +107,5 @@ class Sentence:
         return self.said(str, readable)
 
     def __add__(self, other: Sentence) -> Sentence:
-        """Return this sentence with another one behind it."""
+        """Return this sentence followed by another one."""
         return Sentence("{first} {second}", first=self, second=other)

@@ -135,7 +135,7 @@ def test_a_skipped_time_is_refused_and_a_repeated_one_is_asked(person: Callable[
 
 
 def test_saving_changes_message_and_due_date(person: Callable[..., Person], own: World) -> None:
-    """Saving changes the message, with its line breaks and spaces, and the due date.
+    """Saving updates the message, with its line breaks and spaces, and the due date.
 
     The timeline shows the old and new due dates and who changed them.
     """

@@ -68,7 +68,7 @@ class Proxy:
         self._call(self._abort)
 
     def lead_to(self, server_url: str) -> None:
-        """Connect new connections to another server; open connections keep their server."""
+        """Route new connections to another server; open connections stay with the server they have."""
         self._url = server_url
 
     def freeze(self) -> None:

@@ -76,7 +76,10 @@ def outage(rig: Rig, proxies: Sequence[Proxy], seconds: float) -> None:
 
 @pytest.mark.parametrize("deduplicates", [True, False])
 def test_both_away(proxied: Proxied, figures: Figures, *, deduplicates: bool) -> None:
-    """Calls accepted while database and ticks are unreachable past a lease are recorded, not repeated."""
+    """If database and ticks are away until a lease expires, calls accepted meanwhile are not repeated.
+
+    These calls are recorded instead.
+    """
     both_away(proxied, figures, deduplicates=deduplicates, count=60, lease=4)
 
 

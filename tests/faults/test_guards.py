@@ -237,9 +237,9 @@ def begun_of(lease: Lease) -> Begun:
 
 
 async def sent_by(clock: DatabaseClock, engine: Engine, begun: Begun, latest: float) -> list[timedelta]:
-    """Send using a clock; return how long after the due moment the transport was called.
+    """Send a follow-up, timing it by the given clock; return how late the transport was called.
 
-    The result is measured by the database's clock.
+    The lateness is measured from the due moment by the database's clock.
     """
     clock.ask(engine)
     transport = Telling(clock)

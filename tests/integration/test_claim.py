@@ -152,7 +152,7 @@ class TestRecovery:
 
 
 def test_losses_are_carried(world: World, steps: Steps) -> None:
-    """A lease carries the number of lost leases, so that the follow-up's last attempt runs alone."""
+    """A lease carries the number of leases lost so far, so that the worker runs the last attempt alone."""
     follow_up = world.follow_up()
     told = []
     for _ in range(MAX_LOSSES):

@@ -138,7 +138,7 @@ def test_the_next_of_a_chat_is_locked(
 def test_what_has_begun_is_under_way(
     world: World, engine: Engine, settings: Settings, started: Callable[..., Pipeline]
 ) -> None:
-    """No follow-up begins without a slot, even after quick calls.
+    """No follow-up begins without a slot, even when calls finish quickly.
 
     A follow-up that waits for a slot can still be cancelled.
     """

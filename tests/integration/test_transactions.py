@@ -46,14 +46,14 @@ def test_connection_lost_before_the_commit(world: World, engine: Engine, monkeyp
 
 
 def test_nothing_to_ask(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
-    """If a transaction wrote no row, its failed commit is an error because there is nothing to check."""
+    """If a transaction wrote no row, a failed commit is an error: no row shows whether it took effect."""
     break_once(monkeypatch, psycopg.Connection.commit)
     with pytest.raises(OperationalError):
         transact(engine, lambda connection: connection.scalar(text("SELECT 1")))
 
 
 def test_nothing_is_asked_without_need(engine: Engine) -> None:
-    """A transaction whose commit is answered needs no round trip beyond its own statements."""
+    """If the server answers the commit, a transaction needs no round trips besides its own statements."""
     said: list[str] = []
     event.listen(engine, "before_cursor_execute", lambda *arguments: said.append(arguments[2]))
     transact(engine, insert_workspace)

@@ -104,7 +104,7 @@ def test_at_once() -> None:
 
 
 def test_what_is_over_is_not_asked_for() -> None:
-    """A follow-up that has ended, or would end at begin, waits for no token."""
+    """A follow-up that has ended, or would end at begin, does not wait for a token."""
     soon = timedelta(microseconds=1)
     fields = (UUID(int=1), False, ACME, ACME, "waha", NOW)
     assert not Limitable(*fields, None).is_over

@@ -105,9 +105,9 @@ def test_a_secret_may_be_in_a_file(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
 
 
 def test_a_file_that_cannot_be_used(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """A missing secret file stops the start with an error that names the setting but not the value.
+    """If a secret file is missing, startup fails with an error that names the setting but not the value.
 
-    Giving both a variable and its file stops the start, too.
+    Startup also fails if both a variable and its file are given.
     """
     monkeypatch.setenv("FOLLOWUPS_TRANSPORT_SECRET_FILE", str(tmp_path / "s3cret"))
     with pytest.raises(SettingsError, match=r"^FOLLOWUPS_TRANSPORT_SECRET_FILE should name a file") as error:

@@ -52,7 +52,7 @@ def stats(
     interval: Annotated[float, typer.Option(min=0.2, max=3600, help="Seconds between two refreshes of --watch.")] = 2,
     json: Json = False,
 ) -> None:
-    """Count follow-ups by state, and show how late and at which rate they were sent.
+    """Count follow-ups by state, and show how late and at what rate they were sent.
 
     Lag is the time of acceptance minus the due date; it includes retries, waiting for rate limits, and due dates in the
     past. The count of pending follow-ups is exact. The count of each final state is exact up to 100,000; larger counts

@@ -72,7 +72,7 @@ def _connecting(url: str) -> timedelta:
 
 
 def size_of_claim(window: int) -> int:
-    """Return the most rows of one claim: half of the in-flight limit, but at least `CLAIM_SIZE`.
+    """Return the maximum number of rows per claim: half of the in-flight limit, but at least `CLAIM_SIZE`.
 
     Each claim reads everything in flight, so behind a backlog a few large claims cost least. Workers send the other
     half in the meantime.

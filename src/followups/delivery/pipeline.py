@@ -232,7 +232,7 @@ class Pipeline:
             self._nudge()
 
     def _enqueue_unblocked(self, step: BatchResult) -> None:
-        """Enqueue the follow-ups that ended ones have unblocked, now or once their rows are no longer locked."""
+        """Enqueue the follow-ups unblocked by others that have ended, now or once their rows are unlocked."""
         self._enqueue(step.unblocked)
         if step.blocking:
             self._spawn(self._unblock_later(step.blocking))

@@ -5,7 +5,8 @@ The watchdog reads from a pipe whose other end is held by the owner. The kernel 
 to the thread that started the child and is not sent to grandchildren.
 
 The owner imports this file. The watchdog runs it as a script, which uses only the standard library and starts in about
-20 ms. One watchdog serves one owner, from its first guarded process or directory to its last.
+20 ms. Each owner has one watchdog, which runs from the owner's first guarded process or directory until the last one is
+gone.
 """
 
 from __future__ import annotations

@@ -39,7 +39,7 @@ FIRST = datetime(1, 1, 1, tzinfo=UTC)
 
 @dataclass(frozen=True, slots=True)
 class CancelScope:
-    """The pending follow-ups of a workspace, or of one chat in it, that were created until ``until``."""
+    """The pending follow-ups of a workspace, or of one chat in it, created no later than ``until``."""
 
     workspace_id: UUID
     chat_id: UUID | None

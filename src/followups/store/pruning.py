@@ -95,7 +95,7 @@ def delete_expired_keys(connection: Connection) -> int:
 
 
 class MessageCursor(NamedTuple):
-    """The position at which a scan of chat messages ended, in the order of their age."""
+    """The position at which a scan of chat messages, ordered by age, stopped."""
 
     created_at: datetime = datetime(1, 1, 1, tzinfo=UTC)
     id: UUID = UUID(int=0)

@@ -73,7 +73,7 @@ def state(world: World, action_id: UUID) -> tuple[Any, ...]:
 
 
 def test_a_retry_over_the_quota_is_passed_over(world: World) -> None:
-    """A console's bulk action skips and counts retries over the quota, and creates the others.
+    """A bulk action in the console creates retries up to the quota; it skips and counts the remaining ones.
 
     The next bulk action is carried out.
     """

@@ -121,7 +121,7 @@ def test_the_rows_are_those_around_now(second: float, count: int) -> None:
 
 
 def test_at_the_end_the_unusual_ones_are_shown() -> None:
-    """When all follow-ups of the demo have ended, retried, rejected or cancelled ones are shown first."""
+    """Once every follow-up of the demo has ended, those that were retried, rejected or cancelled come first."""
     rows = around_now(ALL_ENDED, START, 6)
     assert all(each.retried or each.status != Status.SENT for each in rows)
 

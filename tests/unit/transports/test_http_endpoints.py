@@ -173,7 +173,7 @@ async def test_without_the_certificate_nothing_is_accepted(
 
 @pytest.mark.parametrize("content", ["", "no certificate", None])
 def test_a_certificate_that_is_none_stops_the_start(content: str | None, tmp_path: Path) -> None:
-    """A missing or invalid certificate file is rejected at the start and named in the error."""
+    """A missing or invalid certificate file is rejected at startup and named in the error."""
     file = tmp_path / "cert.pem"
     if content is not None:
         file.write_text(content)

@@ -144,7 +144,7 @@ async def test_an_endless_frame_is_given_up(start: bytes, piece: bytes) -> None:
 
 
 async def test_an_endless_chunk_size_costs_the_timeout() -> None:
-    """An endless chunk extension is read and discarded until the timeout, and the status decides."""
+    """An endless chunk extension is read and discarded until the timeout; only the status sets the outcome."""
     outcome = await outcome_of(endless(CHUNKED + b"1;", b"x" * 10_000), transport_timeout=0.3)
     assert outcome == Sent(None, 200, "the body of the answer did not come in time")
 

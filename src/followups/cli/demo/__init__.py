@@ -77,7 +77,7 @@ def plan_of(signals: StopSignals) -> StartPlan:
 
 
 def _present(stack: Stack, *, json: bool) -> Score:
-    """Perform the scenario and print it as JSON, as a live picture, or as one line per event."""
+    """Run the scenario and show it as JSON, as a live display, or as one line per event."""
     if json:
         result = perform(stack, lambda *_: None)
         print_json(result.document())
