@@ -1,5 +1,6 @@
 -- Grant the role followups its rights on the tables of followups_owner, including the tables of later migrations. In an
--- existing database, run this file as a superuser, after: REASSIGN OWNED BY (the old owner) TO followups_owner.
+-- existing database, create the two roles first, as roles.sql does, and change the tables' owner:
+-- REASSIGN OWNED BY (the old owner) TO followups_owner.
 REVOKE CREATE ON SCHEMA public FROM PUBLIC;
 GRANT USAGE, CREATE ON SCHEMA public TO followups_owner;
 GRANT USAGE ON SCHEMA public TO followups;

@@ -1,4 +1,5 @@
--- Creates the database and its two roles. Run this file once, as a superuser:
+-- Creates the database and its two roles. Run this file once, as a superuser, or on a managed server as its
+-- administrator (a role with CREATEROLE, CREATEDB and the right to grant pg_read_all_stats):
 --
 --   OWNER_PASSWORD=... SERVICE_PASSWORD=... psql --dbname postgres --file deploy/roles.sql
 --
@@ -14,9 +15,12 @@
 
 CREATE ROLE followups_owner LOGIN PASSWORD :'owner_password';
 CREATE ROLE followups LOGIN PASSWORD :'password';
+-- A managed server's administrator, who is no superuser, must be a member to give the database to this role.
+GRANT followups_owner TO CURRENT_USER;
 CREATE DATABASE :"database" OWNER followups_owner ENCODING 'UTF8' TEMPLATE template0;
 REVOKE ALL ON DATABASE :"database" FROM PUBLIC;
 GRANT CONNECT ON DATABASE :"database" TO followups;
 
 \connect :"database"
 \ir grants.sql
+REVOKE followups_owner FROM CURRENT_USER;

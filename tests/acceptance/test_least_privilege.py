@@ -9,7 +9,26 @@ import psycopg
 import pytest
 import redis
 
+from databases import OWNER, SERVICE, make_roles
+from followups.embedded import EmbeddedPostgres, memory_directory
+from followups.schema import migrate
+
 DEPLOY = Path(__file__).parents[2] / "deploy"
+
+
+def test_the_administrator_of_a_managed_server_makes_the_roles() -> None:
+    """roles.sql needs no superuser; its database can be migrated and used, and its administrator owns nothing."""
+    with EmbeddedPostgres(parent=memory_directory()) as server:
+        with psycopg.connect(server.url(), autocommit=True) as connection:
+            connection.execute("CREATE ROLE administrator LOGIN CREATEROLE CREATEDB")
+            connection.execute("GRANT pg_read_all_stats TO administrator WITH ADMIN OPTION")
+        make_roles(server.url(role="administrator"))
+        migrate(server.url(SERVICE, OWNER))
+        with psycopg.connect(server.url(SERVICE, SERVICE)) as connection:
+            connection.execute("INSERT INTO workspaces (name) VALUES ('acme')")
+        with psycopg.connect(server.url(SERVICE)) as connection:
+            found = connection.execute("SELECT pg_has_role('administrator', 'followups_owner', 'USAGE')").fetchone()
+            assert found == (False,)
 
 
 @pytest.mark.parametrize(
