@@ -1,4 +1,4 @@
-"""Console sessions, and single-use sign-in links. The database stores only hashes of their tokens."""
+"""Console sessions, and sign-in links that work once. The database stores only hashes of their tokens."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from followups.statements import Steps
 
 IDLE = timedelta(hours=8)
-"""Idle time after which a console session ends."""
+"""Time without use after which a console session ends."""
 
 LIFETIME = timedelta(hours=24)
 """Age at which a console session ends even if it is in use."""
@@ -41,7 +41,7 @@ ROLES = ("viewer", "agent", "admin", "operator")
 
 LONGEST_NAME = 200
 PRUNED = 100
-"""Number of long-ended sessions and links that are deleted at each sign-in."""
+"""Number of console sessions and links, ended long ago, that are deleted at each sign-in."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,14 +50,14 @@ class Grant:
 
     role: str
     workspace_id: UUID | None
-    """The workspace, or None for all workspaces."""
+    """The workspace that the console session may see, or None for all workspaces."""
     name: str
     chat_id: UUID | None = None
     api_key_id: UUID | None = None
 
     @property
     def parameters(self) -> dict[str, object]:
-        """The parameters of the statement."""
+        """The parameters of the SQL statement."""
         return {
             "role": self.role,
             "workspace_id": self.workspace_id,
@@ -79,7 +79,7 @@ class Found:
     way: str
     name: str
     stale: bool
-    """Whether the use of this session should be recorded."""
+    """Whether the last recorded use is so old that this use of the session should be recorded."""
 
 
 _INSERT = text("""
@@ -177,7 +177,7 @@ _LIST = text(f"""
 
 
 def of_workspace(session: Session, workspace_id: UUID | None, most: int) -> list[Listed]:
-    """Return the newest valid console sessions of a workspace, or of all workspaces if it is None."""
+    """Return the newest valid console sessions of a workspace, or of all if ``workspace_id`` is None."""
     rows = session.execute(_LIST, {"workspace_id": workspace_id, "idle": IDLE, "most": most})
     return [Listed(*row) for row in rows]
 
@@ -212,7 +212,7 @@ def make_link(grant: Grant, lifetime: timedelta) -> Steps[tuple[str, datetime]]:
 
 
 def use_link(session: Session, token: str) -> Grant | None:
-    """Use up a sign-in link and return the rights it grants, or None if it is unknown, expired or used."""
+    """Use up a sign-in link and return the rights it grants, or None if the link is unknown, expired or used."""
     if not TOKEN.fullmatch(token):
         return None
     row = session.execute(_USE_LINK, {"token_hash": hash_of(token)}).one_or_none()
@@ -222,6 +222,6 @@ def use_link(session: Session, token: str) -> Grant | None:
 def hash_of(token: str) -> bytes:
     """Return the stored hash of a token.
 
-    Passwords need a slow hash, but tokens do not: their 256 random bits cannot be guessed.
+    Passwords need a slow hash, but tokens do not, because the 256 random bits of a token cannot be guessed.
     """
     return sha256(token.encode(errors="replace")).digest()

@@ -1,8 +1,8 @@
 """The sums of all processes' counters.
 
-Each process adds its new counts, and each process can report the sums. Workers start and stop on many hosts, while
-Prometheus scrapes one web process. A count kept only in a worker would never be scraped, and would be lost when the
-worker stops.
+Each process adds its new counts to the sums in the database, and each process can report the sums. Workers start and
+stop on many hosts, while Prometheus scrapes one web process. A count kept only in a worker would never be scraped, and
+would be lost when the worker stops.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ Sample = tuple[str, str]
 """The name and the labels of a sample; the labels are a JSON object with sorted keys."""
 
 INTERVAL = timedelta(seconds=1)
-"""The longest time for which a count may exist only in its own process; a crash loses these counts."""
+"""The longest time for which a count exists only in the memory of its process, where a crash would lose it."""
 
 log = get_logger(__name__)
 
@@ -42,7 +42,7 @@ _ADD = text("""
     ON CONFLICT (sample, labels) DO UPDATE SET value = t.value + excluded.value
     RETURNING sample, labels, value
 """)
-# Counts only grow, so totals at least as high as ours mean that the transaction was committed. Our counts are lost in
+# Counts only grow, so totals at least as high as ours mean that our transaction was committed. Our counts are lost in
 # one case: if another process has added at least as much to each total in the meantime.
 _ADDED = text("""
     SELECT count(t.value) = count(*) AND bool_and(t.value >= b.value)
@@ -59,7 +59,7 @@ def read(connection: Connection) -> dict[Sample, float]:
 
 
 def counted() -> dict[Sample, float]:
-    """Return the counts of this process since it started."""
+    """Return the counts of this process since it was started."""
     return {
         (sample.name, json.dumps(sample.labels, sort_keys=True)): sample.value
         for family in metrics.COUNTED.collect()
@@ -85,7 +85,7 @@ class CounterTotals:
     """Adds this process's counts to the sums from a separate thread."""
 
     def __init__(self, engine: Engine) -> None:
-        """Store the engine without starting the thread."""
+        """Prepare the totals for this engine without starting the thread."""
         self._engine = engine
         self._added: dict[Sample, float] = {}
         self._lock = threading.Lock()
@@ -104,7 +104,7 @@ class CounterTotals:
             self._try_to_add()
 
     def add(self) -> None:
-        """Add the counts since the last call. If a database error is raised, no count is lost."""
+        """Add the counts since the last call to the totals. If a database error is raised, no count is lost."""
         with self._lock:
             now = counted()
             new = {sample: more for sample, value in now.items() if (more := value - self._added.get(sample, 0.0))}

@@ -1,9 +1,9 @@
 """Counts, lag and throughput. No statement here runs for long, however many rows there are.
 
-Counts of pending, waiting, overdue and in-flight follow-ups are exact, from small partial indexes. Follow-ups in a
-final state are counted up to `EXACT_UP_TO` for each state. For larger numbers the planner's estimate is used, which
-costs nothing even for many millions of rows. Lag and throughput are computed from the follow-ups that ended in the last
-minutes, by an index; a query that takes longer than `LIMIT` is cancelled.
+The counts of pending, waiting, overdue and in-flight follow-ups are exact, and are read from small partial indexes.
+Follow-ups in a final state are counted up to `EXACT_UP_TO` for each state. For larger numbers the planner's estimate is
+used, which costs nothing even for many millions of rows. Lag and throughput are computed from the follow-ups that ended
+in the last minutes, by an index; a query that takes longer than `LIMIT` is cancelled.
 
 The backlog is measured for metrics, which are read every few seconds. Counting ten million pending rows takes seconds,
 and counters maintained by a trigger would make every insert and every end update one shared row. So rows are counted
@@ -12,7 +12,7 @@ limit the numbers are the planner's estimates. The estimates are as exact as the
 the rows have changed), and never below the number of rows already counted. Measured on two busy cores with half a
 million rows pending, 36,000 of them overdue: 16 ms (an exact count of pending rows takes 83 ms, and grows with their
 number). Right after 60,000 rows were sent and before a vacuum, the first measurement takes 287 ms, and later ones 13 to
-16 ms. The number of rows makes no difference.
+16 ms. The duration does not depend on the number of rows.
 """
 
 from __future__ import annotations
@@ -34,23 +34,23 @@ if TYPE_CHECKING:
     from sqlalchemy import Connection, Row, TextClause
 
 EXACT_UP_TO = 100_000
-"""Rows of one final state that are counted one by one, which takes some 20 ms."""
+"""Up to this number, the rows of one final state are counted one by one, which takes some 20 ms."""
 
 LIMIT = timedelta(seconds=2)
 """Time limit of the queries for lag and throughput."""
 
 
 BACKLOG_EXACT_UP_TO = 10_000
-"""Rows of the backlog that are counted one by one; beyond that the planner's estimate is used."""
+"""Up to this number, rows of the backlog are counted one by one; beyond it the planner's estimate is used."""
 
 _DUE = "COALESCE(next_attempt_at, due_date)"
 
 
 @dataclass(frozen=True, slots=True)
 class Backlog:
-    """Counts of the backlog, exact up to 10,000 and estimated beyond.
+    """Counts of the backlog, exact up to 10,000 and estimated beyond that.
 
-    The age of the oldest follow-up is in seconds, or 0.
+    The age of the oldest follow-up is in seconds, or 0 if the backlog is empty.
     """
 
     pending: int
@@ -61,11 +61,11 @@ class Backlog:
 
 _PENDING_ROWS = "FROM follow_ups WHERE status = 'pending'"
 
-# The query reads the beginning of the claim's index, up to a little after now. No follow-up begins earlier, so all
-# follow-ups in flight are included. A follow-up that waits for an earlier one of its chat is not overdue; only the
-# earlier one is. The query is ordered so that the index is read no further than needed. Without the order, the planner,
-# which estimates that a third of all pending rows are overdue, would read the whole table. The index is read only once,
-# because entries of rows that were sent but not yet vacuumed come first in it.
+# The query reads the beginning of the claim's index, up to a little after now. No follow-up begins earlier than that,
+# so all follow-ups in flight are included. A follow-up that waits for an earlier one of its chat does not count as
+# overdue, but the earlier one does. The query is ordered so that the index is read no further than needed. Without the
+# order, the planner, which estimates that a third of all pending rows are overdue, would read the whole table. The
+# index is read only once, because it begins with the entries of rows that were sent but not yet vacuumed.
 _COUNT = text(f"""
     WITH head AS MATERIALIZED (
         SELECT {_DUE} AS due, begun_at {_PENDING_ROWS} AND waits_for IS NULL AND {_DUE} <= now() + interval '1 second'
@@ -78,7 +78,7 @@ _COUNT = text(f"""
 """)  # noqa: S608 - no input, only the constants above
 
 _ESTIMATE_PENDING = text(f"EXPLAIN (FORMAT JSON) SELECT {_PENDING_ROWS}")
-# The planner ignores this histogram, because the index is partial, and assumes that a third of the rows are overdue.
+# The planner ignores this histogram, because the index is partial. It assumes that a third of the rows are overdue.
 _SHARE_OVERDUE = text("""
     SELECT avg((bound <= now())::int)
       FROM pg_stats, unnest(CAST(CAST(histogram_bounds AS text) AS timestamptz[])) AS bound
@@ -96,7 +96,7 @@ def measure_backlog(connection: Connection, *, window: int) -> Backlog:
         plan = connection.execute(_ESTIMATE_PENDING).scalar_one()
         pending = max(pending, int(plan[0]["Plan"]["Plan Rows"]))
     if overdue > BACKLOG_EXACT_UP_TO:
-        share = connection.execute(_SHARE_OVERDUE).scalar_one() or 0  # None: the table was never analyzed
+        share = connection.execute(_SHARE_OVERDUE).scalar_one() or 0  # None if the table was never analyzed
         overdue = max(overdue, int(share * pending))
     return Backlog(pending, overdue, float(row.oldest_overdue), row.in_flight)
 
@@ -107,26 +107,26 @@ class Counts:
 
     pending: int
     waiting: int
-    """Pending follow-ups behind an earlier one of their chat."""
+    """Number of pending follow-ups that wait for an earlier follow-up of their chat."""
     paused: int
-    """Pending follow-ups that are due and paused."""
+    """Number of pending follow-ups that are due but paused."""
     quiet: int
-    """Pending follow-ups that are due but outside sending hours."""
+    """Number of pending follow-ups that are due but outside sending hours."""
     overdue: int
-    """Pending follow-ups that are overdue, without those that wait for another one."""
+    """Number of overdue pending follow-ups, not counting those that wait for an earlier one of their chat."""
     oldest_overdue: timedelta | None
     in_flight: int
     final: Mapping[str, int]
     """The number of finished follow-ups by status."""
     estimated: frozenset[str]
-    """Final states whose number is an estimate."""
+    """The final states whose count is an estimate."""
 
 
 @dataclass(frozen=True, slots=True)
 class Pace:
     """Throughput and lag of the follow-ups accepted within ``window``.
 
-    Lag is the acceptance time minus the due date, including retries and follow-ups created after their due date.
+    Lag is the acceptance time minus the due date. It includes retries, and follow-ups created after their due date.
     """
 
     window: timedelta
@@ -137,7 +137,7 @@ class Pace:
 
     @property
     def per_minute(self) -> float:
-        """Follow-ups sent in an average minute."""
+        """Average number of follow-ups sent in a minute."""
         return self.sent / (self.window / timedelta(minutes=1))
 
 
@@ -150,7 +150,7 @@ _PENDING = text(f"""
            (SELECT count(*) FROM follow_ups
              WHERE status = 'pending' AND waits_for IS NULL AND {_DUE} <= now()) AS overdue
 """)  # noqa: S608 - no input, only the constant above
-# This query uses the index of the follow-up lists, which begins with the workspace.
+# This query uses the index that serves the lists of follow-ups and begins with the workspace.
 _COUNT_FINAL = text("""
     SELECT s.status, (
            SELECT count(*) FROM (
@@ -178,7 +178,7 @@ def count(connection: Connection, *, window: int, exact_up_to: int = EXACT_UP_TO
     estimated = frozenset(status for status, number in final.items() if number > exact_up_to)
     if estimated:
         estimates = {row[0]: row[1] for row in connection.execute(_ESTIMATE_FINAL)}
-        # Before the first ANALYZE there is no estimate, so the number of rows counted is used as the minimum.
+        # Before the first ANALYZE there is no estimate, so the number of rows counted so far is used as the minimum.
         final |= {status: max(estimates.get(status, 0), final[status]) for status in estimated}
     return Counts(
         pending=pending.pending,
@@ -219,7 +219,7 @@ _CANCELLED_BY_TIMEOUT = "57014"
 
 
 def pace(connection: Connection, window: timedelta, limit: timedelta = LIMIT) -> Pace | None:
-    """Measure what was sent within the last ``window``, or return None if that takes longer than ``limit``.
+    """Measure what was sent within the last ``window``, or return None if the query takes longer than ``limit``.
 
     Percentiles are nearest-rank.
     """
@@ -228,7 +228,10 @@ def pace(connection: Connection, window: timedelta, limit: timedelta = LIMIT) ->
 
 
 def per_second(connection: Connection, seconds: int, limit: timedelta = LIMIT) -> list[int] | None:
-    """Return the number sent in each of the last seconds, oldest first, or None if the query takes too long."""
+    """Return the number of follow-ups sent in each of the last seconds, oldest first.
+
+    Returns None if the query takes too long.
+    """
     rows = within(connection, limit, _PER_SECOND, {"seconds": seconds})
     if rows is None:
         return None
@@ -241,7 +244,7 @@ def within(
 ) -> Sequence[Row[Any]] | None:
     """Return the rows, or None if the query takes longer than ``limit``.
 
-    The transaction continues either way.
+    The transaction stays usable in both cases.
     """
     milliseconds = str(max(round(limit / timedelta(milliseconds=1)), 1))
     try:
@@ -249,8 +252,8 @@ def within(
             previous = connection.scalar(_PREVIOUS)
             connection.execute(_LIMIT, {"limit": milliseconds})
             rows = connection.execute(query, parameters).all()
-            # Releasing the savepoint does not reset this setting; only a rollback of the savepoint or the end of the
-            # transaction does.
+            # Releasing the savepoint does not reset this setting. Only a rollback of the savepoint or the end of the
+            # transaction resets it.
             connection.execute(_LIMIT, {"limit": previous})
     except OperationalError as error:
         if getattr(error.orig, "sqlstate", None) != _CANCELLED_BY_TIMEOUT:
@@ -260,7 +263,7 @@ def within(
 
 
 def attempts(connection: Connection) -> dict[str, int]:
-    """Return the attempts of all processes by outcome, at most a second old."""
+    """Return the attempts of all processes by outcome; the numbers are at most a second old."""
     found: dict[str, int] = {}
     for (name, labels), value in counter_totals.read(connection).items():
         if name == "followups_attempts_total":

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from sqlalchemy.orm import Session
 
 BATCH = 1000
-"""Rows deleted in one transaction, which takes some twenty milliseconds."""
+"""Number of rows deleted in one transaction, which takes some twenty milliseconds."""
 
 REMOVED = finish(Status.CANCELLED, ReasonCode.CHAT_REMOVED)
 
@@ -40,12 +40,12 @@ class Whole:
 
     @property
     def parameters(self) -> dict[str, object]:
-        """The parameters of the statements."""
+        """The parameters of the SQL statements."""
         return {"workspace_id": self.workspace_id, "chat_id": self.chat_id}
 
     @property
     def rows(self) -> str:
-        """The SQL condition for the rows that belong to the workspace or chat."""
+        """The SQL condition for the rows that belong to the workspace or chat to delete."""
         return "workspace_id = :workspace_id" + (" AND chat_id = :chat_id" if self.chat_id else "")
 
 
@@ -54,7 +54,7 @@ IN_BATCHES = ("follow_ups", "chat_messages", "idempotency_keys", "chats", "audit
 
 _AT_ONCE = [
     table
-    for table in reversed(Base.metadata.sorted_tables)  # referencing tables come before the referenced ones
+    for table in reversed(Base.metadata.sorted_tables)  # a table comes before the tables that it refers to
     if "workspace_id" in table.columns and table.name not in IN_BATCHES
 ]
 
@@ -64,22 +64,22 @@ _DELETE_KEYS = text("DELETE FROM api_keys WHERE workspace_id = :workspace_id")
 
 
 def begin(session: Session, whole: Whole) -> None:
-    """Stop all scheduling and sending for the workspace or chat; repeating this changes nothing.
+    """Stop all scheduling and sending for the workspace or chat; a second call changes nothing.
 
-    The API keys of a workspace are deleted, and the workspace is paused until it is deleted. A chat is removed.
+    For a workspace, its API keys are deleted, and it is paused until it is deleted. A chat is removed.
     """
     if whole.chat_id is not None:
-        with suppress(ChatNotFoundError):  # the chat was removed before
+        with suppress(ChatNotFoundError):  # the chat has already been removed
             chats.remove_chat(session, whole.workspace_id, whole.chat_id)
         return
-    # Another transaction may be creating an API key; the lock waits until that transaction ends.
+    # Another transaction may be creating an API key. This lock is only acquired after that transaction has ended.
     for statement in (_LOCK_WORKSPACE, _MARK, _DELETE_KEYS):
         session.execute(statement, whole.parameters)
     pauses.pause(session.connection(), pauses.PauseScope(whole.workspace_id, None))
 
 
 def cancel(connection: Connection, whole: Whole, after: CancelCursor) -> bulk_cancel.Cancelled:
-    """Cancel the next batch of pending follow-ups; those in flight are only kept from a retry."""
+    """Cancel the next batch of pending follow-ups; those in flight are not cancelled, but will not be retried."""
     pending = CancelScope(whole.workspace_id, whole.chat_id, bulk_cancel.now(connection))
     return bulk_cancel.cancel_if_not_begun(connection, pending, REMOVED, after)
 
@@ -103,7 +103,7 @@ def end_lost(connection: Connection, whole: Whole) -> int:
 
 
 def conditions(whole: Whole) -> dict[str, str]:
-    """Return the tables whose rows are deleted in batches, in order, each with its condition."""
+    """Return the tables whose rows are deleted in batches, in their order, each with a condition for its rows."""
     found = {"follow_ups": f"{whole.rows} AND status <> 'pending'", "chat_messages": whole.rows}
     of_workspace = "workspace_id = :workspace_id"
     if whole.chat_id is not None:
@@ -125,10 +125,10 @@ _EVENTS = ", events AS (DELETE FROM audit_events a USING gone WHERE a.target_id 
 
 
 def delete_batch(connection: Connection, whole: Whole, table: str, condition: str) -> int:
-    """Delete the next batch of a table's rows; return how many.
+    """Delete the next batch of a table's rows; return how many were deleted.
 
-    Audit events about a follow-up are deleted with it. Rows are deleted by their physical position (ctid). A row that
-    was updated in the meantime has a new position, and is left to the next batch.
+    Audit events about a follow-up are deleted with the follow-up. Rows are deleted by their physical position (ctid). A
+    row that was updated in the meantime has a new position, and is left to the next batch.
     """
     returned, events = ("id", _EVENTS) if table == "follow_ups" else ("1", "")
     statement = text(f"""
@@ -159,7 +159,7 @@ def complete(connection: Connection, whole: Whole) -> None:
 
 
 def left(connection: Connection, whole: Whole) -> tuple[int, int]:
-    """Return the number of follow-ups in flight, and the number of all follow-ups, counted up to a thousand."""
+    """Return how many follow-ups are in flight, and how many are left, each counted up to a thousand."""
     statement = text(f"""
         SELECT count(begun_at), count(*) FROM (SELECT begun_at FROM follow_ups WHERE {whole.rows} LIMIT 1000) counted
     """)  # noqa: S608 - no input

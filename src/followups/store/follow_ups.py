@@ -1,6 +1,6 @@
 """Follow-ups, one at a time or by chat: create, find, change, end.
 
-Every change is guarded by its WHERE clause.
+Every change is guarded by the WHERE clause of its statement.
 """
 
 from __future__ import annotations
@@ -33,7 +33,9 @@ if TYPE_CHECKING:
 
 
 MOST_PENDING = 10_000
-"""The most pending follow-ups of a chat. A reply cancels all of them in one transaction, which takes half a second."""
+"""The largest number of pending follow-ups in a chat. A reply cancels all of them in one transaction, which takes half
+a second.
+"""
 
 FIELDS = (
     "id",
@@ -48,9 +50,9 @@ FIELDS = (
     "status",
     "trigger_chat_message_id",
 )
-"""The API's fields, the only ones that asynchronous code reads of a follow-up."""
+"""The fields of the API. Asynchronous code reads no other fields of a follow-up."""
 
-# The order is that of an index, so that only the chat's pending follow-ups are read.
+# The order is that of an index, so that only the pending follow-ups of this chat are read.
 _FULL = f"""EXISTS (
     SELECT FROM follow_ups
      WHERE workspace_id = :workspace_id AND chat_id = :chat_id AND status = 'pending'
@@ -101,13 +103,13 @@ def insert_unless_full(
 
 
 FAR_FROM_FULL = MOST_PENDING - 1_000
-"""The most pending follow-ups of a chat for which `create_if_clear` inserts another one.
+"""Up to this number of pending follow-ups in a chat, `create_if_clear` inserts another one.
 
 The statement of `create_if_clear` counts the follow-ups that were committed before it locked the chat. It may miss
 follow-ups inserted in between, which are at most one for each connection of the database.
 """
 
-# Every condition except the last uses the values that the chat has once it is locked.
+# Every condition except the last one uses the chat's values as they are when the chat is locked.
 _CREATE_IF_CLEAR = Statement(
     f"""
     WITH chat AS (
@@ -140,8 +142,8 @@ def create_if_clear(
 ) -> Steps[FollowUp | None]:
     """Insert a pending follow-up and return it, or None if the case is not clear.
 
-    This single statement replaces a transaction. It decides only the clear cases: the API key is valid, the chat is not
-    locked, its last message is not the user's, and there is neither a messaging window nor a quota.
+    This single statement replaces a transaction of several. It decides only the clear cases: the API key is valid, the
+    chat is not locked, its last message is not the user's, and there is neither a messaging window nor a quota.
     """
     created: Sequence[FollowUp] = yield _CREATE_IF_CLEAR(
         workspace_id=workspace_id,
@@ -176,7 +178,7 @@ _INSERT_MANY = Statement(
 
 
 class Planned(NamedTuple):
-    """A follow-up to create, as `followups.schedule_many` takes it."""
+    """A follow-up to create, in the form that `followups.schedule_many` accepts."""
 
     chat_id: UUID
     message: str
@@ -194,7 +196,7 @@ def room_in(workspace_id: UUID, chat_ids: Collection[UUID]) -> Steps[dict[UUID, 
 def insert_many(workspace_id: UUID, new: Sequence[tuple[UUID, Planned, UUID]]) -> Steps[list[FollowUp]]:
     """Insert pending follow-ups, each with its id and its trigger, and return them in the same order.
 
-    The caller must have locked the chats and checked that they have room.
+    The caller must have locked the chats and checked that the new follow-ups do not exceed `MOST_PENDING`.
     """
     rows: Sequence[FollowUp] = yield _INSERT_MANY(
         workspace_id=workspace_id,
@@ -228,9 +230,9 @@ _LOCK_IN_CHAT = Statement(
 
 @Rule
 def find(follow_up_id: UUID, workspace_id: UUID | None) -> Steps[FollowUp | None]:
-    """Return the follow-up, or None.
+    """Return the follow-up, or None if it does not exist.
 
-    Without ``workspace_id``, as for operators, every workspace is searched.
+    If ``workspace_id`` is None, as for operators, every workspace is searched.
     """
     if workspace_id is None:
         found: Sequence[FollowUp] = yield _ANY(id=follow_up_id)
@@ -243,7 +245,7 @@ def find(follow_up_id: UUID, workspace_id: UUID | None) -> Steps[FollowUp | None
 def find_and_lock_if_not_begun(follow_up_id: UUID, chat_ids: Collection[UUID]) -> Steps[FollowUp | None]:
     """Return the current follow-up, locked, or None if it is in flight or in another chat.
 
-    The lock lasts until the transaction ends. The caller must have locked these chats. A follow-up in flight is never
+    The lock lasts until the transaction ends. The caller must have locked the chats. A follow-up in flight is never
     locked, since its settlement must not wait for a caller's transaction.
     """
     found: Sequence[FollowUp] = yield _LOCK_IN_CHAT(id=follow_up_id, chat_ids=list(chat_ids))
@@ -277,7 +279,7 @@ def _ending(reason: str) -> Statement:
 
 _END = _ending(_REASON)
 _END_HONESTLY = _ending(honest(_REASON, "follow_ups"))
-"""Used for reasons by code; a caller's own words are stored unchanged."""
+"""Ends a follow-up for a reason with a code. A reason in a caller's own words is stored unchanged."""
 
 
 @Rule
@@ -297,7 +299,7 @@ _TYPES = {
     "message": "text",
     "trigger_chat_message_id": "uuid",
 }
-"""The fields of a follow-up that may change, and their types."""
+"""The fields of a follow-up that may be changed, and their SQL types."""
 
 _NEXT_TOKEN = NEXT_TOKEN.replace("f.", "follow_ups.")
 _RESCHEDULED = (
@@ -306,14 +308,14 @@ _RESCHEDULED = (
 )
 
 
-@lru_cache(maxsize=32)  # one statement for each set of fields
+@lru_cache(maxsize=32)  # one entry for each set of fields
 def _changing(names: frozenset[str]) -> Statement:
-    """Return the statement that changes these fields of a follow-up."""
+    """Return the SQL statement that changes these fields of a follow-up."""
     changes = [f"{name} = CAST(:{name} AS {_TYPES[name]})" for name in sorted(names)]
     if names & {"due_date", "chat_id"}:
         changes.append(_RESCHEDULED)
     if "chat_id" in names:
-        # The time is read after waiting for the lock, so that it is later than the last message of the new chat.
+        # The time is read after waiting for the chat's lock, so that it is later than the last message of the new chat.
         changes.append("scheduled_at = clock_timestamp()")
     elif "due_date" in names:
         changes.append("scheduled_at = now()")
@@ -334,7 +336,7 @@ def _changing(names: frozenset[str]) -> Statement:
 def change_if_not_begun(follow_up_id: UUID, values: Mapping[str, Any]) -> Steps[FollowUp | None]:
     """Write new values of API fields to a pending follow-up with no attempt in flight; return it, or None.
 
-    A new due date or chat revokes the lease: the token grows, so that a hint already published has no effect.
+    A new due date or chat revokes the lease: the fencing token grows, so that a hint already published has no effect.
     """
     changed: Sequence[FollowUp] = yield _changing(frozenset(values))(id=follow_up_id, **values)
     return changed[0] if changed else None
@@ -362,9 +364,9 @@ def name_chat_message_if_unnamed(follow_up_id: UUID, chat_message_id: UUID) -> S
 
 
 def cancelled_or_asked_to(reason: str) -> str:
-    """Return SQL that cancels a row of ``follow_ups`` for ``reason``, which is SQL too.
+    """Return SQL that cancels a row of ``follow_ups`` for ``reason``, which must be SQL too.
 
-    An attempt in flight cannot be recalled. In that case the request is stored, and settle does not retry the
+    An attempt in flight cannot be recalled. In that case the request to cancel is stored, and settle does not retry the
     follow-up.
     """
     return f"""

@@ -1,8 +1,8 @@
 """SQL fragments that several statements share.
 
-In them ``f`` is a follow-up, ``c`` its chat, and ``b`` a batch of leases. Each follow-up is looked up by its key with
-LATERAL, because the planner's statistics are wrong right after a burst of inserts. Otherwise the planner might read
-every pending row instead of looking up a hundred keys.
+In these fragments, ``f`` is a follow-up, ``c`` its chat, and ``b`` a batch of leases. Each follow-up is looked up by
+its key with LATERAL, because the planner's statistics are wrong right after a burst of inserts. Otherwise the planner
+might read every pending row instead of looking up a hundred keys.
 """
 
 from __future__ import annotations
@@ -23,30 +23,30 @@ DUE = "COALESCE(f.next_attempt_at, f.due_date)"
 """The time at which a follow-up falls due: the time of its retry, or its due date."""
 
 DUE_READ = f"LEAST(GREATEST({DUE}, timestamptz '0002-01-01'), timestamptz '9998-12-31')"
-"""The due time within Python's range. A time beyond that range, written by hand, would make the whole result
-unreadable.
+"""The due time, limited to the range of Python's dates. A due time beyond that range, written by hand, would make the
+whole result unreadable.
 """
 
 LATENESS_FROM = "COALESCE(f.sendable_from, GREATEST(f.due_date, f.scheduled_at, f.held_until))"
-"""The time from which lateness counts. A follow-up that sending hours never held has no ``sendable_from``; one held by
-a process of an older version has only ``held_until``.
+"""The time from which lateness counts. A follow-up that sending hours never held has no ``sendable_from``; a follow-up
+held by a process of an older version has only ``held_until``.
 """
 
 WINDOWED = ", ".join(f"'{channel.value}'" for channel in sorted(WINDOWED_CHANNELS))
-"""The channels with a messaging window, as a list."""
+"""The channels with a messaging window, as an SQL list."""
 
 OPEN = "f.finished_at IS NULL"
 """The condition that a follow-up is pending, for look-ups by id; a CHECK constraint makes it equivalent to the status.
-With this condition the planner does not use the partial indexes of pending rows. The id is the last column of these
-indexes. A partial index that was vacuumed while nothing was pending is estimated as empty and seems cheaper than the
-primary key, although it is then scanned completely for each row. Measured after 50,000 inserts: begin and settle of
-forty took up to 720 ms each, and 4 ms with this condition.
+With this condition the planner does not use the partial indexes of pending rows, in which the id is the last column. A
+partial index that was vacuumed while nothing was pending is estimated as empty and seems cheaper than the primary key,
+although it is then scanned completely for each row. Measured after 50,000 inserts: begin and settle of forty took up to
+720 ms each, and 4 ms with this condition.
 """
 
 NEXT_TOKEN = "GREATEST(f.lease_token + 1, CAST(date_part('epoch', now()) * 1000000 AS bigint))"  # noqa: S105 - a fencing token
-"""The next fencing token: it grows, and no token is issued twice. A failover or a restore may lose a lease, and the
-next lease must not get the token of the lost lease. So the token is the database's time in microseconds; until the year
-2255 such a number is below 2^53, which JSON readers represent exactly.
+"""The next fencing token, which is higher than all earlier ones and never issued twice. A failover or a restore may
+lose a lease, and the next lease must not get the token of the lost lease. So the token is the database's time in
+microseconds; until the year 2255 such a number is below 2^53, which JSON readers represent exactly.
 """
 
 LOOKED_UP = f"""
@@ -54,17 +54,18 @@ LOOKED_UP = f"""
          WHERE f.id = b.id AND f.lease_token = b.token
            AND {OPEN} AND f.begun_at IS NULL AND f.lease_until > now()
 """  # noqa: S608 - no input, only the constant above
-"""A follow-up whose lease is valid and that has not begun."""
+"""SQL for the follow-ups of a batch whose leases are valid and whose attempts have not begun."""
 
 LEASED = f"CROSS JOIN LATERAL ({LOOKED_UP} FOR NO KEY UPDATE SKIP LOCKED) f"
-"""A follow-up whose lease is valid and that has not begun, locked; rows locked by another transaction are skipped."""
+"""SQL that locks the follow-ups of `LOOKED_UP`, and skips rows that another transaction has locked."""
 
-# OFFSET 0 forces a look-up for each row. A plan made while the table of chats was estimated as empty scanned all chats
-# and locked the batch again for each; with 1,650 chats it took more than 8 s to begin a hundred follow-ups.
+# OFFSET 0 makes the planner look up the chat for each row. A plan made while the table of chats was estimated as empty
+# scanned all chats and locked the batch again for each; with 1,650 chats it took more than 8 s to begin a hundred
+# follow-ups.
 CHAT = """CROSS JOIN LATERAL (
              SELECT c.* FROM chats c WHERE c.workspace_id = f.workspace_id AND c.id = f.chat_id OFFSET 0
          ) c"""
-"""The chat of the follow-up."""
+"""SQL that looks up the chat of each follow-up."""
 
 OUTCOME_UNKNOWN = "the outcome of an attempt is unknown"
 """The text added to a reason if the outcome of an attempt is unknown. A follow-up with such an attempt is retried under
@@ -76,7 +77,7 @@ reason would be wrong without this text.
 def honest(reason: str, row: str) -> str:
     """Return SQL for the reason of an ending follow-up, with `OUTCOME_UNKNOWN` added if it applies.
 
-    The argument is SQL too.
+    The argument must be SQL too.
     """
     return f"""
         CASE WHEN {reason} IS NOT NULL AND {reason} NOT LIKE '{ReasonCode.OUTCOME_UNKNOWN}%'

@@ -1,7 +1,8 @@
 """Holds: follow-ups that are paused or outside their workspace's sending hours.
 
 A held follow-up is outside the claim's range until the hold ends. So a held follow-up uses up no attempt, and is not
-claimed and refused again and again. The order within the chat is preserved: later follow-ups of the chat keep waiting.
+claimed and refused again and again. The order within the chat is preserved, because later follow-ups of the chat still
+wait for the held one.
 """
 
 from __future__ import annotations
@@ -24,12 +25,12 @@ if TYPE_CHECKING:
     from followups.store.leases import Lease
 
 NEVER = datetime(9998, 12, 31, tzinfo=UTC)
-"""The next attempt of a paused follow-up: a time beyond every claim and every realistic due date."""
+"""The time of the next attempt of a paused follow-up, which lies beyond every claim and every realistic due date."""
 
 
 @dataclass(frozen=True, slots=True)
 class WorkspaceHours:
-    """A workspace's sending hours, and the current sending period, which the database compares with."""
+    """A workspace's sending hours, and the current sending period, with which the database compares the time."""
 
     workspace_id: UUID
     hours: SendingHours
@@ -38,7 +39,7 @@ class WorkspaceHours:
 
 
 def hours_of(row: object) -> WorkspaceHours:
-    """Return the sending hours from a row of their table."""
+    """Return the sending hours that a row of their table describes."""
     days = frozenset(day for day in EVERY_DAY if row.days >> day & 1)  # type: ignore[attr-defined]
     hours = SendingHours(row.time_zone, row.opening, row.closing, days)  # type: ignore[attr-defined]
     return WorkspaceHours(row.workspace_id, hours, row.open_from, row.open_until)  # type: ignore[attr-defined]
@@ -46,20 +47,20 @@ def hours_of(row: object) -> WorkspaceHours:
 
 @dataclass(frozen=True, slots=True)
 class Hold:
-    """The end of a leased follow-up's hold, and the pause that holds it (None if sending hours do)."""
+    """The end of a leased follow-up's hold, and the pause that holds it (None if sending hours hold it)."""
 
     lease: Lease
     until: datetime
     next_attempt_at: datetime
     sendable_from: datetime | None = None
-    """The time from which lateness counts, or None to keep the recorded time."""
+    """The time from which lateness counts, or None to keep the time that is already recorded."""
     pause_id: UUID | None = None
     hours: SendingHours | None = None
 
 
 # The locks on the pause and on the sending hours keep them in force until this transaction commits. A resume or a
-# change of the hours therefore comes afterwards, and releases these follow-ups. Rows that are locked or were changed in
-# the meantime are checked again shortly.
+# change of the hours is therefore committed later, and releases these follow-ups. Rows that are locked or were changed
+# in the meantime are checked again shortly.
 _HOLD = text(f"""
     WITH standing AS MATERIALIZED (
         SELECT id FROM pauses WHERE id = ANY(CAST(:pauses AS uuid[])) AND ended_at IS NULL
@@ -96,7 +97,7 @@ _HOLD = text(f"""
 
 
 def hold_if_leased(connection: Connection, holds: Sequence[Hold]) -> set[UUID]:
-    """Hold leased follow-ups; return the follow-ups that are now held."""
+    """Hold leased follow-ups; return those that are now held."""
     parameters: dict[str, object] = {
         "ids": [one.lease.id for one in holds],
         "tokens": [one.lease.token for one in holds],
@@ -124,7 +125,7 @@ _OPEN_NEXT = text("""
 
 
 def open_next(connection: Connection, hours: WorkspaceHours, span: tuple[datetime, datetime]) -> None:
-    """Store this sending period, which the database then compares with."""
+    """Store this sending period, with which the database then compares the time."""
     parameters = columns_of(hours.hours) | {"workspace_id": hours.workspace_id, "open_until": hours.open_until}
     connection.execute(_OPEN_NEXT, parameters | {"new_from": span[0], "new_until": span[1]})
 
@@ -135,8 +136,8 @@ def columns_of(hours: SendingHours) -> dict[str, object]:
     return {"time_zone": hours.time_zone, "opening": hours.opening, "closing": hours.closing, "days": days}
 
 
-# A `sendable_from` in the past is kept. Otherwise it becomes the opening of the current sending hours, or now if they
-# are open or were removed.
+# If `sendable_from` is in the past, it is kept. Otherwise it is set to the opening of the current sending hours, or to
+# now if they are open or were removed.
 _RELEASE_HELD = text("""
     WITH held AS MATERIALIZED (
         SELECT id FROM follow_ups
@@ -157,18 +158,20 @@ BATCH = 1000
 
 
 def release_held(connection: Connection, workspace_id: UUID) -> int:
-    """Release up to a thousand follow-ups held by sending hours that have changed; return how many."""
+    """Release up to a thousand follow-ups whose sending hours have changed; return how many were released."""
     return connection.execute(_RELEASE_HELD, {"workspace_id": workspace_id, "most": BATCH}).rowcount
 
 
 SPREAD = timedelta(seconds=1)
-"""Period after an opening over which the follow-ups held until then are spread, in the order of their due dates."""
+"""The period after an opening of sending hours over which the held follow-ups are spread in the order of their due
+dates.
+"""
 _LONGEST = timedelta(days=1)
 
 
 def back_at(opening: datetime, due_date: datetime) -> datetime:
-    """Return when a follow-up held until ``opening`` is tried again.
+    """Return the time at which a follow-up held until ``opening`` is tried again.
 
-    Earlier due dates come first, and the times are spread so that the follow-ups do not all fall due together.
+    Follow-ups with earlier due dates come first, and the times are spread so that not all of them fall due together.
     """
     return opening + SPREAD * max(0.0, 1 - (opening - due_date) / _LONGEST)

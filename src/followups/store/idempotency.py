@@ -1,8 +1,8 @@
 """Responses by Idempotency-Key, stored for a day in the same transaction as the request's changes.
 
-A crash cannot leave the changes without the stored response, because both are committed together. A running request
-holds an advisory lock on its key, which is released when its transaction ends, whether by commit or rollback. Another
-request with the same key does not wait for this lock.
+A crash cannot leave the changes without the stored response, because both are committed together. While a request is
+running, its transaction has an advisory lock on the idempotency key. Another request with the same key does not wait
+for this lock.
 """
 
 from __future__ import annotations
@@ -21,10 +21,11 @@ if TYPE_CHECKING:
     from followups.statements import Steps
 
 LIFETIME = timedelta(hours=24)
-"""How long a stored response is repeated."""
+"""The time for which a stored response is repeated."""
 
 SWEPT = 2
-"""Number of expired responses deleted with each new one, so that the table holds no more than about a day's responses.
+"""Number of expired responses deleted whenever a new one is stored, so that the table contains only about a day's
+responses.
 """
 
 
@@ -38,7 +39,7 @@ class StoredResponse:
 
 
 def hash_of(request: bytes) -> bytes:
-    """Return the hash that distinguishes two requests."""
+    """Return a hash of the request, by which two requests with the same idempotency key are told apart."""
     return sha256(request).digest()
 
 
@@ -53,8 +54,8 @@ _KNOWN = Statement("""
 def recall(workspace_id: UUID, key: str, request_hash: bytes) -> Steps[StoredResponse | None]:
     """Lock the idempotency key until the transaction ends, and return its stored response, or None.
 
-    Raises `IdempotencyKeyInUseError` while another request holds the key, and `IdempotencyKeyReusedError` if the
-    response belongs to a different request.
+    Raises `IdempotencyKeyInUseError` while another request with the key is running, and `IdempotencyKeyReusedError` if
+    the stored response belongs to a different request.
     """
     (row,) = yield _TRY_LOCK(number=_lock_number(workspace_id, key))
     if not row.locked:
@@ -68,7 +69,7 @@ def recall(workspace_id: UUID, key: str, request_hash: bytes) -> Steps[StoredRes
     return StoredResponse(known.status, known.location, known.body)
 
 
-# A stored response that still exists here has expired, because `recall` would have returned it otherwise.
+# If a stored response still exists here, it has expired; otherwise `recall` would have returned it.
 _REMEMBER = Statement("""
     INSERT INTO idempotency_keys (workspace_id, key, request_hash, status, location, body, created_at)
     VALUES (:workspace_id, :key, :request_hash, :status, CAST(:location AS text), :body, now())

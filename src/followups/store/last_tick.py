@@ -1,7 +1,7 @@
 """Dispatcher ticks: one dispatcher claims at a time, and each claim checks when the last tick ran.
 
-The claim lock and the time of the last tick are one row of the database, because dispatchers do not know of each
-other's ticks. The in-flight limit can be enforced only if dispatchers do not count the follow-ups in flight
+The claim lock and the time of the last tick are one row of the database, because a dispatcher cannot see the ticks of
+other dispatchers. The in-flight limit can be enforced only if dispatchers do not count the follow-ups in flight
 concurrently.
 
 A long gap between ticks means an outage, or a database clock that was set forward. In both cases leases have expired
@@ -21,8 +21,8 @@ if TYPE_CHECKING:
     from sqlalchemy import Connection
 
 FROZEN_AFTER = "3s"
-"""How long a dispatcher may be idle within its claim before PostgreSQL ends its session. A frozen dispatcher would keep
-all others from claiming.
+"""The idle time within a claim after which PostgreSQL ends the dispatcher's session. A frozen dispatcher would keep all
+other dispatchers from claiming.
 """
 
 STALE_TICKS = 5
@@ -31,7 +31,7 @@ STALE_AT_LEAST = timedelta(seconds=10)
 
 @dataclass(frozen=True, slots=True)
 class Rhythm:
-    """The longest normal gap between two ticks, and the grace period after a longer gap."""
+    """The longest normal gap between two ticks, and the grace period that follows a longer gap."""
 
     longest_gap: timedelta
     grace: timedelta
@@ -39,16 +39,16 @@ class Rhythm:
 
 @dataclass(frozen=True, slots=True)
 class Tick:
-    """A dispatcher tick in progress; no other dispatcher's tick can run until its transaction ends."""
+    """A dispatcher tick in progress; another dispatcher's tick can run only after its transaction has ended."""
 
     in_grace: bool
     """Whether expired leases with an attempt in flight are still left to their workers."""
 
 
 # A tick is recorded at most five times a second, since each update leaves a dead row behind. A recorded time in the
-# future means that the clock was set back, unless it is so close that two transactions merely began in the other order.
-# A gap that is shorter than a grace period and began within one starts no new grace period. Otherwise, on a starved
-# machine where every tick is late, no lease would ever be taken over.
+# future means that the clock was set back, unless the difference is so small that two transactions merely began in the
+# other order. A short gap that began within a grace period starts no new grace period. Otherwise, on a starved machine
+# where every tick is late, no lease would ever be taken over.
 _BEGIN = text("""
     WITH state AS MATERIALIZED (
         SELECT id, last_tick_at,
@@ -101,5 +101,5 @@ def last_tick(connection: Connection) -> float:
 
 
 def stale_after(interval: timedelta) -> timedelta:
-    """Return the age from which the last tick is stale; it is long enough for a restart of beat."""
+    """Return the age from which the last tick counts as stale; a restart of beat takes less time."""
     return max(STALE_TICKS * interval, STALE_AT_LEAST)

@@ -1,8 +1,8 @@
 """The statements that begin, end or release leased follow-ups. Claims are in `followups.store.claims`.
 
-Each of these operations is one guarded SQL statement for a batch. A row that is not returned was ended, released or
-claimed by another transaction, which is a normal result. No statement here waits for another transaction's locks:
-locked rows are skipped, reported, and tried again.
+Each of these operations is one guarded SQL statement for a batch. If a row is not returned, another transaction has
+ended, released or claimed its follow-up, which is a normal result. No statement here waits for another transaction's
+locks: locked rows are skipped, reported, and tried again.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 
 def uuid_array(ids: Iterable[UUID]) -> str:
-    """Return an array literal for PostgreSQL, ten times as fast as a driver that adapts each element."""
+    """Return an array literal of UUIDs for PostgreSQL, ten times as fast as a driver that adapts each element."""
     return f"{{{','.join([one.hex for one in ids])}}}"
 
 
@@ -42,21 +42,22 @@ def int_array(numbers: Iterable[int]) -> str:
 class Lease(NamedTuple):
     """The right to begin one follow-up. ``token`` is the fencing token, ``due`` the time to send.
 
-    A lease is created several times for each follow-up. It is a tuple because a tuple is created in half the time of a
-    dataclass.
+    Several leases are created for each follow-up. A lease is a tuple because creating a tuple takes half as long as
+    creating a dataclass.
     """
 
     id: UUID
     token: int
     due: datetime
     losses: int = 0
-    """Number of lost leases of the follow-up; above zero, it may be a poison pill."""
+    """Number of times that a lease of this follow-up was lost; above zero, the follow-up may be a poison pill."""
     key: int = 0
-    """The key of the workspace queue (`key_of`); 0 if unknown."""
+    """The key of the workspace queue (`key_of`), or 0 if it is unknown."""
     task_id: str = ""
-    """The Celery task whose hint brought the lease to its worker."""
+    """The id of the Celery task whose hint brought the lease to its worker."""
     expires: float = inf
-    """The `uptime` at which the worker drops the lease, because another worker may then have it."""
+    """The `uptime` at which the worker drops the lease, because another worker may have leased the follow-up by then.
+    """
     refusals: int = 0
     """How many times in a row the follow-up could not begin when it was due."""
 
@@ -83,7 +84,7 @@ class Rules:
 
     @property
     def parameters(self) -> dict[str, object]:
-        """The parameters of the statement."""
+        """The parameters of the SQL statement."""
         return {
             "lease": self.lease,
             "max_lateness": self.max_lateness,
@@ -100,7 +101,7 @@ _BEGIN = Statement(read_sql("begin_checks") + read_sql("begin"))
 def begin_if_leased(connection: Connection, leases: Sequence[Lease], rules: Rules) -> Sequence[tuple[Any, ...]]:
     """Begin the follow-ups that have a valid lease and no obstacle; return the attempts to send.
 
-    A row begins with the id and the time of begin; begin.sql has the others.
+    A row begins with the follow-up's id and the time of begin; the other columns are listed in begin.sql.
     """
     rows = rows_in_greenlet(connection, _BEGIN, batch_of(leases) | rules.parameters)
     if rows:
@@ -125,7 +126,7 @@ _END = text(f"""
 
 
 def end_if_not_begun(connection: Connection, ends: Sequence[tuple[Lease, Final]]) -> set[UUID]:
-    """End leased follow-ups without an attempt; return those that this call ended."""
+    """End leased follow-ups without an attempt; return the follow-ups that this call ended."""
     parameters = batch_of([lease for lease, _ in ends]) | {
         "statuses": [final.status.value for _, final in ends],
         "reasons": [final.reason for _, final in ends],
@@ -146,7 +147,7 @@ _RELEASE = text(f"""
 
 
 def release_if_not_begun(connection: Connection, leases: Sequence[Lease]) -> int:
-    """Release leases, so that the next tick may claim the follow-ups; return how many were still valid."""
+    """Release leases, so that the next tick may claim the follow-ups; return how many leases were still valid."""
     return connection.execute(_RELEASE, batch_of(leases)).rowcount
 
 

@@ -2,8 +2,8 @@
 
 Each page is read from an index in the order of the list. A page costs only the rows up to its end, however many
 follow-ups there are. An index has that order only for a single value of a column. So the first rows are read for each
-value of one filter (and for each workspace), and these few rows are merged. Without a filter, the four states serve as
-the filter, which avoids another index that every write would have to maintain.
+value of one filter (and for each workspace), and these few rows are merged. If no filter is given, the four states
+serve as the filter, which avoids another index that every write would have to maintain.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from followups.states import ReasonCode
 
 PIECE = 256 * 1024
-"""Bytes of messages that are read in one query, which is at least the size of the longest message."""
+"""Bytes of messages that are read in one query; the longest message is not larger than this."""
 
 MAX_ROWS = 2**62
 """The largest offset; larger offsets overflow in PostgreSQL. A page beyond this offset is empty, like any page after
@@ -37,21 +37,21 @@ the last.
 
 @dataclass(frozen=True, slots=True)
 class ListFilter:
-    """The filter of a list: follow-ups with one of the given values in each column; no values means any."""
+    """The filter of a list: follow-ups with one of the given values in each column. Empty columns are ignored."""
 
     chat_ids: tuple[UUID, ...] = ()
     chat_message_ids: tuple[UUID, ...] = ()
     statuses: tuple[Status, ...] = ()
     trigger_chat_message_ids: tuple[UUID, ...] = ()
     codes: tuple[ReasonCode, ...] = ()
-    """Codes of the reasons; like ``due_after`` and ``due_before``, a filter for operators only."""
+    """Codes of the reasons. Only operators can filter by ``codes``, ``due_after`` and ``due_before``."""
     due_after: datetime | None = None
     due_before: datetime | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Start:
-    """The key of a row of a list, and the number of rows before it."""
+    """The key of a row of a list, and the number of rows before that row."""
 
     offset: int
     created_at: datetime
@@ -64,7 +64,7 @@ def page(
 ) -> Steps[tuple[Sequence[FollowUp], bool]]:
     """Return a page of follow-ups, and whether there is a next page.
 
-    Pages are numbered from 1. The order is the newest ``created_at`` first, ties by id. Without ``workspace_id``, as
+    Pages are numbered from 1. The order is the newest ``created_at`` first, ties by id. If ``workspace_id`` is None, as
     for operators, the follow-ups of every workspace are listed.
     """
     rows = yield from rows_from.steps(workspace_id, wanted, (page_number - 1) * page_size, page_size + 1)
@@ -90,8 +90,8 @@ def pieces_from(
 ) -> Steps[Sequence[Any]]:
     """Return the rows of `rows_from`, with as many messages as `PIECE` allows.
 
-    Later rows have None as ``message``. So the memory of a request is bounded, whatever the page contains.
-    ``message_size`` is the size of the message in bytes.
+    Rows after the last such message have None as ``message``. So the memory that a request needs is bounded, whatever
+    the page contains. ``message_size`` is the size of the message in bytes.
     """
     if offset >= MAX_ROWS:
         return []
@@ -117,7 +117,7 @@ def statement_of(
 ) -> tuple[str, dict[str, Any]]:
     """Return the SQL of a page and its parameters.
 
-    The parameters ``offset``, ``size`` and ``most`` (``offset + size``) are left to the caller.
+    The caller must add the parameters ``offset``, ``size`` and ``most`` (``offset + size``).
     """
     parameters: dict[str, Any] = {name: list(values) for name, values in _filters(wanted).items()}
     leading, *others = parameters
@@ -136,7 +136,7 @@ def statement_of(
 def _narrowing(wanted: ListFilter) -> dict[str, tuple[str, Any]]:
     """Return the filters that no index covers, as conditions that are checked row by row.
 
-    The values of the filters are returned by name.
+    The values of these filters are returned by name.
     """
     given = {
         "codes": ("split_part(f.reason, ':', 1) = ANY(CAST(:codes AS text[]))", [code.value for code in wanted.codes]),
@@ -166,7 +166,9 @@ def _query_of_pieces(statement: str) -> Statement:
 
 
 _TYPES = {"chat_message_id": "uuid", "trigger_chat_message_id": "uuid", "chat_id": "uuid", "status": "text"}
-"""The columns to filter by. The first given column selects the index, because the fewest rows match it."""
+"""The columns to filter by, with their SQL types. If several are given, the first one selects the index, because it
+matches the fewest rows.
+"""
 
 
 def _filters(wanted: ListFilter) -> dict[str, tuple[Any, ...]]:
@@ -176,7 +178,7 @@ def _filters(wanted: ListFilter) -> dict[str, tuple[Any, ...]]:
         "chat_id": wanted.chat_ids,
         "status": tuple(status.value for status in wanted.statuses),
     }
-    # Duplicate values are removed, because each would repeat its rows.
+    # Duplicate values are removed, because the rows of a duplicate value would be returned twice.
     named = {column: tuple(dict.fromkeys(values)) for column, values in given.items() if values}
     return named or {"status": tuple(status.value for status in Status)}
 

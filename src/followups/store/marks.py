@@ -1,7 +1,7 @@
 """Marks that a statement leaves in its rows, to find out whether a commit with a lost answer succeeded.
 
-A lease is recognised by its token. Other changes are recognised by their time, which rows store to the microsecond: no
-two transactions write the same row in the same microsecond.
+A lease is recognised by its fencing token. Other changes are recognised by their time, which rows store to the
+microsecond, and no two transactions write the same row in the same microsecond.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ if TYPE_CHECKING:
     from sqlalchemy import Connection, TextClause
 
 SAMPLE = 10
-"""The most rows that are read back. A sample is enough, since a transaction is committed as a whole. One row is not
-enough, since another transaction may have changed it since.
+"""The largest number of rows that are read back. A sample is enough, since a transaction is committed as a whole. One
+row is not enough, since another transaction may have changed it in the meantime.
 """
 
 # The row may still be locked by the transaction in question, if its backend is still running after the connection was
-# lost. FOR SHARE reads the latest version of the row, and fails on a standby.
+# lost. FOR SHARE reads the latest version of the row, and raises an error on a standby.
 _ROW = "CROSS JOIN LATERAL (SELECT f.* FROM follow_ups f WHERE f.id = b.id FOR SHARE SKIP LOCKED) f"
 _LEASED = text(f"""
     SELECT f.lease_token = b.token

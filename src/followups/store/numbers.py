@@ -1,4 +1,4 @@
-"""Figures for the console's overview, of one workspace or of all.
+"""Figures for the overview page of the console, of one workspace or of all workspaces.
 
 Each figure is limited by count and by time. Every query reads rows in the order of an index. A query that takes longer
 than `LIMIT` is cancelled, and its figure is None.
@@ -23,13 +23,13 @@ if TYPE_CHECKING:
     from sqlalchemy import Connection, TextClause
 
 MOST = 10_000
-"""The largest exact figure; beyond it, a figure is shown as "more than"."""
+"""The largest figure that is counted exactly; a larger figure is shown as "more than"."""
 
 LIMIT = timedelta(milliseconds=100)
-"""Time limit of one query."""
+"""Time limit of each query for the overview."""
 
 MINUTES = 60
-"""Minutes that the throughput chart covers."""
+"""Number of minutes that the throughput chart covers."""
 
 RECENT = 1_000
 """Number of the most recently finished follow-ups among which failures are counted."""
@@ -37,9 +37,9 @@ RECENT = 1_000
 
 @dataclass(frozen=True, slots=True)
 class Numbers:
-    """The figures of the overview.
+    """The figures of the console's overview.
 
-    A figure above `MOST` means more than `MOST`, and None means that its query took too long.
+    A figure above `MOST` means more than `MOST`, and None means that the query for the figure took too long.
     """
 
     at: datetime
@@ -49,12 +49,12 @@ class Numbers:
     paused: int | None = None
     outside_hours: int | None = None
     lags: tuple[timedelta, ...] | None = None
-    """p50, p95 and p99 of the lag in the last five minutes, or None if there is no figure.
+    """p50, p95 and p99 of the lag in the last five minutes, or None.
 
-    There is no figure if nothing was accepted or the query took too long.
+    The value is None if nothing was accepted or the query took too long.
     """
     sent: list[int] | None = None
-    """Follow-ups sent in each of the last minutes, oldest first."""
+    """Number of follow-ups sent in each of the last minutes, oldest first."""
     failures: Mapping[str, int] = field(default_factory=dict)
     """Failures of the last hour by code, among the most recently finished follow-ups."""
 
@@ -106,7 +106,7 @@ _NOW = text("SELECT now()")
 
 
 def read(connection: Connection, workspace_id: UUID | None) -> Numbers:
-    """Return the figures of a workspace, or of all workspaces if it is None."""
+    """Return the figures of a workspace, or of all workspaces if ``workspace_id`` is None."""
     mine = _MINE if workspace_id else ""
     given = {"workspace_id": workspace_id, "most": MOST + 1, "minutes": MINUTES, "recent": RECENT}
 

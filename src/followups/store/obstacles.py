@@ -24,13 +24,14 @@ if TYPE_CHECKING:
     from followups.store.holds import WorkspaceHours
     from followups.store.leases import Lease, Rules
 
-# This query locks nothing. A row that another transaction has locked gets no obstacle, and is tried again shortly.
+# This query locks nothing. A follow-up whose row another transaction has locked gets no obstacle, and is tried again
+# shortly.
 _OBSTACLES = text(read_sql("begin_checks").replace("FOR NO KEY UPDATE SKIP LOCKED", "OFFSET 0") + read_sql("obstacles"))
 
 
 @dataclass(frozen=True, slots=True)
 class Obstacle:
-    """The obstacles of a follow-up with a valid lease, with the times at which they begin or end."""
+    """The obstacles of a follow-up with a valid lease, and the times at which each obstacle begins or ends."""
 
     lease: Lease
     now: datetime
@@ -38,24 +39,24 @@ class Obstacle:
     """The time at which the follow-up would be sent: now, or its due time if that is later."""
     due_date: datetime
     wanted_from: datetime
-    """The due date, or the time at which the due date was set if it was already past."""
+    """The due date, or the time at which the due date was set if it was already in the past."""
     chat_removed: bool = False
     silence_broken: bool = False
     taken_over: bool = False
     window_closed: bool = False
     too_late: bool = False
     earlier: UUID | None = None
-    """The follow-up just before this one in its chat."""
+    """The pending follow-up just before this one in its chat."""
     sendable_from: datetime | None = None
     """The first time at which sending hours allow the send, or None if it is not recorded."""
     window_ends: datetime | None = None
-    """The end of the messaging window, or None if the channel has none."""
+    """The end of the messaging window, or None if the channel has no messaging window."""
     pause_id: UUID | None = None
     hours: WorkspaceHours | None = None
 
 
 def find(connection: Connection, leases: Sequence[Lease], rules: Rules) -> list[Obstacle]:
-    """Return for each valid lease what keeps its follow-up from beginning."""
+    """Return for each valid lease the obstacles that keep its follow-up from beginning."""
     by_id = {lease.id: lease for lease in leases}
     return [
         Obstacle(

@@ -1,4 +1,4 @@
-"""Pauses that operators have set, and their end by a resume."""
+"""Pauses that operators set, and the resumes that end them."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ if TYPE_CHECKING:
     from sqlalchemy import Connection
 
 BATCH = 1000
-"""Follow-ups released in one transaction."""
+"""Number of follow-ups released in one transaction."""
 
 
 @dataclass(frozen=True, slots=True)
 class PauseScope:
-    """The scope of a pause: a workspace (None means all), a channel (None means all), or both."""
+    """The workspace and the channel that a pause applies to; None means all."""
 
     workspace_id: UUID | None
     channel: str | None
 
     @property
     def parameters(self) -> dict[str, object]:
-        """The parameters of the statement."""
+        """The parameters of the SQL statement."""
         return {"workspace_id": self.workspace_id, "channel": self.channel}
 
 
@@ -64,20 +64,20 @@ _STANDING = text("""
 
 
 def pause(connection: Connection, scope: PauseScope) -> bool:
-    """Pause this scope; return whether the pause is new."""
+    """Pause this scope; return whether this pause is new."""
     return connection.execute(_PAUSE, scope.parameters).rowcount == 1
 
 
 def resume(connection: Connection, scope: PauseScope) -> bool:
-    """End the pause; return whether there was one.
+    """End the pause of this scope; return whether there was one.
 
-    `release_forgotten` then releases the follow-ups that it held.
+    `release_forgotten` then releases the follow-ups that the pause held.
     """
     return connection.execute(_RESUME, scope.parameters).rowcount == 1
 
 
 def standing(connection: Connection) -> Sequence[ActivePause]:
-    """Return the pauses in force."""
+    """Return all pauses in force."""
     return [ActivePause(*row) for row in connection.execute(_STANDING)]
 
 
@@ -91,7 +91,10 @@ _OF = text("""
 
 
 def of(connection: Connection, workspace_id: UUID, channel: str) -> ActivePause | None:
-    """Return the oldest pause in force on this channel of this workspace, without counting ``held``, or None."""
+    """Return the oldest pause in force on this channel of this workspace, or None if there is none.
+
+    The number ``held`` is not counted.
+    """
     row = connection.execute(_OF, {"workspace_id": workspace_id, "channel": channel}).one_or_none()
     return ActivePause(*row) if row else None
 
@@ -168,7 +171,8 @@ def release_forgotten(
     A lifted pause that holds no more follow-ups is deleted. ``refused`` is called for each row that cannot be written;
     rows in ``without`` are skipped.
 
-    A resume calls this until no follow-up is left. If the resume is interrupted, the dispatcher releases the rest.
+    A resume calls this function until no follow-up is left to release. If the resume is interrupted, the dispatcher
+    releases the remaining follow-ups.
     """
 
     def free(part: Sequence[UUID]) -> int:
@@ -181,7 +185,7 @@ def release_forgotten(
     return freed
 
 
-# Every transaction holds a lock on its virtual transaction id from beginning to end. Every role can see these locks and
+# Every transaction has a lock on its virtual transaction id from beginning to end. Every role can see these locks and
 # the application names, whereas pg_stat_activity shows a role only when its own transactions began.
 _WORKERS_OPEN = text("""
     SELECT l.virtualtransaction FROM pg_locks l JOIN pg_stat_activity a ON a.pid = l.pid
@@ -197,7 +201,7 @@ _STILL_OPEN = text("""
 def workers_transactions(connection: Connection) -> list[str]:
     """Return the open transactions of workers.
 
-    A transaction that began before a pause may not have seen it.
+    A transaction that began before a pause may not have seen that pause.
     """
     return list(connection.scalars(_WORKERS_OPEN))
 

@@ -1,9 +1,9 @@
 """Updates of the planner's statistics for the table of follow-ups.
 
 Autovacuum updates the statistics within minutes. Until then, a table that was emptied, vacuumed, and then filled in a
-burst is estimated at one row. Any index that contains the id then seems as good as the primary key, and some indexes
-are scanned completely for each row. Measured with 50,000 due follow-ups in such a table: claim, begin and settle of a
-batch took seconds each.
+burst is estimated at one row. Any index that contains the id then seems as good as the primary key, although some of
+these indexes are scanned completely for each row. Measured with 50,000 due follow-ups in such a table: claim, begin and
+settle of a batch took seconds each.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from sqlalchemy import text
 if TYPE_CHECKING:
     from sqlalchemy import Engine
 
-# If VACUUM or a similar command has locked the table, it updates the statistics itself.
+# If VACUUM or a similar command has locked the table, that command updates the statistics.
 _ANALYZE = text("ANALYZE (SKIP_LOCKED) follow_ups")
 _COUNTED = text("SELECT reltuples FROM pg_class WHERE oid = 'follow_ups'::regclass")
 
@@ -23,7 +23,7 @@ _COUNTED = text("SELECT reltuples FROM pg_class WHERE oid = 'follow_ups'::regcla
 def counts_as_less_than(engine: Engine, number: int) -> bool:
     """Return whether the planner's estimate of the table is below this number of rows.
 
-    The planner estimates a new table well, by its size.
+    The planner estimates a new table well, because it uses the size of the table.
     """
     with engine.connect() as connection:
         return bool(0 <= connection.execute(_COUNTED).scalar_one() < number)

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from sqlalchemy import Connection
 
 BATCH = 1000
-"""Rows deleted in one transaction, which takes some twenty milliseconds."""
+"""Number of rows deleted in one transaction, which takes some twenty milliseconds."""
 
 _OLD = "FROM follow_ups WHERE finished_at < :before AND status <> 'pending'"
 _COUNT = text(f"SELECT count(*) {_OLD}")
@@ -59,7 +59,7 @@ class Picked:
 def pick_finished(connection: Connection, before: datetime) -> list[Picked]:
     """Lock and return the next batch of follow-ups that finished before the given time.
 
-    The caller deletes them.
+    The caller must delete the returned follow-ups.
     """
     rows = connection.execute(_PICK, {"before": before, "most": BATCH}).all()
     failures: dict[UUID, list[Any]] = {row.id: [] for row in rows}
@@ -69,12 +69,12 @@ def pick_finished(connection: Connection, before: datetime) -> list[Picked]:
 
 
 def delete(connection: Connection, ids: Sequence[UUID]) -> int:
-    """Delete finished follow-ups; return how many."""
+    """Delete these finished follow-ups; return how many were deleted."""
     return connection.execute(_DELETE, {"ids": list(ids)}).rowcount
 
 
 def delete_finished(connection: Connection, before: datetime) -> int:
-    """Delete the next batch of follow-ups that finished before the given time; return how many."""
+    """Delete the next batch of follow-ups that finished before the given time; return how many were deleted."""
     return connection.execute(_DELETE_OLD, {"before": before, "most": BATCH}).rowcount
 
 
@@ -90,7 +90,7 @@ _DELETE_KEYS = text("""
 
 
 def delete_expired_keys(connection: Connection) -> int:
-    """Delete the next batch of expired idempotency keys; return how many."""
+    """Delete the next batch of expired idempotency keys; return how many were deleted."""
     return connection.execute(_DELETE_KEYS, {"lifetime": LIFETIME, "most": BATCH}).rowcount
 
 
@@ -103,8 +103,8 @@ class MessageCursor(NamedTuple):
 
 OLDEST = MessageCursor()
 
-# The last message of each chat is kept, so that a repeat of it is recognised. These messages accumulate among the
-# oldest rows, so a scan continues where the previous scan ended.
+# The last message of each chat is kept, so that a repeated request with this message is recognised. These messages
+# accumulate among the oldest rows, so a scan continues where the previous scan ended.
 _DELETE_MESSAGES = text("""
     WITH old AS MATERIALIZED (
         SELECT workspace_id, id, chat_id, created_at FROM chat_messages
@@ -122,9 +122,9 @@ _DELETE_MESSAGES = text("""
 
 
 def delete_messages(connection: Connection, before: datetime, after: MessageCursor) -> tuple[int, MessageCursor | None]:
-    """Delete from the next batch of old chat messages those that no chat needs.
+    """Read the next batch of old chat messages and delete those that no chat needs.
 
-    Returns how many were deleted and where the scan ended, or None if no older message is left.
+    Returns how many messages were deleted and where the scan ended, or None if no older message is left.
     """
     place = {"after": after.created_at, "after_id": after.id}
     row = connection.execute(_DELETE_MESSAGES, {"before": before, "most": BATCH} | place).one_or_none()

@@ -1,7 +1,7 @@
 """Quotas: the most pending follow-ups and the most chats that a workspace may have.
 
 By default there is no quota. Without a quota, a create request costs no extra query, because its INSERT checks that
-there is no quota. With a quota, the quota's row is locked after the chat's until the transaction ends, so that two
+there is no quota. With a quota, the quota's row is locked after the chat's row until the transaction ends, so that two
 concurrent create requests cannot both use the last free place.
 
 The quota's row stores how much room was left at the last count of follow-ups or chats. Each create request reduces the
@@ -42,7 +42,7 @@ NAMES = {Kind.PENDING: "pending follow-ups", Kind.CHATS: "chats"}
 def unless_limited(kind: Kind) -> str:
     """Return the SQL condition under which no quota forbids an INSERT.
 
-    ``within_quota`` is whether room has been reserved.
+    ``within_quota`` is true if room for the new row has been reserved.
     """
     return f"""(CAST(:within_quota AS boolean)
             OR NOT EXISTS (SELECT FROM quotas WHERE workspace_id = :workspace_id AND kind = '{kind.value}'))"""
@@ -66,15 +66,16 @@ _KEEP = Statement("UPDATE quotas SET room = :room WHERE workspace_id = :workspac
 def take(workspace_id: UUID, kind: Kind, number: int) -> Steps[None]:
     """Reserve room for a number of new rows until the transaction ends.
 
-    Raises `QuotaExceededError` if there is none. The caller must have locked the chats. Without a quota nothing
-    happens.
+    Raises `QuotaExceededError` if there is not enough room. The caller must have locked the chats. If the workspace has
+    no quota, nothing happens.
     """
     found = yield _LOCK(workspace_id=workspace_id, kind=kind.value)
     if not found:
         return
     most, room = found[0]
     if room < number:
-        # This statement begins after the lock is acquired, so it sees what earlier transactions have committed.
+        # This statement begins after the lock on the quota is acquired, so it sees what earlier transactions have
+        # committed.
         (counted,) = yield _COUNT[kind](workspace_id=workspace_id, most=most)
         room = most - counted.number
     if room < number:
@@ -90,7 +91,7 @@ def take(workspace_id: UUID, kind: Kind, number: int) -> Steps[None]:
 
 @dataclass(frozen=True, slots=True)
 class QuotaUse:
-    """A quota in force, and the used amount, counted up to the quota itself."""
+    """A quota in force, and how much of it is used, counted up to the quota itself."""
 
     workspace: str
     kind: Kind
@@ -117,7 +118,7 @@ _STANDING = text(
 
 
 def put(connection: Connection, workspace_id: UUID, kind: Kind, most: int) -> None:
-    """Create or change a quota. Rows that already exceed the quota are kept."""
+    """Create or change a quota. Follow-ups or chats that already exceed the quota are kept."""
     connection.execute(_SET, {"workspace_id": workspace_id, "kind": kind.value, "most": most})
 
 
@@ -127,6 +128,6 @@ def clear(connection: Connection, workspace_id: UUID, kind: Kind) -> bool:
 
 
 def standing(connection: Connection, workspace_id: UUID | None = None) -> list[QuotaUse]:
-    """Return the quotas of a workspace, or of all workspaces."""
+    """Return the quotas of a workspace, or of all workspaces if ``workspace_id`` is None."""
     rows = connection.execute(_STANDING, {"only": workspace_id})
     return [QuotaUse(row.name, Kind(row.kind), row.most, row.used) for row in rows]

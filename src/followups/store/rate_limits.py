@@ -1,6 +1,6 @@
 """Rate limits that operators set, their scopes, and the deferral of follow-ups over a limit.
 
-Follow-ups that the breaker refuses are deferred here too.
+Follow-ups that the circuit breaker refuses are deferred here too.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class LimitScope:
-    """The scope of a rate limit: a workspace and a channel (None means all).
+    """The workspace and the channel that a rate limit applies to; None means all.
 
     ``per`` decides which follow-ups share a bucket.
     """
@@ -41,7 +41,7 @@ class LimitScope:
 
     @property
     def parameters(self) -> dict[str, object]:
-        """The parameters of the statement."""
+        """The parameters of the SQL statement."""
         return {"workspace_id": self.workspace_id, "channel": self.channel, "per": self.per}
 
 
@@ -106,7 +106,10 @@ _CONCERNING = text(f"""
 
 
 def concerning(connection: Connection, workspace_id: UUID | None, most: int) -> list[Limit]:
-    """Return the rate limits that apply to a workspace; for None, those that apply to no single workspace."""
+    """Return the rate limits that apply to a workspace.
+
+    If the workspace is None, return those that are not limited to one workspace.
+    """
     return [Limit(*row) for row in connection.execute(_CONCERNING, {"workspace_id": workspace_id, "most": most})]
 
 
@@ -121,21 +124,21 @@ class Limitable:
 
     id: UUID
     ended: bool
-    """Whether the follow-up was cancelled, or sent by another worker, so that no limit applies any more."""
+    """Whether no limit applies any more, because the follow-up was cancelled, or sent by another worker."""
     workspace_id: UUID
     chat_id: UUID
     channel: str
     since: datetime
-    """The first time at which the follow-up could be sent.
+    """The earliest time at which the follow-up could be sent.
 
-    That time is the due date, or the time when a past due date was set.
+    This is the due date, or the time at which the due date was set if it was already past.
     """
     left: timedelta | None
-    """Time left until the messaging window or the allowed lateness ends, or None if neither applies."""
+    """Time until the messaging window or the allowed lateness ends, or None if neither applies."""
 
     @property
     def is_over(self) -> bool:
-        """Return whether the follow-up has ended, or would be ended by begin."""
+        """Return whether the follow-up has ended, or would be ended instead of beginning."""
         return self.ended or (self.left is not None and not self.left)
 
 
@@ -163,7 +166,7 @@ _LIMITABLE = text(f"""
 def limitable(connection: Connection, leases: Sequence[Lease], max_lateness: timedelta) -> list[Limitable]:
     """Return the facts that rate limits need for each valid lease.
 
-    A lease whose follow-up has ended is returned too.
+    Leases of follow-ups that have ended are included.
     """
     parameters = batch_of(leases) | {"max_lateness": max_lateness, "window": WINDOW}
     return [
@@ -195,7 +198,7 @@ _DEFER = text(f"""
 
 
 def defer_if_leased(connection: Connection, waits: Sequence[tuple[Lease, timedelta]]) -> set[UUID]:
-    """Defer leased follow-ups, each by its delay, without using up an attempt.
+    """Defer each leased follow-up by its own delay, without using up an attempt.
 
     Return the follow-ups that are now deferred.
     """
@@ -223,7 +226,7 @@ _LOCK_DEFERRED = text(f"""
 """)  # noqa: S608 - no input, only the constant above
 _RELEASE = text("UPDATE follow_ups f SET next_attempt_at = NULL WHERE f.id = ANY(CAST(:ids AS uuid[]))")
 BATCH = 1000
-"""Follow-ups released in one transaction."""
+"""Number of follow-ups released in one transaction."""
 
 
 def release(
@@ -232,7 +235,7 @@ def release(
     """Make up to a thousand follow-ups that a rate limit has deferred due now.
 
     Only follow-ups deferred by at most ``longest`` are released. ``scope`` is the limit's workspace and channel; None
-    means all. Follow-ups in ``without`` are skipped. Returns the released follow-ups, and the rows that cannot be
+    means all. Follow-ups in ``without`` are skipped. Returns the released follow-ups, and those whose rows cannot be
     written.
     """
     workspace_id, channel = scope
@@ -245,7 +248,7 @@ def _release(connection: Connection, ids: Sequence[UUID]) -> int:
     return connection.execute(_RELEASE, {"ids": uuid_array(ids)}).rowcount
 
 
-# The key of a workspace queue is the last bits of the workspace's id, as in `followups.store.leases.key_of`.
+# The key of a workspace queue consists of the last bits of the workspace's id, as in `followups.store.leases.key_of`.
 _WORKSPACES = text("""
     SELECT w.id FROM workspaces w
      WHERE ('x' || right(CAST(w.id AS text), 5))::bit(20)::int = ANY(CAST(:keys AS int[]))
@@ -255,7 +258,7 @@ _WORKSPACES = text("""
 def workspaces_of(connection: Connection, keys: Iterable[int]) -> list[UUID]:
     """Return the workspaces with these queue keys.
 
-    This reads all workspaces, which takes 48 ms for 50,000 of them.
+    The query reads all workspaces, which takes 48 ms for 50,000 of them.
     """
     return list(connection.scalars(_WORKSPACES, {"keys": int_array(keys)}))
 
@@ -286,8 +289,8 @@ _LOCK_DEFERRED_OF = text(f"""
 def release_workspaces(connection: Connection, workspace_ids: Iterable[UUID], longest: timedelta, most: int) -> int:
     """Make up to ``most`` deferred follow-ups of these workspaces due now; return how many.
 
-    The follow-ups that were deferred first become due first. A row that cannot be written stays deferred until its time
-    comes.
+    The follow-ups that were deferred first fall due first. A follow-up whose row cannot be written stays deferred until
+    its time comes.
     """
     parameters = {"workspace_ids": uuid_array(workspace_ids), "longest": longest, "most": most}
     ids = connection.scalars(_LOCK_DEFERRED_OF, parameters).all()

@@ -1,7 +1,7 @@
 """Retries: new follow-ups created from failed ones, and the search for failed follow-ups to retry.
 
-Each retry refers to the follow-up that it retries. A unique index ensures that no follow-up is retried twice, so an
-interrupted bulk retry continues where it ended.
+The row of each retry contains the id of the failed follow-up. A unique index ensures that no follow-up is retried
+twice, so an interrupted bulk retry continues where it stopped.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ FIRST = datetime(1, 1, 1, tzinfo=UTC)
 
 @dataclass(frozen=True, slots=True)
 class Failures:
-    """The failed follow-ups to retry.
+    """Criteria for the failed follow-ups to retry.
 
-    Failures of a workspace are selected by their time and reason, if they have not been retried yet.
+    Failed follow-ups of a workspace are selected by time and reason, if they have not been retried yet.
     """
 
     since: datetime
@@ -39,7 +39,7 @@ class Failures:
 
     @property
     def parameters(self) -> dict[str, object]:
-        """The parameters of the statement."""
+        """The parameters of the SQL statement."""
         codes = [code.value for code in self.codes]
         return {"since": self.since, "until": self.until, "workspace_id": self.workspace_id, "codes": codes}
 
@@ -55,13 +55,13 @@ def _failed(failures: Failures) -> str:
 
 
 def count_failed(connection: Connection, failures: Failures) -> int:
-    """Count the failed follow-ups that would be retried."""
+    """Count the failed follow-ups that a bulk retry would retry."""
     number: int = connection.execute(text(f"SELECT count(*) {_failed(failures)}"), failures.parameters).scalar_one()
     return number
 
 
 class FailureCursor(NamedTuple):
-    """The position at which a batch ended, in the order in which the follow-ups failed."""
+    """The position at which a batch of retries ended, in the order in which the follow-ups failed."""
 
     finished_at: datetime = FIRST
     id: UUID = NIL
@@ -102,12 +102,12 @@ _NOTE = text("UPDATE follow_ups SET retry_of = :original WHERE id = :id")
 def last_of(session: Session, follow_up_id: UUID) -> UUID:
     """Return the last follow-up of a chain of retries, or the given one if it has not been retried.
 
-    A caller that extends the chain must have locked the chat.
+    A caller that adds a retry to the chain must have locked the chat.
     """
     last: UUID = session.execute(_LAST, {"id": follow_up_id}).scalar_one()
     return last
 
 
 def note(session: Session, follow_up_id: UUID, original: UUID) -> None:
-    """Record which failed follow-up a new follow-up retries."""
+    """Record that a new follow-up retries this failed follow-up."""
     session.execute(_NOTE, {"id": follow_up_id, "original": original})

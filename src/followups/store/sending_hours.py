@@ -1,4 +1,4 @@
-"""The sending hours of workspaces: read, set, removed."""
+"""Statements that read, set and remove the sending hours of workspaces."""
 
 from __future__ import annotations
 

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 class Settlement(NamedTuple):
     """The outcome to record for one attempt.
 
-    The status pending means a retry ``delay`` after the database's current time.
+    The status pending means that the follow-up is retried ``delay`` after the database's current time.
     """
 
     lease: Lease
@@ -39,15 +39,17 @@ class Settlement(NamedTuple):
     delay: timedelta | None = None
     chat_message_id: UUID | None = None
     accepted_ago: timedelta | None = None
-    """For a sent follow-up, how long before this call the transport accepted it."""
+    """For a sent follow-up, the time since the transport accepted it."""
     duration: timedelta | None = None
     """For a sent follow-up, how long the attempt took."""
     refunded: bool = False
-    """Whether the attempt is not counted, because the transport requested a later retry."""
+    """Whether the attempt does not count, because the transport requested a later retry."""
     yields: bool = True
-    """Whether a cancel requested during the attempt takes precedence over this outcome."""
+    """Whether a cancel that was requested during the attempt takes precedence over this outcome."""
     cancel_detail: str = ""
-    """Text appended to the reason of such a cancel if the reason is a code: ': ...' or an empty string."""
+    """Text appended to the reason of a cancel requested during the attempt, if that reason is a code: ': ...' or an
+    empty string.
+    """
 
 
 class Settled(NamedTuple):
@@ -67,7 +69,7 @@ _WISH = f"""
     CASE WHEN f.cancel_requested IN ({_BY_CODE}) THEN {honest("f.cancel_requested || r.cancel_detail", "f")}
          ELSE f.cancel_requested END
 """
-"""The reason of a cancel requested during the attempt; an operator's own words are stored unchanged."""
+"""SQL for the reason of a cancel requested during the attempt; an operator's own words are stored unchanged."""
 
 _STILL_OURS = f"""
          CROSS JOIN LATERAL (
@@ -103,7 +105,7 @@ _SETTLE = text(f"""
 """)  # noqa: S608 - no input, only the constant above
 
 
-# Sent is the usual outcome, so this statement omits the columns that only other outcomes need.
+# Most outcomes are sent, so this statement omits the columns that only other outcomes need.
 _SETTLE_SENT = Statement(f"""
     WITH r AS MATERIALIZED (
         SELECT b.*
@@ -124,7 +126,10 @@ _SETTLE_SENT = Statement(f"""
 
 
 def settle_if_in_flight(connection: Connection, settlements: Sequence[Settlement]) -> list[Settled]:
-    """Record the outcomes of attempts in flight; rows not returned are locked, or leased by another worker."""
+    """Record the outcomes of attempts in flight, and return the settled follow-ups.
+
+    A row that is not returned is locked, or another worker has leased it.
+    """
     sent = [one for one in settlements if one.status == Status.SENT]
     others = [one for one in settlements if one.status != Status.SENT]
     return [*(_settle_sent(connection, sent) if sent else ()), *(_settle(connection, others) if others else ())]
@@ -180,7 +185,7 @@ _IN_FLIGHT = text(f"""
 
 
 def still_in_flight(connection: Connection, leases: Sequence[Lease]) -> set[UUID]:
-    """Return the leases that are still in flight, which were not settled only because their rows are locked."""
+    """Return the leases that are still in flight and were not settled only because their rows are locked."""
     parameters = {"ids": uuid_array(one.id for one in leases), "tokens": int_array(one.token for one in leases)}
     return set(connection.scalars(_IN_FLIGHT, parameters))
 
@@ -205,7 +210,7 @@ _RECORD = text("""
 
 
 def record_failures(connection: Connection, failures: Sequence[Failure]) -> list[tuple[Failure, Exception]]:
-    """Record failed attempts, each batch under a savepoint; return those that could not be recorded."""
+    """Record failed attempts, each batch under a savepoint; return the failed attempts that were not recorded."""
     return halve_within(connection, failures, partial(_record, connection)).refused
 
 

@@ -18,11 +18,11 @@ if TYPE_CHECKING:
     from sqlalchemy.orm import Session
 
 MAX_NAME_LENGTH = 200
-"""The most characters of a workspace's name, and of an API key's name."""
+"""The largest number of characters in the name of a workspace or of an API key."""
 
 
 def create(session: Session, name: str) -> tuple[Workspace, bool]:
-    """Create the workspace; return it and whether it is new. An existing workspace is not changed.
+    """Create the workspace; return the workspace and whether it is new. An existing workspace is not changed.
 
     Raises `InvalidRequestError` if the name is empty, longer than 200 characters or cannot be stored, and
     `WorkspaceBeingDeletedError` if the workspace is being deleted.
@@ -44,7 +44,7 @@ def find(session: Session, name: str, *, to_delete: bool = False) -> Workspace:
     unless ``to_delete`` is true.
     """
     name = name.strip()
-    # No workspace can have such a name, and PostgreSQL or its driver would reject the query.
+    # No workspace has a name with unprintable characters, and PostgreSQL or its driver could reject such a query.
     found = session.scalar(select(Workspace).where(Workspace.name == name)) if name.isprintable() else None
     if found is None:
         raise WorkspaceNotFoundError
@@ -61,13 +61,13 @@ _LOCK = (
 
 
 def keep(session: Session, workspace_id: UUID) -> None:
-    """Keep the workspace from being deleted until the transaction ends. Raises `WorkspaceNotFoundError`."""
+    """Prevent the deletion of the workspace until the transaction ends. Raises `WorkspaceNotFoundError`."""
     if session.scalar(_LOCK, {"id": workspace_id}) is None:
         raise WorkspaceNotFoundError
 
 
 def everything(session: Session) -> Sequence[Workspace]:
-    """Return all workspaces by name."""
+    """Return all workspaces in the order of their names."""
     return session.scalars(select(Workspace).order_by(Workspace.name)).all()
 
 
