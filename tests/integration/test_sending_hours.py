@@ -218,6 +218,17 @@ class TestLateness:
         assert [one for one, _ in beginning.ended] == [yesterday]
         assert begun(claim_and_begin(engine, brief)) == {night}
 
+    def test_a_hold_that_meets_a_lock(self, world: World, engine: Engine, settings: Settings) -> None:
+        """A late follow-up that should be held is tried again, not ended, while its sending hours are locked."""
+        brief = settings.model_copy(update={"max_lateness": HOUR})
+        put(world, hours_from(-30 * MINUTE, 3 * HOUR))
+        night = world.follow_up(due=-5 * HOUR, scheduled_at=text("now() - interval '9 h'"))
+        with engine.connect() as changing:
+            changing.execute(text("SELECT FROM sending_hours FOR UPDATE"))
+            beginning = claim_and_begin(engine, brief)
+        assert (beginning.ended, [lease.id for lease in beginning.locked]) == ((), [night])
+        assert world.row(night).status == "pending"
+
     @pytest.mark.parametrize("hours", [OPEN, None])
     def test_hours_that_are_widened_or_cleared(
         self, world: World, engine: Engine, settings: Settings, hours: SendingHours | None

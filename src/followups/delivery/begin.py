@@ -110,9 +110,11 @@ def _as_stored(lease: Lease, token: int, due: datetime) -> Lease:
 def _explain_missing(
     connection: Connection, settings: Settings, begun: tuple[Begun, ...], missing: list[Obstacle]
 ) -> BatchResult:
-    held, ends = holds.hold(connection, settings, missing)
+    held, not_held, ends = holds.hold(connection, settings, missing)
     missing = [obstacle for obstacle in missing if obstacle.lease.id not in held]
-    verdicts = [(o.lease, final) for o in missing if (final := ends.get(o.lease.id) or verdict(o))]
+    # A follow-up that should be held gets no verdict: its lateness does not count while sending hours are closed.
+    judgeable = [obstacle for obstacle in missing if obstacle.lease.id not in not_held]
+    verdicts = [(o.lease, final) for o in judgeable if (final := ends.get(o.lease.id) or verdict(o))]
     ended = leases.end_if_not_begun(connection, verdicts) if verdicts else set()
     judged = {lease.id for lease, _ in verdicts}
     waiting = [(o.lease, o.earlier) for o in missing if o.earlier and o.lease.id not in judged]

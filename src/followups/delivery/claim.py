@@ -26,7 +26,6 @@ if TYPE_CHECKING:
     from sqlalchemy import Connection, Engine
 
     from followups.settings import Settings
-    from followups.states import Final
     from followups.store.claims import Lost
     from followups.store.leases import Lease
 

@@ -18,9 +18,9 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
 DISPATCH = "dispatch"
-"""Name of the Celery task that requests a dispatcher tick."""
+"""Name of the queue whose tasks request a dispatcher tick."""
 DELIVER = "deliver"
-"""Name of the Celery task whose messages are hints, each a batch of leases."""
+"""Name of the queue whose messages are hints, each a batch of leases."""
 
 CLUSTER = (
     "The broker runs in cluster mode, in which a worker cannot read its two queues at once: "

@@ -30,11 +30,11 @@ log = get_logger(__name__)
 
 def hold(
     connection: Connection, settings: Settings, obstacles: Sequence[Obstacle]
-) -> tuple[set[UUID], dict[UUID, Final]]:
+) -> tuple[set[UUID], set[UUID], dict[UUID, Final]]:
     """Hold the leases whose only obstacle is a pause or sending hours.
 
-    Returns the held leases, and the final states of follow-ups whose hold would be too long. All other leases have
-    another obstacle.
+    Returns the held leases; the leases that could not be held because their pause or sending hours are locked or have
+    changed, which must be checked again; and the final states of follow-ups whose hold would be too long.
     """
     candidates = [one for one in obstacles if one.pause_id or one.hours]
     _open_next(connection, candidates)
@@ -44,7 +44,8 @@ def hold(
     if held:
         paused = sum(one.pause_id is not None for one in wanted if one.lease.id in held)
         log.info("held", paused=paused, outside_hours=len(held) - paused)
-    return held, {id_: one for id_, one in decided if isinstance(one, Final)}
+    not_held = {one.lease.id for one in wanted} - held
+    return held, not_held, {id_: one for id_, one in decided if isinstance(one, Final)}
 
 
 def decide(obstacle: Obstacle, max_lateness: timedelta) -> Hold | Final | None:

@@ -1,6 +1,7 @@
 -- The checks that may keep a leased follow-up from beginning, one column each. begin.sql begins the follow-ups for
--- which every column is false; for the others, obstacles.sql adds the details, and delivery/begin.py (verdict) decides what each check means: too_late
--- ends a follow-up as failed, for example.
+-- which every column is false; for the others, obstacles.sql adds the details. What a check means is decided by
+-- delivery/holds.py (paused, outside_hours, and too_late first), then by verdict in delivery/begin.py; behind_another
+-- parks the follow-up, and early tries it again.
 --
 -- Two checks are made before this statement, because they do not depend on a row: the due queue checks the due moment,
 -- the free slots and the breaker, and Redis checks the rate limits.
