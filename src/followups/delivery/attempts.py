@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 class Begun(NamedTuple):
-    """A follow-up whose attempt has begun, and the delivery to send."""
+    """A follow-up whose attempt has begun, and the delivery that the transport must send."""
 
     lease: Lease
     delivery: Delivery
@@ -25,7 +25,7 @@ class Begun(NamedTuple):
 
 
 class Attempt(NamedTuple):
-    """One call of the transport and its outcome; ``answered`` is an `uptime`."""
+    """One call of the transport and its outcome. ``answered`` is the `uptime` of the answer."""
 
     begun: Begun
     outcome: Outcome
@@ -39,7 +39,7 @@ class Attempt(NamedTuple):
 class BatchResult:
     """The result of begin or settle for a batch.
 
-    Follow-ups that appear in no field were stale, are held, or wait for an earlier one of their chat.
+    A follow-up that appears in no field was stale, is held, or waits for an earlier one of its chat.
     """
 
     begun: tuple[Begun, ...] = ()
@@ -50,10 +50,10 @@ class BatchResult:
     stale: int = 0
     """Number of outcomes that were not recorded, since another worker had taken over their leases."""
     locked: tuple[Lease, ...] = ()
-    """Follow-ups to be tried again shortly, since another transaction has locked their rows."""
+    """Follow-ups to try again shortly, because another transaction has locked their rows."""
     deferred: tuple[tuple[Lease, timedelta], ...] = ()
     """Follow-ups that are still leased, each with the time until a rate limit allows it to begin."""
     unblocked: tuple[Lease, ...] = ()
-    """Follow-ups that waited for the ended ones, unblocked and leased to the caller."""
+    """Follow-ups that waited for an ended one, and are now unblocked and leased to the caller."""
     blocking: tuple[UUID, ...] = ()
     """Ended follow-ups whose successor in the chat is locked by another transaction."""

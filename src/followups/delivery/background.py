@@ -1,4 +1,4 @@
-"""Background work in a separate thread of a worker process, started whenever there may be some."""
+"""Background work in a separate thread of a worker process, started whenever there may be some work."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ class Background(ABC):
         self._thread: threading.Thread | None = None
 
     def start(self) -> None:
-        """Start the work in a thread, once, and return immediately."""
+        """Start the work in a thread unless the thread is already running, and return immediately."""
         if self._thread is None or not self._thread.is_alive():
             self._thread = threading.Thread(target=self._run, name=self.name, daemon=True)
             self._thread.start()
 
     def stop(self) -> None:
-        """Stop after the current batch; another process or a later run continues with the rest."""
+        """Stop after the current batch; another process or a later run does the remaining work."""
         self._stopping.set()
         if self._thread and self._thread.is_alive():
             self._thread.join()

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from followups.store.obstacles import Obstacle
 
 TOLERANCE = timedelta(milliseconds=100)
-"""How early the database accepts a begin: the lead plus the largest error of a worker's clock."""
+"""How early the database accepts the begin of a follow-up: the lead plus the largest error of a worker's clock."""
 
 
 REFUSED_PAUSE = timedelta(minutes=1)
@@ -49,7 +49,7 @@ async def begin_within_limits(
 ) -> BatchResult:
     """Begin follow-ups that may be sent now, and defer those over a rate limit.
 
-    If a database error is raised, no token is used up.
+    If a database error is raised, no token of a rate limit is used up.
     """
     if not rate_limits:
         return await in_loop(engine, begin, settings, batch)
@@ -62,10 +62,10 @@ async def begin_within_limits(
 
 
 def begin(engine: Engine, settings: Settings, batch: Sequence[Lease]) -> BatchResult:
-    """Begin the follow-ups that may be sent, end those that must not be sent, and hold or park the rest.
+    """Begin the follow-ups that may be sent, end those that must not be sent, and hold or park all others.
 
-    All of this is one transaction. If a row makes the transaction fail, its follow-up is deferred, and all other
-    follow-ups begin.
+    All of this is one transaction. If a row makes the transaction fail, the follow-up of this row is deferred, and all
+    other follow-ups begin.
     """
     halved = halve(batch, lambda part: transact(engine, partial(_begin, settings, part)))
     for lease, error in halved.refused:
@@ -103,7 +103,7 @@ def _begin(settings: Settings, batch: Sequence[Lease], connection: Connection) -
 
 
 def _as_stored(lease: Lease, token: int, due: datetime) -> Lease:
-    """Return the lease with the row's token and due time; a hint may differ, but seldom does."""
+    """Return the lease with the row's token and due time, from which those of a hint rarely differ."""
     return lease if lease.token == token and lease.due == due else lease._replace(token=token, due=due)
 
 
@@ -120,7 +120,7 @@ def _explain_missing(
     waiting = [(o.lease, o.earlier) for o in missing if o.earlier and o.lease.id not in judged]
     parked = chat_order.park_if_leased(connection, waiting) if waiting else set()
     if parked:
-        # If a row behind the parked follow-ups cannot be written, the writable ones are parked one by one.
+        # If a row behind the parked follow-ups cannot be written, the rows that can be written are parked one by one.
         halve_within(connection, list(parked), partial(chat_order.park_pile, connection))
     unblocked, blocking = chat_order.unblock_writable(connection, ended, settings.lease)
     return BatchResult(

@@ -1,4 +1,7 @@
-"""The time limit of the transport's calls, with one timer for all of them: a timer for each call takes 4 us."""
+"""The time limit of the transport's calls.
+
+All calls share one timer, because a separate timer for each call would take 4 us.
+"""
 
 from __future__ import annotations
 
@@ -15,16 +18,16 @@ class CallTimeout:
     """Cancels every task whose call takes longer than the limit. An instance belongs to one event loop."""
 
     def __init__(self, limit: timedelta) -> None:
-        """``limit`` is the longest duration of a call."""
+        """Set the longest duration of a call to ``limit``."""
         self.seconds = limit.total_seconds()
         self._ends: dict[Task, float] = {}
-        """The latest end of each task's call, by the loop's clock. All calls have the same limit, so the first ends
-        first.
+        """The latest end of each task's call, by the loop's clock. All calls have the same limit, so the call that
+        began first ends first.
         """
         self._timer: asyncio.TimerHandle | None = None
 
     def begin(self) -> Task:
-        """Limit the current task's call, which begins now, and return the task."""
+        """Start the time limit of the current task's call, and return the task."""
         task = cast("Task", asyncio.current_task())
         loop = asyncio.get_running_loop()
         end = self._ends[task] = loop.time() + self.seconds
@@ -33,7 +36,7 @@ class CallTimeout:
         return task
 
     def end(self, task: Task) -> bool:
-        """Lift the limit of a task's call, and return whether it was exceeded."""
+        """End the time limit of a task's call, and return whether the call exceeded it."""
         if self._ends.pop(task, None) is not None:
             return False
         task.uncancel()

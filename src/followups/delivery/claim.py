@@ -32,21 +32,22 @@ if TYPE_CHECKING:
     Take = Callable[[Connection, claims.ClaimSearch], Claim]
 
 MAX_LOSSES = 3
-"""Lost leases after which a follow-up counts as a poison pill."""
+"""Number of lost leases after which a follow-up counts as a poison pill."""
 
 AHEAD_TICKS = 2
 """Number of tick intervals that a claim covers, so that one late tick makes no follow-up late."""
 
 CLAIM_SIZE = 1000
-"""Rows that a claim may always lease, however many are in flight."""
+"""Number of rows that a claim may always lease, however many follow-ups are in flight."""
 LARGEST_CLAIM = 10_000
-"""The most rows of one claim, which takes up to 0.2 s; the first rows are sent while the next claim runs."""
+"""The largest number of rows in one claim, which takes up to 0.2 s. The first rows are sent while the next claim runs.
+"""
 
 
 SETTLE_MARGIN = timedelta(seconds=2)
 """Time needed to record an outcome once the database answers.
 
-This time covers the statement and the longest pause between two tries.
+This time covers the statement and the longest pause before a repeated try.
 """
 
 
@@ -59,7 +60,7 @@ def rhythm_of(settings: Settings) -> Rhythm:
     gap of more than 3 s.
     """
     known_within = max(settings.transport_timeout + GRACE, _connecting(settings.database_url.get_secret_value()))
-    # If the tick interval is longer than a lease, a lease can expire unnoticed between any two ticks.
+    # If the interval between ticks is longer than a lease, a lease can expire unnoticed between any two ticks.
     longest_gap = min(settings.tick_interval * AHEAD_TICKS + timedelta(seconds=1), settings.lease / 2)
     return Rhythm(longest_gap, known_within + SETTLE_MARGIN)
 
@@ -80,7 +81,7 @@ def size_of_claim(window: int) -> int:
 
 
 def claim(engine: Engine, settings: Settings, since: datetime | None = None, without: tuple[UUID, ...] = ()) -> Claim:
-    """Claim due follow-ups in one transaction; with ``since``, only those that fell due after it.
+    """Claim due follow-ups in one transaction. If ``since`` is given, claim only those due after that time.
 
     The follow-ups in ``without`` are skipped.
     """
@@ -90,7 +91,7 @@ def claim(engine: Engine, settings: Settings, since: datetime | None = None, wit
 def claim_fairly(
     engine: Engine, settings: Settings, since: datetime | None = None, without: tuple[UUID, ...] = ()
 ) -> Claim:
-    """Claim due follow-ups, first of the workspaces with the fewest in flight.
+    """Claim due follow-ups, starting with the workspaces that have the fewest in flight.
 
     A fair claim is used after a claim that did not lease all due follow-ups.
     """
@@ -98,7 +99,7 @@ def claim_fairly(
 
 
 def release(engine: Engine, batch: Sequence[Lease]) -> None:
-    """Release leases that will not begin. A row that cannot be written keeps its lease until it expires."""
+    """Release leases that will not begin. If a row cannot be written, its lease stays until it expires."""
     with engine.begin() as connection:
         halve_within(connection, batch, partial(leases.release_if_not_begun, connection))
 
@@ -106,7 +107,7 @@ def release(engine: Engine, batch: Sequence[Lease]) -> None:
 def unclaimable(
     engine: Engine, settings: Settings, since: datetime | None, without: tuple[UUID, ...], *, fairly: bool
 ) -> tuple[UUID, ...]:
-    """Return and log the follow-ups that make such a claim fail because their rows cannot be written."""
+    """Return and log the follow-ups whose rows cannot be written, which makes such a claim fail."""
     with engine.connect() as connection:
         ids = claims.candidates(connection, _look(settings, since, without), fairly=fairly)
 
@@ -167,7 +168,7 @@ def _end_lost(connection: Connection, lost: Sequence[Lost], settings: Settings) 
 
 
 def after_loss(losses: int, cancel_requested: str | None, *, deduplicates: bool) -> Final | None:
-    """Return the final state of a follow-up after its ``losses``-th lost lease, or None if it is retried.
+    """Return the final state of a follow-up after ``losses`` lost leases, or None if it is retried.
 
     >>> after_loss(1, None, deduplicates=True) is None
     True

@@ -1,7 +1,7 @@
-"""The interval between two claims behind a backlog.
+"""The interval between two claims while there is a backlog.
 
-This module has no clock and does no I/O. Each claim reads everything in flight, however few slots have become free. A
-claim for every free slot would lead to batches of one, and a claim only after everything is sent would leave the
+This module has no clock and does no I/O. Each claim reads all follow-ups in flight, however few slots have become free.
+A claim for every free slot would lead to batches of one, and a claim only after all follow-ups are sent would leave the
 workers idle. So one half of the window is claimed while the workers send the other half.
 """
 
@@ -9,15 +9,15 @@ from __future__ import annotations
 
 SHORTEST = 0.05
 LONGEST = 0.5
-"""The longest time, in seconds, for which a follow-up that is created and due now waits for a claim during a backlog.
+"""The longest time, in seconds, for which a follow-up created during a backlog and due immediately waits for a claim.
 """
 
 
 def until_half_is_free(taken: int, seconds: float, window: int) -> float:
     """Return the seconds until half of a ``window`` is free.
 
-    During the last ``seconds``, ``taken`` places became free and were claimed. The result is at most twice ``seconds``:
-    a few places that become free simultaneously do not predict the next ones.
+    During the last ``seconds``, ``taken`` places became free and were claimed. The result is at most twice ``seconds``,
+    because a few places that become free simultaneously do not predict when more places become free.
 
     >>> until_half_is_free(taken=1000, seconds=0.1, window=5000)
     0.2
@@ -29,16 +29,16 @@ def until_half_is_free(taken: int, seconds: float, window: int) -> float:
 
 
 class ClaimInterval:
-    """The time of a dispatcher's next claim. Other dispatchers may run, each with separate ticks."""
+    """The time of a dispatcher's next claim. Other dispatchers may be running with ticks of their own."""
 
     def __init__(self, window: int) -> None:
-        """``window`` is the in-flight limit."""
+        """Store the in-flight limit, ``window``."""
         self._window = window
         self._taken = 0
         """Number of follow-ups claimed since the window was last full, at ``_full_at``."""
         self._full_at: float | None = None
-        """The monotonic time at which the window was last full, or None if unknown: the start of a backlog does not
-        reveal its speed.
+        """The monotonic time at which the window was last full, or None if unknown. It is unknown at the start of a
+        backlog, so the speed is unknown too.
         """
         self._pause = SHORTEST
         """The latest pause that was computed from a known rate of claims, in seconds."""
@@ -46,10 +46,11 @@ class ClaimInterval:
         """The earliest time of the next claim, in monotonic seconds."""
 
     def begin(self) -> None:
-        """Start a tick with an unknown rate.
+        """Start a tick with an unknown rate of claims.
 
-        Other dispatchers may have claimed since the last tick, so the number of free places predicts nothing.
-        The first pause of a tick is the latest known one: beginning with the shortest pause doubles the claims.
+        Other dispatchers may have claimed since the last tick, so the number of free places predicts nothing. The first
+        pause of a tick is the latest known pause, because beginning with the shortest pause doubles the number of
+        claims.
         """
         self._full_at = None
 

@@ -16,7 +16,9 @@ if TYPE_CHECKING:
     from sqlalchemy import Engine
 
 SAMPLES = 12
-"""Number of samples kept: with one every few seconds, the drift between the two clocks stays below a millisecond."""
+"""Number of clock samples that are kept. With one sample every few seconds, the drift between the two clocks stays
+below a millisecond.
+"""
 
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _NOW = text("SELECT clock_timestamp()")
@@ -26,13 +28,13 @@ class DatabaseClock:
     """The offset between this machine's uptime and the database's clock, never ahead of that clock.
 
     A sample means that the database's time was ``read`` at some time between ``asked`` and ``answered``. The estimate
-    uses ``read`` as the time at ``answered``. Its error is at most the travel time of the answer, and always on the
-    late side, so nothing is sent early. The quickest answer has the smallest error, so the largest offset of the last
-    samples counts.
+    uses ``read`` as the time at ``answered``. The error of the estimate is at most the travel time of the answer. The
+    estimate is always late, so nothing is sent early. The quickest answer has the smallest error, so the largest offset
+    of the last samples is used.
     """
 
     def __init__(self, seconds: Callable[[], float] = uptime) -> None:
-        """Start without a sample; ``seconds`` reads a clock that is never set."""
+        """Start without a sample; ``seconds`` reads a clock that is never adjusted."""
         self._seconds = seconds
         self._samples: deque[tuple[float, float]] = deque(maxlen=SAMPLES)
         self._offset: float | None = None
@@ -47,7 +49,7 @@ class DatabaseClock:
         self._offset = max(low for low, _ in self._samples)
 
     def ask(self, engine: Engine, times: int = 1) -> None:
-        """Sample the database's clock ``times`` times."""
+        """Read the database's clock ``times`` times, and record each reading as a sample."""
         with engine.connect() as connection:
             for _ in range(times):
                 asked = self._seconds()
@@ -64,7 +66,7 @@ class DatabaseClock:
         return _EPOCH + timedelta(seconds=self._seconds() + self._known_offset())
 
     def until(self, moment: datetime) -> float:
-        """Return the seconds until ``moment``; negative if it has passed."""
+        """Return the seconds until ``moment``, which are negative if ``moment`` has passed."""
         return (moment - _EPOCH).total_seconds() - (self._seconds() + self._known_offset())
 
     def _known_offset(self) -> float:

@@ -1,10 +1,10 @@
 """Deferral: follow-ups of tripped workspaces leave the in-flight window, so that others are claimed.
 
-Each worker keeps a few leases of the tripped workspaces as probes, and defers the other follow-ups in the database. A
-deferral uses up no attempt, and the follow-up can still be cancelled. When a worker has used up its probes, or the
-transport recovers, the first deferred follow-ups fall due again. When a workspace is no longer tripped, all its
-deferred follow-ups fall due. If none of this happens, deferred follow-ups fall due after some minutes anyway, one by
-one, because a restarted worker no longer knows of them.
+Each worker keeps a few leases of the tripped workspaces as probes, and defers the other follow-ups of these workspaces
+in the database. A deferral uses up no attempt, and a deferred follow-up can still be cancelled. When a worker has used
+up its probes, or the transport recovers, the follow-ups that were deferred first fall due again. When a workspace is no
+longer tripped, all its deferred follow-ups fall due. If none of this happens, deferred follow-ups fall due after some
+minutes anyway, one by one, because a restarted worker no longer knows of them.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from followups.store.leases import Lease
 
 SHARE = 1024
-"""Divisor of the window: a worker requests one 1024th of it at a time, but at most one lease per slot.
+"""Divisor of the window: a worker requests one 1024th of the window at a time, but at most one lease per slot.
 
 The worker keeps at most twice as many leases, so a hundred workers keep a fifth of the window. All workers together
 need three follow-ups for a probe.
@@ -46,17 +46,17 @@ SHARE_WHILE_RECOVERING = 128
 With the default window each worker can then release 156 follow-ups a second.
 """
 DEFER_SIZE = 500
-"""The most rows of one statement."""
+"""The largest number of follow-ups that one statement defers."""
 BUSY = 0.5
-"""Ratio of the duration of a batch to the pause after it, which is therefore twice as long as the batch.
+"""Ratio of a batch's duration to the pause after the batch, which is therefore twice as long as the batch.
 
 Without the pause, the begins of other workers would wait for the database.
 """
 SOONEST = LONGEST / 2
 SPREAD = 10_000
-"""Number of simultaneous deferrals by one worker that fill two thirds of `SOONEST` to `LONGEST`."""
+"""Number of simultaneous deferrals by one worker that fill two thirds of the time from `SOONEST` to `LONGEST`."""
 COMING = 0.25
-"""Seconds that released follow-ups may take to reach a worker; more are released only after that."""
+"""Seconds that released follow-ups may take to reach a worker; until then no more follow-ups are released."""
 BACKOFF = 1.0
 """Seconds before a database that does not answer is tried again, which is also the longest pause."""
 
@@ -64,8 +64,8 @@ BACKOFF = 1.0
 class Returns:
     """Times at which deferred follow-ups fall due again, in the order of deferral, spread over minutes.
 
-    The first times are 15 ms apart. The more follow-ups are deferred, the smaller the gaps, so that no follow-up waits
-    longer than `LONGEST`.
+    The first times are 15 ms apart. The more follow-ups are deferred, the smaller the gaps, so that no follow-up is
+    deferred for longer than `LONGEST`.
 
     >>> returns = Returns()
     >>> [round(returns.next(now=0.0), 3) for _ in range(3)]
@@ -79,7 +79,7 @@ class Returns:
         self._last = -inf
 
     def next(self, now: float) -> float:
-        """Return in how many seconds the next deferred follow-up falls due.
+        """Return the seconds after which the next deferred follow-up falls due.
 
         ``now`` is a time of the monotonic clock.
         """
@@ -90,7 +90,7 @@ class Returns:
 
 
 class Deferral:
-    """Keeps a few leases of tripped workspaces in the due queue, and defers the other follow-ups.
+    """Keeps a few leases of tripped workspaces in the due queue, and defers their other follow-ups.
 
     An instance belongs to one event loop.
     """
@@ -117,7 +117,7 @@ class Deferral:
         self._closed = False
 
     async def run(self) -> None:
-        """Call `balance` whenever `look_again` was called, until `close`."""
+        """Call `balance` after each call of `look_again`, until `close` is called."""
         while not self._closed:
             self._wanted.clear()
             pause = await self.balance()
@@ -128,7 +128,7 @@ class Deferral:
         self._wanted.set()
 
     def close(self) -> None:
-        """End `run`."""
+        """End the loop of `run`."""
         self._closed = True
         self._wanted.set()
 
@@ -141,7 +141,7 @@ class Deferral:
         """Defer a batch of the due queue's excess leases, and release deferred follow-ups.
 
         Follow-ups are released if the due queue has room for them, or if their workspace is no longer tripped. Returns
-        the seconds until the next call, or None if nothing more is to be done for now.
+        the seconds until the next call, or None if there is nothing more to do for now.
         """
         tripped = self._breaker.tripped_for_all
         self._recovered = (self._recovered | self._tripped) - tripped
@@ -183,7 +183,7 @@ class Deferral:
         deferred = await in_loop(self._engine, defer, waits)
         del self._excess[: len(portion)]
         for lease in portion:
-            if lease.id not in deferred:  # the follow-up's row is locked, or another worker has its lease
+            if lease.id not in deferred:  # the follow-up's row is locked, or another worker has leased it
                 self._queue.defer(lease, RETRY_DELAY)
 
     async def _release(self, keys: frozenset[int], most: int) -> int:

@@ -29,32 +29,32 @@ if TYPE_CHECKING:
     from followups.store.claims import Claim
 
 SLOW = 1.0
-"""Duration of a claim, in seconds, from which the planner's statistics must be wrong; it normally takes milliseconds.
-"""
+"""Duration of a claim, in seconds, that indicates wrong planner statistics; a claim normally takes milliseconds."""
 MANY = 100
-"""Rows of a claim from which the planner's statistics are checked."""
+"""Number of rows in a claim from which the planner's statistics are checked."""
 NEXT_STATISTICS = 60.0
 """Seconds between two checks of the planner's statistics."""
 
 QUICK = 0.01
-"""Duration of a claim, in seconds, up to which every claim reads from the beginning."""
+"""Duration of a claim, in seconds, up to which every claim reads the index from its beginning."""
 LOOKING_SHARE = 0.1
-"""Largest share of the dispatcher's time that is spent on claims from the beginning, if these are slow."""
+"""Largest share of the dispatcher's time that is spent on slow claims from the beginning of the index."""
 
 FORGOTTEN_SHARE = 0.01
-"""Largest share of the dispatcher's time for checking blocked and paused follow-ups.
+"""Largest share of the dispatcher's time that is spent on checking blocked and paused follow-ups.
 
-Such follow-ups are checked at least once per lease time, whatever the cost.
+Such follow-ups are checked at least once per lease time, however long this takes.
 """
 
 PASSED_OVER = 60.0
-"""Seconds for which claims skip rows that cannot be written, before these rows are tried again."""
+"""Seconds for which claims skip a row that cannot be written, before the row is tried again."""
 
 BACKOFF = 0.05
 LONGEST_BACKOFF = 4.0
-"""Longest pause in seconds between two tries while the database is unreachable; pauses double."""
+"""Longest pause in seconds between two tries while the database is unreachable; each pause is twice the previous one.
+"""
 AFTER_ANOTHER = 0.01
-"""Seconds until the next try while another dispatcher is claiming; each further pause doubles.
+"""Seconds until the next try to claim while another dispatcher is claiming; each further pause doubles.
 
 A claim takes some milliseconds.
 """
@@ -147,7 +147,7 @@ class Dispatcher:
                 self._backoff = min(self._backoff * 2, LONGEST_BACKOFF)
 
     def _pass_over(self, error: Exception) -> bool:
-        """Exclude the rows that made a claim fail from the next claims; return whether any were found."""
+        """Find the rows that made a claim fail, so that later claims skip them; return whether any were found."""
         if not concerns_a_row(error):
             return False
         with suppress(SQLAlchemyError):
@@ -167,7 +167,7 @@ class Dispatcher:
         """Return the seconds until the next claim without a tick, or None if only a tick starts a claim."""
         if self._in_grace:
             return IN_GRACE
-        # The tick may have been requested for a row inserted below the low-water mark.
+        # The tick may have been requested because a row was inserted below the low-water mark.
         if self._looked_at_all:
             return None
         return max(0.0, max(self._next_whole, self._interval.next) - time.monotonic())
@@ -191,7 +191,7 @@ class Dispatcher:
     def _unblock_forgotten(self) -> None:
         """Unblock follow-ups that no longer wait for anything, at each tick unless that takes too long.
 
-        If the unblocking fails, claims continue.
+        An error while unblocking does not stop the claims.
         """
         started = time.monotonic()
         if started < self._next_look:
@@ -202,7 +202,7 @@ class Dispatcher:
         for unblock in (chat_order.unblock_forgotten, pauses.release_forgotten):
             known = -1
             try:
-                while len(refused) > known:  # rows that cannot be written must not hide the others
+                while len(refused) > known:  # rows that cannot be written must not hide the rows behind them
                     known = len(refused)
                     with self._engine.begin() as connection:
                         unblock(connection, refused.__setitem__, tuple(refused))
@@ -228,14 +228,14 @@ class Dispatcher:
                 self._publish(hint)
             except Exception as error:  # noqa: BLE001 - whatever the broker's client raises
                 events.broker_unreachable("publish", error)
-                # Unpublished leases are released immediately, instead of being left to expire.
+                # Leases that could not be published are released immediately, instead of being left to expire.
                 release(self._engine, claimed.leases[number * size :])
                 return False
         self._refresh_statistics(took, len(claimed.leases))
         return claimed.more
 
     def _refresh_statistics(self, took: float, leased: int) -> None:
-        """Update the planner's statistics in a thread if they must be wrong; claims continue."""
+        """Update the planner's statistics in a thread if they must be wrong, while claims continue."""
         if (took > SLOW or leased >= MANY) and time.monotonic() >= self._next_statistics:
             self._next_statistics = time.monotonic() + NEXT_STATISTICS
             refreshing = threading.Thread(target=self._refresh, args=(took, leased), name="statistics", daemon=True)
@@ -246,7 +246,7 @@ class Dispatcher:
         try:
             if took > SLOW or planner.counts_as_less_than(self._engine, leased):
                 planner.refresh(self._engine)
-                # otherwise another session has refreshed the statistics
+                # If the estimate is still too low, another session is refreshing the statistics.
                 if not planner.counts_as_less_than(self._engine, leased):
                     events.statistics_refreshed(took)
         except Exception as error:  # noqa: BLE001 - a minute later it is tried again, whatever it was
@@ -256,8 +256,9 @@ class Dispatcher:
         """Claim from the low-water mark on, and occasionally from the beginning.
 
         Claims from the beginning find rows inserted before the mark. If a claim leaves due follow-ups, the next claims
-        start with the workspaces that have the fewest in flight. While a long transaction holds a snapshot, the index
-        entries of follow-ups sent since then stay in front of the pending ones: reading past 36,000 of them took 34 ms.
+        start with the workspaces that have the fewest follow-ups in flight. While a long transaction keeps a snapshot,
+        the index entries of follow-ups sent since then stay in front of the entries of pending follow-ups. Reading past
+        36,000 of them took 34 ms.
         """
         started = time.monotonic()
         look_at_all = started >= self._next_whole

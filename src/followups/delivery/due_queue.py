@@ -1,4 +1,4 @@
-"""The due queue: leases by the time each may begin, then in turns between workspaces.
+"""The due queue: leases in the order of their due times, from which the workspaces take turns.
 
 The due queue does no I/O and is used by one event loop.
 """
@@ -24,18 +24,18 @@ if TYPE_CHECKING:
     from followups.flow_control.breaker import Breaker
 
 LEAD = timedelta(milliseconds=15)
-"""How long before the due time a follow-up begins, so that the send itself is on time.
+"""How long before its due time a follow-up begins, so that the message is sent on time.
 
 A cancel that arrives after the begin is too late.
 """
 BEGIN_BATCH = 200
-"""The most leases taken in one batch: a larger statement is slow and no cheaper for each row."""
+"""The largest number of leases in one batch. A statement for more leases is slow and no cheaper for each row."""
 GATHER = timedelta(milliseconds=5)
-"""How long to wait for more free slots, or for more due follow-ups, while there are few. A statement for five rows
-costs almost as much as one for fifty. This waiting time is a third of `LEAD`.
+"""How long to wait for more free slots or more due follow-ups while there are only a few. A statement for five rows
+costs almost as much as a statement for fifty. This waiting time is a third of `LEAD`.
 """
 ENOUGH_SLOTS = 0.4
-"""Share of free slots from which a statement is worthwhile immediately."""
+"""Share of free slots at which the next batch is taken without waiting for more slots."""
 RETRY_DELAY = timedelta(milliseconds=50)
 """Delay before the next try to begin or settle a follow-up; for a begin the delay doubles each time."""
 LONGEST_RETRY_DELAY = timedelta(milliseconds=800)
@@ -51,11 +51,11 @@ class DueQueue:
         """``lease`` is the duration of a lease."""
         self.slots = slots
         self.changed = asyncio.Event()
-        """Set when there may be leases to take."""
+        """Event that is set when there may be leases to take."""
         self._clock = clock
         self._lease = lease.total_seconds()
         self._heap: list[Entry] = []
-        """Leases that are not due yet."""
+        """Heap of the leases that are not due yet."""
         self._fair = FairQueue(slots)
         self._sequence = itertools.count()
         self._next_look = 0.0
@@ -65,13 +65,14 @@ class DueQueue:
         """Enqueue new leases with the id of the Celery task that carried their hint."""
         now, known = uptime(), self._clock.known
         if now >= self._next_look:
-            # While the breaker is open no lease is taken, and each tick claims and enqueues expired leases again.
+            # While the breaker is open no lease is taken. In that time each tick claims expired leases and enqueues
+            # them again.
             self._next_look = now + self._lease
             self._fair.drop_expired(now)
         moment = self._clock.now() if known else None
         for new in leases:
             ahead = max(self._clock.until(new.due), 0.0) if moment and new.due > moment else 0.0
-            # _replace takes four times as long.
+            # The method _replace would take four times as long.
             lease = Lease(new.id, new.token, new.due, new.losses, new.key, task_id, now + ahead + self._lease)
             self._fair.note_arrival(lease.key, now)
             entry = (lease.due, next(self._sequence), lease)
@@ -82,7 +83,7 @@ class DueQueue:
         self.changed.set()
 
     def defer(self, lease: Lease, delay: timedelta) -> None:
-        """Enqueue a lease again, to be taken after a delay."""
+        """Enqueue a lease again, so that it is taken after a delay."""
         moment = max(self._clock.now() + delay, lease.due)
         heapq.heappush(self._heap, (moment, next(self._sequence), lease))
 
@@ -92,7 +93,7 @@ class DueQueue:
         self.defer(lease._replace(refusals=min(lease.refusals + 1, 10)), delay)
 
     async def next_batch(self, breaker: Breaker) -> list[Lease]:
-        """Wait for due leases and free slots, and take them; return none once the queue is closed."""
+        """Wait for due leases and free slots, and take the leases; return no leases once the queue is closed."""
         while not self._closed:
             await self._gather()
             if self._closed:
@@ -135,7 +136,7 @@ class DueQueue:
         return self._fair.count(keys)
 
     def shed(self, keys: frozenset[int], most: int) -> list[Lease]:
-        """Keep ``most`` of the due leases; remove and return the others, earliest first.
+        """Keep ``most`` of the due leases; remove the other due leases, and return them, earliest first.
 
         Only these workspace queues are considered.
         """
@@ -163,9 +164,9 @@ class DueQueue:
         return [*leases, *self._fair.clear()]
 
     async def _gather(self) -> None:
-        """Wait for a batch that is worth a statement.
+        """Wait for a batch that is large enough for a statement.
 
-        The wait lasts while slots are few, or while no lease is due within begin's lead.
+        The wait lasts while few slots are free, or while no lease is due within the lead of begin.
         """
         if not self.is_due():
             return

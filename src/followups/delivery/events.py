@@ -45,18 +45,20 @@ _outages: dict[str, Outage] = {}
 """The current outages by step; several threads begin and end them."""
 
 WRITING = frozenset({"claim", "begin", "settle", "release"})
-"""Steps that write: if one succeeds, every outage is over. Other steps also succeed on a read-only server."""
+"""Steps that write to the database. If such a step succeeds, every outage is over; other steps also succeed on a
+read-only server.
+"""
 
 
 def attempted(attempt: Attempt, transport: str) -> None:
     """Log and count one call of the transport.
 
-    The text of its answer is left out, because it may quote the message.
+    The text of the transport's answer is left out, because it may quote the message.
     """
     delivery = attempt.begun.delivery
     outcome = OUTCOME_NAMES[type(attempt.outcome)]
     seconds = attempt.duration.total_seconds()
-    # The oddity of an accepted answer is described in the transport's own words, and never quotes the answer.
+    # If an accepted answer was unusual, the transport describes this in its own words, and never quotes the answer.
     odd = {"odd": attempt.outcome.detail} if isinstance(attempt.outcome, Sent) and attempt.outcome.detail else {}
     lag = (attempt.answered_at - delivery.due_date).total_seconds()
     _attempts(transport, outcome).inc()
@@ -77,7 +79,7 @@ def attempted(attempt: Attempt, transport: str) -> None:
 
 
 def abandoned(begun: Begun) -> None:
-    """Log an attempt that was not made because this process had been frozen past its lease."""
+    """Log an attempt that was not made because this process was frozen until the lease had expired."""
     metrics.STALE_WRITES.inc()
     log.warning("attempt_abandoned", follow_up_id=str(begun.lease.id), attempt=begun.delivery.attempt)
 
@@ -103,7 +105,7 @@ def settled(step: BatchResult) -> None:
 
 
 def claimed(claim: Claim, seconds: float) -> None:
-    """Count a tick, and log it if it claimed something."""
+    """Count a tick, and log the tick if it claimed something."""
     metrics.TICK_DURATION.observe(seconds)
     if claim.traced:
         traces.claimed(claim.traced, seconds)
@@ -129,7 +131,7 @@ def failed(step: str, error: Exception, engine: Engine) -> None:
     why = f"its {step} fails (see its log)"
     if is_passing(error):
         why = "the database is read-only" if is_read_only(error) else "the database is away"
-        # The error's text is left out, since the server's detail message may quote a row.
+        # The text of the error is left out, since the server's detail message may quote a row.
         database = engine.url.render_as_string(hide_password=True)
         log.warning("database_unreachable", step=step, error=type(error).__name__, database=database)
     elif reason := unfit(error):
@@ -158,12 +160,12 @@ def succeeded(step: str) -> None:
 
 
 def outage() -> Outage | None:
-    """Return the current outage of this process, or None if no step has failed since its last success."""
+    """Return the current outage of this process, or None if every failed step has succeeded since."""
     return min(tuple(_outages.values()), key=lambda one: one.since, default=None)
 
 
 def refused(step: str, follow_up_id: UUID, error: Exception) -> None:
-    """Log that the content of one row made a step fail; the other rows continue without it."""
+    """Log that the content of one row made a step fail; the step continues with the other rows."""
     diagnosis = getattr(getattr(error, "orig", None), "diag", None)
     kind = type(getattr(error, "orig", error)).__name__
     constraint = getattr(diagnosis, "constraint_name", None)

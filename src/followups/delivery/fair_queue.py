@@ -1,8 +1,8 @@
 """The fair queue: due leases, in a separate queue for each workspace. This module does no I/O.
 
-The workspace queues take turns, and the earliest lease of each queue comes first. So a workspace with little to send
+The workspace queues take turns, and the earliest lease of each queue comes first. So a workspace with few follow-ups
 waits for one follow-up of each other workspace, not for all of them. While several workspaces are active, no workspace
-gets all the slots, so other workspaces need not wait for its slow calls.
+gets all the slots. A workspace with slow calls therefore does not delay other workspaces.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from followups.store.leases import Lease
 
     Entry = tuple[datetime, int, Lease]
-    """A due time, a number that decides between equal times, and the lease."""
+    """A due time, a number that decides between equal due times, and the lease."""
 
 ACTIVE = 60.0
 """Seconds for which a workspace counts as active after its latest follow-up arrived."""
@@ -62,7 +62,7 @@ class FairQueue:
             self._turns.append(key)
 
     def has_turn(self, tripped: frozenset[int] = frozenset()) -> bool:
-        """Return whether any lease may be taken, apart from those of ``tripped`` workspaces."""
+        """Return whether any lease may be taken, not counting the leases of ``tripped`` workspaces."""
         return any(key not in tripped and self._may_go(key) for key in self._turns)
 
     def next(self, tripped: frozenset[int] = frozenset()) -> Lease | None:
@@ -86,9 +86,9 @@ class FairQueue:
         return sum(len(queue) for key, queue in self._queues.items() if key in keys)
 
     def shed(self, keys: frozenset[int], most: int) -> list[Lease]:
-        """Remove the leases beyond ``most`` from these workspace queues, and return them, earliest first.
+        """Remove the leases beyond ``most`` from these workspace queues, and return the removed ones, earliest first.
 
-        Each queue keeps its earliest leases, up to an equal share of ``most``.
+        Each workspace queue keeps its earliest leases, up to an equal share of ``most``.
         """
         if self.count(keys) <= most:
             return []

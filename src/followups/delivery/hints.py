@@ -1,9 +1,9 @@
 """Hints: the messages that are sent through the broker after a claim's commit, written and parsed here.
 
 A hint lists follow-ups with their lease tokens and due times, so that the worker need not query them. A hint contains
-no text and is not trusted. A hint may be lost, repeated or late without harm, because begin reads the follow-up's row.
-A hint also contains the keys of the workspace queues. A worker that ignores these keys, or gets none during an upgrade,
-still sends the same follow-ups.
+no message text and is not trusted. A hint may be lost, repeated or late without harm, because begin reads the
+follow-up's row. A hint also contains the keys of the workspace queues. A worker that ignores these keys, or receives
+none during an upgrade, still sends the same follow-ups.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ CLUSTER = (
     "The broker runs in cluster mode, in which a worker cannot read its two queues at once: "
     "point FOLLOWUPS_BROKER_URL at a Redis or Valkey without cluster mode (cluster-enabled no)."
 )
-"""The error for a broker in cluster mode, which is not supported."""
+"""The error message for a broker in cluster mode, which is not supported."""
 
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _MICROSECOND = timedelta(microseconds=1)
 _BIGINT = 2**63
 
 MOST = 10_000
-"""The most follow-ups in one hint, which is also the largest `BATCH_SIZE`."""
+"""The largest number of follow-ups in one hint, which is also the largest `BATCH_SIZE`."""
 
 
 class Hint(NamedTuple):
@@ -42,7 +42,7 @@ class Hint(NamedTuple):
     entries: list[list[Any]]
     """``[[id, token, due in microseconds since 1970, lost leases], ...]``"""
     keys: list[int]
-    """The key of the workspace queue of each entry."""
+    """The keys of the workspace queues, one for each entry."""
 
 
 def batches(leases: Sequence[Lease], size: int) -> Iterator[Hint]:

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from followups.store.obstacles import Obstacle
 
 UNREADABLE = timedelta(minutes=1)
-"""How soon sending hours are checked again if this machine does not know their time zone."""
+"""The time after which sending hours are checked again if this machine does not know their time zone."""
 
 log = get_logger(__name__)
 
@@ -52,7 +52,7 @@ def decide(obstacle: Obstacle, max_lateness: timedelta) -> Hold | Final | None:
     """Return the hold of a leased follow-up, or its final state if the hold would be too long.
 
     Returns None if the follow-up is neither held nor ended. Sending hours take precedence over a pause, so that
-    lateness does not count while they are closed. This function is pure.
+    lateness does not count while the sending hours are closed. This function is pure.
     """
     if obstacle.chat_removed or obstacle.silence_broken or obstacle.taken_over or obstacle.window_closed:
         return None
@@ -73,8 +73,8 @@ def decide(obstacle: Obstacle, max_lateness: timedelta) -> Hold | Final | None:
 def closed_until(obstacle: Obstacle) -> datetime | None:
     """Return when closed sending hours open, or None if they are open at the time of sending or not set.
 
-    The sending period stored in the database is valid until it ends, whatever time zone data this machine has. This
-    function is pure.
+    The sending period stored in the database is valid until the period ends, whatever time zone data this machine has.
+    This function is pure.
     """
     hours, moment = obstacle.hours, obstacle.sent_at
     if hours is None:
@@ -89,7 +89,7 @@ def closed_until(obstacle: Obstacle) -> datetime | None:
 
 
 def sendable_from(obstacle: Obstacle) -> datetime | None:
-    """Return the first time at which the sending hours allow the sending, or None if that is unknown.
+    """Return the first time at which sending hours allow the follow-up to be sent, or None if unknown.
 
     The returned time may be in the future. Once the recorded time has passed, it is kept, so that lateness continues to
     count whenever sending hours end. This function is pure.

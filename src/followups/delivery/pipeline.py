@@ -2,8 +2,8 @@
 
     submit -> due queue -> slot -> begin -> send -> settle
 
-Begin and settle form batches by themselves: while one statement runs, the next batch gathers. A call in flight occupies
-a slot, and a follow-up begins only with a slot. So a slow chat occupies one slot, and never delays a batch.
+Begin and settle each form batches: while one statement runs, the next batch gathers. A call in flight occupies a slot,
+and a follow-up begins only if a slot is free. So a slow chat occupies one slot, and never delays a batch.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ class Pipeline:
         limiter: Limiter | None = None,
         breaker_store: BreakerStore | None = None,
     ) -> None:
-        """``nudge`` is called when a retry falls due before the next tick.
+        """Create the pipeline; ``nudge`` is called when a retry falls due before the next tick.
 
         Without a limiter there are no rate limits.
         """
@@ -92,7 +92,7 @@ class Pipeline:
         self._settler = Settler(settings, engine, self._settled)
         self._upkeep = Upkeep(engine, self._clock, self._rate_limits)
         self._tasks: set[asyncio.Task[None]] = set()
-        """Calls in flight, and tasks that wait for a locked row of a chat."""
+        """Tasks for calls in flight, and tasks that wait for a locked row of a chat."""
         self._backoff = BACKOFF
         self._draining = False
         self._loop = uvloop.new_event_loop()
@@ -112,7 +112,7 @@ class Pipeline:
         self._loop.call_soon_threadsafe(self._enqueue, list(leases), task_id)
 
     def ask(self, answer: Callable[[], None]) -> None:
-        """Have the event loop call ``answer``, which proves that the loop is running.
+        """Let the event loop call ``answer``, which proves that the loop is running.
 
         After the loop has ended, ``answer`` is not called.
         """
@@ -124,24 +124,26 @@ class Pipeline:
         self.ask(self._close)
 
     def drain(self, limit: timedelta) -> int:
-        """Begin no further follow-ups, wait for calls in flight, settle them, and release the other leases.
+        """Begin no further follow-ups, wait for calls in flight, settle them, and release the unused leases.
 
-        Returns the number of results that could not be recorded within ``limit``; their leases will expire.
+        Returns the number of results that could not be recorded within ``limit``; the leases of these follow-ups will
+        expire.
         """
         if not self._thread.is_alive():
             return 0
         self.stop_beginning()
         self._thread.join(limit.total_seconds())
-        events.lines.flush()  # writes the lines of results that could not be settled, too
+        events.lines.flush()  # also writes the log lines of results that could not be settled
         return len(self._settler) + len(self._tasks)
 
     def _run_loop(self) -> None:
         asyncio.set_event_loop(self._loop)
         try:
             self._loop.run_until_complete(self.run())
-        except BaseException:  # SystemExit from a plug-in's code must not end this thread unnoticed
+        except BaseException:  # a SystemExit raised by a plug-in must not end this thread unnoticed
             log.exception("pipeline_died")
-            # The process ends with an error, so that a supervisor restarts it; the leases pass to other workers.
+            # The process ends with an error, so that a supervisor restarts it. Its leases expire, and other workers
+            # take them over.
             os.kill(os.getpid(), signal.SIGTERM)
         finally:
             events.lines.flush()
@@ -153,7 +155,7 @@ class Pipeline:
         """Deliver until drained: take due leases, begin them, send each, and settle the outcomes."""
         await self._transport.open()
         if await self._upkeep.start(lambda: self._draining):
-            # If one loop crashes, the others end too, because a worker that only appears to work is worse than none.
+            # If one loop crashes, the other loops end too, because a worker that only seems to work is worse than none.
             async with asyncio.TaskGroup() as beside:
                 upkeep = beside.create_task(self._upkeep.run())
                 breaker = beside.create_task(self._breaker.run(self._wanted, self._look_again))
@@ -173,12 +175,12 @@ class Pipeline:
         await self._stop()
 
     async def _take(self) -> list[Lease]:
-        """Wait for due leases and for slots; return none once the pipeline drains."""
+        """Wait for due leases and for slots; return no leases once the pipeline drains."""
         await self._settler.keep_up()
         return await self._queue.next_batch(self._breaker)
 
     async def _begin(self, leases: Sequence[Lease]) -> tuple[Begun, ...]:
-        """Begin what may be sent, and enqueue the rest again; each begun follow-up keeps its slot."""
+        """Begin the follow-ups that may be sent, and enqueue all others again; each begun one keeps its slot."""
         try:
             step = await begin_within_limits(self._engine, self._settings, self._rate_limits, leases)
         except Exception as error:  # noqa: BLE001 - whatever it was, the loop must go on
@@ -204,9 +206,9 @@ class Pipeline:
         return step.begun
 
     async def _send(self, begun: Begun, started: float) -> None:
-        """Send at the due time, and pass the outcome to settle."""
-        # The latest start is the lease minus the call's time limit, counted from before begin. A later call could end
-        # after the lease.
+        """Send one follow-up at its due time, and pass the outcome to settle."""
+        # The latest start is the end of the lease, measured from before begin, minus the call's time limit. A later
+        # call could end after the lease.
         latest = started + self._settings.lease.total_seconds() - self._timeout.seconds
         attempt = None
         try:
@@ -265,7 +267,7 @@ class Pipeline:
         self._slots.restore_quota(lease.id for lease in leases)
 
     def _wanted(self) -> int:
-        """Return how many follow-ups of tripped workspaces could begin."""
+        """Return how many follow-ups of tripped workspaces could begin now."""
         return min(self._slots.free, BEGIN_BATCH) if self._queue.count(self._breaker.tripped) else 0
 
     def _look_again(self) -> None:

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from followups.settings import Settings
 
 BUDGET = timedelta(minutes=2)
-"""How long one run may delete rows of one table; the next run continues."""
+"""How long one run may delete rows of one table before it leaves the remaining rows to the next run."""
 
 LOCK = 0x7469_6479
 """Key of the advisory lock that lets one worker prune at a time ("tidy" in ASCII)."""
@@ -55,7 +55,7 @@ class Pruner(Background):
             events.failed("tidy", error, self._engine)
 
     def prune(self) -> dict[str, int]:
-        """Delete old rows until none is left or the time is up; return the number from each table."""
+        """Delete old rows until none is left or the time is up; return the number of rows deleted by table."""
         started = time.monotonic()
         removed: dict[str, int] = {}
         with self._engine.connect() as connection, _alone(connection) as alone:
@@ -74,9 +74,9 @@ class Pruner(Background):
             audit.record_expired_keys(connection, now(connection) - kept if kept else OLDEST.created_at)
 
     def _steps(self, connection: Connection) -> dict[str, Callable[[Connection], int | None]]:
-        """Return for each table a function that deletes one batch.
+        """Return for each table a function that deletes one batch of rows.
 
-        The function returns the size of the batch, or None at the end.
+        The function returns the size of the batch, or None if no old row is left.
         """
         steps: dict[str, Callable[[Connection], int | None]] = {
             "idempotency_keys": lambda opened: pruning.delete_expired_keys(opened) or None
@@ -106,14 +106,14 @@ class Pruner(Background):
             if number is None:
                 break
             total += number
-            # The pause is as long as the batch, which leaves half of the disk's capacity for deliveries.
+            # The pause is as long as the batch took, which leaves half of the disk's capacity for deliveries.
             self._stopping.wait(max(time.monotonic() - began, LEAST_PAUSE))
         return total
 
 
 @contextmanager
 def _alone(connection: Connection) -> Iterator[bool]:
-    """Return whether no other worker prunes, and keep others from pruning until this run is finished."""
+    """Return whether no other worker is pruning, and prevent others from pruning until this run ends."""
     alone = bool(connection.scalar(text("SELECT pg_try_advisory_lock(:key)"), {"key": LOCK}))
     connection.commit()
     try:

@@ -1,4 +1,4 @@
-"""Send: one call of the transport at the due time, with no transaction open. The result is a value."""
+"""Send: one call of the transport at the due time, with no transaction open, which returns the outcome as a value."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ OUTCOME_NAMES: dict[type, str] = {
 """The outcomes' names in logs, metrics, traces and the table of failed attempts."""
 
 GRACE = timedelta(seconds=1)
-"""How much longer than the transport's own timeout a hanging call may take. `GRACE` is less than the settings' margin
-between timeout and lease.
+"""How much longer than the transport's own timeout a hanging call may take. `GRACE` is less than the margin between
+timeout and lease that the settings require.
 """
 
 TIMER = 0.001
@@ -52,17 +52,17 @@ async def send(
 ) -> Attempt | None:
     """Wait until the follow-up is due and call the transport once, within ``limit``.
 
-    The call is never early. After ``latest`` (an `uptime`) the transport is not called, and the result is None. In that
-    case the process was frozen, and another worker might have the lease before an answer arrived. Only cancellation is
-    raised.
+    The transport is never called early. After ``latest`` (an `uptime`) it is not called at all, and the result is None.
+    In that case the process was frozen, and another worker might lease the follow-up before an answer arrives. Only
+    cancellation is raised.
     """
-    # A timer may fire a little early by another clock, so the remaining time is checked again.
+    # Measured by another clock, a timer may fire a little early, so the remaining time is checked again.
     while (wait := clock.until(begun.lease.due)) > 0:  # noqa: ASYNC110 - time is what is waited for
         await asyncio.sleep(math.ceil(wait / TIMER) * TIMER)
     started = uptime()
     if started > latest:
         return None
-    # Each delivery is sent once, so its time is set in place: copying a frozen value takes 2.5 us.
+    # Each delivery is sent once, so the time of the call is set in place: copying a frozen value takes 2.5 us.
     object.__setattr__(begun.delivery, "made_at", clock.now())
     with traces.attempt(begun.traceparent, partial(_described, begun, transport.name)) as note:
         outcome = await _call(transport, begun.delivery, limit)
@@ -83,7 +83,7 @@ async def _call(transport: Transport, delivery: Delivery, limit: CallTimeout) ->
             if expired:
                 return Unknown(f"no outcome within {limit.seconds:g} s")
         # A plug-in may raise any exception, even SystemExit, so the outcome is unknown. The error's text may contain
-        # the message, so only its class is kept.
+        # the message, so only the class of the error is kept.
         return Unknown(f"the transport raised {type(error).__name__}")
     limit.end(task)
     return outcome

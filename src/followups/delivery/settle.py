@@ -1,4 +1,4 @@
-"""Settle: decide the settlement of each attempt from its outcome, and record settlements in batches."""
+"""Settle: derive a settlement from the outcome of each attempt, and record settlements in batches."""
 
 from __future__ import annotations
 
@@ -35,38 +35,42 @@ if TYPE_CHECKING:
     Unblock = Callable[[Connection, Collection[UUID], timedelta], tuple[list[Lease], list[UUID]]]
 
 SETTLE_BATCH = 500
-"""The most rows of one statement: a larger statement is slow and no cheaper for each row."""
+"""The largest number of rows in one statement. A larger statement is slow and no cheaper for each row."""
 ENOUGH = 100
-"""Number of results from which a statement is worthwhile immediately."""
+"""Number of results that are recorded without waiting for more."""
 GATHER = timedelta(milliseconds=30)
-"""How long to wait for enough results.
+"""How long to wait until enough results have gathered for a statement.
 
 This wait delays only the next follow-up of a chat. If the process is killed before results are recorded, their messages
-are sent again under the same key. So the wait is no longer than a quick call, whose outcome a kill loses too.
+are sent again under the same key. So the wait is no longer than a quick call, whose outcome would also be lost if the
+process were killed.
 """
 SHORT_GATHER = timedelta(milliseconds=5)
-"""How long to wait for enough results if the receiver cannot deduplicate; the outcome of unrecorded results would be
-unknown.
+"""How long to wait for enough results if the receiver cannot deduplicate. In that case, if the process were killed, the
+outcome of unrecorded results would be unknown.
 """
 SETTLE_RETRY_DELAY = timedelta(milliseconds=50)
-"""Pause before a row that another transaction has locked is tried again."""
+"""Pause before the next try to settle a row that another transaction has locked."""
 BACKOFF = timedelta(seconds=0.5)
-"""First pause before an unreachable database is tried again; it doubles."""
+"""First pause before an unreachable database is tried again; each further pause doubles."""
 LONGEST_BACKOFF = timedelta(seconds=1)
-"""Longest pause, short enough that results are recorded before a tick treats their leases as lost."""
+"""Longest pause before an unreachable database is tried again. It is short enough that results are recorded before a
+tick treats their leases as lost.
+"""
 
 log = get_logger(__name__)
 
 NOT_KNOWN = ": the outcome of the attempt in flight is unknown"
 ROOM = MAX_REASON_LENGTH - 100
-"""Characters left for a detail next to the added text."""
+"""Number of characters left for a detail next to the added text."""
 
 
 class Settler:
     """Collects the outcomes of attempts and records them in batches, by size or after a short wait.
 
     An accepted message is recorded without waiting for the slowest call of a batch. If the database is unreachable or a
-    row is locked, the result is tried again until its lease expires. An instance belongs to one event loop.
+    row is locked, the settler tries to record the result again until the lease expires. An instance belongs to one
+    event loop.
     """
 
     def __init__(
@@ -79,7 +83,7 @@ class Settler:
         self._gather = GATHER if settings.transport_deduplicates else SHORT_GATHER
         self._attempts: list[Attempt] = []
         self._later: set[asyncio.Task[None]] = set()
-        """Tasks that add attempts again after a pause."""
+        """Tasks that, after a pause, add attempts to a batch again."""
         self._wanted = asyncio.Event()
         self._recorded = asyncio.Event()
         self._closed = False
@@ -96,14 +100,14 @@ class Settler:
     async def keep_up(self) -> None:
         """Wait while the database is slower than the transport.
 
-        So accepted results are recorded before other follow-ups begin.
+        So results of accepted messages are recorded before further follow-ups begin.
         """
         while len(self._attempts) > self._settings.max_in_flight:
             self._recorded.clear()
             await self._recorded.wait()
 
     async def run(self) -> None:
-        """Record added attempts until `close` was called and nothing is left."""
+        """Record the added attempts until `close` was called and no attempt is left."""
         while not self._closed or self:
             await self._wanted.wait()
             self._wanted.clear()
@@ -114,11 +118,11 @@ class Settler:
                 await self._record(batch)
                 del self._attempts[: len(batch)]
                 self._recorded.set()
-            if self._attempts:  # some arrived in the meantime
+            if self._attempts:  # some attempts were added in the meantime
                 self._wanted.set()
 
     def close(self) -> None:
-        """End `run` once everything is recorded; no attempt may be added afterwards."""
+        """End `run` once every attempt is recorded; no attempt may be added afterwards."""
         self._closed = True
         self._wanted.set()
 
@@ -130,7 +134,8 @@ class Settler:
                 break
             except Exception as error:  # noqa: BLE001 - whatever it was, the results must not be lost
                 events.failed("settle", error, self._engine.sync_engine)
-                events.lines.flush()  # writes the lines of follow-ups sent in the meantime, since an outage may be long
+                # an outage may be long, so the log lines of follow-ups sent in the meantime are written now
+                events.lines.flush()
                 if not is_passing(error):
                     await self._record_apart(batch)
                     return
@@ -174,7 +179,8 @@ def settle(engine: Engine, settings: Settings, attempts: Sequence[Attempt]) -> B
     except Exception as error:
         if not concerns_a_row(error):
             raise
-        # The rejected row may be the next one of a chat, which must not keep the accepted one from being recorded.
+        # The rejected row may be the next follow-up of a chat. It must not keep the accepted follow-up from being
+        # recorded.
         return transact(engine, partial(record, chat_order.unblock_writable))
 
 
@@ -204,7 +210,7 @@ def _record(
 
 
 def decide(attempt: Attempt, policy: RetryPolicy, *, deduplicates: bool) -> Settlement:
-    """Return the settlement of one attempt, by its outcome alone.
+    """Return the settlement of one attempt, which depends only on its outcome.
 
     The function is pure, except for clock and jitter.
     """

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from followups.store.leases import Lease
 
 POISON_PILLS = 16
-"""How many follow-ups with one lost lease may be in flight together; a follow-up with two lost leases uses the whole
+"""How many follow-ups with one lost lease may be in flight together. A follow-up with two lost leases uses the whole
 quota alone.
 
 Each of these follow-ups may be a poison pill, which kills its worker and loses every other attempt in flight there. If
@@ -25,19 +25,19 @@ lease, which would end the follow-up.
 
 
 class Slots:
-    """The ledger of slots: the free ones, those of each workspace, and the poison pill quota."""
+    """The ledger of slots: the free slots, the slots that each workspace uses, and the poison pill quota."""
 
     def __init__(self, number: int) -> None:
         """Allow ``number`` simultaneous calls."""
         self.number = self.free = number
         self._share = max(1, number * 7 // 8)
-        """The most slots of one workspace while others are active."""
+        """The largest number of slots of one workspace while other workspaces are active."""
         self._of_workspace: dict[int, int] = {}
         self._poison_pills: dict[UUID, int] = {}
         """Possible poison pills whose outcome is not recorded yet, each with the share of the quota that it uses."""
 
     def acquire(self, lease: Lease) -> bool:
-        """Acquire a slot; return whether the poison pill quota allowed it."""
+        """Acquire a slot; return whether the poison pill quota allowed this."""
         if lease.losses:
             share = POISON_PILLS if lease.losses > 1 else 1
             if share > POISON_PILLS - sum(self._poison_pills.values()):
@@ -56,10 +56,10 @@ class Slots:
             del self._of_workspace[lease.key]
 
     def restore_quota(self, ids: Iterable[UUID]) -> None:
-        """Restore the poison pill quota of follow-ups that did not begin, or whose outcome is recorded."""
+        """Return to the quota the shares of possible poison pills that did not begin or are recorded."""
         for one in ids:
             self._poison_pills.pop(one, None)
 
     def has_full_share(self, key: int) -> bool:
-        """Return whether a workspace has all the slots it may have while others are active."""
+        """Return whether a workspace has all the slots it may have while other workspaces are active."""
         return self._of_workspace.get(key, 0) >= self._share

@@ -28,7 +28,7 @@ FIRST_SAMPLES = 5
 CLOCK_OFF = 60.0
 """Seconds by which this host's clock may differ from the database's without a warning."""
 BACKOFF = timedelta(seconds=0.5)
-"""First pause before an unreachable database is tried again; it doubles up to `LONGEST_BACKOFF`."""
+"""First pause before an unreachable database is tried again. Each further pause doubles, up to `LONGEST_BACKOFF`."""
 LONGEST_BACKOFF = timedelta(seconds=4)
 
 
@@ -44,16 +44,16 @@ class Upkeep:
     async def start(self, stopping: Callable[[], bool]) -> bool:
         """Read the clock and the rate limits for the first time; return whether that succeeded.
 
-        The reading fails only if ``stopping`` returns true before the database can be reached.
+        The result is false only if ``stopping`` returns true before the database can be reached.
         """
         return await insist(
             self._engine, lambda engine: self._clock.ask(engine, times=FIRST_SAMPLES), "clock", stopping
         ) and await insist(self._engine, self._rate_limits.read, "limits", stopping)
 
     async def run(self) -> None:
-        """Read the clock and the rate limits until cancelled.
+        """Read the clock and the rate limits again and again until cancelled.
 
-        If this host's clock differs far from the database's, that is logged once.
+        If this host's clock differs too much from the database's clock, a warning is logged once.
         """
         was_off = False
         while True:
@@ -70,7 +70,7 @@ class Upkeep:
 async def insist(
     engine: AsyncEngine, work: Callable[[Engine], object], step: str, stopping: Callable[[], bool] = lambda: False
 ) -> bool:
-    """Do the work, and repeat it while the database is unreachable; return whether it succeeded.
+    """Do the work, and repeat it while the database is unreachable; return whether the work succeeded.
 
     The work is not repeated once ``stopping`` returns true.
     """

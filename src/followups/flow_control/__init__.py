@@ -1,8 +1,8 @@
 """State that all workers share and may lose: rate limits and the breaker, in the broker's Redis.
 
-No guarantee depends on this state. If Redis is unreachable, deliveries continue without it, which is counted and
-logged. Redis is then not queried for a while, because each query costs a timeout. The rate limits and the breaker use
-Lua scripts in this directory; Redis runs one script at a time.
+No guarantee depends on this state. If Redis is unreachable, deliveries continue without this state, which is counted
+and logged. Redis is then not queried for a while, because each query costs a timeout. The rate limits and the breaker
+use Lua scripts in this directory, of which Redis runs only one at a time.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from followups.settings import Settings
 
 TIMEOUT = timedelta(milliseconds=200)
-"""How long Redis may take to answer; a batch of a hundred takes about a millisecond."""
+"""Time limit of an answer from Redis; the answer for a batch of a hundred takes about a millisecond."""
 
 PAUSE = timedelta(seconds=5)
 """How long Redis is not queried after a failure."""
@@ -33,7 +33,7 @@ def connect(settings: Settings, timeout: timedelta = TIMEOUT) -> Redis:
         socket_timeout=timeout.total_seconds(),
         socket_connect_timeout=timeout.total_seconds(),
         retry=Retry(NoBackoff(), 0),
-        # The setting causes no retry: it closes the connection that received the error, since after a failover the
+        # The setting causes no retry. It closes the connection on which the error arrived, since after a failover the
         # address leads to another server.
         retry_on_error=[ReadOnlyError],
         decode_responses=True,

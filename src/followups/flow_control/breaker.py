@@ -1,8 +1,8 @@
 """Breaker: while the transport fails as a whole, only a few probes begin, so no attempts are wasted.
 
 Due follow-ups are deferred in the database (`followups.delivery.deferral`), except for a few in the due queue. All
-workers share one state in Redis (`BreakerStore`). Deliveries continue while Redis is unreachable. Only a worker that
-itself sees the configured number of failures in a row stops beginning follow-ups, until it next queries Redis some
+workers share one state in Redis (`BreakerStore`). Deliveries continue while Redis is unreachable. Only a worker whose
+own attempts fail as many times in a row as configured stops beginning follow-ups, until it next queries Redis some
 seconds later. If Redis is wiped, the breaker is closed and opens again with the next failures.
 
     closed -> open: so many different follow-ups failed, and none succeeded in between
@@ -10,9 +10,9 @@ seconds later. If Redis is wiped, the breaker is closed and opens again with the
     probing -> recovering: one succeeded; or open again: one failed
     recovering -> closed: the rate of begins doubles every second until nothing needs to wait
 
-The breaker applies only to tripped workspaces, whose last attempts failed, several in a row. Follow-ups of other
-workspaces begin without restriction. So a workspace whose chats all fail, even thousands of them, does not delay a
-workspace with occasional failures.
+The breaker applies only to tripped workspaces, whose last several attempts all failed. Follow-ups of other workspaces
+begin without restriction. So a workspace whose chats all fail, even thousands of them, does not delay a workspace with
+occasional failures.
 
 (Nygard, "Release It!", 2nd edition, 2018, chapter 5; the slow start is nginx's and Envoy's.)
 """
@@ -49,13 +49,13 @@ If a secret has expired, every message is rejected with one of these codes.
 """
 
 LOOK = 1.0
-"""Seconds between two reads of the shared state while the breaker is closed, so a change is noticed after at most this
+"""Seconds between two reads of the shared state while the breaker is closed. A change is noticed after at most this
 time.
 """
 LOOK_WHILE_OPEN = 0.1
 """Seconds between two reads of the shared state while follow-ups wait for the breaker."""
 KEPT = 3600
-"""Seconds after which an unused state is deleted."""
+"""Seconds after which the breaker's state is deleted if it is not used."""
 AWAY = 5.0
 """Seconds for which Redis is not queried again after a failure."""
 
@@ -63,18 +63,18 @@ log = get_logger(__name__)
 
 
 class Run(NamedTuple):
-    """A workspace's last outcomes since the last report; ``key`` is the workspace queue's key."""
+    """A workspace's outcomes since the last report; ``key`` is the workspace queue's key."""
 
     key: int
     failures: int
-    """Number of failures in a row, up to the last attempt."""
+    """Number of failures in a row, up to and including the last attempt."""
     anew: bool
-    """Whether an attempt succeeded before these failures, so that failures reported earlier do not count."""
+    """Whether an attempt succeeded before these failures. If so, failures reported earlier no longer count."""
 
 
 @dataclass(frozen=True, slots=True)
 class News:
-    """Outcomes since the last report.
+    """Outcomes since the last report to the shared state.
 
     While the breaker is not closed, only outcomes of tripped workspaces count.
     """
@@ -82,10 +82,10 @@ class News:
     failed: tuple[UUID, ...] = ()
     """The follow-ups that failed since the last success.
 
-    Only successes that count towards the breaker are considered.
+    A success that does not count towards the breaker is ignored.
     """
     succeeded: bool = False
-    """Whether there was a success that counts."""
+    """Whether there was a success that counts towards the breaker."""
     runs: tuple[Run, ...] = ()
     """The outcomes of every workspace, tripped or not."""
 
@@ -94,7 +94,7 @@ class News:
 class Reading:
     """The shared state of the breaker.
 
-    While it is not closed, ``tripped`` workspaces may begin at most ``permits`` follow-ups.
+    While the breaker is not closed, ``tripped`` workspaces may begin at most ``permits`` follow-ups.
     """
 
     state: str
@@ -115,9 +115,10 @@ class RecoveryPolicy:
     probes: int = 3
     """Number of follow-ups that may begin in one probe."""
     first_rate: float = 10.0
-    """Begins a second, over all workers, after a successful probe; the rate doubles every second."""
+    """Follow-ups a second that all workers together may begin after a successful probe; the rate doubles every second.
+    """
     last_rate: float = 10_000.0
-    """Begins a second from which the breaker is closed, which takes some ten seconds."""
+    """Follow-ups begun a second at which the breaker closes; reaching this rate takes some ten seconds."""
     fails_again: int = 10
     """Number of different follow-ups that must fail in a row during recovery to open the breaker again."""
     in_a_row: int = 5
@@ -129,7 +130,7 @@ class RecoveryPolicy:
     """
 
     def arguments(self) -> tuple[float, ...]:
-        """Return the arguments of the Lua script in order; pauses are in milliseconds."""
+        """Return the arguments of the Lua script in the script's order; pauses are in milliseconds."""
         pauses = (self.first_pause * 1000, self.longest_pause * 1000)
         return (*pauses, self.probes, self.first_rate, self.last_rate, self.fails_again, KEPT)
 
@@ -141,14 +142,14 @@ class BreakerStore:
     """
 
     def __init__(self, settings: Settings, transport: str, policy: RecoveryPolicy = RecoveryPolicy()) -> None:
-        """Store the settings; the first use connects."""
+        """Store the settings without connecting to Redis."""
         self._redis = connect(settings)
         self._script = self._redis.register_script(script("breaker.lua"))
         name = _key(settings, transport)
         self._keys = [name, *(f"{name}:{part}" for part in ("failing", "runs", "held"))]
         self._threshold = settings.breaker_failures
-        # The number is below the maximum number of attempts, so that the only follow-up of a workspace keeps its last
-        # attempt.
+        # The number is below the maximum number of attempts, so that the only follow-up of a workspace does not use up
+        # its last attempt.
         self._in_a_row = max(1, min(policy.in_a_row, settings.max_attempts - 1))
         self._policy = policy.arguments()
 
@@ -170,7 +171,7 @@ class BreakerStore:
         return Reading(state, int(permits), changed=bool(changed), tripped=frozenset(map(int, tripped)))
 
     async def close(self) -> None:
-        """Close the connection."""
+        """Close the connection to Redis."""
         await self._redis.aclose()
 
 
@@ -178,9 +179,9 @@ class Breaker:
     """One worker's part of the breaker: records outcomes, reports them, and decides what may begin."""
 
     def __init__(self, store: BreakerStore | None, transport: str, failures: int) -> None:
-        """``failures`` is the number of different follow-ups that must fail in a row to open the breaker.
+        """Create a breaker that opens after ``failures`` different follow-ups have failed in a row.
 
-        Without a store, or with 0, the breaker never opens.
+        Without a store, or if ``failures`` is 0, the breaker never opens.
         """
         self._store = store if failures else None
         self._transport = transport
@@ -207,27 +208,28 @@ class Breaker:
     def tripped_for_all(self) -> frozenset[int]:
         """The keys of the workspaces that are tripped in the shared state.
 
-        They stay tripped for at least some seconds, not only until the state is next read.
+        A workspace stays tripped for at least some seconds, not only until the state is next read.
         """
         return self._reading.tripped
 
     @property
     def recovers(self) -> bool:
-        """Whether the number of follow-ups of tripped workspaces that may begin is rising."""
+        """Whether the breaker is recovering, so that ever more follow-ups of tripped workspaces may begin."""
         return self._reading.state == RECOVERING
 
     def spend(self, keys: Iterable[int]) -> None:
-        """Use up a permit for each begun follow-up of a tripped workspace; ``keys`` are those of all begun ones.
+        """Use up a permit for each begun follow-up of a tripped workspace.
 
-        If the breaker opened in the meantime, there may be fewer permits than such follow-ups.
+        ``keys`` are the workspace keys of all begun follow-ups. If the breaker opened in the meantime, there may be
+        fewer permits than follow-ups that need one.
         """
         if tripped := self.tripped:
             self.permits = max(0, self.permits - sum(key in tripped for key in keys))
 
     def note(self, follow_up_id: UUID, key: int, outcome: Outcome) -> None:
-        """Record an outcome.
+        """Record an outcome of an attempt.
 
-        A request for a later retry does not count, because the endpoint that makes it is reachable.
+        A request for a later retry does not count as a failure, because the endpoint that makes it is reachable.
         """
         if self._store is None or isinstance(outcome, Snoozed):
             return
@@ -249,7 +251,7 @@ class Breaker:
             self._news_came.set()
 
     async def run(self, wanted: Callable[[], int], changed: Callable[[], None]) -> None:
-        """Report to the store and read it, until cancelled.
+        """Report outcomes to the store and read the shared state, until cancelled.
 
         ``wanted`` returns the number of follow-ups that wait to begin.
         """
@@ -303,7 +305,7 @@ class Breaker:
 
 @dataclass(frozen=True, slots=True)
 class Shown:
-    """The breaker's state for display, with its age in seconds, the failed probes and tripped workspaces."""
+    """The breaker's state as displayed, with its age in seconds, the failed probes and the tripped workspaces."""
 
     state: str
     seconds: float
@@ -339,7 +341,7 @@ def _text(value: str | bytes) -> str:
 def _failed(outcome: Outcome) -> bool:
     """Return whether an outcome is a failure of the transport.
 
-    A rejection concerns one message only, unless the receiver rejects the caller.
+    A rejection concerns only one message, unless the receiver rejects the caller.
     """
     if isinstance(outcome, Rejected):
         return outcome.status_code in REFUSING

@@ -2,8 +2,8 @@
 
 A `Limiter` keeps the state of each limit for all workers: token buckets and their waiting queues, which two scripts
 (``take``, ``give_back``) update in Redis. If this state is lost, the limits allow one extra burst, and the order of the
-waiting follow-ups is lost. A deferred follow-up uses up no attempt and no slot. During a short wait it stays in the due
-queue; for a long wait it is deferred in the database.
+waiting follow-ups is lost. A deferred follow-up uses up no attempt and no slot. During a short wait the follow-up stays
+in the due queue; for a long wait it is deferred in the database.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ IN_QUEUE = timedelta(seconds=1)
 """The longest wait for which a follow-up keeps its lease and stays in its worker's due queue."""
 
 SHORTEST = timedelta(milliseconds=5)
-"""The shortest wait: shorter ones would cost more requests than they are worth."""
+"""The shortest wait for a token; shorter waits would cause too many requests."""
 
 LONGEST = timedelta(minutes=5)
 """The longest wait before a follow-up requests a token again, since many follow-ups ahead of it may have been
@@ -61,7 +61,7 @@ log = get_logger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Bucket:
-    """A token bucket: ``rate`` tokens are added per second, up to ``burst``; each begin uses one."""
+    """A token bucket: ``rate`` tokens are added per second, up to ``burst``; each begun follow-up uses one token."""
 
     key: str
     rate: float
@@ -72,7 +72,7 @@ class Bucket:
 class TokenRequest:
     """A follow-up that requests a token from each of its buckets.
 
-    The order of requests is given by ``since``, then by id.
+    Requests are served in the order of ``since``, then of their ids.
     """
 
     id: UUID
@@ -86,7 +86,7 @@ class LimiterReply:
 
     waits: tuple[timedelta, ...]
     moment: int | None = None
-    """The time of the answer by the limiter's own clock, or None if no token was acquired."""
+    """The time of the reply by the limiter's own clock, or None if no token was acquired."""
 
 
 class Limiter:
@@ -96,7 +96,7 @@ class Limiter:
     """
 
     def __init__(self, settings: Settings, timeout: timedelta = TIMEOUT) -> None:
-        """Store the settings; the first use connects."""
+        """Store the settings without connecting to Redis."""
         self._prefix = f"{settings.broker_prefix}limit:"
         self._client = connect(settings, timeout)
         self._take = self._client.register_script(script("take.lua"))
@@ -130,7 +130,7 @@ class Limiter:
         await self._client.aclose()
 
     async def _try(self, scripted: AsyncScript, buckets: Iterable[Bucket], *arguments: str) -> list[str] | None:
-        """Return the script's result, or None if Redis is unreachable or was a moment ago."""
+        """Return the script's result, or None if Redis is unreachable now or was unreachable a moment ago."""
         if time.monotonic() < self._ask_again_at:
             return None
         try:
@@ -149,7 +149,7 @@ def _numbered(requests: Iterable[TokenRequest]) -> dict[Bucket, int]:
 
 
 def _documents(requests: Iterable[TokenRequest], buckets: dict[Bucket, int]) -> list[tuple[str, str, list[int]]]:
-    # Times are passed as text: as a number, Lua would write sixteen digits as 1.7e+15.
+    # Times are passed as text, because Lua would write a number of sixteen digits as 1.7e+15.
     return [
         (request.id.hex, str((request.since - EPOCH) // MICROSECOND), [buckets[each] for each in request.buckets])
         for request in requests
@@ -170,7 +170,7 @@ class Limits:
         return bool(self._of)
 
     def request(self, one: Limitable) -> TokenRequest:
-        """Return a follow-up's request: a token from each limit that matches it, possibly none."""
+        """Return a follow-up's request for a token from each limit that applies to it, possibly from none."""
         scopes = product((None, one.workspace_id), (None, one.channel))
         matching = (limit for scope in scopes for limit in self._of.get(scope, ()))
         return TokenRequest(one.id, one.since, tuple(bucket_of(limit, one) for limit in matching))
@@ -199,7 +199,7 @@ class RateLimits:
     """
 
     def __init__(self, settings: Settings, engine: AsyncEngine, limiter: Limiter | None, lead: timedelta) -> None:
-        """Without a limiter there are no limits.
+        """Store the limiter; without a limiter there are no limits.
 
         ``lead`` is how long before its due time a follow-up requests a token.
         """
@@ -210,9 +210,9 @@ class RateLimits:
         self._standing: list[Limit] = []
         self._limits = Limits(())
         self._loosened: set[Scope] = set()
-        """The scopes whose limit was removed or raised, and whose deferred follow-ups are not all released yet."""
+        """The scopes of removed or raised limits under which some follow-ups are still deferred."""
         self._unlogged = 0
-        """Number of follow-ups deferred since the last log line about it."""
+        """Number of follow-ups deferred since the last log line about deferrals."""
 
     def read(self, engine: Engine) -> None:
         """Read the current limits and release the follow-ups deferred under a removed or raised limit.
@@ -238,13 +238,13 @@ class RateLimits:
     async def tokens(self, leases: Sequence[Lease]) -> AsyncIterator[tuple[dict[UUID, timedelta], set[UUID]]]:
         """Acquire tokens for the leases whose turn it is.
 
-        Yields the wait of each other lease, and an empty set, to which the caller's block adds the begun follow-ups.
-        The tokens of follow-ups that did not begin are returned.
+        Yields the wait of each lease without a token, and an empty set, to which the caller's block adds the begun
+        follow-ups. The tokens of follow-ups that did not begin are returned.
         """
         limitable = {one.id: one for one in await in_loop(self._engine, _limitable, self._settings, leases)}
         requests = [request for one in limitable.values() if (request := self._limits.request(one)).buckets]
         ended = [request for request in requests if limitable[request.id].ended]
-        # Expired follow-ups are ended by begin, which also detects that follow-ups leased by another worker are stale.
+        # Begin ends expired follow-ups, and also detects that follow-ups leased by another worker are stale.
         asking = [request for request in requests if not limitable[request.id].is_over]
         if self._limiter is None or (not asking and not ended):
             yield {}, set()
@@ -266,11 +266,11 @@ class RateLimits:
     async def defer(self, waits: Sequence[tuple[Lease, timedelta]]) -> tuple[tuple[Lease, timedelta], ...]:
         """Defer follow-ups with a long wait in the database.
 
-        Return the others, which wait in the due queue.
+        Return the follow-ups with a short wait, which stay in the due queue.
         """
         long = [(lease, wait) for lease, wait in waits if wait > IN_QUEUE]
         deferred = await in_loop(self._engine, defer, long) if long else set()
-        # A row that was not deferred is locked, or leased by another worker; begin detects either case.
+        # If a row was not deferred, it is locked, or another worker has leased it; begin detects either case.
         return tuple((lease, min(wait, IN_QUEUE)) for lease, wait in waits if lease.id not in deferred)
 
     async def close(self) -> None:
@@ -280,7 +280,7 @@ class RateLimits:
             await self._limiter.close()
 
     def _log(self) -> None:
-        if self._unlogged:  # one line for each batch would be too many
+        if self._unlogged:  # a line for each batch would be too many
             log.info("limited", count=self._unlogged)
             self._unlogged = 0
 
@@ -288,7 +288,7 @@ class RateLimits:
         """Return for how long a follow-up is deferred.
 
         The wait ends no later than the follow-up's expiry, so that the follow-up is ended on time. The due queue
-        releases follow-ups a little early, so the lead is added to the wait. Without the lead, a follow-up would
+        releases follow-ups a little early, so the lead is added to the wait. Without the added lead, a follow-up would
         request a token before its turn.
         """
         wait = min(max(wait, SHORTEST) + self._lead, LONGEST)
@@ -316,7 +316,7 @@ def release_deferred(engine: Engine, scope: Scope) -> None:
 
 
 def defer(engine: Engine, waits: Sequence[tuple[Lease, timedelta]]) -> set[UUID]:
-    """Defer leased follow-ups, each by its delay; return the follow-ups that are now deferred.
+    """Defer each leased follow-up by its own delay; return the follow-ups that are now deferred.
 
     Rows that cannot be written are left out.
     """
