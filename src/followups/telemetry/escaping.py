@@ -1,10 +1,10 @@
-"""Escapes control characters, so that text from outside cannot control the terminal on which it is shown."""
+"""Escapes control characters, so that text from outside cannot control the terminal that shows it."""
 
 from __future__ import annotations
 
 import re
 
-# The set contains bidirectional marks, embeddings, overrides and isolates, which reorder the text that follows;
+# The set contains bidirectional marks, embeddings, overrides and isolates, which reorder the text after them;
 # separators of lines and paragraphs; and lone surrogates, which cannot be encoded.
 _BEYOND_ASCII = "\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff"
 _CONTROLS = re.compile(f"[\x00-\x1f{_BEYOND_ASCII}]")
@@ -13,7 +13,7 @@ _RAW_IN_JSON = re.compile(f"[{_BEYOND_ASCII}]")
 
 
 def escape(text: str, *, lines: bool = False) -> str:
-    r"""Return the text with control characters as escapes; with ``lines``, line feeds are kept.
+    r"""Return the text with its control characters escaped; if ``lines`` is true, line feeds are kept.
 
     >>> print(escape("red \x1b[31m, left\u202e, next\n"))
     red \x1b[31m, left\u202e, next\n

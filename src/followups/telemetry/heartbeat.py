@@ -7,8 +7,8 @@ outage, which a restart cannot fix, does not make a supervisor restart everythin
 
 - Times are of the monotonic clock, which all processes of a machine share. So setting the wall clock raises no alarm,
   and after a machine has slept, its processes do not count as dead.
-- The writer holds a lock on its file. The kernel releases the lock when the process ends, even if it is killed. So a
-  leftover file is never mistaken for a process that hangs, even if its process id has been reused.
+- The writer keeps a lock on its file. The kernel releases the lock when the process ends, even if it is killed. So a
+  leftover file is never mistaken for the file of a hanging process, even if the process id has been reused.
 - A process that is stopped, or whose threads no longer run, stops writing, so its file grows old.
 """
 
@@ -33,7 +33,9 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 SETTING = "FOLLOWUPS_RUNTIME_DIR"
-"""The environment variable of this setting, read directly because loading all settings takes a third of a second."""
+"""The environment variable of the runtime directory, read directly because loading all settings takes a third of a
+second.
+"""
 
 INTERVAL = timedelta(seconds=1)
 SILENCE = timedelta(seconds=10)
@@ -53,14 +55,15 @@ class HeartbeatError(Exception):
 
 
 def default_directory() -> Path:
-    """Return the default runtime directory, separate for each user, since another user's could be a trap.
+    """Return the default runtime directory.
 
-    The directory is not below ``XDG_RUNTIME_DIR``, which exists in a login session but not in a service. A process in a
-    session would not find the files of a process in a service, and vice versa.
+    Each user has a separate directory, since the directory of another user could be a trap. The directory is not below
+    ``XDG_RUNTIME_DIR``, which exists in a login session but not in a service. A process in a session would not find the
+    files of a process in a service, and vice versa.
     """
     try:
         parent = tempfile.gettempdir()
-    except FileNotFoundError:  # nothing is writable, which `_open_directory` reports
+    except FileNotFoundError:  # no directory is writable, which `_open_directory` reports
         parent = "/tmp"  # noqa: S108 - `_open_directory` makes it private
     return Path(parent) / f"followups-{os.getuid()}"
 
@@ -84,7 +87,7 @@ def _open_directory(path: Path) -> None:
 
 
 class Heartbeat:
-    """The heartbeat of one process. `sign` may be called from any thread."""
+    """The heartbeat of one process. The method `sign` may be called from any thread."""
 
     def __init__(self, directory: Path, role: str, name: str) -> None:
         """Store the process's role (``worker``, ``beat``) and its name, which is shown to operators."""
@@ -138,17 +141,17 @@ class Heartbeat:
         return _waits({"waits": self._waits}, time.monotonic())
 
     def end(self, within: timedelta, otherwise: str) -> None:
-        """Expect no more reports from any component, only the end of the process."""
+        """Stop expecting reports from the components; only the end of the process is expected."""
         with self._lock:
             self._ending = True
             self._parts = {"end": _sign(within, otherwise, time.monotonic())}
 
     def trouble(self) -> str:
-        """Return this process's trouble as a reader of its file would see it, or an empty string."""
+        """Return what is wrong with this process as a reader of its file would see it, or an empty string."""
         return _trouble({"written": time.monotonic(), "parts": self.parts()}, time.monotonic())
 
     def parts(self) -> dict[str, dict[str, Any]]:
-        """Return the components in the form in which they are written."""
+        """Return the components in the form in which the heartbeat file contains them."""
         with self._lock:
             return dict(self._parts)
 
@@ -166,7 +169,8 @@ class Heartbeat:
         while not self._stopping.wait(INTERVAL.total_seconds()):
             for look in self._probes:
                 look()
-            with suppress(OSError):  # on a full disk the file grows old, which signals trouble
+            # if the disk is full the file grows old, which shows supervisors that something is wrong
+            with suppress(OSError):
                 self._write()
 
     def _write(self) -> None:
@@ -179,12 +183,12 @@ def _sign(within: timedelta, otherwise: str, at: float) -> dict[str, Any]:
 
 
 def _open_locked(path: Path) -> int:
-    """Return the open file, which stays locked as long as this process runs. Raises OSError."""
+    """Return the open heartbeat file, which stays locked as long as this process runs. Raises OSError."""
     for _ in range(TRIES):
         file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            # Between opening and locking, another process may have removed the file as a leftover.
+            # Between opening and locking the file, another process may have removed it as a leftover.
             if os.fstat(file).st_ino == path.stat().st_ino:
                 return file
         except OSError:  # another process is reading the file, or has just removed it
@@ -210,7 +214,7 @@ class Life:
 def look(directory: Path, role: str, name: str = "") -> list[Life]:
     """Return the state of each process of a role on this machine, or only of the process called ``name``.
 
-    A name is that of a Celery node, or its part before the ``@``. Ended processes are omitted.
+    A name is the name of a Celery node, or its part before the ``@``. Processes that have ended are omitted.
     """
     documents = [document for path in _files(directory, role) if (document := _read(path)) is not None]
     return [
@@ -240,7 +244,7 @@ def _files(directory: Path, role: str) -> list[Path]:
 
 
 def _read(path: Path) -> dict[str, Any] | None:
-    """Return what a running process wrote, or None if it has ended."""
+    """Return what a running process wrote into its file, or None if the process has ended."""
     for _ in range(TRIES):
         try:
             with path.open("rb") as file:

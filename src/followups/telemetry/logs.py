@@ -31,10 +31,10 @@ if TYPE_CHECKING:
 LEVELS = {"debug": logging.DEBUG, "info": logging.INFO, "warning": logging.WARNING, "error": logging.ERROR}
 
 OWN_HANDLERS = ("celery", "celery.task", "celery.redirected", "uvicorn", "uvicorn.access", "uvicorn.error")
-"""Loggers that install separate handlers, which would write another format."""
+"""Loggers that install handlers of their own, which would write another format."""
 
 TALKATIVE = ("celery.app.trace", "celery.beat", "celery.worker.strategy", "sqlalchemy", "alembic", "aiohttp.access")
-"""Loggers with several lines for each task, tick or statement; only their warnings and errors are logged."""
+"""Loggers that write several lines for each task, tick or statement. Only their warnings and errors are logged."""
 
 ENCODER = json.JSONEncoder(default=str, ensure_ascii=False, separators=(",", ":"))
 
@@ -47,7 +47,8 @@ SHARED: list[Processor] = [
 
 
 def _json_line(logger: str, event: EventDict) -> str:
-    bound = structlog.contextvars.get_contextvars()  # bound by the request, in processes that serve HTTP
+    # in processes that serve HTTP, these values are bound by the request
+    bound = structlog.contextvars.get_contextvars()
     if bound:
         event = {"event": event["event"], **bound, **event}
     return encode_json({"timestamp": _now(), "level": "info", "logger": logger, **event}).decode()
@@ -72,15 +73,17 @@ class _Configured:
 
 
 def configure_logging(settings_format: Literal["json", "console"] | None, level: str) -> None:
-    """Send every log line of this process to stderr, in one format, from ``level`` on.
+    """Send every log line of this process from ``level`` on to stderr, in one format.
 
-    Without ``settings_format`` the format is console on a terminal and JSON otherwise. The last call takes effect.
+    Without ``settings_format`` the format is console on a terminal and JSON otherwise. If the function is called again,
+    the last call takes effect.
     """
     on_terminal = sys.stderr.isatty()
     console = settings_format == "console" or (settings_format is None and on_terminal)
     finish: list[Processor] = [
         structlog.processors.StackInfoRenderer(),
-        # The plain traceback is used, in one string, because richer ones show local variables, including message texts.
+        # The plain traceback is logged as one string, because richer tracebacks show local variables, including message
+        # texts.
         structlog.processors.format_exc_info,
         redact,
         *((_escape, _console(colours=on_terminal)) if console else (render_json,)),
@@ -104,11 +107,11 @@ def get_logger(name: str) -> FilteringBoundLogger:
 class Lines:
     """Log lines of a batch of work, one for each follow-up, collected and written together by `flush`.
 
-    A write releases the interpreter's lock and waits to get it back. Writing each line separately took a sixth of a
-    delivery's processor time, and structlog's own processing took half of the remaining time. A line takes 4 us with
+    A write releases the interpreter's lock and waits to acquire it again. Writing each line separately took a sixth of
+    a delivery's processor time, and structlog's own processing took half of the remaining time. A line takes 4 us with
     this class, 11.7 us on structlog's fast path (cached logger, buffered, without redaction), and 22.5 us as
     `configure_logging` sets it up. In JSON the fields are not redacted, so they must contain no secret: only numbers,
-    ids and fixed words. An instance may be used from several threads; a crash loses unflushed lines.
+    ids and fixed words. An instance may be used from several threads. A crash loses lines that were not flushed.
     """
 
     def __init__(self, name: str) -> None:
@@ -130,7 +133,7 @@ class Lines:
         self._finished.append(line)
 
     def flush(self) -> None:
-        """Write all collected lines."""
+        """Write all collected log lines."""
         finished = []
         with suppress(IndexError):
             while True:
@@ -140,16 +143,16 @@ class Lines:
 
 
 def write(text: str) -> None:
-    """Write finished lines to stderr, ignoring errors.
+    """Write finished log lines to stderr, ignoring errors.
 
     A full disk or a failed log collector must not stop any work.
     """
-    with suppress(OSError, ValueError):  # ValueError: stderr was closed
+    with suppress(OSError, ValueError):  # a ValueError means that stderr was closed
         sys.stderr.write(text)
 
 
 class StandardError:
-    """Writes finished lines to the current stderr, which tests and daemons replace."""
+    """Writes finished lines to the current stderr, because tests and daemons replace stderr."""
 
     def __init__(self, name: str = "") -> None:
         """Store the logger's name."""
@@ -180,7 +183,7 @@ def render_json(_logger: object, _method: str, event: EventDict) -> str:
 
 
 class _Escaped:
-    """A text with escapes, whose `repr` the console's renderer writes without escaping the escapes again."""
+    """An escaped text whose `repr` does not escape it again, for the console's renderer."""
 
     def __init__(self, text: str) -> None:
         self._text = text
@@ -192,11 +195,11 @@ class _Escaped:
 AS_THEY_ARE = frozenset({"event", "level", "logger", "timestamp"})
 """Keys whose values the console's renderer writes unchanged."""
 IN_LINES = frozenset({"exception", "stack"})
-"""Keys whose values the console's renderer writes unchanged, in several lines."""
+"""Keys whose values the console's renderer writes unchanged, on several lines."""
 
 
 def _escape(_logger: object, _method: str, event: EventDict) -> EventDict:
-    """Escape control characters in texts, in place; in other values, `repr` escapes them."""
+    """Escape control characters in texts, in place; other values need no escaping, because `repr` escapes them."""
     for key, value in event.items():
         if isinstance(value, str) and (shown := escape(value, lines=key in IN_LINES)) != value:
             event[key] = shown if key in AS_THEY_ARE | IN_LINES else _Escaped(shown)
@@ -221,7 +224,8 @@ def _route_standard_library(level: int, finish: list[Processor]) -> None:
     )
     root = logging.getLogger()
     root.handlers = [each for each in root.handlers if not _is_ours_or_a_stream(each)] + [handler]
-    # 'debug' applies to our own events only, because a library's debug lines may quote the data that it transmits.
+    # The level 'debug' applies to our own events only, because a library's debug lines may quote the data that it
+    # transmits.
     root.setLevel(max(level, logging.INFO))
     for name in OWN_HANDLERS:
         logging.getLogger(name).handlers.clear()

@@ -1,7 +1,7 @@
 """The counters of a process, by the fixed names of the Prometheus metrics. Labels contain no ids.
 
-The numbers of pending, overdue and in-flight follow-ups and the time of the last tick are not counted here: each scrape
-reads them from the database.
+The numbers of pending, overdue and in-flight follow-ups and the time of the last tick are not counted here, because
+each scrape reads them from the database.
 """
 
 from __future__ import annotations

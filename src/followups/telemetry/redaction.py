@@ -1,4 +1,4 @@
-"""Redaction of secrets and message texts in logs, in addition to not logging them in the first place."""
+"""Redaction of secrets and message texts in log lines, as a second safeguard: most are never logged."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ HIDDEN = "***"
 SECRET_KEYS = frozenset(
     {"api_key", "apikey", "authorization", "body", "cookie", "message", "passwd", "password", "secret", "text"}
 )
-"""Keys whose values are never logged, in lower case with ``_`` for ``-``; a longer key that ends with such a key counts
-too.
+"""Keys whose values are never logged, in lower case with ``_`` for ``-``. A longer key that ends with such a key is
+treated the same way.
 """
 
 LONGER = tuple(f"_{key}" for key in sorted(SECRET_KEYS))
@@ -33,7 +33,7 @@ def redact(_logger: object, _method: str, event: EventDict) -> EventDict:
     return event
 
 
-@lru_cache(maxsize=1024)  # programs log few different keys, each of them in every line
+@lru_cache(maxsize=1024)  # programs use few different keys in logs, and each key in every line
 def _is_secret(key: str) -> bool:
     plain = key.lower().replace("-", "_")
     return plain in SECRET_KEYS or plain.endswith(LONGER)

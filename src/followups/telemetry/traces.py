@@ -5,9 +5,9 @@ Tracing is off, and costs almost nothing, unless the environment names a collect
 standard variables work as OpenTelemetry describes them (``OTEL_SERVICE_NAME``, ``OTEL_TRACES_SAMPLER``, headers,
 ``OTEL_SDK_DISABLED``, ...). Spans are exported as OTLP over HTTP.
 
-Each process creates its provider after the fork, because the exporter's thread would not survive a fork. The provider
-is not registered globally, because libraries that find a global provider add spans with texts that we do not control.
-Attributes are ids and numbers. Exception messages are left out, since they may quote a follow-up's message.
+Each process creates its tracer provider after the fork, because the exporter's thread would not survive a fork. The
+provider is not registered globally, because libraries that find a global provider add spans with texts that we do not
+control. Attributes are ids and numbers. Exception messages are left out, since they may quote a follow-up's message.
 """
 
 from __future__ import annotations
@@ -34,7 +34,9 @@ if TYPE_CHECKING:
 ENDPOINTS = ("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "OTEL_EXPORTER_OTLP_ENDPOINT")
 
 FLUSH = 3.0
-"""Seconds to export the remaining spans at shutdown, so that an unreachable collector does not delay a drain."""
+"""Time limit in seconds to export the remaining spans at shutdown, so that an unreachable collector does not delay a
+drain.
+"""
 
 log = get_logger(__name__)
 
@@ -43,7 +45,7 @@ class Note(Protocol):
     """Records the result of a span: its attributes, and whether it failed."""
 
     def __call__(self, attributes: Attributes, *, failed: bool = False) -> None:
-        """Add attributes to the span, and whether it failed."""
+        """Add attributes to the span, and record whether it failed."""
 
 
 def _ignore(attributes: Attributes, *, failed: bool = False) -> None:
@@ -51,8 +53,8 @@ def _ignore(attributes: Attributes, *, failed: bool = False) -> None:
 
 
 NOTHING = nullcontext(_ignore)
-"""The span for anything that is not traced. Creating this span takes 0.4 us. OpenTelemetry's own no-op span takes 5.6
-us, and its API is installed only with the extra.
+"""The span used for anything that is not traced. Creating this span takes 0.4 us. OpenTelemetry's own no-op span takes
+5.6 us, and OpenTelemetry's API is installed only with the extra.
 """
 
 
@@ -60,7 +62,7 @@ class Tracing:
     """The tracing of one process."""
 
     def __init__(self, provider: TracerProvider) -> None:
-        """Store the exporter."""
+        """Store the exporter of the spans."""
         from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator  # noqa: PLC0415 - extra
 
         self._provider = provider
@@ -68,14 +70,17 @@ class Tracing:
         self._propagator = TraceContextTextMapPropagator()
 
     def context_of(self, headers: Mapping[str, str]) -> Context:
-        """Return the context in W3C trace headers, or an empty context if there are none."""
+        """Return the trace context of W3C trace headers, or an empty context if there are no such headers."""
         from opentelemetry.context import Context  # noqa: PLC0415 - the extra's
 
         return self._propagator.extract(headers, Context())
 
     @contextmanager
     def span(self, name: str, kind: str, parent: Context, attributes: Attributes) -> Iterator[Note]:
-        """Start a span below ``parent``, current within the block; without a parent the span starts a trace."""
+        """Start a span as a child of ``parent``, or a new trace if there is no parent.
+
+        The span is the current span within the block.
+        """
         from opentelemetry.trace import SpanKind, Status, StatusCode  # noqa: PLC0415 - the extra's
 
         with self._tracer.start_as_current_span(
@@ -150,7 +155,7 @@ def stop() -> None:
 
 
 def current_traceparent() -> str | None:
-    """Return the current span as a W3C ``traceparent``, or None if there is none.
+    """Return the current span as a W3C ``traceparent``, or None if there is no current span.
 
     The span may belong to the caller's own provider, since other programs call `followups.schedule` too.
     """
@@ -179,7 +184,7 @@ def attempt(traceparent: str | None, attributes: Callable[[], Attributes]) -> Ab
 
 
 def claimed(follow_ups: Iterable[tuple[object, str]], seconds: float) -> None:
-    """Record a claim in the trace of each leased follow-up, given by its id and traceparent."""
+    """Record a claim in the trace of each leased follow-up, whose id and traceparent are given."""
     if _tracing is not None:
         for follow_up_id, traceparent in follow_ups:
             attributes = {"followups.follow_up_id": str(follow_up_id)}

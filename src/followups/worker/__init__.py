@@ -1,4 +1,4 @@
-"""The worker process: ``celery -A followups.worker worker``, and likewise ``beat`` and ``flower``."""
+"""The worker process, started by ``celery -A followups.worker worker``; ``beat`` and ``flower`` likewise."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from importlib import import_module
 
 
 def __getattr__(name: str) -> object:
-    """Import the Celery app lazily, since code that only reads a heartbeat does not need Celery."""
+    """Import the Celery app lazily, since code that only reads a heartbeat file does not need Celery."""
     if name != "app":
         message = f"module {__name__!r} has no attribute {name!r}"
         raise AttributeError(message)

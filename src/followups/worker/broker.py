@@ -1,10 +1,10 @@
 """Celery's broker connection: kombu's Redis transport, made to survive bad entries and Redis errors.
 
 kombu 5.7 lets an exception leave the consumer if an entry is not JSON, or is JSON of an unexpected shape, or if Redis
-answers a read with an error (READONLY, MISCONF, NOPERM). The exception would end the worker: one LPUSH, or a failover
-of Redis, would stop every worker.
+answers a read with an error (READONLY, MISCONF, NOPERM). The exception would end the worker, so one LPUSH, or a
+failover of Redis, would stop every worker.
 
-A worker also shuts down cleanly while the broker is silent. Celery 5.7 sends its heartbeats to Flower from the
+A worker also shuts down cleanly while the broker does not answer. Celery 5.7 sends its heartbeats to Flower from the
 consumer's own loop. Celery retries such a heartbeat endlessly, logs nothing, and ignores SIGTERM in the meantime.
 """
 
@@ -34,33 +34,34 @@ if TYPE_CHECKING:
 
 log = get_logger(__name__)
 
-# The transport is registered under the name of the one it extends, so that logs and banners still show redis://.
+# Our transport is registered under the name of the kombu transport that it extends, so that logs and banners still show
+# redis://.
 TRANSPORT_ALIASES.update(
     redis="followups.worker.broker:BrokerTransport", rediss="followups.worker.broker:BrokerTransport"
 )
 
 LONGEST_PAUSE = 3.0
-"""The most seconds between two tries to reach the broker.
+"""The largest number of seconds between two tries to reach the broker.
 
 Celery's own pauses grow to thirty seconds.
 """
 
 FIRST_PAUSE = 0.25
-"""Seconds before reconnecting after a connection that did not last; each further pause doubles."""
+"""Seconds before reconnecting after a connection that did not last. Each further pause is twice as long."""
 
 LASTS = 5.0
 """Seconds after which a connection whose reads are answered counts as good.
 
-One read may be answered and another refused, because an ACL may allow the queues and forbid the subscriptions.
+One read may be answered and another rejected, because an ACL may allow the queues and forbid the subscriptions.
 """
 
 
 LONGEST_BODY = 4 * 1024 * 1024
-"""The most characters of a message's body; the largest hint has one and a half million."""
+"""The largest number of characters in a message's body; the largest hint has one and a half million."""
 
 
 class Loader(AppLoader):
-    """A Celery loader that does not read configuration from a module named by an environment variable."""
+    """A Celery loader that ignores the environment variable that names a configuration module."""
 
     def read_configuration(self, env: str = "") -> dict[str, Any]:  # noqa: ARG002 - Celery's own
         """Return an empty configuration."""
@@ -89,10 +90,11 @@ class App(Celery):
     backend_cls = "disabled"
 
     def __init__(self, name: str, url: str) -> None:
-        """Store the broker's URL; the first use connects."""
+        """Store the broker's URL without connecting."""
         self._url = url
         super().__init__(name, broker=url, loader=Loader)
-        self.conf.broker_use_ssl = tls_of(url)  # for Flower, because a connection reads these options from the URL
+        # Flower reads this setting; a connection reads these options from the URL
+        self.conf.broker_use_ssl = tls_of(url)
 
     def connection_for_read(self, url: str | None = None, **named: Any) -> Any:  # noqa: ANN401, ARG002 - Celery's own
         """Return a connection for a consumer."""
@@ -112,14 +114,14 @@ class Consumer:
     """
 
     def __init__(self) -> None:
-        """Start without any activity."""
+        """Start without any recorded activity of the consumer."""
         self.thread: threading.Thread | None = None
         """The thread in which the consumer runs, or None in a process that consumes nothing."""
         self.answered_at = 0.0
         self.connecting_at = 0.0
         self.connected_at = 0.0
         self.refused = 0
-        """Number of successive connections that did not last."""
+        """Number of successive broker connections that did not last."""
         self.queues: frozenset[str] = frozenset()
         """The queues that the consumer has polled."""
 
@@ -135,7 +137,7 @@ class Consumer:
         self.connecting_at = time.monotonic()
 
     def connected(self) -> None:
-        """Record a new connection, which counts as refused until a read is answered some seconds later."""
+        """Record a new connection, which counts as refused until, some seconds later, a read is answered."""
         self.connected_at = time.monotonic()
         self.refused += 1
 
@@ -170,7 +172,7 @@ class BrokerChannel(kombu_redis.Channel):
             raise
         except Exception as error:  # any error that a malicious document causes in a decoder
             if self.connection.delivering:
-                raise  # the entry was decoded, so the error is the consumer's
+                raise  # the entry was decoded, so the consumer raised this error
             log.warning("broker_message_dropped", error=type(error).__name__)
             read = True
         CONSUMER.answered(self.active_queues)
@@ -193,7 +195,7 @@ class BrokerTransport(kombu_redis.Transport):
     delivering = False
     """Whether an entry was decoded and passed to the consumer."""
     _stopping = False
-    """Whether shutdown has begun; connections made after that are needed to drain."""
+    """Whether shutdown has begun; connections made after that are needed to drain the worker."""
 
     def establish_connection(self) -> Any:  # noqa: ANN401 - kombu's own
         """Connect to the broker.

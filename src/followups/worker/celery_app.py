@@ -52,23 +52,23 @@ log = get_logger(__name__)
 
 UNREAD = 1000
 """Number of unread messages in the tick queue at which no more are added, so that beat and nudges cannot fill the
-broker while no worker is running. Ticks do not expire, because Celery would have to compare the clocks of two hosts: a
-host whose clock is an hour ahead would drop all ticks. The dispatcher merges all waiting ticks into one.
+broker while no worker is running. Ticks do not expire, because Celery would have to compare the clocks of two hosts. If
+one of these clocks were an hour ahead, all ticks would be dropped. The dispatcher merges all waiting ticks into one.
 """
 
 STATEMENT_TIMEOUT = timedelta(seconds=10)
-"""Time limit of a worker's statements, which normally take milliseconds. The limit is at most half a lease, since
+"""Time limit of a worker's SQL statements, which normally take milliseconds. The limit is at most half a lease, since
 follow-ups behind a hanging statement could not begin in time.
 """
 
 BROKER_SILENCE = timedelta(seconds=5)
-"""Silence after which the broker's connection is replaced; an answer takes well under a millisecond. The limit is at
-most half a lease, because later the follow-ups of a delayed hint have been leased again.
+"""Time without an answer after which the broker's connection is replaced; an answer takes well under a millisecond. The
+limit is at most half a lease, because the follow-ups of a hint that is delayed for longer have been leased again.
 """
 
 SWITCH_INTERVAL = 0.0005
-"""Seconds for which one thread may keep the interpreter from another. With Python's default of 0.005, a due follow-up
-would wait several times, at each of its exchanges, for the claim of the next thousand and for their hints.
+"""Seconds for which one thread may keep the interpreter from another thread. With Python's default of 0.005, a due
+follow-up would wait several times, at each of its exchanges, for the claim of the next thousand and for their hints.
 """
 
 DRAIN_MARGIN = timedelta(seconds=5)
@@ -77,7 +77,7 @@ DRAIN_MARGIN = timedelta(seconds=5)
 
 @contextmanager
 def _exit_when_wrong() -> Iterator[None]:
-    """End with a one-sentence error and exit code 2 if settings are invalid.
+    """If settings are invalid, end the process with a one-sentence error and exit code 2.
 
     Without this check, Celery would print a stack trace, or continue.
     """
@@ -107,8 +107,8 @@ def make_app(settings: Settings) -> Celery:
         task_serializer="json",
         task_ignore_result=True,
         task_store_errors_even_if_ignored=False,
-        # An expiring lease recovers what a crash loses; late acknowledgement would cause redelivery without adding
-        # safety.
+        # If a crash loses a hint, its leases expire and the follow-ups are claimed again. Late acknowledgement would
+        # cause redelivery without adding safety.
         task_acks_late=False,
         task_queues=[Queue(DISPATCH), Queue(DELIVER)],
         task_default_queue=DISPATCH,
@@ -118,8 +118,8 @@ def make_app(settings: Settings) -> Celery:
             "followups.remove_old": {"queue": DISPATCH},
             "followups.deliver": {"queue": DELIVER},
         },
-        # Tasks only pass work to the dispatcher's thread or the pipeline's loop and return immediately. So they need no
-        # pool, and a full deliver queue does not delay a tick. To use more cores, run more worker processes.
+        # Tasks only pass work to the dispatcher's thread or the pipeline's loop and return immediately. So tasks need
+        # no pool, and a full deliver queue does not delay a tick. To use more cores, run more worker processes.
         worker_pool="solo",
         worker_prefetch_multiplier=1,
         worker_hijack_root_logger=False,
@@ -136,13 +136,15 @@ def make_app(settings: Settings) -> Celery:
             "socket_timeout": silence,
             "socket_connect_timeout": silence,
             "socket_keepalive": True,
-            # This setting detects a half-open connection of the consumer within twice its time, plus a second at most.
+            # This setting detects a half-open connection of the consumer within at most twice the set time plus a
+            # second.
             "health_check_interval": silence,
-            # kombu retries by itself, and redis-py's own retries would multiply with kombu's: with both, a publish to a
-            # silent broker took 51 s, and it takes 26 s without redis-py's.
+            # kombu retries by itself, and redis-py's own retries would multiply with kombu's. With both, a publish to a
+            # silent broker took 51 s; without redis-py's retries it takes 26 s.
             "retry_on_timeout": False,
         },
-        # A publish takes at most two seconds while the broker is unreachable. Then the leases are released.
+        # While the broker is unreachable, a publish takes at most two seconds before it fails. The leases are then
+        # released.
         task_publish_retry_policy={"max_retries": 3, "interval_start": 0.1, "interval_step": 0.3, "interval_max": 1},
         beat_scheduler="followups.worker.schedule:Scheduler",
         beat_max_loop_interval=min(settings.tick_interval.total_seconds(), 1.0),
@@ -164,7 +166,7 @@ class Process:
     """The components of one worker process, created after the fork on first use."""
 
     def __init__(self) -> None:
-        """Create the components without connecting to anything."""
+        """Create the components of the process without connecting to anything."""
         traces.start("followups-worker")
         url = settings.database_url.get_secret_value()
         connection: Any = {
@@ -183,14 +185,14 @@ class Process:
         self.draining = False
 
     def start(self) -> None:
-        """Start the components; each waits for the database separately."""
+        """Start the components, each of which waits for the database by itself."""
         self.dispatcher.start()
         self.pipeline.start()
         self.totals.start()
 
     def stop(self) -> None:
-        """Drain: stop claiming, settle the attempts in flight, release the other leases."""
-        self.pipeline.stop_beginning()  # first, since the following steps may wait for a silent database
+        """Drain: stop claiming, settle the attempts in flight, release the unused leases."""
+        self.pipeline.stop_beginning()  # this comes first, since the following steps may wait for a silent database
         self.dispatcher.stop()
         self.pruner.stop()
         self.bulk.stop()
@@ -203,7 +205,7 @@ class Process:
 
 
 _processes: dict[int, Process] = {}
-"""The components by process id, since a forked child creates its own."""
+"""The components by process id, since a forked child creates components of its own."""
 _making = threading.Lock()
 
 
@@ -243,11 +245,11 @@ def unread(producer: Any, queue: str) -> int:  # noqa: ANN401 - kombu's producer
     """Return the number of messages in a queue, or 0 if the broker is unreachable."""
     connection, channel = producer.connection, producer.channel
     if channel.closed:
-        return 0  # the channel was closed with its connection; publishing replaces both
+        return 0  # the channel was closed with its connection; publishing replaces both of them
     try:
         return int(channel.queue_declare(queue).message_count)
     except (*connection.connection_errors, *connection.channel_errors):
-        return 0  # a lost connection is replaced when the message is sent
+        return 0  # the lost connection is replaced when the message is sent
 
 
 @app.task(name="followups.dispatch_due", base=Bounded)
@@ -260,7 +262,7 @@ def dispatch_due(*_: object, **__: object) -> None:
 
 @app.task(name="followups.remove_old", base=Bounded)
 def remove_old(*_: object, **__: object) -> None:
-    """Prune in a thread: finished follow-ups after RETENTION, idempotency keys after a day."""
+    """Prune in a thread: delete finished follow-ups after RETENTION, and idempotency keys after a day."""
     current_process().pruner.start()
 
 
@@ -284,25 +286,25 @@ def publish(hint: Hint) -> None:
     # Flower displays this text. Celery's default text is the shortened hint, which takes longer to create.
     count = len(hint.entries)
     shown = f"{count} follow-up{'s, the first' if count > 1 else ','} {hint.entries[0][0]}"
-    # Like a tick, a hint does not expire. A late hint refers to expired leases, which begin refuses.
+    # Like a tick, a hint does not expire. A late hint refers to expired leases, and begin refuses these.
     deliver.apply_async(args=hint, argsrepr=shown)
 
 
 class Nudger:
-    """Requests a tick soon: returns immediately, never raises, and limits the rate of its requests."""
+    """Requests a tick soon: a call returns immediately, never raises, and is limited in rate."""
 
     INTERVAL = 0.01
-    """The fewest seconds between two nudges of one process."""
+    """The smallest number of seconds between two nudges of one process."""
 
     def __init__(self, ask: Callable[[], None]) -> None:
-        """``ask`` sends a nudge; it may be slow, and it may raise."""
+        """Store ``ask``, which sends a nudge; it may be slow, and it may raise."""
         self._ask = ask
         self._wanted = threading.Event()
         self._started = threading.Lock()
         self._pid = 0
 
     def __call__(self) -> None:
-        """Request a tick. If the broker is unreachable, beat's next tick has the same effect."""
+        """Request a tick. If the broker is unreachable, beat's next tick does the same work."""
         with self._started:
             if self._pid != os.getpid():
                 self._pid = os.getpid()
@@ -330,7 +332,7 @@ nudge = Nudger(ask_for_tick)
 
 
 def ask_workers() -> Replies:
-    """Return each worker's report of its state (`liveness.signs_of_life`), after a second."""
+    """Return each worker's report of its state (`liveness.signs_of_life`), collected for a second."""
     return app.control.broadcast("signs_of_life", reply=True, timeout=1.0) or []
 
 
@@ -350,16 +352,16 @@ def _show_life(sender: str = "", **_: object) -> None:
 @signals.worker_ready.connect
 @signals.worker_process_init.connect
 def _warm_up(sender: Any = None, **_: object) -> None:  # noqa: ANN401 - the worker, or nothing in a child
-    # The process connects now, so that the first follow-up need not wait. The parent of forked children delivers
-    # nothing.
+    # The process connects now, so that the first follow-up need not wait for a connection. The parent of forked
+    # children delivers nothing.
     pool = getattr(sender, "pool", None)
     if type(pool).__module__ == "celery.concurrency.prefork":
         return
     try:
         process = current_process()
     except Exception as error:
-        # Celery logs an exception from a signal handler and continues, which would leave a worker that appears alive
-        # and sends nothing.
+        # Celery logs an exception from a signal handler and continues. The worker would then seem alive but send
+        # nothing.
         log.critical("worker_cannot_start", exc_info=error)
         raise SystemExit(1) from None
     if heart := liveness.start(settings.runtime_dir, "worker", f"child-{os.getpid()}"):
@@ -368,9 +370,9 @@ def _warm_up(sender: Any = None, **_: object) -> None:  # noqa: ANN401 - the wor
 
 @signals.beat_init.connect
 def _stop_beat_in_order(**_: object) -> None:
-    # Celery's own handler closes the producer inside the signal handler. If that interrupts a publish, the two wait for
-    # the same lock forever: with ten ticks a second, two of about thirty beats never ended. An exception makes the
-    # publish release its locks first, and beat then closes the producer.
+    # Celery's own handler closes the producer inside the signal handler. If the signal interrupts a publish, the
+    # publish and the handler wait for the same lock forever: with ten ticks a second, two of about thirty beats never
+    # ended. An exception makes the publish release its locks first, and beat then closes the producer.
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: sys.exit(0))
 

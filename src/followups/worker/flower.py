@@ -1,7 +1,7 @@
 """Requires that Flower listens on this machine only, or requires a password.
 
-Flower shows every task and worker, and can stop them. By default it listens on all addresses without authentication.
-``celery -A followups.worker flower`` loads our app before it listens, and this check runs at that time.
+Flower shows every task and worker, and can stop them. By default Flower listens on all addresses without
+authentication. ``celery -A followups.worker flower`` loads our app before it listens, and this check runs at that time.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ LOOPBACK = "127.0.0.1"
 
 FLOWERS_COLUMNS = "name,uuid,state,received,runtime,worker"
 COLUMNS = "name,args,state,received,runtime,worker,uuid"
-"""Columns of Flower's task list: unlike the default columns, they show how many follow-ups a task is about."""
+"""Columns of Flower's task list. Unlike the default columns, they show how many follow-ups a task contains."""
 
 REFUSAL = (
     "Flower on the address {address} needs a password: set FLOWER_BASIC_AUTH=user:password, "
@@ -83,7 +83,7 @@ def _refuse(sentence: str) -> NoReturn:
 
 
 def asks_who(basic_auth: Sequence[str], auth: str) -> bool:
-    """Return whether Flower requires a password or an identity. An empty password counts as none.
+    """Return whether Flower requires a password or an identity. An empty password does not count.
 
     >>> asks_who(["me:pa55"], ""), asks_who([], ".*@example.com"), asks_who([""], ""), asks_who(["me:"], "")
     (True, True, False, False)

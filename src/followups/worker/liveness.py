@@ -1,16 +1,16 @@
 """The components that report to the heartbeats of worker and beat, and how long each may be silent.
 
 A worker that has stopped consuming must be detected. A canary message in the shared queues could be consumed by any
-worker. A canary in a separate queue would leave keys in the broker for each killed worker. There is a better proof that
-costs nothing. The consumer polls the broker continuously, and the broker answers each poll within a second, even when
-the queues are empty (`followups.worker.broker.Consumer`). An idle worker among fifty therefore reports as often as a
-busy one. The pipeline's event loop reports while it is running. The dispatcher's thread reports while it is idle, or
-busy for no longer than a tick can take.
+worker. A canary in a separate queue would leave keys in the broker for each killed worker. Another proof costs nothing:
+the consumer polls the broker continuously, and the broker answers each poll within a second, even when the queues are
+empty (`followups.worker.broker.Consumer`). An idle worker among fifty therefore reports as often as a busy worker. The
+pipeline's event loop reports while it is running. The dispatcher's thread reports while it is idle, or while it is busy
+for no longer than a tick can take.
 
 While the broker or the database is unreachable, or the database is read-only, all components keep retrying, which
 counts as progress too. Liveness concerns only failures that a restart fixes. During an outage, a restart would lose the
-outcomes of accepted messages that are not recorded yet. Such a worker is therefore alive, and its heartbeat shows what
-it waits for. `/readyz` and `followups doctor` show what is unreachable.
+outcomes of accepted messages that are not recorded yet. A worker therefore counts as alive during an outage, and its
+heartbeat shows what it waits for. `/readyz` and `followups doctor` show which server is unreachable.
 """
 
 from __future__ import annotations
@@ -35,22 +35,22 @@ if TYPE_CHECKING:
     from followups.delivery.pipeline import Pipeline
 
 STARTING = timedelta(seconds=90)
-"""Longest time until a worker consumes: it imports its code and connects."""
+"""Longest time until a started worker consumes, which includes importing its code and connecting."""
 
 CONNECTING = timedelta(seconds=45)
 """Longest time between two tries to reach the broker.
 
-A pause takes 3 s at most, and a try up to ten. The rest is a margin for a busy machine.
+A pause takes 3 s at most, and a try up to ten. The remaining time is a margin for a busy machine.
 """
 
 CONSUMING = timedelta(seconds=5)
-"""Longest time between two answers of the broker. `CONSUMING` exceeds the time to detect a half-open connection; a
-healthy broker answers within a second.
+"""Longest time between two answers of the broker. `CONSUMING` exceeds the time in which a half-open connection is
+detected; a healthy broker answers within a second.
 """
 
 TURNING = timedelta(seconds=20)
-"""Longest time between two iterations of the event loop; one takes milliseconds, or perhaps seconds on a starved
-machine.
+"""Longest time between two iterations of the event loop. An iteration takes milliseconds, or perhaps seconds on a
+starved machine.
 """
 
 TICKING = timedelta(seconds=90)
@@ -59,7 +59,7 @@ TICKING = timedelta(seconds=90)
 log = get_logger(__name__)
 
 _hearts: dict[int, Heartbeat | None] = {}
-"""The heartbeats by process id, since a forked child has a separate one.
+"""The heartbeats by process id, since a forked child has a heartbeat of its own.
 
 None means that the heartbeat could not be written, which was logged once.
 """
@@ -84,7 +84,7 @@ def start(runtime_dir: str | None, role: str, name: str) -> Heartbeat | None:
 
 
 def current() -> Heartbeat | None:
-    """Return this process's heartbeat, or None."""
+    """Return this process's heartbeat, or None if it has none."""
     return _hearts.get(os.getpid())
 
 
@@ -95,7 +95,7 @@ def stop() -> None:
 
 
 def watch_consumer(heart: Heartbeat, silence: timedelta, wanted: Callable[[], Collection[str]]) -> None:
-    """Report for the consumer.
+    """Let the heartbeat report for the consumer.
 
     ``wanted`` returns the consumer's queues; ``silence`` is how long the broker may be silent.
     """
@@ -119,7 +119,7 @@ def signs_of_life(_state: object) -> dict[str, str]:
 
 
 def watch_work(heart: Heartbeat, dispatcher: Dispatcher, pipeline: Pipeline) -> None:
-    """Report for the dispatcher and the pipeline."""
+    """Let the heartbeat report for the dispatcher and the pipeline."""
     heart.probe(partial(_sign_for_dispatcher, heart, dispatcher))
     heart.probe(partial(_sign_for_pipeline, heart, pipeline))
     heart.probe(partial(_sign_for_outage, heart))
@@ -145,6 +145,6 @@ def _sign_for_outage(heart: Heartbeat) -> None:
 
 
 def drain(within: timedelta) -> None:
-    """Expect no more heartbeats from the components, only the end of the process."""
+    """Stop expecting reports from the components; only the end of the process is expected."""
     if heart := current():
         heart.end(within, "has been stopping")

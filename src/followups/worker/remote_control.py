@@ -12,19 +12,19 @@ ASKING = frozenset(
         *("ping", "stats", "active", "reserved", "scheduled", "registered", "active_queues", "query_task", "clock"),
         *("revoked", "conf", "report", "signs_of_life"),
         *("dump_active", "dump_reserved", "dump_schedule", "dump_revoked", "dump_tasks"),
-        *("enable_events", "heartbeat"),  # needed by Flower to show a worker
+        *("enable_events", "heartbeat"),  # Flower needs these commands to show a worker
     }
 )
 """Read-only commands, whose results `celery inspect` and Flower's pages show.
 
-All other commands stop a worker, change it, or write files on its host.
+Any other command stops a worker, changes it, or writes files on its host.
 """
 
 REFUSAL = "this worker takes no such commands: FOLLOWUPS_REMOTE_CONTROL=true allows them"
 
 
 def restrict() -> None:
-    """Refuse every command that is not read-only with an error."""
+    """Reject with an error every remote control command that is not read-only."""
     for name in Panel.data.keys() - ASKING:
         Panel.data[name] = _refuse
 

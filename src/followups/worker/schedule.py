@@ -1,6 +1,6 @@
 """Beat's schedule and scheduler.
 
-The scheduler is Celery's own in-memory scheduler with a heartbeat. It also tolerates a host's clock that is set back.
+The scheduler is Celery's own in-memory scheduler with a heartbeat. It also continues if the host's clock is set back.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ LATE = timedelta(seconds=10)
 """How much later than planned the scheduler may return from its sleep."""
 
 SET_BACK = 1.0
-"""Seconds from which a clock counts as set back; a smaller step is ordinary synchronization."""
+"""Number of seconds from which a clock counts as set back. A smaller step is ordinary synchronization."""
 
 PRUNE_MINUTE = 17
 """Minute of each hour in which pruning starts, chosen to avoid most cron jobs and most openings of sending hours."""
@@ -43,7 +43,7 @@ def beat_schedule(settings: Settings) -> dict[str, dict[str, Any]]:
             "task": "followups.dispatch_due",
             "schedule": settings.tick_interval,
         },
-        # The schedule uses the clock, because a beat that is restarted now and then would never complete an hour.
+        # The schedule uses the wall clock, because a beat that is restarted now and then would never complete an hour.
         "remove-old": {
             "task": "followups.remove_old",
             "schedule": crontab(minute=str(PRUNE_MINUTE)),
@@ -57,7 +57,7 @@ class Scheduler(CelerysScheduler):
     _booted_at: float | None = None
     """When this host booted, by the host's own clock.
 
-    The value decreases if the clock was set back since the previous check.
+    If the clock was set back since the previous check, this time is earlier than before.
     """
 
     def tick(self, *arguments: Any, **named: Any) -> float:  # noqa: ANN401 - Celery's own
@@ -71,7 +71,7 @@ class Scheduler(CelerysScheduler):
     def _heed_the_clock(self) -> None:
         """Restart the schedule if the host's clock was set back.
 
-        Otherwise Celery would wait until the clock shows the old time again.
+        Otherwise Celery would send nothing until the clock shows the old time again.
         """
         before, self._booted_at = self._booted_at, time.time() - uptime()
         if before is None or self._booted_at > before - SET_BACK:
