@@ -28,22 +28,25 @@ if TYPE_CHECKING:
 HEADER = "x-request-id"
 
 SAFE_ID = re.compile(rb"[\w.:+/=@-]{1,128}", re.ASCII)
-"""The request ids that are accepted from a client or a proxy; any other id is replaced by a new one."""
+"""Pattern of the request ids that are accepted from a client or a proxy.
+
+A request id that does not match is replaced by a new one.
+"""
 
 LONGEST_PATH = 200
-"""Maximum length of a path in a log line, in characters; the API's own paths have up to 80."""
+"""Maximum length of a path in a log line, in characters. The API's own paths have at most 80."""
 
 FAILED = HTTPStatus.INTERNAL_SERVER_ERROR
 PROBES = frozenset({"/healthz", "/readyz", "/metrics"})
 
 SECURITY_HEADERS = {"x-content-type-options": "nosniff"}
-"""The headers of every response.
+"""The headers that every response has.
 
 Static files may be cached and set their own `cache-control`. No other response may be cached.
 """
 
 KEY = "followups.seen"
-"""The key under which an ASGI scope holds the request's `Seen`."""
+"""The key under which an ASGI scope contains the request's `Seen`."""
 
 log = get_logger(__name__)
 
@@ -69,7 +72,7 @@ class Access:
         self._app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Serve the request with its id bound to the log context, and log the request after the response."""
+        """Serve the request with its id in the log context, and log the request after the response."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
@@ -78,14 +81,15 @@ class Access:
         inner = {**scope, KEY: seen}
         if scope["method"] == "HEAD":  # HEAD is served as GET; the server omits the body
             inner["method"] = "GET"
-        # Clear the log context first: on a keep-alive connection, each request's task inherits the previous request's
-        # context.
+        # The log context is cleared first, because on a keep-alive connection each request's task inherits the previous
+        # request's context.
         clear_contextvars()
         bind_contextvars(request_id=seen.request_id, method=scope["method"], path=scope["path"][:LONGEST_PATH])
 
         async def answer(message: Message) -> None:
             if message["type"] == "http.response.start":
-                seen.status = int(message["status"])  # an enum's member is written by its name
+                # the log would contain the name of an enum member instead of the number
+                seen.status = int(message["status"])
                 headers = MutableHeaders(scope=message)
                 headers[HEADER] = seen.request_id
                 headers.update(SECURITY_HEADERS)
@@ -104,7 +108,7 @@ class Access:
 
 
 def request_id_of(headers: Iterable[tuple[bytes, bytes]]) -> str:
-    """Return the request id from the headers, or a new id if that one is missing or unsafe.
+    """Return the request id from the headers, or a new id if the header is missing or unsafe.
 
     >>> request_id_of([(b"x-request-id", b"abc-1")])
     'abc-1'

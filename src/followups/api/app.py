@@ -55,7 +55,7 @@ THREADS = 2
 """Maximum number of threads that serve probes and scrapes. Each thread uses one database connection."""
 
 STATEMENT_TIMEOUT = timedelta(seconds=10)
-"""Time limit of one SQL statement. Statements take milliseconds, and most clients time out earlier."""
+"""Time limit of one SQL statement. Statements take milliseconds, and most clients give up earlier."""
 
 
 ROUTERS = (
@@ -107,7 +107,7 @@ def create_app(settings: Settings, nudge: Callable[[], None] | None = None) -> F
         anyio.to_thread.current_default_thread_limiter().total_tokens = THREADS
         totals.start()
         traces.start(NAME)
-        gc.freeze()  # imported modules are never freed; each garbage collection over them took 0.1 s
+        gc.freeze()  # imported modules are never freed, and each garbage collection that includes them takes 0.1 s
         yield
         totals.stop()
         traces.stop()
@@ -123,7 +123,10 @@ def create_app(settings: Settings, nudge: Callable[[], None] | None = None) -> F
 
 
 def app_from_environment() -> FastAPI:
-    """Return the application for the environment's settings; exit with an error message if one is invalid."""
+    """Return the application with the settings from the environment.
+
+    If a setting is invalid, exit with an error message.
+    """
     try:
         settings = load_settings()
     except SettingsError as error:
@@ -141,7 +144,7 @@ def openapi_document() -> dict[str, Any]:
 
 
 class Application(FastAPI):
-    """FastAPI with this project's OpenAPI document, and with the gate outside all other middleware."""
+    """FastAPI with this project's OpenAPI document, and with the gate around all other middleware."""
 
     def openapi(self) -> dict[str, Any]:
         """Return the OpenAPI document, which is generated only once."""
@@ -149,7 +152,7 @@ class Application(FastAPI):
         return self.openapi_schema
 
     def build_middleware_stack(self) -> ASGIApp:
-        """Put the gate outside Starlette's error middleware, which re-raises errors.
+        """Put the gate around Starlette's error middleware, because that middleware re-raises errors.
 
         The access log is the outermost middleware.
         """
@@ -166,7 +169,8 @@ def _routes() -> FastAPI:
         swagger_ui_oauth2_redirect_url=None,
         redirect_slashes=False,
         strict_content_type=False,
-        # Newer versions of FastAPI trace and log requests by default, including their bodies and so message texts.
+        # By default, newer versions of FastAPI trace and log requests including their bodies, which contain message
+        # texts.
         telemetry={"auto_configure": False, "tracing": False, "metrics": False, "logs": False},
         exception_handlers={
             FollowUpsError: _tell_error,
@@ -194,9 +198,9 @@ async def _tell_exception(_: Request, error: Exception) -> Response:
 
 async def _tell_status(request: Request, error: Exception) -> Response:
     status: int = error.status_code  # type: ignore[attr-defined] # as above
-    if status == HTTPStatus.BAD_REQUEST:  # FastAPI's response to a body that is not JSON, such as invalid UTF-8
+    if status == HTTPStatus.BAD_REQUEST:  # FastAPI's response if the body is not JSON or not valid UTF-8
         return problems.of_validation([{"type": "json_invalid", "loc": (), "msg": "The body is not JSON"}]).response()
-    if status == HTTPStatus.METHOD_NOT_ALLOWED:  # Starlette lists the methods of only one route
+    if status == HTTPStatus.METHOD_NOT_ALLOWED:  # Starlette's own response lists only the methods of one route
         return problems.of_status(status, headers={"allow": ", ".join(_methods(request))}).response()
     detail = "There is nothing at this path." if status == HTTPStatus.NOT_FOUND else ""
     return problems.of_status(status, detail).response()

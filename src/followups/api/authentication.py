@@ -1,8 +1,8 @@
 """Authentication: validation of the API key in the transaction that serves the request.
 
-The first statement of the request's own transaction also looks up the key. A revocation therefore takes effect as soon
-as it is committed, and checking the key needs no extra round trip. FastAPI validates the body before it runs
-dependencies, but an invalid body without a valid key must get a 401 rather than a 422: see `AuthenticatedRoute`.
+The first statement of the request's transaction also looks up the key. A revocation therefore takes effect as soon as
+it is committed, and checking the key needs no extra round trip. FastAPI validates the body before it runs dependencies,
+but a client that sends an invalid body without a valid key must get a 401 rather than a 422: see `AuthenticatedRoute`.
 """
 
 from __future__ import annotations
@@ -54,27 +54,27 @@ T = TypeVar("T")
 log = get_logger(__name__)
 
 IDENTITY = "followups.identity"
-"""The key under which an ASGI scope holds the request's `Identity`."""
+"""The key under which an ASGI scope contains the request's `Identity`."""
 
 KEY_HASH = "followups.key_hash"
-"""The key under which an ASGI scope holds the hash of the request's API key."""
+"""The key under which an ASGI scope contains the hash of the request's API key."""
 
 USE_RECORDED_EVERY = timedelta(minutes=1)
 """Minimum time between two updates of an API key's `last_used_at`."""
 
 KNOWN_AT_MOST = 10_000
-"""Maximum number of API keys remembered as valid."""
+"""Maximum number of API keys that are remembered as valid."""
 
 
 class LastUse:
-    """The API keys whose last use was recorded recently, so that most requests need no write."""
+    """The API keys whose use was recorded recently, so that most requests write nothing for this."""
 
     def __init__(self) -> None:
-        """Start with no keys."""
+        """Start with no API keys."""
         self._recorded: dict[UUID, float] = {}
 
     def is_news(self, key_id: UUID) -> bool:
-        """Return whether the key's use should be recorded now, which is true once a minute."""
+        """Return whether to record this use of the key, which is the case once a minute."""
         now = time.monotonic()
         if now < self._recorded.get(key_id, 0.0):
             return False
@@ -83,26 +83,27 @@ class LastUse:
 
 
 class KnownKeys:
-    """API keys that were valid at their last use: a request with such a key is read without a database look-up first.
+    """API keys that were valid at their last use.
 
-    The transaction of each request checks the key again, so a revocation takes effect immediately, and the key is
-    forgotten. A key in use is looked up only once, so a flood of unknown keys cannot delay it. An instance belongs to
-    one event loop.
+    The body of a request with such a key is read without first looking up the key in the database. The transaction of
+    each request checks the key again, so a revocation takes effect immediately, and the key is then forgotten. A key in
+    use is looked up only once, so a flood of requests with unknown keys cannot delay its requests. An instance belongs
+    to one event loop.
     """
 
     def __init__(self) -> None:
-        """Start with no keys."""
+        """Start with no known keys."""
         self._known: dict[bytes, Identity] = {}
 
     def get(self, hashed: bytes) -> Identity | None:
         """Return the key's owner, or None if the key is not known."""
         identity = self._known.pop(hashed, None)
         if identity is not None:
-            self._known[hashed] = identity  # now the one used last
+            self._known[hashed] = identity  # moves the key to the end, as the most recently used one
         return identity
 
     def add(self, hashed: bytes, identity: Identity) -> None:
-        """Remember a valid key, and drop the least recently used one if there are more than `KNOWN_AT_MOST`."""
+        """Remember a valid key. If there are more than `KNOWN_AT_MOST`, drop the least recently used key."""
         self._known[hashed] = identity
         if len(self._known) > KNOWN_AT_MOST:
             del self._known[next(iter(self._known))]
@@ -127,36 +128,36 @@ class ApiServices:
     exclusive_external_ids: bool
     """Whether each external id belongs to only one workspace.
 
-    This is needed where a chat's workspace is identified by the external id alone.
+    This is required if only the external id identifies a chat's workspace.
     """
 
 
 @dataclass(slots=True)
 class Work:
-    """One request's transaction: its workspace, its start by the database's clock, and its changes."""
+    """One request's transaction, with its workspace, its start by the database's clock, and its changes."""
 
     workspace_id: UUID
     key_id: UUID
     ahead: timedelta
     now: datetime = field(init=False)
-    """The transaction's start time, set once the first statement has returned."""
+    """The start time of the transaction. It is set once the first statement has returned."""
     nudges: bool = False
     ends: tuple[tuple[UUID, Final], ...] = ()
 
     def report(self, follow_up: FollowUp, finished_at: datetime | None = None) -> None:
-        """Record that the transaction changed the follow-up, which may now be due soon or have ended.
+        """Record that the transaction changed the follow-up, which may now be due soon or may have ended.
 
         ``finished_at`` is the end time given by the client, or None if the follow-up ended now.
         """
         if follow_up.status == Status.PENDING:
             self.nudges = self.nudges or follow_up.due_date <= self.now + self.ahead
-        # The follow-up may also have ended earlier, in which case this request filled in only its chat message's id.
+        # The follow-up may have ended earlier, in which case this request only added the id of its chat message.
         elif follow_up.updated_at == self.now and follow_up.finished_at == (finished_at or self.now):
             self.ends = (*self.ends, (follow_up.id, Final(Status(follow_up.status), follow_up.reason)))
-            self.nudges = True  # a later follow-up of the chat may have been waiting for this one
+            self.nudges = True  # a later follow-up of the chat may have been waiting for the follow-up that ended
 
     def cancelled(self, ids: Iterable[UUID], code: ReasonCode) -> None:
-        """Record that the transaction cancelled these follow-ups."""
+        """Record which follow-ups the transaction cancelled."""
         final = finish(Status.CANCELLED, code)
         self.ends = (*self.ends, *((each, final) for each in ids))
 
@@ -164,7 +165,7 @@ class Work:
 class Caller:
     """The client of a request, whose API key was valid when the request arrived.
 
-    The first statement of each transaction checks the key again.
+    The first statement of each transaction checks the API key again.
     """
 
     def __init__(self, request: Request) -> None:
@@ -190,7 +191,7 @@ class Caller:
         return self._services.starts
 
     async def read(self, rule: Callable[[Work], Steps[T]]) -> T:
-        """Run a read-only rule, each of its statements in a transaction of its own.
+        """Run a read-only rule, with each of its statements in a separate transaction.
 
         Raises the same errors as `change`.
         """
@@ -211,9 +212,9 @@ class Caller:
     ) -> T:
         """Run the rule in a transaction, commit it, and then log its changes.
 
-        ``at_once`` is a rule that does the same by one statement, which checks the key itself; if it returns None, it
-        has changed nothing. A transaction that was rolled back because of a conflict is retried once, since none of its
-        work was committed. Raises `UnauthorizedError` and `TooManyRequestsError`.
+        ``at_once`` is a rule that has the same effect in a single statement, which also checks the API key. If this
+        rule returns None, it has changed nothing. A transaction that was rolled back because of a conflict is retried
+        once, since none of its work was committed. Raises `UnauthorizedError` and `TooManyRequestsError`.
         """
         await self._services.rate_limit.check(self._identity.key_id)
         async with self._services.shares.of(self._identity.workspace_id):
@@ -233,7 +234,7 @@ class Caller:
         return result
 
     async def check(self) -> None:
-        """Check only the API key. Raises the same errors as `change`."""
+        """Check the API key and do nothing else. Raises the same errors as `change`."""
         await self.read(_nothing)
 
     async def _run_alone(self, rule: Callable[[Work], Steps[T | None]]) -> tuple[Work, T] | None:
@@ -242,7 +243,7 @@ class Caller:
             async with self._services.database.reading() as connection:
                 result = await event_loop.run(connection, rule(work))
         except FollowUpsError:
-            return None  # raised again in the transaction, once the key is checked
+            return None  # the transaction raises the error again, after it has checked the key
         if result is None:
             return None
         self._is_valid = True
@@ -257,10 +258,10 @@ class Caller:
         steps = rule(work)
         try:
             first = next(steps)
-        except FollowUpsError:  # the request is invalid, but a client without a valid key must not learn that
+        except FollowUpsError:  # the request is invalid, but only a client with a valid key may learn that
             await self._ask(connection, _NOTHING())
             raise
-        except StopIteration as end:  # the result needs no query
+        except StopIteration as end:  # the rule returned its result without a query
             await self._ask(connection, _NOTHING())
             result: T = end.value
             return work, result
@@ -272,7 +273,7 @@ class Caller:
         return Work(self._identity.workspace_id, self._identity.key_id, AHEAD_TICKS * self._services.tick_interval)
 
     async def _ask(self, connection: Connection, query: Query) -> Sequence[Any]:
-        """Execute the query together with the look-up of the API key."""
+        """Execute the query together with the API key's look-up."""
         parameters = {**query.parameters, "this_key": self._identity.key_id}
         rows = await event_loop.rows_of(connection, api_keys.with_key(query.statement.driver_sql), parameters)
         if not rows:
@@ -283,8 +284,8 @@ class Caller:
 
     async def _record_use(self) -> None:
         if self._is_valid and self._services.last_use.is_news(self._identity.key_id):
-            # The use is recorded in a separate transaction, because otherwise the key's row would stay locked until the
-            # request's end.
+            # The use of the key is recorded in a separate transaction. Otherwise the key's row would stay locked until
+            # the request ends.
             with suppress(psycopg.Error, SQLAlchemyError):
                 async with self._services.database.reading() as connection:
                     await event_loop.run(connection, api_keys.record_use.steps(self._identity.key_id))
@@ -304,7 +305,7 @@ def _tell(ends: tuple[tuple[UUID, Final], ...]) -> None:
 
 
 def key_in(given: str) -> str:
-    """Return the API key from an authorization header, where it may follow ``Bearer``.
+    """Return the API key from an authorization header, with or without ``Bearer`` in front of it.
 
     >>> key_in("bearer abc"), key_in(" abc ")
     ('abc', 'abc')
@@ -347,7 +348,7 @@ class AuthenticatedRoute(APIRoute):
     """A route that answers 401 without a valid API key, even if the request is also invalid."""
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
-        """Return FastAPI's handler, extended to check the API key before an invalid request is reported."""
+        """Return FastAPI's handler, extended to check the API key before it reports an invalid request."""
         handle = super().get_route_handler()
 
         async def authenticated(request: Request) -> Response:

@@ -1,4 +1,4 @@
-"""Remembered starting points of deep pages, which let these pages be read by key."""
+"""Remembered starting points of deep pages, so that these pages can be read by key."""
 
 from __future__ import annotations
 
@@ -11,27 +11,30 @@ if TYPE_CHECKING:
     from followups.store.listing import Start
 
 DEEP = 1_000
-"""Number of preceding rows from which a page is deep.
+"""Number of preceding rows from which a page counts as deep.
 
 For shallower pages, the preceding rows are counted each time, which takes a few milliseconds.
 """
 
 KNOWN_FOR = 60.0
-"""Seconds for which a deep page starts at the same row, even if rows were added before it."""
+"""Seconds for which a deep page starts at the same row, even if rows are added before that row."""
 
 MOST_LISTS, MOST_STARTS = 1_000, 64
-"""Maximum number of lists with remembered starting points, and of starting points in each list."""
+"""Maximum number of lists with remembered starting points, and of starting points for each list."""
 
 
 class Starts:
-    """Starting points from which deep pages are read by key: counting 15,000 preceding rows took 30 ms."""
+    """Remembered starting points, from which deep pages are read by key.
+
+    Without a starting point, counting 15,000 preceding rows took 30 ms.
+    """
 
     def __init__(self) -> None:
         """Start with an empty list of starting points for page scans."""
         self._known: dict[Hashable, dict[int, tuple[float, Start]]] = {}
 
     def nearest(self, of: Hashable, offset: int) -> Start | None:
-        """Return the last known starting point up to the offset.
+        """Return the last known starting point that is not after the offset.
 
         Return None if the page is not deep or if no starting point is known.
         """
@@ -42,7 +45,7 @@ class Starts:
         return max(known, key=lambda start: start.offset, default=None)
 
     def note(self, of: Hashable, start: Start) -> None:
-        """Remember a starting point, and drop the oldest one if there are too many."""
+        """Remember a starting point. If there are too many starting points, drop the oldest one."""
         if start.offset < DEEP:
             return
         starts = self._known.pop(of, {})

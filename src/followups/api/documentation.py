@@ -1,4 +1,4 @@
-"""The interactive documentation at ``/docs``: Swagger UI from a wheel, with a content security policy."""
+"""The interactive documentation at ``/docs``: Swagger UI from a wheel, and a content security policy."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 STATIC = Path(str(files("fastapi_offline"))) / "static"
 CACHED = {"cache-control": "public, max-age=86400"}
-"""Cache headers of the static files, which change only with a new version of the package."""
+"""Cache headers of static files, which change only with a new version of the package."""
 
 # Swagger UI sets inline styles and loads icons from data URLs.
 POLICY = (
@@ -52,7 +52,7 @@ async def page() -> Response:
 
 @router.get("/docs/start.js")
 async def start() -> Response:
-    """Return the script that starts Swagger UI, since the policy allows no inline scripts."""
+    """Return the script that starts Swagger UI. The content security policy forbids inline scripts."""
     return Response(START, media_type="text/javascript", headers=CACHED)
 
 

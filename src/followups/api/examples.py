@@ -1,4 +1,4 @@
-"""Examples for the OpenAPI document, which all describe the same follow-up."""
+"""Examples in the OpenAPI document, all of the same follow-up."""
 
 from __future__ import annotations
 

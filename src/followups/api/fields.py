@@ -1,4 +1,4 @@
-"""The types of the API's fields: validation of the clients' values, and conversion to stored values."""
+"""The types of the API's fields, which validate the clients' values and convert them to stored values."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _TIME = re.compile(r"(\d{4}-\d\d-\d\d)[Tt ](\d\d:\d\d)(:\d\d(?:\.\d+)?)?([Zz]|[+
 
 
 def _canonical(value: object) -> object:
-    # Python's UUID also accepts braces, URNs and bare digits, which would give one id several spellings.
+    # Python's UUID also accepts braces, URNs and UUIDs without hyphens, so one id would have several spellings.
     if isinstance(value, str) and not _UUID.fullmatch(value):
         message = "should be a UUID, as in 123e4567-e89b-42d3-a456-426614174000"
         raise ValueError(message)
@@ -46,7 +46,7 @@ def _rfc3339(value: object) -> object:
     if offset is None:
         message = "should carry an offset, as in 2030-01-31T09:00:00Z"
         raise ValueError(message)
-    # RFC 3339 allows leap seconds and Python does not; the last microsecond before the leap second is close enough.
+    # RFC 3339 allows leap seconds but Python does not. The last microsecond before the leap second is used instead.
     if seconds and seconds.startswith(":60"):
         seconds = ":59.999999"
     return f"{date}T{minutes}{seconds or ':00'}{offset.upper()}"
@@ -57,7 +57,7 @@ def _in_utc(value: datetime) -> datetime:
     try:
         value = value.astimezone(UTC)
     except OverflowError:
-        pass  # at the edge of the calendar, and therefore outside the accepted years
+        pass  # the time is at the edge of the calendar, so its year is not accepted anyway
     else:
         if min(year, value.year) >= FIRST_YEAR and max(year, value.year) <= LAST_YEAR:
             return value
@@ -73,7 +73,7 @@ def _storable(value: str) -> str:
 
 
 def _digits(value: object) -> object:
-    # Python also accepts "1_0" and "1.0" as whole numbers.
+    # Python also accepts "1_0" and "1.0" as integers.
     if isinstance(value, str) and not (value.isascii() and value.isdecimal()):
         message = "should be a whole number, in digits"
         raise ValueError(message)
@@ -86,7 +86,7 @@ Text = Annotated[str, AfterValidator(_storable), Field(json_schema_extra=NO_NUL)
 
 
 def _seconds_or_iso(value: object) -> object:
-    """Parse a number of seconds, which may be a string; pydantic parses ISO 8601 durations."""
+    """Parse a number of seconds, which may be a string. ISO 8601 durations are left to pydantic."""
     if isinstance(value, str) and value.strip().isascii() and value.strip().isdigit():
         return int(value)
     return value
@@ -98,9 +98,9 @@ LINK_LIFE = {
         {"type": "string", "pattern": "^(PT[1-9][0-9]{1,4}S|PT[1-9][0-9]{0,3}M|PT([1-9][0-9]?|1[0-5][0-9])H|P[1-7]D)$"},
     ]
 }
-"""The lifetimes of a link that use a single unit.
+"""The documented pattern for a link's lifetime, in a single unit.
 
-The server also accepts every other lifetime within its bounds.
+The server also accepts all other ISO 8601 durations within its bounds.
 """
 
 LinkLife = Annotated[

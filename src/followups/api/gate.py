@@ -1,8 +1,9 @@
 """The gate: checks the API key, reads the body within limits, and turns every error into a response.
 
-The key is checked first, so that the body of an unauthenticated request is never read. The whole body is read before
-any other component handles the request. A slow client therefore occupies a socket, but no thread and no database
-connection. Everything outside the API and the console needs no key, has no body, and is answered from memory.
+The key is checked first, so the body of an unauthenticated request is never read. The whole body is read before any
+other component handles the request. A slow client therefore occupies a socket, but no thread and no database
+connection. Requests for anything other than the API and the console need no key, have no body, and are answered from
+memory.
 """
 
 from __future__ import annotations
@@ -25,10 +26,10 @@ if TYPE_CHECKING:
     from followups.console.application import Console
 
 KEYED = "/api/"
-"""Path prefix of the requests that need an API key."""
+"""Path prefix of requests that need an API key."""
 
 CONSOLE = "/console"
-"""Path of the console, which identifies its users by a cookie."""
+"""Path of the console, whose users are identified by a cookie."""
 
 MAX_HEADER_SIZE = 32 * 1024
 """Maximum size of a request line together with its headers, in bytes."""
@@ -36,59 +37,59 @@ MAX_HEADER_SIZE = 32 * 1024
 MAX_BODY_SIZE = 1024 * 1024
 """Maximum size of a body, in bytes.
 
-The longest message, 65,536 characters, takes 786,432 bytes if JSON escapes each character as a surrogate pair.
+The longest message has 65,536 characters. It takes 786,432 bytes if JSON escapes each character as a surrogate pair.
 """
 
 BODY_WITHIN = 20.0
-"""Time limit for the whole body to arrive, in seconds. A body of 1 MiB needs 52 kB/s."""
+"""Time limit for the whole body to arrive, in seconds. To send 1 MiB in time, a client needs 52 kB/s."""
 
 MAX_BUFFERED = 32 * 1024 * 1024
-"""Maximum bytes of all bodies in memory, complete or not."""
+"""Maximum number of bytes of all bodies in memory, including bodies that are still being received."""
 
 MAX_WAITING = 256
-"""Maximum number of API requests running or waiting.
+"""Maximum number of API requests that are running or waiting.
 
-Further requests are refused immediately, with a Retry-After.
+Further requests are refused immediately, with a Retry-After header.
 """
 
 MAX_CONSOLE_WAITING = 32
-"""Maximum number of console requests running or waiting: five for each console thread.
+"""Maximum number of console requests that are running or waiting: five for each console thread.
 
 Console requests use none of the API's slots.
 """
 
 
 WIRE = "followups.wire"
-"""The key under which an ASGI scope holds the request's `RequestBody`."""
+"""The key under which an ASGI scope contains the request's `RequestBody`."""
 
 
 AT_MOST_ONCE = (b"host", b"authorization", b"idempotency-key", b"content-type", b"content-encoding")
-"""Headers that a request may have only once."""
+"""Headers that may occur only once in a request."""
 
 
 class Budget:
-    """The memory shared by the bodies of all requests; a body uses it from its arrival until its response."""
+    """The memory shared by all request bodies. Each uses memory from its arrival until its response."""
 
     def __init__(self) -> None:
-        """Start with nothing reserved."""
+        """Start with no memory reserved."""
         self.taken = 0
 
 
 @dataclass(slots=True)
 class RequestBody:
-    """A body that is being received: its reserved memory, and any error that the server found in it."""
+    """A body that is being received, with its reserved memory and any error that the server found in it."""
 
     budget: Budget
     most: int = MAX_BODY_SIZE
     size: int = 0
     owner: Turns | None = None
-    """The workspace's share that it takes, or None if the request has no valid API key."""
+    """The workspace whose share the body uses, or None if the request has no valid API key."""
     problem: problems.ProblemAnswer | None = None
 
     def take(self, size: int) -> problems.ProblemAnswer | None:
         """Reserve memory for a chunk of the body.
 
-        Return an error response if this body, or the total of all bodies, would become too large.
+        Return an error response if this body, or all bodies together, would become too large.
         """
         if self.size + size > self.most:
             return TOO_LARGE
@@ -103,12 +104,12 @@ class RequestBody:
         return None
 
     def charge(self, owner: Turns) -> None:
-        """Charge the body to a workspace, which may use half of the memory of all bodies."""
+        """Charge the body to a workspace, which may use half of the memory that all bodies share."""
         self.owner = owner
         owner.buffered += self.size
 
     def release(self) -> None:
-        """Release all memory of the body."""
+        """Release all memory that the body has reserved."""
         if self.owner is not None:
             self.owner.buffered -= self.size
         self.budget.taken -= self.size
@@ -130,18 +131,21 @@ class Gone(Exception):  # noqa: N818 - no error of ours, the client's
 
 @dataclass(slots=True)
 class RequestSlots:
-    """The number of requests running or waiting: one instance for the console, one for all others."""
+    """The number of requests running or waiting.
+
+    The console has one instance, and all other requests share another.
+    """
 
     taken: int = 0
 
     def acquire(self, most: int, full: problems.ProblemAnswer) -> None:
-        """Count a request. Raises `Refusal` if ``most`` requests are already counted."""
+        """Count a request. Raises `Refusal` if ``most`` requests are counted already."""
         if self.taken >= most:
             raise Refusal(full)
         self.taken += 1
 
     def release(self) -> None:
-        """Stop counting a request whose response has started, so that slow readers occupy no slot."""
+        """Stop counting a request once its response has started, so that slow readers occupy no slot."""
         self.taken -= 1
 
 
@@ -192,7 +196,7 @@ class Gate:
         turns: Turns = scope["app"].state.services.shares.of(scope[IDENTITY].workspace_id)
         wire.charge(turns)
         body = await _read_body(receive, wire)
-        await turns.acquire()  # first, so that one workspace cannot take every slot
+        await turns.acquire()  # acquired first, so that one workspace cannot take every slot
         try:
             self._slots.acquire(MAX_WAITING, _FULL)
         except Refusal:
@@ -211,7 +215,7 @@ class Gate:
         try:
             wire.most = await console.body_limit(scope)
         finally:
-            self._console_slots.release()  # a body that arrives slowly occupies no slot
+            self._console_slots.release()  # a request whose body arrives slowly occupies no slot
         body = await _read_body(receive, wire)
         self._console_slots.acquire(MAX_CONSOLE_WAITING, _CONSOLE_FULL)
         await self._let_in(self._console_slots.release, scope, _replay(body, receive), answer)
@@ -227,13 +231,13 @@ class Gate:
 
 
 class _Answer:
-    """Sends the response and records whether it has started: a started response cannot be replaced."""
+    """Sends the response and records whether it has started. A started response cannot be replaced."""
 
     def __init__(self, send: Send) -> None:
         self._send = send
         self.begun = False
         self.closes = False
-        """Whether the response closes the connection, because the request's body stays unread."""
+        """Whether the response closes the connection because the request's body was not read."""
         self.at_start: Callable[[], None] | None = None
 
     async def __call__(self, message: Message) -> None:
@@ -250,7 +254,7 @@ class _Answer:
 
 
 def _check_head(scope: Scope) -> None:
-    # The server checks the size only of headers that arrive in several chunks.
+    # The server checks the size of headers only if they arrive in several chunks.
     target = len(scope["raw_path"]) + len(scope["query_string"])
     if target + sum(len(name) + len(value) for name, value in scope["headers"]) > MAX_HEADER_SIZE:
         raise Refusal(TOO_LONG_A_HEADER)
@@ -274,7 +278,10 @@ def _check_head(scope: Scope) -> None:
 
 
 def _repeated(scope: Scope) -> str | None:
-    """Return a header that was sent more than once although two servers could then read the request differently."""
+    """Return the name of a header that was sent more than once and must not be.
+
+    Two servers could interpret such a request differently.
+    """
     names = [name for name, _ in scope["headers"]]
     return next((name.decode() for name in AT_MOST_ONCE if names.count(name) > 1), None)
 
@@ -330,7 +337,7 @@ def malformed(detail: str) -> problems.ProblemAnswer:
     return problems.of_status(HTTPStatus.BAD_REQUEST, detail, _CLOSE)
 
 
-# The rest of the body is not read, so the connection cannot be reused for another request.
+# The unread part of the body stays on the connection, which therefore cannot be reused for another request.
 _CLOSE = {"connection": "close"}
 TOO_LONG_A_HEADER = problems.of_status(
     HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE, f"The header must have at most {MAX_HEADER_SIZE:,} bytes.", _CLOSE
@@ -346,7 +353,8 @@ _COMPRESSED = problems.of_status(
 _FULL = problems.of_status(
     HTTPStatus.SERVICE_UNAVAILABLE, "Too many requests are waiting; try again shortly.", {"retry-after": "1"}
 )
-_CONSOLE_FULL = replace(_FULL, headers={**_CLOSE, **_FULL.headers})  # the body may not have been read
+# the body of the refused request may not have been read
+_CONSOLE_FULL = replace(_FULL, headers={**_CLOSE, **_FULL.headers})
 _NO_ROOM = problems.of_status(
     HTTPStatus.SERVICE_UNAVAILABLE,
     "Too many large bodies are on their way; try again shortly.",

@@ -22,7 +22,7 @@ MEDIA_TYPE = "application/json"
 
 
 def one(model: type[ResponseModel], row: object) -> bytes:
-    """Return a row as JSON. The row has the model's fields as attributes."""
+    """Return a row as JSON. The row must have the fields of the model as attributes."""
     names, values = _fields(model)
     return to_json(dict(zip(names, values(row), strict=True)))
 
@@ -33,9 +33,9 @@ def many(model: type[ResponseModel], rows: Iterable[object]) -> bytes:
     return to_json([dict(zip(names, values(row), strict=True)) for row in rows])
 
 
-@lru_cache(maxsize=8)  # a size larger than the number of models
+@lru_cache(maxsize=8)  # larger than the number of models
 def _fields(model: type[ResponseModel]) -> tuple[tuple[str, ...], Callable[[object], tuple[Any, ...]]]:
-    """Return the JSON names of a model's fields, and a function that reads the fields' values from a row."""
+    """Return the JSON names of a model's fields, and a function that reads these fields from a row."""
     names = tuple(field.serialization_alias or name for name, field in model.model_fields.items())
     return names, attrgetter(*model.model_fields)
 

@@ -1,8 +1,8 @@
 """The API's rate limit: requests per API key and minute, counted in Redis for all `web` processes.
 
-The limit keeps a burst of one key from slowing down other keys. Correctness does not depend on it: if Redis is
+The limit keeps a burst of one key from slowing down other keys. Correctness does not depend on the limit: if Redis is
 unreachable, requests are allowed, counted in a metric and logged. Redis is then not queried for a while, because each
-query would cost a timeout.
+query would have to wait for the timeout.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ UNLIMITED = Counter("followups_rate_limit_unavailable_total", "Requests let thro
 
 
 AHEAD_FOR = timedelta(seconds=1)
-"""How long requests that were counted in advance stay valid."""
+"""How long a count made in advance stays valid."""
 
 SHARE_AHEAD = 600
 """Divisor of the limit: at most a 600th of it, enough for a tenth of a second, is counted in advance."""
@@ -52,7 +52,7 @@ SHARE_AHEAD = 600
 
 @dataclass(slots=True)
 class Allowance:
-    """The requests of one API key that this process has counted in Redis in advance and not yet used."""
+    """Requests of one API key that this process has counted in Redis in advance and has not served yet."""
 
     size: int
     left: int
@@ -62,13 +62,13 @@ class Allowance:
 class KeyRateLimit:
     """A sliding-window rate limit for each API key.
 
-    For a busy key, a process counts requests in advance, twice as many each time, because querying Redis for each
-    request took a tenth of the time of a create request. For an idle key or a small limit, every request is counted as
-    it arrives. An instance belongs to one event loop.
+    For a busy key, a process counts requests in advance, and doubles their number each time. Querying Redis for each
+    request took a tenth of the time of a create request. For an idle key or a small limit, every request is counted
+    when it arrives. An instance belongs to one event loop.
     """
 
     def __init__(self, settings: Settings) -> None:
-        """Store the settings; Redis is connected on first use."""
+        """Store the settings. The connection to Redis is opened on first use."""
         self._item = RateLimitItemPerMinute(settings.api_rate_limit or 1)
         self._off = settings.api_rate_limit == 0
         self._most_ahead = max(1, settings.api_rate_limit // SHARE_AHEAD)
@@ -77,11 +77,11 @@ class KeyRateLimit:
             socket_timeout=TIMEOUT.total_seconds(),
             socket_connect_timeout=TIMEOUT.total_seconds(),
             retry=Retry(NoBackoff(), 0),
-            # This setting causes no retry. It closes the connection that received the error, because after a failover
-            # the address leads to another server.
+            # This setting causes no retry. It only closes a connection that received the error, because after a
+            # failover the address leads to a different server.
             retry_on_error=[ReadOnlyError],
         )
-        # The pool has the real address. The URL given here is only parsed, and must contain a port.
+        # The connections use the address of the pool. The URL given here is only parsed, and must contain a port.
         self._storage = RedisStorage(
             "redis://pool:6379",
             connection_pool=self._pool,  # type: ignore[arg-type] # as documented
@@ -99,8 +99,8 @@ class KeyRateLimit:
             return
         if self._spend(key_id):
             return
-        # Only one count per key runs at a time: simultaneous requests would each count in advance, and all but one of
-        # these counts would be lost.
+        # Only one count per key runs at a time. Otherwise simultaneous requests would each count in advance, and all
+        # but one of these counts would be lost.
         async with self._counting.setdefault(key_id, asyncio.Lock()):
             if not self._spend(key_id):
                 await self._count_or_pause(key_id)
@@ -110,7 +110,7 @@ class KeyRateLimit:
         await self._pool.disconnect()
 
     def _spend(self, key_id: UUID) -> bool:
-        """Use one request counted in advance; return False if there is none."""
+        """Use one of the requests that were counted in advance. Return False if there is none."""
         allowance = self._allowances.get(key_id)
         if allowance is None or not allowance.left or time.monotonic() >= allowance.until:
             return False
@@ -132,7 +132,7 @@ class KeyRateLimit:
             raise TooManyRequestsError(retry_after=min(max(wait, 1.0), 60.0))
 
     async def _count(self, key_id: UUID, size: int) -> float | None:
-        """Count requests; return None if a request is allowed, otherwise the seconds until one is."""
+        """Count requests. Return None if this request is allowed, otherwise the seconds to wait."""
         name = str(key_id)
         for cost in (size, 1) if size > 1 else (1,):
             if await self._limiter.hit(self._item, name, cost=cost):

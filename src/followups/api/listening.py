@@ -14,11 +14,11 @@ if TYPE_CHECKING:
     from starlette.types import ASGIApp, Receive, Scope, Send
 
 BACKLOG = 2048
-"""Maximum number of connections that the kernel queues before they are accepted."""
+"""Maximum number of connections that wait in the kernel's queue to be accepted."""
 
 METRICS = "/metrics"
 MAPPED = "::ffff:"
-"""Prefix of an IPv4 address on an IPv6 socket."""
+"""Prefix that an IPv4 address has on an IPv6 socket."""
 
 
 class ListeningError(FollowUpsError):
@@ -51,11 +51,11 @@ class MetricsPort:
     """ASGI middleware that serves `/metrics` only on the metrics port, and nothing else on that port."""
 
     def __init__(self, app: ASGIApp, port: int | None) -> None:
-        """Wrap the application; ``port`` is None if `/metrics` has no separate port."""
+        """Wrap the application. ``port`` is None if `/metrics` has no separate port."""
         self._app, self._port = app, port
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Pass the request to the application, or answer 404 if its path is not served on this port."""
+        """Pass the request to the application, or respond with 404 if this port does not serve its path."""
         if self._port and scope["type"] == "http" and (scope["path"] == METRICS) != (scope["server"][1] == self._port):
             nothing = problems.of_status(HTTPStatus.NOT_FOUND, "There is nothing at this path.")
             await nothing.response()(scope, receive, send)

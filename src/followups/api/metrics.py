@@ -1,4 +1,4 @@
-"""The content of `/metrics`: gauges from the database, and the counters summed over all processes."""
+"""The content of `/metrics`: gauges from the database, and counters summed over all processes."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 log = get_logger(__name__)
 
 KEPT = timedelta(seconds=2)
-"""How long a database result is reused, so that several scrapers cost no more than one."""
+"""How long a database result is reused, so that several scrapers cost no more than a single scraper."""
 
 
 ESTIMATED = f"beyond {counts.BACKLOG_EXACT_UP_TO:,} the planner's estimate."
@@ -85,13 +85,13 @@ class BacklogCollector(Collector):
 
 
 class Exposition:
-    """The metrics in Prometheus text format.
+    """All metrics in Prometheus text format.
 
-    They include the backlog, the counters of all processes, and this process's own state.
+    They are the gauges of the backlog, the counters of all processes, and the metrics of this process itself.
     """
 
     def __init__(self, engine: Engine, window: int, totals: CounterTotals) -> None:
-        """Store the sources of the gauges and of the counter totals."""
+        """Store the functions that return the gauges and the counter totals."""
         self._engine = engine
         self._totals = totals
         self._waiting = CollectorRegistry()
@@ -102,7 +102,7 @@ class Exposition:
     def collect(self) -> Iterator[Metric]:
         """Yield the counters summed over all processes.
 
-        Yield nothing if the database is unreachable, because lower sums would look like a reset.
+        Yield nothing if the database is unreachable, because sums of fewer processes would look like a counter reset.
         """
         try:
             self._totals.add()
@@ -115,7 +115,7 @@ class Exposition:
         return _families(samples)
 
     def describe(self) -> list[Metric]:
-        """Return nothing, because the metrics are known only when they are collected."""
+        """Return nothing, because the names of the metrics are known only when they are collected."""
         return []
 
     def text(self) -> bytes:
@@ -124,7 +124,7 @@ class Exposition:
 
 
 def _families(samples: Mapping[counter_totals.Sample, float]) -> Iterator[Metric]:
-    """Group the samples by the name, type and help of their metric."""
+    """Group the samples by the name, type and help text of their metric."""
     for family in metrics.COUNTED.collect():
         names = {f"{family.name}{suffix}" for suffix in ("_total", "_bucket", "_sum", "_count")}
         shown = Metric(family.name, family.documentation, family.type)
@@ -135,6 +135,6 @@ def _families(samples: Mapping[counter_totals.Sample, float]) -> Iterator[Metric
 
 
 def _place(sample: tuple[str, dict[str, str], float]) -> tuple[str, float, str]:
-    """Return the sort key of a sample, since the buckets of a histogram must be in ascending order."""
+    """Return the sort key of a sample. The buckets of a histogram must be in ascending order."""
     name, labels, _ = sample
     return name, float(labels.get("le", 0)), json.dumps(labels)

@@ -1,4 +1,4 @@
-"""Links to the previous and next page (RFC 8288), which keep every filter."""
+"""Links to the previous and the next page (RFC 8288), which contain all filters."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ if TYPE_CHECKING:
 _BRACKETS = re.compile(
     rb"(^|&)(chatIds|chatMessageIds|statuses|triggerChatMessageIds)(?:\[\]|%5B%5D)(?:=|(?=&|$))", re.IGNORECASE
 )
-"""Filter names with brackets.
+"""Pattern of filter names with brackets.
 
-Such a name counts even without ``=``, because a filter without a value would otherwise list everything.
+Such a name matches even without ``=``, because otherwise the filter would be ignored and everything listed.
 """
 
 
 class ListRoute(AuthenticatedRoute):
-    """A route whose multi-value parameters may be written with ``[]`` after the name."""
+    """A route whose multi-value parameters may have ``[]`` after their names."""
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
-        """Return a handler that receives each parameter under one spelling."""
+        """Return a handler that renames each parameter to the spelling without brackets."""
         handle = super().get_route_handler()
 
         async def without_brackets(request: Request) -> Response:
@@ -42,8 +42,8 @@ class ListRoute(AuthenticatedRoute):
 def link_header(query: FollowUpQuery, *, has_next: bool, has_previous: bool) -> dict[str, str]:
     """Return the `Link` header, or None if there is neither a previous nor a next page.
 
-    The links are relative and are built from the validated query. If they contained a host or scheme sent by a client
-    or a proxy, they could lead a client, with its API key, to another server.
+    The links are relative and are built from the validated query. If a link contained a host or scheme that a client or
+    a proxy had sent, it could lead a client to send its API key to another server.
     """
     links = []
     if has_next:

@@ -37,7 +37,7 @@ MAX_ERRORS = 20
 """Maximum number of errors reported for one request."""
 
 MAX_POINTER_LENGTH = 200
-"""Maximum length of an error pointer in characters: a client may send a field name of any length."""
+"""Maximum length of an error pointer in characters. Clients may send field names of any length."""
 
 RETRY_AFTER_OUTAGE = 5
 """Seconds after which a client should retry if the database is unreachable."""
@@ -49,7 +49,7 @@ STATUSES: dict[type[FollowUpsError], HTTPStatus] = {
     InvalidRequestError: HTTPStatus.UNPROCESSABLE_ENTITY,
     TooManyRequestsError: HTTPStatus.TOO_MANY_REQUESTS,
 }
-"""The HTTP status of each error class, which also applies to its subclasses."""
+"""The HTTP status for each error class and its subclasses."""
 
 
 class FieldProblem(BaseModel):
@@ -73,7 +73,7 @@ class Problem(BaseModel):
 
 @dataclass(frozen=True, slots=True)
 class ProblemAnswer:
-    """An RFC 9457 error response with its headers."""
+    """An RFC 9457 error response, including its headers."""
 
     status: int
     slug: str
@@ -90,7 +90,7 @@ class ProblemAnswer:
             "detail": self.detail,
             **self.extra,
         }
-        # ASCII-only JSON, because a client's text may contain lone surrogates, which UTF-8 cannot encode.
+        # The JSON is ASCII-only, because a client's text may contain lone surrogates, which UTF-8 cannot encode.
         return json.dumps(document).encode()
 
     def response(self) -> Response:
@@ -118,7 +118,7 @@ def of_error(error: FollowUpsError) -> ProblemAnswer:
 
 
 def of_validation(errors: Iterable[Mapping[str, Any]]) -> ProblemAnswer:
-    """Return the error response for a request that fails validation, given pydantic's list of errors."""
+    """Return the error response for an invalid request, given pydantic's list of errors."""
     first = islice(errors, MAX_ERRORS)
     told = [{"pointer": _pointer(_path(each)), "detail": each["msg"].removeprefix("Value error, ")} for each in first]
     detail = "The request is not valid: see errors."
@@ -132,12 +132,12 @@ def of_status(status: int, detail: str = "", headers: Mapping[str, str] | None =
 
 
 def of_exception(error: Exception) -> ProblemAnswer:
-    """Log an unexpected error or a database outage, and return the error response."""
+    """Log an unexpected error or a database outage, and return the response for it."""
     if is_passing(error):
         log.warning("database_unreachable", step="request", error=type(error).__name__)
         return READ_ONLY if is_read_only(error) else UNAVAILABLE
-    # The error's own message may quote a row and so a follow-up's text, and the error's location is enough to find the
-    # cause.
+    # The message of the error is not logged, because it may quote a row and thus a follow-up's text. The location of
+    # the error is enough to find the cause.
     log.error("request_failed", error=type(error).__name__, at=_places(error))
     return INTERNAL
 
@@ -153,7 +153,8 @@ def _places(error: BaseException) -> list[str]:
 
 
 def _path(error: Mapping[str, Any]) -> list[str]:
-    # The first element says where the field was (body, query, path, header); malformed JSON adds a byte position.
+    # The first element says which part of the request contains the field (body, query, path, header). For malformed
+    # JSON, the second element is a byte position.
     return [] if error["type"] == "json_invalid" else [str(part) for part in error["loc"][1:]]
 
 

@@ -1,4 +1,4 @@
-"""Readiness: named checks of everything that this service needs."""
+"""Readiness: named checks of everything that this service needs to work."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class ReadinessChecks:
     """The readiness checks of one process."""
 
     def __init__(self, settings: Settings, engine: Engine) -> None:
-        """Store the settings and the engine; connections are opened on first use."""
+        """Store the settings and the engine. Connections are opened on first use."""
         self._engine = engine
         self._stale = last_tick.stale_after(settings.tick_interval)
         self._broker = Redis.from_url(

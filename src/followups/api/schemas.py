@@ -19,12 +19,12 @@ from followups.store.console_sessions import LINK
 MAX_FIELDS = 100
 """Maximum number of fields in a request body.
 
-Each invalid field produces an error, so the number is checked before any field is validated.
+The number is checked before any field is validated, because each invalid field produces an error.
 """
 
 
 def _optional_without_default(schema: dict[str, Any]) -> None:
-    # In a PATCH, an absent field keeps its value, so the document must not show null as its default.
+    # In a PATCH, an absent field is not changed, so the OpenAPI document must not show null as the default.
     for field in schema["properties"].values():
         field.pop("default", None)
 

@@ -1,6 +1,6 @@
-"""Serves the application with uvicorn, and limits the cost of each connection.
+"""Serves the application with uvicorn, and limits what each connection may cost.
 
-The limits apply before, between and after a connection's requests.
+The limits apply before, between and after the requests on a connection.
 """
 
 from __future__ import annotations
@@ -27,64 +27,65 @@ if TYPE_CHECKING:
     from starlette.types import ASGIApp
 
 PEER = "peer"
-"""The key in a request's state for the address of the connected peer, regardless of any header."""
+"""The key in a request's state for the address of the connection's peer, whatever the headers say."""
 
 HEADER_WITHIN = 10.0
 """Time limit for the headers to arrive, in seconds."""
 
 MAX_WIRE_SIZE = 1024 * 1024 * 5 // 4
-"""Maximum bytes of a body as sent: the largest body plus a quarter for chunk framing."""
+"""Maximum bytes of a body on the wire: the largest body plus a quarter for chunk framing."""
 
 CHUNK_COST = 32
-"""Bytes that each part of a body counts on top of its size: parsing a one-byte chunk takes 1 us."""
+"""Bytes added to the size of each chunk of a body, because parsing even a one-byte chunk takes 1 us."""
 
 MAX_PIPELINED = 16
-"""Maximum number of pipelined requests that wait on one connection."""
+"""Maximum number of pipelined requests that may wait on one connection."""
 
 MAX_CONNECTIONS = 2_000
 """Maximum number of open connections.
 
-Beyond it, the connection that has been idle longest is closed. If none is idle, the connection whose client has not
-read for longest is closed; if there is none, the new connection is closed.
+Above this number, the connection that has been idle longest is closed. If none is idle, the connection whose client has
+been slowest to read is closed. If there is no such connection either, the new connection is closed.
 """
 
 READ_WITHIN = 20.0
 LEAST_READ = 64 * 1024
-"""Minimum number of bytes that a client must read of its response within `READ_WITHIN` seconds.
+"""Minimum number of bytes of a response that its client must read within `READ_WITHIN` seconds.
 
 If fewer bytes are left, the client must read all of them.
 """
 
 MAX_UNSENT = 32 * 1024 * 1024
-"""Maximum bytes of responses that clients have not yet read.
+"""Maximum bytes of responses that clients have not read yet.
 
-Beyond it, the connection with the longest unread response is closed.
+Above this number, the connection whose response has been unread longest is closed.
 """
 
 KEEP_ALIVE = 65
-"""Seconds for which an idle connection is kept.
+"""Seconds after which an idle connection is closed.
 
 A load balancer usually keeps an idle connection for 60 seconds, and so closes it before this server does.
 """
 
 GRACE = 20
-"""Seconds that running requests have to finish at shutdown."""
+"""Seconds that running requests are given to finish at shutdown."""
 
 LENGTHS = frozenset({b"content-length", b"transfer-encoding"})
-"""Headers that only a request with a body has."""
+"""Headers that only requests with a body have."""
 
 SLICE = 16 * 1024
 """Number of bytes parsed before the limits are checked again. One read returns up to 256 KiB."""
 
 
 class Crowd:
-    """State shared by a server's connections.
+    """State that all connections of a server share.
 
-    It lists the connections that can be closed to make room, with the longest idle or unread first.
+    It lists the connections that can be closed to make room, starting with the one that has been idle or unread
+    longest.
     """
 
     def __init__(self) -> None:
-        """Start with no connections."""
+        """Start without connections."""
         self.bodies = Budget()
         self.idle: dict[LimitedProtocol, None] = {}
         self.unread: dict[LimitedProtocol, None] = {}
@@ -102,12 +103,12 @@ class Crowd:
             self._close_first(self.unread)
 
     def forget(self, connection: LimitedProtocol) -> None:
-        """Drop a connection that is closed."""
+        """Remove a connection that has been closed."""
         self.idle.pop(connection, None)
         self.unread.pop(connection, None)
 
     def _close_first(self, connections: dict[LimitedProtocol, None]) -> None:
-        """Close the first connection whose latest request had no valid API key, or else the first one."""
+        """Close the first connection whose latest request had no valid API key, or else the first connection."""
         connection = next((each for each in connections if not each.has_key), next(iter(connections)))
         self.forget(connection)
         connection.connections.discard(connection)
@@ -123,10 +124,10 @@ class MessagePart(Enum):
 
 
 class LimitedProtocol(HttpToolsProtocol):
-    """uvicorn's HTTP protocol with limits, and with errors as problem+json instead of plain text."""
+    """uvicorn's HTTP protocol with limits. Its errors are problem+json instead of plain text."""
 
     def __init__(self, crowd: Crowd, *given: Any, **named: Any) -> None:  # noqa: ANN401 - as uvicorn's
-        """Store the state shared with the server's other connections."""
+        """Store the state that all connections of the server share."""
         super().__init__(*given, **named)
         self._crowd = crowd
         self._part = MessagePart.BETWEEN
@@ -173,21 +174,22 @@ class LimitedProtocol(HttpToolsProtocol):
             rest = rest[self._parse(rest[:SLICE]) :]
 
     def on_message_begin(self) -> None:
-        """Start reading a request's headers, which must arrive in time."""
+        """Start reading the headers of a request, which must arrive within the time limit."""
         super().on_message_begin()
         self._part = MessagePart.HEAD
         self._unset_keepalive_if_required()
         self._expect_header()
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        """Store a header; trailers, which follow the body, are ignored (RFC 9110, 6.5.1)."""
+        """Store a header. Trailers, which follow the body, are ignored (RFC 9110, 6.5.1)."""
         if self._part is MessagePart.HEAD:
             super().on_header(name, value)
 
     def on_headers_complete(self) -> None:
-        """Start the request, or queue it until the request before it has been answered."""
+        """Start the request, or queue it until all earlier requests have been answered."""
         self._header_came()
-        self._unset_keepalive_if_required()  # set again if the previous response ended after this request's first byte
+        # the timer was set again if the previous response ended after this request's first byte
+        self._unset_keepalive_if_required()
         self._head_size = 0
         if len(self.pipeline) >= MAX_PIPELINED:
             message = "Too many requests wait on this connection."
@@ -203,7 +205,7 @@ class LimitedProtocol(HttpToolsProtocol):
         self._crowd.idle.pop(self, None)
 
     def on_body(self, body: bytes) -> None:
-        """Store a chunk of the body, or refuse the request if there is no memory for it."""
+        """Store a chunk of the body, or refuse the request if there is not enough memory."""
         if self.cycle.response_complete or self._wire.problem:
             return
         self._wire_size += CHUNK_COST
@@ -211,7 +213,8 @@ class LimitedProtocol(HttpToolsProtocol):
             self._refuse(problem)
             return
         if not self.cycle.body:
-            self.cycle.body = bytearray()  # grows in place, where `bytes` would be copied for each chunk
+            # a `bytearray` grows in place, whereas `bytes` would be copied for each chunk
+            self.cycle.body = bytearray()
         super().on_body(body)
 
     def on_message_complete(self) -> None:
@@ -232,22 +235,22 @@ class LimitedProtocol(HttpToolsProtocol):
             self._crowd.idle[self] = None
 
     def pause_writing(self) -> None:
-        """Record that the client reads its response more slowly than it is written."""
+        """Record that the client reads the response more slowly than the server writes it."""
         super().pause_writing()
         self._crowd.unread[self] = None
         self._expect_reading()
         self._crowd.bound_unsent()
 
     def resume_writing(self) -> None:
-        """Record that the client has caught up with reading."""
+        """Record that the client has read enough of its response for writing to continue."""
         super().resume_writing()
         self._crowd.unread.pop(self, None)
         self._unsent = sys.maxsize
 
     def _parse(self, piece: memoryview) -> int:
-        """Parse a slice and return the number of bytes used.
+        """Parse a slice and return the number of bytes parsed.
 
-        All bytes are used, unless a message ended with an upgrade request.
+        All bytes are parsed, unless a message ended with an upgrade request.
         """
         began_in, self._has_ended = self._part, False
         if began_in is MessagePart.BODY:
@@ -257,7 +260,7 @@ class LimitedProtocol(HttpToolsProtocol):
                 return len(piece)
         try:
             self.parser.feed_data(piece)
-        # upgrades are not offered, so the bytes that follow are HTTP/1.1
+        # This server offers no upgrades, so the bytes that follow are HTTP/1.1.
         except httptools.HttpParserUpgrade as upgrade:
             return int(upgrade.args[0]) or len(piece)
         except httptools.HttpParserError:
@@ -276,9 +279,9 @@ class LimitedProtocol(HttpToolsProtocol):
         return self.cycle is not None and not self.cycle.response_complete  # type: ignore[redundant-expr] # None at first
 
     def _refuse(self, problem: problems.ProblemAnswer) -> None:
-        """Send the error response after the responses before it, and then close the connection."""
+        """Send the error response after all earlier responses, and then close the connection."""
         self._header_came()
-        # the gate is reading the body and sends the response
+        # The gate, which is reading the body, sends the error response.
         if self._part is MessagePart.BODY and self._is_answering():
             self._wire.problem = problem
             self.cycle.message_event.set()
@@ -335,17 +338,17 @@ def config_of(app: ASGIApp) -> uvicorn.Config:
         http=partial(LimitedProtocol, Crowd()),  # type: ignore[arg-type] # only called
         ws="none",
         lifespan="on",
-        log_config=None,  # the project's own logging gives every line one format
+        log_config=None,  # the project's own logging uses one format for every line
         access_log=False,
         server_header=False,
-        forwarded_allow_ips="127.0.0.1,::1",  # otherwise an environment variable of uvicorn would decide
+        forwarded_allow_ips="127.0.0.1,::1",  # otherwise uvicorn would use an environment variable
         timeout_keep_alive=KEEP_ALIVE,
         timeout_graceful_shutdown=GRACE,
     )
 
 
 class Server(uvicorn.Server):
-    """uvicorn's server, which ends event streams before it waits for running requests."""
+    """uvicorn's server, extended to end event streams before it waits for running requests."""
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """End the console's event streams, then shut down uvicorn."""

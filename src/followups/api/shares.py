@@ -1,4 +1,7 @@
-"""What one workspace, or clients without a known API key, may take from the others: connections, the event loop."""
+"""Limits on the shared resources that a workspace, or clients without a known API key, may use.
+
+The shared resources are the database connections and the event loop.
+"""
 
 from __future__ import annotations
 
@@ -18,43 +21,43 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 SHARE = 6
-"""Maximum number of database connections used by one workspace at a time, out of 8 in the pool."""
+"""Maximum number of database connections that one workspace uses at a time, out of 8 in the pool."""
 
 WAITING_SHARE = 128
-"""Maximum number of one workspace's requests running or waiting: half of the process's limit."""
+"""Maximum number of one workspace's requests that run or wait: half of the process's limit."""
 
 BUSY = 32
-"""Number of one workspace's requests running or waiting from which further ones pass through a turnstile."""
+"""Number of one workspace's requests running or waiting from which further requests use a turnstile."""
 
 STRANGERS_SHARE = 2
-"""Maximum number of database connections for looking up API keys unknown to this process."""
+"""Maximum number of database connections for looking up API keys that this process does not know yet."""
 
 KEPT = 1.0
-"""Seconds for which the result of a probe or a scrape is reused."""
+"""Seconds for which the result of a probe or scrape is reused."""
 
 TOO_MANY_WAIT = "Too many requests of this workspace are waiting; try again shortly."
 TOO_MANY_STRANGERS = "Too many requests with keys that are not known yet are waiting; try again shortly."
 
 
 class Turnstile:
-    """Lets one request pass in each turn of the event loop, in the order of arrival.
+    """Lets one request pass in each iteration of the event loop, in the order of arrival.
 
-    Requests without a known API key pass through one, and those of a busy workspace through another. However many of
-    them arrive at once, the requests of all others run in every turn.
+    All requests without a known API key share one turnstile, and the requests of each busy workspace share another.
+    However many of these requests arrive at once, all other requests run in every iteration.
     """
 
     def __init__(self) -> None:
-        """Start with nothing waiting."""
+        """Start with no waiting requests."""
         self._lock = asyncio.Lock()
 
     async def __call__(self) -> None:
-        """Wait for a turn."""
+        """Wait until this request may pass."""
         async with self._lock:
             await asyncio.sleep(0)
 
 
 class Shares:
-    """The limit of each workspace: `SHARE` requests run at a time, and `WAITING_SHARE` run or wait."""
+    """The limits of each workspace: `SHARE` requests run at a time, and `WAITING_SHARE` run or wait."""
 
     def __init__(self) -> None:
         """Start with no workspaces."""
@@ -63,7 +66,7 @@ class Shares:
         self._turns: WeakValueDictionary[UUID, Turns] = WeakValueDictionary()
 
     def of(self, workspace_id: UUID) -> Turns:
-        """Return the workspace's limit, a context manager for each of its requests."""
+        """Return the workspace's limit, which is a context manager for each of its requests."""
         turns = self._turns.get(workspace_id)
         if turns is None:
             turns = self._turns[workspace_id] = Turns()
@@ -71,22 +74,22 @@ class Shares:
 
 
 class Turns:
-    """A limit on the requests of a workspace, or on those with an unknown API key.
+    """A limit on the requests of one workspace, or on all requests with an unknown API key.
 
-    A request counts from `acquire` to `release`. As a context manager, it waits for a database connection.
+    A request counts from `acquire` to `release`. Used as a context manager, the limit waits for a database connection.
     """
 
     def __init__(self, share: int = SHARE, refusal: str = TOO_MANY_WAIT) -> None:
-        """Store the number of database connections, and the error message for when too many requests wait."""
+        """Store the number of database connections, and the error message to raise if too many requests wait."""
         self._semaphore = asyncio.Semaphore(share)
         self._turnstile = Turnstile()
         self._refusal = refusal
         self._inside = 0
         self.buffered = 0
-        """Bytes of request bodies in memory."""
+        """Number of bytes of request bodies in memory."""
 
     async def acquire(self) -> None:
-        """Count a request. Raises `TooManyRequestsError` if too many are already counted."""
+        """Count a request. Raises `TooManyRequestsError` if too many requests are counted already."""
         if self._inside >= BUSY:
             await self._turnstile()
         if self._inside >= WAITING_SHARE:
@@ -98,7 +101,7 @@ class Turns:
         self._inside -= 1
 
     async def __aenter__(self) -> None:
-        """Wait until another request may use a connection."""
+        """Wait until one of the workspace's database connections is free."""
         await self._semaphore.acquire()
 
     async def __aexit__(self, *_: object) -> None:
@@ -107,21 +110,21 @@ class Turns:
 
 
 class SharedResult(Generic[T]):
-    """A result that is computed in a thread, once for all simultaneous requests, and then reused for a while.
+    """A result that is computed in a thread, once for simultaneous requests, and then reused for a while.
 
-    A request that finds a recent result needs no thread, so any number of them cost little more than one. An instance
-    belongs to one event loop.
+    A request that finds a recent result needs no thread, so many requests cost little more than one request. An
+    instance belongs to one event loop.
     """
 
     def __init__(self, compute: Callable[[], T], reused_for: float = KEPT) -> None:
-        """Store the function that computes the result, and the seconds for which it is reused."""
+        """Store the function that computes the result, and the seconds for which a result is reused."""
         self._compute = compute
         self._reused_for = reused_for
         self._expires_at = 0.0
         self._task: asyncio.Task[T] | None = None
 
     async def get(self) -> T:
-        """Return the result. Raises what its computation raised."""
+        """Return the result. Raises the errors that its computation raises."""
         if self._task is None or (self._task.done() and time.monotonic() >= self._expires_at):
             self._task = asyncio.create_task(self._in_thread())
         return await asyncio.shield(self._task)

@@ -64,7 +64,7 @@ def _make(workspace_id: UUID, key_id: UUID, body: NewConsoleLink) -> Steps[tuple
 
 
 def _address(request: Request) -> str:
-    """Return the console's URL: FOLLOWUPS_PUBLIC_URL, or the URL that this request used."""
+    """Return the console's URL: FOLLOWUPS_PUBLIC_URL, or the base URL of this request."""
     public: str | None = request.app.state.console.services.settings.public_url
     if public is not None:
         return public

@@ -59,15 +59,15 @@ async def list_follow_ups(query: Annotated[FollowUpQuery, Query()], request: Req
 
 
 async def _in_pieces(caller: Caller, rows: Sequence[Any]) -> AsyncIterator[bytes]:
-    """Yield the JSON array of a page.
+    """Yield the JSON array of a page in pieces.
 
-    Messages are read from the database as fast as the client receives them.
+    Messages are read from the database only as fast as the client receives them.
     """
     before = b"["
     for piece in _pieces(rows):
         missing = [row.id for row in piece if row.message is None]
         if missing:
-            with CancelScope(shield=True):  # a client that disconnects must not leave the connection unreleased
+            with CancelScope(shield=True):  # the connection must be released even if the client has disconnected
                 texts = await caller.read_more(partial(_messages, missing))
             piece = [row._replace(message=texts[row.id]) for row in piece if row.id in texts]  # noqa: PLW2901
         for row in piece:
@@ -133,11 +133,12 @@ def _create_once(work: Work, body: NewFollowUp, idempotency_key: str) -> Steps[i
     if answer is None:
         try:
             answer = yield from _create(work, body)
-        except QuotaExceededError:  # not stored: the chat may be below its quota a moment later
+        # this response is not stored, because the workspace may be below its quota a moment later
+        except QuotaExceededError:
             raise
         except (ChatNotFoundError, NothingToFollowUpError, InvalidRequestError) as error:
-            # Error responses are stored like successful ones, so that a repeated request gets the same response even if
-            # the chat has changed.
+            # Error responses are stored too, so that a repeated request gets the same response even if the chat has
+            # changed.
             answer = idempotency.StoredResponse(problems.of_error(error).status, None, problems.of_error(error).body())
         stored = _with_message(answer, "")
         yield from idempotency.remember.steps(work.workspace_id, idempotency_key, request_hash, stored)
@@ -214,11 +215,11 @@ def _change(work: Work, follow_up_id: UUID, given: Mapping[str, Any]) -> Steps[o
 def _without_nulls(workspace_id: UUID, follow_up_id: UUID, given: Mapping[str, Any]) -> Steps[dict[str, Any]]:
     """Return the changes without nulls for fields that are null already.
 
-    Only chatMessageId can be changed to null.
+    Only chatMessageId can be set to null.
     """
     nulls = {name for name, value in given.items() if value is None}
     if given.get("status") in FINAL:
-        nulls -= {"reason", "finished_at"}  # with a final status, null means that the client gives no value
+        nulls -= {"reason", "finished_at"}  # together with a final status, null means that the client gives no value
     kept = {name: value for name, value in given.items() if value is not None}
     if not nulls:
         return kept
