@@ -1,4 +1,4 @@
-"""Fixtures for the API tests: one web process per test process and settings, one workspace per test."""
+"""Fixtures for the API tests: one web process per settings and test process, one workspace per test."""
 
 from __future__ import annotations
 

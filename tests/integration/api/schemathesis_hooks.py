@@ -13,10 +13,10 @@ import schemathesis
 from schemathesis.specs.openapi.checks import positive_data_acceptance
 
 RULES = {"outside-messaging-window", "idempotency-key-reused"}
-"""Problem types that depend on the chat or on an earlier request."""
+"""Problem types of rejections that depend on the chat or on an earlier request."""
 
 TOGETHER = {"#/reason", "#/finishedAt", "#/chatMessageId"}
-"""Fields of a change that are valid only together or with existing values."""
+"""Fields of a PATCH that are valid only together or with values stored earlier."""
 
 
 @schemathesis.check
@@ -28,7 +28,7 @@ def valid_requests_are_accepted(
         problem = response.json()
         pointers = {error["pointer"] for error in problem["errors"]}
         if all("should lie in the years" in error["detail"] for error in problem["errors"]):
-            return None  # RFC 3339 allows more years than `datetime`
+            return None  # RFC 3339 allows years that `datetime` cannot represent
         is_change = case.method.upper() == "PATCH" and pointers <= TOGETHER
         if is_change or problem["type"].rpartition("/")[2] in RULES:
             return None

@@ -68,7 +68,7 @@ def test_the_request_s_own_id(api: Api, given: str, *, taken: bool) -> None:
 
 
 def test_what_a_request_causes_bears_its_id(stack: Stack, logged: Api) -> None:
-    """A state transition caused by a request is logged with the request's id and workspace."""
+    """A state transition caused by a request is logged with that request's id and workspace."""
     created = logged.create()
     request_id = logged.patch(created, status="cancelled").headers["x-request-id"]
     (line,) = lines(stack, "transition", follow_up_id=created["id"])
@@ -76,7 +76,7 @@ def test_what_a_request_causes_bears_its_id(stack: Stack, logged: Api) -> None:
 
 
 def test_nothing_is_left_for_the_next_request(stack: Stack, logged: Api) -> None:
-    """A request without a key is not logged with the workspace of an earlier request on its connection."""
+    """The log line of a request without a key names no workspace, even after others on its connection."""
     url = httpx.URL(logged.url)
     with socket.create_connection((url.host, url.port or 80)) as connection:
         first, second = uuid4().hex, uuid4().hex
@@ -97,7 +97,7 @@ def test_probes_are_quiet(stack: Stack, logged: Api) -> None:
     assert lines(stack, "request", request_id=request_id)[0]["level"] == "debug"
     request_id = logged.client.get("/readyz").headers["x-request-id"]
     (line,) = lines(stack, "request", request_id=request_id)
-    assert (line["level"], line["status"]) == ("info", 503)  # no tick has run yet
+    assert (line["level"], line["status"]) == ("info", 503)  # `/readyz` fails because no tick has run yet
 
 
 def test_what_the_gate_refuses_has_a_line(stack: Stack, logged: Api) -> None:

@@ -19,9 +19,9 @@ if TYPE_CHECKING:
 
 
 def requests_of(document: dict[str, Any], mine: dict[str, Any]) -> list[tuple[str, str, dict[str, Any]]]:
-    """Return method, path and options of a valid request to every endpoint that requires a key.
+    """Return the method, path and options of a valid request for each endpoint that requires a key.
 
-    The requests use the ids of ``mine``.
+    The requests use the ids in ``mine``.
     """
     bodies: dict[str, dict[str, Any]] = {
         "createFollowUp": {"chatId": mine["chatId"], "dueDate": in_days(1), "message": "?"},
@@ -49,7 +49,7 @@ def document(web_url: str) -> dict[str, Any]:
 
 
 def test_every_endpoint_wants_a_key(api: Api, document: dict[str, Any]) -> None:
-    """A request without a valid API key is rejected with 401 by every endpoint and has no effect.
+    """Without a valid API key, every endpoint answers 401 and changes nothing.
 
     The key may be missing, malformed, unknown, expired or revoked.
     """
@@ -80,12 +80,12 @@ def test_stranger_learns_nothing_else(api: Api) -> None:
 
 @pytest.mark.parametrize("form", ["{}", "Bearer {}", "bearer {}", "BEARER  {}"])
 def test_forms(api: Api, form: str) -> None:
-    """An API key is accepted alone or as a bearer token."""
+    """An API key is accepted either by itself or as a bearer token."""
     assert api.client.get(FOLLOW_UPS, headers={"authorization": form.format(api.key)}).status_code == 200
 
 
 def test_revoked_at_once(api: Api) -> None:
-    """An API key that was already used is rejected by the first request after its revocation."""
+    """Once an API key is revoked, its next request is rejected, even if the key was used before."""
     assert api.get(FOLLOW_UPS).status_code == 200
     with Session(api.world.engine) as session, session.begin():
         api_keys.revoke(session, api.key_id)
@@ -93,14 +93,14 @@ def test_revoked_at_once(api: Api) -> None:
 
 
 def test_expired_at_once(api: Api) -> None:
-    """An API key that was already used is rejected by the first request after its expiry."""
+    """Once an API key has expired, its next request is rejected, even if the key was used before."""
     assert api.get(FOLLOW_UPS).status_code == 200
     api.world.sql("UPDATE api_keys SET expires_at = now() WHERE id = :id", id=api.key_id)
     is_problem(api.get(FOLLOW_UPS), 401, "unauthorized")
 
 
 def test_last_use(api: Api) -> None:
-    """The use of an API key is recorded once a minute, not with each request."""
+    """The last use of an API key is recorded once a minute, not on every request."""
 
     def last_used() -> object:
         return api.world.scalar(f"SELECT last_used_at FROM api_keys WHERE id = '{api.key_id}'")  # noqa: S608 - the test's own id
@@ -126,13 +126,13 @@ def test_another_workspace(api: Api, other: Api, document: dict[str, Any]) -> No
             assert answer.json() == expected.json()
         assert mine["message"] not in answer.text
         assert mine["id"] not in answer.text
-        for each in (mine, unknown):  # the other workspace may have created a chat with that id
+        for each in (mine, unknown):  # the other workspace may have created a chat with the same id
             other.client.delete(f"{CHATS}/{each['chatId']}")
     assert api.read(mine) == mine
 
 
 def test_filters_of_another_workspace(api: Api, other: Api) -> None:
-    """No filter lists follow-ups of another workspace."""
+    """Whatever the filter, a list contains no follow-up of another workspace."""
     mine = api.patch(api.create(), status="sent", chatMessageId=str(uuid4())).json()
     for name, field in (
         ("chatIds", "chatId"),
@@ -145,9 +145,9 @@ def test_filters_of_another_workspace(api: Api, other: Api) -> None:
 
 
 def test_same_ids_in_two_workspaces(api: Api, other: Api) -> None:
-    """Two workspaces may use equal chat and message ids without affecting each other.
+    """Two workspaces may use the same chat and message ids without affecting each other.
 
-    A reply in one workspace cancels no follow-up of the other.
+    A reply in one workspace cancels no follow-up of the other workspace.
     """
     chat_id, message_id = str(uuid4()), str(uuid4())
     for each in (api, other):

@@ -37,7 +37,7 @@ class TestChange:
         assert api.read(before) == after
 
     def test_nothing(self, api: Api) -> None:
-        """A PATCH without effect leaves even `updatedAt` unchanged."""
+        """A PATCH that changes no value leaves even `updatedAt` unchanged."""
         before = api.create()
         same = {name: before[name] for name in ("dueDate", "message", "status", "chatId", "chatMessageId", "reason")}
         del same["reason"]
@@ -45,7 +45,7 @@ class TestChange:
             assert api.patch(before, **changes).json() == before
 
     def test_new_due_date_takes_the_lease_back(self, api: Api) -> None:
-        """Rescheduling a follow-up invalidates every earlier hint."""
+        """Rescheduling a follow-up invalidates every hint sent for it before."""
         before = api.create()
         api.world.sql(
             "UPDATE follow_ups SET lease_token = 7, lease_until = now() + interval '1 min', next_attempt_at = now()"
@@ -70,7 +70,7 @@ class TestChange:
     def test_transition(self, api: Api, changes: dict[str, Any], reason: str | None) -> None:
         """A PATCH to a final status ends the follow-up with the caller's reason or the default code.
 
-        A repeated PATCH has no effect.
+        Repeating the PATCH has no effect.
         """
         created = api.create()
         ended = api.patch(created, **changes).json()
@@ -108,7 +108,7 @@ class TestChange:
     def test_bad_change(self, api: Api, changes: dict[str, Any], pointer: str) -> None:
         """A forbidden change of a follow-up is rejected with 422 and an error that names the field.
 
-        The rejected request has no effect.
+        The rejected request changes nothing.
         """
         before = api.create()
         assert pointers(is_problem(api.patch(before, **changes), 422, "invalid-request")) == [pointer]
@@ -122,7 +122,7 @@ class TestChange:
         is_problem(api.patch(api.create(), chatId=str(uuid4())), 404, "not-found")
 
     def test_chat_of_the_user(self, api: Api) -> None:
-        """A follow-up cannot move into a chat whose user wrote last."""
+        """A follow-up cannot be moved into a chat in which the user wrote last."""
         is_problem(api.patch(api.create(), chatId=api.chat("api", "user")), 409, "nothing-to-follow-up")
 
     def test_messaging_window(self, api: Api) -> None:
@@ -155,7 +155,7 @@ class TestFinished:
     def test_chat_message_may_be_named_once(self, api: Api) -> None:
         """The chat message id of a sent follow-up can be added once.
 
-        Other finished follow-ups reject a chat message id.
+        Follow-ups that failed or were cancelled reject a chat message id.
         """
         sent, failed, name = api.create(), api.create(), str(uuid4())
         api.patch(sent, status="sent")
@@ -176,7 +176,7 @@ class TestFinished:
         assert api.read(created) == created
 
     def test_earlier_end_wakes_the_later(self, api: Api) -> None:
-        """After a follow-up is cancelled, the next one of its chat can be claimed."""
+        """When a chat's earlier follow-up is cancelled, its next follow-up can be claimed."""
         chat_id = api.chat()
         first, second = api.create(chat_id), api.create(chat_id)
         api.world.sql(
@@ -187,7 +187,7 @@ class TestFinished:
 
 
 def test_changes_are_recorded_with_their_key(api: Api) -> None:
-    """Each effective PATCH of a follow-up is an audit event of its API key, without message texts.
+    """Each PATCH that changes a follow-up is an audit event with the API key, but without message texts.
 
     A create request leaves no audit event.
     """

@@ -110,7 +110,7 @@ class TestMessages:
     def test_answer(self, api: Api) -> None:
         """The response to a chat message has exactly the documented fields.
 
-        An unknown chat is created, and a message text in the request is ignored.
+        If the message's chat is unknown, it is created. A message text in the request is ignored.
         """
         body = {"id": str(uuid4()), "chatId": str(uuid4()), "role": "agent", "createdAt": "2030-01-01T01:00:00+01:00"}
         answer = api.post(CHAT_MESSAGES, body | {"text": "secret"})
@@ -119,7 +119,7 @@ class TestMessages:
         assert api.create(body["chatId"])["triggerChatMessageId"] == body["id"]
 
     def test_again(self, api: Api) -> None:
-        """A chat message with a known id returns 200 and has no effect, whatever its other fields are."""
+        """A chat message with a known id returns 200 and has no effect, even if other fields differ."""
         chat_id, stranger = api.chat(), str(uuid4())
         first = api.message(chat_id, "user")
         api.message(chat_id, "agent")
@@ -132,21 +132,21 @@ class TestMessages:
         is_problem(api.client.delete(f"{CHATS}/{stranger}"), 404, "not-found")
 
     def test_older(self, api: Api) -> None:
-        """A message older than the chat's last one is recorded without further effect."""
+        """A message older than the chat's last message is recorded but has no other effect."""
         created = api.create()
         answer = api.message(created["chatId"], "user", createdAt="2020-01-01T00:00:00Z")
         assert (answer.status_code, answer.json()["cancelledFollowUpIds"]) == (201, [])
         assert api.read(created) == created
 
     def test_clock_ahead(self, api: Api) -> None:
-        """A message dated in the future does not make later replies seem old."""
+        """After a message dated in the future, later replies still count as new."""
         chat_id = str(uuid4())
         api.message(chat_id, "agent", createdAt=in_days(1))
         created = api.create(chat_id)
         assert api.message(chat_id, "user").json()["cancelledFollowUpIds"] == [created["id"]]
 
     def test_in_flight(self, api: Api) -> None:
-        """A reply does not cancel a follow-up in flight but prevents its retry."""
+        """A reply does not cancel a follow-up that is in flight, but prevents a retry of it."""
         created = api.create()
         api.world.put_in_flight(created["id"])
         assert api.message(created["chatId"], "user").json()["cancelledFollowUpIds"] == []

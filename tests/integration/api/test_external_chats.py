@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 @pytest.fixture(scope="module")
 def matrix_url(web_settings: Settings) -> Iterator[str]:
-    """Start a web process with the transport ``matrix`` and return its URL."""
+    """Start a web process with the transport ``matrix`` and return the URL of the process."""
     with Processes() as processes:
         yield start(processes, web_settings.environment() | {"FOLLOWUPS_TRANSPORT": "matrix"})[1]
 
@@ -44,7 +44,7 @@ def put(api: Api, room: str | None, chat: object = None) -> int:
 
 
 def test_a_room_belongs_to_one_workspace(pair: tuple[Api, Api]) -> None:
-    """A Matrix room of one workspace is rejected for every chat of another workspace, new or moved.
+    """A Matrix room used by one workspace is rejected for new and existing chats of other workspaces.
 
     The first workspace keeps using the room.
     """
@@ -56,11 +56,11 @@ def test_a_room_belongs_to_one_workspace(pair: tuple[Api, Api]) -> None:
     assert put(other, room, theirs) == 409
     assert put(one, elsewhere, chat) == 409
     assert put(one, room, chat) == 200
-    assert put(one, room) == 201  # a second chat of the same workspace
+    assert put(one, room) == 201  # another chat of the same workspace
 
 
 def test_a_removed_chat_has_no_room(pair: tuple[Api, Api]) -> None:
-    """The Matrix room of a removed chat can be used by another workspace.
+    """Once a chat is removed, its Matrix room can be used by another workspace.
 
     The first workspace then cannot use the room again.
     """
@@ -73,7 +73,7 @@ def test_a_removed_chat_has_no_room(pair: tuple[Api, Api]) -> None:
 
 
 def test_chats_without_a_room_take_none(pair: tuple[Api, Api]) -> None:
-    """Any number of workspaces may have chats without an external id."""
+    """Chats without an external id never conflict, however many workspaces have such chats."""
     assert [put(each, None) for each in pair] == [201, 201]
 
 
@@ -86,6 +86,6 @@ def test_two_that_ask_at_once(pair: tuple[Api, Api]) -> None:
 
 
 def test_with_another_transport_an_external_id_is_the_workspaces_own_word(api: Api, other: Api) -> None:
-    """With a transport whose deliveries name the workspace, two workspaces may share an external id."""
+    """If a transport's deliveries name the workspace, two workspaces may use the same external id."""
     room = f"!{uuid4()}:host"
     assert [put(each, room) for each in (api, other)] == [201, 201]

@@ -1,4 +1,4 @@
-"""Floods of requests by one client: the cost to other clients is measured and printed."""
+"""Floods of requests by one client, with measurements of how much they delay other clients."""
 
 from __future__ import annotations
 
@@ -40,22 +40,23 @@ POST = b"POST /api/v1/chat-messages HTTP/1.1\r\nhost: a\r\n"
 
 @dataclass
 class Flood:
-    """The cost of a flood: the process's CPU and memory, and the waiting times of other clients."""
+    """The cost of a flood: the web process's CPU time and memory, and the waiting times of other clients."""
 
     cpu: float = 0.0
     memory: float = 0.0
     """The largest growth of the web process in MiB."""
     waits: list[float] = field(default_factory=list)
     busy: list[float] = field(default_factory=list)
-    """For each wait, the seconds during which the web process's event loop was busy.
+    """For each measured wait, the seconds during which the web process's event loop was busy.
 
-    The rest of a wait is time that the machine spent on other processes, which this test does not judge.
+    During the remaining time of a wait, the machine ran other processes, which this test does not judge.
     """
 
     def held_up_less(self, limit: float) -> bool:
         """Return whether the flood delayed 95 % of other clients' requests by less than the limit.
 
-        By the clock, half of them may have taken ten times as long, because the machine may be busy.
+        The limit applies to busy time; by the clock, a busy machine may make half of these requests take ten times as
+        long.
         """
         return p95(self.busy) < limit and statistics.median(self.waits) < 10 * limit
 
@@ -65,7 +66,7 @@ class Flood:
 
 
 def p95(waits: list[float]) -> float:
-    """Return the 95th percentile."""
+    """Return the 95th percentile of the values."""
     return sorted(waits)[len(waits) * 95 // 100]
 
 
@@ -78,12 +79,12 @@ def address_of(url: str) -> tuple[str, int]:
 
 @dataclass
 class Web:
-    """A web process used only by these tests."""
+    """A web process that only these tests use."""
 
     pid: int
     api: Api
     other: Api
-    """The client whose waiting times are measured; it has a workspace to itself."""
+    """The client whose waiting times are measured; no other client uses its workspace."""
 
     @property
     def address(self) -> tuple[str, int]:
@@ -92,7 +93,7 @@ class Web:
 
     @property
     def key(self) -> bytes:
-        """The header with an API key."""
+        """A request header with an API key."""
         return f"authorization: {self.api.key}\r\n".encode()
 
     def connect(self) -> socket.socket:
@@ -111,7 +112,7 @@ class Web:
 
     @contextmanager
     def flooded(self, what: str) -> Iterator[Flood]:
-        """Measure a block of code and yield its cost, which is complete when the block ends."""
+        """Measure the cost of a block of code; the yielded cost is complete when the block ends."""
         flood, over = Flood(), threading.Event()
         cpu, memory, peak = self.cpu(), self.memory(), [0.0]
 
@@ -132,7 +133,7 @@ class Web:
         print(f"{what}: {flood}")  # noqa: T201 - prints the measurement
 
     def wait(self, flood: Flood) -> None:
-        """Send a request as another client, on a new connection, and record the waiting time."""
+        """Send another client's request on a new connection, and record the waiting time."""
         started, busy = time.perf_counter(), self.loop_time()
         with self.connect() as connection:
             key = self.other.key
@@ -159,7 +160,7 @@ def web(web_settings: Settings, web_engine: Engine) -> Iterator[Web]:
 
 
 def answered(connection: socket.socket) -> bytes:
-    """Return the start of the response, or nothing if the connection was closed."""
+    """Return the start of the response, or nothing if the connection closed first."""
     with suppress(OSError):
         return connection.recv(4096)[:12]
     return b""
@@ -167,7 +168,7 @@ def answered(connection: socket.socket) -> bytes:
 
 @pytest.mark.parametrize("has_key", [False, True])
 def test_a_million_chunks(web: Web, *, has_key: bool) -> None:
-    """A request body in a million chunks of one byte is rejected long before its end."""
+    """A request body in a million chunks of one byte is rejected long before all chunks are sent."""
     with web.flooded(f"a million chunks, {'with' if has_key else 'without'} a key") as flood, web.connect() as client:
         client.sendall(POST + (web.key if has_key else b"") + b"transfer-encoding: chunked\r\n\r\n")
         with suppress(ConnectionError):
@@ -197,7 +198,7 @@ def test_many_unknown_fields(web: Web, *, has_key: bool) -> None:
 
 
 def test_bodies_that_do_not_end(web: Web) -> None:
-    """300 unfinished request bodies of nearly 1 MiB each share the memory budget for all bodies."""
+    """The memory limit for request bodies holds even with 300 unfinished bodies of nearly 1 MiB each."""
     with ExitStack() as clients, web.flooded("300 bodies that do not end") as flood:
         for _ in range(300):
             client = clients.enter_context(web.connect())
@@ -242,7 +243,7 @@ STRANGERS = (
     "/nothing",
     f"{FOLLOW_UPS}/{uuid4()}",
 )
-"""Paths that answer without a key."""
+"""Paths that can be requested without an API key."""
 
 
 def beside_400_connections(web: Web, paths: Sequence[str], key: str | None) -> float:
@@ -264,12 +265,12 @@ def beside_400_connections(web: Web, paths: Sequence[str], key: str | None) -> f
 
 @pytest.mark.parametrize("paths", [pytest.param([each], marks=pytest.mark.large) for each in STRANGERS] + [STRANGERS])
 def test_strangers_on_400_connections(web: Web, paths: Sequence[str]) -> None:
-    """While clients without a key send requests on 400 connections, another workspace is served."""
+    """While clients without a key send requests on 400 connections, another workspace is still served."""
     assert beside_400_connections(web, paths, None) < 0.25
 
 
 def test_one_workspace_on_400_connections(web: Web) -> None:
-    """While a client with a key sends valid and invalid requests on 400 connections, another workspace is served."""
+    """While one client sends valid and invalid requests on 400 connections, other workspaces are served."""
     paths = (f"{FOLLOW_UPS}?statuses=failed", f"{FOLLOW_UPS}?pageSize=0", f"{FOLLOW_UPS}/{uuid4()}")
     assert beside_400_connections(web, paths, web.api.key) < 0.5
 
@@ -277,14 +278,14 @@ def test_one_workspace_on_400_connections(web: Web) -> None:
 @pytest.mark.large
 @pytest.mark.usefixtures("many_files")
 def test_slowloris(web: Web) -> None:
-    """The tool slowloris, which keeps more heads open than there may be connections, takes nothing from others."""
+    """An attack with slowloris, which sends more unfinished headers than connections fit, delays nobody."""
     host, port = web.address
     sockets = server.MAX_CONNECTIONS + 100
     tool = ["slowloris", host, "--port", str(port), "--sockets", str(sockets), "--sleeptime", "1"]
     command = [str(Path(sys.executable).with_name(tool[0])), *tool[1:]]
     log = subprocess.PIPE
     with web.flooded(" ".join(tool)) as flood, subprocess.Popen(command, stderr=log, text=True) as attack:
-        time.sleep(server.HEADER_WITHIN + 3)  # so that heads run out of time, and the tool opens new connections
+        time.sleep(server.HEADER_WITHIN + 3)  # the unfinished headers time out, and slowloris opens new connections
         attack.terminate()
         said = attack.communicate(timeout=20)[1]
     assert re.search(r"Creating \d+ new sockets", said)
@@ -294,7 +295,7 @@ def test_slowloris(web: Web) -> None:
 
 @pytest.fixture
 def many_files() -> Iterator[None]:
-    """Raise this process's limit of open files above the server's limit of connections."""
+    """Raise this process's limit of open files above the web server's connection limit."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, min(hard, 8192)), hard))
     yield
@@ -311,7 +312,7 @@ def test_more_connections_than_allowed(web: Web, sent: bytes) -> None:
             for _ in range(100):
                 client = clients.enter_context(web.connect())
                 client.sendall(sent)
-            web.wait(flood)  # now the server has accepted them, so the kernel's queue never overflows
+            web.wait(flood)  # the server has accepted them by then, so the kernel's queue never overflows
         for _ in range(50):
             assert web.api.get(FOLLOW_UPS, pageSize=1).status_code == 200
     assert flood.memory < 160

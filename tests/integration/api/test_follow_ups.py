@@ -27,7 +27,7 @@ TIME = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d+)?Z")
 
 
 class TestCreate:
-    """POST creates a pending follow-up or returns an error with the reason."""
+    """POST creates a pending follow-up or returns an error with the reason for the rejection."""
 
     def test_created(self, api: Api) -> None:
         """A created follow-up is returned with 201, exactly the documented fields, and its location.
@@ -101,12 +101,12 @@ class TestCreate:
         is_problem(api.client.post(FOLLOW_UPS, content=raw, headers=headers), 422, "invalid-request")
 
     def test_longest_message(self, api: Api) -> None:
-        """A message may have 65,536 characters, each of which takes up to twelve bytes of JSON."""
+        """A message may have 65,536 characters, even if each of them takes twelve bytes of JSON."""
         text = "\N{GRINNING FACE}" * 65_536
         assert api.create(text=text)["message"] == text
 
     def test_past_due_date(self, api: Api) -> None:
-        """A due date in the past is stored unchanged."""
+        """A due date in the past is stored as given."""
         assert api.create(due="2001-02-03T04:05:06.789Z")["dueDate"] == "2001-02-03T04:05:06.789000Z"
 
     def test_unknown_fields_are_ignored(self, api: Api) -> None:
@@ -124,13 +124,13 @@ class TestCreate:
         assert pointers(problem) == ["#/dueDate"]
 
     def test_sending_hours_and_the_window(self, api: Api) -> None:
-        """A due date outside sending hours is accepted if they begin within the messaging window.
+        """A due date outside sending hours is accepted if they begin before the messaging window ends.
 
-        A due date is rejected with 422 if sending hours begin only after the messaging window.
+        A due date is rejected with 422 if sending hours begin only after the messaging window has ended.
         """
         now = datetime.now(UTC)
-        # The sending hours end within the hour and begin again in 23 hours, when the messaging window of a user who
-        # wrote 2 hours ago is closed.
+        # Sending hours end within the hour and begin again in 23 hours. By then, the messaging window of a user who
+        # wrote 2 hours ago has closed.
         hours = SendingHours("UTC", (now - timedelta(hours=1)).time(), (now + timedelta(hours=1)).time())
         with Session(api.world.engine) as session, session.begin():
             sending_hours.put(session, api.world.workspace_id, hours)
@@ -149,7 +149,7 @@ class TestCreate:
         is_problem(api.patch(inside, dueDate=outside), 422, "outside-messaging-window")
 
     def test_no_window_without_a_user(self, api: Api) -> None:
-        """On a channel with a messaging window, a chat whose user never wrote accepts no due date."""
+        """If a chat's user never wrote, a channel with a messaging window accepts no due date."""
         body = {"chatId": api.chat("whatsapp"), "dueDate": "2001-01-01T00:00:00Z", "message": "?"}
         is_problem(api.post(FOLLOW_UPS, body), 422, "outside-messaging-window")
 

@@ -44,7 +44,7 @@ def raw(api: Api, request: bytes, wait: float = 5) -> bytes:
 
 @pytest.mark.parametrize("path", ["/healthz", "/readyz", "/metrics", "/openapi.json", "/docs", FOLLOW_UPS])
 def test_head(api: Api, path: str) -> None:
-    """HEAD returns the status and headers of GET for every path, without a body."""
+    """For every path, HEAD returns the same status and headers as GET, without a body."""
     got, head = api.client.get(path), api.client.head(path)
     assert head.status_code == got.status_code
     assert head.content == b""
@@ -53,7 +53,7 @@ def test_head(api: Api, path: str) -> None:
 
 
 def test_head_of_one(api: Api) -> None:
-    """HEAD works for a single follow-up; a path without GET returns 405 and lists its methods."""
+    """HEAD works for a single follow-up; a path without GET returns 405 and lists the allowed methods."""
     assert api.client.head(f"{FOLLOW_UPS}/{api.create()['id']}").status_code == 200
     refused = api.client.head(CHAT_MESSAGES)
     assert (refused.status_code, refused.headers["allow"]) == (405, "POST")
@@ -94,7 +94,7 @@ def test_documentation(api: Api) -> None:
 
 
 def test_links_repeat_nothing_of_a_client(api: Api) -> None:
-    """Pagination links are relative, ignore client and proxy headers, and repeat only known filters."""
+    """Pagination links are relative, do not use client or proxy headers, and repeat only known filters."""
     chat = api.chat()
     for _ in range(3):
         api.create(chat)
@@ -116,7 +116,7 @@ def test_unknown_parameter(api: Api, query: str) -> None:
 
 
 def test_few_errors_are_told(api: Api) -> None:
-    """A response lists at most 20 errors in 20 kB, however many fields are invalid."""
+    """A response lists at most 20 errors in at most 20 kB, even if more fields are invalid."""
     path = f"{FOLLOW_UPS}/{api.create()['id']}"
     for body in ({f"unknown{number}": 1 for number in range(80)}, {f"unknown{number}": 1 for number in range(50_000)}):
         answer = api.client.patch(path, json=body)
@@ -145,7 +145,7 @@ def test_a_compressed_body(api: Api) -> None:
 
 
 def test_two_lengths(api: Api) -> None:
-    """A request with both Content-Length and Transfer-Encoding gets one 400, and its connection is closed."""
+    """A request with both Content-Length and Transfer-Encoding gets a 400, and the connection is closed."""
     request = (
         b"POST /api/v1/chat-messages HTTP/1.1\r\nhost: a\r\ncontent-length: 5\r\ntransfer-encoding: chunked\r\n\r\n"
         b"0\r\n\r\nGET /healthz HTTP/1.1\r\nhost: a\r\n\r\n"
@@ -156,7 +156,7 @@ def test_two_lengths(api: Api) -> None:
 
 
 def test_a_stranger_s_body_is_not_read(api: Api) -> None:
-    """A request without a valid API key is answered before its body is read, and its connection is closed."""
+    """Without a valid API key, a request is answered before its body is read; the connection is closed."""
     for key in (b"", b"authorization: nonsense\r\n", b"authorization: " + b"fup_" + b"x" * 43 + b"\r\n"):
         request = b"POST /api/v1/chat-messages HTTP/1.1\r\nhost: a\r\ncontent-length: 1000000\r\n" + key + b"\r\n{"
         answer = raw(api, request)
@@ -167,7 +167,10 @@ def test_a_stranger_s_body_is_not_read(api: Api) -> None:
 @pytest.mark.parametrize("path", ["/healthz", "/docs", "/nothing"])
 @pytest.mark.parametrize("head", ["content-length: 1000000", "transfer-encoding: chunked"])
 def test_a_body_that_nothing_needs_is_not_read(api: Api, path: str, head: str) -> None:
-    """Outside the API and the console, the response comes before the body is read, and closes the connection."""
+    """Outside the API and the console, requests are answered before their body is read.
+
+    The connection is then closed.
+    """
     answer = raw(api, f"POST {path} HTTP/1.1\r\nhost: a\r\n{head}\r\n\r\n".encode())
     assert answer.startswith((b"HTTP/1.1 405", b"HTTP/1.1 404"))
     assert answer.count(b"HTTP/1.1") == 1
@@ -175,7 +178,7 @@ def test_a_body_that_nothing_needs_is_not_read(api: Api, path: str, head: str) -
 
 
 def test_a_length_of_zero_keeps_the_connection(api: Api) -> None:
-    """A request with an empty body is followed by others on its connection, with or without a key."""
+    """After a request with an empty body, its connection serves further requests, with or without a key."""
     request = b"GET /healthz HTTP/1.1\r\nhost: a\r\ncontent-length: 0\r\n\r\n"
     stranger = request.replace(b"/healthz", FOLLOW_UPS.encode())
     answer = raw(api, request + stranger + request, wait=1)
@@ -189,11 +192,14 @@ def test_a_revoked_key_is_refused_at_once(api: Api) -> None:
     assert api.get(FOLLOW_UPS).status_code == 401
     assert api.client.post(CHAT_MESSAGES, json={"id": 1}).status_code == 401
     head = f"POST {CHAT_MESSAGES} HTTP/1.1\r\nhost: a\r\nauthorization: {api.key}\r\ncontent-length: 9\r\n\r\n"
-    assert raw(api, head.encode()).startswith(b"HTTP/1.1 401")  # its body is no longer waited for
+    assert raw(api, head.encode()).startswith(b"HTTP/1.1 401")  # the server no longer waits for the body
 
 
 def test_bodies_have_a_budget(settings: Settings, world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A workspace's bodies beyond half of the shared memory get 503 until memory is free again; another's are read."""
+    """A workspace whose bodies exceed half of the shared memory gets 503 until memory is free again.
+
+    Bodies of another workspace are still read.
+    """
     monkeypatch.setattr(gate, "MAX_BUFFERED", 600_000)
     other_key = key_of(World(world.engine))[1]
     with (
@@ -211,7 +217,7 @@ def test_bodies_have_a_budget(settings: Settings, world: World, monkeypatch: pyt
                 assert other.post(CHAT_MESSAGES, content=b" " * 200_000).status_code == 422
                 return (
                     answer if answer.status_code == 503 else None
-                )  # otherwise the slow request was rejected or had not yet arrived
+                )  # any other result means that the slow request was rejected or had not yet arrived
 
         answer = wait_until(refused_beside_a_slow_body, within=20)
         is_problem(answer, 503, "service-unavailable")
@@ -220,7 +226,7 @@ def test_bodies_have_a_budget(settings: Settings, world: World, monkeypatch: pyt
 
 
 def test_the_idlest_connection_makes_room(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Above the connection limit, a new connection is served and the longest-idle connection is closed."""
+    """At the connection limit, a new connection is served, and the one idle for longest is closed."""
     monkeypatch.setattr(server, "MAX_CONNECTIONS", 3)
     request = b"GET /healthz HTTP/1.1\r\nhost: a\r\n\r\n"
 
@@ -241,9 +247,9 @@ def test_the_idlest_connection_makes_room(settings: Settings, monkeypatch: pytes
 
 
 def test_strangers_have_a_share_of_the_database(settings: Settings, world: World) -> None:
-    """Few unknown API keys are looked up concurrently, however many requests arrive.
+    """However many requests arrive, only a few unknown API keys are looked up concurrently.
 
-    Requests above the limit of waiting look-ups get 429.
+    When too many look-ups wait, further requests get 429.
     """
     counted = (
         "SELECT count(*) FROM pg_stat_activity"

@@ -43,7 +43,7 @@ def same(first: httpx.Response, second: httpx.Response) -> bool:
 
 
 def test_again(api: Api) -> None:
-    """A create request with the same idempotency key and body gets the first response, byte for byte.
+    """Repeating a create request with its idempotency key returns the first response, byte for byte.
 
     The first response is replayed even if the follow-up has been cancelled since.
     """
@@ -56,7 +56,7 @@ def test_again(api: Api) -> None:
 
 
 def test_same_body_otherwise_written(api: Api) -> None:
-    """The bodies of repeated requests are compared by content, not by bytes."""
+    """If an idempotency key is used again, request bodies are compared by content, not by bytes."""
     body, key = body_of(api, dueDate="2035-01-01T00:00:00Z"), "k" * 255
     first = keyed(api, body, key)
     assert same(keyed(api, dict(reversed(body.items())) | {"dueDate": "2035-01-01T01:00:00+01:00"}, key), first)
@@ -72,10 +72,10 @@ def test_other_body(api: Api) -> None:
 
 
 def test_refusal_is_an_answer(api: Api) -> None:
-    """A create request rejected by the rules is rejected again when repeated with its idempotency key.
+    """A create request rejected by the rules is rejected again when its idempotency key is repeated.
 
-    The rejection is replayed even if the chat would now allow the follow-up. A rejection of an invalid body is not
-    replayed.
+    The rejection is replayed even if the chat would now allow the follow-up. A rejection because of an invalid body is
+    not replayed.
     """
     body = body_of(api, chatId=str(uuid4()))
     assert keyed(api, body | {"message": ""}, "key").status_code == 422
@@ -87,7 +87,7 @@ def test_refusal_is_an_answer(api: Api) -> None:
 
 
 def test_other_workspace(api: Api, other: Api) -> None:
-    """Equal idempotency keys in two workspaces are independent."""
+    """The same idempotency key in two workspaces counts as two different keys."""
     keyed(api, body_of(api), "key")
     assert keyed(other, body_of(other), "key").status_code == 201
 
@@ -95,7 +95,7 @@ def test_other_workspace(api: Api, other: Api) -> None:
 def test_forgotten_after_a_day(api: Api) -> None:
     """After 24 hours an idempotency key can be reused.
 
-    Expired responses are deleted when new ones are stored.
+    Expired stored responses are deleted when new responses are stored.
     """
     body = body_of(api)
     for key in "abc":
@@ -117,9 +117,9 @@ def test_bad_key(api: Api, key: str) -> None:
 
 
 def test_still_running(api: Api, web_settings: Settings) -> None:
-    """While a create request runs, a second one with the same idempotency key gets 409.
+    """While a create request runs, another request with the same idempotency key gets 409.
 
-    After the first request has ended, a repeated one gets its response.
+    Once the first request has ended, repeating it returns the first response.
     """
     body = body_of(api)
     with ThreadPoolExecutor(1) as pool, psycopg.connect(web_settings.database_url.get_secret_value()) as connection:
@@ -136,10 +136,10 @@ def test_still_running(api: Api, web_settings: Settings) -> None:
 
 @pytest.mark.parametrize("step", ["chats", "idempotency_keys"])
 def test_crash(api: Api, web_settings: Settings, step: str) -> None:
-    """A crash before or after the insert leaves no row, and a repeated request creates one follow-up."""
+    """A crash before or after the insert leaves no row; repeating the request creates one follow-up."""
     body = body_of(api)
     with ThreadPoolExecutor(1) as pool, psycopg.connect(web_settings.database_url.get_secret_value()) as connection:
-        # Under an EXCLUSIVE lock, reads continue while writes (and FOR UPDATE) wait.
+        # An EXCLUSIVE lock lets reads continue, whereas writes (and FOR UPDATE) wait.
         connection.execute(f"LOCK TABLE {step} IN EXCLUSIVE MODE")
         first = pool.submit(keyed, api, body, "key")
         pid = wait_until(lambda: blocked(api))
@@ -156,7 +156,7 @@ def test_crash(api: Api, web_settings: Settings, step: str) -> None:
 def test_many_at_once(api: Api) -> None:
     """Of many concurrent requests with one idempotency key, exactly one creates a follow-up.
 
-    The other requests get the response of the first or 409.
+    All other requests get 409 or the response to the request that created the follow-up.
     """
     body, together = body_of(api), threading.Barrier(8)
 
@@ -172,7 +172,7 @@ def test_many_at_once(api: Api) -> None:
 
 
 def blocked(api: Api) -> int | None:
-    """Return the id of the database server process whose request waits for a lock."""
+    """Return the id of the database server's process that waits for a lock."""
     query = (
         "SELECT max(pid) FROM pg_stat_activity WHERE datname = current_database() AND wait_event_type = 'Lock'"
         " AND application_name = 'followups-web'"

@@ -33,7 +33,7 @@ def test_requests_per_key(settings: Settings, world: World) -> None:
 
 
 def test_no_limit(settings: Settings, world: World) -> None:
-    """A rate limit of 0 means no limit."""
+    """A rate limit of 0 allows any number of requests."""
     with (
         served(settings.model_copy(update={"api_rate_limit": 0})) as place,
         client_of(place, key_of(world)[1]) as client,
@@ -44,9 +44,9 @@ def test_no_limit(settings: Settings, world: World) -> None:
 def test_error_tells_nothing(
     settings: Settings, world: World, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """An unexpected error returns 500 without the error's text.
+    """After an unexpected error, the 500 response does not contain the error's text.
 
-    The log has the error's location, also without the text.
+    The log line shows where the error was raised, also without the text.
     """
 
     def broken(*_: object) -> None:
@@ -82,7 +82,7 @@ def narrow(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> Iterator[tupl
 
 
 def dialogue(place: tuple[str, int], *sent: bytes) -> bytes:
-    """Send each part after the response to the previous one, and return all data received."""
+    """Send the parts one by one, each after the previous response; return all data received."""
     with socket.create_connection(place, timeout=5) as connection:
         received = b""
         for piece in sent:
@@ -117,7 +117,7 @@ def test_slow_client(impatient: tuple[str, int], world: World, sent: list[bytes]
 
 
 def test_too_many_connections(narrow: tuple[str, int], world: World) -> None:
-    """If no connection is idle, a connection above the limit is closed immediately.
+    """If the connection limit is reached and none is idle, a new connection is closed immediately.
 
     Open connections are still served.
     """
@@ -155,7 +155,7 @@ def refused(connection: socket.socket) -> bool:
 
 
 def test_too_many_waiting(settings: Settings, world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A request above the limit of waiting requests is rejected with Retry-After; probes need no slot."""
+    """If too many requests wait, the next is rejected with Retry-After; probes never wait for a slot."""
     with served(settings) as place, client_of(place, key_of(world)[1]) as client:
         monkeypatch.setattr(gate, "MAX_WAITING", 0)
         answer = client.get(FOLLOW_UPS)

@@ -1,4 +1,4 @@
-"""Listening addresses of the web process: IPv6 and IPv4, and a separate port for metrics."""
+"""Addresses on which the web process listens: IPv6 and IPv4, with a separate port for metrics."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from followups.settings import Settings
 
 KUBERNETES = {"PORT": "tcp://10.96.0.7:80"}
-"""Variables that Kubernetes sets for Services whose names match the application's settings."""
+"""Variables that Kubernetes sets for Services whose names resemble the application's settings."""
 ARGV = [sys.executable, "-m", "followups.api"]
 
 
@@ -40,9 +40,9 @@ def web(settings: Settings) -> Iterator[tuple[Child, int, int]]:
 
 
 def test_every_address_and_two_ports(web: tuple[Child, int, int]) -> None:
-    """The web process listens on IPv6 and IPv4; only the metrics port serves `/metrics`.
+    """The web process listens on IPv6 and IPv4, and only the metrics port serves `/metrics`.
 
-    The metrics port serves nothing else.
+    The metrics port serves no other path.
     """
     child, port, metrics = web
     hosts = ["127.0.0.1", "[::1]"] if socket.has_dualstack_ipv6() else ["127.0.0.1"]
@@ -60,7 +60,7 @@ def test_every_address_and_two_ports(web: tuple[Child, int, int]) -> None:
 
 
 def test_health_with_the_port_of_a_service(web: tuple[Child, int, int]) -> None:
-    """A PORT set by Kubernetes is ignored; the default port applies unless an option is given."""
+    """A PORT set by Kubernetes is ignored: without an option, the default port is used."""
     command = [sys.executable, "-m", "followups.cli", "health", "web"]
     for more, said in (([], "8000"), (["--port", str(web[1])], str(web[1]))):
         ran = subprocess.run(

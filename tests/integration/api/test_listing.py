@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def created_at_once(api: Api, count: int, **columns: Any) -> list[str]:
-    """Insert follow-ups with equal `created_at`, and return their ids in list order."""
+    """Insert follow-ups with the same `created_at`, and return their ids in list order."""
     chat_id = UUID(api.chat())
     ids = [api.world.follow_up(chat_id, **columns) for _ in range(count)]
     api.world.sql("UPDATE follow_ups SET created_at = now() WHERE id = ANY(:ids)", ids=ids)
@@ -24,7 +24,7 @@ def created_at_once(api: Api, count: int, **columns: Any) -> list[str]:
 
 
 def test_newest_first_ties_by_id(api: Api) -> None:
-    """The newest follow-ups are listed first; simultaneously created follow-ups are ordered by id."""
+    """A list shows the newest follow-ups first; those created simultaneously are ordered by id."""
     older = created_at_once(api, 3)
     newer = created_at_once(api, 3)
     assert api.ids() == newer + older
@@ -38,9 +38,9 @@ def test_empty(api: Api) -> None:
 
 @pytest.mark.parametrize("brackets", ["", "[]", "%5B%5D", "%5b%5D"])
 def test_filters(api: Api, brackets: str) -> None:
-    """A filter may be repeated, with or without [] after its name, to match any of several values.
+    """A filter may be repeated, with or without [] after its name; one matching value is enough.
 
-    A listed follow-up matches all filters.
+    A listed follow-up matches every filter.
     """
     created = [api.patch(api.create(), chatMessageId=str(uuid4())).json() for _ in range(3)]
     first, second = created[:2]

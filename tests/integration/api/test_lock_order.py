@@ -1,4 +1,4 @@
-"""Lock order: a chat is locked before its follow-ups; a request aborted by a deadlock is retried once."""
+"""Lock order: a request locks a chat before its follow-ups, and is retried once after a deadlock."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ FIRST: dict[str, Callable[[Session, UUID], Any]] = {
 
 @pytest.mark.parametrize("change", FIRST)
 def test_change_then_schedule_beside_a_reply(api: Api, engine: Engine, change: str) -> None:
-    """A reply waits for a transaction that changes and schedules follow-ups, then cancels pending ones."""
+    """A reply waits for a transaction that changes and schedules follow-ups, then cancels them."""
     created = api.create()
     chat_id = created["chatId"]
     with ThreadPoolExecutor(1) as pool, Session(engine) as session:
@@ -68,7 +68,7 @@ def test_change_then_schedule_beside_a_reply(api: Api, engine: Engine, change: s
 
 
 def test_moved_beside_a_reply(api: Api, engine: Engine) -> None:
-    """Moving a follow-up locks both chats, so that a reply in either chat waits for the move."""
+    """Moving a follow-up locks the old and the new chat, so that a reply in either waits for the move."""
     created, target = api.create(), api.chat()
     for chat_id, left in ((created["chatId"], [created["id"]]), (target, [])):
         with ThreadPoolExecutor(1) as pool, Session(engine) as session:
@@ -80,7 +80,7 @@ def test_moved_beside_a_reply(api: Api, engine: Engine) -> None:
 
 
 def test_moved_while_its_cancel_waits(api: Api, engine: Engine) -> None:
-    """A cancel that waits for a move locks the new chat before it cancels the follow-up."""
+    """A cancel that has waited for a move locks the follow-up's new chat before it ends the follow-up."""
     created, target = api.create(), api.chat()
     with ThreadPoolExecutor(1) as pool, Session(engine) as moving:
         scheduling.amend(moving, UUID(created["id"]), {"chat_id": UUID(target)})
@@ -103,7 +103,7 @@ def test_finished_in_a_removed_chat(api: Api) -> None:
 
 
 def deadlocked(api: Api, engine: Engine, request: Callable[[], Any], created: dict[str, Any]) -> Any:
-    """Abort a request by a deadlock and return its response.
+    """Let a request be aborted by a deadlock, and return the response.
 
     Another transaction locks the follow-up that the request waits for, and then the request's chat.
     """
@@ -124,14 +124,14 @@ def test_reply_that_loses_a_deadlock(api: Api, engine: Engine) -> None:
 
 
 def test_create_that_loses_a_deadlock(api: Api, engine: Engine) -> None:
-    """A create request with an Idempotency-Key that is aborted by a deadlock creates one follow-up.
+    """A create request with an Idempotency-Key that a deadlock aborts is retried, creating one follow-up.
 
-    The response of the create request can be replayed.
+    The response to the create request can be replayed.
     """
     chat_id, key = api.chat(), str(uuid4())
     body = {"chatId": chat_id, "dueDate": in_days(1), "message": "?"}
     with ThreadPoolExecutor(1) as pool, engine.connect() as connection:
-        # The request has locked the chat and waits to store its response, while the test's transaction waits for the
+        # The request has locked the chat and waits to store the response, while the test's transaction waits for the
         # chat.
         connection.execute(text("LOCK TABLE idempotency_keys IN SHARE ROW EXCLUSIVE MODE"))
         answer = in_background(pool, api, lambda: api.post(FOLLOW_UPS, body, **{"idempotency-key": key}))

@@ -1,4 +1,4 @@
-"""Nudges: a follow-up due before the next tick requests a tick after its commit."""
+"""Nudges: when a follow-up becomes due before the next tick, the commit is followed by a tick request."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ SOON = 0.1 / 86_400
 
 
 def test_nudge(settings: Settings, world: World) -> None:
-    """Creating or rescheduling a due follow-up, or ending one that may unblock others, requests a tick.
+    """A tick is requested after creating, rescheduling or ending a follow-up if one may now be due.
 
     Other changes request no tick.
     """
@@ -32,7 +32,7 @@ def test_nudge(settings: Settings, world: World) -> None:
             api.message(later["chatId"], "agent")
             assert nudges == []
             api.create(due=in_days(-1))
-            assert nudges == [2]  # the row already existed
+            assert nudges == [2]  # the follow-up's row already existed
             api.patch(later, dueDate=in_days(SOON))
             assert nudges == [2, 2]
             api.patch(later, status="cancelled")

@@ -48,7 +48,7 @@ def test_in_flight_in_a_removed_chat(api: Api) -> None:
 
 
 def test_null_on_a_finished_one(api: Api) -> None:
-    """Clearing a field of a finished follow-up counts as a change and is rejected."""
+    """Clearing a field of a finished follow-up counts as a change and is therefore rejected."""
     before = api.create()
     api.patch(before, status="sent", chatMessageId=str(uuid4()))
     for name in ("chatMessageId", "finishedAt"):
@@ -56,7 +56,7 @@ def test_null_on_a_finished_one(api: Api) -> None:
 
 
 def test_chat_message_id_can_be_taken_away(api: Api) -> None:
-    """The chat message id of a pending follow-up can be set and cleared."""
+    """While a follow-up is pending, its chat message id can be set and cleared."""
     before = api.create()
     api.patch(before, chatMessageId=str(uuid4()))
     assert api.patch(before, chatMessageId=None).json()["chatMessageId"] is None
@@ -76,13 +76,13 @@ def test_links_lead_to_pages(api: Api) -> None:
 def test_odd_queries(api: Api, query: str) -> None:
     """An invalid number, or a filter without a value, is rejected with 422.
 
-    A list request with an invalid filter does not return every follow-up.
+    A list request with an invalid filter is never answered with all follow-ups.
     """
     is_problem(api.client.get(f"{FOLLOW_UPS}?{query}"), 422, "invalid-request")
 
 
 def test_message_of_a_chat_stays_known(api: Api) -> None:
-    """A repeated chat message gets its first response, even after its chat was removed."""
+    """A repeated chat message gets the first response again, even after its chat was removed."""
     message_id = str(uuid4())
     body = {"id": message_id, "chatId": str(uuid4()), "role": "agent"}
     assert [api.post(CHAT_MESSAGES, body).status_code for _ in range(2)] == [201, 200]

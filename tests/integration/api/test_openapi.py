@@ -1,4 +1,4 @@
-"""The OpenAPI document, checked with third-party tools against a running web process."""
+"""Tests of the OpenAPI document with third-party tools, against a running web process."""
 
 from __future__ import annotations
 
@@ -29,19 +29,19 @@ BINARIES = Path(sys.executable).parent
 
 SEED = "20240601"
 EXAMPLES = "8"
-"""Random requests per operation, in addition to requests derived from the schemas' limits."""
+"""The number of random requests per operation, besides those derived from the schemas' limits."""
 
 
 def test_snapshot() -> None:
-    """The OpenAPI document equals the reviewed one in `openapi.json`.
+    """The OpenAPI document equals the reviewed copy in `openapi.json`.
 
-    To update the file, run ``followups openapi > tests/integration/api/openapi.json``.
+    To update that file, run ``followups openapi > tests/integration/api/openapi.json``.
     """
     assert openapi_document() == json.loads(SNAPSHOT.read_text())
 
 
 def test_valid() -> None:
-    """The document is valid OpenAPI 3.1."""
+    """The document is valid according to OpenAPI 3.1."""
     document = openapi_document()
     assert document["openapi"].startswith("3.1")
     validate(document, cls=OpenAPIV31SpecValidator)
@@ -70,7 +70,7 @@ def test_served(api: Api) -> None:
 
 
 def test_schemathesis(settings: Settings, world: World, tmp_path: Path) -> None:
-    """Schemathesis finds no error with all its checks, including stateful ones, from a fixed seed."""
+    """All checks of Schemathesis, including the stateful ones, find no error with a fixed seed."""
     world.sql("UPDATE dispatcher_state SET last_tick_at = now() + interval '1 hour'")
     with Processes() as processes:
         api = Api(start(processes, settings.environment())[1], world)
@@ -101,7 +101,7 @@ def generated(tmp_path_factory: pytest.TempPathFactory) -> ModuleType:
     """Generate a client from the OpenAPI document with openapi-python-client, and return its package."""
     directory = tmp_path_factory.mktemp("generated")
     (directory / "openapi.json").write_text(json.dumps(openapi_document()))
-    # Post-generation hooks would only format the code, which is not needed.
+    # The hooks that run after the generation would only format the code.
     (directory / "config.yaml").write_text("post_hooks: []\n")
     options = ["--path", "openapi.json", "--output-path", "followups_client", "--meta", "none", "--fail-on-warning"]
     subprocess.run(
@@ -123,7 +123,7 @@ def generated(tmp_path_factory: pytest.TempPathFactory) -> ModuleType:
 
 
 def test_generated_client(api: Api, generated: ModuleType) -> None:
-    """A generated client creates, lists and reschedules follow-ups and receives errors as problems.
+    """A generated client can create, list and reschedule follow-ups, and gets errors as problems.
 
     The generated client also sees that a reply cancels a follow-up.
     """

@@ -1,4 +1,4 @@
-"""The web process while the database or the broker is unreachable, or settings are invalid."""
+"""The web process while the database or the broker is unreachable, or if its settings are invalid."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ KEY = {"authorization": f"fup_{'A' * 43}"}
 
 
 def test_nothing_reachable() -> None:
-    """Without database and broker, the web process starts, is alive and rejects requests.
+    """Without database and broker, the web process starts and stays alive, but rejects requests.
 
-    The readiness check names the missing servers.
+    The readiness check names the servers that cannot be reached.
     """
     nobody = f"127.0.0.1:{free_port()}"
     environment = {"DATABASE_URL": f"postgresql://u:hunter2@{nobody}/x", "REDIS_URL": f"redis://:hunter2@{nobody}/0"}
@@ -51,7 +51,7 @@ def test_nothing_reachable() -> None:
 
 
 def test_broker_away(settings: Settings, world: World) -> None:
-    """Without the broker, requests are served quickly; the outage is counted and logged."""
+    """While the broker is away, requests are served quickly; the web process counts and logs the outage."""
     options = {"FOLLOWUPS_BROKER_URL": f"redis://127.0.0.1:{free_port()}/0"}
     with Processes() as processes:
         api = Api(start(processes, settings.environment() | options)[1], world)
@@ -66,7 +66,7 @@ def test_broker_away(settings: Settings, world: World) -> None:
 
 
 def test_database_restart(settings: Settings) -> None:
-    """During a restart of the database requests get 503; afterwards they succeed without intervention."""
+    """While the database restarts, requests get 503; afterwards requests succeed without intervention."""
     from followups.database import make_engine  # noqa: PLC0415 - used only in this test
     from followups.schema import migrate  # noqa: PLC0415 - used only in this test
     from world import World  # noqa: PLC0415 - used only in this test
@@ -105,7 +105,7 @@ def test_stop_lets_requests_finish(settings: Settings, world: World) -> None:
             connection.rollback()
             assert answer.result().status_code == 201
         wait_until(lambda: child.exit_code is not None)
-        assert child.exit_code in {0, -signal.SIGTERM}  # uvicorn raises the signal again before it exits
+        assert child.exit_code in {0, -signal.SIGTERM}  # uvicorn sends itself the signal again before it exits
 
 
 @pytest.mark.parametrize(
@@ -126,7 +126,7 @@ def test_stop_lets_requests_finish(settings: Settings, world: World) -> None:
     ],
 )
 def test_wrong_settings(variables: dict[str, str], names: list[str]) -> None:
-    """With an invalid setting, the web process exits with code 2 and a one-sentence error that names it."""
+    """With an invalid setting, the web process exits with code 2; a one-sentence error names the setting."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith("COV")}
     kept["PATH"] = str(Path(sys.executable).parent)
     run = subprocess.run(command("web"), env=kept | variables, capture_output=True, text=True, check=False, timeout=60)

@@ -1,4 +1,4 @@
-"""Pages with long messages, which are sent in several pieces, and the storage of message texts."""
+"""Pages with long messages, which are sent piece by piece, and the storage of message texts."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ if TYPE_CHECKING:
     from web import Api
 
 LONG = "\N{GRINNING FACE}" * 65_536
-"""The longest allowed message in bytes."""
+"""The length of the longest allowed message in bytes."""
 
 
 def test_a_page_of_long_messages_is_whole(api: Api) -> None:
-    """A page sent in pieces equals the responses for single follow-ups in content and order.
+    """A page sent in pieces has the same content and order as the responses for single follow-ups.
 
     A page sent in pieces also links to the next page.
     """
@@ -34,9 +34,9 @@ def test_a_page_of_long_messages_is_whole(api: Api) -> None:
 
 
 def test_no_text_is_kept_for_a_repeated_request(api: Api) -> None:
-    """The response stored for an idempotency key contains no message.
+    """The response that is stored for an idempotency key does not contain the message.
 
-    A repeated request still gets the complete first response.
+    Repeating the request still returns the complete first response.
     """
     body = {"chatId": api.chat(), "dueDate": in_days(1), "message": 'sëcret "words"\n\u2028'}
     key = {"idempotency-key": str(uuid4())}

@@ -1,4 +1,4 @@
-"""RFC 9457 error responses and size limits of a running web process."""
+"""RFC 9457 error responses of a running web process, and the size limits of requests."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def test_every_error_at_once(api: Api) -> None:
 
 
 def test_body_too_large(api: Api) -> None:
-    """A request body above the size limit is rejected with 413, with a declared length or in chunks.
+    """A body above the size limit is rejected with 413, whether it has a declared length or is chunked.
 
     The web process continues to serve requests.
     """
@@ -75,7 +75,7 @@ def chunks(size: int) -> Iterator[bytes]:
 
 
 def test_endless_body_is_not_read(api: Api) -> None:
-    """A request body whose declared length is above the limit is rejected before it is sent."""
+    """If a body's declared length is above the limit, the request is rejected before the body is sent."""
     with connect(api) as connection:
         connection.sendall(b"POST / HTTP/1.1\r\nhost: x\r\ncontent-length: 99999999999\r\n\r\n")
         assert b" 413 " in connection.recv(100)
@@ -83,7 +83,7 @@ def test_endless_body_is_not_read(api: Api) -> None:
 
 @pytest.mark.parametrize("pieces", [1, 2])
 def test_header_too_long(api: Api, pieces: int) -> None:
-    """Headers above the size limit are rejected with 431, as one header or as many."""
+    """Headers above the size limit are rejected with 431, whether one header is too long or all together."""
     header = b"GET /healthz HTTP/1.1\r\nhost: x\r\nx: " + b"a" * 40_000
     with connect(api) as connection:
         connection.sendall(header + (b"\r\n\r\n" if pieces == 1 else b""))
@@ -102,7 +102,7 @@ def test_endless_header(api: Api) -> None:
 
 @pytest.mark.parametrize("line", [b"nonsense\r\n\r\n", b"GET / HTTP/1.1\r\n\r\n", b"\x16\x03\x01\x00\xf8\r\n\r\n"])
 def test_no_http(api: Api, line: bytes) -> None:
-    """Data that is not HTTP is rejected with 400, also as an RFC 9457 error response."""
+    """Data that is not HTTP is rejected with a 400, which is also an RFC 9457 problem."""
     with connect(api) as connection:
         connection.sendall(line)
         head, body = received(connection)
@@ -111,7 +111,7 @@ def test_no_http(api: Api, line: bytes) -> None:
 
 
 def test_many_silent_connections(api: Api) -> None:
-    """Clients that send only the beginning of a request do not delay other clients."""
+    """Clients that send only the beginning of a request do not delay any other client."""
     silent = [connect(api) for _ in range(300)]
     try:
         for connection in silent:
@@ -137,7 +137,7 @@ def connect(api: Api) -> socket.socket:
 
 
 def received(connection: socket.socket) -> tuple[bytes, bytes]:
-    """Return head and body of all data received until the process closes the connection."""
+    """Receive until the process closes the connection; return head and body of the response."""
     data = b""
     while piece := connection.recv(65_536):
         data += piece

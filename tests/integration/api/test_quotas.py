@@ -42,7 +42,7 @@ def post(api: Api, chat: str, **headers: str) -> httpx.Response:
 
 
 def test_pending_follow_ups(api: Api, other: Api) -> None:
-    """A workspace at its quota can create no follow-up until a pending one ends.
+    """A workspace at its quota can create a follow-up only after a pending one has ended.
 
     Other workspaces are not affected.
     """
@@ -60,7 +60,7 @@ def test_pending_follow_ups(api: Api, other: Api) -> None:
 
 
 def test_two_creates_do_not_take_the_last_place(api: Api) -> None:
-    """Of many concurrent create requests, exactly as many succeed as the quota still allows."""
+    """Of many concurrent create requests, exactly as many succeed as the quota has left."""
     chats = [api.chat() for _ in range(20)]
     allow(api, Kind.PENDING, 5)
     with ThreadPoolExecutor(20) as pool:
@@ -69,7 +69,7 @@ def test_two_creates_do_not_take_the_last_place(api: Api) -> None:
 
 
 def test_a_refusal_is_not_remembered(api: Api) -> None:
-    """A create request rejected by a quota succeeds later with the same Idempotency-Key."""
+    """A create request rejected by a quota can succeed later with the same Idempotency-Key."""
     chat = api.chat()
     allow(api, Kind.PENDING, 0)
     body = {"chatId": chat, "dueDate": "2035-01-01T00:00:00Z", "message": "?"}
@@ -79,7 +79,7 @@ def test_a_refusal_is_not_remembered(api: Api) -> None:
 
 
 def test_from_python(api: Api) -> None:
-    """The quota also applies to `schedule` and `schedule_many`; the latter creates all or none."""
+    """The quota also applies to `schedule` and `schedule_many`; `schedule_many` creates all or none."""
     world, chats = api.world, [UUID(api.chat()) for _ in range(3)]
     allow(api, Kind.PENDING, 2)
     many = [Planned(chat, "?", DUE) for chat in chats]
@@ -95,9 +95,9 @@ def test_from_python(api: Api) -> None:
 
 
 def test_several_calls_in_one_transaction(api: Api) -> None:
-    """Under a quota, two transactions that call `schedule` several times can deadlock; PostgreSQL aborts one of them.
+    """Under a quota, two transactions with several `schedule` calls each may deadlock; one is aborted.
 
-    `schedule_many` is the way to create several, because it locks all chats before the quota.
+    To create several follow-ups, use `schedule_many`, which locks all chats before the quota.
     """
     world, (one, two) = api.world, sorted(UUID(api.chat()) for _ in range(2))
     allow(api, Kind.PENDING, 10)
@@ -137,9 +137,9 @@ def test_without_a_quota_it_costs_nothing(api: Api) -> None:
 
 
 def test_chats(api: Api) -> None:
-    """A workspace at its quota of chats gets no new chat, neither by PUT nor by a message.
+    """A workspace at its quota of chats can create no chat, neither by PUT nor by a message.
 
-    Removing a chat allows a new one to be created.
+    After a chat is removed, a new chat can be created.
     """
     first, second, third = (str(uuid4()) for _ in range(3))
     allow(api, Kind.CHATS, 2)

@@ -1,7 +1,7 @@
 """Races of reply and create, cancel and deliver, patch and tick, over concurrent connections.
 
-One transaction stops halfway while it holds its locks, a second transaction starts, and then the first one continues.
-The tests do not sleep, because PostgreSQL reports when the second transaction waits.
+One transaction stops halfway while it holds its locks, a second transaction starts, and then the first transaction
+continues. The tests do not sleep, because PostgreSQL reports when the second transaction waits.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def claim(connection: Connection) -> list[Lease]:
 
 
 def begin(connection: Connection, taken: list[Lease]) -> list[UUID]:
-    """Begin the leased follow-ups and return the attempts that began."""
+    """Begin the follow-ups of these leases and return the attempts that have begun."""
     world = leases.Rules(lease=MINUTE, max_lateness=timedelta(0), early=MINUTE)
     return [row.id for row in leases.begin_if_leased(connection, taken, world)]
 
@@ -61,9 +61,9 @@ def waits(api: Api) -> bool:
 
 
 def in_background(pool: ThreadPoolExecutor, api: Api, work: Callable[[], T]) -> Callable[[], T]:
-    """Start a request in the background, wait until a lock blocks it, and return a function.
+    """Start a request in the background, and wait until a lock blocks it.
 
-    The function returns the response to the request.
+    Return a function that waits for the request and returns the response.
     """
     future = pool.submit(work)
     wait_until(lambda: waits(api))
@@ -78,10 +78,10 @@ def engine(web_engine: Engine) -> Engine:
 
 
 class TestReplyAgainstCreate:
-    """A follow-up created during a reply is also cancelled."""
+    """A follow-up that is created while a reply is being recorded is cancelled, too."""
 
     def test_create_first(self, api: Api, engine: Engine) -> None:
-        """A reply that arrives during a create request waits and then cancels the created follow-up."""
+        """A reply waits for a create request that is running, and then cancels the created follow-up."""
         chat_id = api.chat()
         with ThreadPoolExecutor(1) as pool, Session(engine) as session:
             created = scheduling.schedule(
@@ -97,7 +97,7 @@ class TestReplyAgainstCreate:
         assert api.read({"id": str(created.id)})["reason"] == "user_replied"
 
     def test_reply_first(self, api: Api, engine: Engine) -> None:
-        """A create request that arrives during a reply waits and is then rejected."""
+        """A create request waits for a reply that is being recorded, and is then rejected."""
         chat_id = api.chat()
         body = {"chatId": chat_id, "dueDate": in_days(1), "message": "?"}
         with ThreadPoolExecutor(1) as pool, Session(engine) as session:
@@ -115,7 +115,7 @@ class TestReplyAgainstCreate:
         assert api.ids() == []
 
     def test_many(self, api: Api) -> None:
-        """Of many concurrent creates and replies, none leaves a pending follow-up after a user's reply."""
+        """After many concurrent creates and replies, no chat whose user wrote last has a pending follow-up."""
         chat_ids = [api.chat() for _ in range(PAIRS)]
         together = threading.Barrier(2)
 
@@ -135,10 +135,10 @@ class TestReplyAgainstCreate:
 
 
 class TestCancelAgainstDeliver:
-    """A message whose cancel returned 200 is never sent."""
+    """If a cancel returned 200, the message is never sent."""
 
     def test_begin_first(self, api: Api, engine: Engine) -> None:
-        """A cancel that arrives while begin is running waits and is rejected with Retry-After."""
+        """A cancel waits for a begin that is running, and is then rejected with Retry-After."""
         created, taken = due_now(api)
         with ThreadPoolExecutor(1) as pool, engine.connect() as connection:
             assert begin(connection, taken) == [UUID(str(created["id"]))]
@@ -150,7 +150,7 @@ class TestCancelAgainstDeliver:
         assert api.read(created)["status"] == "pending"
 
     def test_cancel_first(self, api: Api, engine: Engine) -> None:
-        """Begin during or after a cancel starts no attempt and does not wait."""
+        """During or after a cancel, begin starts no attempt and does not wait for the cancel."""
         created, taken = due_now(api)
         with Session(engine) as session, engine.connect() as connection:
             scheduling.cancel(session, UUID(str(created["id"])), reason="called")
@@ -161,7 +161,7 @@ class TestCancelAgainstDeliver:
         assert api.read(created)["reason"] == "called"
 
     def test_many(self, api: Api, engine: Engine) -> None:
-        """Of many concurrent cancels and begins, each follow-up is either cancelled or begun."""
+        """In many concurrent cancels and begins, each follow-up is either cancelled or begun, never both."""
         pairs = [due_now(api) for _ in range(PAIRS)]
         together = threading.Barrier(2)
 
@@ -179,7 +179,7 @@ class TestCancelAgainstDeliver:
         assert set(outcomes) <= {(200, False), (409, True)}
 
     def test_reply_while_begun(self, api: Api, engine: Engine) -> None:
-        """A reply that arrives during begin waits; the begun follow-up is not retried."""
+        """A reply that arrives while begin is running waits; the follow-up that has begun is not retried."""
         created, taken = due_now(api)
         with ThreadPoolExecutor(1) as pool, engine.connect() as connection:
             begin(connection, taken)
@@ -193,7 +193,7 @@ class TestPatchAgainstTick:
     """A new due date takes effect as soon as its response is sent, even for a claimed follow-up."""
 
     def test_claim_first(self, api: Api, engine: Engine) -> None:
-        """A reschedule that arrives during a claim waits for the claim and makes its lease stale."""
+        """A reschedule waits for a claim that is running, and then makes the claimed lease stale."""
         created = api.create(due="2020-01-01T00:00:00Z")
         with ThreadPoolExecutor(1) as pool, engine.connect() as connection:
             taken = [lease for lease in claim(connection) if str(lease.id) == created["id"]]
@@ -204,7 +204,7 @@ class TestPatchAgainstTick:
             assert begin(connection, taken) == []
 
     def test_patch_first(self, api: Api, engine: Engine) -> None:
-        """A tick during a reschedule does not wait and never claims the rescheduled follow-up early."""
+        """A tick does not wait for a reschedule that is running, and never claims the follow-up too early."""
         created = api.create(due="2020-01-01T00:00:00Z")
         follow_up_id = UUID(created["id"])
         with Session(engine) as session, engine.connect() as connection:
@@ -216,7 +216,7 @@ class TestPatchAgainstTick:
 
 
 def test_chat_put_against_message(api: Api, engine: Engine) -> None:
-    """A chat that is created by PUT while its first message arrives keeps that message."""
+    """If a chat is created by PUT while the first message arrives, the message is kept."""
     chat_id = uuid4()
     with ThreadPoolExecutor(1) as pool, Session(engine) as session:
         chats.receive(
@@ -235,7 +235,7 @@ def test_chat_put_against_message(api: Api, engine: Engine) -> None:
 
 
 def test_remove_against_create(api: Api, engine: Engine) -> None:
-    """A create request that arrives while its chat is being removed waits and finds no chat."""
+    """A create request waits while its chat is being removed, and then does not find the chat."""
     chat_id = UUID(api.chat())
     body = {"chatId": str(chat_id), "dueDate": in_days(1), "message": "?"}
     with ThreadPoolExecutor(1) as pool, Session(engine) as session:

@@ -1,4 +1,4 @@
-"""The endpoints for operators of a running web process."""
+"""The endpoints of a running web process that are meant for operators."""
 
 from __future__ import annotations
 
@@ -35,25 +35,25 @@ NAMES = {
 
 @pytest.fixture
 def ticking(api: Api) -> Iterator[Api]:
-    """Record a tick as if it had just run."""
+    """Record a tick as if one had just run."""
     api.world.sql("UPDATE dispatcher_state SET last_tick_at = now()")
     yield api
     api.world.sql("UPDATE dispatcher_state SET last_tick_at = NULL")
 
 
 def _answered(api: Api, status: int) -> Any:
-    """Return the response of `/readyz`, or None if its status differs from the expected one.
+    """Return the response of `/readyz` if it has the expected status, and otherwise None.
 
-    The response may be a second old, because it is cached.
+    The response may be a second old, because `/readyz` caches it.
     """
     answer = api.client.get("/readyz", headers={"authorization": ""})
     return answer.json() if answer.status_code == status else None
 
 
 def _refused_for(api: Api, failing: str) -> Any:
-    """Return the 503 response of `/readyz` in which the given check fails, or None.
+    """Return the 503 response of `/readyz` if the given check failed, and otherwise None.
 
-    A cached response may show another failed check.
+    A cached response may still show the failure of another check.
     """
     answer = api.client.get("/readyz", headers={"authorization": ""})
     if answer.status_code != HTTPStatus.SERVICE_UNAVAILABLE:
@@ -69,7 +69,7 @@ def test_healthz(api: Api) -> None:
 
 
 def test_ready(ticking: Api) -> None:
-    """If all readiness checks pass, the response lists each check."""
+    """If all readiness checks pass, `/readyz` returns the list of checks."""
     answer = wait_until(lambda: _answered(ticking, HTTPStatus.OK), within=5)
     assert answer["status"] == "ready"
     checks = answer["checks"]
@@ -90,7 +90,7 @@ def test_ready(ticking: Api) -> None:
     ],
 )
 def test_not_ready(ticking: Api, statement: str, undo: str, failing: str) -> None:
-    """If a readiness check fails, the response is 503 and names the check."""
+    """If a readiness check fails, `/readyz` returns 503 and names that check."""
     newest = ticking.world.scalar("SELECT version_num FROM alembic_version")
     ticking.world.sql(statement)
     try:
@@ -102,7 +102,7 @@ def test_not_ready(ticking: Api, statement: str, undo: str, failing: str) -> Non
 
 
 def test_ready_on_a_newer_schema(ticking: Api) -> None:
-    """Processes of an older version stay ready on a newer schema, so that they run during an upgrade."""
+    """During an upgrade, processes of the older version stay ready after the schema has been migrated."""
     newest = ticking.world.scalar("SELECT version_num FROM alembic_version")
     ticking.world.sql("UPDATE alembic_version SET version_num = '9999'")
     try:
@@ -115,7 +115,7 @@ def test_ready_on_a_newer_schema(ticking: Api) -> None:
 
 
 def test_metrics(api: Api) -> None:
-    """Every documented metric exists, and no metric has an id as a label."""
+    """Every documented metric exists, and no metric is labelled with an id."""
     api.patch(api.create(), status="cancelled")
     cancelled = {"status": "cancelled", "code": "cancelled_by_api"}
     wait_until(lambda: _ended(api, cancelled) > 0)
@@ -165,14 +165,14 @@ def test_gauges(api: Api) -> None:
 
 
 def test_many_scrapes_cost_one(api: Api) -> None:
-    """Metrics requests within a second get the same response, which limits their load on the database."""
+    """Metrics requests within one second get the same response, so that many scrapes cost one query."""
     begun = time.monotonic()
     texts = {api.get("/metrics").text for _ in range(30)}
     assert len(texts) <= 2 + (time.monotonic() - begun) / KEPT
 
 
 def test_docs(api: Api) -> None:
-    """The API documentation has a readable page."""
+    """The web process serves the API documentation as a readable page."""
     answer = api.get("/docs")
     assert answer.status_code == 200
     assert "swagger-ui" in answer.text
@@ -180,7 +180,7 @@ def test_docs(api: Api) -> None:
 
 
 def test_transitions_are_counted_once(api: Api) -> None:
-    """A state transition by a request is counted by status and code; a repeated request is not counted."""
+    """A request's state transition is counted by status and code; repeating the request counts nothing."""
     before = _settled(api, HUMAN_TAKEOVER)
     chat_id = str(uuid4())
     api.message(chat_id, "agent")
@@ -205,7 +205,7 @@ HUMAN_TAKEOVER = {"status": "cancelled", "code": "human_takeover"}
 
 
 def _settled(api: Api, labels: dict[str, str]) -> float:
-    """Return the count once no cached response is served any more."""
+    """Return the count after any cached response has expired."""
     time.sleep(KEPT)
     return _ended(api, labels)
 

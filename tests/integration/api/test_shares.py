@@ -1,6 +1,6 @@
-"""Shares of the database: one workspace cannot block the database for other workspaces.
+"""Shares of the database: one workspace cannot keep other workspaces from using the database.
 
-Each workspace's share of connections is limited, and deep pages are cheap.
+The number of connections of each workspace is limited, and deep pages are cheap.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def test_a_workspace_has_a_share_of_the_connections(pair: tuple[Api, Api]) -> No
 
 
 def test_too_many_of_a_workspace(pair: tuple[Api, Api], monkeypatch: pytest.MonkeyPatch) -> None:
-    """A workspace with too many waiting requests is rejected with Retry-After; other workspaces are not."""
+    """A workspace with too many waiting requests is rejected with Retry-After; others are still served."""
     one, other = pair
     monkeypatch.setattr(shares, "WAITING_SHARE", 1)
     chat_id = one.chat()
@@ -74,7 +74,7 @@ def test_too_many_of_a_workspace(pair: tuple[Api, Api], monkeypatch: pytest.Monk
 
 
 def test_deep_pages_beside_anothers_list(pair: tuple[Api, Api]) -> None:
-    """While 20 clients of one workspace request page 1,490, another's list takes less than 250 ms."""
+    """While 20 clients of one workspace request page 1,490, another workspace's list takes under 250 ms."""
     one, other = pair
     chat_id = one.world.chat()
     one.world.sql(
@@ -105,7 +105,7 @@ def test_deep_pages_beside_anothers_list(pair: tuple[Api, Api]) -> None:
     with ThreadPoolExecutor(CLIENTS) as pool:
         walks = [pool.submit(walk) for _ in range(CLIENTS)]
         try:
-            assert any(measured() < 0.25 for _ in range(5))  # the machine may be busy for a while
+            assert any(measured() < 0.25 for _ in range(5))  # a few tries, since the machine may be busy for a moment
         finally:
             stopping.set()
         for each in walks:
@@ -113,7 +113,7 @@ def test_deep_pages_beside_anothers_list(pair: tuple[Api, Api]) -> None:
 
 
 def test_deep_pages_go_on_where_they_began(pair: tuple[Api, Api], monkeypatch: pytest.MonkeyPatch) -> None:
-    """For a while, a deep page of a list starts at the same row even if new follow-ups are created."""
+    """For a while, a deep page starts at the same row, even if new follow-ups are created."""
     monkeypatch.setattr(deep_pages, "DEEP", 4)
     api = pair[0]
     chat_id = api.chat()
@@ -124,16 +124,16 @@ def test_deep_pages_go_on_where_they_began(pair: tuple[Api, Api], monkeypatch: p
     assert [one for page in pages for one in page] == created
     assert api.ids(pageSize=2, pageNumber=4) == pages[3]
     assert api.ids(pageSize=2, pageNumber=1) == [newest, created[0]]
-    assert api.ids(pageSize=3, pageNumber=2) == created[2:5]  # a shallow page is located by counting rows
+    assert api.ids(pageSize=3, pageNumber=2) == created[2:5]  # the server locates a shallow page by counting rows
     last = api.get(FOLLOW_UPS, pageSize=2, pageNumber=6)
     assert 'rel="next"' not in last.headers["link"]
     assert 'rel="prev"' in last.headers["link"]
 
 
 def test_beginnings_are_bounded_and_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
-    """For a deep page, the nearest stored starting point before it is used.
+    """A deep page is read from the nearest stored starting point before the page.
 
-    The oldest starting points are discarded, and each starting point expires.
+    Each starting point expires, and if there are too many, the oldest are discarded.
     """
     starts, moment = Starts(), in_a_list(0).created_at
     for number in range(deep_pages.MOST_STARTS + 1):
@@ -149,5 +149,5 @@ ID = uuid4()
 
 
 def in_a_list(offset: int) -> Start:
-    """Return a row at the given position of a list."""
+    """Return a starting point at the given position of a list."""
     return Start(offset, datetime(2030, 1, 1, tzinfo=UTC), ID)

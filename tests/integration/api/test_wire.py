@@ -1,4 +1,4 @@
-"""HTTP/1.1 on the wire: which requests the server accepts, and how long it waits for a client."""
+"""HTTP/1.1 on the wire: which requests the server accepts, and how long it waits for slow clients."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ def address_of(api: Api) -> tuple[str, int]:
 def answers(address: tuple[str, int], sent: bytes, methods: Sequence[str], key: str = "", most: int = 1) -> list[int]:
     """Send the bytes and return the statuses of the responses, as parsed by h11.
 
-    ``methods`` are the HTTP methods of the requests, in order; if there are more requests, the last method is repeated.
-    After ``most`` responses the server must send nothing else for a moment. Every ``KEY`` is replaced by the API key.
+    ``methods`` are the HTTP methods of the requests, in order; the last method applies to all further requests. After
+    ``most`` responses the server must send nothing else for a moment. Every ``KEY`` is replaced by the API key.
     """
     statuses: list[int] = []
     with socket.create_connection(address, timeout=10) as connection:
@@ -59,7 +59,7 @@ def answers(address: tuple[str, int], sent: bytes, methods: Sequence[str], key: 
 
 
 def piece_of(connection: socket.socket, wait: float) -> bytes:
-    """Return the next bytes received, or nothing if the connection is closed or silent."""
+    """Return the next bytes received, or nothing if the connection is closed or no bytes arrive."""
     connection.settimeout(wait)
     try:
         return connection.recv(65_536)
@@ -115,13 +115,13 @@ CHUNKED = b"transfer-encoding: chunked"
     ],
 )
 def test_requests_as_sent(api: Api, sent: bytes, statuses: list[int]) -> None:
-    """A malformed or ambiguous HTTP/1.1 request gets 400, and its connection is closed."""
+    """A malformed or ambiguous HTTP/1.1 request gets a 400, and the connection is closed."""
     method = "POST" if sent.startswith(b"POST") else "GET"
     assert answers(address_of(api), sent, [method], api.key, len(statuses)) == statuses
 
 
 def test_answers_without_a_body(api: Api) -> None:
-    """A response without a body is followed directly by the next response."""
+    """After a response without a body, the next response on the connection follows directly."""
     chat = api.chat()
     removal = f"DELETE /api/v1/chats/{chat} HTTP/1.1\r\nhost: a\r\nauthorization: KEY\r\n\r\n".encode()
     sent = HEALTH.replace(b"GET", b"HEAD") + removal + HEALTH
@@ -129,7 +129,7 @@ def test_answers_without_a_body(api: Api) -> None:
 
 
 def test_a_trailer_is_no_header(api: Api) -> None:
-    """A header after the request body is ignored, because all headers have already been checked."""
+    """A header field after the request body is ignored, because the headers have already been checked."""
     chat = api.chat()
     for text in ("one", "two"):
         body = f'{{"chatId": "{chat}", "dueDate": "2035-01-01T00:00:00Z", "message": "{text}"}}'
@@ -149,7 +149,7 @@ def test_pipelined_requests_are_few(api: Api) -> None:
 
 @pytest.mark.parametrize("start", [b"GET /", b"GET /healthz HTTP/1.1\r\nhost: a\r\nx: ", HEALTH + b"GET /"])
 def test_an_endless_head(api: Api, start: bytes) -> None:
-    """An endless request head gets 431 once it exceeds the limit."""
+    """An endless request head gets a 431 as soon as it exceeds the size limit."""
     with socket.create_connection(address_of(api), timeout=10) as connection:
         received = b""
         try:
@@ -200,7 +200,7 @@ def big_page(world: World, size: int = 40) -> bytes:
 
 
 def is_cut(connection: socket.socket) -> bool:
-    """Read until the connection ends, and return whether the response was incomplete."""
+    """Read until the connection ends, and return whether the response is incomplete."""
     received = b""
     try:
         while piece := connection.recv(1 << 20):
@@ -211,7 +211,7 @@ def is_cut(connection: socket.socket) -> bool:
 
 
 def test_a_client_must_read(small: tuple[str, int], world: World) -> None:
-    """A client that does not read its response is disconnected; a slow reader gets all of it."""
+    """A client that does not read the response is disconnected; a slow reader gets the whole response."""
     page = big_page(world)
     with unread(small, page) as silent:
         time.sleep(3)
@@ -223,7 +223,7 @@ def test_a_client_must_read(small: tuple[str, int], world: World) -> None:
 
 
 def test_unread_answers_have_a_budget(settings: Settings, world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Above the budget for unread responses, the connection that has waited longest is closed."""
+    """If unread responses exceed their memory limit, the connection that has waited longest is closed."""
     page = big_page(world)
     monkeypatch.setattr(server, "MAX_UNSENT", 100_000)
     with served(settings) as address, unread(address, page) as first:
@@ -233,7 +233,7 @@ def test_unread_answers_have_a_budget(settings: Settings, world: World, monkeypa
 
 
 def test_unread_connections_make_room(settings: Settings, world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    """If no connection is idle, a connection whose client does not read is closed to admit a new one."""
+    """If no connection is idle, one whose client does not read is closed to admit a new connection."""
     page = big_page(world)
     monkeypatch.setattr(server, "MAX_CONNECTIONS", 3)
     with served(settings) as address:
@@ -258,7 +258,7 @@ def test_pipelined_bodies_share_the_budget(settings: Settings, world: World, mon
     key = key_of(world)[1]
     body = posted(b"content-length: 48000", b" " * 48_000)
     with served(settings) as address:
-        # the third body arrives while the others are still in memory
+        # the third body arrives while the first two are still in memory
         assert 503 in answers(address, body * 3, ["POST"], key, 3)
         for _ in range(3):
             with socket.create_connection(address, timeout=5) as leaving:

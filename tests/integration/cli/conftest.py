@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Ran:
-    """The result of a command: exit code, stdout and stderr."""
+    """The result of running a command: exit code, stdout and stderr."""
 
     code: int
     stdout: str
@@ -35,7 +35,7 @@ class Ran:
 
 @pytest.fixture
 def environment(settings: Settings, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> pytest.MonkeyPatch:
-    """Put the test's settings into the environment and return the monkeypatch."""
+    """Put the test's settings into the environment and return the `monkeypatch` fixture."""
     monkeypatch.setenv("FOLLOWUPS_RUNTIME_DIR", str(tmp_path))
     for name, value in settings.environment().items():
         monkeypatch.setenv(name, value)
@@ -57,7 +57,7 @@ def run(environment: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
 
 @pytest.fixture
 def unprivileged_url(database_url: str) -> Iterator[str]:
-    """Return a URL with a role that cannot see the activity of other roles."""
+    """Return a database URL with a role that cannot see the activity of other roles."""
     url = make_url(database_url)
     role = f"role_of_{url.database}"
     with psycopg.connect(url_as(database_url, SUPERUSER), autocommit=True) as connection:

@@ -1,4 +1,4 @@
-"""The `audit` command: manual changes, the actor of each, and the commands that record them."""
+"""The `audit` command: manual changes, who made them, and the commands that record them."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def test_each_command_is_recorded(run: Run) -> None:
 
     The audit event's actor is the operating-system user.
     """
-    assert run("api-key", "create", "--workspace", "acme").code == 2  # workspace "acme" does not exist yet
+    assert run("api-key", "create", "--workspace", "acme").code == 2  # the workspace "acme" does not exist yet
     run("workspace", "create", "acme")
     key = run("api-key", "create", "--workspace", "acme", "--name", "website", "--json").document
     for command in (
@@ -104,7 +104,7 @@ def test_filters_and_words(run: Run, world: World) -> None:
 
 
 def test_bulk_commands_are_one_event_each(run: Run, world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A bulk command is one audit event with its count, however many batches it takes.
+    """A bulk command leaves one audit event with the total count, even if it ran in many batches.
 
     A dry run leaves no event.
     """

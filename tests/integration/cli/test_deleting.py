@@ -25,7 +25,7 @@ HOUR = timedelta(hours=1)
 
 
 def test_a_workspace_goes_and_its_event_stays(run: Run, world: World) -> None:
-    """Deleting a workspace deletes all its rows; the audit log records the actor and the counts."""
+    """Deleting a workspace deletes all rows of it; an audit event keeps the actor and the counts."""
     name = str(world.workspace_id)
     world.follow_up(due=HOUR)
     run("api-key", "create", "--workspace", name)
@@ -39,7 +39,7 @@ def test_a_workspace_goes_and_its_event_stays(run: Run, world: World) -> None:
 
 
 def test_a_chat_goes_and_others_stay(run: Run, world: World) -> None:
-    """Deleting a chat of a workspace keeps other chats; an unknown chat or workspace is an error."""
+    """Deleting a chat keeps the workspace's other chats; an unknown chat or workspace is an error."""
     name, chat = str(world.workspace_id), world.chat()
     gone, kept = world.follow_up(chat, HOUR), world.follow_up(due=HOUR)
     document = run("chat", "delete", chat, "--workspace", name, "--yes", "--json").document
@@ -51,7 +51,7 @@ def test_a_chat_goes_and_others_stay(run: Run, world: World) -> None:
 
 
 def test_what_does_not_end_is_said(run: Run, world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    """If an attempt in flight does not end, the command fails after a while and explains how to continue."""
+    """If an attempt stays in flight, the delete command fails after a while and explains how to continue."""
     monkeypatch.setattr(deletion, "PATIENCE", timedelta(seconds=-3))
     world.put_in_flight(world.follow_up())
     ran = run("workspace", "delete", world.workspace_id, "--yes")
@@ -64,7 +64,7 @@ def test_what_does_not_end_is_said(run: Run, world: World, monkeypatch: pytest.M
 
 
 def test_without_a_terminal_it_needs_yes(run: Run, world: World) -> None:
-    """Without a terminal for the confirmation, the delete command deletes nothing."""
+    """If there is no terminal on which to confirm, the delete command deletes nothing."""
     ran = run("workspace", "delete", world.workspace_id)
     assert ran.code == 2
     assert "--yes" in ran.stderr

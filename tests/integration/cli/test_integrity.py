@@ -13,13 +13,13 @@ if TYPE_CHECKING:
 
 
 def test_all_well(world: World, engine: Engine) -> None:
-    """Doctor has no findings if every constraint is valid and no sequence would repeat an id."""
+    """If every constraint is valid and no sequence would repeat an id, doctor has no findings."""
     assert world
     assert list(of_tables(engine)) == []
 
 
 def test_rows_that_cannot_be_read(world: World, engine: Engine) -> None:
-    """Doctor reports an unreadable row; after its correction, the advised SQL restores the constraint."""
+    """Doctor reports an unreadable row; once it is corrected, the advised SQL restores the constraint."""
     bad = world.follow_up()
     world.alter("ALTER TABLE follow_ups DROP CONSTRAINT ck_follow_ups_times_are_readable")
     world.sql("UPDATE follow_ups SET next_attempt_at = 'infinity'")
@@ -38,7 +38,7 @@ def test_rows_that_cannot_be_read(world: World, engine: Engine) -> None:
 
 
 def test_a_constraint_that_was_never_validated(world: World, engine: Engine) -> None:
-    """Doctor reports a constraint that was never validated like a missing one."""
+    """Doctor reports an unvalidated constraint in the same way as a missing one."""
     name = "ck_follow_ups_due_date_is_readable"
     world.alter(
         f"ALTER TABLE follow_ups DROP CONSTRAINT {name}, ADD CONSTRAINT {name} CHECK (due_date > 'epoch') NOT VALID"

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def test_set_listed_changed_and_cleared(run: Run, world: World) -> None:
-    """A rate limit is listed as entered; setting it again changes it, and clearing it removes it."""
+    """A rate limit is listed as it was entered, and can be changed by `limit set` and removed."""
     name = str(world.workspace_id)
     assert run("limit", "set", "50/s", "--workspace", name).stdout == f"Workspace {name}: 50/s, 50 at once.\n"
     ran = run("limit", "set", "20/min", "--channel", "whatsapp", "--each", "chat")
@@ -39,7 +39,7 @@ def test_set_listed_changed_and_cleared(run: Run, world: World) -> None:
 
 
 def test_of_everything(run: Run) -> None:
-    """`limit set` without a target limits everything, in total or per workspace."""
+    """`limit set` without a target limits all messages, either in total or per workspace."""
     assert run("limit", "set", "2000/s").stdout == "Everything: 2000/s, 2,000 at once.\n"
     assert run("limit", "set", "100/s", "--each", "workspace").stdout == "Each workspace: 100/s, 100 at once.\n"
     assert [one["each"] for one in run("limit", "list", "--json").document] == [None, "workspace"]
@@ -71,7 +71,7 @@ def test_wrong_choices(run: Run, arguments: tuple[str, ...]) -> None:
 
 
 def test_shown_of_what_waits(run: Run, world: World) -> None:
-    """`show` names the limits that a deferred follow-up waits for, and no limits for other follow-ups."""
+    """For a follow-up deferred by limits, `show` names those limits; for other follow-ups it names none."""
     run("limit", "set", "50/s", "--workspace", world.workspace_id)
     run("limit", "set", "1/min", "--each", "chat")
     waits, pending = world.follow_up(), world.follow_up()

@@ -47,7 +47,7 @@ SIGNED = {"FOLLOWUPS_TRANSPORT_SECRET": "whsec_c2VjcmV0c2VjcmV0c2VjcmV0c2VjcmV0"
 
 
 def fill(world: World) -> None:
-    """Insert two overdue follow-ups (one in flight), one waiting, one due later and 100 sent ones.
+    """Insert two overdue follow-ups (one of them in flight), one waiting, one due later and 100 sent ones.
 
     The 100 sent follow-ups were 1 to 100 ms late.
     """
@@ -78,7 +78,7 @@ class TestStats:
         assert 60 <= found["oldestOverdueSeconds"] < 120
 
     def test_lag_and_throughput(self, run: Run, world: World) -> None:
-        """`stats` shows lag percentiles by nearest rank and throughput per minute for the chosen window."""
+        """`stats` shows lag percentiles by nearest rank, and throughput per minute, for the chosen period."""
         fill(world)
         found = run("stats", "--minutes", 10, "--json").document
         assert found["lagMs"] == {"p50": 50.0, "p95": 95.0, "p99": 99.0}
@@ -98,11 +98,11 @@ class TestStats:
         assert "\x1b" not in shown
 
     def test_a_state_with_many_rows_is_estimated(self, run: Run, world: World, engine: Engine) -> None:
-        """The count of a final state with many rows is the planner's estimate; other counts are exact."""
+        """If a final state has many rows, `stats` shows the planner's estimate; other counts are exact."""
         fill(world)
         with engine.begin() as connection:
             unknown = store.count(connection, window=WINDOW, exact_up_to=10)
-        # lower bounds, because the table was never analysed
+        # the counts are lower bounds, because the table was never analysed
         assert unknown.final == {"sent": 11, "failed": 1, "cancelled": 0}
         world.sql("ANALYZE follow_ups")
         with engine.begin() as connection:
@@ -113,7 +113,7 @@ class TestStats:
         assert run("stats", "--json").document["estimated"] == []
 
     def test_lag_is_given_up_when_it_takes_too_long(self, world: World, engine: Engine) -> None:
-        """If reading the sent rows takes too long, no lag is shown, and the transaction continues."""
+        """If reading the sent rows takes too long, `stats` shows no lag, but its transaction continues."""
         fill(world)
         world.sql(SENT, workspace=world.workspace_id, chat=world.chat(), number=20_000)
         with engine.begin() as connection:
@@ -121,7 +121,7 @@ class TestStats:
             assert store.pace(connection, MINUTE) is not None
 
     def test_what_is_held_is_counted_apart(self, run: Run, world: World) -> None:
-        """Follow-ups that are paused or outside sending hours are counted separately, not as overdue."""
+        """`stats` counts follow-ups that are paused or outside sending hours separately, not as overdue."""
         later = datetime.now(UTC) + 60 * MINUTE
         world.follow_up(due=-MINUTE, pause_id=uuid4(), next_attempt_at=datetime(9998, 12, 31, tzinfo=UTC))
         world.follow_up(due=-MINUTE, held_until=later, next_attempt_at=later)
@@ -133,7 +133,7 @@ class TestStats:
         assert "due, and held until the sending hours" in shown
 
     def test_watching_a_pipe_is_one_line_a_look(self, environment: pytest.MonkeyPatch, world: World) -> None:
-        """In a pipe, `stats --watch` prints a line or JSON per sample until Ctrl-C, which is not a failure."""
+        """In a pipe, `stats --watch` prints a line or JSON object per sample until Ctrl-C, which is no error."""
         del environment
         fill(world)
         command = [sys.executable, "-m", "followups.cli", "stats", "--watch", "--interval", "0.2", "--json"]
@@ -179,7 +179,7 @@ def test_the_dashboard(running: Stack) -> None:
 
 
 def test_attempts_since_the_first_look() -> None:
-    """The dashboard counts attempts from its first sample and derives their rate from the last two."""
+    """The dashboard counts attempts since its first sample, and computes their rate from the last two."""
     attempts = stats.Attempts()
     attempts.see({"sent": 100, "retry": 3}, 10.0)
     attempts.see({"sent": 110, "retry": 3, "rejected": 1}, 12.0)
@@ -192,7 +192,7 @@ def test_attempts_since_the_first_look() -> None:
 
 
 def doctor(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Run doctor in a separate process, because the worker's module reads its settings once."""
+    """Run doctor in a separate process, because the worker's module reads the settings only once."""
     command = [sys.executable, "-m", "followups.cli", "doctor", *arguments]
     return subprocess.run(
         command, capture_output=True, text=True, check=False, env=os.environ | environment, timeout=120
@@ -204,7 +204,7 @@ class TestDoctor:
 
     @pytest.mark.xdist_group("running")
     def test_a_system_that_runs_is_well(self, running: Stack) -> None:
-        """On a running system, every check of doctor passes, the exit code is 0, and no secret is shown."""
+        """On a running system, every check of doctor passes with exit code 0, and no secret is shown."""
         ran = doctor("--json", **running.environment(), **SIGNED)
         report = json.loads(ran.stdout)
         assert [check["name"] for check in report["checks"] if not check["ok"]] == []
@@ -218,7 +218,7 @@ class TestDoctor:
 
     @pytest.mark.usefixtures("environment")
     def test_what_does_not_run_is_named_with_what_to_do(self, world: World) -> None:
-        """Without workers, beat and receiver, doctor exits with code 1, and each failed check gives advice."""
+        """Without workers, beat and receiver, doctor exits with code 1 and gives advice for each failed check."""
         world.sql("UPDATE dispatcher_state SET last_tick_at = now() - interval '1 hour'")
         ran = doctor()
         assert ran.returncode == 1
@@ -272,7 +272,7 @@ class TestDoctor:
         assert bool(found) == bool(advice)
 
     def test_wrong_settings_are_wrong_usage(self, run: Run, environment: pytest.MonkeyPatch) -> None:
-        """With invalid settings, doctor checks nothing and exits with code 2 and an error that names them."""
+        """With invalid settings, doctor runs no check and exits with code 2; the error names the settings."""
         environment.setenv("FOLLOWUPS_LEASE", "1")
         ran = run("doctor")
         assert (ran.code, ran.stdout) == (2, "")

@@ -84,7 +84,7 @@ class TestCancel:
     def test_a_workspace_in_batches(self, run: Run, world: World, monkeypatch: pytest.MonkeyPatch) -> None:
         """A bulk cancel of a workspace runs in batches and does not affect other workspaces.
 
-        A second run of the command finds no follow-up to cancel.
+        When the command runs again, no follow-up is left to cancel.
         """
         monkeypatch.setattr(bulk_cancel, "BATCH", 7)
         ids = world.burst([HOUR] * 40)
@@ -98,7 +98,7 @@ class TestCancel:
         assert run("cancel", "--workspace", world.workspace_id, "--yes", "--json").document["matched"] == 0
 
     def test_what_is_in_flight_is_only_kept_from_another_try(self, run: Run, world: World) -> None:
-        """A bulk cancel does not end a follow-up in flight, but prevents its retry and reports it."""
+        """A bulk cancel does not end a follow-up in flight, but prevents its retry and reports this."""
         later = datetime.now(UTC) + HOUR
         in_flight = world.follow_up(begun_at=later, lease_until=later)
         waiting = world.follow_up(world.row(in_flight).chat_id, HOUR, waits_for=in_flight)
@@ -109,7 +109,7 @@ class TestCancel:
         assert world.row(waiting).status == "cancelled"
 
     def test_what_somebody_holds_is_come_back_to(self, run: Run, world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-        """A bulk cancel skips and counts a row that stays locked by another transaction.
+        """If a row stays locked by another transaction, a bulk cancel skips and counts it.
 
         All other rows are cancelled.
         """
@@ -122,7 +122,7 @@ class TestCancel:
         assert (world.row(held).status, world.row(free).status) == ("pending", "cancelled")
 
     def test_nobody_to_ask(self, run: Run, world: World) -> None:
-        """Without a terminal or --yes, a bulk cancel is a usage error, reported in one sentence."""
+        """A bulk cancel without a terminal needs --yes; otherwise it is a usage error, told in one sentence."""
         follow_up = world.follow_up(due=HOUR)
         ran = run("cancel", "--workspace", world.workspace_id)
         assert (ran.code, ran.stdout) == (2, "")
@@ -168,7 +168,7 @@ class TestRetry:
         assert copies(world, early) == []
 
     def test_none_is_retried_twice(self, run: Run, world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-        """A second bulk retry completes an interrupted one and retries no follow-up twice."""
+        """Running a bulk retry again completes an interrupted run and retries no follow-up twice."""
         monkeypatch.setattr(bulk, "RETRIES", 2)
         ids = [failed(world) for _ in range(5)]
         real, calls = scheduling.retry_once, iter(range(100))
@@ -189,7 +189,7 @@ class TestRetry:
         assert [len(copies(world, one)) for one in ids] == [1] * 5
 
     def test_filters(self, run: Run, world: World) -> None:
-        """A bulk retry with filters retries only failures of the given workspace and reason codes."""
+        """A bulk retry with filters retries only failures with the given workspace and reason codes."""
         wanted, other = failed(world, "retries_exhausted: HTTP 500"), failed(world, "too_late")
         others = type(world)(world.engine)
         theirs = failed(others, "retries_exhausted")
@@ -210,7 +210,7 @@ class TestRetry:
         assert found == {"dryRun": False, "matched": 5, "interrupted": False} | counts
 
     def test_those_over_the_quota_are_counted(self, run: Run, world: World) -> None:
-        """A bulk retry counts retries rejected by the quota, and continues."""
+        """If the quota rejects some retries, a bulk retry counts them and continues."""
         with world.engine.begin() as opened:
             quotas.put(opened, world.workspace_id, quotas.Kind.PENDING, 2)
         for _ in range(5):
@@ -294,7 +294,7 @@ def test_list_by_reason_and_due_date(run: Run, world: World) -> None:
 
 
 def test_killed_halfway(environment: pytest.MonkeyPatch, world: World) -> None:
-    """A bulk cancel that is killed leaves no follow-up half cancelled; a second run completes the command."""
+    """A killed bulk cancel leaves no follow-up half cancelled; running it again cancels what is left."""
     del environment
     with world.engine.begin() as connection:
         connection.execute(
@@ -337,9 +337,9 @@ def typed(command: list[str], answer: bytes) -> tuple[int, str]:
 
 
 def test_somebody_to_ask(environment: pytest.MonkeyPatch, world: World) -> None:
-    """On a terminal, a bulk command shows the count and some ids and requires confirmation.
+    """On a terminal, a bulk command shows the count and some ids and asks for confirmation.
 
-    The answer no changes nothing, and yes runs the command.
+    After the answer "no" nothing changes; after "yes" the command runs.
     """
     del environment
     follow_up = world.follow_up(due=HOUR)

@@ -34,7 +34,7 @@ FAILED = {"status": "failed", "reason": "rejected: HTTP 403 no", "finished_at": 
 
 @pytest.fixture(autouse=True)
 def nudges(monkeypatch: pytest.MonkeyPatch) -> list[datetime]:
-    """Return the due dates for which a command would request a tick; no request is sent."""
+    """Return the due dates for which a command would have requested a tick; none is requested."""
     told: list[datetime] = []
     monkeypatch.setattr(connection, "nudge_if_soon", lambda due, _now: told.append(due))
     return told
@@ -54,13 +54,13 @@ class TestCancel:
         assert world.row(follow_up) == row
 
     def test_without_a_reason_the_code_stands_for_it(self, run: Run, world: World) -> None:
-        """Without a reason, a follow-up is cancelled as cancelled_by_api, as through the API."""
+        """A follow-up that is cancelled without a reason ends as cancelled_by_api, as through the API."""
         cancelled = run("cancel", world.follow_up(due=HOUR), "--json").document
         assert list(cancelled) == FIELDS
         assert (cancelled["status"], cancelled["reason"]) == ("cancelled", "cancelled_by_api")
 
     def test_what_cannot_be_cancelled_stays_as_it_is(self, run: Run, world: World) -> None:
-        """A finished or in-flight follow-up is unchanged by `cancel`, and the error explains why."""
+        """`cancel` leaves a finished or in-flight follow-up unchanged, and the error explains why."""
         failed = world.follow_up(**FAILED)
         later = datetime.now(UTC) + HOUR
         in_flight = world.follow_up(begun_at=later, lease_until=later)
@@ -82,7 +82,7 @@ class TestReschedule:
     """The command `followups reschedule`."""
 
     def test_a_moment(self, run: Run, world: World, nudges: list[datetime]) -> None:
-        """A due date with an offset is stored unchanged."""
+        """A due date with a UTC offset is stored as the same time."""
         follow_up = world.follow_up(due=HOUR)
         due = datetime(2031, 1, 31, 9, tzinfo=UTC)
         ran = run("reschedule", follow_up, "--due", "2031-01-31T10:00:00+01:00")
@@ -92,7 +92,7 @@ class TestReschedule:
 
     @pytest.mark.parametrize(("text", "seconds"), [("now", 0), ("+10m", 600)])
     def test_so_long_after_now(self, run: Run, world: World, text: str, seconds: int) -> None:
-        """`now` and relative times are based on the database's clock."""
+        """`now` and relative due dates are measured by the database's clock."""
         follow_up = world.follow_up(due=HOUR)
         before = world.scalar("SELECT now()")
         assert list(run("reschedule", follow_up, "--due", text, "--json").document) == FIELDS
@@ -125,13 +125,13 @@ class TestRetry:
         assert nudges == [new.due_date]
 
     def test_later(self, run: Run, world: World) -> None:
-        """The follow-up that `retry` creates can have a later due date."""
+        """With a given due date, the follow-up that `retry` creates is due at that time."""
         new = run("retry", world.follow_up(**FAILED), "--due", "+1h", "--json").document
         assert list(new) == FIELDS
         assert new["createdAt"] < new["dueDate"]
 
     def test_only_a_failed_one(self, run: Run, world: World) -> None:
-        """`retry` rejects a follow-up that has not failed or whose user has replied since."""
+        """`retry` rejects a follow-up that has not failed, and a failed one whose user has replied since."""
         assert "this one is pending" in run("retry", world.follow_up(due=HOUR)).stderr
         answered = world.follow_up(world.chat(last_message_role="user"), **FAILED)
         ran = run("retry", answered)
@@ -146,7 +146,7 @@ def _reschedule_in_a_process(follow_up: UUID) -> None:
 
 
 def test_what_is_due_soon_asks_for_a_tick(environment: pytest.MonkeyPatch, world: World, broker_url: str) -> None:
-    """A change that makes a follow-up due before the next tick requests a tick.
+    """A change after which a follow-up is due before the next tick requests a tick.
 
     The command succeeds even if the broker is unreachable.
     """
@@ -160,7 +160,7 @@ def test_what_is_due_soon_asks_for_a_tick(environment: pytest.MonkeyPatch, world
 
 @pytest.mark.usefixtures("environment")
 def test_what_is_due_later_asks_for_none(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A change that makes a follow-up due after the next tick requests no tick."""
+    """A change after which a follow-up is due after the next tick requests no tick."""
     asked: list[str] = []
     monkeypatch.setattr(connection, "ask_for_tick", lambda: asked.append("tick"))
     now = datetime.now(UTC)

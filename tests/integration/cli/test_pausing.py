@@ -35,9 +35,9 @@ def _no_tick(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_paused_listed_and_resumed(run: Run, world: World, engine: Engine, settings: Settings) -> None:
-    """A pause is listed with the number of follow-ups it holds.
+    """A pause is listed with the number of follow-ups held by it.
 
-    `resume` prints how many follow-ups continue, and what is still paused.
+    `resume` prints how many follow-ups continue, and which pauses remain.
     """
     name = str(world.workspace_id)
     assert run("pause", "--workspace", name).stdout == f"Workspace {name} is paused.\n"
@@ -63,7 +63,7 @@ def test_paused_listed_and_resumed(run: Run, world: World, engine: Engine, setti
 
 
 def test_resuming_goes_on_where_it_was_broken_off(run: Run, world: World, engine: Engine, settings: Settings) -> None:
-    """If `resume` was interrupted after it ended the pause, the next run releases the other follow-ups."""
+    """If `resume` was interrupted after it had ended the pause, the next run releases the remaining ones."""
     name = str(world.workspace_id)
     run("pause", "--workspace", name)
     world.follow_up()
@@ -75,7 +75,7 @@ def test_resuming_goes_on_where_it_was_broken_off(run: Run, world: World, engine
 def test_it_waits_for_what_is_beginning(
     run: Run, world: World, settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """`pause` waits until no worker has an open transaction that may have missed the pause.
+    """`pause` waits until no worker has an open transaction that may not have seen the pause.
 
     If such a transaction stays open, `pause` reports it.
     """
@@ -103,7 +103,7 @@ def worker(settings: Settings) -> Iterator[Engine]:
 def test_it_waits_whichever_its_role(
     run: Run, world: World, worker: Engine, settings: Settings, unprivileged_url: str, environment: pytest.MonkeyPatch
 ) -> None:
-    """`pause` waits for attempts that are beginning, even if its role cannot see other sessions."""
+    """`pause` waits for attempts that are beginning, even if its database role cannot see other sessions."""
     environment.setenv("FOLLOWUPS_DATABASE_URL", unprivileged_url)
     environment.setattr(pause, "UNDER_WAY", 60.0)
     world.follow_up()
@@ -124,7 +124,7 @@ def test_it_waits_whichever_its_role(
 @pytest.mark.parametrize("command", ["pause", "resume"])
 @pytest.mark.parametrize("options", [(), ("--workspace", "nobody"), ("--channel", "telegraph")])
 def test_wrong_choices(run: Run, command: str, options: tuple[str, ...]) -> None:
-    """An empty or unknown selection for `pause` is a usage error, reported in one sentence."""
+    """If `pause` selects nothing or something unknown, it ends with a usage error in one sentence."""
     ran = run(command, *options)
     assert (ran.code, ran.stdout) == (2, "")
     assert ran.stderr.startswith("followups: ")

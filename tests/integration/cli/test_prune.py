@@ -92,7 +92,7 @@ def test_archived(run: Run, world: World, tmp_path: Path, monkeypatch: pytest.Mo
 def test_nothing_is_deleted_that_is_not_archived(
     run: Run, world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """If the disk is full, the archive contains whole batches and other rows stay in the database."""
+    """If the disk fills up, the archive has only complete batches, and rows not archived are kept."""
     monkeypatch.setattr(pruning, "BATCH", 2)
     ids = [ended(world, 100 - n) for n in range(5)]
     real, calls = prune._write, iter(range(9))  # noqa: SLF001 - simulates a full disk
@@ -111,7 +111,7 @@ def test_nothing_is_deleted_that_is_not_archived(
 
 
 def test_an_archive_is_not_written_over(run: Run, world: World, tmp_path: Path) -> None:
-    """An existing archive file is a usage error, and `prune` deletes nothing."""
+    """If the archive file already exists, `prune` is a usage error and deletes nothing."""
     ended(world, 91)
     path = tmp_path / "old.jsonl.gz"
     path.write_text("mine")
@@ -124,7 +124,7 @@ def test_an_archive_is_not_written_over(run: Run, world: World, tmp_path: Path) 
 def test_wrong_ages(run: Run, world: World, options: tuple[str, ...]) -> None:
     """`prune` with an invalid age is a usage error, reported in one sentence.
 
-    `prune` without a terminal and without a confirmation is a usage error, too.
+    Without a terminal and without --yes, `prune` is a usage error, too.
     """
     ended(world, 91)
     ran = run("prune", *options, "--yes")

@@ -1,4 +1,4 @@
-"""Reports of a read-only database by readiness checks, doctor and commands."""
+"""How readiness checks, doctor and other commands report a read-only database."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ if TYPE_CHECKING:
 
 @pytest.mark.parametrize("any_server", [False, True])
 def test_it_is_called_read_only(settings: Settings, world: World, database_url: str, *, any_server: bool) -> None:
-    """Readiness and doctor report a read-only database, whether it accepts or rejects connections.
+    """Readiness and doctor report a read-only database, whether or not the URL permits sessions on it.
 
-    No finding of doctor advises to start more workers.
+    No finding of doctor advises the operator to start more workers.
     """
     world.follow_up(due=-timedelta(hours=1))
     url = whatever_it_is(database_url) if any_server else database_url
@@ -45,7 +45,7 @@ def test_a_command_says_so(
     capsys: pytest.CaptureFixture[str],
     database_url: str,
 ) -> None:
-    """A command reports a read-only database in one sentence, even if the command changes nothing."""
+    """Every command reports a read-only database in one sentence, even a command that only reads."""
     for url in (database_url, whatever_it_is(database_url)):
         environment.setenv("FOLLOWUPS_DATABASE_URL", url)
         with read_only(database_url):

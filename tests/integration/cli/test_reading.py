@@ -40,7 +40,7 @@ class TestList:
     """The command `followups list`."""
 
     def test_the_json_form_is_the_api_s_without_the_text(self, run: Run, world: World) -> None:
-        """Each JSON entry of `list` has exactly the API's fields; the message is null without --message."""
+        """Each JSON entry of `list` has exactly the API's fields; without --message the message is null."""
         follow_up = world.follow_up(due=HOUR)
         [entry] = run("list", "--json").document
         assert list(entry) == FIELDS
@@ -88,7 +88,7 @@ class TestShow:
     """The command `followups show`."""
 
     def test_it_tells_everything_but_the_text(self, run: Run, world: World) -> None:
-        """The JSON of `show` adds an explanation and each failed attempt to the API's fields."""
+        """The JSON of `show` contains the API's fields, an explanation and each failed attempt."""
         follow_up = world.follow_up(world.chat(channel="whatsapp", external_id="4917"), **FAILED, attempts=2)
         world.sql(
             "INSERT INTO failed_attempts (follow_up_id, number, outcome, detail, status_code, duration)"
@@ -134,14 +134,14 @@ class TestShow:
     def test_it_tells_the_rest_without_the_broker(
         self, run: Run, world: World, environment: pytest.MonkeyPatch
     ) -> None:
-        """If the broker is unreachable, `show` reports the breaker's state as unknown and shows all else."""
+        """If the broker is unreachable, `show` calls the breaker's state unknown and shows everything else."""
         environment.setenv("FOLLOWUPS_BROKER_URL", "redis://127.0.0.1:9/0")
         shown = run("show", world.follow_up(due=HOUR), "--json").document
         assert shown["breaker"] is None
         assert "is sent in" in shown["explanation"]
 
     def test_it_is_readable(self, run: Run, world: World) -> None:
-        """`show` prints facts, the explanation and failed attempts as text, and the message with --message."""
+        """`show` prints facts, the explanation and failed attempts as text; --message adds the message."""
         follow_up = world.follow_up(
             status="sent",
             finished_at=datetime(2030, 1, 31, tzinfo=UTC),
@@ -188,7 +188,7 @@ class TestShow:
         assert run("show", second, "--json").document["sendingHours"].items() >= hours.items()
 
     def test_what_it_was_retried_as(self, run: Run, world: World) -> None:
-        """`show` names the retry of a failed follow-up, and the failed follow-up of a retry."""
+        """For a failed follow-up, `show` names its retry; for a retry, `show` names the failed follow-up."""
         failed = world.follow_up(**FAILED)
         new = run("retry", failed, "--due", "+1h").stdout.strip()
         assert run("show", failed, "--json").document["retriedAs"] == new
