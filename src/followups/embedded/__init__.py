@@ -2,8 +2,8 @@
 
 These processes are used by `followups up`, `followups demo` and the tests. Every process started here is a child of the
 owner process, in a separate session. So Ctrl-C reaches only the owner, which then stops the children in order. The
-owner's ``with`` block stops each child. If the owner ends without stopping its children, killed or not, a small
-`watchdog` stops the remaining processes and removes the temporary directories.
+owner's ``with`` block stops each child. If the owner ends without stopping its children, for example because it was
+killed, a small `watchdog` stops the remaining processes and removes the temporary directories.
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ __all__ = [
 ]
 
 SERVERS = {"EmbeddedPostgres": "followups.embedded.postgres", "EmbeddedValkey": "followups.embedded.valkey"}
-"""Names that need the packages of the extra `embedded`; all other names work without these packages."""
+"""Names in this package that need the packages of the extra `embedded`; all other names work without these packages."""
 
 
 def __getattr__(name: str) -> object:
-    """Import a server lazily."""
+    """Import a server's class lazily, when it is first used."""
     if name not in SERVERS:
         message = f"module {__name__!r} has no attribute {name!r}"
         raise AttributeError(message)

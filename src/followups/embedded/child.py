@@ -21,10 +21,10 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 POLL = timedelta(milliseconds=20)
-"""Interval between two readiness checks."""
+"""Interval between two checks whether a process is ready."""
 
 TAIL_LINES = 20
-"""Number of lines of the log that an error quotes."""
+"""Number of lines at the end of the log that an error message quotes."""
 
 GONE_WITHIN = timedelta(seconds=5)
 """How long the descendants of a killed process may take to end."""
@@ -44,25 +44,25 @@ class Command:
     argv: Sequence[str]
     log: Path
     environment: Mapping[str, str] | None = None
-    """The complete environment, or None to inherit this process's."""
+    """The complete environment of the command, or None to inherit the environment of this process."""
     directory: Path | None = None
     stdin: bytes = b""
     run_as: tuple[int, int] | None = None
-    """User and group id to run as if this process is root, or None to keep this process's."""
+    """The user and group ids of the command if this process is root, or None to keep the ids of this process."""
     stop_signal: signal.Signals = signal.SIGTERM
     grace: timedelta = timedelta(seconds=10)
     echo: Callable[[str], None] | None = None
-    """Called from a thread with each line of the command's output."""
+    """A function that a thread calls with each line of the command's output."""
 
 
 class Child:
     """A running command. It can be started again after a stop or a kill."""
 
     def __init__(self, command: Command) -> None:
-        """Store the command; `start` runs it."""
+        """Store the command, which `start` runs."""
         self.command = command
         self._process: subprocess.Popen[bytes] | None = None
-        self._forks = -1  # the read end of a pipe that the process and all its descendants keep open
+        self._forks = -1  # the read end of a pipe whose write end the process and all its descendants keep open
         self._asked_at: float | None = None
         self._echo: threading.Thread | None = None
 
@@ -73,7 +73,10 @@ class Child:
 
     @property
     def exit_code(self) -> int | None:
-        """The command's exit code, negative for a signal; None while it is running or was never started."""
+        """The command's exit code, or None while it is running or was never started.
+
+        The exit code is negative if a signal ended the command.
+        """
         return self._process.poll() if self._process else None
 
     @property
@@ -126,20 +129,23 @@ class Child:
         return "(there is none)"
 
     def signal(self, number: signal.Signals) -> None:
-        """Send a signal to the process itself, not to its group: the parent of a pool handles its own children."""
+        """Send a signal to the process only, not to its group.
+
+        The parent process of a pool handles its own children.
+        """
         if self.running:
             self._running().send_signal(number)
 
     def ask(self) -> None:
-        """Send the stop signal, without waiting for the command to end."""
+        """Send the command's stop signal, without waiting for the command to end."""
         if self._asked_at is None:
             self._asked_at = time.monotonic()
             self.signal(self.command.stop_signal)
 
     def stop(self) -> None:
-        """Send the stop signal, wait up to ``grace``, then kill what is left.
+        """Send the stop signal, wait up to ``grace``, then kill the processes that are still running.
 
-        Stopping a command that is not running has no effect.
+        If the command is not running, nothing happens.
         """
         if self._process is None:
             return
@@ -153,7 +159,7 @@ class Child:
         """Send SIGKILL to the process and its group, and return once all descendants have ended."""
         if self._process is None:
             return
-        # The signal is sent even if the process itself has ended, so that the rest of its group ends too.
+        # The signal is sent even if the process has already ended, so that the other processes of its group end too.
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(self._process.pid, signal.SIGKILL)
         self._process.wait()

@@ -1,6 +1,6 @@
 """Temporary directories that are removed even if this process is killed.
 
-Other users may be allowed to traverse the directories.
+The directories can be made passable for other users.
 """
 
 from __future__ import annotations
@@ -13,17 +13,20 @@ from pathlib import Path
 from followups.embedded.watchdog import WATCHDOG
 
 LONGEST_PARENT = 60
-"""Longest parent directory, in characters. The path of a Unix socket is limited to 103 bytes on macOS and 107 on Linux.
+"""Longest path of the parent directory, in characters. The path of a Unix socket is limited to 103 bytes on macOS and
+107 on Linux.
 """
 
 MEMORY_WANTED = 4 * 1024**3
-"""Required free space in bytes. PostgreSQL's write-ahead log alone may take one gigabyte before it is recycled."""
+"""Free space in bytes that an in-memory file system must have. PostgreSQL's write-ahead log alone may take one gigabyte
+before it is recycled.
+"""
 
 
 def make_temporary_directory(parent: Path | None = None) -> Path:
     """Create a private directory in ``parent``, or in a temporary directory if ``parent`` is None.
 
-    The default temporary directory is used if the path of a socket fits there, otherwise ``/tmp``.
+    If the path of a socket fits into the default temporary directory, that directory is used, otherwise ``/tmp``.
     """
     usual = tempfile.gettempdir()
     where = parent or (usual if len(usual) <= LONGEST_PARENT else "/tmp")  # noqa: S108 - mkdtemp makes it private
@@ -33,19 +36,22 @@ def make_temporary_directory(parent: Path | None = None) -> Path:
 
 
 def memory_directory() -> Path | None:
-    """Return an in-memory file system with room for a few databases, or None (a container's has 64 MB)."""
+    """Return an in-memory file system with room for a few databases, or None if there is none.
+
+    A container's in-memory file system has only 64 MB.
+    """
     memory = Path("/dev/shm")  # noqa: S108 - make_temporary_directory makes a private one in it
     return memory if memory.is_dir() and shutil.disk_usage(memory).free >= MEMORY_WANTED else None
 
 
 def remove_directory(path: Path) -> None:
-    """Remove a directory that `make_temporary_directory` made."""
+    """Remove a directory that `make_temporary_directory` has created."""
     shutil.rmtree(path)
     WATCHDOG.release(path)
 
 
 def let_through(directory: Path) -> None:
-    """Allow every user to traverse, but not list, a directory that `make_temporary_directory` made."""
+    """Allow every user to traverse, but not list, a directory that `make_temporary_directory` has created."""
     directory.chmod(0o711)
 
 

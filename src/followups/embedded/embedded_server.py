@@ -16,12 +16,12 @@ if TYPE_CHECKING:
 
 
 class EmbeddedServer(ABC):
-    """Starts and stops the server, by ``with`` or by `start` and `stop`."""
+    """Starts and stops the server, either in a ``with`` block or by `start` and `stop`."""
 
     name: ClassVar[str]
-    """The program's name, which errors contain."""
+    """The program's name, which error messages contain."""
     start_within: ClassVar[timedelta]
-    """How long a start may take."""
+    """The longest time that a start may take."""
 
     def __init__(self, parent: Path | None = None) -> None:
         """Store the parent of the temporary directory without starting the server."""
@@ -42,7 +42,7 @@ class EmbeddedServer(ABC):
 
     @property
     def child(self) -> Child:
-        """The server's process. Raises `EmbeddedError` unless it was started."""
+        """The server's process. Raises `EmbeddedError` unless the server was started."""
         if self._server is None:
             message = f"{self.name} was not started."
             raise EmbeddedError(message)
@@ -77,7 +77,7 @@ class EmbeddedServer(ABC):
     def restart(self) -> None:
         """Stop the server if it is running, and start it again with the same URL.
 
-        Only data that is stored in a data directory survives.
+        Only data in a data directory is kept.
         """
         self.child.stop()
         self._run(self.child)
@@ -100,4 +100,4 @@ class EmbeddedServer(ABC):
 
     @abstractmethod
     def _is_ready(self) -> bool:
-        """Return whether the server answers."""
+        """Return whether the server answers requests."""

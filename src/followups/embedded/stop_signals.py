@@ -1,8 +1,9 @@
-"""Ctrl-C, SIGTERM and a closed terminal: recorded when they arrive, handled between two steps.
+"""Ctrl-C, SIGTERM and a closed terminal: these signals are recorded first and handled between two steps.
 
-If a signal handler raised an exception, it could occur between the start of a process and the moment when the start is
-recorded. So the first signal is only recorded, and `StopSignals.check` turns it into KeyboardInterrupt. A second signal
-before that check raises immediately, and the watchdog of `followups.embedded` stops the remaining processes.
+If a signal handler raised an exception, the exception could occur between the start of a process and the moment when
+the start is recorded. So the first signal is only recorded, and `StopSignals.check` turns it into KeyboardInterrupt. A
+second signal before that check raises immediately, and the watchdog of `followups.embedded` stops the remaining
+processes.
 """
 
 from __future__ import annotations
@@ -21,30 +22,30 @@ class StopSignals:
     """Records signals within the ``with`` block. `StopSignals` must be used from the main thread."""
 
     def __init__(self) -> None:
-        """Start with no handlers installed."""
+        """Create the recorder without installing signal handlers."""
         self._wanted = False
         self._quiet = False
         self._before: dict[signal.Signals, object] = {}
 
     def __enter__(self) -> Self:
-        """Install the handlers."""
+        """Install the signal handlers."""
         self._before = {number: signal.signal(number, self._note) for number in STOPPING}
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Restore the previous handlers."""
+        """Restore the previous signal handlers."""
         for number, handler in self._before.items():
             signal.signal(number, handler)  # type: ignore[arg-type]  # what signal() returned
 
     def check(self) -> None:
-        """Raise KeyboardInterrupt if a signal has arrived."""
+        """Raise KeyboardInterrupt if a stop signal has arrived."""
         if self._wanted:
             raise KeyboardInterrupt
 
     def quieten(self) -> None:
-        """Ignore signals from now on, so that the shutdown completes."""
+        """Ignore signals from now on, so that the shutdown is not interrupted."""
         self._quiet = True
 
     def _note(self, _number: int, _frame: FrameType | None) -> None:

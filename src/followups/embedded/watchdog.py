@@ -26,14 +26,14 @@ POLL = 0.02
 """Seconds between two checks of a process that has received its stop signal."""
 
 REMOVAL_TRIES = 50
-"""How many times to try to remove a directory, at intervals of `POLL`; a program may still be writing into it."""
+"""Number of tries to remove a directory, at intervals of `POLL`; a program may still be writing into the directory."""
 
 
 class Watchdog:
-    """The owner's end of the watchdog: what is guarded, and the pipe to the watchdog process."""
+    """The owner's end of the watchdog: the guarded processes and directories, and the pipe to the watchdog process."""
 
     def __init__(self) -> None:
-        """Start with nothing guarded.
+        """Create the watchdog without anything to guard.
 
         The watchdog process starts with the first `guard_process` or `guard_directory`.
         """
@@ -43,18 +43,18 @@ class Watchdog:
         os.register_at_fork(after_in_child=self._let_go)
 
     def guard_process(self, pid: int, stop_signal: signal.Signals, grace: float) -> None:
-        """Stop the process after the owner has ended.
+        """Have the watchdog stop this process after the owner has ended.
 
         The process receives the signal, and its group receives SIGKILL after ``grace`` seconds.
         """
         self._guard(pid, ["process", pid, int(stop_signal), grace])
 
     def guard_directory(self, path: Path) -> None:
-        """Remove the directory after the owner and the guarded processes have ended."""
+        """Have the watchdog remove the directory after the owner and the guarded processes have ended."""
         self._guard(str(path), ["directory", str(path)])
 
     def release(self, key: int | Path) -> None:
-        """Stop guarding this pid or directory. The watchdog ends when nothing is left to guard."""
+        """Stop guarding this pid or directory. If nothing is left to guard, the watchdog ends."""
         name = key if isinstance(key, int) else str(key)
         with self._lock:
             self._guarded.pop(name, None)
@@ -74,8 +74,8 @@ class Watchdog:
         self._process = subprocess.Popen(  # noqa: S603 - this very file
             [sys.executable, "-I", "-S", __file__],
             stdin=subprocess.PIPE,
-            # The watchdog must not inherit the owner's output. Otherwise a reader of this output would wait for the
-            # watchdog's end too.
+            # The watchdog must not inherit the owner's output. Otherwise a program that reads this output would also
+            # wait for the watchdog to end.
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
             cwd="/",
@@ -90,7 +90,7 @@ class Watchdog:
         try:
             self._process.stdin.write(json.dumps(entry).encode() + b"\n")
             self._process.stdin.flush()
-        except BrokenPipeError:  # the watchdog was killed: start a new one with the complete list
+        except BrokenPipeError:  # the watchdog was killed, so a new one is started with the complete list
             self._end()
             self._start()
 
@@ -106,7 +106,7 @@ class Watchdog:
         self._guarded = {}
         if self._process is not None and self._process.stdin is not None:
             os.close(self._process.stdin.fileno())
-            self._process.returncode = 0  # the watchdog is not this process's child, so there is nothing to wait for
+            self._process.returncode = 0  # the watchdog is not a child of this process, so there is nothing to wait for
         self._process = None
 
 
@@ -115,18 +115,21 @@ WATCHDOG = Watchdog()
 
 
 def is_alive(pid: int) -> bool:
-    """Return whether the process exists and is not a zombie, since its parent may never collect it."""
+    """Return whether the process exists and is not a zombie.
+
+    A zombie does not count as alive, since its parent may never collect it.
+    """
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
         return False
-    with contextlib.suppress(OSError, IndexError):  # without /proc a zombie counts as alive
+    with contextlib.suppress(OSError, IndexError):  # on a system without /proc, a zombie counts as alive
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in {"Z", "X"}
     return True
 
 
 def stop(pid: int, stop_signal: int, grace: float) -> None:
-    """Send the signal to the process, and SIGKILL to its group after its end or after ``grace`` seconds."""
+    """Send the signal to the process, then SIGKILL to its group, at its end or after ``grace`` seconds."""
     with contextlib.suppress(ProcessLookupError):
         os.kill(pid, stop_signal)
     deadline = time.monotonic() + grace
@@ -137,7 +140,7 @@ def stop(pid: int, stop_signal: int, grace: float) -> None:
 
 
 def remove(directory: str) -> None:
-    """Remove the directory, retrying while a program still writes into it."""
+    """Remove the directory, and retry while a program still writes into it."""
     for _ in range(REMOVAL_TRIES):
         shutil.rmtree(directory, ignore_errors=True)
         if not Path(directory).exists():
@@ -148,7 +151,7 @@ def remove(directory: str) -> None:
 def main() -> None:
     """Read what to guard until the owner ends, then stop the processes and remove the directories.
 
-    The newest processes and directories are handled first.
+    The processes and directories that were added last are handled first.
     """
     processes: dict[int, tuple[int, float]] = {}
     directories: set[str] = set()
