@@ -1,1 +1,1 @@
-"""The history of the schema (Alembic)."""
+"""The migrations of the database schema (Alembic)."""

@@ -1,4 +1,4 @@
-"""Run migrations online, one process at a time."""
+"""Run migrations over a database connection, in one process at a time."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ LOCK = 0x666F6C6C6F777570
 """Key of the advisory lock that keeps migrations from running concurrently ("followup" in ASCII)."""
 
 ASK_AGAIN = 0.2
-"""Seconds between two tries to acquire the lock while another migration holds it."""
+"""Seconds between two tries to acquire the lock while another migration is running."""
 
 LOCK_TIMEOUT = "2s"
-"""How long a change of a table waits for its lock.
+"""How long a change of a table waits for the lock on the table.
 
-While the change waits, all other transactions on the table queue behind it, so a migration delays each of them by less
+While the change waits, all other transactions on the table wait behind it, so a migration delays each of them by less
 than three seconds.
 """
 
 GIVE_WAY = 1.0
-"""Seconds between two tries to change a table, in which the queued transactions proceed."""
+"""Seconds between two tries to change a table. In this time, the transactions that were waiting proceed."""
 
 # The key is not a bind parameter, because PostgreSQL keeps the snapshot of a statement with parameters until the next
 # statement. An index that is created concurrently would wait for that snapshot.
@@ -43,8 +43,9 @@ _HOLDER = text("""
 
 
 def _bound_locks(connection: Connection) -> None:
-    # The timeout is set in each transaction, whatever the previous one has set. An index that is created concurrently
-    # is created outside a transaction, and may wait as long as the whole migration, because no query waits behind it.
+    # The timeout is set in each transaction, whatever the previous transaction has set. An index that is created
+    # concurrently is created outside a transaction. It may wait as long as the whole migration, because no query waits
+    # behind it.
     if connection.get_execution_options().get("isolation_level") != "AUTOCOMMIT":
         connection.exec_driver_sql(f"SET LOCAL lock_timeout = '{LOCK_TIMEOUT}'")
 
@@ -106,7 +107,7 @@ def run() -> None:
     attributes = context.config.attributes
     url = attributes.get("database_url") or get_settings().database_url.get_secret_value()
     patience = attributes.get("patience", PATIENCE)
-    # The change of a large table has no time limit, but the wait for a lock has one.
+    # Changing a large table has no time limit, but waiting for a lock has one.
     options = {"lock_timeout": f"{max(patience, 1):.0f}s"}
     engine = make_engine(url, statement_timeout=None, options=options)
     event.listen(engine, "begin", _bound_locks)

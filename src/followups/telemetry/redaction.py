@@ -1,4 +1,7 @@
-"""Redaction of secrets and message texts in log lines, as a second safeguard: most are never logged."""
+"""Redaction of secrets and message texts in log lines, as a second safeguard.
+
+The first safeguard is that secrets and message texts are not logged.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Outcomes of HTTP answers, by the table of answers in deploy/ENDPOINT.md; pure functions.
+"""Outcomes of HTTP answers, by the table of answers in deploy/ENDPOINT.md; all functions are pure.
 
 ============================================ =========================================================
 answer                                       outcome
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from uuid import UUID
 
 EXCERPT_LENGTH = 200
-"""Number of characters of a rejection's body that are kept in the reason."""
+"""Number of characters of a rejection's body that are stored in the reason."""
 
 _SECONDS = re.compile(r"\d+(?:\.\d+)?", re.ASCII)
 _CONTROLS = dict.fromkeys([*range(9), 11, 12, *range(14, 32), *range(127, 160)])
@@ -40,13 +40,13 @@ Document = dict[str, object]
 
 
 class Answer(NamedTuple):
-    """An HTTP answer whose head has arrived. Header names are in lower case."""
+    """An HTTP answer whose head has arrived completely. Header names are in lower case."""
 
     status: int
     headers: Mapping[str, str] = MappingProxyType({})
     body: bytes = b""
     flaw: str = ""
-    """Why the body is incomplete, or an empty string; the status counts in either case."""
+    """Why the body is incomplete, or an empty string. The status of the answer counts in either case."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +59,7 @@ class Dialect:
     Raises `ValueError` for an invalid id, without quoting it.
     """
     wish: Callable[[Document], timedelta | None]
-    """Return the delay that a 429 without Retry-After requests."""
+    """Return the delay that the body of a 429 without Retry-After requests."""
 
 
 def outcome_of(answer: Answer, dialect: Dialect, now: datetime | None = None) -> Outcome:
@@ -82,7 +82,7 @@ def outcome_of(answer: Answer, dialect: Dialect, now: datetime | None = None) ->
 
 
 def retry_after(headers: Mapping[str, str], now: datetime) -> timedelta | None:
-    """Return the delay in Retry-After, clamped to 1 s..24 h, or None if it is missing or invalid.
+    """Return the delay in Retry-After, clamped to 1 s..24 h, or None if the header is missing or invalid.
 
     Retry-After is in seconds (a fraction is accepted) or an HTTP date (RFC 9110, 10.2.3). A date is measured from the
     answer's own Date header if there is one, so that the clocks of the two hosts need not agree.
@@ -136,9 +136,9 @@ def _wish(answer: Answer, dialect: Dialect) -> timedelta | None:
 
 def _document(body: bytes) -> Document:
     try:
-        # json.loads would try other encodings first
+        # json.loads would try other encodings before UTF-8
         document = _DECODER.decode(body.removeprefix(BOM_UTF8).decode())
-    except (ValueError, RecursionError):  # RecursionError: nested thousands of levels deep
+    except (ValueError, RecursionError):  # a RecursionError means that the JSON is nested thousands of levels deep
         document = ...
     if document is ...:
         message = "the body of the answer is not JSON"

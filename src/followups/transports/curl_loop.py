@@ -1,7 +1,8 @@
 """libcurl's multi handle on an event loop, through its socket interface, without threads or polling.
 
-pycurl has its own driver of this type, `AsyncCurlMulti`. It adds a watcher to the event loop for every call and removes
-that watcher again, so that a call took 40 us of processor time. With one epoll for all sockets a call takes 24 us.
+pycurl has its own driver of this type, `AsyncCurlMulti`. `AsyncCurlMulti` adds a watcher to the event loop for every
+call and removes it again, so that a call took 40 us of processor time. With one epoll for all sockets a call takes 24
+us.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
 CLOSED = -1
-"""Result code of a transfer that `CurlLoop.close` has ended, in place of libcurl's code."""
+"""Result code of a transfer that `CurlLoop.close` has ended, used instead of libcurl's code."""
 
 _WANTED = {
     pycurl.POLL_IN: select.EPOLLIN,
@@ -33,7 +34,7 @@ class CurlLoop:
     """The transfers of a process on the running event loop, and the connections kept for later transfers."""
 
     def __init__(self, options: Mapping[int, int]) -> None:
-        """Register with the running loop; ``options`` are those of the multi handle."""
+        """Register with the running event loop; ``options`` are the options of the multi handle."""
         self._loop = asyncio.get_running_loop()
         self._multi = pycurl.CurlMulti()
         self._multi.setopt(pycurl.M_SOCKETFUNCTION, self._watch)
@@ -44,7 +45,7 @@ class CurlLoop:
         self._watched: set[int] = set()
         self._kick: asyncio.Handle | None = None
         self._timer: asyncio.TimerHandle | None = None
-        self._wanted = 0.0  # when to call libcurl next, by the loop's clock
+        self._wanted = 0.0  # when libcurl must be called next, by the loop's clock
         self._running: dict[pycurl.Curl, asyncio.Future[int]] = {}
         self._looks_up = False  # whether libcurl may be looking up a host name for a transfer that has already ended
         self._loop.add_reader(self._sockets.fileno(), self._go_on)
@@ -69,7 +70,7 @@ class CurlLoop:
                 self._remove(curl, CLOSED)
 
     def close(self) -> None:
-        """End every transfer, and close every connection."""
+        """End every transfer and close every connection."""
         for curl in tuple(self._running):
             self._end(curl, CLOSED)
         self._loop.remove_reader(self._sockets.fileno())
@@ -77,8 +78,8 @@ class CurlLoop:
         for callback in (pycurl.M_SOCKETFUNCTION, pycurl.M_TIMERFUNCTION):
             self._multi.setopt(callback, None)
         if self._looks_up:
-            # libcurl waits for its threads that look up host names, which takes up to half a minute if the name server
-            # is silent.
+            # libcurl waits for its threads that look up host names. If the name server does not answer, this takes up
+            # to half a minute.
             threading.Thread(target=self._multi.close, name="curl-close", daemon=True).start()
         else:
             self._multi.close()
@@ -95,7 +96,7 @@ class CurlLoop:
         self._watched.add(socket)
         try:
             self._sockets.modify(socket, wanted)
-        except FileNotFoundError:  # a new socket, perhaps with a number that was used before
+        except FileNotFoundError:  # this is a new socket, perhaps with a number that was used before
             self._sockets.register(socket, wanted)
 
     def _go_on(self) -> None:
@@ -111,8 +112,8 @@ class CurlLoop:
         self._collect()
 
     def _set_timer(self, milliseconds: int) -> None:
-        # libcurl must not be called from one of its callbacks. It sets a new time with every transfer, so a timer that
-        # would fire too early is left running, and is set again when it fires.
+        # libcurl must not be called from one of its callbacks. With every transfer libcurl sets a new time for the next
+        # call. So a timer that would fire too early is left running, and is set again when it fires.
         if milliseconds == 0:
             self._kick = self._kick or self._loop.call_soon(self._kicked)
             return

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 def required_url(settings: Settings, meaning: str) -> str:
-    """Return ``FOLLOWUPS_TRANSPORT_URL``; ``meaning`` completes "set it to ...".
+    """Return ``FOLLOWUPS_TRANSPORT_URL``; ``meaning`` completes the error message "set it to ...".
 
     Raises `TransportConfigurationError` if the setting is missing, or is not a URL with a host.
     """
@@ -42,7 +42,7 @@ def _is_well_formed(url: str) -> bool:
             and not any(c.isspace() or not c.isprintable() for c in url)
             and _fits_basic_authentication(unquote(parts.username or ""), unquote(parts.password or ""))
         )
-    except ValueError:  # a port that is not a number, an unbalanced bracket, an empty label
+    except ValueError:  # for example a port that is not a number, an unbalanced bracket, an empty label
         return False
 
 
@@ -60,12 +60,12 @@ def connection_options(settings: Settings) -> dict[int, object]:
     options: dict[int, object] = {
         pycurl.TIMEOUT_MS: milliseconds,
         pycurl.NOSIGNAL: True,
-        pycurl.FOLLOWLOCATION: False,  # a redirect counts as an answer by which the message is rejected
+        pycurl.FOLLOWLOCATION: False,  # a redirect is not followed, and counts as a rejection of the message
         # With HTTP/2 an outcome is unknown more often, because a broken connection affects every call on it.
         pycurl.HTTP_VERSION: pycurl.CURL_HTTP_VERSION_2TLS
         if settings.transport_deduplicates
         else pycurl.CURL_HTTP_VERSION_1_1,
-        pycurl.PROXY: "",  # ignore the environment's proxies
+        pycurl.PROXY: "",  # ignores the proxies that environment variables name
     }
     if (settings.transport_url or "").startswith("https:"):
         options |= _trusted() | _client_certificate(settings) | _proxy()
@@ -75,8 +75,8 @@ def connection_options(settings: Settings) -> dict[int, object]:
 def _trusted() -> dict[int, object]:
     """Return libcurl's options for the trusted certificate authorities.
 
-    The trusted authorities are the system's, or those of ``SSL_CERT_FILE`` and ``SSL_CERT_DIR``. The libcurl of the
-    wheel knows only the path that one distribution uses, and does not read these variables.
+    The trusted authorities are those of the system, or those of ``SSL_CERT_FILE`` and ``SSL_CERT_DIR``. The libcurl in
+    the wheel knows only the path that one distribution uses, and does not read these variables.
     """
     paths = ssl.get_default_verify_paths()
     for name, found, what in (("SSL_CERT_FILE", paths.cafile, "file"), ("SSL_CERT_DIR", paths.capath, "directory")):
@@ -99,7 +99,7 @@ def _client_certificate(settings: Settings) -> dict[int, object]:
         return {}
     try:
         ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT).load_cert_chain(certificate, key, password=lambda: "")
-    except (OSError, ValueError) as error:  # SSLError is an OSError
+    except (OSError, ValueError) as error:  # an SSLError is an OSError
         message = (
             "FOLLOWUPS_TRANSPORT_CLIENT_CERT and FOLLOWUPS_TRANSPORT_CLIENT_KEY should name PEM files of a certificate "
             f"and its key without a password, readable for this user ({type(error).__name__})."
@@ -109,6 +109,6 @@ def _client_certificate(settings: Settings) -> dict[int, object]:
 
 
 def _proxy() -> dict[int, object]:
-    # The check applies to https only, for which the proxy sees nothing but the host name.
+    # The check applies to https only, because the proxy of an https call sees nothing but the host name.
     named = {name: os.environ.get(name) or os.environ.get(name.upper()) or "" for name in ("https_proxy", "no_proxy")}
     return {pycurl.PROXY: named["https_proxy"], pycurl.NOPROXY: named["no_proxy"]}

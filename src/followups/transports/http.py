@@ -1,4 +1,7 @@
-"""The transport ``http``: a POST of one JSON object, signed by Standard Webhooks (deploy/ENDPOINT.md)."""
+"""The transport ``http``: a POST of one JSON object, signed according to Standard Webhooks.
+
+The contract with the receiver is in deploy/ENDPOINT.md.
+"""
 
 from __future__ import annotations
 
@@ -24,18 +27,18 @@ class HttpTransport:
     name = "http"
 
     def __init__(self, settings: Settings) -> None:
-        """Check URL and secret. Raises `TransportConfigurationError` if they are missing or invalid."""
+        """Check the URL and the secret. Raises `TransportConfigurationError` if one is missing or invalid."""
         self._url = required_url(settings, "the endpoint that takes the messages, https://host/path")
         secret = settings.transport_secret
         self._signer = Signer(secret.get_secret_value()) if secret else None
         self._client = HttpClient(settings)
 
     async def open(self) -> None:
-        """Prepare to connect in the running loop."""
+        """Prepare to connect in the running event loop."""
         await self._client.open()
 
     async def send(self, delivery: Delivery) -> Outcome:
-        """Post the message once; the outcome follows from the answer, or from its absence."""
+        """Post the message once; the outcome depends on the answer, or on the fact that there is none."""
         key = str(delivery.follow_up_id)
         body = _body(delivery)
         call = Call(self._url, self._headers(key, delivery.made_at, body), body)

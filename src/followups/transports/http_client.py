@@ -30,12 +30,14 @@ if TYPE_CHECKING:
     from followups.settings import Settings
 
 KEEPALIVE = 3
-"""Seconds for which an idle connection is kept. By default most servers close it later, after 4 or 5 s. A request on a
-connection that is just being closed has an unknown outcome.
+"""Seconds for which an idle connection is kept. By default most servers close an idle connection later, after 4 or 5 s.
+A request on a connection that is just being closed has an unknown outcome.
 """
 
 STREAMS = 10
-"""The most simultaneous calls on one HTTP/2 connection, which is the number of unknown outcomes if it breaks."""
+"""The largest number of simultaneous calls on one HTTP/2 connection. If the connection breaks, the outcomes of all
+these calls are unknown.
+"""
 
 HEADERS = {
     "user-agent": "followups",
@@ -44,7 +46,8 @@ HEADERS = {
     "content-type": "application/json",
     "expect": "",
 }
-"""Headers of every request. The empty Expect header keeps libcurl from requesting permission to send a body of a MiB.
+"""Headers of every request. The empty Expect header keeps libcurl from asking the server before it sends a body of a
+MiB.
 """
 
 _REASONS = {
@@ -70,7 +73,7 @@ _TLS_REASON = re.compile(r"[^:]*: (?:error:\w+:[^:]*:[^:]*:)?([^']*)")
 class Call:
     """One request to the endpoint's host.
 
-    ``url`` is absolute, ``headers`` are those of this request only, and ``body`` is JSON in UTF-8.
+    ``url`` is absolute, ``headers`` contains only the headers of this request, and ``body`` is JSON in UTF-8.
     """
 
     url: str
@@ -81,11 +84,11 @@ class Call:
 class HttpClient:
     """The calls of a process to ``FOLLOWUPS_TRANSPORT_URL``.
 
-    There are at most as many connections as simultaneous calls.
+    The client opens at most as many connections as there are simultaneous calls.
     """
 
     def __init__(self, settings: Settings, method: str = "POST", headers: Mapping[str, str] | None = None) -> None:
-        """Store the limits and the headers that every request contains; open nothing.
+        """Store the limits and the headers that every request contains, without opening a connection.
 
         Raises `TransportConfigurationError` if certificates cannot be read.
         """
@@ -93,7 +96,7 @@ class HttpClient:
         self._endpoint = settings.transport_url or ""
         self._sockets = Sockets(speak_first=self._endpoint.startswith("https:"))
         # If the receiver cannot deduplicate, no connection is used twice. A stale connection breaks after the request
-        # was sent, and a follow-up would needlessly fail as outcome_unknown.
+        # was sent, and the follow-up would needlessly fail as outcome_unknown.
         kept = settings.transport_deduplicates
         every = HEADERS | dict(headers or {}) | ({} if kept else {"connection": "close"})
         self._headers = _lines(every)
@@ -101,7 +104,8 @@ class HttpClient:
         self._options = self._of_connections | {
             pycurl.POST: True,
             pycurl.CUSTOMREQUEST: method,
-            pycurl.ENCODING: "gzip, deflate",  # not requested, but decoded if a server compresses its answer anyway
+            # we do not request compression, but decode an answer that a server compresses anyway
+            pycurl.ENCODING: "gzip, deflate",
             pycurl.PATH_AS_IS: True,
             pycurl.MAXAGE_CONN: KEEPALIVE,
             pycurl.FORBID_REUSE: not kept,
@@ -121,7 +125,7 @@ class HttpClient:
         self._used = 0.0
 
     async def open(self) -> None:
-        """Prepare to connect in the running loop; a repeated call is harmless."""
+        """Prepare to connect in the running event loop; a repeated call is harmless."""
         self._is_open = True
 
     async def close(self) -> None:
@@ -132,7 +136,7 @@ class HttpClient:
     async def deliver(self, call: Call, dialect: Dialect) -> Outcome:
         """Make the call and return its outcome.
 
-        No answer of the receiver raises an error. Raises `RuntimeError` if the transport was not opened.
+        Whatever the receiver answers, no error is raised. Raises `RuntimeError` if the transport was not opened.
         """
         exchange = self._spare.pop() if self._spare else Exchange(self._options, self._sockets)
         exchange.prepare(call.url, self._headers + _lines(call.headers), call.body, uptime() + self._timeout)
@@ -155,14 +159,15 @@ class HttpClient:
             if exchange.stale is None or not self._is_open:
                 return code
             if exchange.stale in refused and self._curls is curls:
-                # libcurl closes a connection that was refused as stale, but not an HTTP/2 connection.
+                # If our callback refuses a connection as stale, libcurl closes it, but not if it is an HTTP/2
+                # connection.
                 self._retired.append(curls)
                 self._curls = None
             refused.add(exchange.stale)
             exchange.stale = None
 
     async def check(self) -> str:
-        """Connect to the endpoint as a call does, send nothing, and report success in one sentence.
+        """Connect to the endpoint as a call does, send nothing, and return a sentence that reports success.
 
         If the connection fails, raises `FollowUpsError`, which contains the address without its password.
         """
@@ -195,9 +200,9 @@ class HttpClient:
         reason = "its head is longer than 64 KiB" if code in TOO_LARGE else _reason(exchange.curl, code)
         return Unknown(f"the connection broke before an answer came ({reason})")
 
-    # These methods manage the connections. Connections are replaced after some seconds without a call, since libcurl
-    # closes an idle connection only at the next call. They are also replaced if libcurl keeps selecting an unusable
-    # connection, which then only finishes its calls in flight.
+    # These methods manage the connections. After some seconds without a call, connections are replaced, since libcurl
+    # closes an idle connection only at the next call. Connections are also replaced if libcurl keeps selecting an
+    # unusable connection. In that case, the old connections only finish their calls in flight.
 
     def _connections(self) -> CurlLoop:
         if not self._is_open:

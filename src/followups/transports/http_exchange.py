@@ -3,9 +3,9 @@
 This module decides which calls may be repeated. libcurl requests the body only once the connection is established, and
 before it sends the first byte. So until the body has been requested, nothing has been sent. libcurl gets the body only
 once. If a kept connection ends without an answer, or if HTTP/2 refuses a stream, libcurl itself tries again on another
-connection. For such a retry libcurl would have to rewind the body; since it cannot, it gives up
+connection. For such a retry libcurl would have to rewind the body. Since the body cannot be rewound, libcurl gives up
 (CURLE_SEND_FAIL_REWIND). libcurl reports a refused stream (REFUSED_STREAM, GOAWAY) exactly like a lost stream, so the
-outcome is unknown too.
+outcome is unknown in both cases.
 """
 
 from __future__ import annotations
@@ -24,19 +24,19 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
 BODY_LIMIT = 64 * 1024
-"""The most bytes that are read of an answer's body (contract, section 4)."""
+"""The largest number of bytes that are read of an answer's body (contract, section 4)."""
 
 HEAD_LIMIT = 64 * 1024
-"""The most bytes of an answer's head, including the informational answers before it."""
+"""The largest number of bytes in an answer's head, including the informational answers before it."""
 
 LONG = "the body of the answer is longer than 64 KiB"
 LATE = "the body of the answer did not come in time"
 
 TOO_LARGE = {pycurl.E_WRITE_ERROR, 100}
-"""libcurl's codes for an answer over our limit, or over its own limit for a line (CURLE_TOO_LARGE)."""
+"""libcurl's codes for an answer that exceeds our limit, or libcurl's own limit for a line (CURLE_TOO_LARGE)."""
 
 _STOP = -1
-"""Return value by which a callback ends the transfer and its connection."""
+"""Value that a callback returns to end the transfer and its connection."""
 _GO_ON: int = pycurl.PREREQFUNC_OK
 _ABORT: int = pycurl.PREREQFUNC_ABORT
 _READ_HEADERS = {b"retry-after", b"date"}
@@ -46,10 +46,13 @@ Address = tuple[str, int]
 
 
 class Sockets:
-    """The sockets of open connections by their local addresses, which libcurl uses to identify a connection."""
+    """The sockets of open connections by their local addresses, by which libcurl identifies a connection."""
 
     def __init__(self, *, speak_first: bool) -> None:
-        """With ``speak_first``, as with TLS, the receiver may send data first on a new connection."""
+        """Start without sockets.
+
+        If ``speak_first`` is true, as with TLS, the receiver may send data first on a new connection.
+        """
         self._speak_first = speak_first
         self._known: dict[Address, select.poll] = {}
         self._calls: dict[Address, int] = {}
@@ -95,14 +98,14 @@ def _port(number: int) -> int:
     opened = socket.socket(fileno=number)
     try:
         return int(opened.getsockname()[1])
-    except (OSError, IndexError):  # closed: the slower one of two address families
+    except (OSError, IndexError):  # this socket was closed, because the other address family connected faster
         return -1
     finally:
         opened.detach()
 
 
 class Exchange:
-    """One exchange at a time, over an easy handle that keeps its options for the next exchange."""
+    """One HTTP exchange at a time, over an easy handle that keeps its options for the next exchange."""
 
     __slots__ = (
         "_address",
@@ -125,7 +128,7 @@ class Exchange:
     )
 
     def __init__(self, options: Mapping[int, object], sockets: Sockets) -> None:
-        """Set the options; ``sockets`` are those of the multi handle."""
+        """Set the options; ``sockets`` are the sockets of the multi handle."""
         self._sockets = sockets
         self._url = ""
         self._address: Address = ("", 0)
@@ -146,7 +149,7 @@ class Exchange:
             self.curl.setopt(option, value)
 
     def prepare(self, url: str, headers: Sequence[bytes], body: bytes, until: float) -> None:
-        """Set the request, which must not be sent after ``until`` (an `uptime`)."""
+        """Set the request, which must not be sent after the `uptime` ``until``."""
         if url != self._url:
             self._url = url
             self.curl.setopt(pycurl.URL, url)
@@ -161,7 +164,7 @@ class Exchange:
         self.curl.setopt(pycurl.POSTFIELDSIZE, len(body))
 
     def end(self) -> None:
-        """End the use of the connection, which other exchanges may then use."""
+        """End the use of the connection, so that other exchanges may use it."""
         if self._began:
             self._sockets.end(self._address)
             self._began = False
@@ -171,20 +174,20 @@ class Exchange:
         self._sockets.distrust(self._address)
 
     def answer(self, code: int) -> Answer:
-        """Return the answer, whose head has arrived; ``code`` is libcurl's result for its body."""
+        """Return the answer, whose head has arrived; ``code`` is libcurl's result for the answer's body."""
         headers = {} if self._status // 100 == 2 else _headers(self._head)  # noqa: PLR2004 - 2xx, of which none is read
         return Answer(self._status, headers, b"".join(self._parts), _flaw(code))
 
-    # The following methods are libcurl's callbacks, in the order in which it calls them.
+    # The following methods are libcurl's callbacks, in the order in which libcurl calls them.
 
     def _opening(self, socket: int, _purpose: int) -> int:
         self._opened.append(socket)
         return _GO_ON
 
     def _connected(self, _ip: str, own_ip: str, _port: int, own_port: int) -> int:
-        # Without these checks, a process frozen while connecting could send after its time limit, perhaps after the
-        # follow-up was cancelled, or was sent by another process. Also, a request on a connection that has already
-        # ended would have an unknown outcome.
+        # Without these checks, a process frozen while connecting could send a request after its time limit, perhaps
+        # after the follow-up was cancelled, or was sent by another process. Also, a request on a connection that has
+        # already ended would have an unknown outcome.
         if uptime() > self._until:
             self.late = True
             return _ABORT
@@ -195,7 +198,7 @@ class Exchange:
             return _ABORT
         self._sockets.begin(self._address)
         self._began = True
-        self._head.clear()  # removes the head of a proxy's answer
+        self._head.clear()  # removes the head of the proxy's answer
         self._room = HEAD_LIMIT
         self.answered = False
         return _GO_ON
@@ -220,7 +223,7 @@ class Exchange:
     def _end_head(self) -> int | None:
         self._status = status = int(self._head[0].split(None, 2)[1])
         if status < HTTPStatus.OK and status != HTTPStatus.SWITCHING_PROTOCOLS:
-            self._head.clear()  # the head of the final answer follows
+            self._head.clear()  # because the head of the final answer follows
             return None
         self.answered = True
         self._room = BODY_LIMIT

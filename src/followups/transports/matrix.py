@@ -30,12 +30,15 @@ EVENT_NAMESPACE = uuid5(NAMESPACE_URL, "https://matrix.to/")
 
 
 class MatrixTransport:
-    """Sends each message to the Matrix room whose id is the chat's external id; the port's `Transport`."""
+    """Sends each message to the Matrix room whose id is the chat's external id.
+
+    Implements the port's `Transport`.
+    """
 
     name = "matrix"
 
     def __init__(self, settings: Settings) -> None:
-        """Check URL and access token. Raises `TransportConfigurationError` if they are missing or invalid."""
+        """Check the URL and the access token. Raises `TransportConfigurationError` if one is missing or invalid."""
         url = required_url(settings, "the homeserver's base URL, https://host")
         if "@" in url or "?" in url or "#" in url:
             message = "FOLLOWUPS_TRANSPORT_URL should be the homeserver's base URL alone: no user, query or fragment."
@@ -44,7 +47,7 @@ class MatrixTransport:
         self._client = HttpClient(settings, "PUT", {"authorization": f"Bearer {_token(settings)}"})
 
     async def open(self) -> None:
-        """Prepare to connect in the running loop."""
+        """Prepare to connect in the running event loop."""
         await self._client.open()
 
     async def send(self, delivery: Delivery) -> Outcome:
@@ -83,7 +86,7 @@ def _event(document: Document) -> UUID | None:
 
 
 def _wish(document: Document) -> timedelta | None:
-    # This field is deprecated in favour of Retry-After since v1.10 of the specification, but most homeservers still
+    # Since v1.10 of the specification this field is deprecated in favour of Retry-After, but most homeservers still
     # send it.
     wished = document.get("retry_after_ms")
     if isinstance(wished, bool) or not isinstance(wished, int | float) or not wished >= 0:

@@ -1,8 +1,8 @@
 """The port: what the dispatcher requires of a transport, and the five possible outcomes.
 
-A transport delivers one message into one chat. A transport raises no error for anything that the receiver does. Every
-call ends in one of the five outcomes, so that nothing is guessed. Third parties register their transports as entry
-points of the group ``followups.transports``; a transport must pass the test suite in ``tests/unit/transports``.
+A transport delivers one message into one chat. Whatever the receiver does, a transport raises no error. Every call ends
+in one of the five outcomes, so that nothing is guessed. Third parties register their transports as entry points of the
+group ``followups.transports``. Every transport must pass the test suite in ``tests/unit/transports``.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Delivery:
-    """One attempt: what to deliver, and where. ``attempt`` counts from 1."""
+    """One attempt to deliver a message into a chat. ``attempt`` counts from 1."""
 
     follow_up_id: UUID
     """The follow-up's id, which is also the idempotency key: the same on every attempt."""
@@ -32,9 +32,9 @@ class Delivery:
     due_date: datetime
     attempt: int
     made_at: datetime | None = None
-    """Time of the call by the database's clock.
+    """Time of the transport's call by the database's clock.
 
-    Receivers compare the time of the call with their own clocks, and a host's clock may be wrong.
+    Receivers compare the time of the call with their own clocks, and the clock of the calling host may be wrong.
     """
 
 
@@ -42,13 +42,13 @@ class Delivery:
 class Sent:
     """The transport accepted the message.
 
-    ``chat_message_id`` is the id that the transport returned for it, if any.
+    ``chat_message_id`` is the id that the transport returned for the message, if any.
     """
 
     chat_message_id: UUID | None = None
     status_code: int | None = None
     detail: str = ""
-    """What was unusual about the answer, for the log; the text of the message is never included."""
+    """What was unusual about the answer, for the log. The text of the message is never included."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +65,7 @@ class Retry:
 
 @dataclass(frozen=True, slots=True)
 class Snoozed:
-    """The transport requested a later retry (rate limiting), which uses up no attempt."""
+    """The transport requested a later retry (rate limiting). Such an attempt is not counted."""
 
     detail: str
     after: timedelta | None = None
@@ -82,7 +82,7 @@ class Rejected:
 
 @dataclass(frozen=True, slots=True)
 class Unknown:
-    """The request was sent and no answer arrived: the message may or may not have been accepted."""
+    """The request was sent but no answer arrived, so the message may or may not have been accepted."""
 
     detail: str
     status_code: int | None = None
@@ -105,13 +105,13 @@ class Transport(Protocol):
         """Open long-lived resources, such as an HTTP session, in the event loop that will use them."""
 
     async def send(self, delivery: Delivery) -> Outcome:
-        """Deliver once, within the transport timeout. Raises no error for anything that the receiver does."""
+        """Deliver the message once, within the transport timeout. Whatever the receiver does, raise no error."""
 
     async def check(self) -> str:
         """Return one sentence that reports that the receiver can be reached.
 
-        Raises `FollowUpsError` if it cannot be reached.
+        Raises `FollowUpsError` if the receiver cannot be reached.
         """
 
     async def close(self) -> None:
-        """Close the resources that were opened."""
+        """Close the resources that `open` has opened."""

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from followups.settings import Settings
 
 GROUP = "followups.transports"
-"""The entry-point group, in which a plug-in registers ``name = "package.module:Class"``."""
+"""The entry-point group in which a plug-in registers its transport as ``name = "package.module:Class"``."""
 
 
 def available_transports() -> list[str]:
@@ -45,7 +45,7 @@ def _made(entry_point: EntryPoint, settings: Settings) -> Transport:
     try:
         transport = entry_point.load()(settings)
     except FollowUpsError:
-        raise  # the transport's own error is more specific than a general one
+        raise  # the transport's own error is more specific than a general error
     except Exception as error:
         message = f"{where} does not load: {type(error).__name__}: {error}."
         raise TransportConfigurationError(message) from error

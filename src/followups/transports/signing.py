@@ -1,4 +1,4 @@
-"""The secrets that sign deliveries, by the Standard Webhooks specification (standardwebhooks.com)."""
+"""The secrets that sign deliveries, according to Standard Webhooks (standardwebhooks.com)."""
 
 from __future__ import annotations
 
@@ -23,18 +23,18 @@ INVALID = (
 )
 
 SHORTEST, LONGEST = 24, 64
-"""Shortest and longest secret in bytes (the specification, "Symmetric signatures")."""
+"""The smallest and largest length of a secret in bytes (the specification, "Symmetric signatures")."""
 
 
 class Signer:
-    """Signs with every secret and accepts a signature by any of them, so that secrets can be replaced."""
+    """Signs with every secret and accepts a signature by any secret, so that secrets can be replaced."""
 
     def __init__(self, secrets: str) -> None:
         """Parse secrets separated by white space, each in base64, padded or not, with or without ``whsec_``.
 
         Raises `TransportConfigurationError`. A secret that is not base64 is rejected rather than used as raw bytes,
-        because libraries on the receiving side interpret it differently: some skip unknown characters, some stop at
-        them. Every signature would therefore be wrong for some libraries.
+        because libraries on the receiving side interpret such a secret differently: some skip unknown characters, some
+        stop at them. Every signature would therefore be wrong for some libraries.
         """
         self._webhooks = [Webhook(_key(secret)) for secret in secrets.split()]
         if not self._webhooks:
@@ -52,7 +52,7 @@ class Signer:
                 return
         try:
             self._webhooks[0].verify(body, headers, json_parse=False)
-        except ValueError:  # a signature that is not base64, or a header without its comma
+        except ValueError:  # the signature is not base64, or the header has no comma
             message = "Malformed signature header"
             raise WebhookVerificationError(message) from None
 

@@ -1,4 +1,4 @@
-"""Stored responses by idempotency key, and an index for each filter of the lists."""
+"""Add stored responses by idempotency key, and an index for each filter of the lists."""
 
 from __future__ import annotations
 

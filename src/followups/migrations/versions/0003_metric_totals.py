@@ -1,4 +1,4 @@
-"""The sums of all processes' counters, so that each process can answer a scrape for all processes."""
+"""Add the sums of all processes' counters, so that each process can answer a scrape for all of them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The trace in which a follow-up was created, so that its attempts can join this trace."""
+"""Add the trace in which a follow-up was created, so that its attempts can join this trace."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ down_revision = "0003"
 
 
 def upgrade() -> None:
-    """Add the column; it is nullable and has no default, so no row is rewritten."""
+    """Add the column. The column is nullable and has no default, so no row is rewritten."""
     op.add_column("follow_ups", sa.Column("traceparent", sa.Text(), nullable=True))
 
 

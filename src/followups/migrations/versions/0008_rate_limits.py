@@ -1,4 +1,4 @@
-"""Rate limits of deliveries, and the time until which a follow-up waits for a rate limit."""
+"""Add rate limits of deliveries, and the time until which a follow-up waits for a rate limit."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ down_revision = "0007"
 
 
 def upgrade() -> None:
-    """Create the table and add the column; it has no default, so no row is rewritten."""
+    """Create the table and add the column. The column has no default, so no row is rewritten."""
     op.create_table(
         "rate_limits",
         sa.Column("id", sa.Uuid(), server_default=sa.text("gen_random_uuid()"), nullable=False),
@@ -21,7 +21,8 @@ def upgrade() -> None:
         sa.Column("burst", sa.Integer(), nullable=False),
         sa.Column("created_at", sa.DateTime(timezone=True), server_default=sa.text("now()"), nullable=False),
         sa.CheckConstraint("per IN ('all', 'workspace', 'chat')", name=op.f("ck_rate_limits_per_is_known")),
-        # Without an upper bound NaN and infinity would be accepted, because PostgreSQL sorts both above every number.
+        # Without an upper bound, NaN and infinity would be accepted, because PostgreSQL sorts both values above every
+        # number.
         sa.CheckConstraint("rate > 0 AND rate <= 1000000", name=op.f("ck_rate_limits_rate_is_a_rate")),
         sa.CheckConstraint("burst BETWEEN 1 AND 1000000", name=op.f("ck_rate_limits_burst_lets_one_go")),
         sa.ForeignKeyConstraint(["workspace_id"], ["workspaces.id"], name=op.f("fk_rate_limits_workspace_id")),

@@ -1,7 +1,7 @@
-"""The start of lateness after a hold by sending hours, and constraints against unreadable times.
+"""Add the start of lateness after a hold by sending hours, and constraints against unreadable times.
 
-A constraint is left out if rows violate it already: with the constraint, every change of such a row would fail,
-including the claim of everything that is due. ``followups doctor`` lists the rows, and the statement that adds the
+If rows already violate a constraint, the constraint is left out. Otherwise every change of such a row would fail,
+including the claim of everything that is due. ``followups doctor`` lists these rows, and the statement that adds the
 constraint.
 """
 
@@ -45,14 +45,14 @@ def upgrade() -> None:
     with op.get_context().autocommit_block():
         for table, check in CHECKS.items():
             name = f"ck_{table}_times_are_readable"
-            _alter(f"{table} DROP CONSTRAINT IF EXISTS {name}")  # left by an interrupted run
+            _alter(f"{table} DROP CONSTRAINT IF EXISTS {name}")  # an interrupted run may have left the constraint
             if not op.get_bind().scalar(text(f"SELECT EXISTS (SELECT FROM {table} WHERE NOT ({check}))")):  # noqa: S608
                 _alter(f"{table} ADD CONSTRAINT {name} CHECK ({check}) NOT VALID")
                 op.execute(f"ALTER TABLE {table} VALIDATE CONSTRAINT {name}")
 
 
 def _alter(change: str) -> None:
-    # The statement runs outside the migration's transaction, so the lock timeout is set here, as `env` sets it
+    # The statement runs outside the migration's transaction, so the lock timeout is set here, whereas `env` sets it
     # elsewhere. While the statement waits for its lock, every other access to the table waits behind it.
     op.get_bind().exec_driver_sql(f"BEGIN; SET LOCAL lock_timeout = '{LOCK_TIMEOUT}'; ALTER TABLE {change}; COMMIT")
 

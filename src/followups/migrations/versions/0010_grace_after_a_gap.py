@@ -1,4 +1,4 @@
-"""The end of the grace period in which leases with an attempt in flight are left to their workers.
+"""Add the end of the grace period in which leases with an attempt in flight are left to their workers.
 
 The grace period follows a gap between ticks.
 """
@@ -13,7 +13,7 @@ down_revision = "0009"
 
 
 def upgrade() -> None:
-    """Add the column; it is nullable and has no default, so no row is rewritten."""
+    """Add the column. The column is nullable and has no default, so no row is rewritten."""
     op.add_column("dispatcher_state", sa.Column("grace_until", sa.DateTime(timezone=True), nullable=True))
 
 

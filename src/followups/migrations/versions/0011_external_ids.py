@@ -1,6 +1,6 @@
-"""Index of the chats' external ids, for the check whether another workspace has the same id.
+"""Add an index of external ids, used to check whether another workspace has a chat with the same id.
 
-This check applies only if each external id may belong to one workspace.
+This check applies only if each external id may belong to only one workspace.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ NAME = "ix_chats_external_id"
 def upgrade() -> None:
     """Create the index concurrently, outside a transaction.
 
-    An index left by an interrupted run is dropped first.
+    If an interrupted run has left the index, it is dropped first.
     """
     with op.get_context().autocommit_block():
         op.drop_index(NAME, table_name="chats", if_exists=True, postgresql_concurrently=True)

@@ -1,4 +1,4 @@
-"""Expiry of API keys, and quotas for a workspace's pending follow-ups and chats."""
+"""Add the expiry of API keys, and quotas for a workspace's pending follow-ups and chats."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The console: sessions, single-use sign-in links, and bulk actions."""
+"""Add the console's sessions, single-use sign-in links, and bulk actions."""
 
 from __future__ import annotations
 

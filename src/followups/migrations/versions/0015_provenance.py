@@ -1,4 +1,4 @@
-"""How long the accepted attempt took, and the key that created a follow-up."""
+"""Add the duration of the accepted attempt, and the API key that created a follow-up."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ down_revision = "0014"
 
 
 def upgrade() -> None:
-    """Add the columns, which rewrites no row, being nullable and without a default."""
+    """Add the columns. The columns are nullable and have no default, so no row is rewritten."""
     op.add_column("follow_ups", sa.Column("accepted_duration", sa.Interval(), nullable=True))
     op.add_column("follow_ups", sa.Column("created_by_key", sa.Uuid(), nullable=True))
 
 
 def downgrade() -> None:
-    """Take them back."""
+    """Drop the columns."""
     op.drop_column("follow_ups", "created_by_key")
     op.drop_column("follow_ups", "accepted_duration")

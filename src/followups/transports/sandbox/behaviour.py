@@ -1,4 +1,4 @@
-"""The sandbox's behaviours, which are set over HTTP, and the replies that they produce."""
+"""The sandbox's behaviours, which are set over HTTP, and the replies that follow from them."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ OUTCOMES: dict[Kind, str] = {
 """The outcome that the list of requests shows for each behaviour."""
 
 DEFAULT_SLOWNESS = 5.0
-"""Seconds before the answer of a ``slow`` chat, by default."""
+"""Default number of seconds before a ``slow`` chat answers."""
 
 
 @dataclass(frozen=True, slots=True)
 class Reply:
-    """The answer to a sender, given after ``delay`` seconds unless it is dropped."""
+    """The answer to a sender, which is given after ``delay`` seconds unless it is dropped."""
 
     status: int
     body: str
@@ -46,7 +46,7 @@ class Reply:
 
     @property
     def headers(self) -> dict[str, str]:
-        """Headers beyond those of every HTTP answer."""
+        """Headers in addition to those that every HTTP answer has."""
         return {} if self.retry_after is None else {"retry-after": f"{self.retry_after:g}"}
 
 
@@ -81,21 +81,24 @@ class Behaviour(WireModel):
     status: Annotated[int, Field(ge=200, le=599)] | None = None
     """HTTP status of the answer; by default 200, 500 (fail), 403 (reject) or 429 (rate_limit)."""
     times: Annotated[int, Field(ge=1)] | None = None
-    """Number of requests to which the behaviour applies; None means until it is changed."""
+    """Number of requests to which the behaviour applies. None means until the behaviour is changed."""
     delay: Seconds | None = None
-    """Seconds before the answer; by default 5 for ``slow``, otherwise none."""
+    """Seconds before the answer; by default 5 for ``slow``, and 0 for all other behaviours."""
     retry_after: Seconds | None = None
-    """Retry-After of the answer, in seconds; by default 1 for ``rate_limit``, otherwise none."""
+    """Retry-After of the answer, in seconds; by default 1 for ``rate_limit``, and no header otherwise."""
     body: Annotated[str, Field(max_length=1_000_000)] | None = None
     """The body of the answer, instead of the default one."""
 
     @property
     def accepts(self) -> bool:
-        """Whether a message under this behaviour enters the chat."""
+        """Whether a message is added to the chat under this behaviour."""
         return self.kind in {"accept", "slow", "drop"}
 
     def reply(self, document: dict[str, str]) -> Reply:
-        """Return the answer to one request; ``document`` is its body unless the behaviour has one."""
+        """Return the answer to one request.
+
+        Its body is ``document``, unless the behaviour has a body of its own.
+        """
         delay = DEFAULT_SLOWNESS if self.delay is None and self.kind == "slow" else self.delay
         retry_after = 1.0 if self.retry_after is None and self.kind == "rate_limit" else self.retry_after
         return Reply(

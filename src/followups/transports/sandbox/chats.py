@@ -1,4 +1,4 @@
-"""The core of the sandbox: chats that accept each key once and behave as configured.
+"""The core of the sandbox: chats that accept each idempotency key once and behave as configured.
 
 This module does no I/O.
 """
@@ -33,14 +33,14 @@ REFUSAL = {"error": "refused by the sandbox"}
 
 @dataclass(slots=True)
 class Message:
-    """A message in the chat: a follow-up with its attempts, or a participant's message without attempts."""
+    """A message in the chat: either a follow-up with its attempts, or a participant's message without attempts."""
 
     id: str
     role: str
     """``follow_up``, ``user``, ``agent`` or ``operator``."""
     text: str
     at: float
-    """When the message first appeared, in Unix time."""
+    """The Unix time at which the message first appeared."""
     attempts: list[LedgerEntry] = field(default_factory=list)
 
     def document(self) -> dict[str, object]:
@@ -67,7 +67,7 @@ class Conversation:
     changed: int = 0
     """A number that increases with every change of any chat, so the latest active chat has the greatest number."""
     total: int = 0
-    """Number of all messages so far, including those no longer kept."""
+    """Number of all messages so far, including messages that are no longer kept."""
     messages: dict[str, Message] = field(default_factory=dict)
 
     def attempted(self, record: LedgerEntry, text: str) -> None:
@@ -79,7 +79,7 @@ class Conversation:
         message.attempts = [*message.attempts, record][-KEEP_ATTEMPTS:]
 
     def say(self, message: Message) -> None:
-        """Add a message; if the chat is full, the oldest message is removed."""
+        """Add a message; if the chat is full, the chat's oldest message is removed."""
         self.messages[message.id] = message
         self.total += 1
         if len(self.messages) > KEEP_MESSAGES:
@@ -115,8 +115,8 @@ class _Applied:
 class SandboxChats:
     """A simulated chat server, to be used from one thread.
 
-    A behaviour applies to every request of its chat, including repeated ones. Accepted requests are then deduplicated:
-    a known key gets the same answer as before and adds no second message.
+    A behaviour applies to every request of its chat, including repeated requests. Accepted requests are then
+    deduplicated: a known idempotency key gets the same answer as before and adds no second message.
     """
 
     def __init__(self, *, deduplicates: bool = True, keep: int = KEEP_RECORDS) -> None:
@@ -166,7 +166,7 @@ class SandboxChats:
 
     @property
     def default(self) -> Behaviour:
-        """The behaviour of every chat that has no behaviour of its own. ``times`` is not used here."""
+        """The behaviour of every chat without a behaviour of its own. ``times`` is ignored here."""
         return self._default
 
     @default.setter
@@ -175,12 +175,12 @@ class SandboxChats:
         self.changes += 1
 
     def behaviour(self, chat_id: str) -> Behaviour | None:
-        """Return the chat's own behaviour, with its remaining ``times``, or None if it has none."""
+        """Return the chat's own behaviour, with its remaining ``times``, or None if the chat has none."""
         applied = self._applied.get(chat_id)
         return None if applied is None else applied.behaviour.model_copy(update={"times": applied.left})
 
     def behave(self, chat_id: str, behaviour: Behaviour) -> None:
-        """Give a chat its own behaviour, from now on or for the next ``times`` requests."""
+        """Give a chat its own behaviour, either permanently or for the next ``times`` requests."""
         self._applied[chat_id] = _Applied(behaviour, behaviour.times)
         self._touched(chat_id)
 

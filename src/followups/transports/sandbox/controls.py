@@ -27,7 +27,7 @@ routes = web.RouteTableDef()
 
 
 class RequestsQuery(WireModel):
-    """The requests to list: those of one chat, or of all, up to ``limit`` after number ``after``."""
+    """The requests to list: up to ``limit`` requests of one chat, or of all chats, after number ``after``."""
 
     chat_id: str | None = None
     after: Annotated[int, Field(ge=0, le=EVERY)] = 0
@@ -43,7 +43,7 @@ class Said(WireModel):
 
 @routes.post("/messages")
 async def deliver(request: web.Request) -> web.StreamResponse:
-    """Receive a delivery: 200 with the message's id, 400 for an invalid one, 401 for a wrong signature."""
+    """Receive a delivery: 200 with the message's id, 400 for an invalid delivery, 401 for a wrong signature."""
     received, chats = Arrival.now(), request.app[CHATS]
     body = await request.read()
     try:
@@ -100,7 +100,7 @@ async def clear(request: web.Request) -> web.Response:
 
 @routes.post("/sandbox/chats/{chat_id}/messages")
 async def say(request: web.Request) -> web.Response:
-    """Write into a chat as another participant: 201 with the message."""
+    """Write a message into a chat as another participant: 201 with the message."""
     try:
         said = Said.model_validate_json(await request.read())
     except ValueError as error:

@@ -14,7 +14,7 @@ from uuid import uuid4
 KEEP_RECORDS = 200_000
 """Number of requests that are kept by default; the counts include all requests."""
 KEEP_KEYS = 1_000_000
-"""Number of accepted keys that are kept. Beyond this number the oldest key is removed, as in any receiver that
+"""Number of accepted keys that are kept. If there are more, the oldest key is removed, as in any receiver that
 deduplicates.
 """
 
@@ -29,7 +29,7 @@ class Arrival(NamedTuple):
 
     @classmethod
     def now(cls) -> Arrival:
-        """Read the wall clock and the monotonic clock."""
+        """Return the current time by the wall clock and by the monotonic clock."""
         return cls(time.time(), time.monotonic())
 
 
@@ -47,9 +47,9 @@ class LedgerEntry:
     outcome: str
     status: int | None
     accepted: bool
-    """Whether this request itself added a message to the chat."""
+    """Whether this request, not an earlier one, added a message to the chat."""
     duplicate: bool
-    """Whether the key had been accepted before."""
+    """Whether an earlier request with the same key had been accepted."""
 
     @property
     def lag(self) -> float:
@@ -79,7 +79,7 @@ class Ledger:
     """The list of the latest requests, and the exact counts of all requests."""
 
     def __init__(self, keep: int = KEEP_RECORDS) -> None:
-        """Keep the last ``keep`` requests, and the lags of the last ``keep`` accepted ones."""
+        """Keep the last ``keep`` requests, and the lags of the last ``keep`` accepted requests."""
         self._records: deque[LedgerEntry] = deque(maxlen=keep)
         self._lags: deque[float] = deque(maxlen=keep)
         self._message_ids: dict[str, str] = {}
@@ -92,7 +92,7 @@ class Ledger:
         return self._message_ids.get(key)
 
     def new_message_id(self, key: str) -> str:
-        """Accept ``key``, possibly again, under a new message id."""
+        """Accept ``key``, even if it was accepted before, and return its new message id."""
         if key in self._message_ids and key not in self._doubled:
             self._doubled.add(key)
             self._counts["duplicates"] += 1
@@ -114,7 +114,7 @@ class Ledger:
             self._lags.append(record.lag)
 
     def count_invalid(self) -> None:
-        """Count a request that was rejected unread: a wrong signature, or a body that is not a delivery."""
+        """Count a rejected request with a wrong signature, or with a body that is not a delivery."""
         self._counts["invalid"] += 1
 
     def records(self) -> list[LedgerEntry]:
@@ -128,7 +128,7 @@ class Ledger:
         return list(enumerate(islice(self._records, start, start + limit), forgotten + start + 1))
 
     def summary(self, latest: int | None = None) -> dict[str, object]:
-        """Return the counts, and the lag of the ``latest`` accepted messages (default: all kept ones).
+        """Return the counts, and the lag of the ``latest`` accepted messages (by default, of all kept messages).
 
         ``duplicates`` are keys that were accepted more than once; ``repeats`` are requests whose key had been accepted
         before, whatever the result. Lags are in milliseconds, or None if nothing was accepted.
@@ -139,7 +139,7 @@ class Ledger:
 
 
 def timestamp(seconds: float) -> str:
-    """Return Unix time as RFC 3339 in UTC.
+    """Return a Unix time in the format of RFC 3339, in UTC.
 
     >>> timestamp(0.5)
     '1970-01-01T00:00:00.500000Z'
@@ -148,9 +148,9 @@ def timestamp(seconds: float) -> str:
 
 
 def _quantiles(ordered: list[float]) -> dict[str, float | None]:
-    """Return the minimum and nearest-rank quantiles of ascending values.
+    """Return the minimum and the nearest-rank quantiles of ascending values.
 
-    The minimum is negative if a message arrived early.
+    If a message arrived early, the minimum is negative.
     """
     if not ordered:
         return dict.fromkeys(["min", *QUANTILES])

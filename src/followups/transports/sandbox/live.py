@@ -28,35 +28,38 @@ INTERVAL = 0.2
 SHARE = 0.05
 """Share of one core that an open page may use; under load the page is updated less often."""
 HEARTBEAT = 10.0
-"""Seconds without a change after which a comment is sent, so that a lost connection is noticed."""
+"""Seconds without a change after which a comment is sent to the page, so that a lost connection is noticed."""
 CHATS_SHOWN = 40
 """Number of chats that the page shows."""
 LATEST_LAGS = 1_000
-"""Number of accepted messages in the page's lag summary."""
+"""Number of accepted messages that the page's summary of lags covers."""
 
 routes = web.RouteTableDef()
 
 
 @routes.get("/")
 async def page(_request: web.Request) -> web.Response:
-    """Serve the live page."""
+    """Serve the sandbox's live page."""
     text, policy = _page()
     return web.Response(text=text, content_type="text/html", headers={"content-security-policy": policy})
 
 
 @routes.get("/sandbox/events")
 async def events(request: web.Request) -> web.StreamResponse:
-    """Stream changes; the first event, and the one after ``DELETE /sandbox``, contains everything."""
+    """Stream the changes of the sandbox.
+
+    The first event, and the event after ``DELETE /sandbox``, contains everything.
+    """
     chats, closing = request.app[CHATS], request.app[CLOSING]
     response = web.StreamResponse(headers={"content-type": "text/event-stream", "cache-control": "no-store"})
     await response.prepare(request)
-    with contextlib.suppress(ConnectionResetError):  # the page was closed
+    with contextlib.suppress(ConnectionResetError):  # raised when the page was closed
         await _stream(response, chats, closing)
     return response
 
 
 async def end_streams(app: web.Application) -> None:
-    """End every stream, so that the server can stop."""
+    """End every event stream, so that the server can stop."""
     app[CLOSING].set()
 
 

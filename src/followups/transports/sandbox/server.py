@@ -40,14 +40,16 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Sequence
 
 BACKLOG = 1024
-"""Number of connections that may wait to be accepted; a burst opens as many as the dispatcher's concurrency."""
+"""Number of connections that may wait to be accepted. A burst opens as many connections as the dispatcher's
+concurrency.
+"""
 
 
 def build_app(chats: SandboxChats | None = None, *, secret: str | None = None) -> web.Application:
-    """Return the application over ``chats``, by default over new ones that deduplicate.
+    """Return the web application for ``chats``, by default for new chats that deduplicate.
 
-    With ``secret`` (Standard Webhooks) a delivery must be signed. Raises `TransportConfigurationError` for an invalid
-    secret.
+    If ``secret`` is given (Standard Webhooks), a delivery must be signed. Raises `TransportConfigurationError` for an
+    invalid secret.
     """
     app = web.Application()
     app[CHATS] = chats or SandboxChats()
@@ -65,7 +67,7 @@ async def serving(app: web.Application, *, host: str = "127.0.0.1", port: int = 
 
     Raises `OSError` if the port is in use.
     """
-    # A slow answer ends when its connection is closed, because the client has given up.
+    # If the client gives up and closes the connection, a slow answer ends too.
     runner = web.AppRunner(app, access_log=None, handler_cancellation=True, shutdown_timeout=0.25)
     await runner.setup()
     try:
@@ -77,9 +79,9 @@ async def serving(app: web.Application, *, host: str = "127.0.0.1", port: int = 
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run until SIGTERM or SIGINT. Exit codes: 0, 1, 2.
+    """Run the sandbox until SIGTERM or SIGINT. Exit codes: 0, 1, 2.
 
-    Once the server is ready, one line on stdout contains its address.
+    Once the server is ready, it prints one line with its address to stdout.
     """
     options = _parser().parse_args(arguments)
     try:

@@ -24,15 +24,18 @@ class SandboxTransport:
     name = "sandbox"
 
     def __init__(self, settings: Settings, chats: SandboxChats | None = None) -> None:
-        """Deliver into ``chats``, or into new ones that deduplicate if the settings say that the receiver does."""
+        """Deliver into ``chats``, or into new chats.
+
+        New chats deduplicate if the settings state that the receiver does.
+        """
         self.chats = chats or SandboxChats(deduplicates=settings.transport_deduplicates)
         self._timeout = settings.transport_timeout.total_seconds()
 
     async def open(self) -> None:
-        """Open nothing."""
+        """Do nothing, since there is no connection to open."""
 
     async def send(self, delivery: Delivery) -> Outcome:
-        """Deliver once; the outcome follows from the chat's behaviour."""
+        """Deliver the message once; the outcome follows from the chat's behaviour."""
         reply = self.chats.receive(_incoming(delivery), str(delivery.follow_up_id))
         if reply.dropped:
             return Unknown("the connection broke before an answer came")
@@ -47,7 +50,7 @@ class SandboxTransport:
         return "The sandbox runs in this process; it accepts every message and delivers none."
 
     async def close(self) -> None:
-        """Close nothing; the chats stay readable."""
+        """Do nothing; the chats stay readable."""
 
 
 def _incoming(delivery: Delivery) -> Incoming:
