@@ -81,7 +81,7 @@ def size_of_claim(window: int) -> int:
 
 
 def claim(engine: Engine, settings: Settings, since: datetime | None = None, without: tuple[UUID, ...] = ()) -> Claim:
-    """Claim due follow-ups in one transaction. If ``since`` is given, claim only those due after that time.
+    """Claim due follow-ups in one transaction; if ``since`` is given, only those due after it.
 
     The follow-ups in ``without`` are skipped.
     """

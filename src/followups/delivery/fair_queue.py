@@ -66,7 +66,7 @@ class FairQueue:
         return any(key not in tripped and self._may_go(key) for key in self._turns)
 
     def next(self, tripped: frozenset[int] = frozenset()) -> Lease | None:
-        """Remove and return the earliest lease of the workspace whose turn it is, or None if none may be taken."""
+        """Remove and return the earliest lease of the workspace whose turn it is, or None."""
         for _ in range(len(self._turns)):
             key = self._turns[0]
             if key in tripped or not self._may_go(key):
@@ -86,7 +86,7 @@ class FairQueue:
         return sum(len(queue) for key, queue in self._queues.items() if key in keys)
 
     def shed(self, keys: frozenset[int], most: int) -> list[Lease]:
-        """Remove the leases beyond ``most`` from these workspace queues, and return the removed ones, earliest first.
+        """Remove the leases beyond ``most`` from these workspace queues; return them, earliest first.
 
         Each workspace queue keeps its earliest leases, up to an equal share of ``most``.
         """

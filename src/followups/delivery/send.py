@@ -1,4 +1,7 @@
-"""Send: one call of the transport at the due time, with no transaction open, which returns the outcome as a value."""
+"""Send: one call of the transport at the due time, with no transaction open.
+
+The outcome is returned as a value.
+"""
 
 from __future__ import annotations
 

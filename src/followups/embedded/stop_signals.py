@@ -1,4 +1,4 @@
-"""Ctrl-C, SIGTERM and a closed terminal: these signals are recorded first and handled between two steps.
+"""Ctrl-C, SIGTERM and a closed terminal: recorded when they arrive, handled between two steps.
 
 If a signal handler raised an exception, the exception could occur between the start of a process and the moment when
 the start is recorded. So the first signal is only recorded, and `StopSignals.check` turns it into KeyboardInterrupt. A

@@ -143,7 +143,7 @@ _RECORD = Statement("""
 
 @Rule
 def record(event: Event) -> Steps[None]:
-    """Record the audit event in the connection's transaction, or add its number to the row of the same event."""
+    """Record the audit event in the connection's transaction, or add its number to the event's row."""
     yield _RECORD(**event.parameters)
 
 
@@ -191,7 +191,7 @@ _DELETE_OLD = text("""
 
 
 def delete_old(connection: Connection, before: datetime, most: int) -> int:
-    """Delete up to ``most`` audit events older than ``before``, oldest first; return how many were deleted."""
+    """Delete up to ``most`` audit events older than ``before``, oldest first; return how many."""
     return connection.execute(_DELETE_OLD, {"before": before, "most": most}).rowcount
 
 

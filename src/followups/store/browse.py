@@ -175,7 +175,7 @@ def _parameters(wanted: BrowseFilter) -> dict[str, Any]:
 
 @lru_cache(maxsize=256)
 def _matching(branches: tuple[str, ...], conditions: tuple[str, ...], *, one: bool) -> str:
-    """Return the SQL that selects the matching ids in order, with at most ``:most`` ids from each index scan."""
+    """Return SQL that selects the matching ids in order, at most ``:most`` ids from each index scan."""
     workspaces = "(SELECT CAST(:workspace_id AS uuid) AS id)" if one else "workspaces"
     narrowed = "".join(f" AND {condition}" for condition in conditions)
     # Several ids of one follow-up may match the search, so duplicates are removed. Branches by state cannot overlap, so
@@ -198,7 +198,7 @@ def _sql(wanted: BrowseFilter, *more: str) -> str:
 def _page(
     wanted: BrowseFilter, after: BrowseCursor | None, floor: datetime | None, most: int
 ) -> tuple[TextClause, dict[str, Any]]:
-    """Return the statement for ``most`` rows after a given row and above a creation time, and its parameters."""
+    """Return the statement for ``most`` rows after a row and above a creation time, and its parameters."""
     columns = ", ".join(f"f.{column.name}" for column in _COLUMNS)
     parameters = _parameters(wanted) | {"most": most}
     bounds = []
@@ -242,7 +242,7 @@ class Found(NamedTuple):
 def search(
     connection: Connection, wanted: BrowseFilter, after: BrowseCursor | None, size: int, limit: timedelta
 ) -> Found | None:
-    """Return up to ``size`` matching follow-ups after ``after``, or fewer if the time ``limit`` is reached.
+    """Return up to ``size`` matching follow-ups after ``after``, or fewer if ``limit`` is reached.
 
     Return None if not even the first step back in time ends within the limit. The length of each step is chosen so that
     the step probably ends in the time that is left. A search by an id needs no steps, since the index of that id yields

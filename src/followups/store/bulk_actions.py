@@ -77,7 +77,7 @@ _LOCK_NEXT = (
 
 
 def lock_next(session: Session, without: Collection[UUID] = ()) -> BulkAction | None:
-    """Return the oldest unfinished bulk action, locked until the transaction ends, or None if there is none.
+    """Return the oldest unfinished bulk action, locked until the transaction ends, or None.
 
     Bulk actions in ``without``, and those that another worker has locked, are skipped.
     """

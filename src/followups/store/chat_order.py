@@ -184,7 +184,7 @@ _PLACES = text("""
 
 
 def places(connection: Connection, ids: Collection[UUID]) -> dict[UUID, int]:
-    """Return the place of each pending follow-up in its chat; the first place is 1, the last `MOST_PLACES`."""
+    """Return the place of each pending follow-up in its chat, from 1 up to `MOST_PLACES`."""
     found = connection.execute(_PLACES, {"ids": uuid_array(ids), "most": MOST_PLACES})
     return {row.id: row.place for row in found}
 

@@ -124,7 +124,7 @@ _TRY = text(f"""
 
 
 def candidates(connection: Connection, look: ClaimSearch, *, fairly: bool) -> list[UUID]:
-    """Return the ids that a claim would lease, in its order, and lock their rows until the transaction ends.
+    """Return the ids that a claim would lease, in its order, and lock their rows.
 
     If ``fairly`` is true, the ids are those that `claim_fairly` would lease.
     """

@@ -219,7 +219,7 @@ _CANCELLED_BY_TIMEOUT = "57014"
 
 
 def pace(connection: Connection, window: timedelta, limit: timedelta = LIMIT) -> Pace | None:
-    """Measure what was sent within the last ``window``, or return None if the query takes longer than ``limit``.
+    """Measure what was sent within the last ``window``, or return None after the time ``limit``.
 
     Percentiles are nearest-rank.
     """

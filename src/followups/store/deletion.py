@@ -79,7 +79,7 @@ def begin(session: Session, whole: Whole) -> None:
 
 
 def cancel(connection: Connection, whole: Whole, after: CancelCursor) -> bulk_cancel.Cancelled:
-    """Cancel the next batch of pending follow-ups; those in flight are not cancelled, but will not be retried."""
+    """Cancel the next batch of pending follow-ups; those in flight are only kept from a retry."""
     pending = CancelScope(whole.workspace_id, whole.chat_id, bulk_cancel.now(connection))
     return bulk_cancel.cancel_if_not_begun(connection, pending, REMOVED, after)
 
@@ -103,7 +103,7 @@ def end_lost(connection: Connection, whole: Whole) -> int:
 
 
 def conditions(whole: Whole) -> dict[str, str]:
-    """Return the tables whose rows are deleted in batches, in their order, each with a condition for its rows."""
+    """Return the tables whose rows are deleted in batches, in order, each with the rows' condition."""
     found = {"follow_ups": f"{whole.rows} AND status <> 'pending'", "chat_messages": whole.rows}
     of_workspace = "workspace_id = :workspace_id"
     if whole.chat_id is not None:

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 
 def uuid_array(ids: Iterable[UUID]) -> str:
-    """Return an array literal of UUIDs for PostgreSQL, ten times as fast as a driver that adapts each element."""
+    """Return a PostgreSQL array literal of UUIDs, ten times as fast as adapting each element."""
     return f"{{{','.join([one.hex for one in ids])}}}"
 
 
@@ -147,7 +147,7 @@ _RELEASE = text(f"""
 
 
 def release_if_not_begun(connection: Connection, leases: Sequence[Lease]) -> int:
-    """Release leases, so that the next tick may claim the follow-ups; return how many leases were still valid."""
+    """Release leases, so that the next tick may claim the follow-ups; return how many were valid."""
     return connection.execute(_RELEASE, batch_of(leases)).rowcount
 
 

@@ -1,4 +1,4 @@
-"""The worker process, started by ``celery -A followups.worker worker``; ``beat`` and ``flower`` likewise."""
+"""The worker process: ``celery -A followups.worker worker``, and likewise ``beat`` and ``flower``."""
 
 from __future__ import annotations
 
