@@ -1,4 +1,4 @@
-"""Begin on PostgreSQL: the checks that are repeated right before a delivery attempt."""
+"""Begin on PostgreSQL: checks that are repeated immediately before a delivery attempt."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 class TestBegin:
-    """Begin repeats every check on a leased follow-up."""
+    """Begin checks a leased follow-up again in every respect."""
 
     def test_once(self, world: World, steps: Steps) -> None:
         """A hint that is delivered twice begins only one attempt."""
@@ -42,13 +42,13 @@ class TestBegin:
         assert world.row(follow_up).begun_at is None
 
     def test_forged(self, world: World, steps: Steps) -> None:
-        """A forged hint begins no attempt, whether its follow-up is not leased or does not exist."""
+        """A forged hint begins no attempt, whether the follow-up exists without a lease or does not exist."""
         follow_up = world.follow_up(due=timedelta(hours=1))
         forged = [leases.Lease(follow_up, 0, datetime.now(UTC)), leases.Lease(uuid4(), 1, datetime.now(UTC))]
         assert steps.begin(forged).begun == ()
 
     def test_expired_lease(self, world: World, steps: Steps) -> None:
-        """A follow-up whose lease expires in the due queue does not begin."""
+        """If a follow-up's lease expires while it is in the due queue, the follow-up does not begin."""
         follow_up = world.follow_up()
         lease = steps.lease()
         world.expire(follow_up)
@@ -86,7 +86,7 @@ class TestBegin:
         ],
     )
     def test_world(self, world: World, steps: Steps, columns: dict[str, object], status: str, code: str) -> None:
-        """A removed chat, a user's reply or a closed messaging window ends a follow-up right before sending."""
+        """If its chat is removed, the user replies or the window closes, a follow-up ends just before sending."""
         follow_up = world.follow_up(world.chat(**columns))
         beginning = steps.begin([steps.lease()])
         assert beginning.begun == ()
@@ -94,25 +94,25 @@ class TestBegin:
         assert (world.row(follow_up).status, world.row(follow_up).reason) == (status, code)
 
     def test_open_window(self, world: World, steps: Steps) -> None:
-        """A windowed channel allows sending within 24 hours of the user's last message."""
+        """A channel with a messaging window allows sending within 24 hours of the user's last message."""
         world.follow_up(world.chat(channel="whatsapp", last_user_message_at=text("now() - interval '23 h 59 min'")))
         assert steps.begun().delivery.channel == "whatsapp"
 
     @pytest.mark.parametrize(("scheduled", "begun"), [("now() - interval '1 day'", 0), ("now()", 1)])
     def test_lateness(self, world: World, steps: Steps, scheduled: str, begun: int) -> None:
-        """Lateness counts from the due date, or from the time of scheduling if the due date was already past."""
+        """Lateness counts from the due date, or from scheduling if the due date was in the past by then."""
         follow_up = world.follow_up(due=timedelta(days=-1), scheduled_at=text(scheduled))
         assert len(steps.begin([steps.lease()]).begun) == begun
         assert world.row(follow_up).reason == (None if begun else "too_late")
 
     def test_no_limit_of_lateness(self, world: World, steps: Steps, settings: Settings) -> None:
-        """With a maximum lateness of 0, no follow-up is ever too late."""
+        """If the maximum lateness is 0, no follow-up is ever too late."""
         world.follow_up(due=timedelta(days=-400), scheduled_at=text("now() - interval '400 days'"))
         patient = settings.model_copy(update={"max_lateness": timedelta(0)})
         assert steps.begun(patient).delivery.attempt == 1
 
     def test_open_transaction_of_a_caller(self, world: World, steps: Steps, engine: Engine) -> None:
-        """A row locked by a caller's open transaction is retried later and delays no other follow-up."""
+        """If a caller's open transaction locks a row, its begin is tried again later; others do not wait."""
         held, other = world.follow_up(), world.follow_up()
         batch = steps.claim().leases
         with Session(engine) as session:

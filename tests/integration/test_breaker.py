@@ -1,4 +1,4 @@
-"""The circuit breaker: its state in a real Valkey, and a pipeline whose transport fails."""
+"""The circuit breaker: its state in a real Valkey, and pipelines whose transport fails."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ PENDING = "SELECT count(*) FROM follow_ups WHERE status = 'pending'"
 
 @pytest.fixture
 def own(settings: Settings) -> Settings:
-    """Return settings with broker keys used by this test alone."""
+    """Return settings with broker keys that only this test uses."""
     return settings.model_copy(update={"breaker_failures": FAILURES, "broker_prefix": f"test-{uuid4().hex}:"})
 
 
@@ -52,7 +52,7 @@ def ids(count: int) -> list[UUID]:
 
 
 def run(own: Settings, script: Callable[[BreakerStore], Awaitable[None]], policy: RecoveryPolicy = QUICK) -> None:
-    """Run a script against the breaker's store, then close the store."""
+    """Run a script of the test against the breaker's store, then close the store."""
 
     async def main() -> None:
         store = BreakerStore(own, "http", policy)
@@ -67,7 +67,7 @@ def run(own: Settings, script: Callable[[BreakerStore], Awaitable[None]], policy
 async def told(store: BreakerStore, failed: list[UUID], wanted: int, *, succeeded: bool, key: int = KEY) -> Reading:
     """Report outcomes of one workspace and return the breaker's state.
 
-    The held workspaces are checked and left out of the result.
+    The held workspaces are checked here and not returned.
     """
     runs = (Run(key, len(failed), anew=succeeded),) if failed or succeeded else ()
     reading = await store.report(News(tuple(failed), succeeded, runs), wanted)
@@ -76,12 +76,12 @@ async def told(store: BreakerStore, failed: list[UUID], wanted: int, *, succeede
 
 
 async def opened(store: BreakerStore) -> None:
-    """Open the breaker."""
+    """Report failures until the breaker is open."""
     assert await told(store, ids(FAILURES), 10, succeeded=False) == Reading("open", 0, changed=True)
 
 
 def test_opens_for_many_in_a_row(own: Settings) -> None:
-    """Consecutive failures of different follow-ups open the breaker, whichever workers report them.
+    """Consecutive failures of different follow-ups open the breaker, even if several workers report them.
 
     Repeated failures of a single follow-up do not open the breaker.
     """
@@ -103,9 +103,9 @@ def test_opens_for_many_in_a_row(own: Settings) -> None:
 
 
 def test_probes_then_recovers(own: Settings) -> None:
-    """After a pause, the open breaker permits a few probes.
+    """An open breaker permits a few probes after a pause.
 
-    A failed probe lengthens the next pause; a successful probe lets more attempts begin.
+    If a probe fails, the next pause is longer; if a probe succeeds, more attempts may begin.
     """
 
     async def script(store: BreakerStore) -> None:
@@ -125,7 +125,7 @@ def test_probes_then_recovers(own: Settings) -> None:
 
 
 def test_comes_back_gently(own: Settings) -> None:
-    """A recovering breaker permits attempts at a growing rate until it permits all of them."""
+    """A recovering breaker permits attempts at a growing rate until all attempts are permitted."""
 
     async def script(store: BreakerStore) -> None:
         await opened(store)
@@ -135,7 +135,8 @@ def test_comes_back_gently(own: Settings) -> None:
             reading = await told(store, [], 1000, succeeded=False)
             granted += reading.permits
             elapsed = time.monotonic() - started
-            # The breaker's rate doubles every second, so at most twice as many attempts begin as in the second before.
+            # The breaker's rate doubles every second, so the attempts of one second are at most twice those of the
+            # second before.
             assert granted <= 20 * 2 ** (elapsed + 1) / 0.69
             await asyncio.sleep(0.02)
         assert reading == Reading(CLOSED, 0, changed=True)
@@ -161,7 +162,7 @@ def test_fails_again(own: Settings) -> None:
 
 
 def test_probes_that_never_end(own: Settings) -> None:
-    """If a crashed worker never reports its probes' outcomes, other workers may probe."""
+    """If a worker crashes without reporting the outcomes of its probes, other workers may probe."""
 
     async def script(store: BreakerStore) -> None:
         await opened(store)
@@ -181,7 +182,7 @@ async def tripped(store: BreakerStore) -> frozenset[int]:
 def test_which_are_tripped(own: Settings) -> None:
     """The breaker holds the workspaces whose last attempts failed.
 
-    A workspace that has succeeded since is released when the breaker opens again.
+    A workspace that has succeeded since then is released when the breaker opens again.
     """
 
     async def script(store: BreakerStore) -> None:
@@ -200,7 +201,7 @@ def test_which_are_tripped(own: Settings) -> None:
 
 
 def test_few_in_a_row_trip_no_workspace(own: Settings) -> None:
-    """The breaker holds a workspace from its fifth consecutive failure on; a success resets the count.
+    """The breaker holds a workspace from its fifth failure in a row on; any success resets the count.
 
     Failures before the breaker opens count like failures after it has opened.
     """
@@ -219,7 +220,7 @@ def test_few_in_a_row_trip_no_workspace(own: Settings) -> None:
 
 
 def test_a_lone_follow_up_keeps_its_last_attempt(own: Settings) -> None:
-    """If few attempts are allowed, fewer consecutive failures are enough to hold a workspace."""
+    """If the settings allow few attempts, fewer consecutive failures are enough to hold a workspace."""
 
     async def script(store: BreakerStore) -> None:
         await told(store, ids(FAILURES), 0, succeeded=False)
@@ -229,7 +230,7 @@ def test_a_lone_follow_up_keeps_its_last_attempt(own: Settings) -> None:
 
 
 def test_it_is_not_open_for_nobody(own: Settings) -> None:
-    """A breaker that holds no workspace stays closed or closes, since no success could close it later."""
+    """If the breaker holds no workspace, it stays closed or closes, since no success could close it later."""
 
     async def script(store: BreakerStore) -> None:
         for key, one in enumerate(ids(FAILURES * 2)):
@@ -280,7 +281,7 @@ def test_the_clock_is_set_while_it_is_open(own: Settings, clock: ServerClock, st
 
 @pytest.mark.parametrize("step", [-DAY, -1.0, 1.0, DAY])
 def test_the_clock_is_set_while_it_recovers(own: Settings, clock: ServerClock, step: float) -> None:
-    """A change of the Redis clock neither ends the breaker's recovery early nor delays it."""
+    """If the Redis clock is changed, the breaker's recovery neither ends early nor takes longer."""
     policy = replace(QUICK, first_rate=10, last_rate=10_000)
 
     async def script(store: BreakerStore) -> None:
@@ -306,7 +307,7 @@ def client(own: Settings) -> redis.Redis:
 
 
 def test_what_begins_when_it_has_opened(own: Settings) -> None:
-    """Attempts already in flight when the breaker opened do not use up its permits."""
+    """Attempts in flight when the breaker opens do not use up the permits for probes."""
 
     class Open:
         async def report(self, news: News, wanted: int) -> Reading:
@@ -378,7 +379,7 @@ SLOWLY = RecoveryPolicy(first_pause=600, longest_pause=600)
 def test_burns_no_attempts(
     world: World, engine: Engine, own: Settings, started: Callable[..., Pipeline], outcome: Outcome
 ) -> None:
-    """When the transport fails for every chat, follow-ups lose attempts only until the breaker opens."""
+    """If the transport fails for every chat, follow-ups use up attempts only until the breaker opens."""
     transport = Failing(outcome)
     for _ in range(100):
         world.follow_up()
@@ -396,7 +397,7 @@ def test_burns_no_attempts(
 def test_a_receiver_that_refuses_every_message_is_left_alone(
     world: World, engine: Engine, own: Settings, started: Callable[..., Pipeline], status: int
 ) -> None:
-    """If a receiver rejects every message, as after a secret expired, few follow-ups fail.
+    """If a receiver rejects every message, for example because a secret expired, few follow-ups fail.
 
     Follow-ups that have not begun when the breaker opens are not attempted.
     """
@@ -428,7 +429,7 @@ def test_stays_closed(
 def test_all_are_sent_when_it_is_back(
     world: World, engine: Engine, own: Settings, started: Callable[..., Pipeline]
 ) -> None:
-    """When the transport recovers, all waiting follow-ups are sent without an operator's action."""
+    """Once the transport has recovered, all waiting follow-ups are sent without an operator's action."""
     transport = Failing(Retry("no connection"))
     for _ in range(100):
         world.follow_up()
@@ -439,7 +440,7 @@ def test_all_are_sent_when_it_is_back(
     transport.outcome = Sent()
 
     def done() -> bool:
-        pipeline.submit(claim(engine, own).leases)  # the follow-ups whose attempts failed
+        pipeline.submit(claim(engine, own).leases)  # retries of the follow-ups whose attempts failed
         return bool(world.scalar(PENDING) == 0)
 
     wait_until(done, every=0.1)
@@ -449,7 +450,7 @@ def test_all_are_sent_when_it_is_back(
 
 @dataclass
 class OpenedBreaker:
-    """A pipeline whose breaker was opened by one failing workspace, and a second, healthy workspace."""
+    """A pipeline with a breaker that a failing workspace has opened, and a second, healthy workspace."""
 
     engine: Engine
     settings: Settings
@@ -458,7 +459,7 @@ class OpenedBreaker:
     other: World
 
     def deliver(self) -> UUID:
-        """Submit a follow-up of the healthy workspace and return its id."""
+        """Submit a follow-up of the healthy workspace and return the follow-up's id."""
         follow_up = self.other.follow_up()
         self.pipeline.submit(claim(self.engine, self.settings).leases)
         return follow_up
@@ -471,7 +472,7 @@ class OpenedBreaker:
 
 @pytest.fixture
 def opened_breaker(world: World, engine: Engine, own: Settings, started: Callable[..., Pipeline]) -> OpenedBreaker:
-    """Return a pipeline whose breaker was opened by a hundred failing chats of one workspace."""
+    """Return a pipeline whose breaker has been opened by a hundred failing chats of one workspace."""
     other, transport = World(engine), Failing(Retry("HTTP 500"))
     transport.well = other.workspace_id
     for _ in range(100):
@@ -484,7 +485,7 @@ def opened_breaker(world: World, engine: Engine, own: Settings, started: Callabl
 
 
 def test_other_workspaces_are_not_delayed(opened_breaker: OpenedBreaker) -> None:
-    """A workspace with enough failing chats to open the breaker does not delay other workspaces."""
+    """Even if one workspace's failing chats open the breaker, other workspaces are not delayed."""
     for _ in range(3):
         quick = opened_breaker.deliver()
         wait_until(lambda quick=quick: [row.status for row in opened_breaker.other.rows(quick)] == ["sent"])
@@ -493,7 +494,7 @@ def test_other_workspaces_are_not_delayed(opened_breaker: OpenedBreaker) -> None
 
 
 def test_occasional_failures_are_not_delayed(opened_breaker: OpenedBreaker) -> None:
-    """A workspace with occasional failures is not delayed while every attempt of another one fails."""
+    """A workspace with occasional failures is not delayed by another whose attempts all fail."""
 
     def settled(follow_up: UUID, status: str) -> bool:
         row = opened_breaker.other.row(follow_up)
@@ -513,7 +514,7 @@ def test_deliveries_go_on_without_redis(
     started: Callable[..., Pipeline],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """If the breaker's state is unreachable, every attempt still begins, with a pause after many failures.
+    """If the breaker's state is unreachable, all attempts still begin, with a pause after many failures.
 
     A metric counts how often the breaker's state was unreachable.
     """
@@ -529,5 +530,5 @@ def test_deliveries_go_on_without_redis(
     pipeline.submit(claim(engine, away).leases)
     wait_until(lambda: transport.calls == 30)
     wait_until(lambda: world.scalar("SELECT sum(attempts) FROM follow_ups") == 30)
-    # The worker pauses at least once after every five failures, except after the last five.
+    # The worker pauses at least once after every five failures, but not after the last five.
     assert metrics.BREAKER_UNAVAILABLE._value.get() - before >= 30 // FAILURES - 1  # noqa: SLF001 - the client has no public access

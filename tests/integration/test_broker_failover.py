@@ -1,4 +1,4 @@
-"""Broker failover: clients drop their connections to a broker that has become a replica."""
+"""Broker failover: when a broker has become a replica, clients drop their connections to it."""
 
 from __future__ import annotations
 
@@ -27,18 +27,18 @@ MOMENT = datetime(2030, 1, 1, tzinfo=UTC)
 
 @pytest.fixture
 def place() -> Iterator[tuple[Settings, redis.Redis]]:
-    """Return settings for a separate Valkey server, and an admin client that controls the server."""
+    """Return settings for a separate Valkey server, and an admin client for that server."""
     with EmbeddedValkey() as valkey, redis.Redis.from_url(valkey.url()) as admin:
         yield load_settings(database_url="postgresql://db.invalid/none", broker_url=valkey.url()), admin
 
 
 def connections(admin: redis.Redis) -> set[str]:
-    """Return the ids of all connections to the broker except the admin client's connection."""
+    """Return the ids of all connections to the broker except the connection of the admin client."""
     return {client["id"] for client in admin.client_list()} - {str(admin.client_id())}
 
 
 def check(admin: redis.Redis, use: Callable[[], None]) -> None:
-    """Check that a client closes its connection after its broker has become a replica."""
+    """Check that a client closes its connection once the broker has become a replica."""
     use()
     before = connections(admin)
     assert before
@@ -49,7 +49,7 @@ def check(admin: redis.Redis, use: Callable[[], None]) -> None:
 
 
 def test_the_apis_rate_limit(place: tuple[Settings, redis.Redis]) -> None:
-    """During broker failover, the API's rate limit lets requests through uncounted and reconnects."""
+    """During a broker failover, the API's rate limit allows requests without counting, and reconnects."""
     limit = KeyRateLimit(place[0])
     with asyncio.Runner() as loop:
         check(place[1], lambda: loop.run(limit.check(uuid4())))
@@ -57,7 +57,7 @@ def test_the_apis_rate_limit(place: tuple[Settings, redis.Redis]) -> None:
 
 
 def test_publishers(place: tuple[Settings, redis.Redis]) -> None:
-    """Publishers of hints and nudges reconnect after broker failover, although they do not retry."""
+    """Publishers of hints and nudges reconnect after a broker failover, although they never retry."""
     app = App("test", place[0].broker_url.get_secret_value())
     check(place[1], lambda: app.send_task("nothing", retry=False) and None)
     app.pool.force_close_all()
@@ -66,7 +66,7 @@ def test_publishers(place: tuple[Settings, redis.Redis]) -> None:
 
 @pytest.mark.parametrize("kind", ["limiter", "breaker"])
 async def test_what_workers_share(place: tuple[Settings, redis.Redis], kind: str) -> None:
-    """The rate limiter and the breaker reconnect after broker failover."""
+    """The rate limiter and the breaker reconnect after a broker failover."""
     settings, admin = place
     client: Limiter | BreakerStore = Limiter(settings) if kind == "limiter" else BreakerStore(settings, "http")
 

@@ -69,14 +69,14 @@ class Impostor:
 
 
 def ask_as_celery(settings: Settings, _engine: Engine) -> None:
-    """Connect to the broker as workers, beat and Flower do."""
+    """Connect to the broker in the same way as workers, beat and Flower."""
     app = App("test", settings.broker_url.get_secret_value())
     with app.connection_for_write() as connection:
-        connection.transport.establish_connection()  # connecting also sends a ping
+        connection.transport.establish_connection()  # connecting sends a ping, too
 
 
 def ask_as_limiter(settings: Settings, _engine: Engine) -> None:
-    """Connect to the broker as the rate limiter and the breaker do."""
+    """Connect to the broker in the same way as the rate limiter and the breaker."""
 
     async def ask() -> None:
         client = connect(settings, timedelta(seconds=2))
@@ -89,7 +89,7 @@ def ask_as_limiter(settings: Settings, _engine: Engine) -> None:
 
 
 def ask_as_api(settings: Settings, _engine: Engine) -> None:
-    """Connect to the broker as the rate limit of API keys does."""
+    """Connect to the broker in the same way as the rate limit of API keys."""
 
     async def ask() -> bool:
         limit = KeyRateLimit(settings)
@@ -104,7 +104,7 @@ def ask_as_api(settings: Settings, _engine: Engine) -> None:
 
 
 def ask_as_readiness(settings: Settings, engine: Engine) -> None:
-    """Connect to the broker as `/readyz` does."""
+    """Connect to the broker in the same way as `/readyz`."""
     health = ReadinessChecks(settings, engine)
     broker = health.checks()["broker"]
     health.close()
@@ -113,7 +113,7 @@ def ask_as_readiness(settings: Settings, engine: Engine) -> None:
 
 
 def ask_as_command(settings: Settings, _engine: Engine) -> None:
-    """Connect to the broker as doctor and the other commands do."""
+    """Connect to the broker in the same way as doctor and the other commands."""
     with broker_client(settings, timedelta(seconds=2)) as client:
         client.ping()
 
@@ -122,13 +122,13 @@ CLIENTS = [ask_as_celery, ask_as_limiter, ask_as_api, ask_as_readiness, ask_as_c
 
 
 def at(settings: Settings, url: str) -> Settings:
-    """Return the settings with another broker URL."""
+    """Return the settings with the broker URL replaced."""
     return load_settings(**settings.model_dump() | {"broker_url": url})
 
 
 @pytest.fixture
 def impostor() -> Iterator[Impostor]:
-    """Return a server whose certificate has the right name but comes from an unknown authority."""
+    """Return a server whose certificate has the right host name but was issued by an unknown authority."""
     running = Impostor(trustme.CA().issue_cert("localhost"))
     yield running
     running.stop()
@@ -138,7 +138,7 @@ def impostor() -> Iterator[Impostor]:
 def test_an_impostor_learns_nothing(
     ask: Callable[[Settings, Engine], None], settings: Settings, engine: Engine, impostor: Impostor, tmp_path: Path
 ) -> None:
-    """No client sends data, not even a password, to a server certified by an unknown authority."""
+    """If an unknown authority certified the server, no client sends it any data, not even a password."""
     trusted = tmp_path / "authority.pem"
     trustme.CA().cert_pem.write_to_path(trusted)
     for query in ("", f"?ssl_ca_certs={trusted}", f"?ssl_ca_certs={trusted}&ssl_cert_reqs=CERT_REQUIRED"):
@@ -154,7 +154,7 @@ def test_an_impostor_learns_nothing(
 
 @pytest.mark.skipif(PROGRAM is None, reason=MISSING)
 def test_one_url_serves_every_client(settings: Settings, engine: Engine, redis_server: RedisServer) -> None:
-    """Every client connects with the same URL, whose password may be unescaped.
+    """The same broker URL works for every client, even if its password is not escaped.
 
     Both spellings of a TLS parameter are accepted.
     """
@@ -164,7 +164,7 @@ def test_one_url_serves_every_client(settings: Settings, engine: Engine, redis_s
 
 
 def told(settings: Settings) -> str:
-    """Return doctor's finding about the connection to the broker."""
+    """Return what doctor finds about the connection to the broker."""
     (finding,) = connection_checks.of_broker(settings)
     return finding.detail
 
@@ -181,14 +181,14 @@ def told(settings: Settings) -> str:
 def test_doctor_tells_what_the_connection_is(
     settings: Settings, redis_server: RedisServer, query: str, detail: str
 ) -> None:
-    """For the broker, doctor shows the TLS version and what was verified, or that TLS is not used."""
+    """For the broker, doctor shows the TLS version and what was verified, or that there is no TLS."""
     assert told(at(settings, redis_server.url(query))) == f"TLSv1.3, {detail}"
     assert told(settings).startswith("without TLS (rediss://")
 
 
 @pytest.mark.skipif(PROGRAM is None, reason=MISSING)
 def test_a_certificate_for_another_host(settings: Settings, engine: Engine) -> None:
-    """A trusted certificate for another host name is rejected unless the URL disables the check."""
+    """A trusted certificate for another host name is rejected, unless the URL disables the name check."""
     with RedisServer(trustme.CA(), "broker.example") as server:
         for ask in CLIENTS:
             with pytest.raises((redis.RedisError, OSError)):

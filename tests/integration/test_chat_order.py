@@ -1,4 +1,4 @@
-"""Order within a chat on PostgreSQL: a later follow-up waits for the earlier one."""
+"""Order within a chat on PostgreSQL: a later follow-up waits for an earlier one."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class TestOrder:
     """The follow-ups of a chat are sent in order."""
 
     def test_later_waits_and_is_unblocked(self, world: World, steps: Steps) -> None:
-        """The later of two follow-ups is parked, then leased to the worker that settles the earlier one.
+        """The later of two follow-ups is parked; the worker that settles the earlier one then gets its lease.
 
         A parked follow-up is not claimed again.
         """
@@ -45,7 +45,7 @@ class TestOrder:
         assert [one.lease.id for one in steps.begin(settling.unblocked).begun] == [second]
 
     def test_pile(self, world: World, steps: Steps, settings: Settings) -> None:
-        """When a follow-up may not begin, its chat's due follow-ups are parked, each behind the one before."""
+        """If a follow-up may not begin, its chat's due follow-ups are parked, each behind the previous one."""
         chat, seen = world.chat(), settings.model_copy(update={"max_in_flight": 3})
         ids = [world.follow_up(chat, (number - 30) * SECOND) for number in range(20)]
         ahead, elsewhere = world.follow_up(chat, timedelta(hours=1)), world.follow_up(due=-SECOND)
@@ -62,7 +62,7 @@ class TestOrder:
         assert sent == ids
 
     def test_locked_row_of_a_pile(self, world: World, steps: Steps, engine: Engine) -> None:
-        """A locked row among several follow-ups of a chat is skipped; the follow-ups after it still wait."""
+        """If one of a chat's follow-ups is locked, it is skipped, and the follow-ups after it still wait."""
         chat = world.chat()
         first, second, held, last = (world.follow_up(chat, (number - 9) * SECOND) for number in range(4))
         batch = steps.claim().leases[:2]
@@ -72,7 +72,7 @@ class TestOrder:
         assert [world.row(one).waits_for for one in (first, second, held, last)] == [None, first, None, second]
 
     def test_later_waits_through_retries(self, world: World, steps: Steps) -> None:
-        """A later follow-up does not overtake an earlier one that is to be retried."""
+        """If a chat's earlier follow-up is to be retried, a later follow-up does not overtake it."""
         chat = world.chat()
         first, second = world.follow_up(chat, -2 * SECOND), world.follow_up(chat, -SECOND)
         beginning = steps.begin(steps.claim().leases)
@@ -102,7 +102,7 @@ class TestOrder:
         assert steps.begun().lease.id == second
 
     def test_end_before_the_attempt_unblocks(self, world: World, steps: Steps) -> None:
-        """A follow-up that ends at begin, without an attempt, leases the chat's next one to the same worker."""
+        """If a follow-up ends at begin, without an attempt, the same worker gets the lease of the chat's next."""
         chat = world.chat()
         long_ago = text("now() - interval '2 days'")
         world.follow_up(chat, timedelta(days=-2), scheduled_at=long_ago)
@@ -112,7 +112,7 @@ class TestOrder:
         assert [lease.id for lease in steps.begin([early]).unblocked] == [second]
 
     def test_many_behind_one_stuck(self, world: World, steps: Steps) -> None:
-        """Behind a stuck follow-up of a chat, each later one is parked once and is not scanned again.
+        """If a chat's follow-up is stuck, each later one is parked once and is not scanned again.
 
         Each parked follow-up waits for the one before it.
         """
@@ -123,18 +123,18 @@ class TestOrder:
         assert steps.claim().leases == ()
 
     def test_no_longer_before_it(self, world: World, steps: Steps, engine: Engine) -> None:
-        """A follow-up does not wait for an earlier one that is rescheduled during the check of their order."""
+        """A follow-up does not wait for an earlier one that is rescheduled while their order is checked."""
         chat = world.chat()
         first, second = world.follow_up(chat, -2 * SECOND), world.follow_up(chat, -SECOND)
         lease = next(one for one in steps.claim().leases if one.id == second)
         with Session(engine) as session, session.begin():
             amend(session, first, {"due_date": datetime.now(UTC) + timedelta(hours=1)})
-        with engine.begin() as connection:  # begin likewise read the rows before the change
+        with engine.begin() as connection:  # like begin, this transaction read the rows before the change
             assert chat_order.park_if_leased(connection, [(lease, first)]) == set()
 
 
 def test_losses_of_an_unblocked_one(world: World, steps: Steps) -> None:
-    """A follow-up that is unblocked in its chat keeps its count of lost leases."""
+    """A follow-up that was parked in its chat keeps its count of lost leases."""
     chat = world.chat()
     earlier = world.follow_up(chat, -SECOND)
     later = world.follow_up(chat, losses=2, waits_for=earlier)

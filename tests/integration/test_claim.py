@@ -1,4 +1,4 @@
-"""Claim on PostgreSQL: which follow-ups are leased, lost leases, and the low-water mark."""
+"""Claim on PostgreSQL: which follow-ups are leased, what happens to lost leases, the low-water mark."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ SECOND = timedelta(seconds=1)
 
 
 class TestClaim:
-    """Claim leases due follow-ups and no others."""
+    """Claim leases the follow-ups that are due and no others."""
 
     def test_look_ahead(self, world: World, steps: Steps, settings: Settings) -> None:
-        """A tick claims follow-ups due within two intervals, ordered by due date, and none due later."""
+        """A tick claims the follow-ups that are due within two intervals, in due order, and none due later."""
         second = world.follow_up(due=settings.tick_interval)
         first = world.follow_up(due=-SECOND)
         world.follow_up(due=settings.tick_interval * 20)
@@ -61,7 +61,7 @@ class TestClaim:
         assert (len(second.leases), second.more) == (0, True)
 
     def test_two_at_once_share(self, world: World, steps: Steps) -> None:
-        """Concurrent claims never lease the same follow-up twice."""
+        """Of two concurrent claims, only one leases a given follow-up."""
         for _ in range(40):
             world.follow_up()
         taken: list[UUID] = []
@@ -86,7 +86,7 @@ class TestClaim:
         assert [lease.id for lease in steps.claim().leases] == [ids[1], ids[2], ids[0]]
 
     def test_window_with_earlier_ones_behind(self, world: World, steps: Steps, settings: Settings) -> None:
-        """Follow-ups inserted with an earlier due date do not let claims exceed MAX_IN_FLIGHT."""
+        """Even if follow-ups with earlier due dates are inserted, claims do not exceed MAX_IN_FLIGHT."""
         bounded = settings.model_copy(update={"max_in_flight": 3})
         for group in range(1, 3):
             for _ in range(3):
@@ -104,14 +104,14 @@ class TestClaim:
 
 
 class TestRecovery:
-    """A lease that expires during an attempt leaves an unknown outcome."""
+    """If a lease expires during an attempt, the outcome of the attempt is unknown."""
 
     def lose(self, world: World, steps: Steps, follow_up: UUID, settings: Settings | None = None) -> None:
         steps.begun(settings)
         world.expire(follow_up)
 
     def test_sent_again_where_the_transport_deduplicates(self, world: World, steps: Steps) -> None:
-        """A lost attempt is repeated under the same number if the transport deduplicates.
+        """If the transport deduplicates, a lost attempt is repeated under the same attempt number.
 
         A lost attempt counts as a lost lease, not as a further attempt.
         """
@@ -131,7 +131,7 @@ class TestRecovery:
         assert (row.status, row.reason.partition(":")[0]) == ("failed", "outcome_unknown")
 
     def test_poison(self, world: World, steps: Steps) -> None:
-        """A follow-up that loses its third worker is quarantined as worker_lost."""
+        """A follow-up whose third worker is lost is quarantined as worker_lost."""
         follow_up = world.follow_up()
         for _ in range(MAX_LOSSES):
             self.lose(world, steps, follow_up)
@@ -140,7 +140,7 @@ class TestRecovery:
         assert (row.status, row.reason.partition(":")[0]) == ("failed", "worker_lost")
 
     def test_reply_meanwhile(self, world: World, steps: Steps) -> None:
-        """A reply during an attempt that is then lost prevents the follow-up from being sent again."""
+        """If a reply arrives during an attempt that is then lost, the follow-up is not sent again."""
         chat = world.chat()
         follow_up = world.follow_up(chat)
         steps.begun()
@@ -164,22 +164,22 @@ def test_losses_are_carried(world: World, steps: Steps) -> None:
 
 
 class TestLowWater:
-    """The low-water mark: the due date before which a claim need not read rows."""
+    """The low-water mark: claims need not read rows that were due before this time."""
 
     def test_mark(self, world: World, steps: Steps) -> None:
-        """The low-water mark stays before now and before the first unfinished follow-up, leased or not."""
+        """The low-water mark is before now and before the first unfinished follow-up, leased or not."""
         world.follow_up(due=-timedelta(minutes=5))
         for _ in range(2):  # the follow-up is unleased in the first round and leased in the second
             low = steps.claim().low_water
             assert timedelta(minutes=5) < datetime.now(UTC) - low < timedelta(minutes=6)
 
     def test_nothing_is_due(self, steps: Steps) -> None:
-        """If no follow-up is due, the low-water mark is a margin before now, to allow for late commits."""
+        """If nothing is due, the low-water mark lies a margin before now, since commits may arrive late."""
         low = steps.claim().low_water
         assert timedelta(0) < datetime.now(UTC) - low - claims.LOW_WATER_MARGIN < timedelta(minutes=1)
 
     def test_what_came_in_behind(self, world: World, steps: Steps) -> None:
-        """A row inserted before the low-water mark is missed by a claim from the mark.
+        """If a row is inserted before the low-water mark, a claim that starts at the mark misses it.
 
         A full claim finds the row.
         """
@@ -191,9 +191,9 @@ class TestLowWater:
     def test_dispatcher_looks_behind(
         self, world: World, engine: Engine, settings: Settings, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        """Even if full claims are slow, a single tick claims a row inserted before the low-water mark."""
+        """Even if full claims are slow, one tick is enough to claim a row inserted before the low-water mark."""
         monkeypatch.setattr(dispatcher, "QUICK", 0.0)
-        monkeypatch.setattr(dispatcher, "LOOKING_SHARE", 0.005)  # about a second between two full claims
+        monkeypatch.setattr(dispatcher, "LOOKING_SHARE", 0.005)  # full claims then run about a second apart
         hints: list[Hint] = []
         ticking = dispatcher.Dispatcher(settings, engine, hints.append)
         ticking.start()

@@ -1,4 +1,4 @@
-"""Creating a follow-up by one statement: it decides the clear cases only, and otherwise changes nothing."""
+"""Creating a follow-up by a single statement, which decides only clear cases and else changes nothing."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ DUE = datetime.now(UTC) + timedelta(days=1)
 
 
 def create(world: World, chat_id: UUID, key_id: UUID | None = None) -> FollowUp | None:
-    """Create a follow-up by one statement, with a valid key unless one is given."""
+    """Create a follow-up by a single statement, with a valid API key unless another key is given."""
     key = key_id or key_of(world)[0]
     with Session(world.engine, expire_on_commit=False) as session, session.begin():
         return run(session, scheduling.scheduling_alone(world.workspace_id, chat_id, "?", DUE, key))
@@ -37,7 +37,7 @@ def pending(world: World) -> int:
 
 
 def test_a_clear_case(world: World) -> None:
-    """The row equals the one that `schedule` creates in a transaction."""
+    """The single statement inserts the same row as `schedule` in a transaction."""
     chat_id, (key_id, _) = world.chat(), key_of(world)
     alone = create(world, chat_id, key_id)
     assert alone
@@ -61,14 +61,14 @@ def test_a_clear_case(world: World) -> None:
     ids=["reply", "no messages", "removed", "whatsapp", "instagram"],
 )
 def test_a_chat_that_is_not_clear(world: World, columns: dict[str, object]) -> None:
-    """A chat that is removed, has a window, or whose last message is not the agent's, is left to the transaction."""
+    """If a chat is removed, has a window, or was not last written to by the agent, a transaction decides."""
     assert create(world, world.chat(**columns)) is None
     assert create(world, uuid4()) is None
     assert pending(world) == 0
 
 
 def test_keys_quotas_and_workspaces(world: World) -> None:
-    """An invalid key, a quota, and the workspace's deletion are left to the transaction."""
+    """An invalid key, a quota and a workspace being deleted are left to the transaction to decide."""
     chat_id = world.chat()
     for change in ("revoked_at = now()", "expires_at = now()"):
         key_id = key_of(world)[0]
@@ -88,7 +88,7 @@ def test_keys_quotas_and_workspaces(world: World) -> None:
 
 
 def test_a_locked_chat(world: World) -> None:
-    """A locked chat is not waited for: its transaction may be a reply's."""
+    """The single statement does not wait for a locked chat, which a reply's transaction may have locked."""
     chat_id = world.chat()
     with world.engine.connect() as connection:
         connection.execute(text("SELECT FROM chats WHERE id = :id FOR NO KEY UPDATE"), {"id": chat_id})
@@ -97,7 +97,7 @@ def test_a_locked_chat(world: World) -> None:
 
 
 def test_a_chat_that_is_almost_full(world: World) -> None:
-    """Close to the limit, follow-ups are counted by the transaction, which sees all of them."""
+    """Close to a chat's limit, the transaction counts its follow-ups, because it sees all of them."""
     chat_id = world.full_chat()
     world.sql(
         """

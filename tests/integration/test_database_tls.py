@@ -1,4 +1,4 @@
-"""TLS to the database, tested with Debian's PostgreSQL because the embedded one is built without TLS."""
+"""TLS to the database, tested with Debian's PostgreSQL, because the embedded server has no TLS."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ pytestmark = pytest.mark.skipif(INSTALLED is None, reason=MISSING)
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[SecureServer, str]]:
-    """Return a TLS server and the file with the certificate of its authority."""
+    """Return a TLS server and the file that contains its authority's certificate."""
     assert INSTALLED
     authority = trustme.CA()
     trusted = tmp_path_factory.mktemp("tls") / "authority.pem"
@@ -35,7 +35,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[SecureServ
 
 
 def detail(engine: Engine) -> str:
-    """Return doctor's finding about the connection to the database."""
+    """Return what doctor finds about the connection to the database."""
     (finding,) = connection_checks.of_database(engine)
     return finding.detail
 
@@ -51,7 +51,7 @@ def detail(engine: Engine) -> str:
     ],
 )
 def test_doctor_tells_what_the_connection_is(place: tuple[SecureServer, str], query: str, said: str) -> None:
-    """For the database, doctor shows the TLS version and what was verified, or that TLS is not used."""
+    """For the database, doctor shows the TLS version and what was verified, or that there is no TLS."""
     server, trusted = place
     engine = make_engine(server.secure_url("localhost", query.format(trusted)))
     assert detail(engine) == said

@@ -1,4 +1,4 @@
-"""Deferral: follow-ups held by the breaker leave the window to others and are sent in the end."""
+"""Deferral: follow-ups held by the breaker leave room for others and are sent in the end."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ LEASED = "SELECT count(*) FROM follow_ups WHERE lease_until > now()"
 
 @pytest.fixture
 def own(settings: Settings) -> Settings:
-    """Return settings with a small window, leases that outlive the test, and separate broker keys."""
+    """Return settings with a small limit in flight, leases that outlive the test, and own broker keys."""
     changes = {
         "breaker_failures": 5,
         "broker_prefix": f"test-{uuid4().hex}:",
@@ -63,7 +63,7 @@ def own(settings: Settings) -> Settings:
 
 
 class Chat:
-    """A transport that accepts messages of the workspaces in `well` and fails all others."""
+    """A transport that accepts messages of the workspaces in `well` and fails all other messages."""
 
     name = "http"
 
@@ -88,7 +88,7 @@ class Chat:
 
 @contextmanager
 def worker(own: Settings, engine: Engine, chat: Chat, policy: RecoveryPolicy) -> Iterator[None]:
-    """Run a worker's components with dispatcher ticks, and drain the pipeline at the end."""
+    """Run the components of a worker with dispatcher ticks, and drain the pipeline at the end."""
     pipeline: Pipeline
 
     def submit(hint: Hint) -> None:
@@ -132,7 +132,7 @@ def is_open(own: Settings) -> bool:
 
 
 def test_it_is_in_nobodys_way(world: World, engine: Engine, own: Settings) -> None:
-    """A held workspace with more due follow-ups than the window does not block another workspace."""
+    """A held workspace with more due follow-ups than may be in flight does not block another workspace."""
     theirs = World(engine)
     chat = Chat(theirs)
     world.burst([-SECOND] * OVERDUE)
@@ -145,7 +145,7 @@ def test_it_is_in_nobodys_way(world: World, engine: Engine, own: Settings) -> No
 
 
 def test_it_gives_its_places_back(world: World, engine: Engine, own: Settings) -> None:
-    """Held follow-ups, except for a few probes, have no lease, use no attempt and can be cancelled."""
+    """Except for a few probes, held follow-ups have no lease, use no attempt and can be cancelled."""
     world.burst([-SECOND] * OVERDUE)
     with worker(own, engine, Chat(), FOR_LONG):
         wait_until(lambda: len(deferred(world)) > OVERDUE * 0.8)
@@ -164,9 +164,9 @@ def test_it_gives_its_places_back(world: World, engine: Engine, own: Settings) -
 
 
 def test_many_workers_leave_most_of_the_window(world: World, engine: Engine, own: Settings) -> None:
-    """While a workspace is held, each worker uses less than a hundredth of the window for it.
+    """Each worker uses less than a hundredth of the in-flight limit for a workspace that is held.
 
-    The share does not depend on the number of slots of the worker.
+    The share does not depend on how many slots the worker has.
     """
     window = 1024
     world.burst([-SECOND] * OVERDUE)
@@ -192,7 +192,7 @@ def test_it_goes_out_when_it_is_held_no_more(world: World, engine: Engine, own: 
 
 
 def test_a_row_that_is_locked_is_deferred_later(world: World, engine: Engine, own: Settings) -> None:
-    """A follow-up locked by another transaction keeps its lease and is deferred once unlocked."""
+    """If another transaction locks a follow-up, its lease is kept, and it is deferred once unlocked."""
     *_, last = world.burst([-SECOND * number for number in range(OVERDUE, 0, -1)])
     with engine.connect() as connection, worker(own, engine, Chat(), FOR_LONG):
         wait_until(lambda: is_open(own))
@@ -203,7 +203,7 @@ def test_a_row_that_is_locked_is_deferred_later(world: World, engine: Engine, ow
 
 
 def test_a_row_that_cannot_be_written(world: World, engine: Engine, own: Settings) -> None:
-    """A follow-up whose lease cannot be released does not stop others from being deferred and released."""
+    """If one follow-up's lease cannot be released, other follow-ups are still deferred and released."""
     *_, last = world.burst([-SECOND * number for number in range(OVERDUE, 0, -1)])
     world.alter(f"ALTER TABLE follow_ups ADD CHECK (id <> '{last}' OR lease_until IS NOT NULL) NOT VALID")
     with worker(own, engine, Chat(), FOR_LONG):
@@ -231,7 +231,7 @@ class TestFreeing:
         return [lease.id for lease in leases]
 
     def test_the_first_first(self, world: World, engine: Engine, settings: Settings) -> None:
-        """Across the given workspaces, the follow-ups deferred first are released, up to the given number."""
+        """Of all given workspaces, the follow-ups deferred first are released, up to the given number."""
         other, third = World(engine), World(engine)
         mine = self.deferred(world, engine, settings, 10, 40)
         theirs = self.deferred(other, engine, settings, 20, 30)

@@ -62,14 +62,14 @@ class TestPostgres:
         engine.dispose()
 
     def test_only_its_owner_reaches_it(self, postgres: EmbeddedPostgres) -> None:
-        """The embedded PostgreSQL listens only on a socket in a private directory, not on a TCP port."""
+        """The embedded PostgreSQL listens on a socket in a private directory and on no TCP port."""
         socket_directory = _directory_of(postgres) / "socket"
         assert stat.S_IMODE(socket_directory.stat().st_mode) == 0o700
         with psycopg.connect(postgres.url()) as connection:
             assert connection.execute("SHOW listen_addresses").fetchone() == ("",)
 
     def test_the_role_of_the_processes_owns_nothing(self, postgres: EmbeddedPostgres) -> None:
-        """The processes of `followups up` read and change rows, but cannot change a table."""
+        """The processes of `followups up` can read and change rows, but cannot alter a table."""
         with psycopg.connect(postgres.url(), autocommit=True) as connection:
             connection.execute("CREATE TABLE theirs (id int GENERATED ALWAYS AS IDENTITY, n int)")
         assert postgres.service_url() == postgres.service_url()
@@ -84,7 +84,7 @@ class TestPostgres:
     def test_what_was_committed_survives_restart_and_kill(
         self, postgres: EmbeddedPostgres, end: Callable[[EmbeddedPostgres], None]
     ) -> None:
-        """A restart, even after SIGKILL, keeps the embedded server's URL and every confirmed commit."""
+        """After a restart, even by SIGKILL, the embedded server has the same URL and every confirmed commit."""
         url = postgres.url()
         with psycopg.connect(url, autocommit=True) as connection:
             connection.execute("DROP TABLE IF EXISTS survivor")
@@ -101,7 +101,10 @@ class TestPostgres:
             assert connection.execute("SELECT count(*) FROM survivor").fetchone() == (200,)
 
     def test_nothing_is_left_of_a_temporary_one(self) -> None:
-        """When its block ends, even by an exception, a temporary server's processes and directory are removed."""
+        """When its `with` block ends, even by an exception, a temporary server leaves nothing behind.
+
+        Its processes and its directory are removed.
+        """
         server = EmbeddedPostgres()
         seen: list[Path] = []
 
@@ -120,9 +123,9 @@ class TestPostgres:
             server.url()
 
     def test_kept_data_is_durable_and_there_again(self, open_directory: Path) -> None:
-        """Data in a given directory is durable and is used by the next server.
+        """Data in a given directory is durable, and the next server for this directory uses it.
 
-        A second server for the same directory is rejected while the first one is running.
+        While a server runs, a second server for the same directory is rejected.
         """
         with EmbeddedPostgres(open_directory / "kept") as server:
             assert stat.S_IMODE((open_directory / "kept").stat().st_mode) == 0o700
@@ -136,7 +139,7 @@ class TestPostgres:
 
     @pytest.mark.skipif(os.geteuid() != 0, reason="only root needs another user")
     def test_no_other_directory_is_opened_for_root(self, open_directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        """Started by root, the server rejects a data directory that its user may not enter.
+        """If root starts the server, a data directory that the server's user may not enter is rejected.
 
         Programs in such a directory are copied, and the directory stays closed to other users.
         """
@@ -153,14 +156,14 @@ class TestPostgres:
         assert stat.S_IMODE(closed.stat().st_mode) == 0o700
 
     def test_data_of_another_version_is_refused(self, open_directory: Path) -> None:
-        """Data of another PostgreSQL major version is left untouched; the error names both versions."""
+        """Data of another PostgreSQL major version is left untouched, and an error names both versions."""
         (open_directory / "data").mkdir()
         (open_directory / "data" / "PG_VERSION").write_text("16\n")
         with pytest.raises(EmbeddedError, match=r"made by PostgreSQL 16, and this is 18"):
             EmbeddedPostgres(open_directory).start()
 
     def test_a_message_in_a_failing_row_is_not_logged(self, postgres: EmbeddedPostgres) -> None:
-        """The embedded server's log contains neither rows nor parameters of a failed statement."""
+        """When a statement fails, the embedded server's log contains neither the row nor the parameters."""
         with psycopg.connect(postgres.url(), autocommit=True) as connection:
             connection.execute("CREATE TEMPORARY TABLE strict (message text, n int CHECK (n > 0))")
             with pytest.raises(psycopg.errors.CheckViolation):
@@ -174,7 +177,7 @@ class TestValkey:
     """The `EmbeddedValkey` server."""
 
     def test_it_wants_its_password(self, valkey: EmbeddedValkey) -> None:
-        """The embedded Valkey's URL works for every logical database, but not without the password."""
+        """The embedded Valkey's URL works for every database number, but only with the password."""
         with redis.Redis.from_url(valkey.url(63)) as client:
             assert client.ping()
         address = make_url(valkey.url())
@@ -201,7 +204,7 @@ class TestValkey:
             assert client.dbsize() == 0
 
     def test_kept_data_is_there_again(self, tmp_path: Path) -> None:
-        """With a data directory, even one with a space in its name, data survives a restart of the server."""
+        """With a data directory, even if its name contains a space, data survives a restart of the server."""
         kept = tmp_path / "kept here"
         with EmbeddedValkey(kept) as server, redis.Redis.from_url(server.url()) as client:
             client.set("key", "value")
@@ -211,7 +214,7 @@ class TestValkey:
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
 def test_an_ordinary_user_needs_no_other() -> None:
-    """Both embedded servers run as the current user, unless that is root."""
+    """Both embedded servers run as the current user, unless that user is root."""
     script = (
         "from followups.embedded import EmbeddedPostgres, EmbeddedValkey\n"
         "with EmbeddedPostgres() as postgres, EmbeddedValkey():\n"

@@ -1,4 +1,4 @@
-"""The project's child processes: started, watched, stopped, and stopped by the watchdog if necessary."""
+"""The project's child processes: they are started, watched and stopped, if need be by the watchdog."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 SOON = timedelta(seconds=20)
-"""Timeout in seconds, far longer than needed because the machine may be busy."""
+"""A timeout in seconds, far longer than usually needed, because the machine may be busy."""
 
 OWNER = """
 import os, sys, time
@@ -39,7 +39,7 @@ print(child.pid, valkey.child.pid, postgres.child.pid)
 print(processes.logs, valkey._directory, postgres._directory, flush=True)
 sys.stdin.readline()
 """
-"""A program that starts one process of each type, forks, and exits on request without stopping any."""
+"""A program that starts one process of each type, forks, and exits on request, stopping no process."""
 
 
 def _until(condition: Callable[[], bool], within: timedelta = SOON) -> bool:
@@ -53,7 +53,7 @@ class TestProcesses:
     """The `Processes` supervisor."""
 
     def test_it_waits_until_a_process_is_ready(self, tmp_path: Path) -> None:
-        """A process counts as started once its check passes, and writes its output to a separate log."""
+        """A process counts as started once its check passes; its output goes to a separate log."""
         (tmp_path / "index.html").write_text("hello")
         port = free_port()
         with Processes(tmp_path) as processes:
@@ -68,19 +68,19 @@ class TestProcesses:
         assert "GET / HTTP/1.1" in (tmp_path / "web.log").read_text()
 
     def test_an_early_death_shows_the_end_of_the_log(self) -> None:
-        """A process that ends before it is ready raises an error with its exit code and the end of its log."""
+        """If a process ends before it is ready, the error shows its exit code and the end of its log."""
         with Processes() as processes, pytest.raises(EmbeddedError, match=r"(?s)beat ended with code 3\..*no broker"):
             processes.spawn("beat", ["sh", "-c", "echo no broker >&2; exit 3"], ready=lambda: False)
 
     def test_readiness_has_a_deadline(self) -> None:
-        """A process that is not ready in time is stopped, and the error contains the time limit."""
+        """If a process is not ready in time, it is stopped, and the error names the time limit."""
         with Processes() as processes:
             with pytest.raises(EmbeddedError, match=r"was not ready after 0\.1 s"):
                 processes.spawn("worker", ["sleep", "600"], ready=lambda: False, within=timedelta(seconds=0.1))
             assert not processes.children[0].running
 
     def test_a_missing_program_is_an_error_in_one_sentence(self) -> None:
-        """The error about a missing program names the program."""
+        """If a program is missing, the error names it."""
         with Processes() as processes, pytest.raises(EmbeddedError, match=r"flower could not be started.*no-such"):
             processes.spawn("flower", ["no-such-program"])
 
@@ -96,7 +96,7 @@ class TestProcesses:
         assert _until(lambda: not is_alive(started))
 
     def test_a_pool_s_parent_drains_alone(self, tmp_path: Path) -> None:
-        """SIGTERM is sent to the parent process only, so that the parent can drain its children.
+        """SIGTERM is sent to the parent process only, so that it can drain its child processes.
 
         A process that exits by itself is reported.
         """
@@ -111,7 +111,7 @@ class TestProcesses:
         assert done.exists()
 
     def test_lines_are_told_as_they_come(self) -> None:
-        """With an echo, each line of output is passed on with the process's name and is also logged."""
+        """With an echo, each line of output is both logged and passed on with the name of the process."""
         lines: list[tuple[str, str]] = []
         with Processes(echo=lambda name, line: lines.append((name, line))) as processes:
             processes.spawn("talker", ["sh", "-c", "echo one; echo two >&2"], environment={"X": "1"})
@@ -128,7 +128,7 @@ class TestProcesses:
 
 @pytest.mark.parametrize("end", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT, None], ids=str)
 def test_nothing_outlives_an_owner_that_cleans_nothing_up(end: signal.Signals | None) -> None:
-    """Servers, processes and directories disappear soon after their owner exits, even by SIGKILL.
+    """Servers, processes and directories disappear soon after the exit of their owner, even by SIGKILL.
 
     Servers and processes also disappear if a forked child of the owner survives.
     """
@@ -159,7 +159,7 @@ def _assert_gone(pids: list[int], directories: list[Path]) -> None:
 
 
 def test_a_killed_watchdog_is_replaced() -> None:
-    """A killed watchdog is replaced when the next process starts.
+    """After a watchdog was killed, starting another process starts a new watchdog.
 
     The new watchdog exits when the last process stops.
     """
@@ -178,7 +178,7 @@ def test_a_killed_watchdog_is_replaced() -> None:
 
 
 def test_what_a_user_may_not_enter(open_directory: Path) -> None:
-    """The topmost directory above a path that a user may not enter is returned.
+    """For a path that a user may not enter, the topmost closed directory above it is returned.
 
     The owner of such a directory may enter it.
     """

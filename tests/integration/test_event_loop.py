@@ -1,4 +1,4 @@
-"""The event loop's database engine: sessions, errors and transactions, using only the driver."""
+"""The event loop's database engine: sessions, errors and transactions, all by the driver alone."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ RENAME = Statement("UPDATE workspaces SET name = name || :more RETURNING name")
 
 @asynccontextmanager
 async def database(url: str, size: int = SESSIONS, limit: float = 10) -> AsyncIterator[Database]:
-    """Create a database for this event loop, and close it at the end."""
+    """Open a database engine for this event loop, and close it at the end."""
     made = Database(url, pool_size=size, application_name="tests", statement_timeout=timedelta(seconds=limit))
     yield made
     await made.close()
@@ -79,7 +79,7 @@ async def fill(of: Database) -> None:
 
 
 async def test_settings(database_url: str) -> None:
-    """Sessions of the event loop have the project's session settings, whatever the server's defaults."""
+    """Whatever the server's defaults, sessions of the event loop have the project's session settings."""
     set_defaults(database_url, HOSTILE)
     async with database(database_url) as mine:
         rows = await fetch(mine, NAMES, names=[*SESSION, "transaction_isolation", "statement_timeout"])
@@ -89,7 +89,7 @@ async def test_settings(database_url: str) -> None:
 
 
 async def test_transactions(world: World, database_url: str) -> None:
-    """A transaction commits at its end and is rolled back after an error.
+    """A transaction commits at the end of its block and is rolled back after an error.
 
     The connection then serves the next transaction.
     """
@@ -104,7 +104,7 @@ async def test_transactions(world: World, database_url: str) -> None:
 
 
 async def test_each_statement_of_a_reader_is_a_transaction(database_url: str) -> None:
-    """A read-only connection opens no transaction, so no transaction has to be ended."""
+    """A read-only connection opens no transaction, so there is none to end."""
     async with database(database_url, size=1) as mine:
         async with mine.reading() as connection:
             await event_loop.rows_of(connection, "SELECT 1", {})
@@ -115,7 +115,7 @@ async def test_each_statement_of_a_reader_is_a_transaction(database_url: str) ->
 
 
 async def test_cancelled_in_a_statement(world: World, database_url: str) -> None:
-    """A task cancelled during a statement loses its connection, but does not delay the next task."""
+    """A task that is cancelled during a statement loses its connection; the next task is not delayed."""
     async with database(database_url, size=1) as mine:
         task = asyncio.create_task(fetch(mine, Statement("SELECT pg_sleep(60)")))
         sleeping = "SELECT count(*) FROM pg_stat_activity WHERE query LIKE 'SELECT pg_sleep%'"
@@ -127,7 +127,7 @@ async def test_cancelled_in_a_statement(world: World, database_url: str) -> None
 
 
 async def test_sessions_on_a_read_only_server_are_dropped(world: World, database_url: str) -> None:
-    """The first write rejected as read-only drops all sessions of the pool, so the next writes succeed."""
+    """The first write that is rejected as read-only drops all sessions of the pool; later writes succeed."""
     assert world
     async with database(whatever_it_is(database_url)) as mine:
         with read_only(database_url):
@@ -156,7 +156,10 @@ async def test_lost_sessions_are_dropped_together(world: World, database_url: st
 
 
 def written(engine: Engine, statement: Statement, **parameters: Any) -> list[tuple[Any, ...]]:
-    """Execute a statement in a transaction of SQLAlchemy, by the driver where that is possible, and return its rows."""
+    """Execute a statement in a transaction of SQLAlchemy and return its rows.
+
+    Where possible, the driver executes the statement.
+    """
     with engine.begin() as connection:
         return [tuple(row) for row in event_loop.rows_in_greenlet(connection, statement, parameters)]
 
@@ -216,9 +219,9 @@ async def test_unreachable() -> None:
 
 
 async def test_rows_are_as_a_session_reads_them(world: World, database_url: str) -> None:
-    """The event loop's engine and SQLAlchemy read a workspace's rules alike.
+    """The event loop's engine and SQLAlchemy read the same rules of a workspace.
 
-    The tested rule is that the workspace has no sending hours.
+    The rule tested here is that the workspace has no sending hours.
     """
     async with database(database_url) as mine, mine.reading() as connection:
         assert await event_loop.run(connection, sending_hours.find.steps(world.workspace_id)) is None

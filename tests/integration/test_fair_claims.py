@@ -1,6 +1,6 @@
-"""Fair claims of a backlog: workspaces with the fewest follow-ups in flight are served first.
+"""Fair claims of a backlog, which serve the workspaces with the fewest follow-ups in flight first.
 
-The number of follow-ups in flight never exceeds the window.
+The number of follow-ups in flight never exceeds the limit.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ LEASED = "SELECT count(*) FROM follow_ups WHERE lease_until > now()"
 
 
 def worlds_of(engine: Engine, *counts: int, due: timedelta = timedelta(0)) -> list[World]:
-    """Create one workspace per number, with as many overdue follow-ups, and return the workspaces.
+    """Create a workspace for each number, with that many overdue follow-ups; return the workspaces.
 
     The follow-ups of the first workspace are due before the follow-ups of the second, and so on.
     """
@@ -48,7 +48,7 @@ def worlds_of(engine: Engine, *counts: int, due: timedelta = timedelta(0)) -> li
 
 
 def bounded(settings: Settings, window: int) -> Settings:
-    """Return settings with a smaller window."""
+    """Return settings with a smaller limit of follow-ups in flight."""
     return settings.model_copy(update={"max_in_flight": window})
 
 
@@ -71,9 +71,9 @@ def shares(claimed: Claim, worlds: list[World]) -> list[int]:
 def test_fewest_first(
     engine: Engine, settings: Settings, overdue: tuple[int, ...], in_flight: tuple[int, ...], expected: list[int]
 ) -> None:
-    """Workspaces with the fewest follow-ups in flight are served first, and unused shares go to others.
+    """Workspaces with the fewest follow-ups in flight come first, and unused shares go to others.
 
-    If the window is full, no follow-up is claimed.
+    If the in-flight limit is reached, no follow-up is claimed.
     """
     worlds = worlds_of(engine, *overdue)
     for world, count in zip(worlds, in_flight, strict=True):
@@ -100,9 +100,9 @@ def test_earliest_of_each_first(world: World, engine: Engine, settings: Settings
 
 
 def test_many_light_ones_beside_one(engine: Engine, settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A workspace with many due follow-ups fills the window beyond what many small workspaces need.
+    """A workspace with many due follow-ups gets all slots that many small workspaces do not need.
 
-    The window is filled although a claim reads only a few rows of each workspace.
+    The slots are filled although a claim reads only a few rows of each workspace.
     """
     monkeypatch.setattr(claims, "FEW", 1)
     worlds = worlds_of(engine, 90, *[1] * 30)
@@ -110,7 +110,7 @@ def test_many_light_ones_beside_one(engine: Engine, settings: Settings, monkeypa
 
 
 def test_many_with_much(engine: Engine, settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
-    """If more workspaces wait than the window has slots, each gets one slot before any gets two."""
+    """If more workspaces wait than slots are free, each gets one slot before any gets two."""
     monkeypatch.setattr(claims, "FEW", 1)
     worlds = worlds_of(engine, *[3] * 30)
     few = bounded(settings, 20)
@@ -128,7 +128,7 @@ def test_many_with_much(engine: Engine, settings: Settings, monkeypatch: pytest.
 
 
 def test_half_of_the_window_at_once(engine: Engine, settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A claim takes half of a large window and reports whether an immediate second claim would take more."""
+    """A claim takes half of a large in-flight limit, and says whether another claim would find more."""
     monkeypatch.setattr(claiming, "CLAIM_SIZE", 2)
     worlds_of(engine, 20)
     taken = [claim_fairly(engine, bounded(settings, 12)) for _ in range(3)]
@@ -140,7 +140,7 @@ def test_half_of_the_window_at_once(engine: Engine, settings: Settings, monkeypa
 
 
 def test_window_with_earlier_ones_behind(world: World, engine: Engine, settings: Settings) -> None:
-    """Follow-ups in flight count towards the window, even if other due dates are earlier."""
+    """Follow-ups in flight count towards the limit, even if other follow-ups are due earlier."""
     other = World(engine)
     for group in range(1, 3):
         other.burst([-group * SECOND] * 3)
@@ -151,7 +151,7 @@ def test_window_with_earlier_ones_behind(world: World, engine: Engine, settings:
 
 
 def test_claim_in_order_sees_that_it_sees_too_little(engine: Engine, settings: Settings) -> None:
-    """A claim in due order detects a backlog and does not exceed the window filled by other claims."""
+    """A claim in due order detects a backlog, and does not exceed an in-flight limit that is used up."""
     worlds = worlds_of(engine, 90, 5)
     few = bounded(settings, 10)
     assert shares(claim(engine, few), worlds) == [5, 5]
@@ -159,7 +159,7 @@ def test_claim_in_order_sees_that_it_sees_too_little(engine: Engine, settings: S
 
 
 def test_ended_leases_are_recovered(engine: Engine, settings: Settings) -> None:
-    """Expired leases are taken over under a greater token; a lease expired in flight counts as lost."""
+    """An expired lease is replaced by one with a greater token; if it expired in flight, it was lost."""
     noisy, quiet = worlds_of(engine, 40, 2)
     few = bounded(settings, 6)
     leases = {lease.id: lease for lease in claim_fairly(engine, few).leases}
@@ -175,7 +175,7 @@ def test_ended_leases_are_recovered(engine: Engine, settings: Settings) -> None:
 
 
 def test_lost_for_good(world: World, engine: Engine, settings: Settings) -> None:
-    """A lost lease with an unknown outcome ends the follow-up in a fair claim as in any other claim."""
+    """In a fair claim as in any other, a lost lease with an unknown outcome ends the follow-up."""
     follow_up = world.follow_up()
     begin(engine, settings, claim_fairly(engine, settings).leases)
     world.expire(follow_up)
@@ -185,7 +185,7 @@ def test_lost_for_good(world: World, engine: Engine, settings: Settings) -> None
 
 
 def test_at_once(engine: Engine, settings: Settings) -> None:
-    """Concurrent fair and ordered claims lease no follow-up twice, and together lease all of them."""
+    """Concurrent fair and ordered claims together lease each follow-up exactly once."""
     worlds_of(engine, 40, 5, 5)
     taken: list[UUID] = []
     start = threading.Barrier(4)
@@ -204,7 +204,7 @@ def test_at_once(engine: Engine, settings: Settings) -> None:
 
 
 def test_held_by_somebody(engine: Engine, settings: Settings) -> None:
-    """A fair claim skips locked rows and still finds the rows after them."""
+    """A fair claim skips locked rows and finds the rows after them."""
     noisy, quiet = worlds_of(engine, 20, 2)
     with engine.connect() as connection:
         held = "SELECT FROM follow_ups WHERE workspace_id = :id FOR UPDATE"
@@ -213,10 +213,10 @@ def test_held_by_somebody(engine: Engine, settings: Settings) -> None:
 
 
 class TestLowWater:
-    """A fair claim that skips part of a backlog does not move the low-water mark past that part."""
+    """If a fair claim leaves part of a backlog unclaimed, the low-water mark stays before that part."""
 
     def test_mark(self, engine: Engine, settings: Settings) -> None:
-        """The low-water mark stays before the first unfinished follow-up, even if later ones were claimed."""
+        """The low-water mark stays before the first unfinished follow-up, even if later ones are claimed."""
         noisy, _ = worlds_of(engine, 40, 3, due=-timedelta(minutes=5))
         few = bounded(settings, 4)
         for _ in range(2):
@@ -234,7 +234,7 @@ class TestLowWater:
         assert claim_fairly(engine, settings, since).more is False
 
     def test_nothing_is_due(self, engine: Engine, settings: Settings) -> None:
-        """With no due follow-up, a fair claim reports no more work and a low-water mark before now."""
+        """If no follow-up is due, a fair claim reports no more work, and a low-water mark in the past."""
         claimed = claim_fairly(engine, settings)
         assert (claimed.leases, claimed.more) == ((), False)
         assert timedelta(0) < datetime.now(UTC) - claimed.low_water - claims.LOW_WATER_MARGIN < timedelta(minutes=1)
@@ -243,7 +243,7 @@ class TestLowWater:
 def test_dispatcher_shares_out_what_it_left(
     engine: Engine, settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """After a full claim, the dispatcher claims fairly, so other workspaces need not wait for the backlog."""
+    """After a claim that took all it could, the dispatcher claims fairly, so no workspace waits long."""
     monkeypatch.setattr(claiming, "CLAIM_SIZE", 10)
     worlds = worlds_of(engine, 200, 10)
     hints: list[Hint] = []
@@ -263,7 +263,7 @@ def test_dispatcher_shares_out_what_it_left(
 def test_a_small_window_that_comes_free_is_filled_at_once(
     world: World, engine: Engine, settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The dispatcher's pauses do not grow if the whole window becomes free in time, however small it is."""
+    """The dispatcher's pauses do not grow if all slots become free in time, however few they are."""
     monkeypatch.setattr(claim_interval, "LONGEST", 60.0)
 
     def end(hint: Hint) -> None:

@@ -31,7 +31,7 @@ LEASE_THE_FIRST = """
 
 @pytest.mark.parametrize("seed", range(20))
 def test_max_min(engine: Engine, settings: Settings, monkeypatch: pytest.MonkeyPatch, seed: int) -> None:
-    """However few rows a claim reads, it serves workspaces with the fewest in flight first.
+    """However few rows it reads, a fair claim serves workspaces with the fewest in flight first.
 
     A fair claim uses all free slots.
     """

@@ -1,4 +1,4 @@
-"""Forgotten follow-ups: a tick finds follow-ups that wait for something that no longer exists."""
+"""Forgotten follow-ups: a tick finds follow-ups that wait for something that is already gone."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ STATES = "SELECT max(last_tick_at) FROM dispatcher_state"
 
 
 def locked_when_the_earlier_one_was_cancelled(world: World, settings: Settings) -> UUID:
-    """Return a follow-up whose row was locked when the earlier one of its chat was cancelled."""
+    """Return a follow-up whose row was locked while the chat's earlier follow-up was cancelled."""
     chat = world.chat()
     first, second = world.follow_ups_at_once([(chat, -2 * SECOND), (chat, -SECOND)])
     leases = claim(world.engine, settings).leases
@@ -65,7 +65,7 @@ def test_the_next_tick_finds_it(
     forget: Callable[[World, Settings], UUID],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """A cheap search finds a forgotten follow-up within one or two ticks, however long a lease lasts."""
+    """A cheap search finds a forgotten follow-up within two ticks, however long leases are."""
     monkeypatch.setattr(dispatcher, "FORGOTTEN_SHARE", 1.0)  # on a busy machine, a single search may seem expensive
     patient = settings.model_copy(update={"lease": timedelta(hours=1)})
     hints: list[Hint] = []
@@ -86,7 +86,7 @@ def test_the_next_tick_finds_it(
 
 
 def test_a_look_that_costs_much(engine: Engine, settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
-    """If the search for forgotten follow-ups is expensive, it is done rarely and claims continue."""
+    """An expensive search for forgotten follow-ups runs rarely, and does not stop claims."""
     monkeypatch.setattr(dispatcher, "FORGOTTEN_SHARE", 1e-9)
     seen: Counter[str] = Counter()
 

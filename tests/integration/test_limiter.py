@@ -1,4 +1,4 @@
-"""The token buckets and their queues on a real Valkey: rate and order, measured by the server's clock."""
+"""Token buckets and their queues on a real Valkey: rate and order, measured by the server's clock."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterator
 
 PATIENCE = timedelta(seconds=10)
-"""Seconds that Valkey may take to answer on a machine that is busy with other tests."""
+"""The seconds that Valkey may take to answer while the machine runs other tests."""
 START = datetime(2030, 1, 1, tzinfo=UTC)
 GO = timedelta(0)
 SLOW = 0.001
@@ -30,7 +30,7 @@ SLOW = 0.001
 
 @dataclass
 class LimiterUnderTest:
-    """A limiter with separate keys that records the time of each grant in microseconds."""
+    """A limiter with its own keys that records the time of each grant in microseconds."""
 
     limiter: Limiter
     redis: Redis
@@ -45,7 +45,7 @@ class LimiterUnderTest:
 
 @pytest.fixture
 def place_settings(broker_url: str) -> Settings:
-    """Return settings for a limiter, with only a broker that can be reached."""
+    """Return settings for a limiter, in which only the broker can be reached."""
     return load_settings(
         database_url="postgresql://nobody@127.0.0.1:9/none", broker_url=broker_url, broker_prefix=f"{uuid4().hex}:"
     )
@@ -62,17 +62,17 @@ async def place(place_settings: Settings) -> AsyncIterator[LimiterUnderTest]:
 
 
 def bucket(rate: float = SLOW, burst: int = 1, key: str = "") -> Bucket:
-    """Return a bucket used by no other test."""
+    """Return a bucket that no other test uses."""
     return Bucket(key or uuid4().hex, rate, burst)
 
 
 def request(since: int, *buckets: Bucket, id_: UUID | None = None) -> TokenRequest:
-    """Return a request of a follow-up due the given number of seconds after the start."""
+    """Return a token request for a follow-up due the given number of seconds after the start."""
     return TokenRequest(id_ or uuid4(), START + timedelta(seconds=since), buckets)
 
 
 def assert_never_faster(moments: list[int], limit: Bucket) -> None:
-    """Check that in any period, grants never exceed a full bucket plus the tokens added in that period."""
+    """Check that grants in any period never exceed a full bucket plus the tokens added in the period."""
     moments = sorted(moments)
     for first, start in enumerate(moments):
         for last in range(first, len(moments)):
@@ -82,7 +82,7 @@ def assert_never_faster(moments: list[int], limit: Bucket) -> None:
 
 @pytest.mark.parametrize(("rate", "burst"), [(100, 5), (300, 1), (40, 20)])
 async def test_never_faster_than_its_rate(place: LimiterUnderTest, rate: float, burst: int) -> None:
-    """In any period, grants never exceed the burst plus the tokens added in that period.
+    """Grants in any period never exceed the burst plus the tokens added in the period.
 
     Requests are granted in the order of due dates.
     """
@@ -99,7 +99,7 @@ async def test_never_faster_than_its_rate(place: LimiterUnderTest, rate: float, 
 
 
 async def test_several_at_once(place: LimiterUnderTest, place_settings: Settings) -> None:
-    """Workers that request tokens concurrently and return some of them stay within the rate together."""
+    """Workers that concurrently request and return tokens keep to the rate together."""
     limit = bucket(200, 4)
     others = [Limiter(place_settings, PATIENCE) for _ in range(3)]
     used: list[int] = []
@@ -125,7 +125,7 @@ async def test_several_at_once(place: LimiterUnderTest, place_settings: Settings
 
 
 async def test_who_was_due_first_goes_first(place: LimiterUnderTest) -> None:
-    """A later request with an earlier due date waits less; of two equal due dates the lower id is first."""
+    """Of two token requests, the one due earlier is granted first; on a tie, the one with the lower id."""
     limit = bucket(rate=1 / 60, burst=1)
     await place.ask(request(0, limit))
     late, early = request(9, limit), request(5, limit)
@@ -139,7 +139,7 @@ async def test_who_was_due_first_goes_first(place: LimiterUnderTest) -> None:
 
 
 async def test_nobody_overtakes(place: LimiterUnderTest) -> None:
-    """An available token belongs to the first request in the queue, even if another request arrives."""
+    """A free token belongs to the first request in the queue, even if another request arrives."""
     limit = bucket(rate=5, burst=1)
     first, second, third = (request(since, limit) for since in (1, 2, 3))
     assert await place.ask(first) == [GO]
@@ -163,7 +163,7 @@ async def test_who_waits_elsewhere_holds_up_nobody(place: LimiterUnderTest) -> N
 
 
 async def test_it_waits_for_the_slowest(place: LimiterUnderTest) -> None:
-    """A follow-up over two limits waits for the limit with the longer wait."""
+    """A follow-up over two rate limits waits as long as the limit with the longer wait requires."""
     fast, slow = bucket(rate=1), bucket(rate=0.01)
     await place.ask(request(0, fast, slow))
     (wait,) = await place.ask(request(1, fast, slow))
@@ -171,7 +171,7 @@ async def test_it_waits_for_the_slowest(place: LimiterUnderTest) -> None:
 
 
 async def test_a_long_wait_is_told_shorter(place: LimiterUnderTest) -> None:
-    """A long wait is reported shorter, since requests in front may be abandoned; a short wait is exact."""
+    """A long wait is announced as shorter, since requests in front may be dropped; short waits are exact."""
     limit = bucket(rate=0.01, burst=1)
     await place.ask(request(0, limit))
     waits = await place.ask(*(request(since, limit) for since in range(1, 4)))
@@ -184,9 +184,9 @@ async def test_a_long_wait_is_told_shorter(place: LimiterUnderTest) -> None:
 
 
 async def test_given_back(place: LimiterUnderTest) -> None:
-    """A follow-up that did not begin returns its token to the next request.
+    """If a follow-up does not begin, the next request gets its token.
 
-    A token bucket never exceeds its size.
+    A token bucket never holds more than its size.
     """
     limit = bucket(burst=2)
     first, second = request(0, limit), request(1, limit)
@@ -195,7 +195,7 @@ async def test_given_back(place: LimiterUnderTest) -> None:
     await place.limiter.give_back([first, second], answer.moment)
     await place.limiter.give_back([first, second], answer.moment)
     waits = await place.ask(*(request(since, limit) for since in range(2, 5)))
-    # A fraction of a token was added meanwhile and is not returned, so only one of the two tokens is whole.
+    # Part of a token was added meanwhile and cannot be returned, so only one of the two tokens is whole.
     assert [wait == GO for wait in waits].count(True) <= 2
     assert waits[0] == GO
 
@@ -211,7 +211,7 @@ async def test_a_cancelled_one_leaves_the_line(place: LimiterUnderTest) -> None:
 
 
 async def test_who_does_not_come_back_holds_up_nobody(place: LimiterUnderTest) -> None:
-    """A rate limit request that is not repeated on time soon loses its position, and may queue up again."""
+    """If a token request is not repeated in time, it loses its place in the queue, and may queue up again."""
     limit = bucket(rate=10, burst=1)
     lost, second = request(1, limit), request(2, limit)
     await place.ask(request(0, limit))
@@ -226,9 +226,9 @@ async def test_who_does_not_come_back_holds_up_nobody(place: LimiterUnderTest) -
 
 
 async def test_many_cancelled_hold_up_nobody_for_long(place: LimiterUnderTest) -> None:
-    """A waiting request is repeated within five minutes.
+    """A waiting token request is repeated within five minutes.
 
-    A request that is not repeated delays others for at most five minutes.
+    A request that is not repeated delays other requests for at most five minutes.
     """
     limit = bucket(rate=1 / 3600, burst=1)
     cancelled = [request(since, limit) for since in range(50)]
@@ -254,7 +254,7 @@ STEPS = [-timedelta(days=1), timedelta(minutes=-1), timedelta(minutes=1), timede
 
 @pytest.mark.parametrize("step", STEPS, ids=str)
 async def test_the_clock_is_set(clock: ServerClock, place_settings: Settings, step: timedelta) -> None:
-    """If the clock of Redis is set back or forward, tokens are still added at their rate, up to a burst."""
+    """Even if the clock of Redis is set, tokens are added at the usual rate, up to the burst."""
     limiter = Limiter(place_settings, PATIENCE)
     limit = bucket(rate=1, burst=2)
     waiting = [request(since, limit) for since in range(9)]
@@ -290,7 +290,7 @@ async def test_who_does_not_come_back_when_the_clock_is_set(
 
 
 async def test_flushed(place: LimiterUnderTest) -> None:
-    """After Redis is wiped, with its scripts, the limiter starts with full buckets and continues."""
+    """After Redis lost all data and scripts, the limiter continues with full buckets."""
     limit = bucket(burst=3)
     assert await place.ask(*(request(since, limit) for since in range(3))) == [GO] * 3
     for key in await place.redis.keys(f"*{limit.key}*"):
@@ -301,7 +301,7 @@ async def test_flushed(place: LimiterUnderTest) -> None:
 
 
 async def test_it_leaves_nothing_behind(place: LimiterUnderTest) -> None:
-    """Every key of the limiter expires soon after its bucket is full and its queue is empty."""
+    """The limiter's keys expire soon after the bucket is full and the queue is empty."""
     limit = bucket(rate=2, burst=4)
     await place.ask(*(request(since, limit) for since in range(9)))
     keys = await place.redis.keys(f"*{limit.key}*")
@@ -311,7 +311,7 @@ async def test_it_leaves_nothing_behind(place: LimiterUnderTest) -> None:
 
 
 async def test_the_line_has_an_end(place: LimiterUnderTest) -> None:
-    """After a hundred thousand queued requests, further waits are estimated and not queued.
+    """If a hundred thousand requests are queued, further requests get an estimated wait and no place.
 
     Requests in the queue keep their positions.
     """
@@ -326,7 +326,7 @@ async def test_the_line_has_an_end(place: LimiterUnderTest) -> None:
 
 
 async def test_redis_away(place_settings: Settings, capfd: pytest.CaptureFixture[str]) -> None:
-    """If Redis is unreachable, every follow-up may begin and is counted as unlimited.
+    """While Redis is unreachable, every follow-up may begin and is counted as unlimited.
 
     One log line reports the outage, and the limiter does not query Redis again for a while.
     """

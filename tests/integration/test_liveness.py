@@ -1,4 +1,4 @@
-"""The worker's heartbeat: a stuck component stops reporting, even if the other components are healthy."""
+"""The worker's heartbeat: a stuck component stops reporting, even if other components are healthy."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 def test_a_stuck_loop_and_a_stuck_tick(
     settings: Settings, engine: Engine, database_url: str, world: World, tmp_path: Path
 ) -> None:
-    """The pipeline reports while its event loop runs, and the dispatcher reports while idle.
+    """The pipeline reports as long as its event loop runs, and the dispatcher reports even while idle.
 
     If a component is stuck, its last report grows old.
     """

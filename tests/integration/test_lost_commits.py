@@ -1,4 +1,4 @@
-"""Lost commits: each delivery step continues whether its commit succeeded, failed or is slow."""
+"""Lost commits: each delivery step continues, whether the commit succeeded, failed or is slow."""
 
 from __future__ import annotations
 
@@ -55,13 +55,13 @@ class DeliverySteps:
         return list(leases)
 
     def attempts(self, outcome: Outcome) -> list[Attempt]:
-        """Claim and begin the follow-ups; return their attempts, each with the given outcome."""
+        """Claim and begin the follow-ups; return the attempts, each with the given outcome."""
         beginning = claim_and_begin(self.world.engine, self.settings)
         assert begun(beginning) == self.ids
         return [Attempt(one, outcome, timedelta(0), time.monotonic(), datetime.now(UTC)) for one in beginning.begun]
 
     def rows(self) -> dict[UUID, tuple[Any, ...]]:
-        """Return the follow-ups' rows in the database, by id."""
+        """Return the rows of the follow-ups in the database, by id."""
         columns = ("status", "reason", "lease_token", "lease_until", "begun_at", "attempts", "next_attempt_at")
         rows = map(self.world.row, self.ids)
         return {row.id: tuple(getattr(row, name) for name in columns) for row in rows}
@@ -79,7 +79,7 @@ def beginning(place: DeliverySteps) -> Callable[[], set[UUID]]:
 
 
 def ending(place: DeliverySteps) -> Callable[[], set[UUID]]:
-    """Return a function that calls begin, which ends all follow-ups because their users have replied."""
+    """Return a function whose begin ends all follow-ups, because the users have replied."""
     leases = place.leases()
     place.world.sql("UPDATE chats SET last_message_role = 'user'")
 
@@ -90,7 +90,7 @@ def ending(place: DeliverySteps) -> Callable[[], set[UUID]]:
 
 
 def unblocking(place: DeliverySteps) -> Callable[[], set[UUID]]:
-    """Return a function that unblocks the follow-ups once the earlier ones of their chats have ended."""
+    """Return a function that unblocks the follow-ups once their chats' earlier follow-ups have ended."""
     world = place.world
     world.sql(
         "INSERT INTO follow_ups (workspace_id, chat_id, message, due_date, trigger_chat_message_id, status, reason,"
@@ -130,7 +130,7 @@ def place(world: World, settings: Settings) -> DeliverySteps:
 
 @pytest.mark.parametrize("name", STEPS)
 def test_an_answer_is_lost_after_the_commit(place: DeliverySteps, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A step whose commit succeeded counts as done, even if the server's answer is lost."""
+    """A delivery step whose commit succeeded counts as done, even if the commit's answer is lost."""
     step = STEPS[name](place)
     break_once(monkeypatch, psycopg.Connection.commit)
     before = place.rows()
@@ -140,7 +140,7 @@ def test_an_answer_is_lost_after_the_commit(place: DeliverySteps, name: str, mon
 
 @pytest.mark.parametrize("name", STEPS)
 def test_a_commit_is_lost(place: DeliverySteps, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A step whose commit never reached the server fails immediately and can be repeated."""
+    """A delivery step whose commit never reached the server fails at once and can be repeated."""
     step = STEPS[name](place)
     before = place.rows()
     break_once(monkeypatch, lambda _: None)
@@ -157,7 +157,7 @@ def test_a_commit_is_lost(place: DeliverySteps, name: str, monkeypatch: pytest.M
 def test_a_commit_takes_its_time(
     place: DeliverySteps, name: str, monkeypatch: pytest.MonkeyPatch, *, committed: bool
 ) -> None:
-    """While the server may still be committing, no result is assumed; afterwards the database decides."""
+    """As long as the server may still be committing, no result is assumed; then the database is asked."""
     step = STEPS[name](place)
     commit, rollback = psycopg.Connection.commit, psycopg.Connection.rollback
     ended = threading.Event()
@@ -183,7 +183,7 @@ def test_a_commit_takes_its_time(
 
 
 def test_taken_over_meanwhile(place: DeliverySteps, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A worker does not adopt an attempt that another worker began from the same hint."""
+    """If another worker has begun an attempt from the same hint, a worker does not take it as its own."""
     leases = place.leases()
     engine = place.world.engine
 
@@ -198,7 +198,7 @@ def test_taken_over_meanwhile(place: DeliverySteps, monkeypatch: pytest.MonkeyPa
 
 @pytest.mark.parametrize("committed", [True, False])
 def test_counts(engine: Engine, monkeypatch: pytest.MonkeyPatch, *, committed: bool) -> None:
-    """The counts of a transaction are added once, whether its answer is lost before or after the commit."""
+    """A transaction's counts are added once, even if its answer is lost before or after the commit."""
     totals = CounterTotals(engine)
     totals.add()
     with engine.connect() as connection:

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from followups.transports.port import Delivery, Outcome
 
 PATIENCE = timedelta(seconds=10)
-"""Seconds that Valkey may take to answer on a machine that is busy with other tests."""
+"""The seconds that Valkey may take to answer while the machine runs other tests."""
 PENDING = "SELECT count(*) FROM follow_ups WHERE status = 'pending'"
 SECOND = timedelta(seconds=1)
 NONE_COMES_IN = 1 / 86_400

@@ -28,12 +28,12 @@ def found(url: str) -> dict[str, Finding]:
 
 
 def test_usual_settings(database_url: str) -> None:
-    """Doctor has no findings about a server with PostgreSQL's default settings."""
+    """Doctor has no findings about a server that uses PostgreSQL's default settings."""
     assert found(database_url) == {}
 
 
 def test_defaults_of_others(database_url: str) -> None:
-    """Doctor shows a stricter default isolation level; asynchronous commit fails the check, with advice."""
+    """Doctor shows a stricter default isolation level; if commits are asynchronous, it fails with advice."""
     set_defaults(database_url, {**HOSTILE, "synchronous_commit": "off"})
     findings = found(database_url)
     assert findings.keys() == {"isolation", "durability"}
@@ -56,9 +56,9 @@ def test_defaults_of_others(database_url: str) -> None:
     ],
 )
 def test_durability(commit: str, standbys: str, *, forgets: bool) -> None:
-    """Doctor's durability check passes if commits survive the crash of one machine.
+    """Doctor's durability check passes if a commit survives the crash of one machine.
 
-    Without synchronous standbys, `local` is as safe as `on`.
+    If there are no synchronous standbys, `local` is as safe as `on`.
     """
     assert [not finding.ok for finding in durability(commit, standbys)] == [True] * forgets
 

@@ -35,7 +35,7 @@ class TestMigrate:
     def test_it_brings_an_older_schema_to_the_newest(
         self, run: Run, database_url: str, engine: Engine, environment: pytest.MonkeyPatch
     ) -> None:
-        """The command upgrades to the newest schema and names it; repeating it changes nothing."""
+        """`migrate` upgrades to the newest schema and names it; running it again changes nothing."""
         downgrade(owner_url := url_as(database_url, OWNER), "base")
         environment.setenv("FOLLOWUPS_DATABASE_URL", owner_url)
         first = run("migrate")
@@ -46,7 +46,7 @@ class TestMigrate:
         assert (again.code, again.stdout) == (0, f"The schema is {newest}, as it was\n")
 
     def test_a_role_that_may_not_migrate(self, run: Run, database_url: str) -> None:
-        """If the role may not create tables, `migrate` says which role it needs."""
+        """If the database role may not create tables, `migrate` says which role is needed."""
         downgrade(url_as(database_url, OWNER), "base")
         ran = run("migrate")
         assert ran.code == 1
@@ -58,7 +58,7 @@ class TestMigrate:
         self, run: Run, database_url: str, environment: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory
     ) -> None:
         """`migrate` reports that it waits for an unreachable database."""
-        socket = tmp_path_factory.mktemp("s") / "s"  # short, since a socket path is limited to 107 bytes
+        socket = tmp_path_factory.mktemp("s") / "s"  # a short path, because a socket path is limited to 107 bytes
         url = make_url(database_url).set(query={"host": str(socket)})
         environment.setenv("FOLLOWUPS_DATABASE_URL", url.render_as_string(hide_password=False))
         appears = threading.Timer(0.5, socket.symlink_to, [make_url(database_url).query["host"]])
@@ -115,14 +115,14 @@ class TestWorkspace:
     """The command `followups workspace`."""
 
     def test_creating_one_that_exists_changes_nothing(self, run: Run) -> None:
-        """`workspace create` for an existing workspace returns that workspace unchanged."""
+        """If the workspace already exists, `workspace create` returns it unchanged."""
         created = run("workspace", "create", "acme", "--json").document
         assert created.keys() == {"id", "name", "createdAt"}
         assert run("workspace", "create", " acme ", "--json").document == created
         assert run("workspace", "list", "--json").document == [created | {"sendingHours": None}]
 
     def test_results_are_for_people_too(self, run: Run) -> None:
-        """Without --json, a command prints a result as a line and a list as a table, with hints on stderr."""
+        """Without --json, a command prints one result as a line and a list as a table; hints go to stderr."""
         assert run("workspace", "list").stderr.startswith("There is no workspace yet")
         created = run("workspace", "create", "acme")
         assert re.fullmatch(r"acme \([0-9a-f-]{36}\)\n", created.stdout)
@@ -143,7 +143,7 @@ class TestApiKey:
     """The command `followups api-key`."""
 
     def test_the_key_stands_alone_on_stdout(self, run: Run) -> None:
-        """`api-key create` prints only the key on stdout, and every key is different."""
+        """`api-key create` prints nothing but the key on stdout, and each key is different."""
         run("workspace", "create", "acme")
         keys = [run("api-key", "create", "--workspace", "acme", "--name", "web").stdout for _ in range(2)]
         assert all(re.fullmatch(r"fup_[\w-]{49}\n", key) for key in keys)
@@ -153,7 +153,7 @@ class TestApiKey:
         assert document == run("api-key", "list", "--json").document[-1]
 
     def test_the_list_has_the_contract_s_fields_and_no_key(self, run: Run) -> None:
-        """`api-key list` shows the prefix, workspace and times of each key, but not the key."""
+        """`api-key list` shows each key's prefix, workspace and times, but never the complete key."""
         run("workspace", "create", "acme")
         key = run("api-key", "create", "--workspace", "acme", "--name", "web").stdout.strip()
         listed = run("api-key", "list", "--json")
@@ -176,7 +176,7 @@ class TestApiKey:
             assert run("api-key", "create", "--workspace", "acme", "--expires", wrong).code == 2
 
     def test_a_revoked_key_stays_revoked(self, run: Run) -> None:
-        """`api-key revoke` prints the time of the revocation; repeating it has no effect."""
+        """`api-key revoke` prints when the key was revoked; running it again has no effect."""
         run("workspace", "create", "acme")
         run("api-key", "create", "--workspace", "acme")
         key_id = run("api-key", "list", "--json").document[0]["id"]
@@ -189,7 +189,7 @@ class TestApiKey:
         assert run("api-key", "list", "--json").document[0]["revokedAt"] == revoked
 
     def test_what_is_not_there_is_an_error(self, run: Run) -> None:
-        """An unknown workspace or key is a usage error; the error explains how to list the existing ones."""
+        """An unknown workspace or key is a usage error that says how to list the existing ones."""
         ran = run("api-key", "create", "--workspace", "acme")
         assert (ran.code, ran.stdout) == (2, "")
         assert ran.stderr == "followups: The workspace was not found; followups workspace list shows which there are.\n"
@@ -230,7 +230,7 @@ class TestHours:
         assert "always" in run("workspace", "list").stdout
 
     def test_what_is_held_is_looked_at_again(self, run: Run, world: World) -> None:
-        """Follow-ups held by the previous sending hours are checked immediately against the new ones."""
+        """When sending hours change, follow-ups held by the old hours are checked again immediately."""
         name = str(world.workspace_id)
         later = datetime.now(UTC) + timedelta(hours=9)
         follow_up = world.follow_up(held_until=later, next_attempt_at=later)

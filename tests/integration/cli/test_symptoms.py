@@ -33,7 +33,7 @@ def found(settings: Settings, engine: Engine) -> dict[str, Finding]:
 
 
 def test_all_well(settings: Settings, engine: Engine, world: World) -> None:
-    """On a system without overdue follow-ups, doctor advises nothing."""
+    """If no follow-up is overdue, doctor gives no advice."""
     world.follow_up(due=timedelta(hours=1))
     findings = found(settings, engine)
     assert [name for name, finding in findings.items() if not finding.ok] == []
@@ -42,7 +42,7 @@ def test_all_well(settings: Settings, engine: Engine, world: World) -> None:
 
 
 def test_transactions_that_it_may_not_see(settings: Settings, engine: Engine, unprivileged_url: str) -> None:
-    """If doctor's role cannot see other roles' transactions, the finding names the required grant."""
+    """If doctor's database role cannot see other roles' transactions, doctor names the missing grant."""
     unprivileged = make_engine(unprivileged_url)
     with engine.connect() as connection:
         connection.execute(text("SELECT 1"))
@@ -88,7 +88,7 @@ def test_open_transaction(settings: Settings, engine: Engine, world: World, monk
 
 
 def test_clock(settings: Settings, engine: Engine, world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Doctor reports a host with a wrong clock, and notes that follow-ups do not depend on it."""
+    """Doctor reports that a host's clock is wrong, and that follow-ups do not depend on that clock."""
     assert world
     monkeypatch.setattr(database_checks, "CLOCK_OFF", timedelta(microseconds=-1))
     clock = found(settings, engine)["clock"]
@@ -102,7 +102,7 @@ def of(settings: Settings, name: str) -> Finding:
 
 
 def test_queues(settings: Settings) -> None:
-    """Doctor counts queued hints and ticks; a large number fails the check."""
+    """Doctor counts the queued hints and ticks; if there are too many, the check fails."""
     assert of(settings, "queues").detail == "0 batches in deliver, 0 ticks in dispatch"
     with redis.Redis.from_url(settings.broker_url.get_secret_value()) as client:
         client.rpush("followups:dispatch", *range(broker_checks.UNREAD_TICKS + 1))

@@ -1,4 +1,4 @@
-"""Administration: each manual change leaves one audit event in its transaction.
+"""Administration: each manual change leaves one audit event in the same transaction as the change.
 
 An action that changes nothing leaves no audit event.
 """
@@ -35,7 +35,7 @@ CHANGES: dict[str, Callable[[Session, UUID], object]] = {
     "sending_hours.set": lambda s, w: administration.set_hours(s, ACTOR, w, HOURS),
     "sending_hours.cleared": lambda s, w: administration.clear_hours(s, ACTOR, w),
 }
-"""Administrative actions, ordered so that each of them changes something."""
+"""Administrative actions, in an order in which each action changes something."""
 DETAILS = {
     "pause.begun": {"channel": "waha"},
     "rate_limit.set": {"channel": None, "per": "all", "rate": 5, "burst": 2},
@@ -44,7 +44,7 @@ DETAILS = {
 
 
 def recorded(world: World, *, everywhere: bool = False) -> list[tuple[str, str, str]]:
-    """Return action, source and actor of the audit events, oldest first."""
+    """Return the action, source and actor of each audit event, oldest first."""
     wanted = AuditFilter() if everywhere else AuditFilter(workspace_id=world.workspace_id)
     with Session(world.engine) as session:
         return [(each.action, each.way, each.actor) for each in reversed(audit.newest(session, wanted, 100))]
@@ -71,7 +71,7 @@ def test_changes_that_are_rolled_back_are_not_recorded(world: World) -> None:
 
 
 def test_no_change_is_not_recorded(world: World) -> None:
-    """Pausing twice, or resuming, clearing or revoking what does not exist, leaves no audit event."""
+    """Pausing twice, or ending, clearing or revoking something that does not exist, is not audited."""
     scope, limit = pauses.PauseScope(world.workspace_id, None), rate_limits.LimitScope(None, None, "all")
     with Session(world.engine) as session, session.begin():
         assert administration.pause(session, ACTOR, scope)
@@ -88,7 +88,7 @@ def test_no_change_is_not_recorded(world: World) -> None:
 
 
 def test_a_key_is_revoked_once(world: World) -> None:
-    """Only the first revocation of a key is audited; keys and workspaces are identified by id."""
+    """Only the first revocation of an API key is audited; audit events identify keys and workspaces by id."""
     with Session(world.engine) as session, session.begin():
         workspace, _ = administration.create_workspace(session, ACTOR, "acme")
         row, key = administration.create_key(session, ACTOR, workspace.id)

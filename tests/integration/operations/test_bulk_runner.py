@@ -1,4 +1,4 @@
-"""Batches of the console's bulk actions, including follow-ups that they must skip."""
+"""Batches of the console's bulk actions, including follow-ups that a bulk action must skip."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def failed(world: World, chat_id: UUID | None = None) -> UUID:
 
 
 def unwritable(world: World, follow_up_id: UUID, column: str = "id") -> None:
-    """Add a constraint that the row, or its retry, breaks at every write."""
+    """Add a constraint that is violated whenever the row, or a retry of it, is written."""
     world.alter(f"ALTER TABLE follow_ups ADD CHECK ({column} IS DISTINCT FROM '{follow_up_id}') NOT VALID")
 
 
@@ -66,7 +66,7 @@ def limit(world: World, most: int) -> None:
 
 
 def state(world: World, action_id: UUID) -> tuple[Any, ...]:
-    """Return the number done, the follow-ups skipped, and whether the bulk action has finished."""
+    """Return how many follow-ups are done, which were skipped, and whether the bulk action has finished."""
     query = f"SELECT row_to_json(b) FROM bulk_actions b WHERE id = '{action_id}'"  # noqa: S608 - the test's own id
     row = world.scalar(query)
     return row["done"], row["passed_over"], row["finished_at"] is not None
@@ -98,7 +98,7 @@ def test_a_retry_of_one_that_is_deleted_meanwhile_is_passed_over(world: World, m
 
 @pytest.mark.parametrize("kind", ["cancel", "retry"])
 def test_one_that_cannot_be_written_is_passed_over(world: World, kind: str) -> None:
-    """An unwritable row is skipped, and the other follow-ups of its batch are cancelled or retried."""
+    """If a row cannot be written, it is skipped; its batch's other follow-ups are cancelled or retried."""
     ids = [world.follow_up(due=HOUR) if kind == "cancel" else failed(world) for _ in range(5)]
     unwritable(world, ids[2], "id" if kind == "cancel" else "retry_of")
     one = action(world, kind, ids)
@@ -107,9 +107,9 @@ def test_one_that_cannot_be_written_is_passed_over(world: World, kind: str) -> N
 
 
 def test_those_kept_from_a_retry_are_audited(world: World) -> None:
-    """A bulk cancel of follow-ups in flight leaves an audit event with their number.
+    """A bulk cancel that prevents retries of follow-ups in flight is audited with their number.
 
-    The command line records the same audit event.
+    The command line leaves the same audit event.
     """
     ids = [world.follow_up() for _ in range(2)]
     for each in ids:
@@ -121,7 +121,7 @@ def test_those_kept_from_a_retry_are_audited(world: World) -> None:
 
 
 def test_an_action_that_fails_blocks_no_other(world: World, engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A bulk action that fails is postponed and then retried, without blocking other actions.
+    """A bulk action that fails is postponed and retried later, without blocking other bulk actions.
 
     The worker that runs a failing bulk action still counts as healthy.
     """
@@ -146,9 +146,10 @@ def test_an_action_that_fails_blocks_no_other(world: World, engine: Engine, monk
 
 
 def test_a_retry_locks_its_chats_before_the_quota(world: World, engine: Engine) -> None:
-    """A bulk retry locks its chats before the quota.
+    """A bulk retry locks the chats of its follow-ups before the quota.
 
-    While a bulk retry waits for a chat, it must not lock the quota, which the chat's transaction may need.
+    While a bulk retry waits for a chat, it must not lock the quota, because the transaction that locks the chat may
+    need the quota.
     """
     limit(world, 10)
     first, second = sorted([world.chat(), world.chat()])

@@ -1,4 +1,4 @@
-"""Deletion of workspaces and chats: all rows are deleted, nothing is sent later, one event remains."""
+"""Deletion of workspaces and chats: all rows go, nothing is sent later, and one audit event remains."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ PAST = {"status": "sent", "finished_at": datetime(2030, 1, 31, tzinfo=UTC)}
 
 
 def delete(engine: Engine, whole: Whole, patience: timedelta = PATIENCE) -> dict[str, int]:
-    """Delete a workspace or chat and return the total counts."""
+    """Delete a workspace or chat and return how many rows were deleted in total."""
     sums: dict[str, int] = {}
     for counts in deletion.delete(engine, ACTOR, whole, patience):
         for name, number in counts.items():
@@ -72,7 +72,7 @@ def filled(world: World) -> UUID:
 
 
 def counts(world: World) -> dict[str, int]:
-    """Return the number of the workspace's rows in each table."""
+    """Return how many rows of the workspace each table contains."""
     found = {}
     with world.engine.connect() as connection:
         for table in Base.metadata.sorted_tables:
@@ -89,7 +89,7 @@ class TestWorkspace:
     def test_everything_goes_and_one_event_stays(self, world: World) -> None:
         """Deleting a workspace deletes its rows from every table and keeps those of other workspaces.
 
-        The audit event counts the deleted follow-ups.
+        The audit event of the deletion counts the deleted follow-ups.
         """
         other = World(world.engine)
         filled(world)
@@ -110,7 +110,7 @@ class TestWorkspace:
         name, chat = str(world.workspace_id), filled(world)
         batches = deletion.delete(world.engine, ACTOR, Whole(world.workspace_id), PATIENCE)
         for number, _ in enumerate(batches):
-            if number == 3:  # while follow-ups are being deleted
+            if number == 3:  # this is a moment at which follow-ups are being deleted
                 break
         batches.close()
         with Session(world.engine) as session:
@@ -149,7 +149,7 @@ class TestWorkspace:
         assert counts(world) == {"audit_events": 1}
 
     def test_what_is_in_flight_ends_first(self, world: World) -> None:
-        """The deletion of a workspace waits for an attempt in flight, and reports one that does not end.
+        """Deleting a workspace waits for an attempt in flight, and reports an attempt that does not end.
 
         The command can be repeated after a deletion that did not complete.
         """
@@ -164,14 +164,14 @@ class TestWorkspace:
         assert counts(world) == {"audit_events": 1}
 
     def test_a_lost_lease_ends_without_a_tick(self, world: World) -> None:
-        """A crashed worker's attempt is ended once its lease has expired, even without ticks."""
+        """An attempt of a crashed worker is ended once the lease has expired, even if no tick runs."""
         world.put_in_flight(world.follow_up())
         world.sql("UPDATE follow_ups SET lease_until = now() + interval '0.3 s'")
         delete(world.engine, Whole(world.workspace_id))
         assert counts(world) == {"audit_events": 1}
 
     def test_a_key_under_way_is_refused_or_deleted(self, world: World) -> None:
-        """The deletion of a workspace waits for a transaction that creates a key, and deletes the key."""
+        """Deleting a workspace waits for a transaction that creates an API key, and then deletes that key."""
         with Session(world.engine) as creating:
             api_keys.create(creating, world.workspace_id)
             with world.engine.connect() as connection:
@@ -208,7 +208,7 @@ class TestChat:
         assert all(str(other) in body for body in bodies)
 
     def test_it_goes_on_after_an_interruption(self, world: World) -> None:
-        """After an interrupted deletion the chat accepts no new rows; a second run completes the deletion."""
+        """If its deletion is interrupted, a chat accepts no new rows; deleting it again deletes all rows."""
         chat = filled(world)
         batches = deletion.delete(world.engine, ACTOR, Whole(world.workspace_id, chat), PATIENCE)
         next(batches)
@@ -223,7 +223,7 @@ class TestChat:
 
 
 def test_nothing_that_belongs_to_a_workspace_is_forgotten() -> None:
-    """Every table that refers to a workspace has a column by which the deletion finds its rows."""
+    """Every table that refers to a workspace has a column by which its rows are found for deletion."""
     referring: Sequence[Any] = [
         table
         for table in Base.metadata.sorted_tables
