@@ -22,17 +22,17 @@ class Channel(StrEnum):
 
 
 WINDOW = timedelta(hours=24)
-"""Length of the messaging window after the user's last message, on channels that have a window."""
+"""Length of the messaging window after the user's last message, for each channel that has one."""
 
 WINDOWED_CHANNELS = frozenset({Channel.WHATSAPP, Channel.INSTAGRAM})
 
 
 NEVER_OPEN = datetime.min.replace(tzinfo=UTC)
-"""The end of the window of a chat whose user never wrote."""
+"""The end of the messaging window of a chat in which the user has never written."""
 
 
 def window_closes_at(channel: str, last_user_message_at: datetime | None) -> datetime | None:
-    """Return when the chat's messaging window closes, or None if its channel has none."""
+    """Return when the chat's messaging window closes, or None if its channel has no messaging window."""
     if channel not in WINDOWED_CHANNELS:
         return None
     return last_user_message_at + WINDOW if last_user_message_at else NEVER_OPEN
@@ -41,7 +41,7 @@ def window_closes_at(channel: str, last_user_message_at: datetime | None) -> dat
 def is_open(channel: Channel, last_user_message_at: datetime | None, at: datetime) -> bool:
     """Return whether a message may be sent into the chat at the time ``at``.
 
-    On a channel with a window, no message may be sent into a chat whose user has never written.
+    On a channel with a messaging window, no message may be sent into a chat in which the user has never written.
     """
     closes = window_closes_at(channel, last_user_message_at)
     return closes is None or at < closes

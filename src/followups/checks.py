@@ -1,4 +1,4 @@
-"""Validation of callers' values, and of what a chat allows. The rules are the same for every caller."""
+"""Validation of callers' values and of what a chat allows, with the same rules for every caller."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ if TYPE_CHECKING:
 log = get_logger(__name__)
 
 FIRST_YEAR, LAST_YEAR = 2, 9998
-"""First and last year of an accepted time; the margin lets every time be converted to any time zone."""
+"""First and last accepted year of a time. The margin lets every time be converted to any time zone."""
 
 
 def final_of(status: Status, reason: str | None) -> Final:
-    """Return the end of a follow-up by a caller: with the caller's own reason, or the default code."""
+    """Return the end of a follow-up that a caller requests, with the caller's reason or the default code."""
     if status is Status.SENT:
         return finish(status)
     return finish(status, words=reason) if reason else finish(status, DEFAULT_CODES[status])
@@ -51,8 +51,8 @@ def trigger_of(chat: Chat) -> UUID:
 def check_moment(chat: Chat, moment: datetime, hours: SendingHours | None) -> None:
     """Refuse a time outside the channel's messaging window.
 
-    A follow-up that is due outside the workspace's sending hours will be held until they begin. The messaging window
-    must still be open at that time.
+    A follow-up that is due outside the workspace's sending hours will be held until the sending hours begin. The
+    messaging window must still be open at that time.
     """
     channel = Channel(chat.channel)
     if not is_open(channel, chat.last_user_message_at, moment):
@@ -73,8 +73,8 @@ def check_moment(chat: Chat, moment: datetime, hours: SendingHours | None) -> No
 def _opening(workspace_id: UUID, hours: SendingHours, moment: datetime) -> datetime:
     """Return the first time from ``moment`` on that is within the sending hours.
 
-    If their time zone is unknown on this host, return ``moment``. An unknown zone is no reason to refuse a follow-up,
-    because the worker checks the sending hours again when it begins the attempt.
+    If the time zone of the sending hours is unknown on this host, return ``moment``. An unknown zone is no reason to
+    refuse a follow-up, because the worker checks the sending hours again when it begins the attempt.
     """
     try:
         return opens_at(hours, moment)

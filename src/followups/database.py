@@ -31,11 +31,11 @@ T = TypeVar("T")
 
 MILLISECOND = timedelta(milliseconds=1)
 POOL_MARGIN = 5
-"""Seconds that a caller waits for a pooled connection, in addition to the connect timeout."""
+"""Seconds that a caller waits for a pooled connection in addition to the connect timeout."""
 STATEMENT_TIMEOUT = timedelta(seconds=30)
 """Time limit of a statement on the server. Statements normally take milliseconds."""
 SILENCE_MARGIN = timedelta(seconds=5)
-"""Silence in excess of the statement timeout after which a connection is closed.
+"""Seconds of silence, beyond the statement timeout, after which a connection is closed.
 
 Such a connection is half-open, or its server hangs and will never report the timeout.
 """
@@ -53,7 +53,7 @@ CHANGES_SESSIONS = (
 """Advice for a pooler that loses session settings, locks and prepared statements."""
 
 POOLER_ROUNDS = 4
-"""How often the sessions of two connections are compared.
+"""How many times the sessions of two connections are compared.
 
 Under load, the first comparison already detects a changed session.
 """
@@ -67,17 +67,17 @@ RECENTLY = 1.0
 class BoundedConnection(psycopg.Connection[Any]):
     """A connection that is closed if its server stops responding.
 
-    libpq has no such limit, and TCP detects nothing as long as a machine between client and server acknowledges
-    packets.
+    libpq does not limit the wait for a response, and TCP detects nothing as long as a machine between client and server
+    acknowledges packets.
     """
 
     patience: float | None = None
-    """Time limit in seconds for the server's response to one statement, or None for no limit."""
+    """Time limit in seconds for the response to one statement, or None for no limit."""
 
     def wait(self, gen: PQGen[T], interval: float = 0.1, timeout: float | None = None) -> T:
         """Wait for the response as psycopg does.
 
-        If none arrives in time, close the connection and raise `psycopg.OperationalError`.
+        If no response arrives in time, close the connection and raise `psycopg.OperationalError`.
         """
         started = time.monotonic()
         try:
@@ -96,7 +96,7 @@ class BoundedAsyncConnection(psycopg.AsyncConnection[Any]):
     async def wait(self, gen: PQGen[T], interval: float = 0.1, timeout: float | None = None) -> T:  # noqa: ASYNC109 - psycopg's own
         """Wait for the response as psycopg does.
 
-        If none arrives in time, close the connection and raise `psycopg.OperationalError`.
+        If no response arrives in time, close the connection and raise `psycopg.OperationalError`.
         """
         started = time.monotonic()
         try:
@@ -111,7 +111,7 @@ Bounded = BoundedConnection | BoundedAsyncConnection
 
 
 def _fell_silent(connection: Bounded, since: float) -> bool:
-    """Return whether an exchange failed because the server was silent.
+    """Return whether an exchange with the server failed because the server did not respond.
 
     ``since`` is the beginning of the exchange in monotonic seconds.
     """
@@ -174,13 +174,13 @@ def make_async_engine(
 ) -> AsyncEngine:
     """Return an engine like that of `make_engine`, for one event loop.
 
-    Work on it runs through `followups.transactions.in_loop`. A connection is tested only if it was idle for `RECENTLY`:
-    connections are checked out many times a second, and a test takes as long as a statement.
+    Database access through this engine runs in `followups.transactions.in_loop`. A connection is tested only if it was
+    idle for `RECENTLY`: connections are checked out many times a second, and a test takes as long as a statement.
     """
     url = parse(database_url)
     arguments = _arguments(url, pool_size, application_name)
-    # Connections are not reset when they are returned, because the `with` block has already rolled back uncommitted
-    # changes.
+    # Connections are not reset when they return to the pool, because the `with` block has already rolled back
+    # uncommitted changes.
     engine = create_async_engine(url, **arguments | {"pool_pre_ping": False, "pool_reset_on_return": None})
     _test_what_lay_idle(engine.sync_engine)
     session = _session(options, statement_timeout)
@@ -209,7 +209,7 @@ def make_async_engine(
     return engine
 
 
-# Settings that this version of PostgreSQL does not have are skipped.
+# Settings that the server's version of PostgreSQL does not have are skipped.
 _SET_UP = """
     SELECT current_setting('server_encoding'), pg_backend_pid(), set_config(name, value, false)
       FROM unnest(%(names)s::text[], %(values)s::text[]) AS session (name, value)
@@ -220,7 +220,7 @@ _SET_UP = """
 def _session(options: Mapping[str, str] | None, statement_timeout: timedelta | None) -> dict[str, list[str]]:
     """Return the parameters of `_SET_UP`."""
     limit = str(statement_timeout // MILLISECOND if statement_timeout else 0)
-    # The timeout also limits how long a process that is frozen during a transaction keeps its row locks.
+    # The timeout also limits how long a process that is suspended during a transaction keeps its row locks.
     limits = {"statement_timeout": limit, "idle_in_transaction_session_timeout": limit}
     settings = {**SESSION, **limits, **(options or {})}
     return {"names": list(settings), "values": list(settings.values())}
@@ -249,11 +249,14 @@ class _Pooler:
     """
 
     def __init__(self) -> None:
-        """Start unchecked."""
+        """Start with the pooler not yet checked."""
         self._checked = False
 
     def is_before(self, connection: Bounded, row: Sequence[Any] | None) -> bool:
-        """Return whether there may be a pooler, which reports a process id other than the server session's."""
+        """Return whether there may be a pooler in front of the server.
+
+        A pooler reports a process id that differs from that of the server session.
+        """
         return not self._checked and row is not None and row[1] != connection.info.backend_pid
 
     def check(
@@ -261,7 +264,8 @@ class _Pooler:
     ) -> None:
         """Raise `UnfitDatabaseError` if two connections share a session or one connection changes sessions.
 
-        Both are set up first, because RDS Proxy keeps the session of a connection only after a setting was changed.
+        Both connections are set up first, because RDS Proxy keeps a connection's session only after a setting was
+        changed.
         """
         try:
             with (
@@ -273,7 +277,8 @@ class _Pooler:
                     each.execute(_SET_UP, session)
                 pids = [each.execute("SELECT pg_backend_pid()").fetchone() for each in (one, other) * POOLER_ROUNDS]
         except psycopg.OperationalError:
-            self._checked = True  # a pooler in session mode keeps new clients waiting when its pool is full
+            # the check is not repeated: a pooler in session mode lets new clients wait when its pool is full
+            self._checked = True
             return
         if pids[0] == pids[1] or pids != pids[:2] * POOLER_ROUNDS:
             raise UnfitDatabaseError(CHANGES_SESSIONS)
@@ -305,7 +310,10 @@ _dropped_at: WeakKeyDictionary[Engine, float] = WeakKeyDictionary()
 
 
 def drop_all(engine: Engine) -> None:
-    """Have an engine of an event loop replace all open connections: their server is unreachable or read-only."""
+    """Make the engine of an event loop replace all open connections.
+
+    Their server is unreachable or read-only.
+    """
     _dropped_at[engine] = time.monotonic()
 
 
@@ -331,8 +339,8 @@ def _arguments(url: URL, pool_size: int, application_name: str) -> dict[str, Any
     defaults = {name: value for name, value in CONNECTION.items() if name not in url.query}
     return {
         "pool_size": pool_size,
-        # An overflow connection would be opened for one transaction and then closed, which costs more than waiting for
-        # a pooled connection.
+        # An overflow connection would be opened for one transaction and then closed. Opening it costs more than waiting
+        # for a pooled connection.
         "max_overflow": 0,
         "pool_pre_ping": True,
         # Seconds that a caller waits for a connection before an error is raised.
@@ -348,7 +356,7 @@ def connect_timeout(url: URL) -> float:
     try:
         seconds = float(str(url.query.get("connect_timeout", CONNECT_TIMEOUT)))
     except ValueError:
-        return CONNECT_TIMEOUT  # psycopg itself rejects the value
+        return CONNECT_TIMEOUT  # psycopg itself rejects an invalid value
     return seconds if seconds > 0 else NO_CONNECT_TIMEOUT
 
 
@@ -359,5 +367,5 @@ def _patience(statement_timeout: timedelta | None) -> float | None:
 
 
 def make_sessions(engine: Engine) -> sessionmaker[Session]:
-    """Return a factory of sessions whose objects stay readable after the commit."""
+    """Return a session factory. Objects of its sessions stay readable after the commit."""
     return sessionmaker(engine, expire_on_commit=False)

@@ -13,12 +13,12 @@ if TYPE_CHECKING:
     from sqlalchemy import Connection
 
 READ_ONLY = "25006"
-"""SQLSTATE of a write that a read-only server rejects."""
+"""SQLSTATE of a write that was rejected because the server is read-only."""
 
 READ_ONLY_SESSION = ("session is read-only", "server is in hot standby mode")
-"""libpq's error messages about a server that does not match ``target_session_attrs``.
+"""libpq's error messages if a server does not match ``target_session_attrs``.
 
-This error has no SQLSTATE.
+Such an error has no SQLSTATE.
 """
 
 
@@ -47,7 +47,7 @@ def is_passing(error: Exception) -> bool:
 def _cause(error: Exception) -> BaseException | None:
     """Return the driver's own error, or None if there is none.
 
-    On an event loop the driver's error is raised directly; a session raises SQLAlchemy's error, which contains it.
+    On an event loop, the driver's error is raised directly. A session raises an error of SQLAlchemy that contains it.
     """
     return error.orig if isinstance(error, DBAPIError) else error
 
@@ -89,7 +89,10 @@ def takes_changes(connection: Connection) -> bool:
 
 
 def unfit(error: Exception) -> str:
-    """Return why the database cannot be used and what to do, or an empty string for any other error."""
+    """Return why the database cannot be used and what to do about it.
+
+    The result is an empty string if the error has another cause.
+    """
     cause = _cause(error)
     if is_read_only(error):
         return IS_READ_ONLY
@@ -104,7 +107,7 @@ A single row may also cause errors about invalid data or violated constraints.
 
 
 def concerns_a_row(error: Exception) -> bool:
-    """Return whether one row's content may be the cause, so that the work would succeed without it."""
+    """Return whether the error may be caused by one row, so that the work would succeed without that row."""
     cause = _cause(error)
     if isinstance(cause, psycopg.DataError | psycopg.IntegrityError):
         return True

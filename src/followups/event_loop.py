@@ -1,9 +1,9 @@
 """Database access on an event loop: psycopg runs the rules, without threads and without row objects.
 
-Connections come from SQLAlchemy's pool in `make_async_engine`, with the same settings, limits and tests. Checking one
-out in a greenlet costs 0.02 ms. psycopg's own pool would be as cheap, but its callers wait while it reconnects in the
-background, whereas this pool raises the error immediately. Pipeline mode was measured and rejected: its two round trips
-cost 0.28 ms of CPU, while four plain round trips cost 0.21 ms.
+Connections come from SQLAlchemy's pool in `make_async_engine`, with the same settings, limits and tests. Checking out a
+connection in a greenlet costs 0.02 ms. psycopg's own pool would be as cheap, but its callers wait while it reconnects
+in the background, whereas SQLAlchemy's pool raises the error immediately. Pipeline mode was measured and rejected: its
+two round trips cost 0.28 ms of CPU, while four plain round trips cost 0.21 ms.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class Database:
     def __init__(
         self, database_url: str, *, pool_size: int, application_name: str, statement_timeout: timedelta
     ) -> None:
-        """Store the connection parameters; the first use connects."""
+        """Store the connection parameters. The first use opens a connection."""
         self._engine = make_async_engine(
             database_url,
             pool_size=pool_size,
@@ -68,7 +68,7 @@ class Database:
         await self._engine.dispose()
 
     def take(self) -> PoolProxiedConnection:
-        """Check out a connection from the pool, in a greenlet."""
+        """Check out a connection from the pool in a greenlet."""
         pool = self._engine.sync_engine.pool
         while (pooled := pool.connect()).info[_MADE] <= self._lost_at:
             pooled.invalidate()
@@ -96,7 +96,7 @@ class Use:
         return self._connection
 
     async def __aexit__(self, _kind: object, error: BaseException | None, _trace: object) -> None:
-        """End the transaction, and return or close the connection."""
+        """End the transaction, and then return the connection to the pool or close it."""
         try:
             if error is None or (isinstance(error, Exception) and not self._connection.closed):
                 await self._end(failed=error is not None)
@@ -118,11 +118,11 @@ class Use:
         lost = self._connection.closed or getattr(error, "sqlstate", None) == READ_ONLY
         if lost and isinstance(error, psycopg.Error):
             self._database.drop_all()
-        # If the task was cancelled, the server may still be executing its statement.
+        # If the task was cancelled, the server may still be executing the task's statement.
         if lost or not (error is None or isinstance(error, Exception)):
             await greenlet_spawn(self._pooled.invalidate)
         else:
-            self._pooled.close()  # closing exchanges nothing with the server
+            self._pooled.close()  # closing the connection needs no exchange with the server
 
 
 def _note_time(_connection: object, record: ConnectionPoolEntry) -> None:
@@ -134,8 +134,8 @@ def rows_in_greenlet(
 ) -> Sequence[tuple[Any, ...]]:
     """Execute the statement in the connection's transaction and return its rows as tuples.
 
-    In a greenlet psycopg executes it without SQLAlchemy, whose objects for cursor and rows take 5 us more for each row
-    of a batch of 70. Raises the same errors as the connection.
+    psycopg executes the statement in a greenlet without SQLAlchemy, whose cursor and row objects take 5 us more for
+    each row of a batch of 70. Raises the same errors as the connection.
     """
     driver = connection.connection.driver_connection
     if not isinstance(driver, psycopg.AsyncConnection):
@@ -177,7 +177,7 @@ async def run(connection: Connection, steps: Steps[T]) -> T:
 
 
 async def go_on(connection: Connection, steps: Steps[T], rows: Sequence[Any]) -> T:
-    """Continue the rule after its first query, which returned these rows, and return the rule's result."""
+    """Continue the rule, whose first query returned ``rows``, and return the rule's result."""
     try:
         query = steps.send(rows)
         while True:

@@ -1,4 +1,4 @@
-"""Halving: a failing batch is split until the failing row is isolated, so that all other rows succeed."""
+"""Halving: a failing batch is split until only the failing row is left, so all other rows succeed."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ class Halved(Generic[T, R]):
     done: list[R] = field(default_factory=list)
     refused: list[tuple[T, Exception]] = field(default_factory=list)
     left: list[T] = field(default_factory=list)
-    """Items not processed, because the database became unreachable after other items had been processed."""
+    """Items that were not processed because the database became unreachable before their turn."""
 
 
 def halve(batch: Sequence[T], work: Callable[[Sequence[T]], R]) -> Halved[T, R]:
-    """Do the work for a whole batch, and halve the batch while a row's content makes the work fail.
+    """Do the work for a whole batch, and halve the batch as long as a row's content makes the work fail.
 
-    The halving ends when the failing row is alone. Any other error of the work is raised if nothing has been done yet.
+    The halving ends when the failing row is in a batch alone. Any other error is raised if nothing has been done yet.
     """
     halved: Halved[T, R] = Halved()
     parts = [batch]
@@ -60,9 +60,9 @@ def halve_within(
     work: Callable[[Sequence[T]], R],
     refused: Callable[[T, Exception], None] | None = None,
 ) -> Halved[T, R]:
-    """Do the work within the connection's transaction, each sub-batch under a savepoint.
+    """Do the work within the connection's transaction, with a savepoint for each sub-batch.
 
-    ``refused`` is called for each refused item; all other items succeed.
+    ``refused`` is called for each refused item. All other items succeed.
     """
 
     def under_savepoint(part: Sequence[T]) -> R:
@@ -87,7 +87,7 @@ def halving_steps(
     query: Callable[[Sequence[T]], Query],
     refused: Callable[[T, Exception], None] | None = None,
 ) -> Steps[list[Any]]:
-    """Run the query for the whole batch within a rule, halved as by `halve_within`, and return all rows."""
+    """Run the query for the whole batch within a rule, halve it like `halve_within`, and return all rows."""
     rows: list[Any] = []
     parts = [batch] if batch else []
     while parts:

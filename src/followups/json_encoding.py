@@ -1,4 +1,7 @@
-"""JSON of log lines and request bodies, by pydantic's encoder: a line takes 1.6 us, the standard library's 7."""
+"""JSON for log lines and request bodies, encoded by pydantic.
+
+A log line takes 1.6 us, compared with 7 us for the standard library's encoder.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def encode_json(document: Mapping[str, object]) -> bytes:
-    """Return compact JSON in UTF-8; values that JSON cannot represent are written as strings.
+    """Return compact JSON in UTF-8. Values that JSON cannot represent are written as strings.
 
     A character that UTF-8 cannot represent (half a surrogate pair) becomes a question mark.
 
@@ -20,7 +23,8 @@ def encode_json(document: Mapping[str, object]) -> bytes:
     b'{"attempt":1,"outcome":"sent","half":"?"}'
     """
     try:
-        # UTF-8, not \u escapes: these treble most alphabets, and receivers limit the size of a body.
+        # Characters are written as UTF-8, because \u escapes would treble the size of most alphabets, and receivers
+        # limit the size of a body.
         return to_json(document, fallback=str)
     except PydanticSerializationError:
         text = json.dumps(document, default=str, ensure_ascii=False, separators=(",", ":"))

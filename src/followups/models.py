@@ -3,14 +3,14 @@
 A chat's key consists of the workspace's id and the chat's id, so that no workspace can reach another workspace's chat
 by guessing ids. The foreign keys that refer to this key make PostgreSQL refuse a row that would mix two workspaces.
 
-Row-level security was tried too and rejected. It costs little: 6 % of the SQL time of a create and 16 % of a list (2
-cores, 20,000 rows). But the tables' owner is exempt from it, and the only configured URL is the owner's. Row-level
-security would therefore need either a second role, which many hosted databases do not let you create, or FORCE, under
-which the owner's own pg_dump fails. Reads are protected by the predicate of each query, and by a test that calls every
-documented endpoint with another workspace's key and ids.
+Row-level security was tried and rejected. It costs little: 6 % of the SQL time of a create and 16 % of a list (2 cores,
+20,000 rows). But the tables' owner is exempt from row-level security, and the only configured URL is the owner's.
+Row-level security would therefore need either a second role, which many hosted databases do not let you create, or
+FORCE, under which the owner's own pg_dump fails. Reads are protected by the predicate of each query, and by a test that
+calls every documented endpoint with another workspace's key and ids.
 
 A follow-up's ``status`` is written only by guarded UPDATE statements in `followups.store`, never by assigning to an
-object: in another system, a full-row save changed a sent message back to pending (zulip#39521).
+object: in another system, saving a full row changed a sent message back to pending (zulip#39521).
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ CHURNING = {"autovacuum_vacuum_scale_factor": "0.02", "autovacuum_analyze_scale_
 """Storage options of tables whose old rows are deleted by age.
 
 A search for the oldest rows reads everything that was deleted since the last vacuum. By default, a vacuum starts only
-when a fifth of the table is dead.
+when a fifth of the table's rows are dead.
 """
 
 
@@ -64,7 +64,7 @@ WAYS = {
     "python": "Python as {actor}",
     "service": "service {actor}",
 }
-"""An audit event's author by the way in (`followups.store.audit.Way`)."""
+"""Descriptions of an audit event's author, by the means of access (`followups.store.audit.Way`)."""
 
 
 def readable(*columns: str) -> str:
@@ -80,7 +80,7 @@ def readable(*columns: str) -> str:
 
 
 class Base(DeclarativeBase):
-    """The base of all tables: naming of constraints, and the types of times and ids."""
+    """The base of all tables: naming rules for constraints, and the types of times and ids."""
 
     metadata = MetaData(
         naming_convention={
@@ -119,14 +119,14 @@ class Workspace(Base):
 class WorkspaceSendingHours(Base):
     """The sending hours of a workspace (`followups.sending_hours`).
 
-    Without a row, messages are sent at any time. Sending hours have a separate table, so that the begin statement reads
-    nothing if no workspace has any.
+    If a workspace has no such row, its messages are sent at any time. Sending hours have a separate table, so that the
+    begin statement reads nothing if no workspace has sending hours.
     """
 
     __tablename__ = "sending_hours"
     __table_args__ = (
         CheckConstraint("days BETWEEN 1 AND 127", name="days_are_a_week_s"),
-        # PostgreSQL accepts the time 24:00, and Python does not.
+        # PostgreSQL accepts the time 24:00, but Python does not.
         CheckConstraint(
             f"opening < '24:00:00' AND closing < '24:00:00' AND {readable('open_from', 'open_until')}",
             name="times_are_readable",
@@ -138,13 +138,13 @@ class WorkspaceSendingHours(Base):
     opening: Mapped[time]
     closing: Mapped[time]
     days: Mapped[int] = mapped_column(SmallInteger)
-    """A bit mask of weekdays; bit 0 is Monday."""
+    """A bit mask of weekdays, in which bit 0 is Monday."""
     open_from: Mapped[datetime]
     open_until: Mapped[datetime]
     """The end of the current or next sending period, which the database compares with the current time.
 
     When the period is over, the first worker whose attempt is refused computes the next period. Only workers therefore
-    need time zones; the database does not.
+    need time zone data; the database does not.
     """
 
 
@@ -199,9 +199,9 @@ class RateLimit(Base):
     workspace_id: Mapped[UUID | None] = mapped_column(ForeignKey("workspaces.id"))
     channel: Mapped[str | None]
     per: Mapped[str]
-    """The scope of a bucket: 'all' matching follow-ups, each 'workspace', or each 'chat'."""
+    """What a token bucket applies to: 'all' matching follow-ups, each 'workspace', or each 'chat'."""
     rate: Mapped[float] = mapped_column(Double)
-    """Tokens added per second."""
+    """Number of tokens added per second."""
     burst: Mapped[int] = mapped_column(Integer)
     """Number of tokens in a full bucket."""
     created_at: Mapped[datetime] = mapped_column(server_default=func.now())
@@ -225,12 +225,12 @@ class ApiKey(Base):
 
     @property
     def title(self) -> str:
-        """Its name and prefix, by which people know it."""
+        """The name and prefix of the API key, by which people recognise it."""
         return f"{self.name} ({self.prefix}…)" if self.name else f"{self.prefix}…"
 
 
 class Quota(Base):
-    """The maximum number of a workspace's pending follow-ups or chats; without a row, there is no limit."""
+    """The maximum number of a workspace's pending follow-ups or chats. Without a row, there is no limit."""
 
     __tablename__ = "quotas"
     __table_args__ = (
@@ -247,7 +247,7 @@ class Quota(Base):
 
 
 class Chat(Base):
-    """A chat, with the last message and the user's last message."""
+    """A chat, including its last message and the user's last message."""
 
     __tablename__ = "chats"
     __table_args__ = (
@@ -260,7 +260,7 @@ class Chat(Base):
             name="last_message_is_whole",
         ),
         CheckConstraint(readable("last_message_at", "last_user_message_at"), name="times_are_readable"),
-        # This index serves the check whether another workspace has the external id.
+        # This index serves the check whether another workspace already uses the external id.
         Index(None, "external_id", postgresql_where=text("external_id IS NOT NULL")),
     )
 
@@ -300,7 +300,7 @@ class ChatMessage(Base):
 class FollowUp(Base):
     """A message to be sent into a chat at its due date: the row is the job.
 
-    The columns below ``trigger_chat_message_id`` belong to the dispatcher. The lease columns are in no index, so that
+    The columns below ``trigger_chat_message_id`` belong to the dispatcher. No index contains the lease columns, so
     acquiring and returning a lease is a heap-only update.
     """
 
@@ -330,15 +330,15 @@ class FollowUp(Base):
         CheckConstraint("attempts >= 0 AND losses >= 0 AND snoozes >= 0", name="budgets_are_counts"),
         CheckConstraint("begun_at IS NULL OR lease_until IS NOT NULL", name="begun_holds_lease"),
         CheckConstraint("waits_for IS NULL OR status = 'pending'", name="waiting_is_pending"),
-        # The claim's index contains due follow-ups, oldest first. Follow-ups that wait for an earlier one of their chat
-        # are excluded, because they would be scanned, claimed and refused again and again.
+        # The claim's index contains due follow-ups, oldest first. Follow-ups that wait for an earlier follow-up of
+        # their chat are excluded, because they would be scanned, claimed and refused again and again.
         Index(
             "ix_follow_ups_due",
             text("COALESCE(next_attempt_at, due_date)"),
             "id",
             postgresql_where=text("status = 'pending' AND waits_for IS NULL"),
         ),
-        # This index has the same rows for each workspace, for the fair claim (`followups.store.claims`).
+        # This index contains the same rows, sorted by workspace, for the fair claim (`followups.store.claims`).
         Index(
             "ix_follow_ups_due_by_workspace",
             "workspace_id",
@@ -346,8 +346,8 @@ class FollowUp(Base):
             "id",
             postgresql_where=text("status = 'pending' AND waits_for IS NULL"),
         ),
-        # This index serves the order within a chat (whether there is an earlier pending follow-up, and which) and the
-        # cancellation by a reply.
+        # This index serves the order within a chat (to find an earlier pending follow-up) and the cancellation by a
+        # reply.
         Index(
             "ix_follow_ups_chat_order",
             "workspace_id",
@@ -372,7 +372,7 @@ class FollowUp(Base):
         # New entries are added at its right edge, and all follow-ups of one settlement share a key.
         Index("ix_follow_ups_finished", "finished_at", postgresql_where=text("finished_at IS NOT NULL")),
         Index("ix_follow_ups_retry_of", "retry_of", unique=True, postgresql_where=text("retry_of IS NOT NULL")),
-        # This index contains follow-ups that are held by a pause or by sending hours; otherwise it is empty.
+        # This index contains follow-ups that are held by a pause or by sending hours. Usually it is empty.
         Index("ix_follow_ups_paused", "pause_id", postgresql_where=text("pause_id IS NOT NULL AND status = 'pending'")),
         Index(
             "ix_follow_ups_quiet",
@@ -406,15 +406,15 @@ class FollowUp(Base):
     scheduled_at: Mapped[datetime] = mapped_column(server_default=func.now())
     """The time at which the due date or the chat was last set.
 
-    Lateness counts from this time or from the due date, whichever is later. A due date in the past is therefore due
-    immediately but not too late.
+    Lateness is counted from this time or from the due date, whichever is later. A due date in the past therefore makes
+    a follow-up due immediately, but not too late.
     """
     next_attempt_at: Mapped[datetime | None]
-    """The time of the next attempt after a retry or a deferral, or None for the due date."""
+    """The time of the next attempt after a retry or a deferral, or None if the due date applies."""
     waits_for: Mapped[UUID | None]
-    """The earlier follow-up of the chat whose end unblocks this follow-up."""
+    """The earlier follow-up of the chat that must end before this follow-up can be sent."""
     lease_token: Mapped[int] = mapped_column(BigInteger, server_default="0")
-    """The fencing token of the lease, which only increases and is never reused.
+    """The fencing token of the lease. It only increases and is never reused.
 
     A write with an older token is refused.
     """
@@ -436,9 +436,9 @@ class FollowUp(Base):
     Lag is this time minus the due date.
     """
     accepted_duration: Mapped[timedelta | None]
-    """How long the accepted attempt took, or None if it was not timed."""
+    """How long the successful attempt took, or None if it was not timed."""
     created_by_key: Mapped[UUID | None]
-    """The API key that created it, or None if it was created in another way."""
+    """The API key that created the follow-up, or None if it was created in another way."""
     traceparent: Mapped[str | None]
     """The W3C traceparent of the trace in which the follow-up was created, or None."""
 
@@ -448,7 +448,7 @@ class FollowUp(Base):
     """The first time at which the sending hours allow the message to be sent, or None before any hold.
 
     A future time is derived from the current sending hours. A past time is kept even if the sending hours change.
-    Lateness counts from this time.
+    Lateness is counted from this time.
     """
     limited_until: Mapped[datetime | None]
     """The time of the next attempt as set by a rate limit or the breaker.
@@ -458,19 +458,19 @@ class FollowUp(Base):
     pause_id: Mapped[UUID | None]
     """The pause that holds the follow-up.
 
-    Its next attempt is then far in the future, where the claim ignores it.
+    While the follow-up is held, its next attempt is far in the future, so the claim ignores it.
     """
     retry_of: Mapped[UUID | None]
-    """The failed follow-up that this one retries; each follow-up is retried at most once."""
+    """The failed follow-up that this follow-up retries. Each follow-up is retried at most once."""
 
     @property
     def in_flight(self) -> bool:
-        """Whether an attempt has begun whose outcome is not recorded yet."""
+        """Whether an attempt has begun and its outcome has not been recorded yet."""
         return self.status == Status.PENDING and self.begun_at is not None
 
 
 class FailedAttempt(Base):
-    """An attempt that did not end in `sent`, recorded as an explanation."""
+    """An attempt whose outcome was not `sent`, recorded as an explanation."""
 
     __tablename__ = "failed_attempts"
     __table_args__ = (Index(None, "follow_up_id", "id"), {"postgresql_with": CHURNING})
@@ -506,7 +506,7 @@ class MetricTotal(Base):
     """One sample of a counter or a histogram, summed over all processes."""
 
     __tablename__ = "metric_totals"
-    # Every process updates these rows every second, so each page has free space for in-place updates.
+    # Every process updates rows of this table every second, so each page has free space for in-place updates.
     __table_args__ = ({"postgresql_with": {"fillfactor": "50"}},)
 
     sample: Mapped[str] = mapped_column(primary_key=True)
@@ -527,7 +527,7 @@ class ConsoleSession(Base):
         CheckConstraint("role <> 'operator' OR workspace_id IS NULL", name="operator_sees_all"),
         CheckConstraint("chat_id IS NULL OR workspace_id IS NOT NULL", name="chat_has_workspace"),
         Index(None, "workspace_id", "created_at"),
-        # This index serves pruning.
+        # This index serves the deletion of old rows.
         Index(None, "expires_at"),
         {"postgresql_with": CHURNING},
     )
@@ -536,18 +536,18 @@ class ConsoleSession(Base):
     token_hash: Mapped[bytes] = mapped_column(unique=True)
     role: Mapped[str]
     workspace_id: Mapped[UUID | None] = mapped_column(ForeignKey("workspaces.id", ondelete="CASCADE"))
-    """The workspace that the session is limited to, or None for all workspaces."""
+    """The workspace that the session is limited to, or None if it may see all workspaces."""
     chat_id: Mapped[UUID | None]
-    """The one chat that the person may see, or None for all chats."""
+    """The only chat that the person may see, or None if the person may see all chats."""
     way: Mapped[str]
     """How the person signed in: key, link or proxy."""
     name: Mapped[str]
     """The person's name, if known.
 
-    It is the name of the API key or of the link's creator, or the name sent by the proxy.
+    The name is that of the API key or of the link's creator, or the name sent by the proxy.
     """
     api_key_id: Mapped[UUID | None] = mapped_column(ForeignKey("api_keys.id", ondelete="CASCADE"), index=True)
-    """The API key with which the person signed in; when the key becomes invalid, so does the session."""
+    """The API key with which the person signed in. If the key becomes invalid, the session does too."""
     created_at: Mapped[datetime] = mapped_column(server_default=func.now())
     seen_at: Mapped[datetime] = mapped_column(server_default=func.now())
     expires_at: Mapped[datetime]
@@ -555,7 +555,7 @@ class ConsoleSession(Base):
 
 
 class ConsoleLink(Base):
-    """A link that signs a person in once. Only the SHA-256 of its token is stored."""
+    """A link that signs a person in once. Only the SHA-256 of the link's token is stored."""
 
     __tablename__ = "console_links"
     __table_args__ = (
@@ -570,7 +570,7 @@ class ConsoleLink(Base):
     workspace_id: Mapped[UUID | None] = mapped_column(ForeignKey("workspaces.id", ondelete="CASCADE"), index=True)
     chat_id: Mapped[UUID | None]
     name: Mapped[str]
-    """The name of the link's creator."""
+    """The name of the person or program that created the link."""
     api_key_id: Mapped[UUID | None] = mapped_column(ForeignKey("api_keys.id", ondelete="CASCADE"), index=True)
     created_at: Mapped[datetime] = mapped_column(server_default=func.now())
     expires_at: Mapped[datetime]
@@ -591,15 +591,15 @@ class BulkAction(Base):
     workspace_id: Mapped[UUID | None] = mapped_column(ForeignKey("workspaces.id", ondelete="CASCADE"), index=True)
     kind: Mapped[str]
     chosen: Mapped[dict[str, Any]] = mapped_column(JSONB)
-    """The selected follow-ups: a filter, or a list of ids."""
+    """The follow-ups that the action applies to: a filter, or a list of ids."""
     created_at: Mapped[datetime] = mapped_column(server_default=func.now())
-    """The action's creation time. Follow-ups created after this time are not affected."""
+    """The time at which the action was created. Follow-ups created after this time are not affected."""
     created_by: Mapped[str]
     expected: Mapped[int] = mapped_column(Integer)
     """The number of matching follow-ups in the preview, counted up to a limit."""
     ended_at_time: Mapped[datetime | None]
     ended_at_id: Mapped[UUID | None]
-    """The last follow-up of the last batch, in the order of the list, which is newest first."""
+    """The last follow-up of the last batch. The order is that of the list, newest first."""
     done: Mapped[int] = mapped_column(Integer, server_default="0")
     passed_over: Mapped[dict[str, Any]] = mapped_column(JSONB, server_default="{}")
     """The number of skipped follow-ups, by reason."""
@@ -621,21 +621,22 @@ class DispatcherState(Base):
     grace_until: Mapped[datetime | None]
     """The end of the grace period that follows a gap in the ticks.
 
-    During this period, expired leases with an attempt in flight are left to their workers.
+    During the grace period, expired leases with an attempt in flight are left to their workers.
     """
 
 
 class AuditEvent(Base):
     """An audit event: one manual change or one bulk command (`followups.store.audit`).
 
-    It contains no message text. The table has no foreign keys, since an event outlives its target.
+    An audit event contains no message text. The table has no foreign keys, since an event outlives its target.
     """
 
     __tablename__ = "audit_events"
     __table_args__ = (
         CheckConstraint("way IN ('api', 'command', 'console', 'python', 'service')", name="way_is_known"),
         CheckConstraint("number >= 0", name="number_is_a_count"),
-        # These indexes serve lists, newest first, of all events or of one workspace, and the timeline of one follow-up.
+        # These indexes serve lists of all events or of one workspace's events, newest first, and the timeline of one
+        # follow-up.
         Index("ix_audit_events_at", "at", "id"),
         Index("ix_audit_events_workspace", "workspace_id", "at", "id"),
         Index("ix_audit_events_target", "target_id", postgresql_where=text("target_id IS NOT NULL")),
@@ -662,5 +663,5 @@ class AuditEvent(Base):
 
     @property
     def by(self) -> Sentence:
-        """Its author and their means of access: "API key website (fup_3Fq8vTnO…)", "command by root"."""
+        """The author and the means of access: "API key website (fup_3Fq8vTnO…)", "command by root"."""
         return Sentence(WAYS[self.way], actor=self.actor or self.actor_id)

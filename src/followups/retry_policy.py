@@ -1,8 +1,8 @@
 """Retries of failed attempts: the policy is data, and each decision is a value. Pure functions.
 
 The backoff is exponential with full jitter (Brooker, "Exponential Backoff And Jitter", AWS Architecture Blog, 2015).
-The delay is uniformly distributed between zero and the ceiling, so that attempts that failed together are not retried
-together.
+The delay is uniformly distributed between zero and the ceiling, so attempts that failed at the same time are retried at
+different times.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ MAX_RETRY_AFTER = timedelta(hours=24)
 SPREAD = 0.1
 """Maximum extra delay, as a fraction of the requested delay.
 
-It spreads the retries of follow-ups that were refused at the same time.
+The extra delay spreads the retries of follow-ups that were refused at the same time.
 """
 
 
@@ -44,12 +44,12 @@ class RetryPolicy:
         """Return the maximum delay after the failed attempt with the number ``attempt`` (from 1)."""
         try:
             grown = self.base.total_seconds() * self.factor ** (attempt - 1)
-        except OverflowError:  # the float overflows only far above the cap
+        except OverflowError:  # the float overflows only for values far above the cap
             return self.cap
         return timedelta(seconds=min(grown, self.cap.total_seconds()))
 
     def jittered(self, attempt: int, jitter: Callable[[], float] = random.random) -> timedelta:
-        """Return a delay between zero and the ceiling; ``jitter`` returns the fraction, in [0, 1)."""
+        """Return a delay between zero and the ceiling. ``jitter`` returns a fraction in [0, 1)."""
         return self.ceiling(attempt) * jitter()
 
     def next_delay(self, attempt: int, jitter: Callable[[], float] = random.random) -> timedelta | None:
@@ -58,7 +58,7 @@ class RetryPolicy:
 
 
 def spread(wished: timedelta, jitter: Callable[[], float] = random.random) -> timedelta:
-    """Return the requested delay plus a random fraction of it, never less than requested, up to 24 hours.
+    """Return the requested delay plus a random fraction of it, limited to 24 hours.
 
     >>> spread(timedelta(seconds=10), lambda: 0.5).total_seconds()
     10.5

@@ -96,7 +96,7 @@ def scheduling_alone(
 ) -> Steps[FollowUp | None]:
     """Apply the rule of `schedule` in a single statement, which needs no transaction.
 
-    Return None if a single statement is not enough. Nothing has changed in that case, and the caller uses `scheduling`,
+    Return None if a single statement is not enough. In that case nothing has changed, and the caller uses `scheduling`,
     which creates the follow-up or raises the error.
     """
     check_planned(Planned(chat_id, message, due_date))
@@ -111,8 +111,9 @@ def schedule_many(session: Session, *, workspace_id: UUID, planned: Sequence[Pla
     """Create many follow-ups of a workspace, all or none, and return them in the given order.
 
     The rules are those of `schedule`. The number of statements does not depend on the number of follow-ups; creating a
-    thousand takes some 100 ms. The chats are locked in ascending order of their ids. Raises `SomeRefusedError`, which
-    contains the error of each refused follow-up by its index, `QuotaExceededError` and `TransactionError`.
+    thousand follow-ups takes some 100 ms. The chats are locked in ascending order of their ids. Raises
+    `SomeRefusedError`, which contains the error of each refused follow-up by its index, `QuotaExceededError` and
+    `TransactionError`.
     """
     _check_transaction(session)
     return run(session, _scheduling_many(workspace_id, planned))
@@ -160,9 +161,9 @@ def _refusal(check: Callable[[Planned], None], planned: Planned) -> FollowUpsErr
 def cancel(session: Session, follow_up_id: UUID, *, reason: str | None = None, actor: Actor | None = None) -> FollowUp:
     """Cancel a pending follow-up. It is never sent once the transaction has committed.
 
-    ``reason`` is stored as given; the default is ``cancelled_by_api``. Repeating the call changes nothing. For several
-    chats, use the same order as with `schedule`. The audit log records the ``actor``, by default the user of this
-    process.
+    ``reason`` is stored as given; the default is ``cancelled_by_api``. Repeating the call changes nothing. A
+    transaction that cancels in several chats must follow the same order as with `schedule`. The audit log records the
+    ``actor``, by default the user of this process.
 
     Raises `FollowUpNotFoundError`, `AlreadyFinishedError`, `DeliveryInProgressError` and `TransactionError`.
     """
@@ -175,7 +176,7 @@ def cancel(session: Session, follow_up_id: UUID, *, reason: str | None = None, a
 def retry(
     session: Session, follow_up_id: UUID, *, due_date: datetime | None = None, actor: Actor | None = None
 ) -> FollowUp:
-    """Create a new follow-up from a failed one, which is not changed.
+    """Create a new follow-up from a failed follow-up, which itself is not changed.
 
     Raises the same errors as `schedule`.
     """
@@ -233,8 +234,8 @@ def amend(
 ) -> FollowUp:
     """Change fields of a follow-up (names in snake_case), or end it with a final ``status``.
 
-    With a ``workspace_id`` of None, as for an operator, the follow-up may belong to any workspace. Fields that already
-    have the requested value are ignored. The audit log records the ``actor``, by default the user of this process.
+    If ``workspace_id`` is None, as for an operator, the follow-up may belong to any workspace. Fields that already have
+    the requested value are ignored. The audit log records the ``actor``, by default the user of this process.
 
     Raises `InvalidRequestError`, `FollowUpNotFoundError`, `ChatNotFoundError`, `NothingToFollowUpError`,
     `OutsideMessagingWindowError`, `TooManyPendingError`, `AlreadyFinishedError`, `DeliveryInProgressError` and
@@ -254,7 +255,7 @@ def amending(
     fresh = {name: value for name, value in changes.items() if getattr(found, name) != value}
     if not fresh:
         return found
-    # On an event loop, the workspace is not read, because the caller has given its id.
+    # On an event loop, the workspace is not looked up, because the caller has given its id.
     event = _event(actor, workspace_id or found.workspace_id, found, fresh)
     if found.status in FINAL:
         changed = yield from _amend_finished(found, fresh)
@@ -267,7 +268,10 @@ def amending(
 
 
 def _event(actor: Actor, workspace_id: UUID, found: FollowUp, fresh: Mapping[str, Any]) -> Event:
-    """Return the audit event of a change: the changed fields and the old and new due date, but no text."""
+    """Return the audit event of a change.
+
+    It contains the names of the changed fields and the old and new due date, but no text.
+    """
     details: dict[str, object] = {"fields": sorted(to_camel(name) for name in fresh)}
     action = Action.FOLLOW_UP_CHANGED
     if "due_date" in fresh:
@@ -309,7 +313,7 @@ def _present(locked: Mapping[UUID, Chat], chat_id: UUID) -> Chat:
 
 _ISOLATION = text("SELECT current_setting('transaction_isolation')")
 LOOSEST = frozenset({"read committed", "read uncommitted"})
-"""Two isolation levels that PostgreSQL treats alike."""
+"""The two isolation levels that PostgreSQL treats as READ COMMITTED."""
 
 
 def _check_transaction(session: Session) -> None:

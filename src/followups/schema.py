@@ -1,7 +1,7 @@
 """The schema's version, and the migrations between versions.
 
 This module is separate from the engine, so that processes that never migrate (worker, beat) need not import Alembic,
-which would be a third of their imports.
+which would account for a third of their imports.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ PATIENCE = 600.0
 
 
 def alembic_config(database_url: str = "", *, wait: float = WAIT, patience: float = PATIENCE) -> Config:
-    """Return Alembic's configuration for the migrations that are installed with this package."""
+    """Return Alembic's configuration for the migrations in this package."""
     config = Config()
     config.set_main_option("script_location", str(Path(__file__).parent / "migrations"))
     config.attributes.update(database_url=database_url, wait=wait, patience=patience)
@@ -36,7 +36,7 @@ def alembic_config(database_url: str = "", *, wait: float = WAIT, patience: floa
 def migrate(database_url: str, revision: str = "head", *, wait: float = WAIT, patience: float = PATIENCE) -> None:
     """Migrate the database to ``revision``.
 
-    Concurrent migrations are safe: the second one waits for the first and then finds nothing to do. Raises
+    Concurrent migrations are safe: the second migration waits for the first, and then finds nothing to do. Raises
     `FollowUpsError` if another migration keeps its lock for ``wait`` seconds, or if a long transaction keeps a table
     locked for ``patience`` seconds.
     """
@@ -49,7 +49,7 @@ def downgrade(database_url: str, revision: str) -> None:
 
 
 def is_ready(current: str | None) -> bool:
-    """Return whether this code can work with a schema of this version: its newest, or one of newer code.
+    """Return whether this code works with a schema of this version: its own newest version or a newer one.
 
     Migrations only add to the schema, so that old processes keep working while an upgrade replaces them one by one.
     """

@@ -1,9 +1,9 @@
 """Sending hours: the hours of a workspace's local day in which its messages may be sent.
 
-Sending hours are local times. A message is sent only if the local clock shows a time that is not before the opening and
-is before the closing. If the clock is set forward past the opening or closing, the moment of the change counts as the
-opening or closing. If the clock is set back and shows a time twice, the second occurrence is the opening and the first
-is the closing, so that no message is sent while the local clock shows a time outside the sending hours.
+Sending hours are local times. A message is sent only if the local clock shows a time from the opening until just before
+the closing. If the clock is set forward past the opening or closing, the moment of the change counts as the opening or
+closing. If the clock is set back and shows a time twice, the opening is its second occurrence and the closing is its
+first. No message is therefore sent while the local clock shows a time outside the sending hours.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ DAY = timedelta(days=1)
 LOOK_AHEAD = 40
 """Number of days to search for the next opening.
 
-They are a week, plus a margin for days or hours that a time zone skips.
+The search covers a week, plus a margin for days or hours that a time zone skips.
 """
 
 
@@ -36,8 +36,8 @@ They are a week, plus a margin for days or hours that a time zone skips.
 class SendingHours:
     """Sending hours from ``opening`` until just before ``closing``, on the days on which they open.
 
-    Monday is day 0. A closing that is not later than the opening is on the next day: 22:00 to 06:00 is a night, and
-    00:00 to 00:00 a whole day.
+    Monday is day 0. If the closing is not later than the opening, it is on the next day: 22:00 to 06:00 is a night, and
+    00:00 to 00:00 is a whole day.
     """
 
     time_zone: str
@@ -55,7 +55,7 @@ class SendingHours:
 
     @property
     def in_words(self) -> Sentence:
-        """The hours as a phrase."""
+        """The sending hours as a phrase."""
         values = {"opening": f"{self.opening:%H:%M}", "closing": f"{self.closing:%H:%M}", "zone": self.time_zone}
         if self.days == EVERY_DAY:
             return Sentence("{opening} to {closing}, {zone}", **values)
@@ -69,12 +69,12 @@ def zone_of(name: str) -> ZoneInfo | None:
     """Return the IANA time zone with this name, or None if it is unknown."""
     try:
         return ZoneInfo(name)
-    except (ZoneInfoNotFoundError, ValueError, OSError):  # an unknown name, an invalid name, or a directory
+    except (ZoneInfoNotFoundError, ValueError, OSError):  # the name is unknown, invalid, or that of a directory
         return None
 
 
 def opens_at(hours: SendingHours, moment: datetime) -> datetime:
-    """Return the first time from ``moment`` on at which sending is allowed, possibly ``moment`` itself.
+    """Return the first time from ``moment`` on at which sending is allowed; it may be ``moment`` itself.
 
     Raises `LookupError` if this machine does not know the time zone.
 
@@ -95,8 +95,8 @@ def span_of(hours: SendingHours, moment: datetime) -> tuple[datetime, datetime]:
     if zone is None:
         message = f"no time zone {hours.time_zone!r} on this machine"
         raise LookupError(message)
-    # A sending period of the day before may still be open. The search starts two days back, since a zone may be a day
-    # away from UTC.
+    # A sending period that began the day before may still be open. The search starts two days back, since the local
+    # date may differ from UTC by a day.
     first = moment.astimezone(zone).date() - 2 * DAY
     for opening, closing in _spans(hours, zone, first):
         if moment < closing:
@@ -110,13 +110,13 @@ def _spans(hours: SendingHours, zone: ZoneInfo, first: date) -> Iterator[tuple[d
         if day.weekday() not in hours.days:
             continue
         last = day if hours.closing > hours.opening else day + DAY
-        # A sending period of a whole day has no opening that could come too early.
+        # A sending period that lasts a whole day has no opening that could come too early.
         whole = hours.opening == hours.closing
         opening = _moment(datetime.combine(day, hours.opening, zone), fold=0 if whole else 1)
         closing = _moment(datetime.combine(last, hours.closing, zone), fold=0)
-        if closing <= opening:  # both are within the repeated hour, so the closing is its second occurrence
+        if closing <= opening:  # both times are in the repeated hour, so the closing is its second occurrence
             closing = _moment(datetime.combine(last, hours.closing, zone), fold=1)
-        if opening < closing:  # otherwise the clock skips this sending period
+        if opening < closing:  # otherwise the clock change skips this sending period
             yield opening, closing
 
 
@@ -130,7 +130,7 @@ def _moment(local: datetime, *, fold: int) -> datetime:
 
 
 def _jump(local: datetime, before: datetime, after: datetime) -> datetime:
-    """Return the instant, between the two given ones, at which the clock is set forward."""
+    """Return the instant between the two given instants at which the clock is set forward."""
     offset = before.astimezone(local.tzinfo).utcoffset()
     second = timedelta(seconds=1)
     while after - before > second:

@@ -1,6 +1,6 @@
 """The settings of every database session.
 
-They apply regardless of the settings of the server, the database, the role or the environment.
+These settings apply regardless of the settings of the server, the database, the role or the environment.
 """
 
 from __future__ import annotations
@@ -21,18 +21,18 @@ CONNECTION: Mapping[str, str | int] = {
     "keepalives_interval": 3,
     "keepalives_count": 3,
     "tcp_user_timeout": TCP_USER_TIMEOUT,
-    "options": "",  # no options, not even those in PGOPTIONS
-    # During a failover, the address may lead to a standby. The standby would answer every SELECT with outdated data,
-    # and the pool would keep the session.
+    "options": "",  # ignores all options, even those in PGOPTIONS
+    # During a failover, the address may lead to a standby. A standby would answer every SELECT with outdated data, and
+    # the pool would keep the session.
     "target_session_attrs": "read-write",
 }
 """libpq parameters that apply unless the URL sets them."""
 
 SESSION: Mapping[str, str] = {
-    # A statement must see everything that was committed before it began. With one snapshot for the whole transaction, a
-    # reply that waited for the chat's lock would not see the follow-up that it has to cancel.
+    # A statement must see everything that was committed before the statement began. With one snapshot for the whole
+    # transaction, a reply that waited for the chat's lock would not see the follow-up that it has to cancel.
     "default_transaction_isolation": "read committed",
-    # The formats that psycopg reads and writes.
+    # These are the formats that psycopg reads and writes.
     "client_encoding": "UTF8",
     "DateStyle": "ISO, MDY",
     "IntervalStyle": "postgres",
@@ -48,8 +48,8 @@ SESSION: Mapping[str, str] = {
 }
 """The settings of all sessions, regardless of the server, the database, the role or the environment.
 
-One statement sets them. They are not sent as `options` at connection startup, because PgBouncer and RDS Proxy reject
-such options.
+A single statement applies the settings. They are not sent as `options` at connection startup, because PgBouncer and RDS
+Proxy reject such options.
 """
 
 BY_KEY: Mapping[str, str] = {
@@ -58,13 +58,14 @@ BY_KEY: Mapping[str, str] = {
 }
 """Planner options for workers.
 
-Each worker statement looks up a batch by key or scans an index. It must keep doing so when a burst of inserts has made
-the table's statistics wrong. Measured right after an insert of 20,000 rows, begin takes 17 ms per hundred follow-ups
-without these options, and 4 ms with them. JIT is off because compiling would take longer than the statement.
+Each worker statement looks up a batch by key or scans an index. The planner must keep choosing these plans when a burst
+of inserts has made the table's statistics wrong. Measured right after an insert of 20,000 rows, begin takes 17 ms per
+hundred follow-ups without these options, and 4 ms with them. JIT is off because compiling would take longer than the
+statement.
 """
 
 ONCE_PLANNED: Mapping[str, str] = {**BY_KEY, "plan_cache_mode": "force_generic_plan"}
-"""Planner options for the pipeline, whose statements use key lookups whatever their batch contains.
+"""Planner options for the pipeline, whose statements always use key lookups.
 
 Without a cached plan, PostgreSQL would plan again for each batch of fewer than ten: begin then takes 1.1 ms, compared
 with 0.5 ms for the cached plan. A claim is planned each time, because it may need a different plan for each limit.

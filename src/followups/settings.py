@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 LEASE_MARGIN = timedelta(seconds=2)
-"""How much longer than the transport timeout a lease must last.
+"""How much longer a lease must last than the transport timeout.
 
 The margin allows for begin, settle and a slow commit.
 """
@@ -37,11 +37,11 @@ The margin allows for begin, settle and a slow commit.
 LONGEST_LEASE = timedelta(hours=1)
 """Maximum duration of a lease.
 
-After a worker has crashed, its follow-ups in flight wait until their leases expire, which should not take hours.
+After a worker has crashed, its follow-ups in flight wait until their leases expire. This wait should not take hours.
 """
 
 LEAST_RETENTION = timedelta(days=1)
-"""Minimum retention, since stored responses to idempotent requests refer to follow-ups for this long."""
+"""Minimum retention. Stored responses to idempotent requests refer to follow-ups for this long."""
 
 
 def _seconds_or_iso(value: object) -> object:
@@ -49,7 +49,7 @@ def _seconds_or_iso(value: object) -> object:
         try:
             value = float(value)
         except ValueError:
-            return value  # ISO 8601, which pydantic parses
+            return value  # the value is ISO 8601, which pydantic parses
     if isinstance(value, float) and not math.isfinite(value):
         message = "should be a finite number of seconds"
         raise ValueError(message)
@@ -72,7 +72,7 @@ ZERO = timedelta(0)
 
 
 class Settings(BaseSettings):
-    """The settings of every process; `Settings.model_fields` is their documentation."""
+    """The settings of every process, documented by `Settings.model_fields`."""
 
     model_config = SettingsConfigDict(env_prefix="FOLLOWUPS_", frozen=True, extra="ignore", populate_by_name=True)
 
@@ -264,7 +264,7 @@ class Settings(BaseSettings):
     @field_validator("retention", "audit_retention")
     @classmethod
     def _is_a_day_or_more(cls, value: timedelta) -> timedelta:
-        # A bare number means seconds. The minimum ensures that 90, if meant as 90 days, does not delete everything
+        # A bare number means seconds. The minimum ensures that 90, if 90 days were meant, does not delete everything
         # older than 90 seconds.
         if value and value < LEAST_RETENTION:
             message = "should be 0, or at least a day (86400, or P1D)"
@@ -274,7 +274,7 @@ class Settings(BaseSettings):
     @model_validator(mode="after")
     def _sum_of_timeouts(self) -> Self:
         # transport timeout (10 s) + margin (2 s) <= lease (60 s): a worker that is still waiting for a response must
-        # not lose its lease. Hints do not expire, and the broker has no visibility timeout, so a consumed hint does not
+        # not lose its lease. Hints do not expire. The broker has no visibility timeout, so a consumed hint does not
         # return to its queue.
         if self.transport_timeout + LEASE_MARGIN > self.lease:
             message = (
@@ -304,13 +304,13 @@ class Settings(BaseSettings):
     def environment(self) -> dict[str, str]:
         """Return the environment variables that pass these settings to another process.
 
-        Secrets are in plain text.
+        The returned secrets are in plain text.
         """
         files = {f"{name}_FILE": "" for field in FROM_FILES for name in _names(field)}
         return files | {environment_name(name): _plain(value) for name, value in self if value is not None}
 
     def shown(self) -> dict[str, str]:
-        """Return every setting by its environment name, for display. Secrets and passwords are hidden."""
+        """Return every setting for display, by its environment variable. Secrets and passwords are hidden."""
         return {environment_name(name): _hidden(name, value) for name, value in self}
 
 
@@ -332,7 +332,7 @@ def _plain(value: Any) -> str:  # noqa: ANN401 - the value of any field
     if isinstance(value, SecretStr):
         return value.get_secret_value()
     if isinstance(value, timedelta):
-        # The value is written with microseconds, because the format 'g' would round it to six digits.
+        # The value is written to the microsecond, because the format 'g' would round it to six digits.
         return f"{value.total_seconds():.6f}".rstrip("0").rstrip(".")
     return str(value).lower() if isinstance(value, bool) else str(value)
 
@@ -359,9 +359,9 @@ def hide_password(url: str) -> str:
 
 
 FROM_FILES = ("database_url", "broker_url", "transport_url", "transport_secret")
-"""Settings that can be read from a file instead: secrets and URLs.
+"""Settings that can be read from a file instead of the environment: secrets and URLs.
 
-The file is given by the setting's variable with ``_FILE`` after its name.
+The path of the file is in the setting's variable with ``_FILE`` appended to its name.
 """
 
 
@@ -408,7 +408,8 @@ def _sentence(detail: Any) -> str:  # noqa: ANN401 - pydantic's own ErrorDetails
         return f"{said}"
     name = location[0] if location[0].isupper() else environment_name(location[0])
     names = next((names for field in Settings.model_fields if name in (names := _names(field))), [])
-    name = next((each for each in names if os.environ.get(each)), name)  # the spelling that the operator used
+    # the spelling of the name that the operator used
+    name = next((each for each in names if os.environ.get(each)), name)
     if detail["type"] == "missing":
         described = next(f.description for n, f in Settings.model_fields.items() if environment_name(n) == name)
         return f"{name} is required: set it to {described}"

@@ -1,7 +1,7 @@
 """Statements that run with both SQLAlchemy and psycopg, and the rules that use them.
 
-A rule is a generator without I/O: it yields a query, receives its rows, and decides. Each rule therefore needs only one
-implementation. A session runs it synchronously (`run`), and the API runs it on its event loop with psycopg
+A rule is a generator without I/O: it yields a query, receives the query's rows, and decides. Each rule therefore needs
+only one implementation. A session runs a rule synchronously (`run`), and the API runs it on its event loop with psycopg
 (`followups.event_loop`).
 """
 
@@ -23,7 +23,7 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 COLUMNS = "{columns}"
-"""A placeholder in a statement for the columns of its entity."""
+"""A placeholder in a statement for the columns of the statement's entity."""
 
 _DIALECT = PGDialect_psycopg()  # type: ignore[no-untyped-call] # of a constructor without annotations
 
@@ -31,8 +31,9 @@ _DIALECT = PGDialect_psycopg()  # type: ignore[no-untyped-call] # of a construct
 class Statement:
     """An SQL statement with named parameters (``:name``), compiled once.
 
-    If the statement returns rows of an entity, a session loads them as objects with all columns and refreshes objects
-    that it already has. The driver returns named tuples with ``fields``, or with all columns if ``fields`` is empty.
+    If the statement returns rows of an entity, a session loads the rows as objects with all columns and refreshes
+    objects that it already has. The driver returns named tuples with ``fields``, or with all columns if ``fields`` is
+    empty.
     """
 
     def __init__(
@@ -48,7 +49,7 @@ class Statement:
         return Query(self, parameters)
 
     def rows(self, session: Session | Connection, parameters: Mapping[str, Any]) -> Sequence[Any]:
-        """Execute the statement in the session's transaction and return its rows, if it returns rows."""
+        """Execute the statement in the session's transaction and return its rows, if there are any."""
         result = session.execute(self._executable, parameters)
         if self._entity is not None:
             return result.scalars().all()
@@ -84,7 +85,7 @@ class Query:
 
 
 Steps: TypeAlias = Generator[Query, Sequence[Any], T]
-"""A running rule, which yields queries, receives their rows, and returns its result."""
+"""A running rule, which yields queries, receives their rows, and returns the rule's result."""
 
 
 def run(session: Session | Connection, steps: Steps[T]) -> T:
@@ -107,7 +108,7 @@ def run(session: Session | Connection, steps: Steps[T]) -> T:
 
 
 class Rule(Generic[P, T]):
-    """A rule that a session runs when it is called. `steps` serves other rules and the event loop."""
+    """A rule that runs in a session when it is called. `steps` is for other rules and the event loop."""
 
     def __init__(self, steps: Callable[P, Steps[T]]) -> None:
         """Store the generator function."""

@@ -1,6 +1,6 @@
 """The states of a follow-up, the reasons for its end, and the allowed transitions.
 
-This module uses no clock and no database. Every write of ``status`` is a `Final` created by `finish`.
+This module uses neither a clock nor a database. Every write of ``status`` is a `Final` created by `finish`.
 
 ======= ========= ===================================================================================
 from    to        codes
@@ -22,7 +22,7 @@ from enum import StrEnum
 from followups.errors import TransitionError
 
 MAX_REASON_LENGTH = 2_000
-"""Maximum stored length of a reason in characters; real reasons are far shorter."""
+"""Maximum stored length of a reason in characters. Real reasons are far shorter."""
 
 
 class Status(StrEnum):
@@ -39,7 +39,7 @@ class Status(StrEnum):
     Entered by settle, or by PATCH if the message was sent by other means.
     """
     FAILED = "failed"
-    """The follow-up will never be sent; the reason says why. Entered by begin, settle, recovery or PATCH."""
+    """The follow-up will never be sent. The reason says why. Entered by begin, settle, recovery or PATCH."""
     CANCELLED = "cancelled"
     """The follow-up must not be sent.
 
@@ -101,7 +101,7 @@ TRANSITIONS: dict[Status, dict[Status, frozenset[ReasonCode]]] = {
     Status.FAILED: {},
     Status.CANCELLED: {},
 }
-"""The allowed transitions, each with the codes that may explain it."""
+"""The allowed transitions, each with the reason codes that it may have."""
 
 CANCEL_CODES = TRANSITIONS[Status.PENDING][Status.CANCELLED]
 
@@ -109,12 +109,12 @@ FINAL = frozenset(status for status, onward in TRANSITIONS.items() if not onward
 """The final states, which a follow-up never leaves."""
 
 DEFAULT_CODES = {Status.FAILED: ReasonCode.FAILED_BY_API, Status.CANCELLED: ReasonCode.CANCELLED_BY_API}
-"""The codes used if a caller of the API gives no reason."""
+"""The reason codes used if a caller of the API gives no reason."""
 
 
 @dataclass(frozen=True, slots=True)
 class Final:
-    """The end of a follow-up: the values of ``status`` and ``reason``. Created only by `finish`."""
+    """The end of a follow-up: the values of ``status`` and ``reason``. Only `finish` creates instances."""
 
     status: Status
     reason: str | None
@@ -130,7 +130,7 @@ def finish(
 ) -> Final:
     """Return the end of a follow-up that changes from the state ``current`` to ``to``.
 
-    ``code`` and ``detail`` make the reason ``code: detail``; ``words``, the caller's own, are stored as given instead.
+    ``code`` and ``detail`` form the reason ``code: detail``. ``words``, the caller's own, are stored as given instead.
     Raises `TransitionError` for a transition that is not in the table.
 
     >>> finish(Status.FAILED, ReasonCode.REJECTED, "HTTP 403").reason
@@ -156,7 +156,7 @@ def finish(
 
 
 def explain(code: ReasonCode, detail: str = "") -> str:
-    """Return ``code`` or ``code: detail``, storable in PostgreSQL and within the maximum length."""
+    """Return ``code`` or ``code: detail``, storable in PostgreSQL and no longer than the maximum length."""
     detail = storable(detail).strip()
     return f"{code.value}: {detail}"[:MAX_REASON_LENGTH] if detail else code.value
 

@@ -1,10 +1,10 @@
 """A transaction whose outcome is known even if the response to its commit is lost.
 
-A connection that breaks during a commit leaves the outcome unknown. For a claim, a begin or a settle, this would cost a
-lease, since the rows may be leased without the process knowing it. Therefore a statement registers a query
-(`ask_if_lost`) that reads back what the statement has written. After a lost response, the query runs on the database
-server that is then reachable. This may be a different server: a promoted standby either has the rows or does not.
-Transaction ids prove nothing there, since the new server may have given the same id to another transaction.
+A connection that breaks during a commit leaves the outcome unknown. After a claim, a begin or a settle, an unknown
+outcome would cost a lease, since the rows may be leased without the process knowing it. Therefore a statement registers
+a query (`ask_if_lost`) that reads back what the statement has written. If the response is lost, the query runs on the
+database server that is then reachable. That may be a different server: a promoted standby either has the rows or does
+not. Transaction ids would prove nothing, since the new server may have given the same id to another transaction.
 """
 
 from __future__ import annotations
@@ -27,16 +27,16 @@ if TYPE_CHECKING:
     Question = Callable[[Connection], bool | None]
     """A query that returns whether the statement's changes exist.
 
-    It returns None if the statement's transaction may still be running.
+    The query returns None if the statement's transaction may still be running.
     """
 
 T = TypeVar("T")
 Ts = TypeVarTuple("Ts")
 
 PATIENCE = timedelta(seconds=15)
-"""How long to retry the query on an unreachable database; a restart takes a few seconds.
+"""How long to retry the query on an unreachable database. A restart takes a few seconds.
 
-After that, the commit counts as failed. If it had succeeded, its leases expire.
+After that time, the commit is assumed to have failed. If it succeeded after all, its leases expire.
 """
 
 PAUSE = timedelta(milliseconds=100)
@@ -90,8 +90,8 @@ def _was_committed(engine: Engine, question: Question) -> bool:
 async def in_loop(engine: AsyncEngine, work: Callable[[Engine, Unpack[Ts]], T], *arguments: *Ts) -> T:
     """Run ``work(engine, ...)``, written for an `Engine`, on an event loop without blocking the loop.
 
-    No thread takes part. If threads used the database while the event loop is busy, they and the loop would compete for
-    the interpreter lock (GIL) at each round trip. With four threads, 1,500 follow-ups/s were measured, and the loop
+    No thread is involved. If threads used the database while the event loop is busy, they and the loop would compete
+    for the interpreter lock (GIL) at each round trip. With four threads, 1,500 follow-ups/s were measured, and the loop
     spent 39 % of its time waiting for the lock.
     """
     return await greenlet_spawn(work, engine.sync_engine, *arguments)

@@ -1,4 +1,4 @@
-"""The clock by which a worker judges its leases without querying the database."""
+"""The clock by which a worker decides, without a database query, whether its leases are still valid."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ _CLOCK = getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC)
 
 
 def uptime() -> float:
-    """Return the seconds since the machine was started, including time suspended; never set back.
+    """Return the seconds since the machine was started, including time suspended. Never set back.
 
     A lease keeps running while a machine is suspended. With the monotonic clock, a worker that resumes after its lease
     has expired would call the transport as if no time had passed, perhaps after a cancellation or during another

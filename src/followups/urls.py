@@ -1,6 +1,6 @@
-"""Validation of database and broker URLs before a connection is opened; each error states the reason.
+"""Validation of database and broker URLs before a connection is opened. Each error states the reason.
 
-No reason contains any part of the URL, since that part may belong to a password that was not escaped.
+No error message contains any part of the URL, since that part may belong to a password that was not escaped.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ HIGHEST_PORT = 65_535
 _LIBPQS_HOSTS = re.compile(
     r"(?P<before>\w+://(?:[^:/@]*(?::[^@]*)?@)?)(?P<hosts>[^/?@]*[,%][^/?@]*)(?P<after>(?:[/?].*)?)", re.DOTALL
 )
-"""Hosts that SQLAlchemy does not parse.
+"""Hosts in a form that SQLAlchemy does not parse.
 
-They are several hosts, ``host1:5432,host2:5432``, or a socket path, ``%2Frun``.
+These are several hosts, ``host1:5432,host2:5432``, or a socket path, ``%2Frun``.
 """
 
 _HOST = re.compile(r"(?P<name>\[[^]]*\]|[^:]*)(?::(?P<port>.*))?", re.DOTALL)
@@ -34,20 +34,23 @@ _WHOLE_NUMBERS = (
     *("connect_timeout", "tcp_user_timeout"),
     *("keepalives", "keepalives_idle", "keepalives_interval", "keepalives_count"),
 )
-"""libpq parameters whose values libpq checks only when it connects."""
+"""libpq parameters whose values libpq does not check until it connects."""
 
 _BROKER = re.compile(
     r"(?:(?P<user>[^@]*)@)?(?P<host>\[[^]]*\]|[^:/?#@]*)(?::(?P<port>[^/?#]*))?"
     r"(?:/(?P<database>[^?#]*))?(?:\?(?P<query>[^#]*))?",
     re.DOTALL,
 )
-"""Everything before the only @ is a name and a password, which may contain any other character."""
+"""Pattern of a broker URL, in which @ occurs at most once.
+
+Everything before the @ is a name and a password, which may contain any other character.
+"""
 
 _BROKERS_HOST = re.compile(r"\[[0-9a-fA-F:.%a-z]+\]|[^\s,;%\[\]]*")
 
 _NUMBERS = ("socket_timeout", "socket_connect_timeout", "health_check_interval", "max_connections")
 _TUNING = frozenset({"socket_keepalive", "retry_on_timeout", "client_name", "protocol"})
-"""Parameters of a broker URL that are accepted but ignored, since each client sets its own."""
+"""Parameters of a broker URL that are accepted but ignored, because each client sets its own values."""
 
 _CERTIFICATE, _CHECK_HOST = "ssl_cert_reqs", "ssl_check_hostname"
 _FILES = frozenset({"ssl_ca_certs", "ssl_ca_path", "ssl_certfile", "ssl_keyfile"})
@@ -148,7 +151,7 @@ def port_of(text: str | None, default: str) -> str:
 
 
 def broker_url(text: str) -> str:
-    """Return the URL in the form that redis-py, kombu and Flower interpret alike.
+    """Return the URL in a form that redis-py, kombu and Flower all interpret in the same way.
 
     Raises ValueError with a reason. kombu verifies a server certificate only if the URL says so, whereas redis-py
     always verifies it.
@@ -180,7 +183,7 @@ def broker_url(text: str) -> str:
 
 
 def tls_of(broker: str) -> dict[str, Any]:
-    """Return redis-py's TLS arguments for a URL returned by `broker_url`, or none without TLS."""
+    """Return redis-py's TLS arguments for a URL from `broker_url`. The result is empty without TLS."""
     parameters: dict[str, Any] = dict(parse_qsl(urlsplit(broker).query))
     if _CHECK_HOST in parameters:
         parameters[_CHECK_HOST] = parameters[_CHECK_HOST] == "true"

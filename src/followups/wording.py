@@ -1,4 +1,4 @@
-"""Sentences, times, durations, rates and details in words, for every reader. Pure functions."""
+"""Wording for people: sentences, times, durations, rates and details. Pure functions."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def span(duration: timedelta) -> str:
 
 
 def rate_in_words(rate: float) -> str:
-    """Return a rate with the shortest unit of time in which it is a whole number.
+    """Return a rate per the shortest unit of time in which the rate is a whole number.
 
     >>> rate_in_words(20 / 60), rate_in_words(1000 / 3600), rate_in_words(0.5), rate_in_words(1.25)
     ('20/min', '1000/h', '30/min', '75/min')
@@ -70,9 +70,10 @@ def _listed(value: object) -> str:
 
 
 class Sentence:
-    """A text with its values, for readers with a language and a time zone of their own.
+    """A sentence with placeholders and their values, for readers with different languages and time zones.
 
-    A value is a text, a number, a time, a duration, or another sentence. As a string it is English, with times in UTC.
+    A value is a text, a number, a time, a duration, or another sentence. `str()` returns the sentence in English, with
+    times in UTC.
 
     >>> str(Sentence("It is sent in {wait}.", wait=timedelta(minutes=3)) + Sentence("See followups doctor."))
     'It is sent in 3 min. See followups doctor.'
@@ -81,12 +82,12 @@ class Sentence:
     __slots__ = ("text", "values")
 
     def __init__(self, text: str, **values: object) -> None:
-        """Keep the English text, in which ``{name}`` stands for the value of that name."""
+        """Store the English text, in which ``{name}`` is replaced by the value of that name."""
         self.text = text
         self.values = values
 
     def said(self, translate: Callable[[str], str], when: Callable[[datetime], str]) -> str:
-        """Return the sentence in the language of ``translate``, with its times as ``when`` writes them."""
+        """Return the sentence as translated by ``translate``, with its times formatted by ``when``."""
 
         def shown(value: object) -> object:
             match value:
