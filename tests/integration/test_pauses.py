@@ -1,4 +1,4 @@
-"""Pauses on PostgreSQL: paused follow-ups do not begin or slow down claims, and are released later."""
+"""Pauses on PostgreSQL: paused follow-ups neither begin nor slow down claims, and are released later."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def test_a_paused_workspace(world: World, engine: Engine, settings: Settings) ->
 
 @pytest.mark.parametrize("everybody", [True, False])
 def test_a_paused_channel(world: World, engine: Engine, settings: Settings, *, everybody: bool) -> None:
-    """A pause of a channel, in one workspace or in all, stops that channel and no other."""
+    """Pausing a channel, in one workspace or in all, stops no other channel."""
     others = type(world)(engine)
     stopped = world.follow_up(world.chat(channel="waha"))
     kept = world.follow_up(world.chat(channel="matrix"))
@@ -88,7 +88,7 @@ def test_two_pauses_overlap(world: World, engine: Engine, settings: Settings) ->
 
 
 def test_what_is_not_due_is_left_alone(world: World, engine: Engine, settings: Settings) -> None:
-    """After a pause has ended, follow-ups that were not yet due during the pause are unaffected."""
+    """When a pause ends, follow-ups that did not become due during it are unaffected."""
     later = world.follow_up(due=HOUR)
     scope = pause(world)
     claim_and_begin(engine, settings)
@@ -97,7 +97,7 @@ def test_what_is_not_due_is_left_alone(world: World, engine: Engine, settings: S
 
 
 def test_order_within_the_chat_holds(world: World, engine: Engine, settings: Settings) -> None:
-    """A later follow-up of a chat waits behind a paused one and is sent after it."""
+    """If a chat's earlier follow-up is paused, the later one waits for it and is sent after it."""
     chat = world.chat()
     first, second = world.follow_ups_at_once([(chat, -2 * SECOND), (chat, -SECOND)])
     scope = pause(world)
@@ -111,7 +111,7 @@ def test_order_within_the_chat_holds(world: World, engine: Engine, settings: Set
 
 
 def test_held_ones_can_be_cancelled_and_rescheduled(world: World, engine: Engine, settings: Settings) -> None:
-    """A paused follow-up can be cancelled; a new due date releases it until that date."""
+    """A paused follow-up can be cancelled, or rescheduled, which releases it until the new due date."""
     cancelled, moved = world.follow_up(), world.follow_up()
     scope = pause(world)
     claim_and_begin(engine, settings)
@@ -126,7 +126,7 @@ def test_held_ones_can_be_cancelled_and_rescheduled(world: World, engine: Engine
 
 
 def test_what_must_not_be_sent_ends_though_paused(world: World, engine: Engine, settings: Settings) -> None:
-    """A paused follow-up that must no longer be sent still ends."""
+    """A paused follow-up still ends if it may no longer be sent."""
     late = world.follow_up(due=-HOUR, scheduled_at=text("now() - interval '1 h'"))
     pause(world)
     brief = settings.model_copy(update={"max_lateness": SECOND})
@@ -134,7 +134,7 @@ def test_what_must_not_be_sent_ends_though_paused(world: World, engine: Engine, 
 
 
 def test_interrupted_while_resuming(world: World, engine: Engine, settings: Settings) -> None:
-    """If a resume is interrupted, a later release completes it; current pauses keep their follow-ups."""
+    """If a resume is interrupted, a later run releases what is left, except what other pauses hold."""
     others = type(world)(engine)
     ids = [world.follow_up() for _ in range(5)]
     theirs = others.follow_up()
@@ -153,7 +153,7 @@ def test_interrupted_while_resuming(world: World, engine: Engine, settings: Sett
 
 
 def test_resumed_while_it_is_being_held(world: World, engine: Engine, settings: Settings) -> None:
-    """A resume waits for a follow-up that is being paused, so that none stays held without a pause."""
+    """A resume waits for a follow-up that is just being paused, so that no follow-up stays paused forever."""
     follow_up = world.follow_up()
     scope = pause(world)
     (lease,) = claim(engine, settings).leases

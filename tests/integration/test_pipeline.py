@@ -100,7 +100,7 @@ def started(database_url: str, settings: Settings) -> Iterator[Callable[..., Pip
 
 
 def test_calls_at_once(world: World, engine: Engine, settings: Settings, started: Callable[..., Pipeline]) -> None:
-    """At most CONCURRENCY calls are in progress, and waiting follow-ups have not begun."""
+    """At most CONCURRENCY calls are in progress, and follow-ups that wait for a slot have not begun."""
     transport = Scripted(lambda _: Sent(), 0.05)
     ids = [world.follow_up() for _ in range(30)]
     started(transport, concurrency=4).submit(claim(engine, settings).leases)
@@ -120,7 +120,7 @@ def test_calls_at_once(world: World, engine: Engine, settings: Settings, started
 def test_the_next_of_a_chat_is_locked(
     world: World, engine: Engine, settings: Settings, started: Callable[..., Pipeline]
 ) -> None:
-    """If another transaction locks a chat's next follow-up, it is sent once the lock is released."""
+    """If another transaction locks a chat's next follow-up, that follow-up is sent once it is unlocked."""
     chat = world.chat()
     first, second = world.follow_ups_at_once([(chat, timedelta(seconds=-2)), (chat, timedelta(seconds=-1))])
     patient = {"lease": timedelta(minutes=1), "transport_timeout": timedelta(seconds=20)}
@@ -235,7 +235,7 @@ def test_doubled_and_shuffled_hints(
 def test_bad_transport(
     world: World, engine: Engine, settings: Settings, started: Callable[..., Pipeline], answer: Callable[..., Any]
 ) -> None:
-    """A transport plug-in that raises or returns an invalid answer affects no other follow-up.
+    """If a transport plug-in raises or returns an invalid answer, only that call's follow-up is affected.
 
     The affected follow-up ends with a named outcome.
     """
@@ -256,7 +256,7 @@ def test_message_nowhere_in_what_a_raising_transport_leaves(
     started: Callable[..., Pipeline],
     capfd: pytest.CaptureFixture[str],
 ) -> None:
-    """If a plug-in raises an error that quotes the message, neither the record nor the log contains it."""
+    """If a plug-in's error quotes the message, neither the attempt's record nor the log shows it."""
 
     def raises(delivery: Delivery) -> None:
         raise RuntimeError(delivery.message)
@@ -269,7 +269,7 @@ def test_message_nowhere_in_what_a_raising_transport_leaves(
 
 
 def test_drain_gives_back(world: World, engine: Engine, settings: Settings, started: Callable[..., Pipeline]) -> None:
-    """A drained pipeline settles begun attempts and returns the other leases for an immediate claim."""
+    """A drained pipeline settles attempts that have begun; its other leases can be claimed immediately."""
     for _ in range(20):
         world.follow_up()
     transport = Scripted(lambda _: Sent(), 0.2)
@@ -288,7 +288,7 @@ def test_full_disk(
     started: Callable[..., Pipeline],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Sent follow-ups are recorded and delivery continues even if stderr cannot be written."""
+    """If stderr cannot be written, follow-ups are still sent and recorded."""
 
     def full(_: str) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -310,7 +310,7 @@ def test_drain_while_slots_gather(
     started: Callable[..., Pipeline],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """After a drain is requested, no attempt begins, even if begin was waiting for more free slots."""
+    """After a drain was requested, no attempt begins, even if begin was waiting for more free slots."""
     monkeypatch.setattr(due_queue, "GATHER", timedelta(seconds=1))
     for _ in range(20):
         world.follow_up()
@@ -372,7 +372,8 @@ def test_suspects_apart(  # noqa: PLR0913 - fixtures and three parameters
 ) -> None:
     """A follow-up with two lost leases is sent alone.
 
-    A follow-up with a single lost lease is sent next to few such others. Follow-ups without lost leases continue.
+    A follow-up with one lost lease is sent with at most a few others of this kind. Follow-ups without lost leases
+    continue.
     """
     under_way: list[int] = []
     suspects = {str(world.follow_up(losses=losses)) for losses in [1] * count_once + [2] * count_twice}
@@ -388,7 +389,7 @@ def test_suspects_apart(  # noqa: PLR0913 - fixtures and three parameters
 def test_leases_that_run_out_in_the_line(
     world: World, engine: Engine, settings: Settings, started: Callable[..., Pipeline]
 ) -> None:
-    """Leases that expire in the due queue cost no query, and delivery continues with new leases."""
+    """If leases expire in the due queue, this costs no query, and delivery continues with new leases."""
     short = settings.model_copy(update={"lease": timedelta(seconds=2.1), "transport_timeout": timedelta(seconds=0.1)})
     for _ in range(500):
         world.follow_up(due=-timedelta(seconds=1))
@@ -405,7 +406,7 @@ def test_leases_that_run_out_in_the_line(
 def test_read_only_for_a_moment(
     world: World, engine: Engine, settings: Settings, started: Callable[..., Pipeline], database_url: str
 ) -> None:
-    """A database that is briefly read-only, as during a failover, loses no result."""
+    """If the database is briefly read-only, as during a failover, no result is lost."""
     plain = {"transport_deduplicates": False, "lease": timedelta(seconds=20)}
     ids = [world.follow_up() for _ in range(10)]
     transport = Scripted(lambda _: Sent(), 0.3)
@@ -420,7 +421,7 @@ def test_read_only_for_a_moment(
 
 
 async def test_not_sent_after_its_lease() -> None:
-    """A process that was frozen until another worker may own its lease makes no call."""
+    """If a process was frozen for so long that its lease may be another worker's, it makes no call."""
     clock = DatabaseClock()
     clock.observe(datetime.now(UTC), uptime(), uptime())
     now = datetime.now(UTC)

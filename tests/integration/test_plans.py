@@ -40,10 +40,10 @@ if TYPE_CHECKING:
 
 DUE = 300
 MOST = 12 * DUE
-"""The most rows of `follow_ups` that one statement may read for its batch: each row a few times."""
+"""The most rows of `follow_ups` that one statement may read for a batch: each row a few times."""
 
 PORTION = 100_000
-"""Rows inserted per statement, few enough for the statement timeout."""
+"""The number of rows inserted per statement, few enough for the statement timeout."""
 
 OTHERS = """
     WITH chat AS (
@@ -94,7 +94,7 @@ def looked_up(plan: dict[str, Any]) -> Iterator[str]:
 @pytest.mark.parametrize("others", [20_000, pytest.param(1_000_000, marks=pytest.mark.large)])
 @pytest.mark.parametrize("analyzed", [True, False], ids=["analyzed", "new"])
 def test_plans(world: World, engine: Engine, settings: Settings, others: int, *, analyzed: bool) -> None:
-    """Claim, begin, settle and related statements read only necessary rows, with or without statistics."""
+    """With or without statistics, claim, begin and settle read only the rows that they need."""
     for portion in range(0, others, PORTION):
         world.sql(OTHERS, workspace_id=world.workspace_id, count=min(PORTION, others - portion))
     world.burst([timedelta(0)] * DUE)
@@ -105,9 +105,9 @@ def test_plans(world: World, engine: Engine, settings: Settings, others: int, *,
 
 
 def test_plans_when_nothing_was_pending(world: World, engine: Engine, settings: Settings) -> None:
-    """No plan looks up follow-ups by an index of pending rows, even if the planner assumes it is empty.
+    """No plan looks up follow-ups by an index of pending rows, even if the planner thinks it is empty.
 
-    The planner assumes so after a vacuum while no row is pending.
+    The planner thinks so after a vacuum while no row is pending.
     """
     world.burst([timedelta(0)] * 2000)
     world.sql("UPDATE follow_ups SET status = 'sent', finished_at = now()")
@@ -196,7 +196,7 @@ def test_plan_of_a_fair_claim(world: World, engine: Engine, settings: Settings, 
 
 @pytest.mark.parametrize("each", [0, 1], ids=["nothing pending", "one for later"])
 def test_idle_workspaces_cost_a_fair_claim_no_search(engine: Engine, settings: Settings, each: int) -> None:
-    """With 300 idle workspaces, a fair claim needs few scans because it does not search each of them."""
+    """A fair claim does not search each of 300 idle workspaces, so it needs few scans."""
     for _ in range(2):
         World(engine).burst([timedelta(0)] * 3)
     with engine.begin() as connection:
@@ -293,7 +293,7 @@ def test_begin_by_a_plan_of_before(world: World, database_url: str, engine: Engi
 def test_a_burst_into_a_table_that_counts_as_empty(
     world: World, engine: Engine, settings: Settings, monkeypatch: pytest.MonkeyPatch, slow: float, many: int
 ) -> None:
-    """After a slow or large claim, the planner's statistics are updated, and plans use indexes again."""
+    """A slow or large claim is followed by an update of the planner's statistics; plans then use indexes."""
     with engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
         connection.execute(text("VACUUM (ANALYZE) follow_ups"))
     world.burst([timedelta(0)] * DUE)

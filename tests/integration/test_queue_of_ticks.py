@@ -39,7 +39,7 @@ def test_a_connection_that_was_lost(settings: Settings) -> None:
 
 
 def test_bounded(settings: Settings) -> None:
-    """However many ticks are requested, the tick queue stays bounded."""
+    """However many ticks are requested, the length of the tick queue is limited."""
     ran = subprocess.run(
         [sys.executable, "-c", FLOOD],
         env=os.environ | settings.environment(),

@@ -1,4 +1,4 @@
-"""Rate limits in a worker's pipeline, with PostgreSQL and Valkey: which follow-ups wait, and their cost."""
+"""Rate limits in a worker's pipeline, with PostgreSQL and Valkey: which follow-ups wait, at what cost."""
 
 from __future__ import annotations
 
@@ -143,7 +143,7 @@ def due_in_turn(world: World, count: int, ago: timedelta = SECOND) -> list[UUID]
 
 
 def test_a_burst_goes_at_the_rate(world: World, bench: Bench) -> None:
-    """Sixty follow-ups due simultaneously are sent at the limit's rate, the first due first.
+    """Sixty follow-ups due at the same time are sent at the limit's rate, those due earliest first.
 
     Each follow-up is sent as soon as the limit allows.
     """
@@ -162,9 +162,9 @@ def test_a_burst_goes_at_the_rate(world: World, bench: Bench) -> None:
 
 
 def test_a_place_that_cannot_be_read(world: World, bench: Bench) -> None:
-    """A follow-up whose position under a limit is unreadable delays no others.
+    """If a follow-up's place under a limit cannot be read, no other follow-up is delayed.
 
-    The other follow-ups are counted by the limit.
+    The limit still counts the other follow-ups.
     """
     limit(world, 1000, burst=10)
     world.alter("ALTER TABLE follow_ups DROP CONSTRAINT ck_follow_ups_times_are_readable")
@@ -191,7 +191,7 @@ def test_two_workers_share_a_limit(world: World, bench: Bench) -> None:
 
 
 def test_the_others_do_not_wait(world: World, bench: Bench) -> None:
-    """A follow-up that no limit matches is sent immediately, without a request to Redis."""
+    """A follow-up to which no limit applies is sent immediately, without a request to Redis."""
     limit(world, NONE_COMES_IN, channel="widget")
     held = [world.follow_up(world.chat(channel="widget")) for _ in range(3)]
     other = type(world)(world.engine)
@@ -222,7 +222,7 @@ def test_each_chat_for_itself(world: World, bench: Bench) -> None:
 
 
 def test_what_does_not_begin_gives_back(world: World, bench: Bench) -> None:
-    """A paused follow-up has taken no token before it continues."""
+    """As long as a follow-up is paused, it does not use up a token."""
     limit(world, NONE_COMES_IN, burst=5)
     scope = pauses.PauseScope(world.workspace_id, None)
     with world.engine.begin() as connection:
@@ -295,7 +295,7 @@ def test_cancelled_while_it_waits(world: World, bench: Bench) -> None:
 
 
 def test_set_and_lifted_while_it_runs(world: World, bench: Bench) -> None:
-    """A worker soon applies a new limit; once the limit is removed, waiting follow-ups continue."""
+    """A worker soon applies a new rate limit, and when it is removed, the follow-ups that waited continue."""
     receiver = Receiver()
     pipeline = bench.start(receiver)
     world.follow_up()
@@ -332,7 +332,7 @@ def test_only_those_under_it_ask_again(world: World, bench: Bench) -> None:
 
 
 def test_somebody_holds_the_row(world: World, bench: Bench) -> None:
-    """If the row of a follow-up over a limit is locked, the follow-up is deferred soon after."""
+    """If a follow-up over a limit has a locked row, it is deferred soon after the row is unlocked."""
     limit(world, NONE_COMES_IN)
     _, second = due_in_turn(world, 2)
     receiver = Receiver()
@@ -347,7 +347,7 @@ def test_somebody_holds_the_row(world: World, bench: Bench) -> None:
 
 
 def test_a_row_that_cannot_be_written(world: World, bench: Bench) -> None:
-    """One follow-up that cannot be deferred does not keep others from being deferred or sent."""
+    """If one follow-up cannot be deferred, others are still deferred or sent."""
     limit(world, NONE_COMES_IN)
     first, bad, third = due_in_turn(world, 3)
     free = World(world.engine).follow_up()

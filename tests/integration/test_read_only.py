@@ -90,7 +90,7 @@ async def test_no_session_is_opened_on_a_read_only_server(database_url: str) -> 
 
 
 def test_another_failure_is_not_a_read_only_database(engine: Engine) -> None:
-    """A failed statement or an unreachable server is not mistaken for a read-only database."""
+    """A failed statement or an unreachable server is not reported as a read-only database."""
     with engine.connect() as connection, pytest.raises(DBAPIError) as refused:
         connection.execute(text("SELECT 1 / 0"))
     assert not is_read_only(refused.value)

@@ -89,7 +89,7 @@ def test_without_retention_nothing_goes_but_expired_keys(world: World, engine: E
 
 
 def test_chat_messages_of_the_same_age_go(world: World, engine: Engine, settings: Settings) -> None:
-    """Old chat messages are deleted, except a chat's last one, which is needed to recognise a repetition."""
+    """Old chat messages are deleted, except the last one of each chat, by which a repeat is recognised."""
     chat_id, other = uuid4(), uuid4()
     receive(world, chat_id, 50 * DAY)
     receive(world, chat_id, 40 * DAY)
@@ -138,7 +138,7 @@ def test_what_somebody_holds_is_passed_over(world: World, engine: Engine, settin
 
 
 def test_only_one_tidies_up(world: World, engine: Engine, settings: Settings) -> None:
-    """While one worker prunes, no other worker does; afterwards the pruning lock is free."""
+    """Only one worker prunes at a time; when it has finished, the pruning lock is free."""
     ended(world, 31 * DAY)
     with engine.connect() as other:
         other.execute(text("SELECT pg_advisory_lock(:key)"), {"key": LOCK})
@@ -165,7 +165,7 @@ def test_a_stop_ends_it(world: World, engine: Engine, settings: Settings) -> Non
 
 
 def test_audit_events_have_a_retention_of_their_own(world: World, engine: Engine, settings: Settings) -> None:
-    """An audit event is deleted after its retention, independently of follow-ups; with 0 it is kept."""
+    """Audit events have a separate retention, after which they are deleted; 0 keeps them forever."""
     ended(world, 3000 * DAY)
     for days in (31, 29):
         event = Event(audit.SERVICE, Action.PAUSE_BEGUN, number=days)

@@ -61,13 +61,13 @@ def described(engine: Engine, query: str) -> list[tuple[object, ...]]:
 
 @pytest.mark.parametrize("query", [COLUMNS, CONSTRAINTS, INDEXES, OPTIONS])
 def test_models_agree_with_migrations(engine: Engine, empty_engine: Engine, query: str) -> None:
-    """Tables from migrations equal tables from the models: columns, constraints, indexes and options."""
+    """Migrations and models create the same tables: columns, constraints, indexes and options."""
     Base.metadata.create_all(empty_engine)
     assert described(engine, query) == described(empty_engine, query)
 
 
 def test_down_and_up_again(empty_engine: Engine) -> None:
-    """Every migration can be reverted and repeated; a second run has no effect."""
+    """Every migration can be reverted and repeated; running it twice changes nothing."""
     url = empty_engine.url.render_as_string(hide_password=False).replace("+psycopg", "")
     migrate(url)
     tables = described(empty_engine, CONSTRAINTS)
@@ -97,7 +97,7 @@ def test_down_and_up_again(empty_engine: Engine) -> None:
     ],
 )
 def test_what_must_never_be_otherwise(world: World, change: str) -> None:
-    """The database rejects a row whose state contradicts itself."""
+    """The database rejects a row with a contradictory state."""
     follow_up = world.follow_up()
     with pytest.raises(IntegrityError):
         world.sql(f"UPDATE follow_ups SET {change} WHERE id = :id", id=follow_up)  # noqa: S608 - constants of this file
@@ -132,7 +132,10 @@ def test_24_o_clock(world: World, column: str) -> None:
 
 
 def test_rows_that_cannot_be_read_break_no_migration(world: World, database_url: str) -> None:
-    """A migration omits a constraint that existing rows violate, adds the others, and keeps the rows."""
+    """If existing rows violate a new constraint, a migration leaves it out and keeps the rows.
+
+    All other constraints are added.
+    """
     owner = url_as(database_url, OWNER)
     downgrade(owner, "0008")
     world.sql(HOURS, id=world.workspace_id)
@@ -192,7 +195,8 @@ def test_a_migration_gives_way(empty_engine: Engine) -> None:
         migration.start()
         wait_until(lambda: _waiting_for_locks(other))
         other.execute(text("SET lock_timeout = '20s'"))
-        other.execute(text("SELECT count(*) FROM follow_ups"))  # queued behind the migration, which releases its lock
+        # this query waits behind the migration, until the migration releases its lock
+        other.execute(text("SELECT count(*) FROM follow_ups"))
         other.rollback()
         assert migration.is_alive()
     migration.join(30)

@@ -97,11 +97,11 @@ def test_sent_within_the_hours(world: World, engine: Engine, settings: Settings)
 
 
 def test_after_the_opening(world: World, engine: Engine, settings: Settings) -> None:
-    """When sending hours begin, waiting follow-ups begin."""
+    """When sending hours begin, the follow-ups that waited for them begin."""
     put(world, CLOSED)
     follow_up = world.follow_up()
     claim_and_begin(engine, settings)
-    # Move the times that the database compares, as if an hour had passed.
+    # Move the times that the database compares as though an hour had passed.
     world.sql("UPDATE sending_hours SET open_from = now() - interval '1 min'")
     world.sql("UPDATE follow_ups SET next_attempt_at = now(), held_until = now() - interval '1 min'")
     assert begun(claim_and_begin(engine, settings)) == {follow_up}
@@ -178,7 +178,7 @@ def test_changed_while_it_is_being_held(world: World, engine: Engine, settings: 
 
 
 def test_changed_before_it_is_held(world: World, engine: Engine, settings: Settings) -> None:
-    """Sending hours that have changed since they were read hold no follow-up."""
+    """If sending hours changed after they were read, they hold no follow-up."""
     put(world, CLOSED)
     world.follow_up()
     (lease,) = claim(engine, settings).leases
@@ -194,9 +194,9 @@ class TestLateness:
     OLD: ClassVar = {"due": -5 * HOUR, "scheduled_at": text("now() - interval '5 h'")}
 
     def test_the_time_of_the_hold_is_no_lateness(self, world: World, engine: Engine, settings: Settings) -> None:
-        """A follow-up held longer than MAX_LATENESS is sent when sending hours begin.
+        """A follow-up that was held longer than MAX_LATENESS is sent when sending hours begin.
 
-        The follow-up is too late only if it is delayed further.
+        It is too late only if it is delayed further.
         """
         brief = settings.model_copy(update={"max_lateness": HOUR})
         put(world, OPEN)
@@ -208,7 +208,7 @@ class TestLateness:
         assert [(one, final.reason) for one, final in beginning.ended] == [(late, "too_late")]
 
     def test_what_nobody_could_hold(self, world: World, engine: Engine, settings: Settings) -> None:
-        """A follow-up due outside sending hours while no worker ran is treated as if it had been held."""
+        """If no worker ran when a follow-up fell due outside sending hours, it still counts as held."""
         brief = settings.model_copy(update={"max_lateness": HOUR})
         put(world, hours_from(-30 * MINUTE, 3 * HOUR))
         old = {"scheduled_at": text("now() - interval '9 h'")}
@@ -264,7 +264,7 @@ class TestLateness:
         assert world.row(snoozed).sendable_from == was
 
     def test_held_evening_after_evening(self, world: World, engine: Engine, settings: Settings) -> None:
-        """For a follow-up that was already sendable, lateness does not restart when sending hours end."""
+        """If a follow-up could already be sent, its lateness does not restart when sending hours end."""
         brief = settings.model_copy(update={"max_lateness": 3 * HOUR})
         put(world, hours_from(-2 * HOUR, HOUR))
         due = {"due": -90 * MINUTE, "scheduled_at": text("now() - interval '2 h'")}

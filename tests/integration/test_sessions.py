@@ -1,4 +1,4 @@
-"""Database sessions on servers whose defaults differ."""
+"""Database sessions on servers whose default settings differ from PostgreSQL's."""
 
 from __future__ import annotations
 
@@ -106,7 +106,7 @@ class TestSettings:
         await engine.dispose()
 
     def test_limits(self, database_url: str) -> None:
-        """The engine's time limit, or its absence, applies to statements and idle transactions."""
+        """An engine's time limit, if it has one, applies to statements and idle transactions."""
         set_defaults(database_url, {"statement_timeout": "1h", "idle_in_transaction_session_timeout": "1h"})
         for limit, shown in ((timedelta(seconds=7), "7s"), (None, "0")):
             engine = make_engine(database_url, pool_size=1, statement_timeout=limit)
@@ -168,7 +168,7 @@ def keep_busy(url: str, stopping: threading.Event) -> None:
 
 
 class TestEncoding:
-    """The encoding of a database, which must be able to store any text."""
+    """The encoding of a database must be able to store any text."""
 
     @pytest.fixture(params=["LATIN1", "SQL_ASCII"])
     def other(self, postgres_url: str, request: pytest.FixtureRequest) -> Iterator[str]:
@@ -208,9 +208,9 @@ class TestConnectionParameters:
 
     @pytest.mark.parametrize(("said", "seconds"), [("", CONNECT_TIMEOUT), ("&connect_timeout=0", 120)])
     def test_without_a_limit(self, database_url: str, said: str, seconds: float) -> None:
-        """A URL without a connect timeout gets the default.
+        """A URL without a connect timeout gets the default timeout.
 
-        A URL that disables the connect timeout waits as long as the driver.
+        If the URL disables the connect timeout, the pool waits as long as the driver.
         """
         engine = make_engine(database_url + said)
         assert pool_timeout(engine) > seconds

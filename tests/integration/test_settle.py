@@ -104,7 +104,7 @@ class TestSettle:
         assert world.row(follow_up).status == "sent"
 
     def test_twice(self, world: World, steps: Steps) -> None:
-        """A result settled twice, as after a commit whose answer was lost, counts once."""
+        """If a result is settled twice, for example because a commit's answer was lost, it counts once."""
         follow_up = world.follow_up()
         result = attempt(steps.begun(), Snoozed("HTTP 429", SECOND))
         steps.settle([result])
@@ -122,9 +122,9 @@ class TestSettle:
         ],
     )
     def test_reply_in_flight(self, world: World, steps: Steps, outcome: Outcome, status: str) -> None:
-        """After a reply in flight, the follow-up is sent if the attempt succeeds and is cancelled if not.
+        """If a reply arrives in flight, the follow-up ends as sent if the attempt succeeds, else as cancelled.
 
-        A follow-up with a reply is never retried.
+        After a reply, a follow-up is never retried.
         """
         chat = world.chat()
         follow_up = world.follow_up(chat)
@@ -149,7 +149,7 @@ class TestSettle:
         assert world.row(held).status == "sent"
 
     def test_refused_cancel_holds_nothing(self, world: World, steps: Steps, engine: Engine) -> None:
-        """A caller that keeps its transaction open after a 409 does not delay settling."""
+        """If a caller keeps its transaction open after a 409, settling is not delayed."""
         follow_up = world.follow_up()
         begun = steps.begun()
         with Session(engine) as session:
@@ -174,7 +174,7 @@ class TestSettle:
         assert steps.begun().lease.id == second
 
     def test_what_waits_rightly_stays_blocked(self, world: World, steps: Steps, engine: Engine) -> None:
-        """The search for forgotten follow-ups skips follow-ups that wait for a pending one."""
+        """The search for forgotten follow-ups skips those that wait for a pending follow-up."""
         chat = world.chat()
         world.follow_up(chat, -2 * SECOND)
         world.follow_up(chat, -SECOND)
@@ -194,7 +194,7 @@ class TestCancelAgainstDeliver:
             followups.cancel(session, follow_up, reason=None)
 
     def test_finished(self, world: World, steps: Steps, engine: Engine) -> None:
-        """A sent follow-up cannot be cancelled."""
+        """A follow-up that has been sent cannot be cancelled."""
         follow_up = world.follow_up()
         steps.settle([attempt(steps.begun(), Sent())])
         with Session(engine) as session, pytest.raises(AlreadyFinishedError):
@@ -239,7 +239,7 @@ class TestCancelAgainstDeliver:
 
 
 def test_release(world: World, steps: Steps, engine: Engine) -> None:
-    """Follow-ups released by a draining worker can be claimed immediately; begun ones are not released."""
+    """When a worker drains, it releases follow-ups for an immediate claim, except those that have begun."""
     begun, waiting = world.follow_up(), world.follow_up()
     batch = steps.claim().leases
     steps.begin([lease for lease in batch if lease.id == begun])

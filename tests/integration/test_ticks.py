@@ -95,7 +95,7 @@ class TestGap:
     def test_not_begun(self, world: World, engine: Engine, settings: Settings) -> None:
         """A leased follow-up that has not begun is claimed by the first tick after a gap.
 
-        No worker can know an outcome of a follow-up that has not begun.
+        Before begin there is no outcome that a worker could still record.
         """
         follow_up = world.follow_up()
         assert claimed(engine, settings) == [follow_up]
@@ -103,7 +103,7 @@ class TestGap:
         assert claimed(engine, settings) == [follow_up]
 
     def test_in_flight_counts(self, world: World, engine: Engine, settings: Settings) -> None:
-        """An attempt that is left to its worker during the grace period still counts as in flight."""
+        """While the grace period leaves an attempt to its worker, it still counts as in flight."""
         one = settings.model_copy(update={"max_in_flight": 1})
         world.follow_up(due=-MINUTE)
         in_flight(engine, one)
@@ -213,7 +213,7 @@ class TestOneAtATime:
     def test_nothing_after_its_tick(
         self, world: World, engine: Engine, settings: Settings, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        """A dispatcher does not wait beyond its tick to claim more, since the next tick may be another's."""
+        """After its tick, a dispatcher does not wait to claim more: the next tick may be another dispatcher's."""
         monkeypatch.setattr(claim_interval, "SHORTEST", 0.4)
         short = settings.model_copy(update={"tick_interval": timedelta(seconds=0.2), "max_in_flight": 10})
         world.burst([timedelta(0)] * 30)
@@ -231,7 +231,7 @@ class TestOneAtATime:
         assert claims_of_first_tick == 1
 
     def test_comes_back(self, world: World, engine: Engine, settings: Settings) -> None:
-        """If another dispatcher is claiming, a dispatcher waits and then claims without another tick."""
+        """A dispatcher waits while another one is claiming, and then claims without another tick."""
         rare = settings.model_copy(update={"tick_interval": MINUTE})
         world.follow_up()
         hints: list[Hint] = []

@@ -31,14 +31,14 @@ def insert_workspace(connection: Connection) -> str:
 
 
 def test_answer_lost_after_the_commit(world: World, engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A commit that succeeded counts as done even if its answer was lost."""
+    """If a commit succeeded but its answer was lost, it counts as done."""
     break_once(monkeypatch, psycopg.Connection.commit)
     assert transact(engine, insert_workspace) == "acme"
     assert world.scalar("SELECT count(*) FROM workspaces WHERE name = 'acme'") == 1
 
 
 def test_connection_lost_before_the_commit(world: World, engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A commit that never reached the server counts as failed, and the transaction has no effect."""
+    """If a commit never reached the server, it counts as failed, and the transaction has no effect."""
     break_once(monkeypatch, lambda _: None)
     with pytest.raises(OperationalError):
         transact(engine, insert_workspace)
@@ -112,7 +112,7 @@ def server_process(engine: Engine) -> int:
 async def test_a_connection_that_lay_idle_is_tested_first(
     world: World, database_url: str, monkeypatch: pytest.MonkeyPatch, recently: float
 ) -> None:
-    """A broken connection that was idle is replaced silently; a recently used one fails once."""
+    """If an idle connection is broken, it is replaced silently; if it was just used, one statement fails."""
     monkeypatch.setattr(database, "RECENTLY", recently)
     engine = make_async_engine(database_url, pool_size=1)
     first = await in_loop(engine, server_process)

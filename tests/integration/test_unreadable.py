@@ -176,7 +176,7 @@ def paused_by_nothing(world: World) -> UUID:
 
 
 def behind_a_third_loss(world: World) -> UUID:
-    """Insert a follow-up that waits for one with a third lost lease."""
+    """Insert a follow-up that waits for one that has lost its lease for the third time."""
     chat = world.chat()
     return world.follow_up(chat, -SECOND, waits_for=lost_twice(world, chat))
 
@@ -227,7 +227,7 @@ def test_more_than_one_search_finds(
     insert: Callable[[World], UUID],
     store: ModuleType,
 ) -> None:
-    """Blocked or paused follow-ups that cannot be released do not hide others, however many they are."""
+    """However many blocked or paused follow-ups cannot be released, all others are still found."""
     monkeypatch.setattr(store, "BATCH", 2)
     for _ in range(5):
         insert(world)

@@ -1,4 +1,4 @@
-"""Celery's broker always comes from the settings, whatever else the environment contains."""
+"""Celery's broker always comes from the settings, whatever other variables are set."""
 
 from __future__ import annotations
 

@@ -35,7 +35,10 @@ def test_until_half_is_free(taken: int, seconds: float, window: int, expected: f
 
 @given(st.floats(1, 200_000), st.integers(100, 1_000_000), st.floats(SHORTEST, LONGEST))
 def test_it_settles(rate: float, window: int, pause: float) -> None:
-    """At a steady rate, the claim interval converges to half of the window, from any initial pause."""
+    """At a steady rate, the claim interval approaches the time in which half the window becomes free.
+
+    It does so from any initial pause.
+    """
     for _ in range(10):
         pause = until_half_is_free(min(window, int(rate * pause)), pause, window)
     expected = min(max(SHORTEST, window / (2 * rate)), LONGEST)
@@ -53,7 +56,7 @@ def test_size_of_claim(window: int, expected: int) -> None:
 
 TICK = 1.0
 CLAIM = 0.03
-"""Seconds that a claim takes."""
+"""The duration of a claim in seconds."""
 
 
 def sent(dispatchers: int, rate: int, seconds: int, window: int = 5000) -> tuple[int, int]:

@@ -29,7 +29,7 @@ def moment(seconds: float) -> datetime:
 
 
 def test_unasked() -> None:
-    """A clock without samples raises instead of guessing."""
+    """A clock that has no samples yet raises an error instead of guessing."""
     with pytest.raises(RuntimeError, match="not been asked"):
         DatabaseClock().now()
 
@@ -56,7 +56,7 @@ def test_never_ahead(samples: list[tuple[float, float, float]], offset: float) -
 
 
 def test_quickest_answer_counts() -> None:
-    """A slow answer of the database does not worsen the clock estimate of a quick one."""
+    """A slow answer from the database does not worsen the clock estimate from a quick answer."""
     monotonic = Monotonic()
     clock = DatabaseClock(monotonic)
     clock.observe(moment(5000.0), 1000.0, 1000.001)

@@ -1,4 +1,4 @@
-"""The fair queue: workspaces alternate, each in due order, and no workspace occupies all slots."""
+"""The fair queue: workspaces take turns, each in due order, and no workspace occupies all slots."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def overdue(key: int, *seconds: float, losses: int = 0) -> list[Lease]:
 
 
 def test_turns() -> None:
-    """Workspaces alternate, however much one of them has queued, and each is served in due order."""
+    """Workspaces take turns, however much one of them has queued, and each is served in due order."""
     queue = queue_of()
     queue.add(overdue(NOISY, *range(10, 60)))
     queue.add(overdue(QUIET, 1, 2))
@@ -47,7 +47,7 @@ def test_turns() -> None:
 
 
 def test_turns_go_on_from_one_free_slot_to_the_next() -> None:
-    """Workspaces alternate even if slots become free one at a time."""
+    """Workspaces take turns even if slots become free one at a time."""
     queue = queue_of()
     queue.add(overdue(NOISY, *range(50)) + overdue(QUIET, *range(3)))
     assert Counter(queue.take(1)[0].key for _ in range(6)) == {NOISY: 3, QUIET: 3}
@@ -64,7 +64,7 @@ def test_nobody_is_told_their_workspace() -> None:
 
 
 def test_not_all_slots_for_one() -> None:
-    """If others are active, a workspace occupies at most seven eighths of the slots.
+    """If other workspaces are active, a workspace occupies at most seven eighths of the slots.
 
     A workspace may reuse the slots that it releases.
     """
@@ -105,7 +105,7 @@ def test_all_slots_when_the_others_have_gone(monkeypatch: pytest.MonkeyPatch) ->
 
 @pytest.mark.parametrize("slots", [1, 2])
 def test_few_slots(slots: int) -> None:
-    """A single slot alternates between workspaces; of two slots, each workspace gets one."""
+    """With one slot, workspaces take turns; with two slots, two workspaces get one each."""
     queue = queue_of(slots)
     queue.add(overdue(NOISY, *range(5)) + overdue(QUIET, *range(5)))
     for _ in range(4):
@@ -161,7 +161,7 @@ def test_each_is_taken_once(steps: list[tuple[str, int, int]], slots: int) -> No
 
 
 def test_nobody_is_kept_whose_lease_has_run_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    """While no lease can be taken, expired leases are removed to make room for new ones."""
+    """While no lease can be taken, expired leases are removed from the queue to make room for new leases."""
     queue = queue_of()
     queue.add(overdue(NOISY, *range(50)) + overdue(QUIET, 1))
     assert queue.take(0) == []

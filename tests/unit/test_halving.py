@@ -43,7 +43,7 @@ def test_the_others_go_on(bad: list[bool]) -> None:
 
 @pytest.mark.parametrize("error", [AWAY, ProgrammingError("", None, psycopg.ProgrammingError("no such column"))])
 def test_what_is_no_rows_fault(error: Exception) -> None:
-    """If the database is unreachable or the statement wrong, the error is raised without halving."""
+    """If the database is unreachable or the statement is wrong, the error is raised without halving."""
     steps = 0
 
     def work(_: Sequence[int]) -> None:
@@ -69,7 +69,7 @@ def test_away_in_the_middle() -> None:
 
 
 def test_a_fault_of_our_own() -> None:
-    """A row whose content causes an error in the project's code is isolated as well."""
+    """If a row's content causes an error in the project's own code, the row is isolated as well."""
 
     def work(part: Sequence[int]) -> float:
         return sum(1 / one for one in part)

@@ -65,7 +65,10 @@ def living(tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
 
 
 def test_a_part_that_does_not_sign(living: subprocess.Popen[str], tmp_path: Path) -> None:
-    """A process is healthy until a component's report is overdue; a killed process leaves no heartbeat."""
+    """A process is healthy until a report of one of its components is overdue.
+
+    A killed process leaves no heartbeat.
+    """
     (life,) = look(tmp_path, "worker")
     assert (life.name, life.pid, life.trouble) == ("w@here", living.pid, "")
     assert look(tmp_path, "worker", "w") == look(tmp_path, "worker", "w@here") == [life]
@@ -118,7 +121,7 @@ def test_probes_sign_for_others(tmp_path: Path) -> None:
 
 
 def test_where(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """The heartbeat directory comes from the setting, or else is the user's in the temporary directory."""
+    """The heartbeat directory is the configured one, or else the user's in the temporary directory."""
     assert directory_of(str(tmp_path)) == tmp_path
     monkeypatch.setattr(heartbeat.tempfile, "gettempdir", lambda: str(tmp_path))
     assert directory_of("") == directory_of(None) == tmp_path / f"followups-{os.getuid()}"
@@ -139,7 +142,7 @@ def test_a_trap_is_not_used(tmp_path: Path) -> None:
 
 
 def test_a_look_loads_next_to_nothing() -> None:
-    """`followups health` imports neither Celery, FastAPI, SQLAlchemy, pydantic nor a broker client."""
+    """`followups health` does not import Celery, FastAPI, SQLAlchemy, pydantic or a broker client."""
     script = """
 import sys
 from followups.cli import main

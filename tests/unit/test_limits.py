@@ -65,7 +65,7 @@ def test_who_shares_a_bucket(per: str, buckets: int) -> None:
 
 
 def test_what_was_loosened() -> None:
-    """Removing or raising a limit releases the follow-ups under it; a new or lower limit releases none."""
+    """Removing or raising a limit releases its follow-ups; a new or lower limit releases no follow-up."""
     before = [limit(1), limit(2, ACME), limit(3, channel="waha"), limit(4, OTHER), limit(5, ACME, "api")]
     after = [
         limit(1),
@@ -91,7 +91,7 @@ def test_a_rate_is_shown_as_it_was_written(text: str) -> None:
 
 
 def test_rates_with_fractions() -> None:
-    """Half a message a second equals thirty a minute; zero, or over a million a second, is rejected."""
+    """A rate of 0.5 messages a second equals 30 a minute; zero, or over a million a second, is rejected."""
     assert rate_in_words(parse_rate("0.5/s")) == "30/min"
     for text in ("0/s", "0.009/d", "0.0000000000001/d", "1000001/s", "5", "5/week", "-5/s", "5 / s", "\u0665/s"):
         with pytest.raises(typer.BadParameter):
@@ -99,7 +99,7 @@ def test_rates_with_fractions() -> None:
 
 
 def test_at_once() -> None:
-    """The default burst is one second's worth of messages, and at least one."""
+    """By default, the burst is one second's worth of messages, and at least one message."""
     assert [default_burst(rate) for rate in (50, 1.9, 0.001)] == [50, 1, 1]
 
 

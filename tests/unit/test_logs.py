@@ -143,7 +143,7 @@ def test_an_exception_is_in_its_line_without_local_variables(capsys: pytest.Capt
 
 
 def test_a_terminal_gets_columns_in_colour(monkeypatch: pytest.MonkeyPatch) -> None:
-    """On a terminal, log lines are readable columns by default; NO_COLOR removes the colours."""
+    """On a terminal, log lines have readable columns by default; NO_COLOR removes the colours."""
     terminal = TerminalStream()
     monkeypatch.setattr(sys, "stderr", terminal)
     monkeypatch.delenv("NO_COLOR", raising=False)
@@ -171,7 +171,7 @@ def test_the_format_can_be_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_level_is_the_lowest_logged(capsys: pytest.CaptureFixture[str]) -> None:
     """Events below the configured level are not logged.
 
-    A library is logged from info on, and a verbose library from warning on.
+    Libraries are logged from level info on, and verbose libraries from level warning on.
     """
     configure_logging("json", "warning")
     get_logger("x").info("no")
@@ -248,13 +248,13 @@ SECRETS = [
 
 @given(key=st.sampled_from(SECRETS), value=st.text(min_size=4) | st.lists(st.text(), min_size=1) | st.integers())
 def test_secrets_are_hidden_wherever_they_are(key: str, value: object) -> None:
-    """The value of a secret's key is hidden, both at the top level and in nested values."""
+    """The value of a field with a secret's name is hidden, both at the top level and in nested values."""
     event = redact(None, "info", {"event": "e", key: value, "headers": {key: value}, "all": [{"in": ({key: value},)}]})
     assert event == {"event": "e", key: HIDDEN, "headers": {key: HIDDEN}, "all": [{"in": [{key: HIDDEN}]}]}
 
 
 def test_what_is_no_secret_stays() -> None:
-    """Ids, numbers, null values, and keys that only resemble a secret's key are logged unchanged."""
+    """Ids, numbers, null values, and fields whose names only resemble a secret's are logged unchanged."""
     event = {"event": "e", "chat_message_id": "1", "message_count": 2, "password": None, "ok": True, "lag_ms": 0.5}
     assert redact(None, "info", dict(event)) == event
 
@@ -278,7 +278,7 @@ def test_passwords_in_texts_are_hidden(text: str, cleaned: str) -> None:
     "body", [b'{"ok": false, "why": "secret"}', b"<!doctype html><title>secret</title>", b'{"chatMessageId": "secret"}']
 )
 def test_an_odd_answer_that_counts_is_told_and_not_quoted(body: bytes, capsys: pytest.CaptureFixture[str]) -> None:
-    """The log line of a 2xx response with an invalid body describes the flaw without quoting the body."""
+    """If a 2xx response has an invalid body, the log line describes the flaw without quoting the body."""
     configure_logging("json", "info")
     now = datetime.now(UTC)
     lease = Lease(uuid4(), 1, now, task_id="task")

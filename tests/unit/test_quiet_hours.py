@@ -47,7 +47,7 @@ def allowed(hours: SendingHours, moment: datetime) -> bool:
     clock, today, yesterday = local.time(), local.weekday(), (local - DAY).weekday()
     if hours.opening < hours.closing:
         return today in hours.days and hours.opening <= clock < hours.closing
-    # For sending hours across midnight, the first half belongs to today and the second to the day before.
+    # If sending hours cross midnight, the first part belongs to today and the second part to the day before.
     return (today in hours.days and clock >= hours.opening) or (yesterday in hours.days and clock < hours.closing)
 
 
@@ -86,7 +86,7 @@ def test_nothing_that_is_allowed_is_left_out(hours: SendingHours, moment: dateti
 
 @given(HOURS, MOMENTS | NEAR_TRANSITIONS)
 def test_opening_is_where_it_opens(hours: SendingHours, moment: datetime) -> None:
-    """The start of sending hours is within them, and a later time never has an earlier start."""
+    """Sending hours include their start; for a later time, the next start is never earlier."""
     opening = opens_at(hours, moment)
     assert opens_at(hours, opening) == opening
     assert opens_at(hours, moment + MINUTE) >= opening
@@ -100,7 +100,7 @@ def test_opening_is_where_it_opens(hours: SendingHours, moment: datetime) -> Non
         ("08:00", "20:00", "2030-07-31T22:00Z", "2030-08-01T06:00Z"),
         ("08:00", "20:00", "2030-01-31T12:00Z", "2030-01-31T12:00Z"),
         ("08:00", "20:00", "2030-01-31T19:00Z", "2030-02-01T07:00Z"),  # 20:00 is already outside
-        ("08:00", "20:00", "2030-01-31T07:00Z", "2030-01-31T07:00Z"),  # 08:00 is inside
+        ("08:00", "20:00", "2030-01-31T07:00Z", "2030-01-31T07:00Z"),  # 08:00 is already inside
         ("22:00", "06:00", "2030-01-31T12:00Z", "2030-01-31T21:00Z"),
         ("22:00", "06:00", "2030-01-31T02:00Z", "2030-01-31T02:00Z"),  # within the night that began the day before
         ("00:00", "00:00", "2030-01-31T02:00Z", "2030-01-31T02:00Z"),

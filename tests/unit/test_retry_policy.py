@@ -64,7 +64,7 @@ def test_a_slow_growth_goes_on() -> None:
 
 
 def test_the_jitter_is_full() -> None:
-    """The delay is the ceiling times a random fraction from zero up, and differs from call to call."""
+    """The delay is the ceiling times a random fraction between zero and one, new on each call."""
     policy = RetryPolicy(timedelta(seconds=8), 2.0, HOUR, max_attempts=8)
     assert policy.next_delay(2, lambda: 0.0) == ZERO
     assert policy.next_delay(2, lambda: 0.25) == timedelta(seconds=4)
@@ -81,6 +81,6 @@ def test_a_wish_is_kept_within_reason(wished: timedelta) -> None:
 
 @given(st.timedeltas(MIN_RETRY_AFTER, MAX_RETRY_AFTER), st.floats(0, 1, exclude_max=True))
 def test_a_wish_is_spread(wished: timedelta, fraction: float) -> None:
-    """A retry is at most a tenth later than the transport requested, never earlier, and within a day."""
+    """A retry comes up to a tenth later than the transport requested, never earlier, and within a day."""
     waited = spread(wished, lambda: fraction)
     assert wished <= waited <= min(wished * (1 + SPREAD), MAX_RETRY_AFTER)

@@ -52,7 +52,7 @@ async def attempt(does: Callable[[], Awaitable[Outcome]], limit: timedelta = SOO
 
 
 async def outcome(does: Callable[[], Awaitable[Outcome]]) -> Outcome:
-    """Return the outcome and check that the task continues normally."""
+    """Return the outcome of a call, and check that the task continues normally."""
     made = await attempt(does)
     task = asyncio.current_task()
     assert task is not None
@@ -74,7 +74,7 @@ async def test_a_call_that_hangs_is_given_up() -> None:
 
 
 async def test_a_call_in_time() -> None:
-    """The outcome of a call in time counts, and its time limit is lifted."""
+    """If a call ends in time, its outcome counts, and its time limit is lifted."""
 
     async def answer() -> Outcome:
         await asyncio.sleep(0.01)
@@ -84,7 +84,7 @@ async def test_a_call_in_time() -> None:
 
 
 async def test_an_outcome_in_spite_of_the_limit() -> None:
-    """An outcome that a transport returns while it is being stopped counts."""
+    """If a transport returns an outcome while it is being stopped, the outcome counts."""
 
     async def insist() -> Outcome:
         try:

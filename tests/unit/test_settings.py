@@ -161,7 +161,7 @@ def test_the_environment_is_read(monkeypatch: pytest.MonkeyPatch, name: str, giv
 def test_the_platforms_usual_names_are_read_too(
     monkeypatch: pytest.MonkeyPatch, field: str, alias: str, url: str
 ) -> None:
-    """DATABASE_URL and REDIS_URL are read unless the prefixed names are set, which take precedence."""
+    """DATABASE_URL and REDIS_URL are read only if the variables with the project's prefix are not set."""
     monkeypatch.setenv(alias, url)
     assert getattr(load_settings(), field).get_secret_value() != url
     monkeypatch.delenv(environment_name(field))
@@ -170,7 +170,7 @@ def test_the_platforms_usual_names_are_read_too(
 
 @pytest.mark.parametrize("field", ["database_url", "broker_url"])
 def test_what_is_required_is_named(monkeypatch: pytest.MonkeyPatch, field: str) -> None:
-    """A missing required URL stops the start with an error that names it and gives an example."""
+    """If a required URL is missing, startup fails; the error names the setting and gives an example."""
     monkeypatch.delenv(environment_name(field))
     with pytest.raises(SettingsError, match=rf"^{environment_name(field)} is required: set it to .*\w+://.*\.$"):
         load_settings()
@@ -207,7 +207,7 @@ def test_what_is_required_is_named(monkeypatch: pytest.MonkeyPatch, field: str) 
     ],
 )
 def test_a_wrong_value_stops_the_start_with_its_name(monkeypatch: pytest.MonkeyPatch, name: str, value: str) -> None:
-    """The error for an invalid value is one sentence that begins with the variable and shows no password."""
+    """An invalid value's error is one sentence that begins with the variable and shows no password."""
     monkeypatch.setenv(f"FOLLOWUPS_{name}", value)
     with pytest.raises(SettingsError, match=rf"^FOLLOWUPS_{name} should .*\.$") as caught:
         load_settings()

@@ -45,7 +45,7 @@ RECEIPTS = {"accepted": 52, "duplicates": 0}
 
 
 def test_the_script_holds_what_is_promised() -> None:
-    """The demo sends at least 50 follow-ups at different times.
+    """The demo's script sends at least 50 follow-ups at different times.
 
     Three follow-ups are retried, one is rejected and two are cancelled.
     """
@@ -66,7 +66,7 @@ def test_the_reply_comes_before_what_it_cancels() -> None:
 
 
 def test_failures_hold_up_no_other_follow_up() -> None:
-    """A chat with a failing receiver has only one follow-up, so that no other one waits behind retries."""
+    """If its receiver fails, a chat of the demo has only one follow-up, so that none waits for retries."""
     assert all(sum(part.chat == chat for part in SCENARIO.parts) == 1 for chat in FAILURES)
 
 
@@ -100,7 +100,7 @@ def test_the_json_form_has_the_contract_s_fields() -> None:
 
 
 def test_lag_is_of_first_attempts_and_nearest_rank() -> None:
-    """The demo's lag excludes retried and unsent follow-ups; it is null if no others remain."""
+    """The demo's lag excludes retried and unsent follow-ups; if none is left, the lag is null."""
     retried = [each for each in ALL_ENDED if each.retried]
     assert lags(retried) == {"p50": None, "p95": None, "p99": None}
     hundred = [replace(ALL_ENDED[0], lag=float(number)) for number in range(1, 101)]
@@ -157,7 +157,7 @@ def test_a_pipe_hears_each_event_once(capsys: pytest.CaptureFixture[str]) -> Non
 
 
 def test_the_last_words_say_what_happened_and_what_is_next(capsys: pytest.CaptureFixture[str]) -> None:
-    """The demo's summary gives every figure and the next command; a failed demo lists its problems."""
+    """The demo's summary gives every figure and the next command; if the demo failed, it lists problems."""
     Console(width=80).print(summary_panel(score(ALL_ENDED, RECEIPTS)))
     said = capsys.readouterr().out
     for word in ("52 sent", "3 retried", "1 failed", "2 cancelled", "0 duplicates", "p99 11.3", "followups up"):

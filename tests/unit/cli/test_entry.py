@@ -45,7 +45,7 @@ def test_every_command_explains_itself_with_examples(path: list[str], capsys: py
 
 @pytest.mark.parametrize("name", CATALOGUE)
 def test_the_catalogue_says_what_the_command_says(name: str) -> None:
-    """Every command of the catalogue can be loaded, under the name that the catalogue gives it."""
+    """Every command in the catalogue can be loaded and has the name under which it is listed."""
     assert load(name).name in {name, None, ""}  # a group has the name under which it is registered
 
 
@@ -92,9 +92,9 @@ def test_no_command_is_wrong_usage(capsys: pytest.CaptureFixture[str]) -> None:
 def test_wrong_usage_is_one_sentence_and_code_2(
     arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A usage error prints one line on stderr with the cause and where to look, and nothing on stdout.
+    """A usage error prints one line on stderr, with the cause and where to find help, and exits with 2.
 
-    A usage error has exit code 2.
+    Nothing is printed on stdout.
     """
     assert main(arguments) == 2
     shown, remarks = capsys.readouterr()

@@ -57,7 +57,7 @@ def test_an_explanation_is_whole_sentences(code: ReasonCode) -> None:
 
 
 def test_limits_are_named() -> None:
-    """If a limit ended the follow-up, the explanation names the setting and its value."""
+    """If a limit ended a follow-up, the explanation names the limit's setting and value."""
     assert "FOLLOWUPS_MAX_ATTEMPTS (3)" in explained(Status.FAILED, reason="retries_exhausted: HTTP 500")
     assert "FOLLOWUPS_MAX_LATENESS (1 d)" in explained(Status.FAILED, reason="too_late")
 
@@ -99,7 +99,7 @@ def test_a_caller_s_own_reason_is_left_alone() -> None:
     ],
 )
 def test_a_pending_one_says_what_it_waits_for(columns: dict[str, Any], said: str) -> None:
-    """A pending follow-up is explained by why it has not been sent yet, and by what comes next."""
+    """The explanation of a pending follow-up says why it has not been sent yet, and what comes next."""
     assert said in explained(**columns)
 
 

@@ -29,7 +29,7 @@ TEXTS = st.text(st.characters()) | st.sampled_from(NASTY)
 
 
 class EncodedTerminal(io.TextIOWrapper):
-    """An in-memory terminal with a given encoding."""
+    """A terminal in memory with a given encoding."""
 
     def __init__(self, encoding: str) -> None:
         super().__init__(io.BytesIO(), encoding, errors="backslashreplace", write_through=True)
@@ -74,7 +74,7 @@ WRITERS = st.sampled_from([table, line, say, remark])
 
 @given(text=TEXTS)
 def test_escapes_leave_no_control(text: str) -> None:
-    """Escaped text contains no control character, and escaped JSON keeps its meaning."""
+    """Escaped text contains no control characters, and escaped JSON still means the same."""
     shown = escape(text)
     assert escape(shown) == shown
     assert "\x1b" not in shown
@@ -99,7 +99,7 @@ def test_others_words_are_shown_as_words(write: Callable[[str], None], text: str
 
 @given(text=TEXTS, encoding=ENCODINGS)
 def test_json_is_readable_in_every_encoding(text: str, encoding: str) -> None:
-    """JSON output keeps its meaning on every terminal, and contains no control character but line feeds."""
+    """On every terminal, JSON output keeps its meaning and has no control characters except line feeds."""
     with terminal(encoding) as made:
         print_json({"text": text})
         assert json.loads(made.written) == {"text": text}

@@ -27,7 +27,7 @@ def test_flower_stays_on_this_machine() -> None:
 
 
 def test_a_command_line_is_run_by_a_shell_with_more_arguments(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A Procfile line is expanded by the shell; further arguments are passed unchanged."""
+    """The shell expands a line of the Procfile; further arguments are passed to the command unchanged."""
     monkeypatch.setitem(COMMANDS, "probe", "printf '%s|' ${NAME:-unnamed}")
     monkeypatch.delenv("NAME", raising=False)
     ran = subprocess.run(argv("probe", "a b", "$c"), capture_output=True, text=True, check=True)
@@ -35,5 +35,5 @@ def test_a_command_line_is_run_by_a_shell_with_more_arguments(monkeypatch: pytes
 
 
 def test_the_commands_of_this_installation_come_first() -> None:
-    """On the search path, this installation's commands precede others of the same name."""
+    """On the search path, this installation's commands come before others of the same name."""
     assert (Path(search_path().split(":")[0]) / "python").exists()

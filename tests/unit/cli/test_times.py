@@ -1,4 +1,4 @@
-"""Times as operators enter and read them."""
+"""Times as operators enter them, and as they are shown."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def test_anything_else_is_wrong_usage(text: str) -> None:
 
 
 def test_a_due_date_beyond_all_dates_is_wrong_usage() -> None:
-    """A duration that ends beyond the calendar is rejected when it is converted to a time."""
+    """A duration that leads beyond the calendar is rejected when it is added to the current time."""
     with pytest.raises(typer.BadParameter, match="too far"):
         Due(timedelta(days=9_999_999)).resolve(NOW)
 
@@ -62,7 +62,7 @@ def test_a_time_is_written_as_the_api_writes_it(moment: datetime) -> None:
 
 
 def test_other_offsets_and_no_time_at_all() -> None:
-    """A time with another offset is shown in UTC; a missing time is null in JSON and a dash in a table."""
+    """A time with any offset is shown in UTC; a missing time is null in JSON and a dash in a table."""
     berlin = datetime(2030, 1, 31, 10, tzinfo=timezone(timedelta(hours=1)))
     assert rfc3339(berlin) == "2030-01-31T09:00:00Z"
     assert readable(berlin) == "2030-01-31 09:00:00Z"

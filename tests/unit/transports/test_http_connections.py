@@ -107,7 +107,7 @@ async def test_an_answer_to_nothing_that_was_not_read_yet_is_not_the_next_ones(t
 
 @pytest.mark.parametrize("behind", [OTHER, OTHER[:1], b"garbage", b"\x00"])
 async def test_what_stands_behind_an_answer_is_not_the_next_ones(behind: bytes) -> None:
-    """Extra bytes after a response close the connection, and each call gets its own response."""
+    """If extra bytes follow a response, the connection is closed, and each call gets its own response."""
     async with scripted(OK + behind) as server, opened(HttpTransport(settings_for(server.url))) as transport:
         for _ in range(3):
             assert await transport.send(a_delivery()) == Sent(None, 200)

@@ -111,7 +111,7 @@ async def test_a_certificate_of_another_host_is_not_trusted(authority: trustme.C
 
 @pytest.mark.parametrize("name", ["SSL_CERT_FILE", "SSL_CERT_DIR"])
 def test_authorities_that_are_not_there_stop_the_start(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A wrong path to authorities is rejected at the start, unless the endpoint uses no TLS."""
+    """A wrong path to authorities is rejected at startup, unless the endpoint uses no TLS."""
     monkeypatch.setenv(name, "/nowhere")
     with pytest.raises(TransportConfigurationError, match=f"{name} names no (file|directory)"):
         HttpTransport(settings_for("https://host"))
@@ -182,7 +182,7 @@ def test_a_certificate_that_is_none_stops_the_start(content: str | None, tmp_pat
 
 
 def test_a_key_of_another_certificate_stops_the_start(authority: trustme.CA, tmp_path: Path) -> None:
-    """A private key that does not belong to the certificate stops the start."""
+    """If the private key does not belong to the certificate, startup fails."""
     one, other = authority.issue_cert("one.example"), authority.issue_cert("other.example")
     one.cert_chain_pems[0].write_to_path(tmp_path / "cert.pem")
     other.private_key_pem.write_to_path(tmp_path / "key.pem")

@@ -157,7 +157,7 @@ async def test_however_a_connection_breaks_the_request_went_out_once(
     ],
 )
 async def test_the_status_decides_when_the_body_breaks_off(head: bytes, outcome: type) -> None:
-    """The outcome is known after the status line; an incomplete body gives no message id."""
+    """The outcome is known after the status line; if the body breaks off, there is only no message id."""
 
     async def break_off(writer: asyncio.StreamWriter, _request: Request) -> None:
         writer.write(head)
@@ -194,7 +194,7 @@ async def test_a_slow_refusal_keeps_what_came() -> None:
 
 
 async def test_no_more_than_64_kib_of_an_answer_is_read() -> None:
-    """After 64 KiB of a response, reading stops and the connection is closed; the status decides."""
+    """After 64 KiB of a response, reading stops, and the connection is closed; only the status counts."""
     written = 0
 
     async def flood(writer: asyncio.StreamWriter, _request: Request) -> None:

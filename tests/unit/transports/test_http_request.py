@@ -195,7 +195,7 @@ async def test_sending_before_opening_is_a_mistake_of_the_caller() -> None:
 
 
 def test_a_missing_url_says_what_to_set() -> None:
-    """A missing URL stops the start with an error that names the setting."""
+    """If the URL is missing, startup fails with an error that names the setting."""
     with pytest.raises(TransportConfigurationError, match=r"needs FOLLOWUPS_TRANSPORT_URL: set it to"):
         HttpTransport(settings_for(None))
 
@@ -205,7 +205,7 @@ def test_a_missing_url_says_what_to_set() -> None:
     ["http://", "https:///path", "http://host:port/", "http://[::1/", "http://host:0/", "http://a..b/", "http://a b/"],
 )
 def test_an_address_that_is_none_stops_the_start(url: str) -> None:
-    """A URL without a host, or with an invalid port, is rejected at the start."""
+    """A URL without a host, or with an invalid port, is rejected at startup."""
     with pytest.raises(TransportConfigurationError, match=r"FOLLOWUPS_TRANSPORT_URL .* no valid address"):
         HttpTransport(settings_for(url))
 
@@ -214,7 +214,7 @@ def test_an_address_that_is_none_stops_the_start(url: str) -> None:
 def test_a_wrong_address_is_named_without_its_password(address: str) -> None:
     """The error for a wrong URL does not contain its credentials.
 
-    Credentials that a header cannot contain stop the start.
+    If a header cannot contain the credentials, startup fails.
     """
     with pytest.raises(TransportConfigurationError, match=r"FOLLOWUPS_TRANSPORT_URL .* no valid address") as caught:
         HttpTransport(settings_for(f"http://{address}/"))
@@ -230,7 +230,7 @@ WRONG = [
 
 @pytest.mark.parametrize("secret", WRONG)
 def test_a_secret_that_is_none_is_refused(secret: str) -> None:
-    """A secret that is too short, too long or ambiguous stops the start and is not shown."""
+    """If a secret is too short, too long or ambiguous, startup fails without showing the secret."""
     with pytest.raises(TransportConfigurationError, match="FOLLOWUPS_TRANSPORT_SECRET should be base64") as caught:
         HttpTransport(settings_for("http://host", transport_secret=secret))
     assert len(secret) < 7 or secret not in str(caught.value)

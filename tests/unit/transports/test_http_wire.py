@@ -75,7 +75,7 @@ def names(outcome: Outcome) -> bool:
     ids=["content-length", "informational first", "chunked"],
 )
 async def test_an_answer_may_come_in_pieces(reply: bytes, size: int) -> None:
-    """A response may be split into segments anywhere."""
+    """A response may be split into segments at any byte."""
     assert names(await outcome_of(in_pieces(reply, size)))
 
 
@@ -90,7 +90,7 @@ async def test_an_answer_may_come_in_pieces(reply: bytes, size: int) -> None:
     ids=["bare LF", "no reason", "odd headers", "spaces after the chunk size"],
 )
 async def test_a_sloppy_answer_is_understood(reply: bytes) -> None:
-    """Flaws that other clients tolerate are accepted, also in a connection's second response."""
+    """Flaws of a response that other clients tolerate are accepted, also in a second response."""
     async with scripted(reply) as server, opened(HttpTransport(settings_for(server.url))) as transport:
         assert names(await transport.send(a_delivery()))
         assert names(await transport.send(a_delivery()))
@@ -138,7 +138,7 @@ async def test_an_endless_head_is_given_up(start: bytes) -> None:
     [(b"0\r\nx-trailer: ", b"x" * 10_000), (b"0\r\n", b"x: y\r\n" * 1_000), (b"", b"1;x\r\nx\r\n" * 1_000)],
 )
 async def test_an_endless_frame_is_given_up(start: bytes, piece: bytes) -> None:
-    """Reading of endless trailers or chunks stops early, and the status decides."""
+    """Reading of endless trailers or chunks stops early; the outcome depends on the status alone."""
     outcome = await outcome_of(endless(CHUNKED + start, piece))
     assert outcome == Sent(None, 200, "the body of the answer is longer than 64 KiB")
 
@@ -150,7 +150,7 @@ async def test_an_endless_chunk_size_costs_the_timeout() -> None:
 
 
 async def test_garbage_in_the_body_does_not_unsay_the_status() -> None:
-    """The status decides even if garbage follows it in the same segment."""
+    """Even if garbage follows in the same segment, the outcome depends on the status alone."""
     outcome = await outcome_of(CHUNKED + b"no number\r\n")
     assert isinstance(outcome, Sent)
     assert outcome.detail.startswith("the body of the answer broke off")

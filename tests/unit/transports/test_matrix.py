@@ -19,7 +19,7 @@ def matrix(url: str | None, secret: str | None = TOKEN) -> MatrixTransport:
 
 @pytest.mark.parametrize("slash", ["", "/"])
 async def test_it_puts_a_text_event_into_the_chats_room(slash: str) -> None:
-    """The request's path contains the room and the follow-up's id as transaction; its body is ``m.text``."""
+    """The path of the request has the room, and the follow-up's id as transaction; the body is ``m.text``."""
     delivery = a_delivery(external_chat_id="!room:example.org")
     async with scripted(answer(200, b'{"event_id": "$1"}')) as server, opened(matrix(server.url + slash)) as transport:
         assert isinstance(await transport.send(delivery), Sent)
@@ -60,7 +60,7 @@ async def test_a_wrong_token_is_a_refusal() -> None:
 
 
 def test_a_missing_url_says_what_to_set() -> None:
-    """A missing homeserver URL stops the start."""
+    """If the homeserver's URL is missing, startup fails."""
     with pytest.raises(TransportConfigurationError, match="set it to the homeserver's base URL"):
         matrix(None)
 
@@ -75,7 +75,7 @@ def test_a_url_that_is_more_than_a_base_is_refused(url: str) -> None:
 
 @pytest.mark.parametrize("secret", [None, "", " ", "two words", "line\nbreak", "t\u00f6ken"])
 def test_a_missing_or_impossible_token_says_what_to_set(secret: str | None) -> None:
-    """An access token that is missing or cannot be in a header stops the start."""
+    """If the access token is missing or cannot be in a header, startup fails."""
     with pytest.raises(TransportConfigurationError, match="FOLLOWUPS_TRANSPORT_SECRET should be the access token"):
         matrix("http://host", secret)
 

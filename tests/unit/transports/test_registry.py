@@ -1,4 +1,4 @@
-"""The registry of transports: the one selected by the settings, and the errors for a wrong one."""
+"""The registry of transports: which one the settings select, and the errors for a wrong choice."""
 
 from __future__ import annotations
 

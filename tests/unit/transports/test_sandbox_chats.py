@@ -104,7 +104,7 @@ def test_a_behaviour_is_of_one_chat_unless_it_is_the_default() -> None:
 def test_a_behaviour_makes_its_reply(
     behaviour: Behaviour, status: int, delay: float, headers: dict[str, str], *, dropped: bool
 ) -> None:
-    """Each behaviour has a default status, delay and headers, which can be overridden."""
+    """Each sandbox behaviour has a default status, delay and headers, which can be overridden."""
     reply = behaviour.reply({})
     assert (reply.status, reply.delay, reply.headers, reply.dropped) == (status, delay, headers, dropped)
 

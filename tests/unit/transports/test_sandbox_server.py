@@ -93,7 +93,7 @@ async def test_a_body_that_is_no_text_is_turned_away(chats: SandboxChats) -> Non
 
 
 def test_a_secret_that_is_none_stops_the_start() -> None:
-    """An invalid secret stops the start of the sandbox, as for the transport."""
+    """With an invalid secret, the sandbox fails at startup, like the transport."""
     with pytest.raises(TransportConfigurationError):
         build_app(secret="not base64!")  # noqa: S106 - an invalid secret
 
