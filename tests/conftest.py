@@ -1,8 +1,8 @@
 """Fixtures that all tests share: one PostgreSQL and one Valkey per run, started on first use.
 
-The controller of pytest-xdist starts and stops the servers, and passes their URLs through a socket. It outlives its
-workers, and with ``-n 0`` it is the only process. So unit tests start no server, no server is started twice, and a
-crashed worker leaves nothing behind.
+The controller of pytest-xdist starts and stops the servers, and passes their URLs through a socket. The controller
+outlives the xdist workers, and with ``-n 0`` it is the only process. Unit tests therefore start no server, no server is
+started twice, and a crashed xdist worker leaves nothing behind.
 """
 
 from __future__ import annotations
@@ -185,7 +185,7 @@ def template_database(postgres_url: str) -> str:
 
 @pytest.fixture
 def database_url(postgres_url: str, template_database: str) -> Iterator[str]:
-    """Return the URL of a migrated, empty database of the test's own."""
+    """Return the URL of a migrated, empty database that only this test uses."""
     name = f"test_{uuid4().hex}"
     create_database(postgres_url, name, template_database)
     try:

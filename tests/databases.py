@@ -1,7 +1,7 @@
-"""Databases of the tests' server, and the two roles of deploy/roles.sql.
+"""Databases on the tests' server, and the two roles of deploy/roles.sql.
 
-Everything under test runs as `SERVICE`. What only the owner of the tables or a superuser may do, the test does as that
-role.
+Everything under test runs as `SERVICE`. If a test needs the rights of the tables' owner or of a superuser, the test
+itself connects as that role.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def url_as(database_url: str | URL, role: str) -> str:
 
 
 def make_roles(server_url: str, database: str = SERVICE, passwords: Mapping[str, str] = PASSWORDS) -> None:
-    """Make the two roles, and a database of theirs, as an operator does."""
+    """Create the two roles, and a database for them, as an operator does."""
     from followups.embedded.postgres import BINARIES  # noqa: PLC0415 - not for unit tests
 
     command = [BINARIES / "psql", "--quiet", "--dbname", server_url, "--file", ROLES, f"--set=database={database}"]
@@ -48,7 +48,8 @@ def make_roles(server_url: str, database: str = SERVICE, passwords: Mapping[str,
 
 def create_database(server_url: str, name: str, template: str = "template1") -> None:
     """Create a database of the owner's, empty or copied from ``template``, which must have no sessions."""
-    # Copying the files takes half as long as copying through the log, which suits large, busy servers.
+    # Copying the files takes half as long as copying through the write-ahead log, which is meant for large, busy
+    # servers.
     statement = sql.SQL("CREATE DATABASE {} OWNER {} TEMPLATE {} STRATEGY file_copy")
     _execute(server_url, statement.format(*map(sql.Identifier, (name, OWNER, template))))
 

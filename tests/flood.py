@@ -1,7 +1,7 @@
 """A flood of requests: ``python tests/flood.py HOST PORT CONNECTIONS SECONDS PATH...``, with the API key in $FLOOD_KEY.
 
-It is a process of its own, which takes no time from the test. Each connection sends one request after the other, and
-is made anew when the server closes it.
+The flood runs in a separate process, so it takes no time from the test. Each connection sends one request after the
+other, and is reopened when the server closes it.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ HEAD = f"host: a\r\nauthorization: {os.environ['FLOOD_KEY']}\r\n" if "FLOOD_KEY"
 
 
 async def ask(host: str, port: int, path: str, until: float) -> None:
-    """Request the path on one connection until it is closed or the time is over."""
+    """Request the path on one connection until the connection is closed or the time is over."""
     reader, writer = await asyncio.open_connection(host, port)
     try:
         while time.monotonic() < until:
@@ -28,7 +28,7 @@ async def ask(host: str, port: int, path: str, until: float) -> None:
 
 
 async def go_on(host: str, port: int, path: str, until: float) -> None:
-    """Request the path on one connection after the other until the time is over."""
+    """Request the path, opening one connection after the other, until the time is over."""
     while time.monotonic() < until:
         with suppress(OSError, asyncio.IncompleteReadError):
             await ask(host, port, path, until)

@@ -238,7 +238,7 @@ def test_two_workers_and_two_beats(stack: Stack) -> None:
 
 def test_stop_drains(stack: Stack) -> None:
     """On SIGTERM a worker settles its calls in flight, returns its other leases, and exits in time."""
-    # Follow-ups that the worker did not release would not be sent while this test waits. No answer is late, even on a
+    # Follow-ups that the worker did not release would not be sent while this test waits. No response is late, even on a
     # busy machine.
     stack.options |= {"FOLLOWUPS_LEASE": "120", "FOLLOWUPS_TRANSPORT_TIMEOUT": "20"}
     worker = stack.start()

@@ -75,7 +75,7 @@ def observed(stack: Stack, tmp_path: Path) -> Stack:
 
 
 def test_a_stopped_worker(observed: Stack) -> None:
-    """An idle worker is healthy, also if selected by name; a stopped worker is unhealthy until resumed."""
+    """An idle worker is healthy, also if selected by name. A stopped worker is unhealthy until it resumes."""
     worker = observed.worker("first")
     says(observed, "worker", 0, "1 worker", "first@")
     assert health(observed, "worker", "--name", "first").returncode == 0

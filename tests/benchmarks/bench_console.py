@@ -1,9 +1,9 @@
-"""Measures the console's pages beside five million follow-ups of a thousand workspaces.
+"""Measures the console's pages on a database with five million follow-ups of a thousand workspaces.
 
     PYTHONPATH=tests uv run python tests/benchmarks/bench_console.py --data /tmp/console-5m
 
-Prints milliseconds for each page: the median and the slowest of seven requests. Filling the database takes some ten
-minutes; with --data it is kept, and the next run uses it again.
+Prints the median and the slowest of seven requests for each page, in milliseconds. Filling the database takes some ten
+minutes. With --data, the database is kept, and the next run uses it again.
 """
 
 from __future__ import annotations
@@ -112,7 +112,7 @@ def measure_all(one: Person, workspace_id: UUID, connection: psycopg.Connection)
 
 
 def main() -> None:
-    """Fill a database of its own unless it is kept, and measure."""
+    """Fill a temporary database, or reuse the one that was kept, and measure."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, help="a directory in which the database is kept")
     parser.add_argument("--part", type=float, default=1.0, help="fill in this part of the five million only")

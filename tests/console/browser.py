@@ -43,7 +43,7 @@ def browsing() -> Iterator[Browser]:
 
 
 class Desk:
-    """A browser window on the console. Any error that the browser reports fails the test."""
+    """A browser window that shows the console. Any error that the browser reports fails the test."""
 
     def __init__(self, browser: Browser, url: str, engine: Engine, **options: Any) -> None:
         self.url = f"{url}/console"

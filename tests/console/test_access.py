@@ -30,7 +30,7 @@ def called(person: Person, route: Route, ids: dict[str, str]) -> int:
 
 @pytest.mark.parametrize("role", list(ALLOWED))
 def test_each_role_gets_what_it_may_and_403_for_the_rest(role: str, person: Callable[..., Person], own: World) -> None:
-    """Every route answers 403 to a role without permission, and only to such a role."""
+    """Every route responds with 403 to roles that lack its permission, and to no other role."""
     one = person(role, None if role == "operator" else own)
     for route in GUARDED:
         status = called(one, route, {"id": str(uuid4()), "state": "x"})

@@ -170,7 +170,7 @@ def test_times_are_in_the_browsers_zone(desk: Callable[..., Desk], own: World) -
 def test_an_open_page_follows_and_leaves_alone_what_is_typed(desk: Callable[..., Desk], own: World) -> None:
     """If a follow-up is sent while its form is open, the page shows this and keeps the typed text.
 
-    Saving the form is then refused.
+    Saving that form is then refused.
     """
     one_id = own.follow_up(due=HOUR)
     sitting = desk()
@@ -229,7 +229,7 @@ def test_a_page_says_that_the_person_was_signed_out(desk: Callable[..., Desk], o
 
 
 def test_the_stream_is_lost_and_comes_back(desk: Callable[..., Desk], own: World) -> None:
-    """While the event stream is lost, the page shows since when its content has been stale."""
+    """After the event stream is lost, the page shows since when its content has been stale."""
     sitting = desk()
     sitting.sign_in("agent", own.workspace_id)
     page = sitting.go("/follow-ups")

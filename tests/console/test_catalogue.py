@@ -1,4 +1,4 @@
-"""Every text of the console has a translation, and no translation is of a text that no longer exists."""
+"""Every text of the console has a translation, and every translation belongs to an existing text."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ BY_VALUE = {
 
 
 def sentences() -> Iterator[str]:
-    """Yield each text that code gives to ``t``, ``Sentence`` or a refusal without a text of its own."""
+    """Yield each text that code passes to ``t``, to ``Sentence`` or to a refusal without its own text."""
     for file in ROOT.rglob("*.py"):
         for node in ast.walk(ast.parse(file.read_text("utf-8"))):
             if isinstance(node, ast.Call) and node.args and isinstance(node.args[0], ast.Constant):
@@ -65,7 +65,7 @@ def used() -> set[str]:
 def test_the_catalogues_have_every_text_and_nothing_else() -> None:
     """Every text of the console has a translation with the same placeholders.
 
-    No translation is of a text that does not exist.
+    Every translation belongs to an existing text.
     """
     portuguese = catalogue("pt-BR")
     assert set(portuguese) == used() | BY_VALUE

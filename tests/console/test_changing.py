@@ -119,7 +119,7 @@ def test_the_consequences_are_told_before_saving(person: Callable[..., Person], 
 
 
 def test_a_skipped_time_is_refused_and_a_repeated_one_is_asked(person: Callable[..., Person], own: World) -> None:
-    """A local time that the clock skips is refused; for one that it repeats, the form offers a choice."""
+    """A local time that the clock skips is refused. For a repeated time, the form offers a choice."""
     one = person("agent", own)
     one.post("/preferences", zone="Europe/Berlin", next="/")
     fields = {"chat": str(own.chat()), "message": "Hello", "do": "schedule"}
@@ -154,7 +154,7 @@ def test_saving_changes_message_and_due_date(person: Callable[..., Person], own:
 
 
 def test_two_people_edit_one_follow_up(person: Callable[..., Person], own: World) -> None:
-    """If two people edit the same follow-up, the second one sees the conflict and both texts.
+    """If two people edit the same follow-up, the one who saves second sees the conflict and both texts.
 
     Saving again replaces the stored text.
     """
@@ -196,7 +196,7 @@ def test_in_flight_and_finished_are_told_and_nothing_typed_is_lost(
 
 
 def test_cancelling_is_final_and_keeps_the_reason(person: Callable[..., Person], own: World) -> None:
-    """A cancelled follow-up has the person's reason, or the default code if none was typed."""
+    """A cancelled follow-up has the reason that the person typed, or else the default code."""
     for reason, stored in (("The customer called", "The customer called"), ("", "cancelled_by_api")):
         one_id = own.follow_up(due=HOUR)
         one = person("agent", own)

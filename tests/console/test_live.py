@@ -79,9 +79,9 @@ def come(console_settings: Settings, own: World) -> Iterator[Callable[..., Perso
 
 
 def test_a_change_nudges_those_who_see_it(come: Callable[..., Person], own: World, foreign: World) -> None:
-    """A new follow-up sends an event to open lists, and a changed follow-up sends one to its open page.
+    """A new follow-up sends an event to open lists, and a changed follow-up sends an event to its open page.
 
-    A stream reports nothing of another workspace's follow-up, even if it asks for that.
+    A stream never reports another workspace's follow-ups, even if its client requests them.
     """
     one_id = own.follow_up(due=HOUR)
     ours = Listening(come())

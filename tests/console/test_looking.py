@@ -126,7 +126,7 @@ def test_a_search_that_is_out_of_time_goes_on_by_a_link(
 ) -> None:
     """A page says how far back it has searched, and its link continues from there without a gap."""
     calls = count()
-    # The second step of each page takes too long, so each page searches ten minutes.
+    # The second step of each page exceeds the time limit, so each page searches ten minutes.
     monkeypatch.setattr(browse, "within", lambda *given: None if next(calls) % 2 else within(*given))
     ids = [own.follow_up(due=HOUR, created_at=text(f"now() - interval '{age} min'")) for age in (5, 15, 35)]
     one = person("viewer", own)
@@ -169,7 +169,7 @@ def test_operators_see_all_workspaces_and_no_texts(person: Callable[..., Person]
 def test_what_belongs_to_another_workspace_is_not_there(
     person: Callable[..., Person], own: World, foreign: World
 ) -> None:
-    """Every page answers 404 to the ids of another workspace, for reading and for changing."""
+    """Every page responds with 404 to ids of another workspace, both for reading and for changing."""
     chat_id = foreign.chat()
     follow_up_id = foreign.follow_up(chat_id, due=HOUR)
     one = person("admin", own)

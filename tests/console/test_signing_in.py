@@ -127,7 +127,7 @@ def test_what_changes_something_must_come_from_a_page_of_ours(
 def test_failed_attempts_are_limited(
     person: Callable[..., Person], own: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """After too many failed sign-ins, more failures must wait, but a valid key or token still signs in."""
+    """After too many failed sign-ins, further failures are refused, but a valid key or token still works."""
     monkeypatch.setattr(tries, "EACH", 2)
     limited = load_settings(**settings_of(person, own))
     with served(limited) as (host, port):
@@ -283,7 +283,7 @@ def test_behind_a_proxy_addresses_have_the_prefix_and_the_cookie_is_secure(behin
 def test_a_proxy_signs_people_in_by_a_header(behind_proxy: str, own: World) -> None:
     """A session begun by a proxy's header lasts while the header names the same person.
 
-    The session's role is that of the setting.
+    The role of such a session comes from the settings.
     """
     one = Person(behind_proxy, own.engine)
     ann = one.client.get("/console/", headers={"x-forwarded-email": "ann@chat.example"})

@@ -175,5 +175,5 @@ def test_paths_are_of_this_repository() -> None:
 
 
 def test_documents() -> None:
-    """All three pictures exist."""
+    """All three pictures of the README exist."""
     assert {Path(name).name for name in DOCUMENTS} >= {"README.md", "OPERATIONS.md", "SCALING.md"}

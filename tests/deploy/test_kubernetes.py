@@ -100,12 +100,12 @@ def test_readiness_is_webs_own() -> None:
 
 
 def test_two_beats() -> None:
-    """There are two beat pods, one of which may be missing."""
+    """There are two beat pods, and either one may be missing."""
     assert OBJECTS["Deployment/followups-beat"]["spec"]["replicas"] == 2
 
 
 def test_workers_are_scaled_by_what_is_overdue() -> None:
-    """Only the autoscaler sets the number of workers, based on the adapter's metric."""
+    """Only the autoscaler sets the number of workers, and it uses the metric of the adapter."""
     autoscaler = OBJECTS["HorizontalPodAutoscaler/followups-worker"]["spec"]
     (metric,) = autoscaler["metrics"]
     name = metric["external"]["metric"]["name"]

@@ -62,7 +62,7 @@ def servers(tmp_path: Path) -> Iterator[dict[str, str]]:
 
 
 def secret_files(directory: Path, **secrets: str) -> dict[str, str]:
-    """Write each secret into a file of its own; return the settings that name the files."""
+    """Write each secret into a separate file, and return the settings that name the files."""
     directory.mkdir()
     for name, secret in secrets.items():
         (directory / name).write_text(f"{secret}\n")
@@ -94,7 +94,7 @@ def test_an_operator_brings_it_up(servers: dict[str, str], tmp_path: Path) -> No
     }
     of["worker"] |= secret_files(tmp_path / "signing", TRANSPORT_SECRET=SECRET)
     of["beat"] = usual | secret_files(tmp_path / "beat", BROKER_URL=servers["beat"])
-    of["beat"]["FOLLOWUPS_DATABASE_URL"] = "postgresql://localhost/followups"  # it connects to no database
+    of["beat"]["FOLLOWUPS_DATABASE_URL"] = "postgresql://localhost/followups"  # beat never connects to the database
     of["owner"] = usual | secret_files(tmp_path / "owner", DATABASE_URL=servers[OWNER], BROKER_URL=servers["web"])
     assert "it was empty" in followups(of["owner"], "migrate")
     followups(of["web"], "workspace", "create", "acme")

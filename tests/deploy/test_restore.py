@@ -1,4 +1,7 @@
-"""Restoring a backup: later messages are sent again with the same key, earlier ones are not."""
+"""Restoring a backup: messages sent after the backup are sent again with the same key.
+
+Messages sent before the backup are not sent again.
+"""
 
 from __future__ import annotations
 
@@ -73,7 +76,7 @@ def test_what_a_restore_means(stack: Stack, restored: tuple[str, Engine], tmp_pa
 
 
 def start_sending(stack: Stack) -> None:
-    """Start a beat and a worker with names of their own."""
+    """Start a beat and a worker with unique names."""
     stack.beat(f"beat-{uuid4().hex}")
     stack.worker(f"worker-{uuid4().hex}")
 

@@ -1,4 +1,4 @@
-"""An upgrade without downtime: first the schema, under load and with the old code, then the code."""
+"""An upgrade without downtime, under load: first the schema, with the old code running, then the code."""
 
 from __future__ import annotations
 
@@ -109,7 +109,7 @@ def sent(rig: Rig) -> int:
 
 
 def more_is_sent(rig: Rig, more: int = 60) -> None:
-    """Wait until that many more follow-ups have been sent, which shows that the system works."""
+    """Wait until this many more follow-ups have been sent, which shows that the system works."""
     wanted = sent(rig) + more
     wait_until(lambda: sent(rig) >= wanted, within=60)
 
