@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from uuid import UUID
 
-    from followups.store.console_sessions import Found
+    from followups.store.console_sessions import ValidSession
 
 
 class Permission(StrEnum):
@@ -40,7 +40,7 @@ WHOLE_WORKSPACE = frozenset({Permission.SETTINGS, Permission.AUDIT, Permission.S
 class Viewer:
     """A signed-in person with a valid session."""
 
-    session: Found
+    session: ValidSession
 
     def may(self, action: Permission) -> bool:
         """Return whether the viewer's role has the permission."""

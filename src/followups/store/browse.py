@@ -231,7 +231,7 @@ GROWTH = 100
 """The largest factor by which a search step is longer than the previous step."""
 
 
-class Found(NamedTuple):
+class FollowUpPage(NamedTuple):
     """One page of search results."""
 
     rows: list[Row]
@@ -241,7 +241,7 @@ class Found(NamedTuple):
 
 def search(
     connection: Connection, wanted: BrowseFilter, after: BrowseCursor | None, size: int, limit: timedelta
-) -> Found | None:
+) -> FollowUpPage | None:
     """Return up to ``size`` matching follow-ups after ``after``, or fewer if ``limit`` is reached.
 
     Return None if not even the first step back in time ends within the limit. The length of each step is chosen so that
@@ -259,17 +259,17 @@ def search(
         left = timedelta(seconds=deadline - begun)
         found = within(connection, left, *_page(wanted, place, floor, size - len(rows) + 1))
         if found is None:
-            return Found(rows, place) if rows or place != after else None
+            return FollowUpPage(rows, place) if rows or place != after else None
         rows += _rows_of(found)
         if len(rows) > size:
-            return Found(rows[:size], rows[size - 1].place)
+            return FollowUpPage(rows[:size], rows[size - 1].place)
         if floor is None or step is None:
-            return Found(rows, None)
+            return FollowUpPage(rows, None)
         top, place = floor, BrowseCursor(floor, NIL)
         took = time.monotonic() - begun
         left = timedelta(seconds=deadline - time.monotonic())
         if left <= timedelta(0):
-            return Found(rows, place)
+            return FollowUpPage(rows, place)
         # At least twice as long: the first statement of a connection takes long, however few rows there are.
         step = step * max(2, min(left.total_seconds() / took / 2, GROWTH)) if step < LONGEST_STEP else None
 

@@ -68,7 +68,7 @@ class Grant:
 
 
 @dataclass(frozen=True, slots=True)
-class Found:
+class ValidSession:
     """A valid console session."""
 
     id: UUID
@@ -124,10 +124,10 @@ _FIND = text(f"""
 _SEEN = text("UPDATE console_sessions SET seen_at = now() WHERE id = :id AND ended_at IS NULL")
 
 
-def find(session: Session, token: str) -> Found | None:
+def find(session: Session, token: str) -> ValidSession | None:
     """Return the valid console session with this token, or None."""
     row = session.execute(_FIND, {"token_hash": hash_of(token), "idle": IDLE}).one_or_none()
-    return Found(*row) if row else None
+    return ValidSession(*row) if row else None
 
 
 def record_use(session: Session, session_id: UUID) -> None:
