@@ -113,7 +113,7 @@ def _remover(
 
 
 def _write(file: IO[bytes], documents: Sequence[dict[str, Any]]) -> None:
-    """Write a batch as a separate gzip member, so that complete batches stay readable after an interruption."""
+    """Write a batch as a separate gzip member. Complete batches stay readable after an interruption."""
     lines = "".join(json_module.dumps(each, ensure_ascii=False) + "\n" for each in documents)
     file.write(gzip.compress(lines.encode()))
     file.flush()

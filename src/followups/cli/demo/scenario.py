@@ -1,4 +1,4 @@
-"""The demo's script: its chats, the due date of each follow-up, and the expected endings. Pure functions."""
+"""The demo's script: its chats, each follow-up's due date, and the expected endings. Pure functions."""
 
 from __future__ import annotations
 
