@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
+from urllib.parse import quote
 from uuid import uuid4
 
 import pytest
@@ -50,3 +51,57 @@ def test_what_does_not_exist_leads_strangers_to_the_sign_in(person: Callable[...
     assert person().get("/nothing").status_code == 303
     assert person("operator").get("/nothing").status_code == 404
     assert person("operator").post("/", x="y").status_code == 405
+
+
+FIELDS = (
+    *(
+        "do",
+        "due",
+        "due_zone",
+        "fold",
+        "message",
+        "reason",
+        "chat",
+        "workspace",
+        "token",
+        "version",
+        "tick",
+        "expected",
+    ),
+    *("action_id", "state", "channel", "id", "due_from", "due_to", "name", "expires", "time_zone", "from", "to", "day"),
+    *("per", "per_unit", "rate", "burst", "after", "target", "action", "next", "zone", "language", "secret"),
+)
+HOSTILE = (
+    "\x00",
+    "\ud800",
+    "\u202e{0.__class__}%s",
+    "9" * 400,
+    "0001-01-01T00:00",
+    "9999-12-31T23:59:59",
+    "-1e309",
+    "../..",
+)
+
+
+DOING = {"/bulk/preview": "cancel-all", "/bulk": "cancel-all", "/settings/hours": "save"}
+"""Buttons without which a form is refused before its fields are read."""
+
+
+@pytest.mark.parametrize("value", HOSTILE, ids=range(len(HOSTILE)))
+def test_hostile_fields_are_refused_without_an_error(value: str, person: Callable[..., Person], own: World) -> None:
+    """No route answers 500 to a strange value in each of its fields, for a workspace's admin or an operator."""
+    encoded = quote(value, errors="surrogatepass")
+    body = "&".join(f"{name}={encoded}" for name in FIELDS)
+    one_id = str(own.follow_up())
+    for viewer in (person("admin", own), person("operator")):
+        for route in ROUTES:
+            if route.path == "/logout":
+                continue
+            path = "/console" + route.path.replace("{id}", one_id).replace("{name}", "x")
+            if route.method == "GET":
+                answer = viewer.client.get(f"{path}?{body}")
+            else:
+                headers = {"content-type": "application/x-www-form-urlencoded"}
+                content = f"{body}&do={DOING.get(route.path, '')}"
+                answer = viewer.client.post(path, content=content, headers=headers)
+            assert answer.status_code < 500, (route, value, answer.text)
