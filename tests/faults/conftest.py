@@ -1,4 +1,4 @@
-"""Fixtures of the fault tests: the seed, the system under test, and the recorder of figures."""
+"""Fixtures of the fault tests: the seed, the system under test, and a recorder of figures."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def figures(request: pytest.FixtureRequest, seed: int) -> Figures:
 
 @pytest.fixture
 def rig(request: pytest.FixtureRequest, dice: random.Random) -> Iterator[Rig]:
-    """Return a system with a separate database and broker on shared servers, which the test must not harm."""
+    """Return a system with its own database and broker, on shared servers that the test must not harm."""
     if chosen_servers():
         with own_servers(dice) as (rig, _):
             yield rig
@@ -59,7 +59,7 @@ def rig(request: pytest.FixtureRequest, dice: random.Random) -> Iterator[Rig]:
 
 @pytest.fixture
 def breakable(dice: random.Random) -> Iterator[Rig]:
-    """Return a system on servers that the test may kill and restart."""
+    """Return a system whose servers the test may kill and restart."""
     with own_servers(dice) as (rig, _):
         yield rig
 

@@ -65,21 +65,21 @@ def expect(kept: object, promise: str) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Scene:
-    """The environment of a guard's scenario: engine, store and the steps of a delivery."""
+    """The environment of a guard's scenario: an engine, a store and the steps of a delivery."""
 
     world: World
     settings: Settings
     claim: Callable[[Engine, Settings], Claim] = claim
     take: Callable[[Connection, claims.ClaimSearch], Claim] = claims.claim
-    """The claim statement of this scene, executed in the caller's transaction."""
+    """The claim statement of this scene, which runs in the caller's transaction."""
 
     @property
     def engine(self) -> Engine:
-        """The engine whose statements may lack a guard."""
+        """The engine from whose statements a guard may be missing."""
         return self.world.engine
 
     def lease(self) -> Lease:
-        """Claim the due follow-up and return its lease."""
+        """Claim the follow-up that is due and return its lease."""
         (lease,) = self.claim(self.engine, self.settings).leases
         return lease
 
@@ -141,7 +141,7 @@ def stale_hint_begins(scene: Scene) -> None:
 
 
 def repeated_hint_begins(scene: Scene) -> None:
-    """Begin a follow-up twice with the same hint."""
+    """Begin a follow-up two times by the same hint."""
     scene.world.follow_up()
     lease = scene.lease()
     scene.begin(lease)
@@ -165,7 +165,7 @@ def cancelled_begins(scene: Scene) -> None:
 
 
 def later_one_begins(scene: Scene) -> None:
-    """Begin a chat's later follow-up before its earlier follow-up."""
+    """Begin the later of a chat's two follow-ups first."""
     chat_id = scene.world.chat()
     scene.world.follow_up(chat_id, due=-timedelta(seconds=2))
     later = scene.world.follow_up(chat_id, due=-timedelta(seconds=1))
@@ -174,7 +174,7 @@ def later_one_begins(scene: Scene) -> None:
 
 
 def begins_in(chat: Callable[[Scene], UUID], **columns: Any) -> Callable[[Scene], None]:
-    """Return a scenario that begins a follow-up in a chat to which nothing may be sent any more."""
+    """Return a scenario that begins a follow-up in a chat to which nothing may be sent any longer."""
 
     def scenario(scene: Scene) -> None:
         scene.world.follow_up(chat(scene), **columns)
@@ -235,7 +235,7 @@ def token_stays(scene: Scene) -> None:
 
 
 def token_repeats(scene: Scene) -> None:
-    """Claim a follow-up again after a failover that lost the first claim."""
+    """Claim a follow-up again after a failover in which the first claim was lost."""
     follow_up = scene.world.follow_up()
     lease = scene.lease()
     scene.world.sql("UPDATE follow_ups SET lease_token = 0, lease_until = NULL WHERE id = :id", id=follow_up)
@@ -349,7 +349,7 @@ def claimed_at_once(scene: Scene) -> None:
 
 
 def fairly(scenario: Callable[[Scene], None]) -> Callable[[Scene], None]:
-    """Return a scenario in which fair claims replace all claims."""
+    """Return a scenario with fair claims instead of all other claims."""
     return lambda scene: scenario(replace(scene, claim=claim_fairly, take=claims.claim_fairly))
 
 
@@ -393,7 +393,7 @@ def stale_park(scene: Scene) -> None:
 
 
 def parked_behind_an_end(scene: Scene) -> None:
-    """Park a follow-up behind one whose ending transaction has already looked for parked follow-ups."""
+    """Park a follow-up behind one whose end is being committed and has already looked for parked ones."""
     earlier, later = two_in_a_chat(scene)
     with Session(scene.engine) as session:
         followups.cancel(session, earlier)
@@ -428,7 +428,7 @@ def ended_lease_deferred(scene: Scene) -> None:
 
 
 def cancelled_deferred(scene: Scene) -> None:
-    """Defer a follow-up that was cancelled after it had been read."""
+    """Defer a follow-up that was cancelled after its row had been read."""
     scene.world.follow_up()
     lease = scene.lease()
     scene.cancel(lease.id)
@@ -437,7 +437,7 @@ def cancelled_deferred(scene: Scene) -> None:
 
 
 def deferred_in_flight(scene: Scene) -> None:
-    """Defer a follow-up that has begun."""
+    """Defer a follow-up whose attempt has begun."""
     scene.world.follow_up()
     (begun,) = scene.begin(scene.lease())
     put_off(scene, begun.lease)
@@ -445,7 +445,7 @@ def deferred_in_flight(scene: Scene) -> None:
 
 
 def forgotten(scene: Scene) -> None:
-    """Search for follow-ups that are still parked behind a follow-up that has ended."""
+    """Search for follow-ups that are still parked although the follow-up before them has ended."""
     earlier, later = two_in_a_chat(scene)
     scene.cancel(earlier)
     scene.world.sql("UPDATE follow_ups SET waits_for = :earlier WHERE id = :id", earlier=earlier, id=later.id)
@@ -478,7 +478,7 @@ def created_twice_by_a_key(scene: Scene) -> None:
 
 @contextmanager
 def beside(work: Callable[[], object], scene: Scene) -> Iterator[None]:
-    """Run work in a thread; continue when it has ended or waits for a lock, and finally wait for its end."""
+    """Run work in a thread; continue once the work has ended or waits for a lock, and finally wait for it."""
     waiting = text(
         "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND wait_event_type = 'Lock'"
     )
@@ -498,7 +498,7 @@ def beside(work: Callable[[], object], scene: Scene) -> Iterator[None]:
 
 @contextmanager
 def without(engine: Engine, within: str, cuts: dict[str, str]) -> Iterator[None]:
-    """Replace these pieces in every statement that contains ``within``; fail unless every piece was found."""
+    """Replace these pieces in each statement that contains ``within``; fail if a piece was never found."""
     found = set()
 
     def cut(_connection: Any, _cursor: Any, statement: str, parameters: Any, *_: Any) -> tuple[str, Any]:

@@ -45,12 +45,12 @@ _BEGUN_AFTER_CANCEL = text("""
 
 
 def rewritten(engine: Engine) -> int:
-    """Count the changes of finished follow-ups."""
+    """Count how often finished follow-ups were changed."""
     with engine.connect() as connection:
         return int(connection.execute(_REWRITTEN).scalar_one())
 
 
 def begun_after_cancel(engine: Engine) -> set[UUID]:
-    """Return the follow-ups whose attempt began after they were cancelled."""
+    """Return the follow-ups with an attempt that began after the cancel."""
     with engine.connect() as connection:
         return set(connection.scalars(_BEGUN_AFTER_CANCEL))

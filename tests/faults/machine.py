@@ -35,7 +35,7 @@ NOW = "UPDATE follow_ups SET next_attempt_at = now() WHERE id = :id"
 
 
 class Driven:
-    """A model and the real store, with the same two follow-ups of one chat in the database."""
+    """A model next to the real store, with the same two follow-ups of one chat in the database."""
 
     def __init__(self, world: World, settings: Settings, *, deduplicates: bool, creates_late: bool) -> None:
         self.protocol = Protocol(deduplicates=deduplicates, creates_late=creates_late, most_claims=6)
@@ -70,7 +70,7 @@ class Driven:
             does(*what)
 
     def compare(self) -> None:
-        """Check that the database matches the model."""
+        """Check that the database contains what the model predicts."""
         for number, (follow_up, expected) in enumerate(zip(self.ids, self.model.rows, strict=False)):
             row = self.world.row(follow_up)
             real = (
@@ -108,7 +108,7 @@ class Driven:
             amend(session, self.ids[number], changes)
 
     def reschedule(self, number: int) -> None:
-        """Set a new due date, which also revokes the lease."""
+        """Set a new due date, which also revokes the lease of the follow-up."""
         self.amend(number, {"due_date": datetime.now(UTC) - timedelta(seconds=8 if number == 0 else 0)})
         self.world.sql(LATER, id=self.ids[number])
         row = self.model.rows[number]

@@ -16,11 +16,11 @@ if TYPE_CHECKING:
     from world import World
 
 NOTICE = timedelta(seconds=0.5)
-"""The minimum time between creation and due date: several ticks, so that a follow-up can be on time."""
+"""The least time from creation to due date: several ticks, so that a follow-up can be on time."""
 
 
 PORTION = 2_000
-"""The number of rows inserted by one statement, which must finish within its client's timeout."""
+"""The number of rows inserted by one statement, which must finish within the client's timeout."""
 
 
 def punctual(rig: Rig, count: int, spread: float, world: World | None = None, notice: timedelta = NOTICE) -> list[UUID]:

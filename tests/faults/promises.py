@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from sqlalchemy import Engine
 
 UNKNOWN = "unknown"
-"""The part of a reason that allows an earlier accepted send; otherwise it must end as sent."""
+"""The part of a reason that permits an accepted send; without it, an accepted follow-up must be sent."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +34,7 @@ class Record:
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """How often each promise was broken (every count should be 0), and how follow-ups ended."""
+    """How often each promise was broken, which should be never, and how the follow-ups ended."""
 
     lost: int
     doubled: int
@@ -48,7 +48,7 @@ class Verdict:
     unknown: int
     """The follow-ups that ended with an unknown outcome."""
     repeated: int
-    """The requests that the chat recognised by their key as already accepted."""
+    """The requests whose key the chat had already accepted."""
 
     def broken(self) -> dict[str, int]:
         """Return the broken promises, with their counts."""
@@ -104,7 +104,7 @@ def _after_cancel(begun_after: set[UUID], by_id: Mapping[str, Collection[Mapping
 
 
 def _disordered(rows: Mapping[UUID, Any], requests: Collection[Mapping[str, Any]]) -> int:
-    """Count the follow-ups that a chat accepted after a later follow-up of the same chat."""
+    """Count the follow-ups that a chat accepted only after a later follow-up of the same chat."""
     latest: dict[str, tuple[Any, UUID]] = {}
     count = 0
     for request in requests:

@@ -35,7 +35,7 @@ class Proxy:
         self._refusing = False
         self.port = 0
         self.frozen = 0
-        """The connections that are permanently frozen."""
+        """The connections that will never forward anything again."""
 
     def __enter__(self) -> Self:
         """Start listening."""
@@ -76,7 +76,7 @@ class Proxy:
         self._call(self._freeze)
 
     def stall(self) -> None:
-        """Stop forwarding on open and new connections without closing any."""
+        """Stop forwarding on open and new connections, but close no connection."""
         self._call(self._forwarding.clear)
 
     def flow(self) -> None:
@@ -85,7 +85,7 @@ class Proxy:
         self._call(self._forwarding.set)
 
     def refuse(self) -> None:
-        """Break all open connections, and each new connection immediately."""
+        """Break all open connections, and each new connection as soon as it is made."""
         self._refusing = True
         self.cut()
 

@@ -25,7 +25,7 @@ INSTALLED = max(Path("/usr/lib/postgresql").glob("*/bin"), default=None)
 """The directory with the binaries of Debian's newest PostgreSQL package, or None if there is none."""
 
 MISSING = "PostgreSQL is not installed: apt-get install postgresql."
-"""The reason for skipping a test if these binaries are missing."""
+"""Why a test is skipped if these binaries are missing."""
 
 CONFIGURATION = """
 listen_addresses = ''
@@ -40,7 +40,7 @@ FOLLOWERS = "SELECT count(*) FROM pg_stat_replication WHERE state = 'streaming'"
 
 
 def ask(server: EmbeddedPostgres, statement: str, database: str = "postgres") -> str:
-    """Execute a statement on this server, wherever the address points; return the first column of its row."""
+    """Execute a statement on this server, even if the address leads elsewhere; return one value."""
     with psycopg.connect(server.url(database), autocommit=True) as connection:
         found = connection.execute(statement.encode())
         row = found.fetchone() if found.description else None
@@ -53,7 +53,7 @@ def _change(server: EmbeddedPostgres, setting: str, value: str) -> None:
 
 
 def socket_of(server: EmbeddedPostgres) -> Path:
-    """Return the directory of a server's socket, which is the host in the server's URL."""
+    """Return the directory of a server's socket, given as the host in its URL."""
     return Path(str(make_url(server.url()).query["host"]))
 
 
@@ -65,7 +65,7 @@ class Server(EmbeddedPostgres):
     """A PostgreSQL server of any version: a new server, or a standby of another until it is promoted."""
 
     def __init__(self, binaries: Path, primary: EmbeddedPostgres | None = None) -> None:
-        """Store the binaries and the server to follow (None for a new server)."""
+        """Store the binaries, and the server to be followed (None for a new server)."""
         super().__init__(parent=memory_directory())
         self._binaries, self._primary = binaries, primary
 
@@ -154,7 +154,7 @@ class Replicated:
         ask(self.primary, "SELECT pg_promote()")
 
     def move(self) -> None:
-        """Let the address lead to the current primary; open connections are kept."""
+        """Let the address lead to the current primary, and keep open connections."""
         self.proxy.lead_to(self.primary.url())
 
     def replace_standby(self) -> None:
@@ -165,7 +165,7 @@ class Replicated:
         self._attach()
 
     def detach(self) -> None:
-        """Disconnect the standby, so that it receives no further commits."""
+        """Disconnect the standby, so that it no longer receives commits."""
         _change(self.standby, "primary_conninfo", "")
         wait_until(lambda: ask(self.primary, FOLLOWERS) == "0")
 

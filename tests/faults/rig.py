@@ -90,13 +90,13 @@ class Rig(Stack):
         return self.process(f"beat.{next(self._numbers)}", "beat", environment=environment)
 
     def web(self) -> web.Api:
-        """Start another web process and wait until it answers; return a client with an API key."""
+        """Start another web process, wait until it answers, and return a client with an API key."""
         _, url = web.start(self.processes, self.environment(), f"web.{next(self._numbers)}")
         return web.Api(url, self.world)
 
     def start(self, workers: int = 1, beats: int = 1, *, harmed: bool = False) -> list[Child]:  # type: ignore[override]
         """Start the chat, beats and workers concurrently; return the workers once all of them consume."""
-        for _ in range(beats):  # the processes that start most slowly are started first
+        for _ in range(beats):  # start the processes that need the longest time first
             self.beat()
         started = [self.worker(ready=False, harmed=harmed) for _ in range(workers)]
         self.sandbox()
@@ -140,14 +140,14 @@ class Rig(Stack):
         return code
 
     def settle_down(self, within: float = 30) -> float:
-        """Wait until no follow-up is pending; return the seconds that this took."""
+        """Wait until no follow-up is pending, and return the seconds waited."""
         started = time.monotonic()
         query = "SELECT count(*) FROM follow_ups WHERE status = 'pending'"
         wait_until(lambda: self.world.scalar(query) == 0, within, every=0.05)
         return time.monotonic() - started
 
     def ask_each(self, workers: Sequence[Child]) -> None:
-        """Freeze each of two workers in turn, so that the other worker has to read both queues."""
+        """Freeze each of two workers in turn, so that the one still running has to read both queues."""
         for idle, busy in (workers, reversed(workers)):
             idle.signal(signal.SIGSTOP)
             self.bulk(1)

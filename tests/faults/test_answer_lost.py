@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 STEPS = ("claim", "begin", "settle")
 
 PROMPT = 30.0
-"""The limit in seconds until all are sent on a busy machine; the lease in this test is 120 s."""
+"""The limit in seconds until all follow-ups are sent on a busy machine; a lease lasts 120 s here."""
 
 
 def start(rig: Rig) -> None:
@@ -51,6 +51,6 @@ def test_answer_lost_at_each_step(rig: Rig, figures: Figures) -> None:
 @pytest.mark.faults_long
 @pytest.mark.parametrize("step", STEPS)
 def test_answers_lost_often(step: str, rig: Rig, figures: Figures) -> None:
-    """A hundred lost answers to commits delay no follow-up and lose no attempt."""
+    """If a hundred answers to commits are lost, no follow-up is delayed, and no attempt is lost."""
     start(rig)
     answers_lost(rig, figures, step, count=3000, times=100)

@@ -1,4 +1,4 @@
-"""Tests in which a failing workspace's backlog exceeds MAX_IN_FLIGHT: it is deferred, others continue."""
+"""Tests in which a failing workspace has more follow-ups than MAX_IN_FLIGHT; others still continue."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def lag_p50_ms(rig: Rig, ids: list[UUID]) -> float:
 
 
 def test_backlog_that_is_left_alone(rig: Rig, figures: Figures) -> None:
-    """Follow-ups are sent while another, failing workspace's backlog waits; the backlog is sent later."""
+    """While a failing workspace's backlog waits, others' follow-ups are sent; the backlog follows later."""
     rig.options |= {"FOLLOWUPS_MAX_IN_FLIGHT": "200", "FOLLOWUPS_CONCURRENCY": "8", "FOLLOWUPS_BREAKER_FAILURES": "20"}
     backlog(rig, figures, overdue=1500, others=50)
 

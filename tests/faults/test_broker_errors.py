@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from faults.rig import Rig
 
 BACK_WITHIN = 10.0
-"""The limit in seconds until consumption resumes, doubled for a busy machine."""
+"""The limit in seconds until workers consume again, doubled because the machine may be busy."""
 
 
 @contextmanager
@@ -135,20 +135,20 @@ def create(api: web.Api) -> None:
 
 
 def test_errors_to_reads_and_writes(breakable: Rig, figures: Figures) -> None:
-    """Errors from Redis end no process and lose no follow-up, and consumption resumes within seconds."""
+    """If Redis answers with errors, no process ends, no follow-up is lost, and consumption soon resumes."""
     names = breakable.rng.sample(list(ERRORS), len(ERRORS))
     answering_errors(breakable, figures, names, lambda: 1 + breakable.rng.random())
 
 
 @pytest.mark.faults_long
 def test_errors_for_long(breakable: Rig, figures: Figures) -> None:
-    """Processes survive many Redis errors that last up to twenty seconds each."""
+    """Processes survive many Redis errors, each of which lasts up to twenty seconds."""
     names = [breakable.rng.choice(list(ERRORS)) for _ in range(25)]
     answering_errors(breakable, figures, names, lambda: 20 * breakable.rng.random())
 
 
 def test_stopped_in_the_middle(breakable: Rig) -> None:
-    """A worker that is stopped while the broker refuses its reads drains and exits cleanly."""
+    """A worker that is stopped while the broker rejects its reads drains and exits cleanly."""
     assert breakable.valkey
     (worker,) = breakable.start()
     with redis.Redis.from_url(breakable.valkey.url(), socket_timeout=5) as server, noperm(server):

@@ -1,4 +1,4 @@
-"""Tests with hosts whose clocks are minutes off: by the database's clock, nothing is early or late."""
+"""Tests with hosts whose clocks are minutes off: the database's clock decides what is early or late."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ MINUTES, HOURS = timedelta(minutes=10), timedelta(hours=2)
 
 
 def clocks_off(rig: Rig, figures: Figures, seconds: float, off: timedelta) -> None:
-    """Run a worker and a beat with clocks ahead by ``off``, and a worker and a beat with clocks behind."""
+    """Run two workers and two beats: one of each with a clock ahead by ``off``, one with it behind."""
     rig.options["FOLLOWUPS_LEASE"] = "30"  # a dropped hint delays its follow-ups by one lease
     rig.options["FOLLOWUPS_TRANSPORT_SECRET"] = SECRET
     ahead, behind = ({"FOLLOWUPS_TEST_CLOCK_OFFSET": f"{sign * off.total_seconds()}"} for sign in (1, -1))
@@ -72,5 +72,5 @@ def test_clocks_hours_off(rig: Rig, figures: Figures) -> None:
 
 @pytest.mark.faults_long
 def test_clocks_off_for_long(rig: Rig, figures: Figures) -> None:
-    """With hosts' clocks off for a minute, every follow-up is sent on time by the database's clock."""
+    """In a minute with hosts' clocks off, every follow-up is sent on time by the database's clock."""
     clocks_off(rig, figures, seconds=60, off=rig.rng.choice([MINUTES, HOURS]))

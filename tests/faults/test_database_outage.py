@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from faults.rig import Rig
 
 BACK_WITHIN = 10.0
-"""The limit in seconds until sending resumes, doubled for a busy machine."""
+"""The limit in seconds until sending resumes, doubled because the machine may be busy."""
 
 
 def outages(rig: Rig, figures: Figures, times: int, between: tuple[float, float], rate: float) -> None:
@@ -85,7 +85,7 @@ def test_restarted_for_minutes(breakable: Rig, figures: Figures) -> None:
 
 
 def test_restarted_with_a_long_lease(breakable: Rig, figures: Figures) -> None:
-    """Claims, begins and settles interrupted by a PostgreSQL restart do not wait for a two-minute lease."""
+    """If a PostgreSQL restart interrupts claim, begin or settle, nothing waits for a two-minute lease."""
     breakable.options["FOLLOWUPS_LEASE"] = "120"
     assert breakable.postgres
     breakable.start(workers=2)
@@ -121,18 +121,18 @@ def sessions_ended(rig: Rig, figures: Figures, times: int) -> None:
 
 
 def test_sessions_ended(rig: Rig, figures: Figures) -> None:
-    """Database sessions terminated by an operator only cause reconnects."""
+    """If an operator terminates database sessions, this only causes reconnects."""
     sessions_ended(rig, figures, times=8)
 
 
 @pytest.mark.faults_long
 def test_sessions_ended_for_minutes(rig: Rig, figures: Figures) -> None:
-    """Database sessions terminated four times per second for minutes only cause reconnects."""
+    """If database sessions are terminated four times per second for minutes, this only causes reconnects."""
     sessions_ended(rig, figures, times=400)
 
 
 def test_started_before_its_servers(breakable: Rig) -> None:
-    """A worker and a beat started before their servers log what is missing, wait, and then start."""
+    """If worker and beat start before their servers, they log what is missing, wait, and then start."""
     assert breakable.postgres
     assert breakable.valkey
     servers = (breakable.postgres, breakable.valkey)

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 def dropped(rig: Rig, figures: Figures, count: int, *, deduplicates: bool) -> None:
-    """Drop the chat's first answer to every third follow-up."""
+    """Drop the chat's first answer to every third follow-up's request."""
     rig.options["FOLLOWUPS_TRANSPORT_DEDUPLICATES"] = str(deduplicates).lower()
     # a long timeout, so that only dropped answers are late
     rig.options |= {"FOLLOWUPS_TRANSPORT_TIMEOUT": "20", "FOLLOWUPS_LEASE": "40"}
@@ -38,7 +38,7 @@ def dropped(rig: Rig, figures: Figures, count: int, *, deduplicates: bool) -> No
 
 @pytest.mark.parametrize("deduplicates", [True, False], ids=["deduplicating", "not-deduplicating"])
 def test_answers_dropped(deduplicates: bool, rig: Rig, figures: Figures) -> None:  # noqa: FBT001 - a parameter
-    """If answers are lost, a deduplicating chat has each message once; otherwise the outcome is unknown."""
+    """If answers are lost, a chat that deduplicates has each message once; else the outcome is unknown."""
     dropped(rig, figures, 90, deduplicates=deduplicates)
 
 

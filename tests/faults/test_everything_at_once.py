@@ -1,4 +1,4 @@
-"""Tests with random combinations of faults, which may reveal bugs that no single fault reveals."""
+"""Tests with random combinations of faults, to find bugs that no single fault reveals."""
 
 from __future__ import annotations
 
@@ -108,7 +108,7 @@ class Disorder:
         self._rig.behave(kind="accept")
 
     def cancel_some(self) -> None:
-        """Cancel some pending follow-ups through the API."""
+        """Cancel some of the pending follow-ups through the API."""
         query = "SELECT id FROM follow_ups WHERE status = 'pending' ORDER BY random() LIMIT 5"
         for (follow_up_id,) in rows_of(self._rig, query):
             with suppress(httpx.TransportError):

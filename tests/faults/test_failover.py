@@ -192,7 +192,7 @@ def test_failovers_for_minutes(replicated: Rig, figures: Figures) -> None:
 
 @pytest.mark.faults_long
 def test_failovers_where_any_server_will_do(replicated: Rig, figures: Figures) -> None:
-    """Requests and sends continue after a failover if the URL accepts sessions on any server."""
+    """If the URL accepts sessions on any server, requests and sends still continue after a failover."""
     url = replicated.settings.database_url.get_secret_value()
     replicated.options["FOLLOWUPS_DATABASE_URL"] = f"{url}&target_session_attrs=any"
     failovers(replicated, figures, times=6, between=(2, 15), rate=60)

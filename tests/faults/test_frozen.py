@@ -46,13 +46,13 @@ def frozen_at(
 
 
 def refused(rig: Rig, name: str) -> int:
-    """Return how many late results and late sends were refused."""
+    """Return how many results and sends were refused for being late."""
     stale = sum(line["count"] for line in rig.log_events("stale_writes", name))
     return stale + len(rig.log_events("attempt_abandoned", name))
 
 
 def test_frozen_at_each_step(rig: Rig, figures: Figures) -> None:
-    """A worker frozen at any step past its lease settles nothing after resuming; its writes are refused."""
+    """If a worker is frozen past its lease at any step, its later writes are refused and nothing settles."""
     workers = rig.start(workers=2, harmed=True)
     for point in rig.rng.sample(POINTS, len(POINTS)):
         frozen_at(rig, figures, point, rig.rng.sample(workers, 2), count=60)
@@ -66,7 +66,7 @@ def test_frozen_for_long(point: str, rig: Rig, figures: Figures) -> None:
 
 
 def test_frozen_inside_a_transaction(rig: Rig, figures: Figures) -> None:
-    """A worker frozen while it holds row locks delays only these rows, until PostgreSQL ends its session."""
+    """If a worker freezes with rows locked, only these rows wait until PostgreSQL ends the session."""
     frozen, other = rig.start(workers=2, harmed=True)
     other.signal(signal.SIGSTOP)
     rig.failpoints.arm("settle.before_commit", "stop")
@@ -102,7 +102,7 @@ def test_frozen_inside_a_claim(rig: Rig, figures: Figures) -> None:
 
 
 def test_suspended(rig: Rig, figures: Figures) -> None:
-    """After its machine was suspended past a lease, a worker makes no call, although its clock stopped."""
+    """If a machine was suspended past a lease, its worker makes no call, although its clock stopped."""
     asleep, other = rig.start(workers=2, harmed=True)
     other.signal(signal.SIGSTOP)
     rig.failpoints.arm("send.before", "suspend")

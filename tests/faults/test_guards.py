@@ -223,7 +223,7 @@ class Telling:
 
 
 class Hasty(DatabaseClock):
-    """A database clock by which every follow-up is already due."""
+    """A database clock that reports every follow-up as due."""
 
     def until(self, _moment: datetime) -> float:
         """Return 0, as if the due moment had come."""
@@ -258,7 +258,7 @@ async def test_never_early(world: World, engine: Engine, settings: Settings) -> 
 
 
 async def test_never_after_the_lease(world: World, engine: Engine, settings: Settings) -> None:
-    """A sender frozen past its lease abandons the attempt; without this guard it calls the transport."""
+    """A sender frozen past its lease abandons the attempt; without this guard, the transport is called."""
     world.follow_up()
     begun = begun_of(Scene(world, settings).lease())
     assert await sent_by(DatabaseClock(), engine, begun, uptime() - 1) == []

@@ -117,7 +117,7 @@ def test_overdue_is_written_to(world: World, engine: Engine, settings: Settings)
 
 
 def test_older_than_anybody_looks_back(world: World, engine: Engine, settings: Settings) -> None:
-    """A follow-up that fell due long ago is claimed, and ends with a reason that explains its failure."""
+    """A follow-up that fell due long ago is still claimed, and ends with a reason that says why it failed."""
     follow_up = world.follow_up(due=-timedelta(days=3000), scheduled_at=text("now() - interval '3000 days'"))
     low_water = claim(engine, settings.model_copy(update={"max_in_flight": 1})).low_water
     world.expire(follow_up)

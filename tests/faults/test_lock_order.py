@@ -30,7 +30,7 @@ DELAY = 0.01
 
 
 def replace_one(rig: Rig, follow_up: UUID, chat_id: UUID, delays: Sequence[float]) -> str:
-    """Cancel a follow-up and schedule another in its chat, in one transaction; return the outcome."""
+    """In one transaction, cancel a follow-up and schedule another in the same chat; return the outcome."""
     before, between = delays
     time.sleep(before)
     try:
@@ -82,7 +82,7 @@ def replace_beside_replies(rig: Rig, figures: Figures, pairs: int) -> None:
 
 
 def test_replace_beside_replies(rig: Rig, figures: Figures) -> None:
-    """A transaction that cancels and schedules and a concurrent user's reply both take effect."""
+    """If a cancel-and-schedule transaction and a user's reply run concurrently, both take effect."""
     replace_beside_replies(rig, figures, pairs=150)
 
 

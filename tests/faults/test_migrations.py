@@ -1,4 +1,4 @@
-"""Tests of migrations during endless transactions: others continue, and an error names the blocker."""
+"""Tests of migrations during endless transactions: others continue, and the error names who blocks."""
 
 from __future__ import annotations
 

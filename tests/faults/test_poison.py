@@ -46,7 +46,7 @@ def poisoned(rig: Rig, figures: Figures, neighbours: int, spread: float = 2.0, d
 
 
 def test_poison_in_a_crowd(rig: Rig, figures: Figures) -> None:
-    """A poison pill kills workers with many slow calls in flight; few of these are lost twice."""
+    """A poison pill kills workers with many slow calls in flight; few of these calls are lost twice."""
     rig.options |= {"FOLLOWUPS_LEASE": "6", "FOLLOWUPS_TRANSPORT_TIMEOUT": "4"}
     poisoned(rig, figures, neighbours=60, spread=0.0, delay=1.0)
 
@@ -58,5 +58,5 @@ def test_poison(rig: Rig, figures: Figures) -> None:
 
 @pytest.mark.faults_long
 def test_poison_among_many(rig: Rig, figures: Figures) -> None:
-    """One poison pill among two thousand follow-ups fails as worker_lost, and all others are sent."""
+    """Of two thousand follow-ups, one poison pill fails as worker_lost, and all others are sent."""
     poisoned(rig, figures, neighbours=2000)

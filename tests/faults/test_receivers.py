@@ -55,7 +55,7 @@ def herd(requests: Collection[Mapping[str, Any]], since: float) -> dict[str, flo
 
 
 def some_fail(rig: Rig, figures: Figures, count: int) -> None:
-    """Let 1 %, 10 % and 50 % of the chats fail their first request, one share after the other."""
+    """Let the first request fail in 1 % of the chats, then in 10 %, then in 50 %."""
     rig.options |= PATIENT
     rig.start()
     found = {}
@@ -96,7 +96,7 @@ def storm(rig: Rig, figures: Figures, count: int, seconds: float) -> None:
         **herd(requests, calm),
     )
     assert used == 0
-    assert least_pause(refused) > 0.95  # the receiver's own Retry-After of one second, as measured by the receiver
+    assert least_pause(refused) > 0.95  # the receiver itself measures its Retry-After of one second
 
 
 def least_pause(refused: Collection[Mapping[str, Any]]) -> float:
@@ -187,7 +187,7 @@ def left_alone(rig: Rig, figures: Figures, rate: float, seconds: float, limit: i
 
 
 def test_some_fail(rig: Rig, figures: Figures) -> None:
-    """If 1 %, 10 % or 50 % of the chats fail once, their follow-ups need two attempts and all others one."""
+    """If 1 %, 10 % or 50 % of the chats fail once, their follow-ups need two attempts, all others one."""
     some_fail(rig, figures, count=200)
 
 
@@ -202,7 +202,7 @@ def test_outage(rig: Rig, figures: Figures) -> None:
 
 
 def test_left_alone(rig: Rig, figures: Figures) -> None:
-    """While the transport fails for all workspaces, the breaker is open and no attempts are exhausted."""
+    """If the transport fails for all workspaces, the breaker opens, and no follow-up runs out of attempts."""
     rig.options |= PATIENT | {"FOLLOWUPS_BREAKER_FAILURES": "20", "FOLLOWUPS_MAX_ATTEMPTS": "8"}
     left_alone(rig, figures, rate=120, seconds=4)
 
@@ -235,7 +235,7 @@ def test_not_left_alone(rig: Rig, figures: Figures) -> None:
 
 @pytest.mark.faults_long
 def test_some_fail_of_many(rig: Rig, figures: Figures) -> None:
-    """If some of thousands of chats fail once, their follow-ups need two attempts and all others one."""
+    """If some of thousands of chats fail once, their follow-ups need two attempts, all others need one."""
     some_fail(rig, figures, count=5_000)
 
 

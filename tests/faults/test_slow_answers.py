@@ -1,4 +1,4 @@
-"""Tests with one chat in a hundred that answers late: the other ninety-nine are not delayed."""
+"""Tests in which one chat in a hundred answers late: the other chats are not delayed."""
 
 from __future__ import annotations
 
@@ -50,11 +50,11 @@ def slow_answers(rig: Rig, figures: Figures, count: int, delay: float) -> None:
         per_s_with_slow=round(count * 0.99 / with_slow),
     )
     assert verdict.ended == {"sent": 2 * count}
-    assert settled > delay  # the slow chats did answer late
+    assert settled > delay  # the slow chats did answer late, as intended
 
 
 def test_slow_answers(rig: Rig, figures: Figures) -> None:
-    """If 1 % of the answers take a second, all follow-ups are sent once, and 99 % are not delayed."""
+    """If 1 % of the answers take a second, all follow-ups are sent once, and 99 % of them are not delayed."""
     slow_answers(rig, figures, count=1_000, delay=1.0)
 
 

@@ -79,15 +79,15 @@ def behind_stuck(rig: Rig, figures: Figures, count: int, spread: float) -> None:
     assert [tuple(row) for row in refused] == [
         ("retry", 1),
         ("snoozed", 1),
-    ]  # each chat's first follow-up was requested once, and none behind it
+    ]  # each chat's first follow-up was requested once, and the follow-ups behind it were not
 
 
 def test_stuck_chats(rig: Rig, figures: Figures) -> None:
-    """Follow-ups behind two stuck ones cause no calls, and a reply cancels all five thousand."""
+    """Follow-ups behind two stuck ones cause no calls, and a reply cancels all five thousand of them."""
     behind_stuck(rig, figures, count=5_000, spread=1.5)
 
 
 @pytest.mark.faults_long
 def test_stuck_chats_with_many(rig: Rig, figures: Figures) -> None:
-    """Follow-ups behind two stuck ones cause no calls, and a reply cancels all hundred thousand."""
+    """Follow-ups behind two stuck ones cause no calls; a reply cancels all hundred thousand of them."""
     behind_stuck(rig, figures, count=100_000, spread=10.0)

@@ -31,7 +31,7 @@ step: contextvars.ContextVar[str] = contextvars.ContextVar("step", default="")
 
 
 def hit(point: str) -> None:
-    """Execute the action with which the point is armed, if any; one process executes each armed action."""
+    """Execute the action for which the failpoint is armed, if any; only one process executes each action."""
     for name in sorted(each for each in os.listdir(ARMED) if each.startswith(f"{point}@")):  # noqa: PTH208 - on a hot path
         taken = Path(ARMED, f"taken.{name}.{os.getpid()}")
         with contextlib.suppress(FileNotFoundError):  # another process took the action

@@ -1,4 +1,4 @@
-"""The model's decisions, made by the package's functions and cached."""
+"""The model's decisions, which the package's own functions make; their results are cached."""
 
 from __future__ import annotations
 

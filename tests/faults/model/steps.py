@@ -1,4 +1,4 @@
-"""All possible next steps in the model: the steps of every actor, and every fault between two steps."""
+"""All steps that are possible next in the model: the steps of each actor, and faults in between."""
 
 from __future__ import annotations
 
@@ -126,7 +126,7 @@ def _begun(world: ModelWorld, job: Job, protocol: Protocol) -> ModelWorld:
     if (final := end_before_begin(replied=world.replied)) and protocol.guards("silence at begin"):
         return done.with_row(job.row, ended(row, final))
     if job.row == 1 and world.rows[0].pending and protocol.guards("order at begin"):
-        # the second follow-up is parked until the end of the first unblocks it
+        # the second follow-up stays parked until the first one ends
         return done.with_row(1, row._replace(leased=False))
     _check_write(row, job)
     if row.status is Status.CANCELLED:

@@ -34,7 +34,7 @@ class ModelRow(NamedTuple):
 
 
 class Job(NamedTuple):
-    """The job of one worker: first a hint, then an attempt in flight, then the attempt's outcome."""
+    """A worker's job: first a hint, then an attempt in flight, then the outcome of the attempt."""
 
     row: int
     token: int
@@ -57,7 +57,7 @@ class ModelWorld(NamedTuple):
     rows: tuple[ModelRow, ModelRow]
     workers: tuple[Job, ...] = (IDLE, IDLE, IDLE)
     accepted: tuple[int, int] = (0, 0)
-    """How often the chat has accepted the message of each follow-up."""
+    """For each follow-up, how often the chat has accepted its message."""
     replied: bool = False
     may_create: bool = False
     """Whether the creation of the second follow-up has checked the chat without a lock and may proceed."""
@@ -82,7 +82,7 @@ class ModelWorld(NamedTuple):
         return row.pending and row.token == job.token and row.begun == (job.stage == "answered")
 
     def with_worker(self, old: Job, new: Job) -> ModelWorld:
-        """Return this state with a worker's job replaced."""
+        """Return this state with the job of one worker replaced."""
         workers = list(self.workers)
         workers[workers.index(old)] = new
         return self._replace(workers=tuple(sorted(workers)))
@@ -101,7 +101,7 @@ class Protocol:
     """Whether the second follow-up does not exist at the start."""
 
     def guards(self, name: str) -> bool:
-        """Return whether a guard is in place."""
+        """Return whether the given guard is in place."""
         return name not in self.without
 
 
@@ -110,5 +110,5 @@ class Broken(Exception):  # noqa: N818 - a broken promise, named as such
 
 
 def break_promise(name: str) -> None:
-    """Raise `Broken` for a promise."""
+    """Raise `Broken` with the name of a promise."""
     raise Broken(name)
