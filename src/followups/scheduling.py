@@ -112,7 +112,7 @@ def schedule_many(session: Session, *, workspace_id: UUID, planned: Sequence[Pla
 
     The rules are those of `schedule`. The number of statements does not depend on the number of follow-ups; creating a
     thousand follow-ups takes some 100 ms. The chats are locked in ascending order of their ids. Raises
-    `SomeRefusedError`, which contains the error of each refused follow-up by its index, `QuotaExceededError` and
+    `SomeRefusedError` (which maps the index of each refused follow-up to its error), `QuotaExceededError` or
     `TransactionError`.
     """
     _check_transaction(session)

@@ -1,6 +1,6 @@
 """The states of a follow-up, the reasons for its end, and the allowed transitions.
 
-This module uses neither a clock nor a database. Every write of ``status`` is a `Final` created by `finish`.
+This module uses neither a clock nor a database. Every new ``status`` comes from a `Final` created by `finish`.
 
 ======= ========= ===================================================================================
 from    to        codes

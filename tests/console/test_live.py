@@ -64,7 +64,7 @@ class Listening:
 def come(console_settings: Settings, own: World) -> Iterator[Callable[..., Person]]:
     """Serve the application for one test only, and return a function that signs a person in.
 
-    The end of the test ends the server and its streams.
+    The server and its streams are stopped when the test ends.
     """
     people: list[Person] = []
     with served(console_settings) as (host, port):

@@ -276,7 +276,7 @@ def test_explanations_are_in_the_persons_language_and_zone(person: Callable[...,
 
 
 def test_a_chat_shows_who_wrote_when_and_its_follow_ups(person: Callable[..., Person], own: World) -> None:
-    """The page of a chat shows its messages without texts, its follow-ups, and the messaging window."""
+    """The page of a chat shows its messages without their text, its follow-ups, and the messaging window."""
     chat_id = own.chat(channel="whatsapp", last_user_message_at=NOW)
     own.sql(
         "INSERT INTO chat_messages (workspace_id, id, chat_id, role) VALUES (:w, gen_random_uuid(), :c, 'user')",

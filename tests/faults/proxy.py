@@ -90,7 +90,7 @@ class Proxy:
         self.cut()
 
     def given_up(self) -> int:
-        """Return how many clients have closed a connection on which nothing is forwarded."""
+        """Return how many clients have closed their connection while the proxy was forwarding nothing."""
         return sum(_is_closed(writer) for writer in tuple(self._open))
 
     def _call(self, function: Callable[[], None]) -> None:

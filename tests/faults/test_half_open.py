@@ -128,7 +128,7 @@ def stalled(proxied: Proxied, figures: Figures, server: str, seconds: float) -> 
 
 @by_server
 def test_stalled(server: str, proxied: Proxied, figures: Figures) -> None:
-    """A server that is silent for a while delays follow-ups by the time of its silence plus a few seconds."""
+    """A server that goes silent delays follow-ups by the length of its silence plus a few seconds."""
     stalled(proxied, figures, server, seconds=4.0)
 
 

@@ -24,7 +24,7 @@ DUE = datetime.now(UTC) + timedelta(days=1)
 
 
 def create(world: World, chat_id: UUID, key_id: UUID | None = None) -> FollowUp | None:
-    """Create a follow-up by a single statement, with a valid API key unless another key is given."""
+    """Create a follow-up in a single statement, using a valid API key unless another key is given."""
     key = key_id or key_of(world)[0]
     with Session(world.engine, expire_on_commit=False) as session, session.begin():
         return run(session, scheduling.scheduling_alone(world.workspace_id, chat_id, "?", DUE, key))

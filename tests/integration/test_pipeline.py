@@ -372,8 +372,8 @@ def test_suspects_apart(  # noqa: PLR0913 - fixtures and three parameters
 ) -> None:
     """A follow-up with two lost leases is sent alone.
 
-    A follow-up with one lost lease is sent with at most a few others of this kind. Follow-ups without lost leases
-    continue.
+    A follow-up with one lost lease is sent with at most a few others of this kind. Follow-ups that have
+    lost no lease continue.
     """
     under_way: list[int] = []
     suspects = {str(world.follow_up(losses=losses)) for losses in [1] * count_once + [2] * count_twice}
@@ -421,7 +421,7 @@ def test_read_only_for_a_moment(
 
 
 async def test_not_sent_after_its_lease() -> None:
-    """If a process was frozen for so long that its lease may be another worker's, it makes no call."""
+    """If a process was frozen so long that another worker may hold its lease, it makes no call."""
     clock = DatabaseClock()
     clock.observe(datetime.now(UTC), uptime(), uptime())
     now = datetime.now(UTC)

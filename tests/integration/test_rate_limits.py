@@ -332,7 +332,7 @@ def test_only_those_under_it_ask_again(world: World, bench: Bench) -> None:
 
 
 def test_somebody_holds_the_row(world: World, bench: Bench) -> None:
-    """If a follow-up over a limit has a locked row, it is deferred soon after the row is unlocked."""
+    """If the row of a follow-up that exceeds a limit is locked, it is deferred soon after the unlock."""
     limit(world, NONE_COMES_IN)
     _, second = due_in_turn(world, 2)
     receiver = Receiver()

@@ -94,6 +94,6 @@ def test_nobody_runs_dry(dispatchers: int, rate: int) -> None:
 
 @pytest.mark.parametrize("dispatchers", [1, 2, 4])
 def test_few_claims(dispatchers: int) -> None:
-    """Each claim reads everything in flight, so a tick does not start with several small claims."""
+    """Each claim has to read everything in flight, so a tick avoids starting with several small claims."""
     _, claims = sent(dispatchers, rate=5000, seconds=20)
     assert claims <= 20 * 3

@@ -94,7 +94,7 @@ class KeyRateLimit:
         self._ask_again_at = 0.0
 
     async def check(self, key_id: UUID) -> None:
-        """Count a request of the API key. Raises `TooManyRequestsError` if the key is over its limit."""
+        """Count a request made with the API key. Raises `TooManyRequestsError` if the key is over its limit."""
         if self._off:
             return
         if self._spend(key_id):

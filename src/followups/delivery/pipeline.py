@@ -171,7 +171,7 @@ class Pipeline:
                 await settler
                 upkeep.cancel()
                 breaker.cancel()
-        await self._release_unbegun()  # leases of follow-ups that settle has unblocked
+        await self._release_unbegun()  # leases of the follow-ups that `settle` has unblocked
         await self._stop()
 
     async def _take(self) -> list[Lease]:

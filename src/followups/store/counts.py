@@ -61,7 +61,7 @@ class Backlog:
 
 _PENDING_ROWS = "FROM follow_ups WHERE status = 'pending'"
 
-# The query reads the beginning of the claim's index, up to a little after now. No follow-up begins earlier than that,
+# The query reads only the start of the claim's index, to just past the current time. No follow-up begins earlier,
 # so all follow-ups in flight are included. A follow-up that waits for an earlier one of its chat does not count as
 # overdue, but the earlier one does. The query is ordered so that the index is read no further than needed. Without the
 # order, the planner, which estimates that a third of all pending rows are overdue, would read the whole table. The

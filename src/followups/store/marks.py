@@ -1,4 +1,4 @@
-"""Marks that a statement leaves in its rows, to find out whether a commit with a lost answer succeeded.
+"""Marks that a statement leaves in its rows, which show whether a commit with no reply succeeded.
 
 A lease is recognised by its fencing token. Other changes are recognised by their time, which rows store to the
 microsecond, and no two transactions write the same row in the same microsecond.

@@ -126,7 +126,7 @@ class Consumer:
         """The queues that the consumer has polled."""
 
     def answered(self, queues: Iterable[str]) -> None:
-        """Record an answer of the broker."""
+        """Record an answer from the broker."""
         self.answered_at = time.monotonic()
         if self.answered_at - self.connected_at > LASTS:
             self.refused = 0

@@ -124,7 +124,7 @@ def test_it_waits_whichever_its_role(
 @pytest.mark.parametrize("command", ["pause", "resume"])
 @pytest.mark.parametrize("options", [(), ("--workspace", "nobody"), ("--channel", "telegraph")])
 def test_wrong_choices(run: Run, command: str, options: tuple[str, ...]) -> None:
-    """If `pause` selects nothing or something unknown, it ends with a usage error in one sentence."""
+    """If the selection is empty or unknown, `pause` exits with a usage error, reported in one sentence."""
     ran = run(command, *options)
     assert (ran.code, ran.stdout) == (2, "")
     assert ran.stderr.startswith("followups: ")

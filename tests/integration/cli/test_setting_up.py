@@ -57,7 +57,7 @@ class TestMigrate:
     def test_it_waits_for_a_database_that_is_not_there_yet(
         self, run: Run, database_url: str, environment: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory
     ) -> None:
-        """`migrate` reports that it waits for an unreachable database."""
+        """`migrate` reports that it is waiting for an unreachable database."""
         socket = tmp_path_factory.mktemp("s") / "s"  # a short path, because a socket path is limited to 107 bytes
         url = make_url(database_url).set(query={"host": str(socket)})
         environment.setenv("FOLLOWUPS_DATABASE_URL", url.render_as_string(hide_password=False))

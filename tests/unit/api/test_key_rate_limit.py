@@ -75,7 +75,7 @@ async def test_processes_share_the_limit(limit_of: Callable[[int], KeyRateLimit]
 
 
 async def test_a_busy_key_is_counted_ahead(limit_of: Callable[[int], KeyRateLimit], server: FakeServer) -> None:
-    """If an API key is busy, the server counts several of its requests in advance.
+    """If an API key is busy, the process counts several of its requests in Redis in advance.
 
     The rate limit is never exceeded.
     """
@@ -89,7 +89,7 @@ async def test_a_busy_key_is_counted_ahead(limit_of: Callable[[int], KeyRateLimi
 async def test_simultaneous_requests_are_counted_once(
     limit_of: Callable[[int], KeyRateLimit], server: FakeServer
 ) -> None:
-    """If one request of an API key has counted several in advance, concurrent requests use these."""
+    """If one request made with an API key has counted several in advance, concurrent requests use these."""
     limit = limit_of(6_000)
     assert sum(await asyncio.gather(*(allowed(limit, 50) for _ in range(60)))) == 3_000
     counted = sum(int(value) for value in await values(server))

@@ -111,7 +111,7 @@ async def test_a_certificate_of_another_host_is_not_trusted(authority: trustme.C
 
 @pytest.mark.parametrize("name", ["SSL_CERT_FILE", "SSL_CERT_DIR"])
 def test_authorities_that_are_not_there_stop_the_start(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A wrong path to authorities is rejected at startup, unless the endpoint uses no TLS."""
+    """A wrong path to the CA certificates is rejected at startup, unless the endpoint uses no TLS."""
     monkeypatch.setenv(name, "/nowhere")
     with pytest.raises(TransportConfigurationError, match=f"{name} names no (file|directory)"):
         HttpTransport(settings_for("https://host"))

@@ -63,7 +63,7 @@ async def test_a_connection_that_does_not_come_about_is_tried_again() -> None:
 
 
 async def test_no_answer_in_time_is_unknown() -> None:
-    """If the timeout passes after the request was sent, the outcome is unknown."""
+    """If the timeout expires after the request was sent, the outcome is unknown."""
     async with scripted(stay_silent) as server:
         began = time.monotonic()
         assert await outcome_at(server.url, transport_timeout=0.2) == Unknown("no answer within 0.2 s")
@@ -171,7 +171,7 @@ async def test_the_status_decides_when_the_body_breaks_off(head: bytes, outcome:
 
 
 async def test_the_status_decides_when_the_body_is_slow() -> None:
-    """The timeout covers the whole call; if it passes during the body of a 200, the message was sent."""
+    """The timeout covers the whole call; if it expires during the body of a 200, the message was sent."""
 
     async def dawdle(writer: asyncio.StreamWriter, _request: Request) -> None:
         writer.write(b"HTTP/1.1 200 OK\r\ncontent-length: 999\r\n\r\n" + NAMED)
