@@ -1,6 +1,12 @@
 -- Grant the role followups its rights on the tables of followups_owner, including the tables of later migrations. In an
 -- existing database, create the two roles first, as roles.sql does, and change the tables' owner:
 -- REASSIGN OWNED BY (the old owner) TO followups_owner.
+DO $$
+BEGIN
+  EXECUTE format('REVOKE ALL ON DATABASE %I FROM PUBLIC', current_database());
+  EXECUTE format('GRANT CONNECT ON DATABASE %I TO followups', current_database());
+END
+$$;
 REVOKE CREATE ON SCHEMA public FROM PUBLIC;
 GRANT USAGE, CREATE ON SCHEMA public TO followups_owner;
 GRANT USAGE ON SCHEMA public TO followups;

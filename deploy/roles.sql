@@ -18,8 +18,6 @@ CREATE ROLE followups LOGIN PASSWORD :'password';
 -- A managed server's administrator, who is no superuser, must be a member to give the database to this role.
 GRANT followups_owner TO CURRENT_USER;
 CREATE DATABASE :"database" OWNER followups_owner ENCODING 'UTF8' TEMPLATE template0;
-REVOKE ALL ON DATABASE :"database" FROM PUBLIC;
-GRANT CONNECT ON DATABASE :"database" TO followups;
 
 \connect :"database"
 \ir grants.sql

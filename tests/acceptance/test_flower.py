@@ -16,6 +16,8 @@ from followups.embedded import free_port
 from stack import CELERY, wait_until
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from stack import Stack
 
 
@@ -74,6 +76,27 @@ def test_flower_with_a_password(stack: Stack) -> None:
     assert status(f"{url}/workers", "me:wrong") == 401
     assert status(f"{url}/workers", "me:pa55w0rd") == 200
     assert "pa55w0rd" not in (stack.processes.logs / "flower.log").read_text()
+
+
+def test_flowers_password_from_a_file(stack: Stack, tmp_path: Path) -> None:
+    """Flower reads its password from the file that FLOWER_BASIC_AUTH_FILE names."""
+    secret = tmp_path / "flower"
+    secret.write_text("me:pa55w0rd\n")
+    url = start_flower(stack, FLOWER_BASIC_AUTH_FILE=str(secret))
+    assert [status(f"{url}/workers"), status(f"{url}/workers", "me:pa55w0rd")] == [401, 200]
+
+
+@pytest.mark.parametrize("content", [None, "", "me:"])
+def test_a_file_without_flowers_password(stack: Stack, tmp_path: Path, content: str | None) -> None:
+    """Flower exits with an error if the file that FLOWER_BASIC_AUTH_FILE names is missing or contains no password."""
+    secret = tmp_path / "flower"
+    if content is not None:
+        secret.write_text(content)
+    own = os.environ | stack.environment() | {"FLOWER_BASIC_AUTH_FILE": str(secret)}
+    command = [*CELERY, "flower", f"--port={free_port()}"]
+    ran = subprocess.run(command, env=own, capture_output=True, text=True, timeout=60, check=False)
+    assert ran.returncode == 2
+    assert ran.stderr.startswith("followups: FLOWER_BASIC_AUTH_FILE should name a file")
 
 
 def test_flower_by_itself_stays_here(stack: Stack) -> None:

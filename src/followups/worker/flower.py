@@ -9,6 +9,7 @@ from __future__ import annotations
 import ipaddress
 import os
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from celery import signals
@@ -33,6 +34,10 @@ OPEN_API = (
     "unset it, and set FLOWER_BASIC_AUTH=user:password to use Flower's API."
 )
 PORT = "FLOWER_PORT"
+AUTH = "FLOWER_BASIC_AUTH"
+AUTH_FILE = f"{AUTH}_FILE"
+UNREADABLE = f"{AUTH_FILE} should name a file that contains user:password ({{why}})."
+TWO_AUTHS = f"{AUTH} and {AUTH_FILE} are both set: unset one of them."
 
 
 def install(configure_logging: Callable[[], None]) -> None:
@@ -64,6 +69,8 @@ def _restrict(options: Any) -> None:  # noqa: ANN401 - Tornado's own
 
     if options.tasks_columns == FLOWERS_COLUMNS:
         options.tasks_columns = COLUMNS
+    if path := os.environ.get(AUTH_FILE):
+        options.basic_auth = _read_password(path)
     if asks_who(options.basic_auth or [], options.auth):
         monitor.Metrics.get = authenticated(monitor.Metrics.get)  # all other pages already require authentication
         return
@@ -75,6 +82,19 @@ def _restrict(options: Any) -> None:  # noqa: ANN401 - Tornado's own
         options.address = LOOPBACK
     if not is_loopback(options.address):
         _refuse(REFUSAL.format(address=options.address))
+
+
+def _read_password(path: str) -> list[str]:
+    """Return the users with their passwords from a file, since Flower itself reads none."""
+    if os.environ.get(AUTH):
+        _refuse(TWO_AUTHS)
+    try:
+        found = Path(path).read_text().strip().split(",")
+    except (OSError, UnicodeDecodeError) as error:
+        _refuse(UNREADABLE.format(why=type(error).__name__))
+    if not asks_who(found, ""):
+        _refuse(UNREADABLE.format(why="it contains none"))
+    return found
 
 
 def _refuse(sentence: str) -> NoReturn:
