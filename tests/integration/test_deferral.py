@@ -188,7 +188,11 @@ def test_it_goes_out_when_it_is_held_no_more(world: World, engine: Engine, own: 
         ids = [row.id for row in deferred(world)]
         chat.well.add(world.workspace_id)
         wait_until(lambda: set(ids) <= set(chat.taken))
-    assert [id_ for id_ in chat.taken if id_ in set(ids)] == ids
+    once = [
+        id_ for id_ in ids if world.row(id_).attempts == 1
+    ]  # a probe of another may have failed before the recovery
+    assert once
+    assert [id_ for id_ in chat.taken if id_ in set(once)] == once
 
 
 def test_a_row_that_is_locked_is_deferred_later(world: World, engine: Engine, own: Settings) -> None:
