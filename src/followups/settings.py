@@ -382,18 +382,28 @@ def _read_files() -> dict[str, str]:
     found: dict[str, str] = {}
     for field in FROM_FILES:
         for name in _names(field):
-            if not (path := os.environ.get(f"{name}_FILE")):
-                continue
-            if os.environ.get(name):
-                message = f"{name} and {name}_FILE are both set: unset one of them."
-                raise SettingsError(message)
-            try:
-                found.setdefault(field, Path(path).read_text().strip())
-            except (OSError, UnicodeDecodeError) as error:
-                why = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
-                message = f"{name}_FILE should name a file that can be read ({why})."
-                raise SettingsError(message) from None
+            value = read_file_of(name)
+            if value is not None:
+                found.setdefault(field, value)
     return found
+
+
+def read_file_of(name: str) -> str | None:
+    """Return the content of the file that ``NAME_FILE`` names, without surrounding white space, or None if it is unset.
+
+    Raises `SettingsError` if ``NAME`` is set too, or if the file cannot be read.
+    """
+    if not (path := os.environ.get(f"{name}_FILE")):
+        return None
+    if os.environ.get(name):
+        message = f"{name} and {name}_FILE are both set: unset one of them."
+        raise SettingsError(message)
+    try:
+        return Path(path).read_text().strip()
+    except (OSError, UnicodeDecodeError) as error:
+        why = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
+        message = f"{name}_FILE should name a file that can be read ({why})."
+        raise SettingsError(message) from None
 
 
 def _names(field: str) -> list[str]:

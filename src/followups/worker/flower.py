@@ -9,11 +9,12 @@ from __future__ import annotations
 import ipaddress
 import os
 import sys
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from celery import signals
 
+from followups.errors import SettingsError
+from followups.settings import read_file_of
 from followups.urls import port_of
 
 if TYPE_CHECKING:
@@ -35,9 +36,7 @@ OPEN_API = (
 )
 PORT = "FLOWER_PORT"
 AUTH = "FLOWER_BASIC_AUTH"
-AUTH_FILE = f"{AUTH}_FILE"
-UNREADABLE = f"{AUTH_FILE} should name a file that contains user:password ({{why}})."
-TWO_AUTHS = f"{AUTH} and {AUTH_FILE} are both set: unset one of them."
+NO_PASSWORD = f"{AUTH}_FILE should name a file that contains user:password."
 
 
 def install(configure_logging: Callable[[], None]) -> None:
@@ -69,8 +68,8 @@ def _restrict(options: Any) -> None:  # noqa: ANN401 - Tornado's own
 
     if options.tasks_columns == FLOWERS_COLUMNS:
         options.tasks_columns = COLUMNS
-    if path := os.environ.get(AUTH_FILE):
-        options.basic_auth = _read_password(path)
+    if users := _users_from_file():
+        options.basic_auth = users
     if asks_who(options.basic_auth or [], options.auth):
         monitor.Metrics.get = authenticated(monitor.Metrics.get)  # all other pages already require authentication
         return
@@ -84,17 +83,16 @@ def _restrict(options: Any) -> None:  # noqa: ANN401 - Tornado's own
         _refuse(REFUSAL.format(address=options.address))
 
 
-def _read_password(path: str) -> list[str]:
-    """Return the users with their passwords from a file, since Flower itself reads none."""
-    if os.environ.get(AUTH):
-        _refuse(TWO_AUTHS)
+def _users_from_file() -> list[str]:
+    """Return the users with their passwords, or an empty list if no file is named. Flower itself reads no file."""
     try:
-        found = Path(path).read_text().strip().split(",")
-    except (OSError, UnicodeDecodeError) as error:
-        _refuse(UNREADABLE.format(why=type(error).__name__))
-    if not asks_who(found, ""):
-        _refuse(UNREADABLE.format(why="it contains none"))
-    return found
+        found = read_file_of(AUTH)
+    except SettingsError as error:
+        _refuse(str(error))
+    users = [] if found is None else found.split(",")
+    if users and not asks_who(users, ""):
+        _refuse(NO_PASSWORD)
+    return users
 
 
 def _refuse(sentence: str) -> NoReturn:
