@@ -6,13 +6,19 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import psycopg
+import pytest
 from psycopg import sql
 from sqlalchemy import make_url
+from sqlalchemy.exc import DBAPIError
 
 from databases import SUPERUSER, url_as, url_of
+from followups.transactions import in_loop
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Callable, Iterator, Mapping
+
+    from sqlalchemy import Engine
+    from sqlalchemy.ext.asyncio import AsyncEngine
 
 HOSTILE: Mapping[str, str] = {
     "default_transaction_isolation": "repeatable read",
@@ -67,3 +73,12 @@ def read_only(database_url: str) -> Iterator[None]:
 def whatever_it_is(database_url: str) -> str:
     """Return the URL for a client that also accepts a read-only server."""
     return f"{database_url}&target_session_attrs=any"
+
+
+async def refused_once(engine: AsyncEngine, write: Callable[[Engine], object], sessions: int) -> DBAPIError:
+    """Check that only the first write fails, although the pool has that many sessions; return the error."""
+    with pytest.raises(DBAPIError) as refused:
+        await in_loop(engine, write)
+    for _ in range(sessions):
+        await in_loop(engine, write)
+    return refused.value

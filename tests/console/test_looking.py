@@ -259,13 +259,19 @@ def test_each_row_forecasts_what_will_happen(person: Callable[..., Person], own:
     assert "It is number 3 in its chat" in words(one.get(f"/follow-ups/{ids[2]}"))
 
 
-def test_explanations_are_in_the_persons_language_and_zone(person: Callable[..., Person], own: World) -> None:
-    """The console translates the sentences of `followups show`, and writes their times in the person's zone."""
+def send_by_day(own: World, days: int) -> None:
+    """Set sending hours of 08:00 to 20:00 in Sao Paulo, on the days of the bit mask (Monday is bit 0)."""
     own.sql(
         "INSERT INTO sending_hours (workspace_id, time_zone, opening, closing, days, open_from, open_until)"
-        " VALUES (:id, 'America/Sao_Paulo', '08:00', '20:00', 31, now(), now() + interval '1 hour')",
+        " VALUES (:id, 'America/Sao_Paulo', '08:00', '20:00', :days, now(), now() + interval '1 hour')",
         id=own.workspace_id,
+        days=days,
     )
+
+
+def test_explanations_are_in_the_persons_language_and_zone(person: Callable[..., Person], own: World) -> None:
+    """The console translates the sentences of `followups show`, and writes their times in the person's zone."""
+    send_by_day(own, days=31)
     one_id = own.follow_up(due_date=text("'2100-01-30T12:00:00Z'"))
     one = person("viewer", own)
     one.post("/preferences", language="pt-BR", zone="America/Sao_Paulo", next="/")
@@ -292,11 +298,7 @@ def test_a_chat_shows_who_wrote_when_and_its_follow_ups(person: Callable[..., Pe
 
 def test_times_are_in_the_viewers_zone_with_the_workspaces_beside_it(person: Callable[..., Person], own: World) -> None:
     """Times are shown in the workspace's time zone, unless the person chooses another."""
-    own.sql(
-        "INSERT INTO sending_hours (workspace_id, time_zone, opening, closing, days, open_from, open_until)"
-        " VALUES (:id, 'America/Sao_Paulo', '08:00', '20:00', 127, now(), now() + interval '1 hour')",
-        id=own.workspace_id,
-    )
+    send_by_day(own, days=127)
     one_id = own.follow_up(due_date=text("'2100-01-31T12:00:00Z'"))
     one = person("viewer", own)
     assert "2100-01-31 09:00:00" in words(one.get(f"/follow-ups/{one_id}"))
