@@ -58,7 +58,7 @@ def throughput(contestant: Contestant, count: int, control: str = "") -> Figures
 
 
 def lag(contestant: Contestant, rate: float, seconds: float, *, snapshot: bool = False, ahead: float = 5.0) -> Figures:
-    """Let follow-ups fall due at a rate; return each follow-up's lag in milliseconds.
+    """Create follow-ups that fall due at a rate; return each follow-up's lag in milliseconds.
 
     The first one is due ``ahead`` seconds after the insert, so that all processes have started by then.
     """

@@ -116,7 +116,7 @@ _HOLD = text("""
 
 
 def claim(options: argparse.Namespace) -> dict[str, Any]:
-    """Let an increasing number of dispatchers claim from the same table."""
+    """Run an increasing number of dispatchers that claim from the same table."""
     found = {}
     with filled(options.rows) as (url, engine):
         with engine.begin() as connection:
@@ -129,7 +129,7 @@ def claim(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def together(url: str, number: int, options: argparse.Namespace) -> dict[str, float]:
-    """Let this many dispatchers claim concurrently, each in a separate process."""
+    """Run this many dispatchers that claim concurrently, each in a separate process."""
     context = get_context("spawn")
     ready, queue = context.Barrier(number), context.Queue()
     processes = [context.Process(target=dispatch, args=(url, ready, queue, options)) for _ in range(number)]

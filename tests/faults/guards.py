@@ -84,7 +84,7 @@ class Scene:
         return lease
 
     def leased_anew(self, lease: Lease) -> Lease:
-        """Let a lease expire, and claim the follow-up again."""
+        """Expire a lease, and claim the follow-up again."""
         self.world.expire(lease.id)
         return self.lease()
 
@@ -366,7 +366,7 @@ def one_takes_all(scene: Scene) -> None:
     scene.world.burst([-timedelta(seconds=9)] * 5)
     follow_up = World(scene.engine).follow_up()
     claimed = scene.claim(scene.engine, scene.settings.model_copy(update={"max_in_flight": 2}))
-    expect(follow_up in {lease.id for lease in claimed.leases}, "a backlog holds up nobody else")
+    expect(follow_up in {lease.id for lease in claimed.leases}, "a backlog delays no other workspace")
 
 
 def two_in_a_chat(scene: Scene) -> tuple[UUID, Lease]:
@@ -441,7 +441,7 @@ def deferred_in_flight(scene: Scene) -> None:
     scene.world.follow_up()
     (begun,) = scene.begin(scene.lease())
     put_off(scene, begun.lease)
-    expect(scene.world.row(begun.lease.id).begun_at is not None, "what is in flight is nobody else's")
+    expect(scene.world.row(begun.lease.id).begun_at is not None, "an attempt in flight belongs to no other worker")
 
 
 def forgotten(scene: Scene) -> None:

@@ -105,7 +105,7 @@ class Turns:
         await self._semaphore.acquire()
 
     async def __aexit__(self, *_: object) -> None:
-        """Let the next waiting request use a connection."""
+        """Release the database connection to the next waiting request."""
         self._semaphore.release()
 
 

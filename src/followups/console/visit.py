@@ -75,7 +75,7 @@ class Visit:
 
     @property
     def person(self) -> Viewer:
-        """The viewer. Raises `ForbiddenError` if nobody is signed in."""
+        """The viewer. Raises `ForbiddenError` if the request has no session."""
         if self.viewer is None:
             raise ForbiddenError
         return self.viewer

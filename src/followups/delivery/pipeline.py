@@ -112,7 +112,7 @@ class Pipeline:
         self._loop.call_soon_threadsafe(self._enqueue, list(leases), task_id)
 
     def ask(self, answer: Callable[[], None]) -> None:
-        """Let the event loop call ``answer``, which proves that the loop is running.
+        """Call ``answer`` in the event loop, which proves that the loop is running.
 
         After the loop has ended, ``answer`` is not called.
         """

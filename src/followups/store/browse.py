@@ -77,11 +77,6 @@ class BrowseFilter:
         )
 
 
-def replaced(wanted: BrowseFilter, **changes: Any) -> BrowseFilter:  # noqa: ANN401 - values of any of its fields
-    """Return a copy of the filter with these fields changed."""
-    return replace(wanted, **changes)
-
-
 def _plain(value: object) -> object:
     if isinstance(value, tuple):
         return [str(each) for each in value]

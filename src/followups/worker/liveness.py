@@ -95,7 +95,7 @@ def stop() -> None:
 
 
 def watch_consumer(heart: Heartbeat, silence: timedelta, wanted: Callable[[], Collection[str]]) -> None:
-    """Let the heartbeat report for the consumer.
+    """Include the consumer in the heartbeat.
 
     ``wanted`` returns the consumer's queues; ``silence`` is how long the broker may be silent.
     """
@@ -119,7 +119,7 @@ def signs_of_life(_state: object) -> dict[str, str]:
 
 
 def watch_work(heart: Heartbeat, dispatcher: Dispatcher, pipeline: Pipeline) -> None:
-    """Let the heartbeat report for the dispatcher and the pipeline."""
+    """Include the dispatcher and the pipeline in the heartbeat."""
     heart.probe(partial(_sign_for_dispatcher, heart, dispatcher))
     heart.probe(partial(_sign_for_pipeline, heart, pipeline))
     heart.probe(partial(_sign_for_outage, heart))

@@ -5,6 +5,7 @@ The workers carry out each action.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 from uuid import uuid4
 
@@ -166,4 +167,4 @@ def _wanted(visit: Visit, session: Session, asked: Asked, kind: str, ids: tuple[
     if wanted.statuses and needed not in wanted.statuses:
         message = visit.t("Only pending follow-ups can be cancelled, and only failed ones retried.")
         raise InvalidRequestError(message, field="state")
-    return browse.replaced(wanted, statuses=(needed,))
+    return replace(wanted, statuses=(needed,))
