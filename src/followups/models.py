@@ -445,7 +445,7 @@ class FollowUp(Base):
     held_until: Mapped[datetime | None]
     """The start of the sending hours until which the follow-up was last held."""
     sendable_from: Mapped[datetime | None]
-    """The first time at which the sending hours allow the message to be sent, or None before any hold.
+    """The first time at which the sending hours allow the message to be sent, or None if they never held it.
 
     A future time is derived from the current sending hours. A past time is kept even if the sending hours change.
     Lateness is counted from this time.

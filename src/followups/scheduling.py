@@ -191,8 +191,8 @@ def retry(
 def retry_once(session: Session, follow_up_id: UUID) -> FollowUp:
     """Create a new follow-up, due now, from a failed one that has not been retried yet.
 
-    The caller records the audit event. Raises `AlreadyRetriedError` if the failed follow-up has been retried, and the
-    same errors as `schedule`.
+    The caller records the audit event. Raises `AlreadyRetriedError` if the failed follow-up has already been retried.
+    Also raises the errors of `schedule`.
     """
     old = _failed(session, follow_up_id)
     if retries.last_of(session, old.id) != old.id:

@@ -82,7 +82,7 @@ class Sentence:
     __slots__ = ("text", "values")
 
     def __init__(self, text: str, **values: object) -> None:
-        """Store the English text, in which ``{name}`` is replaced by the value of that name."""
+        """Store the English text; ``{name}`` in it is replaced by the value with that name."""
         self.text = text
         self.values = values
 

@@ -155,7 +155,7 @@ def start_everything(stack: Stack, hidden: Secrets) -> tuple[str, str]:
 
 
 def get(url: str, password: str = "") -> str:
-    """Return the answer's text, or an empty string if there is no answer."""
+    """Return the response's text, or an empty string if there is no response."""
     basic = base64.b64encode(f"me:{password}".encode()).decode()
     request = urllib.request.Request(url, headers={"authorization": f"Basic {basic}"})  # noqa: S310 - our own loopback URL
     with suppress(OSError), urllib.request.urlopen(request, timeout=5) as answer:  # noqa: S310 - the same

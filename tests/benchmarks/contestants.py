@@ -63,7 +63,7 @@ class Contestant:
         return dict(rows)  # type: ignore[arg-type]
 
     def helper(self, *arguments: str) -> None:
-        """Run a module of the rival until it exits."""
+        """Run a module of the competing system until it exits."""
         subprocess.run([sys.executable, "-m", *arguments], env=self.arena.environment(), check=True)
 
 

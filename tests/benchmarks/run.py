@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 Results = dict[str, dict[str, dict[str, dict[str, float]]]]
-"""A mapping: measurement -> contestant -> figure -> median, minimum, maximum."""
+"""The figures of each contestant in each measurement, as median, minimum and maximum."""
 
 
 def parser() -> argparse.ArgumentParser:

@@ -103,7 +103,7 @@ def test_all_that_match_are_cancelled_and_nothing_created_later(person: Callable
 
 
 def test_failed_ones_are_retried_once_however_often_it_is_asked(person: Callable[..., Person], own: World) -> None:
-    """A repeated request starts no second action, and no follow-up is retried twice."""
+    """A repeated request does not start a second action, and no follow-up is retried twice."""
     ids = [str(failed(own)) for _ in range(3)]
     one = person("agent", own)
     seen = one.post("/bulk/preview", do="retry", tick=ids)
@@ -121,7 +121,7 @@ def test_failed_ones_are_retried_once_however_often_it_is_asked(person: Callable
 def test_an_action_is_stopped_after_its_batch(
     person: Callable[..., Person], own: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Stopping an action changes neither its cancelled follow-ups nor the remaining ones."""
+    """When an action is stopped, the follow-ups it has cancelled stay cancelled, and the others are unchanged."""
     carry_out(own)
     own.burst([HOUR] * 10)
     monkeypatch.setattr(bulk_runner, "CANCELS", 4)

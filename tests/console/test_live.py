@@ -1,4 +1,4 @@
-"""Event streams: their viewers, their maximum number, and their end."""
+"""Tests of event streams: their viewers, their maximum number, and how they end."""
 
 from __future__ import annotations
 

@@ -18,7 +18,7 @@ KEPT = "FOLLOWUPS_TEST_FIGURES"
 
 @dataclass(frozen=True, slots=True)
 class Figures:
-    """A recorder for the figures of one test."""
+    """Records the figures of one test."""
 
     seed: int
     test: str

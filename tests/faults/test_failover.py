@@ -50,7 +50,7 @@ BACK_WITHIN = 10.0
 """The limit in seconds from moving the address to the new primary until requests and sends continue."""
 
 NOTICED_WITHIN = 30.0
-"""The limit in seconds within which a process must notice the failover, on a busy machine."""
+"""Seconds within which a process must notice the failover, even on a busy machine."""
 
 
 @pytest.fixture
@@ -126,7 +126,8 @@ def everything_says_read_only(rig: Rig, clients: Clients) -> None:
         assert not any("more workers" in each["advice"] for each in findings.values())
         return "cannot work: the database is read-only" in findings["workers"]["detail"]
 
-    # A worker whose sessions may be on any server can read the time from a read-only server, and is briefly healthy.
+    # A worker whose sessions may be on any server can read the time from a read-only server. Such a worker briefly
+    # appears healthy.
     wait_until(doctor_says, NOTICED_WITHIN)
 
 

@@ -1,4 +1,4 @@
-"""Tests with foreign server defaults: every promise is kept, or the server is refused."""
+"""Tests with unusual server defaults: every guarantee holds, or the server is refused."""
 
 from __future__ import annotations
 

@@ -11,7 +11,7 @@ from faults.model.world import Protocol
 
 
 def test_complete_protocol() -> None:
-    """With every guard in place, no order of events breaks a promise, and every follow-up can end."""
+    """With every guard in place, no order of events breaks a guarantee, and every follow-up can end."""
     for deduplicates in (True, False):
         for creates_late in (True, False):
             completely(Protocol(deduplicates=deduplicates, creates_late=creates_late))
@@ -20,7 +20,7 @@ def test_complete_protocol() -> None:
 @pytest.mark.faults_long
 @pytest.mark.parametrize("deduplicates", [True, False])
 def test_complete_protocol_with_three_claims(deduplicates: bool) -> None:  # noqa: FBT001 - a parameter of a test
-    """With three claims of each follow-up, no order of events breaks a promise."""
+    """Even if each follow-up is claimed three times, no order of events breaks a guarantee."""
     completely(Protocol(deduplicates=deduplicates, most_claims=3))
 
 

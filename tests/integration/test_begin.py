@@ -33,7 +33,7 @@ class TestBegin:
         assert steps.begin([lease]).begun == ()
 
     def test_old_token(self, world: World, steps: Steps) -> None:
-        """A hint with an older token begins no attempt."""
+        """A hint with an old token begins no attempt."""
         follow_up = world.follow_up()
         old = steps.lease()
         world.expire(follow_up)

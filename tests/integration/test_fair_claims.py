@@ -263,7 +263,7 @@ def test_dispatcher_shares_out_what_it_left(
 def test_a_small_window_that_comes_free_is_filled_at_once(
     world: World, engine: Engine, settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The dispatcher's pauses do not grow if all slots become free in time, however few they are."""
+    """When all slots become free in time, the dispatcher's pauses do not grow, even with very few slots."""
     monkeypatch.setattr(claim_interval, "LONGEST", 60.0)
 
     def end(hint: Hint) -> None:

@@ -301,7 +301,7 @@ async def test_flushed(place: LimiterUnderTest) -> None:
 
 
 async def test_it_leaves_nothing_behind(place: LimiterUnderTest) -> None:
-    """The limiter's keys expire soon after the bucket is full and the queue is empty."""
+    """The limiter's keys expire soon after its bucket is full and its queue is empty."""
     limit = bucket(rate=2, burst=4)
     await place.ask(*(request(since, limit) for since in range(9)))
     keys = await place.redis.keys(f"*{limit.key}*")

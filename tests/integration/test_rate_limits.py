@@ -205,7 +205,7 @@ def test_the_others_do_not_wait(world: World, bench: Bench) -> None:
 
 
 def test_each_chat_for_itself(world: World, bench: Bench) -> None:
-    """A chat over its limit waits without a lease or a slot; the workspace's other chats do not wait."""
+    """A chat over its rate limit waits without a lease or a slot; other chats of the workspace are not delayed."""
     limit(world, NONE_COMES_IN, per="chat")
     limit(world, NONE_COMES_IN, burst=3)
     busy = world.chat()

@@ -185,7 +185,7 @@ def test_audit_events_have_a_retention_of_their_own(world: World, engine: Engine
 def test_keys_that_expired_are_recorded_once(world: World, engine: Engine, settings: Settings) -> None:
     """An expired API key is recorded once as an audit event, at the time of its expiry.
 
-    A revoked key and a key that has not expired are not recorded.
+    No event is recorded for a revoked key or for a key that has not expired.
     """
     with Session(engine) as session, session.begin():
         expired, revoked, _ = (api_keys.create(session, world.workspace_id, expires=HOUR)[0].id for _ in range(3))

@@ -97,7 +97,7 @@ def test_sent_within_the_hours(world: World, engine: Engine, settings: Settings)
 
 
 def test_after_the_opening(world: World, engine: Engine, settings: Settings) -> None:
-    """When sending hours begin, the follow-ups that waited for them begin."""
+    """When sending hours begin, the follow-ups that were held until then begin."""
     put(world, CLOSED)
     follow_up = world.follow_up()
     claim_and_begin(engine, settings)
@@ -152,7 +152,7 @@ def test_order_within_the_chat_holds(world: World, engine: Engine, settings: Set
 
 
 def test_changed_while_it_is_being_held(world: World, engine: Engine, settings: Settings) -> None:
-    """Clearing sending hours waits for a follow-up that is just being held, and releases it too."""
+    """If a follow-up is being held when the sending hours are cleared, clearing waits for it and then releases it."""
     put(world, CLOSED)
     follow_up = world.follow_up()
     (lease,) = claim(engine, settings).leases

@@ -103,7 +103,7 @@ class TestGap:
         assert claimed(engine, settings) == [follow_up]
 
     def test_in_flight_counts(self, world: World, engine: Engine, settings: Settings) -> None:
-        """While the grace period leaves an attempt to its worker, it still counts as in flight."""
+        """An attempt that is left to its worker during the grace period still counts as in flight."""
         one = settings.model_copy(update={"max_in_flight": 1})
         world.follow_up(due=-MINUTE)
         in_flight(engine, one)

@@ -130,7 +130,8 @@ async def test_cancelled_from_outside_as_the_limit_ends() -> None:
     """Cancelling the task just as the time limit ends gives no outcome."""
 
     async def block() -> Outcome:
-        asyncio.get_running_loop().call_later(0.01, time.sleep, 0.1)  # the limit ends before the event loop continues
+        # the time limit ends while `time.sleep` blocks the event loop
+        asyncio.get_running_loop().call_later(0.01, time.sleep, 0.1)
         asyncio.get_running_loop().call_later(0.02, task.cancel)
         return await hang()
 

@@ -258,7 +258,7 @@ class Caller:
         steps = rule(work)
         try:
             first = next(steps)
-        except FollowUpsError:  # the request is invalid, but only a client with a valid key may learn that
+        except FollowUpsError:  # the request is invalid, but this is reported only to a client with a valid key
             await self._ask(connection, _NOTHING())
             raise
         except StopIteration as end:  # the rule returned its result without a query
@@ -273,7 +273,7 @@ class Caller:
         return Work(self._identity.workspace_id, self._identity.key_id, AHEAD_TICKS * self._services.tick_interval)
 
     async def _ask(self, connection: Connection, query: Query) -> Sequence[Any]:
-        """Execute the query together with the API key's look-up."""
+        """Execute the query and the API key's lookup together."""
         parameters = {**query.parameters, "this_key": self._identity.key_id}
         rows = await event_loop.rows_of(connection, api_keys.with_key(query.statement.driver_sql), parameters)
         if not rows:

@@ -89,7 +89,7 @@ class RequestBody:
     def take(self, size: int) -> problems.ProblemAnswer | None:
         """Reserve memory for a chunk of the body.
 
-        Return an error response if this body, or all bodies together, would become too large.
+        Return an error response if this body, or the sum of all bodies, would become too large.
         """
         if self.size + size > self.most:
             return TOO_LARGE
@@ -131,9 +131,9 @@ class Gone(Exception):  # noqa: N818 - no error of ours, the client's
 
 @dataclass(slots=True)
 class RequestSlots:
-    """The number of requests running or waiting.
+    """The number of requests that are running or waiting.
 
-    The console has one instance, and all other requests share another.
+    One instance counts the requests to the console, and another counts all other requests.
     """
 
     taken: int = 0

@@ -54,7 +54,7 @@ class FollowUp(ResponseModel):
 
 
 class Body(BaseModel):
-    """The base of every request body, with a limited number of fields."""
+    """The base class of every request body; it limits the number of fields."""
 
     @model_validator(mode="before")
     @classmethod

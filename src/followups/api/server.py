@@ -74,7 +74,7 @@ LENGTHS = frozenset({b"content-length", b"transfer-encoding"})
 """Headers that only requests with a body have."""
 
 SLICE = 16 * 1024
-"""Number of bytes parsed before the limits are checked again. One read returns up to 256 KiB."""
+"""Number of bytes that are parsed between two checks of the limits. One read returns up to 256 KiB."""
 
 
 class Crowd:
@@ -250,7 +250,7 @@ class LimitedProtocol(HttpToolsProtocol):
     def _parse(self, piece: memoryview) -> int:
         """Parse a slice and return the number of bytes parsed.
 
-        All bytes are parsed, unless a message ended with an upgrade request.
+        All bytes are parsed unless the slice contains the end of an upgrade request.
         """
         began_in, self._has_ended = self._part, False
         if began_in is MessagePart.BODY:

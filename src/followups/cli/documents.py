@@ -90,7 +90,8 @@ def failure_document(failure: FailedAttempt) -> dict[str, Any]:
 def api_key_document(key: ApiKey, workspace: str) -> dict[str, Any]:
     """Return the JSON form of an API key, with its workspace's name and without the key itself.
 
-    ``expiresAt`` is present only if the key expires, so that the JSON form of keys without an expiry has not changed.
+    ``expiresAt`` is present only if the key expires. The JSON form of other keys is therefore the same as in older
+    versions.
     """
     document = {
         "id": str(key.id),

@@ -49,7 +49,7 @@ class ClaimInterval:
         """Start a tick with an unknown rate of claims.
 
         Other dispatchers may have claimed since the last tick, so the number of free places predicts nothing. The first
-        pause of a tick is the latest known pause, because beginning with the shortest pause doubles the number of
+        pause of a tick is the most recent known pause. Starting with the shortest pause would double the number of
         claims.
         """
         self._full_at = None

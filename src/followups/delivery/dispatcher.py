@@ -51,8 +51,7 @@ PASSED_OVER = 60.0
 
 BACKOFF = 0.05
 LONGEST_BACKOFF = 4.0
-"""Longest pause in seconds between two tries while the database is unreachable; each pause is twice the previous one.
-"""
+"""Longest pause in seconds between two attempts to reach the database; each pause is twice the previous one."""
 AFTER_ANOTHER = 0.01
 """Seconds until the next try to claim while another dispatcher is claiming; each further pause doubles.
 
@@ -73,7 +72,7 @@ class Dispatcher:
     """
 
     def __init__(self, settings: Settings, engine: Engine, publish: Callable[[Hint], None]) -> None:
-        """``publish`` sends one hint to the broker, and raises if it cannot."""
+        """``publish`` sends one hint to the broker, or raises an exception if it cannot."""
         self._settings = settings
         self._engine = engine
         self._publish = publish
@@ -235,7 +234,7 @@ class Dispatcher:
         return claimed.more
 
     def _refresh_statistics(self, took: float, leased: int) -> None:
-        """Update the planner's statistics in a thread if they must be wrong, while claims continue."""
+        """Update the planner's statistics in a thread if they are certain to be wrong, while claims continue."""
         if (took > SLOW or leased >= MANY) and time.monotonic() >= self._next_statistics:
             self._next_statistics = time.monotonic() + NEXT_STATISTICS
             refreshing = threading.Thread(target=self._refresh, args=(took, leased), name="statistics", daemon=True)

@@ -60,7 +60,7 @@ log = get_logger(__name__)
 
 
 class Pipeline:
-    """Delivers submitted leases until it is drained.
+    """Delivers the leases that are submitted to it, until it is drained.
 
     `start`, `submit` and `drain` may be called from any thread.
     """
@@ -175,7 +175,7 @@ class Pipeline:
         await self._stop()
 
     async def _take(self) -> list[Lease]:
-        """Wait for due leases and for slots; return no leases once the pipeline drains."""
+        """Wait for due leases and for slots; return no leases when the pipeline is draining."""
         await self._settler.keep_up()
         return await self._queue.next_batch(self._breaker)
 

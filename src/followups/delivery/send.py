@@ -56,8 +56,8 @@ async def send(
     """Wait until the follow-up is due and call the transport once, within ``limit``.
 
     The transport is never called early. After ``latest`` (an `uptime`) it is not called at all, and the result is None.
-    In that case the process was frozen, and another worker might lease the follow-up before an answer arrives. Only
-    cancellation is raised.
+    Being later than ``latest`` means that the process was frozen, and that another worker might lease the follow-up
+    before the call's answer arrives. Only cancellation is raised.
     """
     # Measured by another clock, a timer may fire a little early, so the remaining time is checked again.
     while (wait := clock.until(begun.lease.due)) > 0:  # noqa: ASYNC110 - time is what is waited for

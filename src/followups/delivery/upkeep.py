@@ -42,7 +42,7 @@ class Upkeep:
         self._rate_limits = rate_limits
 
     async def start(self, stopping: Callable[[], bool]) -> bool:
-        """Read the clock and the rate limits for the first time; return whether that succeeded.
+        """Read the clock and the rate limits for the first time; return whether both were read.
 
         The result is false only if ``stopping`` returns true before the database can be reached.
         """

@@ -57,7 +57,7 @@ LOOK_WHILE_OPEN = 0.1
 KEPT = 3600
 """Seconds after which the breaker's state is deleted if it is not used."""
 AWAY = 5.0
-"""Seconds for which Redis is not queried again after a failure."""
+"""Number of seconds without queries to Redis after a failure."""
 
 log = get_logger(__name__)
 
@@ -188,7 +188,7 @@ class Breaker:
         self._failures = failures
         self._reading = Reading(CLOSED)
         self.permits = 0
-        """How many follow-ups of tripped workspaces may begin, as probes or during recovery."""
+        """The number of follow-ups of tripped workspaces that may begin, as probes or during recovery."""
         self._failed: dict[UUID, int] = {}
         """Follow-ups that failed since the last success, with the keys of their workspaces."""
         self._unreported: dict[UUID, None] = {}

@@ -86,7 +86,7 @@ class LimiterReply:
 
     waits: tuple[timedelta, ...]
     moment: int | None = None
-    """The time of the reply by the limiter's own clock, or None if no token was acquired."""
+    """The time of the reply by the Redis server's clock, or None if no token was acquired."""
 
 
 class Limiter:
@@ -177,7 +177,7 @@ class Limits:
 
 
 def bucket_of(limit: Limit, one: Limitable) -> Bucket:
-    """Return the bucket of a limit that applies to a follow-up."""
+    """Return the bucket of a rate limit for a follow-up to which the limit applies."""
     sharers = {"all": "", "workspace": one.workspace_id.hex, "chat": f"{one.workspace_id.hex}{one.chat_id.hex}"}
     return Bucket(f"{limit.id.hex}:{sharers[limit.per]}", limit.rate, limit.burst)
 

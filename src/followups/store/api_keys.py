@@ -160,7 +160,7 @@ _RECORD_USE = Statement("""
 def record_use(key_id: UUID) -> Steps[bool]:
     """Record that the API key is in use, without waiting for locks; return whether this call recorded it.
 
-    For each key, at most one use a minute is recorded.
+    At most one use per minute is recorded for each key.
     """
     return bool((yield _RECORD_USE(id=key_id)))
 

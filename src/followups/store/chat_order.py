@@ -82,7 +82,7 @@ If they were parked one by one, thousands of them would delay every later follow
 """
 
 # As in `park_if_leased`, each follow-up is locked while it becomes the predecessor of another follow-up. Locked rows
-# are skipped; the follow-up after a locked row waits for the last follow-up before that row.
+# are skipped. The follow-up after a locked row therefore waits for the last follow-up before that row.
 _PARK_PILE = text("""
     WITH chat AS MATERIALIZED (
         SELECT DISTINCT ON (workspace_id, chat_id) workspace_id, chat_id, due_date, id
@@ -240,8 +240,8 @@ def unblock_writable(
 def unblock_forgotten(connection: Connection, refused: Refused | None = None, without: Collection[UUID] = ()) -> int:
     """Unblock up to a thousand follow-ups whose rows were locked when their predecessors ended.
 
-    Returns how many were unblocked. ``refused`` is called for each row that cannot be written; rows in ``without`` are
-    skipped.
+    Returns the number of unblocked follow-ups. ``refused`` is called for each row that cannot be written; rows in
+    ``without`` are skipped.
     """
     ids = connection.scalars(_LOCK_FORGOTTEN, {"without": uuid_array(without), "most": BATCH}).all()
     return len(run(connection, _unblock(ids, refused)))

@@ -85,7 +85,7 @@ def cancel(connection: Connection, whole: Whole, after: CancelCursor) -> bulk_ca
 
 
 def end_lost(connection: Connection, whole: Whole) -> int:
-    """End follow-ups with a lost lease, as the dispatcher would if it were running; return how many."""
+    """End follow-ups with a lost lease and return their number; a running dispatcher does the same."""
     statement = text(f"""
         WITH lost AS MATERIALIZED (
             SELECT id FROM follow_ups
@@ -150,7 +150,7 @@ _WORKSPACE = text("DELETE FROM workspaces WHERE id = :workspace_id")
 def complete(connection: Connection, whole: Whole) -> None:
     """Delete the workspace or chat itself.
 
-    Raises `IntegrityError` while a follow-up or a message refers to it.
+    Raises `IntegrityError` if a follow-up or a message still refers to it.
     """
     for table in _AT_ONCE:
         if whole.chat_id is None or "chat_id" in table.columns:

@@ -5,8 +5,9 @@ other dispatchers. The in-flight limit can be enforced only if dispatchers do no
 concurrently.
 
 A long gap between ticks means an outage, or a database clock that was set forward. In both cases leases have expired
-without a tick to notice it, while their workers may still be running and know the outcomes. So for a grace period,
-leases with an attempt in flight are left to their workers, which record the outcomes in that time.
+without a tick to notice it, while their workers may still be running and know the outcomes. Workers therefore get a
+grace period, in which they can record the outcomes of their attempts in flight. Until it ends, the leases of these
+attempts are not claimed again.
 """
 
 from __future__ import annotations
@@ -21,8 +22,8 @@ if TYPE_CHECKING:
     from sqlalchemy import Connection
 
 FROZEN_AFTER = "3s"
-"""The idle time within a claim after which PostgreSQL ends the dispatcher's session. A frozen dispatcher would keep all
-other dispatchers from claiming.
+"""The time that a dispatcher's session may be idle within a claim before PostgreSQL ends the session. A frozen
+dispatcher would keep all other dispatchers from claiming.
 """
 
 STALE_TICKS = 5
@@ -47,7 +48,7 @@ class Tick:
 
 # A tick is recorded at most five times a second, since each update leaves a dead row behind. A recorded time in the
 # future means that the clock was set back, unless the difference is so small that two transactions merely began in the
-# other order. A short gap that began within a grace period starts no new grace period. Otherwise, on a starved machine
+# other order. A short gap that begins within a grace period does not start another one. Otherwise, on a starved machine
 # where every tick is late, no lease would ever be taken over.
 _BEGIN = text("""
     WITH state AS MATERIALIZED (

@@ -235,8 +235,8 @@ def release(
     """Make up to a thousand follow-ups that a rate limit has deferred due now.
 
     Only follow-ups deferred by at most ``longest`` are released. ``scope`` is the limit's workspace and channel; None
-    means all. Follow-ups in ``without`` are skipped. Returns the released follow-ups, and those whose rows cannot be
-    written.
+    means all. Follow-ups whose ids are in ``without`` are skipped. Returns the released follow-ups, and those whose
+    rows cannot be written.
     """
     workspace_id, channel = scope
     parameters = {"workspace_id": workspace_id, "channel": channel, "longest": longest, "most": BATCH}

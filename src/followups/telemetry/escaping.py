@@ -1,4 +1,4 @@
-"""Escapes control characters, so that text from outside cannot control the terminal that shows it."""
+"""Escapes control characters, so that text from outside cannot control a terminal."""
 
 from __future__ import annotations
 

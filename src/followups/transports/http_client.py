@@ -46,8 +46,8 @@ HEADERS = {
     "content-type": "application/json",
     "expect": "",
 }
-"""Headers of every request. The empty Expect header keeps libcurl from asking the server before it sends a body of a
-MiB.
+"""Headers of every request. The empty Expect header keeps libcurl from waiting for the server's permission before it
+sends a body of more than 1 MiB.
 """
 
 _REASONS = {
@@ -201,8 +201,8 @@ class HttpClient:
         return Unknown(f"the connection broke before an answer came ({reason})")
 
     # These methods manage the connections. After some seconds without a call, connections are replaced, since libcurl
-    # closes an idle connection only at the next call. Connections are also replaced if libcurl keeps selecting an
-    # unusable connection. In that case, the old connections only finish their calls in flight.
+    # closes an idle connection only at the next call. They are also replaced if libcurl repeatedly selects an unusable
+    # connection. In that case, the old connections only finish their calls in flight.
 
     def _connections(self) -> CurlLoop:
         if not self._is_open:

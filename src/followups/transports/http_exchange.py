@@ -174,7 +174,7 @@ class Exchange:
         self._sockets.distrust(self._address)
 
     def answer(self, code: int) -> Answer:
-        """Return the answer, whose head has arrived; ``code`` is libcurl's result for the answer's body."""
+        """Return the answer after its head has arrived; ``code`` is libcurl's result for its body."""
         headers = {} if self._status // 100 == 2 else _headers(self._head)  # noqa: PLR2004 - 2xx, of which none is read
         return Answer(self._status, headers, b"".join(self._parts), _flaw(code))
 

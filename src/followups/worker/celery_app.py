@@ -370,9 +370,10 @@ def _warm_up(sender: Any = None, **_: object) -> None:  # noqa: ANN401 - the wor
 
 @signals.beat_init.connect
 def _stop_beat_in_order(**_: object) -> None:
-    # Celery's own handler closes the producer inside the signal handler. If the signal interrupts a publish, the
-    # publish and the handler wait for the same lock forever: with ten ticks a second, two of about thirty beats never
-    # ended. An exception makes the publish release its locks first, and beat then closes the producer.
+    # Celery's own handler closes the producer inside the signal handler. If the signal interrupted a publish, the
+    # publish and the handler would wait for the same lock forever. In a test with ten ticks a second, two of about
+    # thirty beats never ended. An exception makes the publish release its locks first, and beat then closes the
+    # producer.
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: sys.exit(0))
 

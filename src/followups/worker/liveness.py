@@ -49,12 +49,12 @@ detected; a healthy broker answers within a second.
 """
 
 TURNING = timedelta(seconds=20)
-"""Longest time between two iterations of the event loop. An iteration takes milliseconds, or perhaps seconds on a
-starved machine.
+"""Longest time between two iterations of the event loop. An iteration usually takes milliseconds, but may take seconds
+on an overloaded machine.
 """
 
 TICKING = timedelta(seconds=90)
-"""Longest time for one tick, which takes an interval and a few statements of at most 20 s each."""
+"""Longest time for one tick, which consists of an interval and a few statements of at most 20 s each."""
 
 log = get_logger(__name__)
 

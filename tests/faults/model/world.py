@@ -90,7 +90,7 @@ class ModelWorld(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Protocol:
-    """The model's parameters: the transport, the guards in place, and the limits of the exploration."""
+    """The model's parameters: the transport, the active guards, and the limits of the exploration."""
 
     deduplicates: bool = True
     without: frozenset[str] = frozenset()

@@ -155,7 +155,7 @@ def web(web_settings: Settings, web_engine: Engine) -> Iterator[Web]:
         api, other = Api(url, World(web_engine)), Api(url, World(web_engine))
         with api.client, other.client:
             web = Web(child.pid, api, other)
-            api.get(FOLLOW_UPS)  # loads modules in advance, so that they do not count as memory growth
+            api.get(FOLLOW_UPS)  # loads the modules first, so that they do not count as memory growth
             yield web
 
 
@@ -306,7 +306,7 @@ def many_files() -> Iterator[None]:
 @pytest.mark.usefixtures("many_files")
 @pytest.mark.parametrize("sent", [HEALTH, b"", b"GET /healthz HTTP/1.1\r\nx: ", HEALTH + b"GET /"])
 def test_more_connections_than_allowed(web: Web, sent: bytes) -> None:
-    """2,100 connections that are idle, silent or sending slowly do not keep other clients from connecting."""
+    """2,100 idle, silent or slow connections do not keep other clients from connecting."""
     with ExitStack() as clients, web.flooded(f"{server.MAX_CONNECTIONS + 100} connections: {sent!r}") as flood:
         for _ in range(server.MAX_CONNECTIONS // 100 + 1):
             for _ in range(100):

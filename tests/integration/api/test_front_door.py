@@ -156,7 +156,7 @@ def test_two_lengths(api: Api) -> None:
 
 
 def test_a_stranger_s_body_is_not_read(api: Api) -> None:
-    """Without a valid API key, a request is answered before its body is read; the connection is closed."""
+    """A request without a valid API key is answered before its body is read, and its connection is closed."""
     for key in (b"", b"authorization: nonsense\r\n", b"authorization: " + b"fup_" + b"x" * 43 + b"\r\n"):
         request = b"POST /api/v1/chat-messages HTTP/1.1\r\nhost: a\r\ncontent-length: 1000000\r\n" + key + b"\r\n{"
         answer = raw(api, request)

@@ -1,4 +1,4 @@
-"""Pages with long messages, which are sent piece by piece, and the storage of message texts."""
+"""Tests of pages with long messages, which are sent in pieces, and of how message texts are stored."""
 
 from __future__ import annotations
 

@@ -157,7 +157,7 @@ def test_a_pipe_hears_each_event_once(capsys: pytest.CaptureFixture[str]) -> Non
 
 
 def test_the_last_words_say_what_happened_and_what_is_next(capsys: pytest.CaptureFixture[str]) -> None:
-    """The demo's summary gives every figure and the next command; if the demo failed, it lists problems."""
+    """The demo's summary shows every figure and the next command, or the problems if the demo failed."""
     Console(width=80).print(summary_panel(score(ALL_ENDED, RECEIPTS)))
     said = capsys.readouterr().out
     for word in ("52 sent", "3 retried", "1 failed", "2 cancelled", "0 duplicates", "p99 11.3", "followups up"):

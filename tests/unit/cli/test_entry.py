@@ -1,4 +1,4 @@
-"""The end of a command: exit codes, and the output of help and errors."""
+"""Tests of the end of a command: its exit codes, and its output for help and errors."""
 
 from __future__ import annotations
 

@@ -61,7 +61,7 @@ async def test_a_whole_second_is_written_like_any_other_time() -> None:
 
 
 async def test_a_chat_without_an_external_id_has_null() -> None:
-    """The external chat id is always in the body, as null if the chat has none."""
+    """The external chat id is always in the body; it is null if the chat has none."""
     request = await requested(a_delivery(external_chat_id=None))
     assert json.loads(request.body)["externalChatId"] is None
 

@@ -126,7 +126,7 @@ async def go_away(stream: Stream) -> None:
 
 
 async def go_away_and_close(stream: Stream) -> None:
-    """Refuse all further streams and close the connection."""
+    """Refuse all further streams with a GOAWAY frame and close the connection."""
     await go_away(stream)
     stream.connection.writer.close()
 

@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 
 
 class ChangedMeanwhileError(ConflictError):
-    """Another person or program has changed it since this page was loaded."""
+    """Another person or program has changed the follow-up since this page was loaded."""
 
     slug = "changed-meanwhile"
 

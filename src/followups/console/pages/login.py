@@ -34,7 +34,8 @@ def sign_in(visit: Visit) -> Response:
         token = _begin(session, secret)
         if token and (old := visit.cookies.get(visit.services.cookie_name(visit.scheme))):
             console_sessions.end(session, old)
-    # Only failed sign-ins are limited, so failures from a shared address do not block a client with a valid key.
+    # Only failed sign-ins are limited. A client with a valid key can sign in even if other clients at its address have
+    # failed.
     if token is None and (wait := visit.services.tries.wait(visit.client)):
         told = visit.t("Too many attempts; try again in {seconds} seconds.", seconds=math.ceil(wait))
         response = visit.page("login.html", HTTPStatus.TOO_MANY_REQUESTS, told=told, next=wanted)

@@ -45,7 +45,8 @@ def upgrade() -> None:
     with op.get_context().autocommit_block():
         for table, check in CHECKS.items():
             name = f"ck_{table}_times_are_readable"
-            _alter(f"{table} DROP CONSTRAINT IF EXISTS {name}")  # an interrupted run may have left the constraint
+            # an interrupted run may have left this constraint behind
+            _alter(f"{table} DROP CONSTRAINT IF EXISTS {name}")
             if not op.get_bind().scalar(text(f"SELECT EXISTS (SELECT FROM {table} WHERE NOT ({check}))")):  # noqa: S608
                 _alter(f"{table} ADD CONSTRAINT {name} CHECK ({check}) NOT VALID")
                 op.execute(f"ALTER TABLE {table} VALIDATE CONSTRAINT {name}")
