@@ -34,7 +34,8 @@ if TYPE_CHECKING:
     from world import World
 
 TEMPLATE, UNFINISHED = "template_migrated", "template_unfinished"
-"""The migrated, empty database from which each test's database is copied, and its name until it is migrated."""
+"""The name of the migrated, empty database that is copied for each test, and its name before the migration is complete.
+"""
 
 TEMPLATE_LOCK = 4_071_969
 """The key of the advisory lock for creating the template; any number that nothing else uses."""
@@ -88,7 +89,7 @@ class Servers:
         return str(self._listener.address)
 
     def stop(self) -> None:
-        """Stop the servers and the socket."""
+        """Stop the servers and the thread that listens on the socket."""
         if self._listener and self._thread:
             with Client(self._listener.address, family="AF_UNIX") as connection:
                 connection.send("stop")

@@ -1,6 +1,7 @@
 """Scheduled chat follow-ups: each is sent once, at its due date, unless something cancels it first.
 
-From Python, in the caller's own database transaction (the row is the job; nothing else to enqueue)::
+Python code schedules a follow-up in its own database transaction. The inserted row is the job, so nothing else has to
+be enqueued::
 
     import followups
 

@@ -50,7 +50,7 @@ MAX_MESSAGE_LENGTH = 65_536
 
 
 CHURNING = {"autovacuum_vacuum_scale_factor": "0.02", "autovacuum_analyze_scale_factor": "0.02"}
-"""Storage options of tables whose old rows are deleted by age.
+"""Storage options of tables from which old rows are deleted.
 
 A search for the oldest rows reads everything that was deleted since the last vacuum. By default, a vacuum starts only
 when a fifth of the table's rows are dead.
@@ -143,8 +143,8 @@ class WorkspaceSendingHours(Base):
     open_until: Mapped[datetime]
     """The end of the current or next sending period, which the database compares with the current time.
 
-    When the period is over, the first worker whose attempt is refused computes the next period. Only workers therefore
-    need time zone data; the database does not.
+    When the period is over, the first worker whose attempt is refused computes the next period. Therefore workers need
+    time zone data, but the database does not.
     """
 
 
@@ -431,7 +431,7 @@ class FollowUp(Base):
     The follow-up is then not retried.
     """
     accepted_at: Mapped[datetime | None]
-    """The time at which the transport accepted the message, by the database's clock.
+    """The time at which the transport accepted the message, according to the database's clock.
 
     Lag is this time minus the due date.
     """

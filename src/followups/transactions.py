@@ -34,7 +34,7 @@ T = TypeVar("T")
 Ts = TypeVarTuple("Ts")
 
 PATIENCE = timedelta(seconds=15)
-"""How long to retry the query on an unreachable database. A restart takes a few seconds.
+"""How long the query is retried if the database is unreachable. A restart takes a few seconds.
 
 After that time, the commit is assumed to have failed. If it succeeded after all, its leases expire.
 """
@@ -49,8 +49,8 @@ def transact(engine: Engine, work: Callable[[Connection], T]) -> T:
     """Run the work in one transaction, commit the transaction, and return the work's result.
 
     Raises the errors of the work and of the commit. If this function returns, the transaction was committed. If it
-    raises the commit's error, the transaction was not committed, unless the database was unreachable for `PATIENCE` or
-    the work registered no query.
+    raises the commit's error, the transaction was not committed. There are two exceptions: the database was unreachable
+    for `PATIENCE`, or the work registered no query.
     """
     with engine.connect() as connection:
         connection.info.pop(_QUESTION, None)  # left over from an earlier transaction on the same connection

@@ -39,7 +39,7 @@ def start(settings: Settings, tmp_path: Path, *options: str) -> subprocess.Popen
 def test_it_measures_and_leaves_nothing(settings: Settings, world: World, tmp_path: Path) -> None:
     """A benchmark reports throughput, lag and duplicates, and changes no existing data.
 
-    Its own data is removed.
+    The rows that the benchmark inserts are deleted.
     """
     mine = world.follow_up()
     bench = start(settings, tmp_path, "--count", "300", "--rate", "50", "--seconds", "2", "--json")

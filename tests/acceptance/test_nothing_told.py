@@ -96,7 +96,7 @@ def unpacked(command: str) -> str:
 
 @contextmanager
 def overhear(broker_url: str) -> Iterator[Overheard]:
-    """Record the broker's traffic, as a client with the password can, and the events that Flower receives."""
+    """Record the events that Flower receives, and all broker traffic that a client with the password can read."""
     overheard, done, end = Overheard(), threading.Event(), uuid4().hex
     number = int(broker_url.rpartition("/")[2])
 

@@ -25,7 +25,7 @@ for directory in / /tmp /var/tmp /dev/shm; do
 done
 cd / && exec "$@"
 """
-"""Makes every place for files read-only in a mount namespace, and runs a command there."""
+"""Shell script that makes all file systems read-only in a mount namespace, and then runs a command in it."""
 
 
 @pytest.fixture(autouse=True)

@@ -170,7 +170,7 @@ def test_times_are_in_the_browsers_zone(desk: Callable[..., Desk], own: World) -
 def test_an_open_page_follows_and_leaves_alone_what_is_typed(desk: Callable[..., Desk], own: World) -> None:
     """If a follow-up is sent while its form is open, the page shows this and keeps the typed text.
 
-    Saving that form is then refused.
+    An attempt to save the form of the sent follow-up is refused.
     """
     one_id = own.follow_up(due=HOUR)
     sitting = desk()

@@ -119,7 +119,7 @@ def test_the_consequences_are_told_before_saving(person: Callable[..., Person], 
 
 
 def test_a_skipped_time_is_refused_and_a_repeated_one_is_asked(person: Callable[..., Person], own: World) -> None:
-    """A local time that the clock skips is refused. For a repeated time, the form offers a choice."""
+    """A local time that the clock skips is refused. For a local time that occurs twice, the form offers a choice."""
     one = person("agent", own)
     one.post("/preferences", zone="Europe/Berlin", next="/")
     fields = {"chat": str(own.chat()), "message": "Hello", "do": "schedule"}
@@ -275,7 +275,7 @@ def test_a_retry_in_a_removed_chat_is_told_on_the_page(person: Callable[..., Per
 
 @pytest.mark.parametrize("due", ["0001-01-01T00:00+14:00", "9999-12-31T10:00", "9999-12-31T23:59"])
 def test_the_edge_of_the_calendar_is_refused(due: str, person: Callable[..., Person], own: World) -> None:
-    """A due date or filter at the edge of the calendar is refused, even with a zone and sending hours."""
+    """A due date or filter in the first or last year of the calendar is refused without a server error."""
     own.sql(
         "INSERT INTO sending_hours (workspace_id, time_zone, opening, closing, days, open_from, open_until)"
         " VALUES (:id, 'America/Sao_Paulo', '08:00', '20:00', 31, now(), now() + interval '1 hour')",

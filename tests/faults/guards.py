@@ -141,7 +141,7 @@ def stale_hint_begins(scene: Scene) -> None:
 
 
 def repeated_hint_begins(scene: Scene) -> None:
-    """Begin a follow-up two times by the same hint."""
+    """Begin a follow-up twice with the same hint."""
     scene.world.follow_up()
     lease = scene.lease()
     scene.begin(lease)

@@ -27,7 +27,7 @@ def clocks_off(rig: Rig, figures: Figures, seconds: float, off: timedelta) -> No
     injected = rig.failpoints.environment()
     rig.beat(**injected | ahead)
     rig.beat(**injected | behind)
-    rig.sandbox("--secret", SECRET)  # the chat refuses signatures whose time is minutes off
+    rig.sandbox("--secret", SECRET)  # the chat rejects signatures whose timestamp differs by minutes from its clock
     workers = [rig.worker(harmed=True, **ahead), rig.worker(harmed=True, **behind)]
     with Load(rig, 60, seconds, spread=2.0) as load:
         load.wait()

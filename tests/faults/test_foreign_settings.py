@@ -106,7 +106,7 @@ def test_foreign_defaults_for_minutes(pooled: Rig, figures: Figures) -> None:
 
 
 def test_read_only_default(rig: Rig, figures: Figures) -> None:
-    """While sessions are read-only by default nothing is sent; afterwards all follow-ups are sent."""
+    """Nothing is sent while new sessions are read-only by default; all follow-ups are sent afterwards."""
     url = rig.settings.database_url.get_secret_value()
     ids = rig.bulk(50)
     set_defaults(url, {"default_transaction_read_only": "on"})

@@ -191,7 +191,7 @@ def test_without_the_guard(name: str, world: World, settings: Settings) -> None:
     ],
 )
 def test_constraint(constraint: str, change: str, world: World) -> None:
-    """Table constraints refuse rows that no statement of the service writes; without them they are stored."""
+    """Each table constraint refuses an invalid row, which PostgreSQL stores if the constraint is missing."""
     follow_up = world.follow_up(status="sent", finished_at=text("now()"))
     statement = f"UPDATE follow_ups SET {change} WHERE id = :id"  # noqa: S608 - no input, only the cases above
     with pytest.raises(IntegrityError, match=constraint):
@@ -226,7 +226,7 @@ class Hasty(DatabaseClock):
     """A database clock that reports every follow-up as due."""
 
     def until(self, _moment: datetime) -> float:
-        """Return 0, as if the due moment had come."""
+        """Return 0, as if the follow-up were already due."""
         return 0.0
 
 

@@ -187,7 +187,7 @@ def left_alone(rig: Rig, figures: Figures, rate: float, seconds: float, limit: i
 
 
 def test_some_fail(rig: Rig, figures: Figures) -> None:
-    """If 1 %, 10 % or 50 % of the chats fail once, their follow-ups need two attempts, all others one."""
+    """If 1 %, 10 % or 50 % of the chats fail once, their follow-ups need two attempts and all others need one."""
     some_fail(rig, figures, count=200)
 
 
@@ -235,7 +235,7 @@ def test_not_left_alone(rig: Rig, figures: Figures) -> None:
 
 @pytest.mark.faults_long
 def test_some_fail_of_many(rig: Rig, figures: Figures) -> None:
-    """If some of thousands of chats fail once, their follow-ups need two attempts, all others need one."""
+    """If some of thousands of chats fail once, their follow-ups need two attempts and all others need one."""
     some_fail(rig, figures, count=5_000)
 
 

@@ -24,7 +24,7 @@ def test_what_an_earlier_run_broke_is_still_said() -> None:
 
 
 def test_each_row_has_the_date_of_its_run() -> None:
-    """The date of a row is the time of its test's run, and is preserved when the row is kept."""
+    """Each row of the report has the date on which its test ran, even if the row is kept from an earlier run."""
     first = report(run("one", "long"), "")
     assert "| recovery s 1.5 | 2026-01-31 09:00 |" in first
     second = report([*run("two", "long", at="2026-02-01 10:00"), *run("three", "short")], first)

@@ -30,7 +30,7 @@ class TestOrder:
     """The follow-ups of a chat are sent in order."""
 
     def test_later_waits_and_is_unblocked(self, world: World, steps: Steps) -> None:
-        """The later of two follow-ups is parked; the worker that settles the earlier one then gets its lease.
+        """A chat's later follow-up is parked, and the worker that settles the earlier one gets the later one's lease.
 
         A parked follow-up is not claimed again.
         """

@@ -32,7 +32,7 @@ class TestClaim:
     """Claim leases the follow-ups that are due and no others."""
 
     def test_look_ahead(self, world: World, steps: Steps, settings: Settings) -> None:
-        """A tick claims the follow-ups that are due within two intervals, in due order, and none due later."""
+        """A tick claims, in due order, only the follow-ups that are due within two intervals."""
         second = world.follow_up(due=settings.tick_interval)
         first = world.follow_up(due=-SECOND)
         world.follow_up(due=settings.tick_interval * 20)

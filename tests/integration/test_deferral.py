@@ -235,7 +235,7 @@ class TestFreeing:
         return [lease.id for lease in leases]
 
     def test_the_first_first(self, world: World, engine: Engine, settings: Settings) -> None:
-        """Of all given workspaces, the follow-ups deferred first are released, up to the given number."""
+        """Over all given workspaces, follow-ups are released in the order of their deferral, up to the given number."""
         other, third = World(engine), World(engine)
         mine = self.deferred(world, engine, settings, 10, 40)
         theirs = self.deferred(other, engine, settings, 20, 30)

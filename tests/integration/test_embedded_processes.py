@@ -39,7 +39,7 @@ print(child.pid, valkey.child.pid, postgres.child.pid)
 print(processes.logs, valkey._directory, postgres._directory, flush=True)
 sys.stdin.readline()
 """
-"""A program that starts one process of each type, forks, and exits on request, stopping no process."""
+"""A program that starts one process of each type, forks, and exits on request without stopping the processes."""
 
 
 def _until(condition: Callable[[], bool], within: timedelta = SOON) -> bool:
@@ -128,7 +128,7 @@ class TestProcesses:
 
 @pytest.mark.parametrize("end", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT, None], ids=str)
 def test_nothing_outlives_an_owner_that_cleans_nothing_up(end: signal.Signals | None) -> None:
-    """Servers, processes and directories disappear soon after the exit of their owner, even by SIGKILL.
+    """Servers, processes and directories are removed soon after their owner exits, even if it is killed by SIGKILL.
 
     Servers and processes also disappear if a forked child of the owner survives.
     """

@@ -89,7 +89,7 @@ def test_without_retention_nothing_goes_but_expired_keys(world: World, engine: E
 
 
 def test_chat_messages_of_the_same_age_go(world: World, engine: Engine, settings: Settings) -> None:
-    """Old chat messages are deleted, except the last one of each chat, by which a repeat is recognised."""
+    """Old chat messages are deleted, except each chat's last message, which is needed to recognise a repeat."""
     chat_id, other = uuid4(), uuid4()
     receive(world, chat_id, 50 * DAY)
     receive(world, chat_id, 40 * DAY)

@@ -299,7 +299,7 @@ def test_one_that_stays_deferred(
 
 
 def test_one_that_cannot_end(world: World, engine: Engine, settings: Settings) -> None:
-    """A follow-up with three lost leases is never sent again, even if its end cannot be written.
+    """A follow-up with three lost leases is never sent again, even if its failure cannot be recorded.
 
     Other follow-ups are claimed.
     """

@@ -1,4 +1,4 @@
-"""Heartbeats: their files, the health check that reads them, and its cost."""
+"""Heartbeat files, the health check that reads them, and the cost of this check."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ def test_what_the_dead_left_is_swept(living: subprocess.Popen[str], tmp_path: Pa
 
 
 def test_a_process_that_waits(living: subprocess.Popen[str], tmp_path: Path) -> None:
-    """A waiting process is healthy and reports the reason and duration until it makes progress."""
+    """A waiting process is healthy; until it makes progress, it reports why and how long it has waited."""
     assert living.stdout
     (life,) = look(tmp_path, "worker")
     assert (life.trouble, life.waits) == ("", "the database is away, for 5 s")
@@ -132,7 +132,7 @@ def test_where(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 
 def test_a_trap_is_not_used(tmp_path: Path) -> None:
-    """A link or file in place of the heartbeat directory is rejected with a one-sentence error."""
+    """If the heartbeat directory is a link or a file, it is rejected with a one-sentence error."""
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "link").symlink_to(tmp_path / "elsewhere")
     (tmp_path / "file").touch()

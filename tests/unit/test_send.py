@@ -118,7 +118,7 @@ async def test_whatever_a_transport_raises(error: type[BaseException]) -> None:
 
 
 async def test_cancelled_from_outside() -> None:
-    """Cancelling the task cancels the call and gives no outcome."""
+    """Cancelling the task cancels the call, which then has no outcome."""
     task = asyncio.create_task(attempt(hang, timedelta(seconds=60)))
     await asyncio.sleep(0.01)
     task.cancel()

@@ -115,7 +115,7 @@ class Exposition:
         return _families(samples)
 
     def describe(self) -> list[Metric]:
-        """Return nothing, because the names of the metrics are known only when they are collected."""
+        """Return no metrics, because the metrics' names are known only at collection."""
         return []
 
     def text(self) -> bytes:

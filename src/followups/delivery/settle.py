@@ -118,7 +118,7 @@ class Settler:
                 await self._record(batch)
                 del self._attempts[: len(batch)]
                 self._recorded.set()
-            if self._attempts:  # some attempts were added in the meantime
+            if self._attempts:  # some attempts were added while the batch was recorded
                 self._wanted.set()
 
     def close(self) -> None:
@@ -212,7 +212,7 @@ def _record(
 def decide(attempt: Attempt, policy: RetryPolicy, *, deduplicates: bool) -> Settlement:
     """Return the settlement of one attempt, which depends only on its outcome.
 
-    The function is pure, except for clock and jitter.
+    Apart from the clock and the random jitter, this function is pure.
     """
     lease = attempt.begun.lease
     match attempt.outcome:

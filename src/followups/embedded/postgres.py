@@ -94,8 +94,8 @@ class EmbeddedPostgres(EmbeddedServer):
     def __init__(self, data: Path | None = None, *, parent: Path | None = None) -> None:
         """Keep the data in ``data``, or delete it when the server stops if ``data`` is None.
 
-        ``parent`` is the parent of the temporary directory. If it is in an in-memory file system (`memory_directory`),
-        copying a database is ten times as fast.
+        ``parent`` is the parent of the temporary directory. If ``parent`` is in an in-memory file system
+        (`memory_directory`), a database is copied ten times as fast.
         """
         super().__init__(parent)
         self._kept = data

@@ -107,7 +107,7 @@ class BulkRunner(Background):
 
 
 def run_batch(engine: Engine, without: Collection[UUID] = ()) -> bool:
-    """Carry out one batch of the oldest action that is not in ``without``.
+    """Carry out one batch of the oldest action, ignoring the actions in ``without``.
 
     Return whether there was such an action. Raises `BatchError` if the batch fails.
     """

@@ -1,4 +1,4 @@
-"""Read what explains a follow-up: its chat, its attempts, its manual changes, and what holds it."""
+"""Read the data that explain a follow-up's state: its chat, attempts, manual changes, and what holds it."""
 
 from __future__ import annotations
 

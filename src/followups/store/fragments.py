@@ -77,7 +77,7 @@ reason would be wrong without this text.
 def honest(reason: str, row: str) -> str:
     """Return SQL for the reason of an ending follow-up, with `OUTCOME_UNKNOWN` added if it applies.
 
-    The argument must be SQL too.
+    The argument must also be SQL.
     """
     return f"""
         CASE WHEN {reason} IS NOT NULL AND {reason} NOT LIKE '{ReasonCode.OUTCOME_UNKNOWN}%'

@@ -137,7 +137,7 @@ def statement_of(
 def _narrowing(wanted: ListFilter) -> dict[str, tuple[str, Any]]:
     """Return the filters that no index covers, as conditions that are checked row by row.
 
-    The values of these filters are returned by name.
+    The result maps each filter's name to its condition and its value.
     """
     given = {
         "codes": ("split_part(f.reason, ':', 1) = ANY(CAST(:codes AS text[]))", [code.value for code in wanted.codes]),

@@ -31,7 +31,7 @@ _OBSTACLES = text(read_sql("begin_checks").replace("FOR NO KEY UPDATE SKIP LOCKE
 
 @dataclass(frozen=True, slots=True)
 class Obstacle:
-    """The obstacles of a follow-up with a valid lease, and the times at which each obstacle begins or ends."""
+    """The reasons why a leased follow-up may not begin, with the times that limit each reason."""
 
     lease: Lease
     now: datetime

@@ -33,7 +33,8 @@ LONG = "the body of the answer is longer than 64 KiB"
 LATE = "the body of the answer did not come in time"
 
 TOO_LARGE = {pycurl.E_WRITE_ERROR, 100}
-"""libcurl's codes for an answer that exceeds our limit, or libcurl's own limit for a line (CURLE_TOO_LARGE)."""
+"""libcurl's error codes for a response that exceeds our size limit or libcurl's own limit for a line (CURLE_TOO_LARGE).
+"""
 
 _STOP = -1
 """Value that a callback returns to end the transfer and its connection."""
@@ -164,7 +165,7 @@ class Exchange:
         self.curl.setopt(pycurl.POSTFIELDSIZE, len(body))
 
     def end(self) -> None:
-        """End the use of the connection, so that other exchanges may use it."""
+        """Release the connection so that other exchanges may use it."""
         if self._began:
             self._sockets.end(self._address)
             self._began = False

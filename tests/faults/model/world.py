@@ -106,7 +106,7 @@ class Protocol:
 
 
 class Broken(Exception):  # noqa: N818 - a broken promise, named as such
-    """Raised by a step that breaks a promise."""
+    """Raised by a step that violates a guarantee."""
 
 
 def break_promise(name: str) -> None:

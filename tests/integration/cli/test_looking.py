@@ -67,7 +67,7 @@ class TestStats:
     def test_counts_are_exact(self, run: Run, world: World) -> None:
         """`stats` counts pending, waiting, overdue, in-flight and final follow-ups exactly.
 
-        The age of the oldest overdue follow-up is shown.
+        `stats` also shows the age of the oldest overdue follow-up.
         """
         fill(world)
         found = run("stats", "--json").document

@@ -111,7 +111,7 @@ class TestCancel:
     def test_what_somebody_holds_is_come_back_to(self, run: Run, world: World, monkeypatch: pytest.MonkeyPatch) -> None:
         """If a row stays locked by another transaction, a bulk cancel skips and counts it.
 
-        All other rows are cancelled.
+        All rows that are not locked are cancelled.
         """
         monkeypatch.setattr(bulk, "PAUSE", 0.01)
         held, free = world.follow_up(due=HOUR), world.follow_up(due=HOUR)

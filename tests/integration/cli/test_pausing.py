@@ -75,7 +75,7 @@ def test_resuming_goes_on_where_it_was_broken_off(run: Run, world: World, engine
 def test_it_waits_for_what_is_beginning(
     run: Run, world: World, settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """`pause` waits until no worker has an open transaction that may not have seen the pause.
+    """`pause` waits until every worker transaction that may have begun before the pause has ended.
 
     If such a transaction stays open, `pause` reports it.
     """

@@ -94,7 +94,7 @@ class ScriptedServer:
     connections: int = 0
     url: str = ""
     writer: asyncio.StreamWriter = field(init=False)
-    """The writer of the last connection."""
+    """The stream writer of the last connection."""
 
     async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self.connections += 1

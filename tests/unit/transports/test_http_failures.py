@@ -221,7 +221,7 @@ async def test_64_kib_are_read() -> None:
 
 
 async def test_a_compressed_answer_is_not_asked_for_and_understood() -> None:
-    """Compression is not requested, but a compressed response is decompressed."""
+    """The transport does not request compression, but decompresses a compressed response."""
     async with scripted(answer(200, gzip.compress(NAMED), content_encoding="gzip")) as server:
         outcome = await outcome_at(server.url)
         assert isinstance(outcome, Sent)

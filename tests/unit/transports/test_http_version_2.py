@@ -334,7 +334,7 @@ async def test_unread_frames_on_an_idle_connection_end_it(server: Http2Server, t
 
 
 async def test_frames_beside_calls_end_nothing(server: Http2Server, transport: Transport) -> None:
-    """A connection that receives frames while calls are in flight is used for further calls."""
+    """A connection on which pings arrive during calls remains in use."""
 
     async def ping_and_answer(stream: Stream) -> None:
         stream.connection.h2.ping(b"01234567")

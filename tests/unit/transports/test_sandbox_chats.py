@@ -56,7 +56,7 @@ def test_without_deduplication_a_repeated_key_is_a_second_message() -> None:
 
 
 def test_a_key_that_was_refused_is_no_repeat() -> None:
-    """A key that was rejected does not count as repeated."""
+    """A request with the key of a rejected request does not count as repeated."""
     chats = SandboxChats()
     chats.behave("c1", Behaviour(kind="fail", times=1))
     for _ in range(2):

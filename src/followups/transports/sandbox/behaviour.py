@@ -87,7 +87,7 @@ class Behaviour(WireModel):
     retry_after: Seconds | None = None
     """Retry-After of the answer, in seconds; by default 1 for ``rate_limit``, and no header otherwise."""
     body: Annotated[str, Field(max_length=1_000_000)] | None = None
-    """The body of the answer, instead of the default one."""
+    """The response body that replaces the default body."""
 
     @property
     def accepts(self) -> bool:

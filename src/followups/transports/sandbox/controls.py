@@ -87,7 +87,7 @@ async def summary(request: web.Request) -> web.Response:
 
 @routes.get("/sandbox/chats")
 async def conversations(request: web.Request) -> web.Response:
-    """Return the kept conversations."""
+    """Return the conversations that the sandbox keeps."""
     return _json(list(request.app[CHATS].conversations()))
 
 
@@ -118,7 +118,7 @@ class DefaultBehaviour(web.View):
         return _behaviour(self.request.app[CHATS].default)
 
     async def put(self) -> web.Response:
-        """Change the default behaviour: 200, or 422 for an invalid behaviour."""
+        """Change the default behaviour; respond with 200, or with 422 if the behaviour is invalid."""
         try:
             behaviour = Behaviour.model_validate_json(await self.request.read())
         except ValueError as error:
