@@ -332,7 +332,7 @@ def _plain(value: Any) -> str:  # noqa: ANN401 - the value of any field
     if isinstance(value, SecretStr):
         return value.get_secret_value()
     if isinstance(value, timedelta):
-        # The value is written to the microsecond, because the format 'g' would round it to six digits.
+        # Durations are written with six decimals, because the format 'g' would round them to six significant digits.
         return f"{value.total_seconds():.6f}".rstrip("0").rstrip(".")
     return str(value).lower() if isinstance(value, bool) else str(value)
 

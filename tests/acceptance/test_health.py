@@ -47,7 +47,7 @@ def health(stack: Stack, *arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 def says(stack: Stack, role: str, code: int, *words: str) -> None:
-    """Wait until the command exits with this code and prints these words in one line on the right stream."""
+    """Wait until the command exits with this code and one line on the expected stream contains these words."""
 
     def so() -> bool:
         ran = health(stack, role)

@@ -23,7 +23,7 @@ UNKNOWN = "unknown"
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """The test's record of acknowledged requests and of messages delivered without the dispatcher."""
+    """The requests that a test saw acknowledged, and the follow-ups that were sent by other means."""
 
     created: frozenset[UUID] = frozenset()
     """The follow-ups whose creation the system has acknowledged."""

@@ -1,4 +1,4 @@
-"""Tests of each SQL guard: its scenario keeps the promise with the guard, and breaks it without."""
+"""For each SQL guard, the guarantee holds with the guard and is violated without it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tests with a broker that is silent for slightly longer than the limit: no connection is lost."""
+"""A broker that is silent for slightly longer than the limit loses no connection."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Deferral: follow-ups held by the breaker leave room for others and are sent in the end."""
+"""Follow-ups that the breaker holds do not delay other follow-ups, and are eventually sent."""
 
 from __future__ import annotations
 

@@ -110,7 +110,7 @@ def test_many_light_ones_beside_one(engine: Engine, settings: Settings, monkeypa
 
 
 def test_many_with_much(engine: Engine, settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
-    """If more workspaces wait than slots are free, each gets one slot before any gets two."""
+    """If more workspaces wait than slots are free, no workspace gets two slots."""
     monkeypatch.setattr(claims, "FEW", 1)
     worlds = worlds_of(engine, *[3] * 30)
     few = bounded(settings, 20)
@@ -159,7 +159,7 @@ def test_claim_in_order_sees_that_it_sees_too_little(engine: Engine, settings: S
 
 
 def test_ended_leases_are_recovered(engine: Engine, settings: Settings) -> None:
-    """An expired lease is replaced by one with a greater token; if it expired in flight, it was lost."""
+    """An expired lease is replaced by a lease with a greater token, and is lost if it was in flight."""
     noisy, quiet = worlds_of(engine, 40, 2)
     few = bounded(settings, 6)
     leases = {lease.id: lease for lease in claim_fairly(engine, few).leases}
@@ -234,7 +234,7 @@ class TestLowWater:
         assert claim_fairly(engine, settings, since).more is False
 
     def test_nothing_is_due(self, engine: Engine, settings: Settings) -> None:
-        """If no follow-up is due, a fair claim reports no more work, and a low-water mark in the past."""
+        """If no follow-up is due, a fair claim reports that no work is left and a low-water mark in the past."""
         claimed = claim_fairly(engine, settings)
         assert (claimed.leases, claimed.more) == ((), False)
         assert timedelta(0) < datetime.now(UTC) - claimed.low_water - claims.LOW_WATER_MARGIN < timedelta(minutes=1)

@@ -1,4 +1,4 @@
-"""The start of lateness: the first time at which sending hours let a follow-up be sent."""
+"""Lateness is measured from the first time at which sending hours allow the follow-up to be sent."""
 
 from __future__ import annotations
 

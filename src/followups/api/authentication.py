@@ -345,7 +345,7 @@ async def admit(scope: Scope) -> None:
 
 
 class AuthenticatedRoute(APIRoute):
-    """A route that answers 401 without a valid API key, even if the request is also invalid."""
+    """A route that answers 401 to a request without a valid API key, even if the request is also malformed."""
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
         """Return FastAPI's handler, extended to check the API key before it reports an invalid request."""

@@ -103,7 +103,7 @@ def _begin(settings: Settings, batch: Sequence[Lease], connection: Connection) -
 
 
 def _as_stored(lease: Lease, token: int, due: datetime) -> Lease:
-    """Return the lease with the row's token and due time, from which those of a hint rarely differ."""
+    """Return the lease with the token and due time of its row, which rarely differ from those of the hint."""
     return lease if lease.token == token and lease.due == due else lease._replace(token=token, due=due)
 
 

@@ -65,8 +65,8 @@ class DueQueue:
         """Enqueue new leases with the id of the Celery task that carried their hint."""
         now, known = uptime(), self._clock.known
         if now >= self._next_look:
-            # While the breaker is open no lease is taken. In that time each tick claims expired leases and enqueues
-            # them again.
+            # While the breaker is open no lease is taken. Meanwhile, each tick claims leases that have expired and
+            # enqueues them again.
             self._next_look = now + self._lease
             self._fair.drop_expired(now)
         moment = self._clock.now() if known else None
@@ -166,7 +166,7 @@ class DueQueue:
     async def _gather(self) -> None:
         """Wait for a batch that is large enough for a statement.
 
-        The wait lasts while few slots are free, or while no lease is due within the lead of begin.
+        It waits for at most `GATHER` if few slots are free, or if the earliest lease has only just become due.
         """
         if not self.is_due():
             return

@@ -1,4 +1,4 @@
-"""Holds: follow-ups that are paused or outside sending hours are deferred without using up an attempt."""
+"""Holds: defer follow-ups that are paused or outside sending hours, without using up an attempt."""
 
 from __future__ import annotations
 

@@ -46,8 +46,8 @@ are sent again under the same key. So the wait is no longer than a quick call, w
 process were killed.
 """
 SHORT_GATHER = timedelta(milliseconds=5)
-"""How long to wait for enough results if the receiver cannot deduplicate. In that case, if the process were killed, the
-outcome of unrecorded results would be unknown.
+"""How long to wait for enough results if the receiver cannot deduplicate. If such a process were killed, the outcome of
+each unrecorded result would be unknown.
 """
 SETTLE_RETRY_DELAY = timedelta(milliseconds=50)
 """Pause before the next try to settle a row that another transaction has locked."""

@@ -117,7 +117,7 @@ class Limiter:
         return LimiterReply(tuple(wait * MICROSECOND for wait in waits), moment)
 
     async def give_back(self, requests: Sequence[TokenRequest], moment: int) -> None:
-        """Return the tokens acquired at ``moment`` for requests that did not begin after all.
+        """Return tokens that were acquired at ``moment`` for follow-ups that then did not begin.
 
         If Redis is unreachable, the tokens are lost.
         """
@@ -193,7 +193,7 @@ def loosened(before: Iterable[Limit], after: Iterable[Limit]) -> set[Scope]:
 
 
 class RateLimits:
-    """One worker's part of rate limiting: reads the limits, and requests tokens before follow-ups begin.
+    """A worker's rate limiter: it reads the limits and requests tokens before follow-ups begin.
 
     An instance belongs to one event loop.
     """
@@ -270,7 +270,7 @@ class RateLimits:
         """
         long = [(lease, wait) for lease, wait in waits if wait > IN_QUEUE]
         deferred = await in_loop(self._engine, defer, long) if long else set()
-        # If a row was not deferred, it is locked, or another worker has leased it; begin detects either case.
+        # A row that was not deferred is either locked or leased by another worker. Begin detects both cases.
         return tuple((lease, min(wait, IN_QUEUE)) for lease, wait in waits if lease.id not in deferred)
 
     async def close(self) -> None:

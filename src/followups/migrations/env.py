@@ -24,8 +24,8 @@ ASK_AGAIN = 0.2
 LOCK_TIMEOUT = "2s"
 """How long a change of a table waits for the lock on the table.
 
-While the change waits, all other transactions on the table wait behind it, so a migration delays each of them by less
-than three seconds.
+All other transactions on the table queue behind a waiting change, so a migration delays each of them by less than three
+seconds.
 """
 
 GIVE_WAY = 1.0

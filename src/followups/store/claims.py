@@ -137,7 +137,7 @@ def candidates(connection: Connection, look: ClaimSearch, *, fairly: bool) -> li
 
 
 def try_to_lease(connection: Connection, ids: Sequence[UUID]) -> list[Lost]:
-    """Update the rows as a claim does, in a transaction to be rolled back; return those with a lost lease.
+    """Lease the rows in a transaction that will be rolled back; return the rows whose lease was lost.
 
     Raises any error that the content of a row causes.
     """

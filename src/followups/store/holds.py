@@ -136,8 +136,8 @@ def columns_of(hours: SendingHours) -> dict[str, object]:
     return {"time_zone": hours.time_zone, "opening": hours.opening, "closing": hours.closing, "days": days}
 
 
-# If `sendable_from` is in the past, it is kept. Otherwise it is set to the opening of the current sending hours, or to
-# now if they are open or were removed.
+# If `sendable_from` is in the past, it is kept. A past `sendable_from` is kept. Any other is replaced by the opening of
+# the current sending hours, or by the current time if the hours are open or were removed.
 _RELEASE_HELD = text("""
     WITH held AS MATERIALIZED (
         SELECT id FROM follow_ups

@@ -1,4 +1,4 @@
-"""Marks that a statement leaves in its rows, which show whether a commit with no reply succeeded.
+"""Recognise rows that a statement has written, to learn whether a commit that got no reply succeeded.
 
 A lease is recognised by its fencing token. Other changes are recognised by their time, which rows store to the
 microsecond, and no two transactions write the same row in the same microsecond.

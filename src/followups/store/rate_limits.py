@@ -138,7 +138,7 @@ class Limitable:
 
     @property
     def is_over(self) -> bool:
-        """Return whether the follow-up has ended, or would be ended instead of beginning."""
+        """Return whether the follow-up has ended, or would end now instead of being sent."""
         return self.ended or (self.left is not None and not self.left)
 
 

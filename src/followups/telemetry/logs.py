@@ -193,7 +193,7 @@ class _Escaped:
 
 
 AS_THEY_ARE = frozenset({"event", "level", "logger", "timestamp"})
-"""Keys whose values the console's renderer writes unchanged."""
+"""Keys whose values are written unchanged to a terminal."""
 IN_LINES = frozenset({"exception", "stack"})
 """Keys whose values the console's renderer writes unchanged, on several lines."""
 

@@ -50,7 +50,7 @@ FIRST_PAUSE = 0.25
 """Seconds before reconnecting after a connection that did not last. Each further pause is twice as long."""
 
 LASTS = 5.0
-"""Seconds after which a connection whose reads are answered counts as good.
+"""Seconds after which a connection counts as good if its reads are answered.
 
 One read may be answered and another rejected, because an ACL may allow the queues and forbid the subscriptions.
 """

@@ -285,7 +285,8 @@ def test_slowloris(web: Web) -> None:
     command = [str(Path(sys.executable).with_name(tool[0])), *tool[1:]]
     log = subprocess.PIPE
     with web.flooded(" ".join(tool)) as flood, subprocess.Popen(command, stderr=log, text=True) as attack:
-        time.sleep(server.HEADER_WITHIN + 3)  # the unfinished headers time out, and slowloris opens new connections
+        # The server closes the connections with unfinished headers, and the slowloris client opens new ones.
+        time.sleep(server.HEADER_WITHIN + 3)
         attack.terminate()
         said = attack.communicate(timeout=20)[1]
     assert re.search(r"Creating \d+ new sockets", said)

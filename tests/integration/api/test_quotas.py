@@ -60,7 +60,7 @@ def test_pending_follow_ups(api: Api, other: Api) -> None:
 
 
 def test_two_creates_do_not_take_the_last_place(api: Api) -> None:
-    """Of many concurrent create requests, exactly as many succeed as the quota has left."""
+    """Of many concurrent create requests, exactly as many succeed as the quota allows."""
     chats = [api.chat() for _ in range(20)]
     allow(api, Kind.PENDING, 5)
     with ThreadPoolExecutor(20) as pool:

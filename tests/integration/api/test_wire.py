@@ -121,7 +121,7 @@ def test_requests_as_sent(api: Api, sent: bytes, statuses: list[int]) -> None:
 
 
 def test_answers_without_a_body(api: Api) -> None:
-    """After a response without a body, the next response on the connection follows directly."""
+    """A response without a body is followed directly by the next response on the connection."""
     chat = api.chat()
     removal = f"DELETE /api/v1/chats/{chat} HTTP/1.1\r\nhost: a\r\nauthorization: KEY\r\n\r\n".encode()
     sent = HEALTH.replace(b"GET", b"HEAD") + removal + HEALTH

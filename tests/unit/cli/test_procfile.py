@@ -22,7 +22,7 @@ def test_the_procfile_holds_the_same_lines() -> None:
 
 
 def test_flower_stays_on_this_machine() -> None:
-    """Flower listens on the loopback interface unless another address is set, which requires a password."""
+    """Flower listens only on the loopback interface by default; any other address requires a password."""
     assert "--address=${FLOWER_ADDRESS:-127.0.0.1}" in COMMANDS["flower"]
 
 

@@ -247,7 +247,7 @@ async def test_an_idle_connection_is_closed_in_time(monkeypatch: pytest.MonkeyPa
 @pytest.mark.parametrize("steps", range(1, 8))
 @pytest.mark.parametrize("reset", [True, False], ids=["reset", "end"])
 async def test_a_connection_that_ends_as_it_is_made_takes_no_request(steps: int, *, reset: bool) -> None:
-    """A call is retried if the receiver closes the connection before receiving any data, at any stage."""
+    """A call is retried if the receiver closes the new connection before receiving any data."""
     received: list[bytes] = []
 
     def hang_up() -> None:  # runs in a thread, which is not blocked
