@@ -135,7 +135,7 @@ def make_engine(
     """Return an engine for ``database_url`` (``postgresql://...``), which connects on first use.
 
     Its sessions use the settings in `SESSION` and ``options``. Each connection is tested when it is checked out of the
-    pool, so that a restarted server causes a reconnect but no failed request. A connection whose server does not
+    pool, so after a server restart the engine reconnects and no request fails. A connection whose server does not
     respond within ``statement_timeout`` and a margin is closed. Migrations pass None, so that their statements have no
     time limit.
     """
@@ -174,8 +174,8 @@ def make_async_engine(
 ) -> AsyncEngine:
     """Return an engine like that of `make_engine`, for one event loop.
 
-    Database access through this engine runs in `followups.transactions.in_loop`. A connection is tested only if it was
-    idle for `RECENTLY`: connections are checked out many times a second, and a test takes as long as a statement.
+    Transactions of this engine run in `followups.transactions.in_loop`. A connection is tested only if it was idle for
+    `RECENTLY`: connections are checked out many times a second, and a test takes as long as a statement.
     """
     url = parse(database_url)
     arguments = _arguments(url, pool_size, application_name)
@@ -220,7 +220,7 @@ _SET_UP = """
 def _session(options: Mapping[str, str] | None, statement_timeout: timedelta | None) -> dict[str, list[str]]:
     """Return the parameters of `_SET_UP`."""
     limit = str(statement_timeout // MILLISECOND if statement_timeout else 0)
-    # The timeout also limits how long a process that is suspended during a transaction keeps its row locks.
+    # If a process is suspended during a transaction, the timeout also limits how long it keeps its row locks.
     limits = {"statement_timeout": limit, "idle_in_transaction_session_timeout": limit}
     settings = {**SESSION, **limits, **(options or {})}
     return {"names": list(settings), "values": list(settings.values())}

@@ -10,7 +10,7 @@ FORCE, under which the owner's own pg_dump fails. Reads are protected by the pre
 calls every documented endpoint with another workspace's key and ids.
 
 A follow-up's ``status`` is written only by guarded UPDATE statements in `followups.store`, never by assigning to an
-object: in another system, saving a full row changed a sent message back to pending (zulip#39521).
+object. In another system, saving a full row changed a sent message back to pending (zulip#39521).
 """
 
 from __future__ import annotations
@@ -52,8 +52,8 @@ MAX_MESSAGE_LENGTH = 65_536
 CHURNING = {"autovacuum_vacuum_scale_factor": "0.02", "autovacuum_analyze_scale_factor": "0.02"}
 """Storage options of tables from which old rows are deleted.
 
-A search for the oldest rows reads everything that was deleted since the last vacuum. By default, a vacuum starts only
-when a fifth of the table's rows are dead.
+A search for the oldest rows also reads all rows that were deleted since the last vacuum. By default, a vacuum starts
+only when a fifth of the table's rows are dead.
 """
 
 
@@ -70,7 +70,7 @@ WAYS = {
 def readable(*columns: str) -> str:
     """Return the SQL condition for times that Python can represent.
 
-    Any other time, for example one written manually, would make every query that reads its row fail.
+    Any other time in a row, for example one written manually, would make every query of that row fail.
     """
     named = ", ".join(columns)
     return (
@@ -300,8 +300,8 @@ class ChatMessage(Base):
 class FollowUp(Base):
     """A message to be sent into a chat at its due date: the row is the job.
 
-    The columns below ``trigger_chat_message_id`` belong to the dispatcher. No index contains the lease columns, so
-    acquiring and returning a lease is a heap-only update.
+    The columns below ``trigger_chat_message_id`` contain the dispatcher's state. No index contains the lease columns,
+    so acquiring and returning a lease is a heap-only update.
     """
 
     __tablename__ = "follow_ups"

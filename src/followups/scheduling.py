@@ -313,7 +313,7 @@ def _present(locked: Mapping[UUID, Chat], chat_id: UUID) -> Chat:
 
 _ISOLATION = text("SELECT current_setting('transaction_isolation')")
 LOOSEST = frozenset({"read committed", "read uncommitted"})
-"""The two isolation levels that PostgreSQL treats as READ COMMITTED."""
+"""The two isolation levels that behave as READ COMMITTED in PostgreSQL."""
 
 
 def _check_transaction(session: Session) -> None:

@@ -29,8 +29,8 @@ CONNECTION: Mapping[str, str | int] = {
 """libpq parameters that apply unless the URL sets them."""
 
 SESSION: Mapping[str, str] = {
-    # A statement must see everything that was committed before the statement began. With one snapshot for the whole
-    # transaction, a reply that waited for the chat's lock would not see the follow-up that it has to cancel.
+    # A statement must see everything that was committed before the statement began. If the transaction used a single
+    # snapshot, a reply that waited for the chat's lock would not see the follow-up it has to cancel.
     "default_transaction_isolation": "read committed",
     # These are the formats that psycopg reads and writes.
     "client_encoding": "UTF8",

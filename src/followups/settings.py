@@ -391,7 +391,7 @@ def _read_files() -> dict[str, str]:
 def read_file_of(name: str) -> str | None:
     """Return the content of the file that ``NAME_FILE`` names, without surrounding white space, or None if it is unset.
 
-    Raises `SettingsError` if ``NAME`` is set too, or if the file cannot be read.
+    Raises `SettingsError` if ``NAME`` is also set, or if the file cannot be read.
     """
     if not (path := os.environ.get(f"{name}_FILE")):
         return None

@@ -31,8 +31,8 @@ _DIALECT = PGDialect_psycopg()  # type: ignore[no-untyped-call] # of a construct
 class Statement:
     """An SQL statement with named parameters (``:name``), compiled once.
 
-    If the statement returns rows of an entity, a session loads the rows as objects with all columns and refreshes
-    objects that it already has. The driver returns named tuples with ``fields``, or with all columns if ``fields`` is
+    If the statement returns rows of an entity, a session loads all their columns into objects, and refreshes objects
+    that are already loaded. The driver returns named tuples with ``fields``, or with all columns if ``fields`` is
     empty.
     """
 
@@ -91,7 +91,7 @@ Steps: TypeAlias = Generator[Query, Sequence[Any], T]
 def run(session: Session | Connection, steps: Steps[T]) -> T:
     """Run the rule in the session's transaction and return its result.
 
-    An error of a query is raised inside the rule, which may handle it.
+    A query's error is raised inside the rule, which may handle it.
     """
     try:
         query = next(steps)
@@ -108,7 +108,7 @@ def run(session: Session | Connection, steps: Steps[T]) -> T:
 
 
 class Rule(Generic[P, T]):
-    """A rule that runs in a session when it is called. `steps` is for other rules and the event loop."""
+    """A rule, which runs in a session when it is called. `steps` is for other rules and the event loop."""
 
     def __init__(self, steps: Callable[P, Steps[T]]) -> None:
         """Store the generator function."""

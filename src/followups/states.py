@@ -130,8 +130,8 @@ def finish(
 ) -> Final:
     """Return the end of a follow-up that changes from the state ``current`` to ``to``.
 
-    ``code`` and ``detail`` form the reason ``code: detail``. ``words``, the caller's own, are stored as given instead.
-    Raises `TransitionError` for a transition that is not in the table.
+    ``code`` and ``detail`` form the reason ``code: detail``. ``words`` is the caller's own text and is stored unchanged
+    instead. Raises `TransitionError` for a transition that is not in the table.
 
     >>> finish(Status.FAILED, ReasonCode.REJECTED, "HTTP 403").reason
     'rejected: HTTP 403'

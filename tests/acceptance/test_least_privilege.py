@@ -17,7 +17,7 @@ DEPLOY = Path(__file__).parents[2] / "deploy"
 
 
 def test_the_administrator_of_a_managed_server_makes_the_roles() -> None:
-    """roles.sql needs no superuser; its database can be migrated and used, and its administrator owns nothing."""
+    """roles.sql needs no superuser; its database works, and the administrator owns nothing in it."""
     with EmbeddedPostgres(parent=memory_directory()) as server:
         with psycopg.connect(server.url(), autocommit=True) as connection:
             connection.execute("CREATE ROLE administrator LOGIN CREATEROLE CREATEDB")

@@ -1,4 +1,4 @@
-"""Tests of traces with real processes: one trace covers the POST, the claim, the attempt and the call."""
+"""Tests of traces with real processes: one trace contains the POST, the claim, the attempt and the call."""
 
 from __future__ import annotations
 
@@ -182,7 +182,7 @@ print(traces.current_traceparent())
 
 
 def test_a_collector_that_is_away(traced: Stack, received: Received) -> None:
-    """An unreachable trace collector loses no delivery and delays no shutdown."""
+    """If the trace collector is unreachable, no delivery is lost and no shutdown is delayed."""
     traced.options["OTEL_EXPORTER_OTLP_ENDPOINT"] = "http://127.0.0.1:9"
     traced.beat()
     worker = traced.worker()

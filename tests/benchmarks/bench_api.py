@@ -2,9 +2,9 @@
 
 ``PYTHONPATH=tests uv run --group benchmarks python tests/benchmarks/bench_api.py`` starts PostgreSQL, Valkey and both
 servers as processes: the API, and the bare endpoint, which does one INSERT through psycopg's pool with the same
-uvicorn. The two are measured in turns. Then create requests arrive at half of their maximum rate, and `schedule_many`
-creates a thousand follow-ups per call. The program asserts nothing: only the ratios to the bare endpoint on the same
-machine, in the same run, are meaningful.
+uvicorn. The API and the bare endpoint are measured alternately. Then create requests arrive at half of their maximum
+rate, and `schedule_many` creates a thousand follow-ups per call. The program asserts nothing: only the ratios to the
+bare endpoint on the same machine, in the same run, are meaningful.
 """
 
 from __future__ import annotations
@@ -164,7 +164,7 @@ async def send_for(load: ApiLoad, end: float) -> int:
 
 
 async def turn(load: ApiLoad) -> None:
-    """Send requests to the server from several connections for one turn."""
+    """Measure one turn: send requests to the server over several connections."""
     begun, before = time.perf_counter(), load.server.cpu_times()
     counts = await asyncio.gather(*(send_for(load, begun + SECONDS) for _ in range(CONNECTIONS)))
     load.rates.append(sum(counts) / (time.perf_counter() - begun))

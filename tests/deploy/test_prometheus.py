@@ -34,9 +34,9 @@ def test_the_dashboard_has_answers(stack: Stack, prometheus: Prometheus) -> None
 
 @pytest.mark.faults_long
 def test_faults_wake_the_alerts(stack: Stack, prometheus: Prometheus) -> None:
-    """A failing chat, stopped workers and a stopped `web` each fire their own alerts.
+    """A failing chat, stopped workers and a stopped `web` each trigger their own alerts.
 
-    The alerts end when the fault ends.
+    The alerts are resolved when the fault ends.
     """
     wait_until(lambda: prometheus.ask(f"followups:pending offset {10 * MINUTE}s"), within=60)
     assert prometheus.firing() == set()

@@ -146,7 +146,7 @@ class Proxy:
                 await forwarding.wait()
                 writer.write(data)
                 await writer.drain()
-        # When one end of a connection is closed, close the other end too.
+        # When one end of the connection is closed, the other end is closed too.
         writer.transport.abort()
 
     async def _close(self) -> None:

@@ -135,8 +135,8 @@ def _run(seed: int, kept: Path, marker: str, processes: int, title: str, skipped
 def report(lines: list[dict[str, Any]], earlier: str) -> str:
     """Return the results as Markdown; tests not run again are copied from the ``earlier`` results.
 
-    Most fault tests have a short and a long form. The result of each long form that was not run is copied. The results
-    of the short forms are copied only if no short form was run.
+    Most fault tests have a short and a long form. For each long form that was not run, the earlier result is copied.
+    The results of the short forms are copied only if no short form was run.
     """
     short, long = _rows(lines, "short"), _rows(lines, "long")
     kept = {key: row for key, row in _earlier_rows(earlier, "Long forms").items() if key not in long}

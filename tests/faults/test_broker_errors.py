@@ -99,7 +99,7 @@ ERRORS: dict[str, Callable[[redis.Redis], Any]] = {
 
 
 def answering_errors(rig: Rig, figures: Figures, names: list[str], seconds: Callable[[], float]) -> None:
-    """Make the broker answer with each of these errors for a while.
+    """Make the broker answer with each of these errors in turn, for a while.
 
     All processes must keep running, and work again afterwards.
     """

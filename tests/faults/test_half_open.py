@@ -67,7 +67,7 @@ def seconds_until_noticed(workers: Sequence[Child], server: str, proxy: Proxy) -
 
 
 def finished(rig: Rig, workers: Sequence[Child], figures: Figures, **seconds: float) -> None:
-    """Check that all processes work again, and that every promise was kept."""
+    """Check that all processes work again, and that every guarantee held."""
     rig.bulk(40, spread=1.0)
     rig.settle_down(within=60)
     verdict = rig.verdict()

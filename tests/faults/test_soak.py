@@ -107,7 +107,7 @@ def chat_of(rig: Rig, follow_up_id: UUID) -> UUID:
 
 
 def start(rig: Rig) -> Api:
-    """Start one process of each type and wait for a send.
+    """Start one process of each type and wait until a message is sent.
 
     A worker that logs only warnings never logs "ready", so its log cannot be used for waiting.
     """

@@ -485,7 +485,7 @@ def opened_breaker(world: World, engine: Engine, own: Settings, started: Callabl
 
 
 def test_other_workspaces_are_not_delayed(opened_breaker: OpenedBreaker) -> None:
-    """Even if one workspace's failing chats open the breaker, other workspaces are not delayed."""
+    """If one workspace's failing chats open the breaker, other workspaces are not delayed."""
     for _ in range(3):
         quick = opened_breaker.deliver()
         wait_until(lambda quick=quick: [row.status for row in opened_breaker.other.rows(quick)] == ["sent"])

@@ -90,7 +90,7 @@ def test_fewest_first(
 
 
 def test_earliest_of_each_first(world: World, engine: Engine, settings: Settings) -> None:
-    """From each workspace, a claim takes the earliest follow-ups, and none beyond the look-ahead."""
+    """A claim takes the earliest follow-ups of each workspace, and none that are due after the look-ahead."""
     ids = [world.follow_up(due=-number * SECOND) for number in range(9)][::-1]
     world.follow_up(due=settings.tick_interval * 20)
     first, second = (claim_fairly(engine, bounded(settings, window)) for window in (4, 20))

@@ -314,7 +314,7 @@ def test_set_and_lifted_while_it_runs(world: World, bench: Bench) -> None:
 def test_only_those_under_it_ask_again(world: World, bench: Bench) -> None:
     """If a channel's limit is raised, follow-ups under that limit continue.
 
-    Follow-ups under other limits stay deferred.
+    Follow-ups over other limits stay deferred.
     """
     limit(world, NONE_COMES_IN, channel="widget")
     limit(world, NONE_COMES_IN, channel="api")
@@ -347,7 +347,7 @@ def test_somebody_holds_the_row(world: World, bench: Bench) -> None:
 
 
 def test_a_row_that_cannot_be_written(world: World, bench: Bench) -> None:
-    """If one follow-up cannot be deferred, others are still deferred or sent."""
+    """If one follow-up's row cannot be written to defer it, other follow-ups are still deferred or sent."""
     limit(world, NONE_COMES_IN)
     first, bad, third = due_in_turn(world, 3)
     free = World(world.engine).follow_up()

@@ -331,7 +331,7 @@ class TestWindow:
             followups.schedule(session, chat_id=world.chat(), **kept)
 
     def test_a_zone_that_this_host_does_not_know(self, world: World, capsys: pytest.CaptureFixture[str]) -> None:
-        """A create request is accepted if this host lacks the time zone; only the messaging window is checked.
+        """A create request is accepted even if this host lacks the time zone; only the messaging window is checked.
 
         One log line reports the unreadable sending hours.
         """

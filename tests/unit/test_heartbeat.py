@@ -55,7 +55,7 @@ def test_without_any_temporary_directory(monkeypatch: pytest.MonkeyPatch, tmp_pa
 
 @pytest.fixture
 def living(tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
-    """Start a process that reports once, valid for two seconds, and then only writes."""
+    """Start a process that reports once, with a validity of two seconds, and then only writes its heartbeat."""
     command = [sys.executable, "-c", PROCESS, str(tmp_path), "2"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout
@@ -81,7 +81,7 @@ def test_a_part_that_does_not_sign(living: subprocess.Popen[str], tmp_path: Path
 
 
 def test_what_the_dead_left_is_swept(living: subprocess.Popen[str], tmp_path: Path) -> None:
-    """At its start, a process removes the heartbeat files of ended processes, and no others."""
+    """A starting process removes the heartbeat files of ended processes and no other files."""
     dead = tmp_path / next(tmp_path.iterdir()).name.replace(str(living.pid), "1")
     dead.write_text("{}")
     heart = Heartbeat(tmp_path, "beat", "b@here")

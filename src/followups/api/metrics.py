@@ -107,7 +107,7 @@ class Exposition:
         try:
             self._totals.add()
             with self._engine.connect() as connection:
-                # Metrics without labels are reported as zero from the start.
+                # Metrics without labels are reported from the start, with the value zero.
                 samples = dict.fromkeys(counter_totals.counted(), 0.0) | counter_totals.read(connection)
         except SQLAlchemyError as error:
             log.warning("database_unreachable", step="metrics", error=type(error).__name__)

@@ -78,7 +78,7 @@ class NewFollowUp(Body):
 class FollowUpChanges(Body):
     """The fields to change; omitted fields keep their values.
 
-    Unknown fields are refused, to catch misspelt names. Null for a field that is already null changes nothing.
+    Unknown fields are refused, to catch misspelt names. Null has no effect if the field is already null.
     """
 
     model_config = ConfigDict(

@@ -24,7 +24,7 @@ SHARE = 6
 """Maximum number of database connections that one workspace uses at a time, out of 8 in the pool."""
 
 WAITING_SHARE = 128
-"""Maximum number of one workspace's requests that run or wait: half of the process's limit."""
+"""Maximum number of one workspace's requests that are running or waiting: half of the process's limit."""
 
 BUSY = 32
 """Number of one workspace's requests running or waiting from which further requests use a turnstile."""

@@ -67,7 +67,7 @@ def migrate(
     """Upgrade the database to the newest schema. Running the command repeatedly or concurrently is safe.
 
     After a plain `honcho start`, the command keeps running until all processes are stopped, because honcho stops every
-    process as soon as one ends. Otherwise the command ends after the upgrade.
+    process as soon as one ends. In all other cases the command ends after the upgrade.
     """
     url = get_settings().database_url.get_secret_value()
     with engine() as made:

@@ -55,7 +55,7 @@ class Viewer:
 
     @property
     def chat_id(self) -> UUID | None:
-        """The chat that the session is limited to, or None if it sees all chats of its workspace."""
+        """The chat that the session is limited to, or None if it may see all chats of its workspace."""
         return self.session.chat_id
 
     @property

@@ -132,7 +132,7 @@ class Visit:
         return self.t("more than {number}", number=f"{most:,}") if number > most else f"{number:,}"
 
     def span(self, duration: timedelta) -> str:
-        """Return a duration as words."""
+        """Return a duration in words."""
         return span(duration)
 
     def workspace_names(self) -> list[str]:

@@ -1,6 +1,6 @@
 """Send: one call of the transport at the due time, with no transaction open.
 
-The outcome is returned as a value.
+The outcome is returned, not raised as an exception.
 """
 
 from __future__ import annotations

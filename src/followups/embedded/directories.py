@@ -1,6 +1,6 @@
 """Temporary directories that are removed even if this process is killed.
 
-The directories can be made passable for other users.
+Other users can be allowed to pass through the directories.
 """
 
 from __future__ import annotations

@@ -36,7 +36,7 @@ class RequestLog:
         self.slow_delay = float(slow_delay)
 
     def take(self, follow_up_id: str) -> float:
-        """Record a request and return the number of seconds to wait before answering it."""
+        """Record a request and return the number of seconds to wait before the response."""
         self.requests += 1
         self.times.setdefault(follow_up_id, time.time())
         return self.slow_delay if self.every and self.requests % self.every == 0 else self.delay
@@ -55,7 +55,7 @@ class ReceiverConnection(asyncio.Protocol):
         self._transport = transport
 
     def data_received(self, data: bytes) -> None:
-        """Answer each request that is now complete."""
+        """Answer each request that has arrived completely."""
         self._buffer += data
         while (end := self._buffer.find(b"\r\n\r\n")) >= 0:
             head = self._buffer[:end].lower()

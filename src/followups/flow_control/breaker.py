@@ -87,7 +87,7 @@ class News:
     succeeded: bool = False
     """Whether there was a success that counts towards the breaker."""
     runs: tuple[Run, ...] = ()
-    """The outcomes of every workspace, tripped or not."""
+    """The outcomes of every workspace, whether it is tripped or not."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -220,8 +220,8 @@ class Breaker:
     def spend(self, keys: Iterable[int]) -> None:
         """Use up a permit for each begun follow-up of a tripped workspace.
 
-        ``keys`` are the workspace keys of all begun follow-ups. If the breaker opened in the meantime, there may be
-        fewer permits than follow-ups that need one.
+        ``keys`` are the workspace keys of all follow-ups that have begun. If the breaker opened in the meantime, there
+        may be fewer permits than follow-ups that need one.
         """
         if tripped := self.tripped:
             self.permits = max(0, self.permits - sum(key in tripped for key in keys))
@@ -229,7 +229,8 @@ class Breaker:
     def note(self, follow_up_id: UUID, key: int, outcome: Outcome) -> None:
         """Record an outcome of an attempt.
 
-        A request for a later retry does not count as a failure, because the endpoint that makes it is reachable.
+        An answer that asks for a later retry does not count as a failure, because it shows that the endpoint is
+        reachable.
         """
         if self._store is None or isinstance(outcome, Snoozed):
             return

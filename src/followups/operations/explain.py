@@ -107,7 +107,7 @@ def explain(follow_up: FollowUp, settings: Settings, now: datetime, around: Circ
 
 
 def lag_of(follow_up: FollowUp) -> timedelta | None:
-    """Return the time of acceptance minus the due date.
+    """Return the time between the due date and the acceptance.
 
     Return None if the transport has not accepted the follow-up.
     """

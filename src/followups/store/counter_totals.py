@@ -42,8 +42,8 @@ _ADD = text("""
     ON CONFLICT (sample, labels) DO UPDATE SET value = t.value + excluded.value
     RETURNING sample, labels, value
 """)
-# Counts only grow, so totals at least as high as ours mean that our transaction was committed. Our counts are lost in
-# one case: if another process has added at least as much to each total in the meantime.
+# Counts only grow, so our transaction must have been committed if the totals are at least as high as ours. Our counts
+# are lost in one case: if another process has added at least as much to each total in the meantime.
 _ADDED = text("""
     SELECT count(t.value) = count(*) AND bool_and(t.value >= b.value)
       FROM unnest(CAST(:samples AS text[]), CAST(:labels AS text[]), CAST(:values AS double precision[]))

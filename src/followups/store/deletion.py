@@ -103,7 +103,7 @@ def end_lost(connection: Connection, whole: Whole) -> int:
 
 
 def conditions(whole: Whole) -> dict[str, str]:
-    """Return the tables whose rows are deleted in batches, in order, each with the condition for its rows."""
+    """Return the tables whose rows are deleted in batches, in order, each with the SQL condition for these rows."""
     found = {"follow_ups": f"{whole.rows} AND status <> 'pending'", "chat_messages": whole.rows}
     of_workspace = "workspace_id = :workspace_id"
     if whole.chat_id is not None:

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from followups.states import ReasonCode
 
 PIECE = 256 * 1024
-"""Bytes of messages that are read in one query; the longest message is not larger than this."""
+"""Maximum size in bytes of the messages read in one query; no single message is larger."""
 
 MAX_ROWS = 2**62
 """The largest offset; larger offsets overflow in PostgreSQL. A page beyond this offset is empty, like any page after
@@ -91,8 +91,8 @@ def pieces_from(
 ) -> Steps[Sequence[Any]]:
     """Return the rows of `rows_from`, with as many messages as `PIECE` allows.
 
-    Rows after the last such message have None as ``message``. So the memory that a request needs is bounded, whatever
-    the page contains. ``message_size`` is the size of the message in bytes.
+    Rows after the last such message have None as ``message``. The memory for a request is therefore limited, even for a
+    page of long messages. ``message_size`` is the size of the message in bytes.
     """
     if offset >= MAX_ROWS:
         return []

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from sqlalchemy import Connection, TextClause
 
 MOST = 10_000
-"""The largest figure that is counted exactly; a larger figure is shown as "more than"."""
+"""The largest count that is exact; a larger count is shown as "more than"."""
 
 LIMIT = timedelta(milliseconds=100)
 """Time limit of each query for the overview."""

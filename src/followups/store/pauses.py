@@ -207,6 +207,6 @@ def workers_transactions(connection: Connection) -> list[str]:
 
 
 def still_open(connection: Connection, transactions: Sequence[str]) -> int:
-    """Return how many of these worker transactions are still open."""
+    """Return how many of the given worker transactions are still open."""
     number: int = connection.execute(_STILL_OPEN, {"transactions": list(transactions)}).scalar_one()
     return number

@@ -91,7 +91,7 @@ def take(workspace_id: UUID, kind: Kind, number: int) -> Steps[None]:
 
 @dataclass(frozen=True, slots=True)
 class QuotaUse:
-    """A quota in force, and how much of it is used, counted up to the quota itself."""
+    """A quota in force and its usage; usage is counted only up to the quota."""
 
     workspace: str
     kind: Kind

@@ -58,8 +58,8 @@ def default_directory() -> Path:
     """Return the default runtime directory.
 
     Each user has a separate directory, since the directory of another user could be a trap. The directory is not below
-    ``XDG_RUNTIME_DIR``, which exists in a login session but not in a service. A process in a session would not find the
-    files of a process in a service, and vice versa.
+    ``XDG_RUNTIME_DIR``, which exists in a login session but not in a service. A process in a login session would
+    therefore look for another process's files in a different directory than a service does.
     """
     try:
         parent = tempfile.gettempdir()
@@ -169,7 +169,7 @@ class Heartbeat:
         while not self._stopping.wait(INTERVAL.total_seconds()):
             for look in self._probes:
                 look()
-            # if the disk is full the file grows old, which shows supervisors that something is wrong
+            # if the disk is full, the file's age grows, which shows supervisors that something is wrong
             with suppress(OSError):
                 self._write()
 

@@ -195,7 +195,7 @@ class _Escaped:
 AS_THEY_ARE = frozenset({"event", "level", "logger", "timestamp"})
 """Keys whose values are written unchanged to a terminal."""
 IN_LINES = frozenset({"exception", "stack"})
-"""Keys whose values the console's renderer writes unchanged, on several lines."""
+"""Log keys whose values the console's renderer writes unchanged, on several lines."""
 
 
 def _escape(_logger: object, _method: str, event: EventDict) -> EventDict:

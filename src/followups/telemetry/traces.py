@@ -157,7 +157,7 @@ def stop() -> None:
 def current_traceparent() -> str | None:
     """Return the current span as a W3C ``traceparent``, or None if there is no current span.
 
-    The span may belong to the caller's own provider, since other programs call `followups.schedule` too.
+    The span may belong to another program's tracer provider, since other programs also call `followups.schedule`.
     """
     api = sys.modules.get("opentelemetry.trace")
     if api is None:

@@ -1,6 +1,6 @@
 """One HTTP request and its answer, through the callbacks of libcurl.
 
-This module decides which calls may be repeated. libcurl requests the body only once the connection is established, and
+This module decides which calls may be repeated. libcurl requests the body after it has established the connection and
 before it sends the first byte. So until the body has been requested, nothing has been sent. libcurl gets the body only
 once. If a kept connection ends without an answer, or if HTTP/2 refuses a stream, libcurl itself tries again on another
 connection. For such a retry libcurl would have to rewind the body. Since the body cannot be rewound, libcurl gives up

@@ -108,7 +108,7 @@ class Transport(Protocol):
         """Deliver the message once, within the transport timeout. Whatever the receiver does, raise no error."""
 
     async def check(self) -> str:
-        """Return one sentence that reports that the receiver can be reached.
+        """Return one sentence saying that the receiver can be reached.
 
         Raises `FollowUpsError` if the receiver cannot be reached.
         """

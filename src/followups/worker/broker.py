@@ -4,7 +4,7 @@ kombu 5.7 lets an exception leave the consumer if an entry is not JSON, or is JS
 answers a read with an error (READONLY, MISCONF, NOPERM). The exception would end the worker, so one LPUSH, or a
 failover of Redis, would stop every worker.
 
-A worker also shuts down cleanly while the broker does not answer. Celery 5.7 sends its heartbeats to Flower from the
+A worker shuts down cleanly even while the broker does not answer. Celery 5.7 sends its heartbeats to Flower from the
 consumer's own loop. Celery retries such a heartbeat endlessly, logs nothing, and ignores SIGTERM in the meantime.
 """
 

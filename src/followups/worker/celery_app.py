@@ -128,9 +128,9 @@ def make_app(settings: Settings) -> Celery:
         broker_connection_retry_on_startup=True,
         broker_connection_max_retries=None,
         broker_transport_options={
-            # A received message is deleted from Redis. Otherwise kombu would keep a copy until its acknowledgement. An
-            # acknowledgement lost during a delay of Redis would leave the message counted as prefetched forever, and
-            # the worker would stop consuming.
+            # A received message is deleted from Redis. Otherwise kombu would keep a copy until the message is
+            # acknowledged. An acknowledgement lost during a delay of Redis would leave the message counted as
+            # prefetched forever, and the worker would stop consuming.
             "ack_emulation": False,
             "global_keyprefix": settings.broker_prefix,
             "socket_timeout": silence,
@@ -332,7 +332,7 @@ nudge = Nudger(ask_for_tick)
 
 
 def ask_workers() -> Replies:
-    """Return each worker's report of its state (`liveness.signs_of_life`), collected for a second."""
+    """Collect the workers' reports of their states (`liveness.signs_of_life`) for a second, and return them."""
     return app.control.broadcast("signs_of_life", reply=True, timeout=1.0) or []
 
 
@@ -370,8 +370,8 @@ def _warm_up(sender: Any = None, **_: object) -> None:  # noqa: ANN401 - the wor
 
 @signals.beat_init.connect
 def _stop_beat_in_order(**_: object) -> None:
-    # Celery's own handler closes the producer inside the signal handler. If the signal interrupted a publish, the
-    # publish and the handler would wait for the same lock forever. In a test with ten ticks a second, two of about
+    # Celery's own handler closes the producer while the signal is being handled. If the signal interrupted a publish,
+    # the publish and the handler would wait for the same lock forever. In a test with ten ticks a second, two of about
     # thirty beats never ended. An exception makes the publish release its locks first, and beat then closes the
     # producer.
     for number in (signal.SIGTERM, signal.SIGINT):

@@ -70,7 +70,7 @@ class TestChange:
     def test_transition(self, api: Api, changes: dict[str, Any], reason: str | None) -> None:
         """A PATCH to a final status ends the follow-up with the caller's reason or the default code.
 
-        Repeating the PATCH has no effect.
+        A repeated PATCH has no effect.
         """
         created = api.create()
         ended = api.patch(created, **changes).json()

@@ -78,7 +78,7 @@ def engine(web_engine: Engine) -> Engine:
 
 
 class TestReplyAgainstCreate:
-    """A follow-up that is created while a reply is being recorded is cancelled, too."""
+    """A follow-up that is created while a reply is being recorded is also cancelled."""
 
     def test_create_first(self, api: Api, engine: Engine) -> None:
         """A reply waits for a create request that is running, and then cancels the created follow-up."""

@@ -339,7 +339,7 @@ def typed(command: list[str], answer: bytes) -> tuple[int, str]:
 def test_somebody_to_ask(environment: pytest.MonkeyPatch, world: World) -> None:
     """On a terminal, a bulk command shows the count and some ids and asks for confirmation.
 
-    After the answer "no" nothing changes; after "yes" the command runs.
+    The answer "no" changes nothing; the answer "yes" runs the command.
     """
     del environment
     follow_up = world.follow_up(due=HOUR)

@@ -135,7 +135,7 @@ class TestWorkspace:
             assert workspaces.create(session, name)[1]
 
     def test_what_came_in_meanwhile_goes_too(self, world: World) -> None:
-        """A follow-up is deleted even if its transaction commits during the deletion of its workspace."""
+        """A follow-up is deleted even if its transaction commits while its workspace is being deleted."""
         chat = filled(world)
         with Session(world.engine) as late:
             followups.schedule(

@@ -59,7 +59,7 @@ async def matrix_rig(within: float) -> AsyncIterator[TransportRig]:
 
 @asynccontextmanager
 async def sandbox_rig(within: float) -> AsyncIterator[TransportRig]:
-    """Deliver to sandbox chats in the test's process."""
+    """Return a rig that delivers to sandbox chats in the test's process."""
     chats = SandboxChats()
     settings = settings_for(transport="sandbox", transport_timeout=within)
     async with opened(SandboxTransport(settings, chats)) as transport:

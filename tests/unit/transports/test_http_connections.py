@@ -319,7 +319,7 @@ async def test_a_connection_with_half_a_request_is_not_used_again() -> None:
 def test_a_loop_that_ends_without_closing_leaves_nothing_open(
     new_loop: Callable[[], asyncio.AbstractEventLoop],
 ) -> None:
-    """A process whose event loop ends during a call leaves no connection open."""
+    """If a process's event loop ends during a call, the call's connection is closed."""
     with socket.create_server(("127.0.0.1", 0)) as silent:
         transport = HttpTransport(settings_for(f"http://127.0.0.1:{silent.getsockname()[1]}"))
 

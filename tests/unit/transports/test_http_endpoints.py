@@ -136,7 +136,7 @@ def asking(authority: trustme.CA, version: ssl.TLSVersion) -> ssl.SSLContext:
 async def test_a_client_certificate_is_shown(
     authority: trustme.CA, tmp_path: Path, version: ssl.TLSVersion, *, apart: bool
 ) -> None:
-    """The client certificate is sent on request.
+    """The client certificate is sent if the endpoint requests one.
 
     The private key may be in the certificate's file or in a separate one.
     """
@@ -264,7 +264,7 @@ async def test_no_proxy_exempts_hosts(authority: trustme.CA, exempt: str, monkey
 
 
 async def test_the_proxy_is_for_https_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    """An endpoint with plain HTTP, which is in the same network, is reached without the proxy."""
+    """An endpoint with plain HTTP is in the same network, and is therefore reached without the proxy."""
     async with proxy_that() as proxy, scripted(OK) as server:
         monkeypatch.setenv("HTTPS_PROXY", proxy.url)
         assert await outcome_at(server.url) == Sent(None, 200)

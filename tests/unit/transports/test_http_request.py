@@ -115,7 +115,7 @@ async def test_a_delivery_is_signed_by_standard_webhooks(secret: str) -> None:
 async def test_each_of_several_secrets_signs() -> None:
     """During a change of secrets, a delivery is signed with each of them.
 
-    A receiver that has either of the secrets can verify the delivery.
+    The receiver can verify the delivery with either secret.
     """
     request = await requested(a_delivery(), transport_secret=f" {SIGNING_SECRET}  whsec_{SHORT}\n")
     assert len(request.headers["webhook-signature"].split(" ")) == 2

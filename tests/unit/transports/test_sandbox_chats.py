@@ -119,7 +119,7 @@ def test_a_behaviour_that_is_none_is_refused(wrong: dict[str, object]) -> None:
 
 
 def test_a_dropped_request_is_accepted_and_has_no_status() -> None:
-    """A dropped request is recorded as accepted but has no response status."""
+    """A request dropped by the sandbox is recorded as accepted, without a response status."""
     chats = SandboxChats()
     chats.behave("c1", Behaviour(kind="drop"))
     assert chats.receive(incoming(), "key").dropped

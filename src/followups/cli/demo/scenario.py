@@ -23,7 +23,7 @@ class Ending:
 
 @dataclass(frozen=True, slots=True)
 class ScenarioStep:
-    """A follow-up of the script. ``due`` is the due time in seconds after the start."""
+    """A follow-up of the demo's script. ``due`` is the due time in seconds after the start."""
 
     chat: str
     due: float

@@ -53,7 +53,7 @@ Some ten thousand follow-ups are released per second.
 
 @dataclass(slots=True)
 class Told:
-    """The message that the page shows after a change has succeeded or was refused."""
+    """The message that the page shows after a change has succeeded or has been refused."""
 
     wrong: str = ""
     done: str = ""
@@ -288,7 +288,7 @@ def resume(visit: Visit) -> Response:
         scope = pauses.PauseScope(workspace.id if workspace else None, _channel(visit))
         administration.resume(session, actors.actor_of(visit), scope)
         name = workspace.name if workspace else ""
-    _within_time(bulk.release_paused(visit.services.engine))  # the workers release any follow-ups that remain held
+    _within_time(bulk.release_paused(visit.services.engine))  # the workers release the follow-ups that are still held
     visit.services.nudge()
     return _back(visit, name, "pauses")
 

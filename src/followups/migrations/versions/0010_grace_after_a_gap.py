@@ -1,6 +1,6 @@
 """Add the end of the grace period in which leases with an attempt in flight are left to their workers.
 
-The grace period follows a gap between ticks.
+The grace period begins after a gap between ticks.
 """
 
 from __future__ import annotations

@@ -35,7 +35,7 @@ slows the claim.
 CLOCK_OFF = timedelta(seconds=1)
 
 LATEST = 10_000
-"""Number of failed attempts to examine, newest first.
+"""Number of failed attempts that the check examines, newest first.
 
 The table may be too large to examine completely.
 """

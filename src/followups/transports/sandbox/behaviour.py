@@ -81,7 +81,7 @@ class Behaviour(WireModel):
     status: Annotated[int, Field(ge=200, le=599)] | None = None
     """HTTP status of the answer; by default 200, 500 (fail), 403 (reject) or 429 (rate_limit)."""
     times: Annotated[int, Field(ge=1)] | None = None
-    """Number of requests to which the behaviour applies. None means until the behaviour is changed."""
+    """Number of requests to which the behaviour applies. None means that it applies until it is changed."""
     delay: Seconds | None = None
     """Seconds before the answer; by default 5 for ``slow``, and 0 for all other behaviours."""
     retry_after: Seconds | None = None

@@ -14,7 +14,7 @@ from uuid import uuid4
 KEEP_RECORDS = 200_000
 """Number of requests that are kept by default; the counts include all requests."""
 KEEP_KEYS = 1_000_000
-"""Number of accepted keys that are kept. If there are more, the oldest key is removed, as in any receiver that
+"""Number of idempotency keys that are kept. If there are more, the oldest key is removed, as in any receiver that
 deduplicates.
 """
 

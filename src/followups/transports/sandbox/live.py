@@ -53,7 +53,7 @@ async def events(request: web.Request) -> web.StreamResponse:
     chats, closing = request.app[CHATS], request.app[CLOSING]
     response = web.StreamResponse(headers={"content-type": "text/event-stream", "cache-control": "no-store"})
     await response.prepare(request)
-    with contextlib.suppress(ConnectionResetError):  # raised when the page was closed
+    with contextlib.suppress(ConnectionResetError):  # raised when the viewer has closed the page
         await _stream(response, chats, closing)
     return response
 
