@@ -117,7 +117,7 @@ class Workspace(Base):
 
 
 class WorkspaceSendingHours(Base):
-    """The sending hours of a workspace (`followups.sending_hours`).
+    """A row with the sending hours of a workspace (`followups.sending_hours`).
 
     If a workspace has no such row, its messages are sent at any time. Sending hours have a separate table, so that the
     begin statement reads nothing if no workspace has sending hours.
@@ -178,7 +178,7 @@ class RateLimit(Base):
     """The number of attempts that may begin per second.
 
     A limit applies to everything, a workspace, a channel, or a channel of a workspace. All matching limits apply. The
-    state of their token buckets is in Redis (`followups.flow_control.limiter`).
+    token buckets of each limit are kept in Redis (`followups.flow_control.limiter`).
     """
 
     __tablename__ = "rate_limits"
@@ -260,7 +260,7 @@ class Chat(Base):
             name="last_message_is_whole",
         ),
         CheckConstraint(readable("last_message_at", "last_user_message_at"), name="times_are_readable"),
-        # This index serves the check whether another workspace already uses the external id.
+        # This index serves the check that no other workspace uses the external id.
         Index(None, "external_id", postgresql_where=text("external_id IS NOT NULL")),
     )
 
@@ -428,7 +428,7 @@ class FollowUp(Base):
     cancel_requested: Mapped[str | None]
     """The reason of a cancellation that was requested during an attempt.
 
-    The follow-up is then not retried.
+    The follow-up is not retried after that attempt.
     """
     accepted_at: Mapped[datetime | None]
     """The time at which the transport accepted the message, according to the database's clock.
@@ -610,7 +610,7 @@ class BulkAction(Base):
 class DispatcherState(Base):
     """The single row that records the time of the last dispatcher tick.
 
-    Each claim locks the row (`followups.store.last_tick`).
+    Each claim locks this row (`followups.store.last_tick`).
     """
 
     __tablename__ = "dispatcher_state"

@@ -6,8 +6,8 @@ to enqueue. The REST API and the command line call the same functions.
 Each function locks its chat until the transaction ends. A transaction that works on several chats must process them in
 ascending order of their ids; `followups.store` documents the order of all locks.
 
-The transaction must use READ COMMITTED, PostgreSQL's default isolation level. The rules rely on each statement seeing
-everything that was committed before the statement began. At any other level, a `TransactionError` is raised.
+The transaction must use READ COMMITTED, PostgreSQL's default isolation level. The rules rely on the fact that each
+statement sees everything committed before it began. At any other level, a `TransactionError` is raised.
 """
 
 from __future__ import annotations

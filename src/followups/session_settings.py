@@ -22,8 +22,8 @@ CONNECTION: Mapping[str, str | int] = {
     "keepalives_count": 3,
     "tcp_user_timeout": TCP_USER_TIMEOUT,
     "options": "",  # ignores all options, even those in PGOPTIONS
-    # During a failover, the address may lead to a standby. A standby would answer every SELECT with outdated data, and
-    # the pool would keep the session.
+    # During a failover, the address may lead to a standby. A standby would answer each SELECT with outdated data, and
+    # the pool would never drop that session.
     "target_session_attrs": "read-write",
 }
 """libpq parameters that apply unless the URL sets them."""

@@ -29,7 +29,8 @@ class Status(StrEnum):
     """The state of a follow-up. The last three states are final."""
 
     PENDING = "pending"
-    """Accepted and not ended. Entered by schedule or retry; left by settle, cancel or recovery.
+    """The follow-up has been accepted and has not ended. Entered by schedule or retry; left by settle, cancel or
+    recovery.
 
     A leased or in-flight follow-up is still pending, since the lease is not a separate state.
     """

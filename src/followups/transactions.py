@@ -4,7 +4,7 @@ A connection that breaks during a commit leaves the outcome unknown. After a cla
 outcome would cost a lease, since the rows may be leased without the process knowing it. Therefore a statement registers
 a query (`ask_if_lost`) that reads back what the statement has written. If the response is lost, the query runs on the
 database server that is then reachable. That may be a different server: a promoted standby either has the rows or does
-not. Transaction ids would prove nothing, since the new server may have given the same id to another transaction.
+not. The id of the lost transaction would prove nothing, since the new server may have given it to another transaction.
 """
 
 from __future__ import annotations

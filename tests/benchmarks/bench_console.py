@@ -3,7 +3,7 @@
     PYTHONPATH=tests uv run python tests/benchmarks/bench_console.py --data /tmp/console-5m
 
 Prints the median and the slowest of seven requests for each page, in milliseconds. Filling the database takes some ten
-minutes. With --data, the database is kept, and the next run uses it again.
+minutes. With --data, the database is kept and used again by the next run.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ def measure(one: Person, name: str, path: str, **query: str) -> None:
 
 
 def measure_all(one: Person, workspace_id: UUID, connection: psycopg.Connection) -> None:
-    """Print how long each page takes, with every filter."""
+    """Print the time that each page takes, with every filter."""
     query = "SELECT id, chat_id FROM follow_ups WHERE workspace_id = %s AND status = %s LIMIT 1"
     (sent, chat_id), (pending, _) = (
         connection.execute(query, (workspace_id, status)).fetchone() or ("", "") for status in ("sent", "pending")

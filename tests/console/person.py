@@ -1,4 +1,4 @@
-"""A person at the console, without a browser: an HTTP client with a cookie, and parsers of pages."""
+"""Acts as a person at the console without a browser: an HTTP client with a cookie, and page parsers."""
 
 from __future__ import annotations
 

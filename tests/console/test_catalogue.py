@@ -57,7 +57,7 @@ def sentences() -> Iterator[str]:
 
 
 def used() -> set[str]:
-    """Return every text of the console."""
+    """Return every text that the console uses."""
     templates = [each.read_text("utf-8") for each in ROOT.rglob("*.html")]
     return {*sentences(), *(found[1] or found[2] for each in templates for found in IN_TEMPLATES.finditer(each))}
 

@@ -216,7 +216,7 @@ def test_send_now_makes_it_due(person: Callable[..., Person], own: World) -> Non
 
 
 def test_a_failed_one_is_retried_once(person: Callable[..., Person], own: World) -> None:
-    """A failed follow-up is retried only once, and the page of the new follow-up is shown.
+    """A failed follow-up can be retried only once, and the retry opens the new follow-up's page.
 
     Repeating the request creates no second follow-up.
     """
@@ -243,7 +243,7 @@ def test_a_viewer_has_no_buttons(person: Callable[..., Person], own: World) -> N
 def test_an_error_shows_an_operator_only_what_was_typed(person: Callable[..., Person], own: World) -> None:
     """An error page shows an operator the typed text, but not the stored message.
 
-    Showing the stored message needs a button, and is recorded.
+    The stored message is shown only after a click on a button, which is recorded as an audit event.
     """
     one_id = own.follow_up(due=HOUR, message="Private words")
     told = person("operator").post(f"/follow-ups/{one_id}", message="My words", version="stale")

@@ -127,7 +127,7 @@ def test_what_changes_something_must_come_from_a_page_of_ours(
 def test_failed_attempts_are_limited(
     person: Callable[..., Person], own: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """After too many failed sign-ins, further failures are refused, but a valid key or token still works."""
+    """After too many failed sign-ins, wrong secrets are refused, but a valid key or token still works."""
     monkeypatch.setattr(tries, "EACH", 2)
     limited = load_settings(**settings_of(person, own))
     with served(limited) as (host, port):

@@ -1,4 +1,4 @@
-"""Real faults fire their alerts in a Prometheus that scrapes the system.
+"""Tests that real faults fire their alerts in a Prometheus that scrapes the system.
 
 These tests take some minutes.
 """

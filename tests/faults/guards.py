@@ -1,7 +1,7 @@
 """The guards that the promises depend on, the removal of each from the SQL, and what fails without it.
 
-A guard is cut out of the SQL statements before they reach PostgreSQL. The text to be cut must be present, so that a
-rewritten statement cannot turn the removal into a no-op.
+A guard is cut out of the SQL statements before they reach PostgreSQL. The text to be cut must occur in the statement,
+so that a changed statement does not silently keep its guard.
 """
 
 from __future__ import annotations
@@ -174,7 +174,7 @@ def later_one_begins(scene: Scene) -> None:
 
 
 def begins_in(chat: Callable[[Scene], UUID], **columns: Any) -> Callable[[Scene], None]:
-    """Return a scenario that begins a follow-up in a chat to which nothing may be sent any longer."""
+    """Return a scenario that begins a follow-up in a chat to which no messages may be sent any more."""
 
     def scenario(scene: Scene) -> None:
         scene.world.follow_up(chat(scene), **columns)

@@ -106,7 +106,7 @@ class Replicated:
     """
 
     def __init__(self, *, synchronous: bool = True, binaries: Path = embedded.BINARIES) -> None:
-        """Store the directory of the servers' binaries, without starting any server."""
+        """Store the directory of the servers' programs; no server is started yet."""
         self._synchronous, self._binaries = synchronous, binaries
         self._running = ExitStack()
         self.primary = Server(binaries)

@@ -1,4 +1,4 @@
-"""Tests in which database and ticks are away for longer than a lease, but no outcome is lost."""
+"""Tests in which the database and the ticks are gone for longer than a lease, and no outcome is lost."""
 
 from __future__ import annotations
 

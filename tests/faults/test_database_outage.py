@@ -66,7 +66,7 @@ def timeline(rig: Rig, since: float) -> dict[str, list[int]]:
 
 
 def seconds_until_accepted(rig: Rig) -> float:
-    """Return the seconds until the chat accepts a follow-up that is created after now."""
+    """Return how many seconds pass until the chat accepts a follow-up that is created after this call."""
     returned = time.monotonic()
     (probe,) = rig.bulk(1)
     wait_until(lambda: rig.accepted(probe), within=60)

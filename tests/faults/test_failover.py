@@ -215,7 +215,7 @@ def test_several_hosts_in_the_url() -> None:
 def test_what_an_asynchronous_failover_took_back_is_not_believed(
     broker_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A begin whose answer was lost, and which the new primary lacks, counts as failed immediately.
+    """A begin whose answer was lost counts as failed immediately if the new primary does not have it.
 
     The worker does not wait for the lost begin, and does not confuse it with another transaction that has the same id
     on the new primary.

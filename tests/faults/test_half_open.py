@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     Proxied = tuple[Rig, Sequence[Proxy]]
 
 SLACK = 20.0
-"""The tolerance in seconds for a busy machine; the figure records the actual time."""
+"""Extra seconds allowed for a busy machine; the figure records the time actually taken."""
 
 SAID = ("got no reply", '"broker_unreachable"', "Connection to broker lost")
 """The log events of a worker that has noticed that the broker is silent."""
@@ -77,7 +77,7 @@ def finished(rig: Rig, workers: Sequence[Child], figures: Figures, **seconds: fl
 
 
 def dead_connections(proxied: Proxied, figures: Figures, server: str, limit: float) -> None:
-    """Make all open connections half-open; measure the time until detection and until all is sent."""
+    """Make all open connections half-open; measure the time until they are detected and until all is sent."""
     rig, proxies = proxied
     proxy = proxy_of(server, proxies)
     workers = working(rig)
@@ -106,7 +106,7 @@ def test_dead_connections_with_default_limits(server: str, proxied: Proxied, fig
 
 
 def stalled(proxied: Proxied, figures: Figures, server: str, seconds: float) -> None:
-    """Silence a server on old and new connections, then let it continue, or break the stalled connections."""
+    """Stop a server from answering on old and new connections; then let it answer again, or break them."""
     rig, proxies = proxied
     proxy = proxy_of(server, proxies)
     workers = working(rig)

@@ -85,7 +85,7 @@ def attempt(url: str, errors: list[Exception], patience: float) -> None:
 
 
 def beside(url: str, holder: str, patience: float, refusals: list[str]) -> Others:
-    """Migrate while a transaction keeps its locks until the migration fails; return the `Others`."""
+    """Migrate while another transaction holds its locks until the migration fails; return the `Others`."""
     others = Others(url, holder)
     others.start()
     errors: list[Any] = []
@@ -123,7 +123,7 @@ def from_old_versions(
 
 @pytest.mark.parametrize("version", OLD)
 def test_beside_an_idle_reader(world: World, engine: Engine, figures: Figures, version: str) -> None:
-    """With an idle reader, a migration delays others under 3 s, and its error names the reader."""
+    """A migration blocked by an idle reader delays others under 3 s, and its error names the reader."""
     from_old_versions(world, engine, figures, [(version, READER)], patience=1)
 
 

@@ -65,7 +65,7 @@ def test_noisy_neighbour_for_long(rig: Rig, figures: Figures) -> None:
 
 
 class Seen(NamedTuple):
-    """The measured results of the other workspaces during a backlog."""
+    """What is measured about the other workspaces during a backlog."""
 
     verdict: Verdict
     alone: list[UUID]

@@ -165,12 +165,12 @@ def finish(rig: Rig, figures: Figures, samples: Samples, **more: Any) -> None:
 
 @needs_proc
 def test_load(rig: Rig, figures: Figures) -> None:
-    """Some seconds of load with failures, cancels and replies break no promise and end no process."""
+    """Seconds of load with failures, cancels and replies do not violate a promise or end a process."""
     soak(rig, figures, seconds=12, rate=40)
 
 
 @needs_proc
 @pytest.mark.faults_long
 def test_load_for_long(rig: Rig, figures: Figures) -> None:
-    """An hour of load breaks no promise, and no process's memory keeps growing."""
+    """The promises hold during an hour of load, and no process's memory keeps growing."""
     soak(rig, figures, seconds=float(os.environ.get(SECONDS, "3600")), rate=40)

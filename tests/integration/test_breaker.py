@@ -182,7 +182,7 @@ async def tripped(store: BreakerStore) -> frozenset[int]:
 def test_which_are_tripped(own: Settings) -> None:
     """The breaker holds the workspaces whose last attempts failed.
 
-    A workspace that has succeeded since then is released when the breaker opens again.
+    When the breaker opens again, it no longer holds a workspace that has succeeded since then.
     """
 
     async def script(store: BreakerStore) -> None:

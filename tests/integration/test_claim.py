@@ -122,7 +122,7 @@ class TestRecovery:
         assert [(number, outcome) for number, outcome, _ in world.failures(follow_up)] == [(1, "lost")]
 
     def test_named_where_it_does_not(self, world: World, steps: Steps, settings: Settings) -> None:
-        """If the transport cannot deduplicate, a lost attempt ends as outcome_unknown and is not repeated."""
+        """If the transport cannot deduplicate, a lost attempt ends as outcome_unknown and is not retried."""
         plain = settings.model_copy(update={"transport_deduplicates": False})
         follow_up = world.follow_up()
         self.lose(world, steps, follow_up, plain)

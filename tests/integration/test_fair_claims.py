@@ -213,7 +213,7 @@ def test_held_by_somebody(engine: Engine, settings: Settings) -> None:
 
 
 class TestLowWater:
-    """If a fair claim leaves part of a backlog unclaimed, the low-water mark stays before that part."""
+    """If a fair claim leaves part of a backlog unclaimed, the low-water mark does not move past that part."""
 
     def test_mark(self, engine: Engine, settings: Settings) -> None:
         """The low-water mark stays before the first unfinished follow-up, even if later ones are claimed."""
@@ -243,7 +243,7 @@ class TestLowWater:
 def test_dispatcher_shares_out_what_it_left(
     engine: Engine, settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """After a claim that took all it could, the dispatcher claims fairly, so no workspace waits long."""
+    """After a full claim, the dispatcher's next claim is a fair claim, so no workspace waits long."""
     monkeypatch.setattr(claiming, "CLAIM_SIZE", 10)
     worlds = worlds_of(engine, 200, 10)
     hints: list[Hint] = []

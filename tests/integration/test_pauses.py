@@ -134,7 +134,7 @@ def test_what_must_not_be_sent_ends_though_paused(world: World, engine: Engine, 
 
 
 def test_interrupted_while_resuming(world: World, engine: Engine, settings: Settings) -> None:
-    """If a resume is interrupted, a later run releases what is left, except what other pauses hold."""
+    """If a resume is interrupted, a later run releases the rest, except follow-ups that other pauses hold."""
     others = type(world)(engine)
     ids = [world.follow_up() for _ in range(5)]
     theirs = others.follow_up()

@@ -84,7 +84,7 @@ def read(plan: dict[str, Any]) -> Iterator[tuple[str, float]]:
 
 
 def looked_up(plan: dict[str, Any]) -> Iterator[str]:
-    """Yield the indexes by which follow-ups are looked up by id alone."""
+    """Yield the indexes that serve look-ups of follow-ups by id alone."""
     if plan.get("Relation Name") == "follow_ups" and plan.get("Index Cond", "").startswith("(id = "):
         yield plan["Index Name"]
     for child in plan.get("Plans", []):
@@ -107,7 +107,7 @@ def test_plans(world: World, engine: Engine, settings: Settings, others: int, *,
 def test_plans_when_nothing_was_pending(world: World, engine: Engine, settings: Settings) -> None:
     """No plan looks up follow-ups by an index of pending rows, even if the planner thinks it is empty.
 
-    The planner thinks so after a vacuum while no row is pending.
+    The planner assumes this after a vacuum that ran while no row was pending.
     """
     world.burst([timedelta(0)] * 2000)
     world.sql("UPDATE follow_ups SET status = 'sent', finished_at = now()")

@@ -174,7 +174,7 @@ class TestSchedule:
 
 
 class TestFullChat:
-    """The limit of pending follow-ups per chat, which lets a reply cancel all of them in one transaction."""
+    """Tests of the limit of pending follow-ups per chat, so that one reply can cancel all of them."""
 
     def test_one_more_is_refused(self, caller: Caller) -> None:
         """A full chat accepts no new or moved follow-up until one of its follow-ups has ended."""

@@ -195,7 +195,7 @@ def test_a_migration_gives_way(empty_engine: Engine) -> None:
         migration.start()
         wait_until(lambda: _waiting_for_locks(other))
         other.execute(text("SET lock_timeout = '20s'"))
-        # this query waits behind the migration, until the migration releases its lock
+        # this query waits for the migration to release its lock
         other.execute(text("SELECT count(*) FROM follow_ups"))
         other.rollback()
         assert migration.is_alive()

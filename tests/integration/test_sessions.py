@@ -244,7 +244,7 @@ class TestCallersOwnSession:
 
     @pytest.fixture(params=["theirs", "ours"])
     def base(self, request: pytest.FixtureRequest, world: World, database_url: str) -> Iterator[Engine]:
-        """Return an engine created by a caller, or one created by the project."""
+        """Return an engine that a caller created or one that the project created, as the parameter says."""
         if request.param == "ours":
             yield world.engine
             return

@@ -31,7 +31,7 @@ def insert_workspace(connection: Connection) -> str:
 
 
 def test_answer_lost_after_the_commit(world: World, engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
-    """If a commit succeeded but its answer was lost, it counts as done."""
+    """A transaction whose commit succeeded counts as done, even if the answer to the commit was lost."""
     break_once(monkeypatch, psycopg.Connection.commit)
     assert transact(engine, insert_workspace) == "acme"
     assert world.scalar("SELECT count(*) FROM workspaces WHERE name = 'acme'") == 1
@@ -77,7 +77,7 @@ def test_the_question_of_a_transaction_that_failed_is_forgotten(
 
 
 def test_refused(world: World, engine: Engine) -> None:
-    """A database error is raised unchanged, and the transaction is rolled back."""
+    """A database error is raised unchanged, and its transaction is rolled back."""
     insert = text("INSERT INTO workspaces (id, name) VALUES (:id, 'again')")
     with pytest.raises(IntegrityError):
         transact(engine, lambda connection: connection.execute(insert, {"id": world.workspace_id}))

@@ -363,7 +363,7 @@ def test_the_next_of_a_chat_whose_first_ends(world: World, engine: Engine, setti
 
 
 def test_one_far_behind_in_the_chat(world: World, engine: Engine, settings: Settings) -> None:
-    """A follow-up waits for the earlier one of its chat, even if a later one cannot be written."""
+    """A follow-up waits for an earlier one of its chat, even if the row of a later one cannot be written."""
     chat = world.chat()
     first = world.follow_up(chat, -3 * SECOND, next_attempt_at=text("now() + interval '1 h'"))
     second = world.follow_up(chat, -2 * SECOND)

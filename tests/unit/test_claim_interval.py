@@ -60,7 +60,7 @@ CLAIM = 0.03
 
 
 def sent(dispatchers: int, rate: int, seconds: int, window: int = 5000) -> tuple[int, int]:
-    """Return the numbers of follow-ups sent from a backlog, at ``rate`` per second, and of claims.
+    """Return how many follow-ups of a backlog are sent at ``rate`` per second, and the number of claims.
 
     The dispatchers tick in rotation.
     """
@@ -94,6 +94,6 @@ def test_nobody_runs_dry(dispatchers: int, rate: int) -> None:
 
 @pytest.mark.parametrize("dispatchers", [1, 2, 4])
 def test_few_claims(dispatchers: int) -> None:
-    """Each claim has to read everything in flight, so a tick avoids starting with several small claims."""
+    """A tick does not start with several small claims, since every claim reads all follow-ups in flight."""
     _, claims = sent(dispatchers, rate=5000, seconds=20)
     assert claims <= 20 * 3

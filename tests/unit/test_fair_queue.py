@@ -87,7 +87,7 @@ def test_not_all_slots_for_one() -> None:
 
 
 def test_all_slots_for_a_lone_one() -> None:
-    """If no other workspace is active, a workspace uses all slots."""
+    """A workspace uses all slots if no other workspace is active."""
     queue = queue_of(slots=16)
     queue.add(overdue(NOISY, *range(50)))
     assert len(queue.take(16)) == 16

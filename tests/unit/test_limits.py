@@ -34,7 +34,7 @@ def matching(limits: list[Limit], where: Limitable) -> set[int]:
 
 
 def test_all_that_match_apply() -> None:
-    """Limits of everything, of the workspace, of the channel and of both apply to a follow-up.
+    """A follow-up is subject to the limits of everything, its workspace, its channel, and both combined.
 
     Limits of other workspaces and channels do not apply to a follow-up.
     """

@@ -1,8 +1,8 @@
 """Authentication: validation of the API key in the transaction that serves the request.
 
 The first statement of the request's transaction also looks up the key. A revocation therefore takes effect as soon as
-it is committed, and checking the key needs no extra round trip. FastAPI validates the body before it runs dependencies,
-but a client that sends an invalid body without a valid key must get a 401 rather than a 422: see `AuthenticatedRoute`.
+it is committed, and checking the key needs no extra round trip. FastAPI validates the body before it runs dependencies.
+But an invalid body without a valid key must get a 401 rather than a 422: see `AuthenticatedRoute`.
 """
 
 from __future__ import annotations
@@ -212,9 +212,10 @@ class Caller:
     ) -> T:
         """Run the rule in a transaction, commit it, and then log its changes.
 
-        ``at_once`` is a rule that has the same effect in a single statement, which also checks the API key. If this
-        rule returns None, it has changed nothing. A transaction that was rolled back because of a conflict is retried
-        once, since none of its work was committed. Raises `UnauthorizedError` and `TooManyRequestsError`.
+        ``at_once`` is an alternative rule with the same effect. It checks the API key and makes the change in a single
+        statement. If this rule returns None, it has changed nothing. A transaction that was rolled back because of a
+        conflict is retried once, since none of its work was committed. Raises `UnauthorizedError` and
+        `TooManyRequestsError`.
         """
         await self._services.rate_limit.check(self._identity.key_id)
         async with self._services.shares.of(self._identity.workspace_id):

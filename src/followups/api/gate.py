@@ -104,7 +104,7 @@ class RequestBody:
         return None
 
     def charge(self, owner: Turns) -> None:
-        """Charge the body to a workspace, which may use half of the memory that all bodies share."""
+        """Charge the body to a workspace, whose bodies may fill half of the memory for all bodies."""
         self.owner = owner
         owner.buffered += self.size
 

@@ -34,7 +34,7 @@ ESTIMATED = f"beyond {counts.BACKLOG_EXACT_UP_TO:,} the planner's estimate."
 
 
 class BacklogCollector(Collector):
-    """Gauges that are queried from the database on each scrape.
+    """Gauges that are read from the database on each scrape.
 
     If the query fails, only these gauges are missing.
     """

@@ -116,7 +116,7 @@ class Crowd:
 
 
 class MessagePart(Enum):
-    """The position of a connection within its current message."""
+    """The part of its current message that a connection has reached."""
 
     BETWEEN = "between two messages"
     HEAD = "head"

@@ -27,7 +27,7 @@ WAITING_SHARE = 128
 """Maximum number of one workspace's requests that are running or waiting: half of the process's limit."""
 
 BUSY = 32
-"""Number of one workspace's requests running or waiting from which further requests use a turnstile."""
+"""At this number of requests of one workspace, running or waiting, further ones use a turnstile."""
 
 STRANGERS_SHARE = 2
 """Maximum number of database connections for looking up API keys that this process does not know yet."""

@@ -67,9 +67,9 @@ def retry(  # noqa: PLR0913 - one for each option
     The failed follow-up is not changed. The rules for new follow-ups apply: the user must not have sent the chat's last
     message, and the chat's messaging window must be open.
 
-    With --failed --since, every follow-up that has failed since that time and has not been retried yet is retried, in
-    batches. If interrupted, run the command again to continue; no follow-up is retried twice. Follow-ups that these
-    rules forbid are skipped and counted.
+    With --failed --since, all follow-ups that have failed since that time are retried in batches, unless they have been
+    retried already. If interrupted, run the command again to continue; no follow-up is retried twice. Follow-ups that
+    may not be created under these rules are skipped and counted.
     """
     require_either(follow_up_id, failed, "--failed --since TIME")
     if follow_up_id is None:

@@ -199,7 +199,7 @@ class Attempts:
     at: float = 0.0
 
     def see(self, attempts: Mapping[str, int], now: float) -> None:
-        """Record the totals measured at the time ``now``, in seconds."""
+        """Record the totals measured at ``now``, which is in seconds."""
         if not self.at:
             self.first = attempts
         elif now > self.at:

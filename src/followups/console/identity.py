@@ -92,7 +92,7 @@ def _told_by_proxy(services: ConsoleServices, headers: Mapping[str, str], scope:
 def ask_to_sign_in(visit: Visit) -> Response:
     """Return the response to a request without a valid session.
 
-    For GET, the response is a redirect to the sign-in page. For any other method, it is an error page.
+    For GET, the response is a redirect to the sign-in page. For any other method, the response is an error page.
     """
     if visit.method == "GET":
         wanted = {} if visit.path == "/" else {"next": visit.path}

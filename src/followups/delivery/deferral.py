@@ -37,8 +37,8 @@ if TYPE_CHECKING:
 SHARE = 1024
 """Divisor of the window: a worker requests one 1024th of the window at a time, but at most one lease per slot.
 
-The worker keeps at most twice as many leases, so a hundred workers keep a fifth of the window. All workers together
-need three follow-ups for a probe.
+A worker keeps at most two such requests' worth of leases, so a hundred workers keep at most a fifth of the window. A
+probe needs only three follow-ups from all workers together.
 """
 SHARE_WHILE_RECOVERING = 128
 """Divisor of the window during recovery, while the rate of begins rises.

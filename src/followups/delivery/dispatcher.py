@@ -1,4 +1,4 @@
-"""The dispatcher runs ticks: claim and publish until nothing more is due, or the next tick begins."""
+"""The dispatcher runs ticks: each claims and publishes until nothing is due or the next tick begins."""
 
 from __future__ import annotations
 
@@ -110,7 +110,7 @@ class Dispatcher:
         self._wanted.set()
 
     def claim_no_more(self) -> None:
-        """Stop claiming after the current claim. This acquires no lock, so a signal handler may call it."""
+        """Stop claiming after the current claim. This method acquires no lock, so a signal handler may call it."""
         self._stopping.set()
 
     def stop(self) -> None:
@@ -174,7 +174,7 @@ class Dispatcher:
     def _drain_due(self, seconds: float) -> None:
         """Claim and publish until nothing more is due, or until a tick of so many ``seconds`` has ended.
 
-        With 0 seconds there is a single claim.
+        With 0 seconds, it makes a single claim.
         """
         deadline = time.monotonic() + seconds
         self._interval.begin()

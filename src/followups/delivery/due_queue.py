@@ -32,7 +32,7 @@ BEGIN_BATCH = 200
 """The largest number of leases in one batch. A statement for more leases is slow and no cheaper for each row."""
 GATHER = timedelta(milliseconds=5)
 """How long to wait for more free slots or more due follow-ups while there are only a few. A statement for five rows
-costs almost as much as a statement for fifty. This waiting time is a third of `LEAD`.
+costs almost as much as a statement for fifty. The wait is a third of `LEAD`.
 """
 ENOUGH_SLOTS = 0.4
 """Share of free slots at which the next batch is taken without waiting for more slots."""

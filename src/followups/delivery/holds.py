@@ -33,8 +33,8 @@ def hold(
 ) -> tuple[set[UUID], set[UUID], dict[UUID, Final]]:
     """Hold the leases whose only obstacle is a pause or sending hours.
 
-    Returns the held leases; the leases that could not be held because their pause or sending hours are locked or have
-    changed, which must be checked again; and the final states of follow-ups whose hold would be too long.
+    Returns the held leases, the leases to check again, and the final states of follow-ups whose hold would be too long.
+    A lease has to be checked again if its pause or sending hours are locked or have changed.
     """
     candidates = [one for one in obstacles if one.pause_id or one.hours]
     _open_next(connection, candidates)

@@ -152,7 +152,7 @@ class Pipeline:
     # These methods run in the event loop.
 
     async def run(self) -> None:
-        """Deliver until drained: take due leases, begin them, send each, and settle the outcomes."""
+        """Take due leases, begin and send them, and settle their outcomes, until the pipeline is drained."""
         await self._transport.open()
         if await self._upkeep.start(lambda: self._draining):
             # If one loop crashes, the other loops end too, because a worker that only seems to work is worse than none.
@@ -207,8 +207,8 @@ class Pipeline:
 
     async def _send(self, begun: Begun, started: float) -> None:
         """Send one follow-up at its due time, and pass the outcome to settle."""
-        # The latest start is the end of the lease, measured from before begin, minus the call's time limit. A later
-        # call could end after the lease.
+        # The latest start of a call is the end of its lease minus the call's time limit. The lease is measured from
+        # before begin. A later call could end after the lease.
         latest = started + self._settings.lease.total_seconds() - self._timeout.seconds
         attempt = None
         try:

@@ -98,7 +98,7 @@ class Settler:
         self._wanted.set()
 
     async def keep_up(self) -> None:
-        """Wait while the database is slower than the transport.
+        """Wait while the database records outcomes more slowly than the transport returns them.
 
         So results of accepted messages are recorded before further follow-ups begin.
         """
@@ -179,8 +179,8 @@ def settle(engine: Engine, settings: Settings, attempts: Sequence[Attempt]) -> B
     except Exception as error:
         if not concerns_a_row(error):
             raise
-        # The rejected row may be the next follow-up of a chat. It must not keep the accepted follow-up from being
-        # recorded.
+        # The rejected row may belong to the next follow-up of the same chat. It must not keep the accepted follow-up
+        # from being recorded.
         return transact(engine, partial(record, chat_order.unblock_writable))
 
 

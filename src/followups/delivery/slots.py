@@ -56,7 +56,7 @@ class Slots:
             del self._of_workspace[lease.key]
 
     def restore_quota(self, ids: Iterable[UUID]) -> None:
-        """Return to the quota the shares of possible poison pills that did not begin or are recorded."""
+        """Free the quota of possible poison pills that did not begin or whose outcomes are recorded."""
         for one in ids:
             self._poison_pills.pop(one, None)
 

@@ -53,7 +53,7 @@ class Upkeep:
     async def run(self) -> None:
         """Read the clock and the rate limits again and again until cancelled.
 
-        If this host's clock differs too much from the database's clock, a warning is logged once.
+        A warning is logged once if this host's clock and the database's clock differ too much.
         """
         was_off = False
         while True:

@@ -49,7 +49,7 @@ class Processes:
         within: timedelta = timedelta(seconds=90),
         grace: timedelta = timedelta(seconds=30),
     ) -> Child:
-        """Start a command with ``environment`` added to our environment, and wait until it is ready.
+        """Start a command with ``environment`` added to our own environment, and wait until it is ready.
 
         If the command ends early or is not ready in time, raises `EmbeddedError` with the end of the command's log.
         """

@@ -227,7 +227,7 @@ class Breaker:
             self.permits = max(0, self.permits - sum(key in tripped for key in keys))
 
     def note(self, follow_up_id: UUID, key: int, outcome: Outcome) -> None:
-        """Record an outcome of an attempt.
+        """Record the outcome of an attempt.
 
         An answer that asks for a later retry does not count as a failure, because it shows that the endpoint is
         reachable.

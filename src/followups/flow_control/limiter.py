@@ -70,7 +70,7 @@ class Bucket:
 
 @dataclass(frozen=True, slots=True)
 class TokenRequest:
-    """A follow-up that requests a token from each of its buckets.
+    """A follow-up that needs one token from each of its buckets.
 
     Requests are served in the order of ``since``, then of their ids.
     """
@@ -119,7 +119,7 @@ class Limiter:
     async def give_back(self, requests: Sequence[TokenRequest], moment: int) -> None:
         """Return tokens that were acquired at ``moment`` for follow-ups that then did not begin.
 
-        If Redis is unreachable, the tokens are lost.
+        If Redis is unreachable, these tokens are lost.
         """
         unused = Counter(bucket for request in requests for bucket in request.buckets)
         limits = [(bucket.rate, bucket.burst, count) for bucket, count in unused.items()]

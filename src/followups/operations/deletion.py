@@ -40,7 +40,7 @@ NAMES = {
     "chats": "chats",
     "audit_events": "auditEvents",
 }
-"""The names of the counts that a deletion yields."""
+"""The names of the counts that a deletion returns."""
 
 
 def delete(engine: Engine, actor: Actor, whole: Whole, patience: timedelta) -> Batches:

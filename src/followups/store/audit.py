@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 
 class Way(StrEnum):
-    """The means by which an actor reached the service."""
+    """The means by which an actor used the service."""
 
     API = "api"
     COMMAND = "command"
@@ -153,7 +153,7 @@ class AuditFilter:
 
     workspace_id: UUID | None = None
     workspace: str | None = None
-    """The workspace's name, which still finds audit events after the workspace has been deleted."""
+    """The workspace's name, by which its audit events can be found even after it has been deleted."""
     since: datetime | None = None
     actions: Sequence[Action] = ()
     target_id: UUID | None = None
@@ -191,7 +191,7 @@ _DELETE_OLD = text("""
 
 
 def delete_old(connection: Connection, before: datetime, most: int) -> int:
-    """Delete up to ``most`` audit events older than ``before``, oldest first; return how many."""
+    """Delete up to ``most`` audit events older than ``before``, oldest first; return the number deleted."""
     return connection.execute(_DELETE_OLD, {"before": before, "most": most}).rowcount
 
 

@@ -78,7 +78,7 @@ def some_pending(connection: Connection, pending: CancelScope, most: int) -> lis
 
 
 class CancelCursor(NamedTuple):
-    """The position of the last follow-up of a batch, in the order of chats, due dates and ids."""
+    """The position of a batch's last follow-up in the order of chats, due dates and ids."""
 
     chat_id: UUID = NIL
     due_date: datetime = FIRST

@@ -78,7 +78,7 @@ def park_if_leased(connection: Connection, pairs: Sequence[tuple[Lease, UUID]]) 
 PILE = 1000
 """The largest number of due follow-ups that are parked together with a parked follow-up of the same chat.
 
-If they were parked one by one, thousands of them would delay every later follow-up.
+Parking thousands of follow-ups one by one would delay every later follow-up.
 """
 
 # As in `park_if_leased`, each follow-up is locked while it becomes the predecessor of another follow-up. Locked rows

@@ -50,7 +50,7 @@ class Claim:
     more: bool
     """Whether more follow-ups may be due, because this claim or the in-flight window was full."""
     cut_short: bool
-    """Whether another immediate claim would find more, because this claim was full but the in-flight window was not."""
+    """Whether another immediate claim would find more: this claim was full, but not the in-flight window."""
     low_water: datetime | None
     """The due time from which the next claim may start, unless rows are added with an earlier due date."""
     ended: tuple[tuple[UUID, Final], ...] = ()
@@ -86,7 +86,7 @@ LOW_WATER_MARGIN = timedelta(seconds=10)
 """Margin below the low-water mark for rows that are already due but whose transaction commits a little later."""
 
 FEW = 6
-"""Number of rows that a fair claim reads in each workspace, however many workspaces there are."""
+"""Number of rows that a fair claim reads in each workspace, regardless of the number of workspaces."""
 STRIDE = 32
 """Number of rows read in one step of the scan over all workspaces. The scan skips a workspace's further rows, and
 workspaces with fewer rows share a step. So a workspace with a single row that is not yet due costs 0.5 us (2.4 us with

@@ -82,7 +82,7 @@ def _parameters(values: Mapping[Sample, float]) -> dict[str, object]:
 
 
 class CounterTotals:
-    """Adds this process's counts to the sums from a separate thread."""
+    """Adds the counts of this process to the stored sums, in a separate thread."""
 
     def __init__(self, engine: Engine) -> None:
         """Prepare the totals for this engine without starting the thread."""

@@ -119,7 +119,7 @@ class Counts:
     final: Mapping[str, int]
     """The number of finished follow-ups by status."""
     estimated: frozenset[str]
-    """The final states whose count is an estimate."""
+    """The final states whose follow-ups are estimated rather than counted."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -198,8 +198,8 @@ def _count_final(connection: Connection, most: int) -> dict[str, int]:
     return {row.status: row.number for row in connection.execute(_COUNT_FINAL, {"statuses": statuses, "most": most})}
 
 
-# A follow-up is accepted before its end is recorded. So a follow-up that ended before the window was also accepted
-# before the window.
+# A follow-up is accepted before it ends. So a follow-up that ended before the window was also accepted before the
+# window.
 _PACE = text("""
     SELECT count(*) AS sent,
            percentile_disc(ARRAY[0.5, 0.95, 0.99]) WITHIN GROUP (ORDER BY accepted_at - due_date) AS lags
@@ -230,7 +230,7 @@ def pace(connection: Connection, window: timedelta, limit: timedelta = LIMIT) ->
 def per_second(connection: Connection, seconds: int, limit: timedelta = LIMIT) -> list[int] | None:
     """Return the number of follow-ups sent in each of the last seconds, oldest first.
 
-    Returns None if the query takes too long.
+    Returns None if the query does not finish in time.
     """
     rows = within(connection, limit, _PER_SECOND, {"seconds": seconds})
     if rows is None:

@@ -159,7 +159,7 @@ def complete(connection: Connection, whole: Whole) -> None:
 
 
 def left(connection: Connection, whole: Whole) -> tuple[int, int]:
-    """Return how many follow-ups are in flight, and how many are left, each counted up to a thousand."""
+    """Return the numbers of follow-ups in flight and of follow-ups left; each is counted up to a thousand."""
     statement = text(f"""
         SELECT count(begun_at), count(*) FROM (SELECT begun_at FROM follow_ups WHERE {whole.rows} LIMIT 1000) counted
     """)  # noqa: S608 - no input

@@ -355,7 +355,7 @@ _NAME_CHAT_MESSAGE = Statement(
 
 @Rule
 def name_chat_message_if_unnamed(follow_up_id: UUID, chat_message_id: UUID) -> Steps[FollowUp | None]:
-    """Set the transport's message id of a sent follow-up that has none.
+    """Set the transport's message id of a sent follow-up that has no message id yet.
 
     Return the updated follow-up, or None if it had a message id already.
     """

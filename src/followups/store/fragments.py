@@ -23,8 +23,8 @@ DUE = "COALESCE(f.next_attempt_at, f.due_date)"
 """The time at which a follow-up falls due: the time of its retry, or its due date."""
 
 DUE_READ = f"LEAST(GREATEST({DUE}, timestamptz '0002-01-01'), timestamptz '9998-12-31')"
-"""The due time, limited to the range of Python's dates. A due time beyond that range, written by hand, would make the
-whole result unreadable.
+"""The due time, limited to the range of Python's dates. If an operator has written a later or earlier due time into the
+table, Python could not read the result.
 """
 
 LATENESS_FROM = "COALESCE(f.sendable_from, GREATEST(f.due_date, f.scheduled_at, f.held_until))"
@@ -45,8 +45,8 @@ although it is then scanned completely for each row. Measured after 50,000 inser
 
 NEXT_TOKEN = "GREATEST(f.lease_token + 1, CAST(date_part('epoch', now()) * 1000000 AS bigint))"  # noqa: S105 - a fencing token
 """The next fencing token, which is higher than all earlier ones and never issued twice. A failover or a restore may
-lose a lease, and the next lease must not get the token of the lost lease. So the token is the database's time in
-microseconds; until the year 2255 such a number is below 2^53, which JSON readers represent exactly.
+lose a lease, and no later lease may get the lost lease's token. So the token is the database's time in microseconds;
+until the year 2255 such a number is below 2^53, which JSON readers represent exactly.
 """
 
 LOOKED_UP = f"""

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from followups.store.leases import Lease
 
 NEVER = datetime(9998, 12, 31, tzinfo=UTC)
-"""The time of the next attempt of a paused follow-up, which lies beyond every claim and every realistic due date."""
+"""The next attempt's time of a paused follow-up, later than any claim and any realistic due date."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +39,7 @@ class WorkspaceHours:
 
 
 def hours_of(row: object) -> WorkspaceHours:
-    """Return the sending hours that a row of their table describes."""
+    """Return the sending hours stored in a row of their table."""
     days = frozenset(day for day in EVERY_DAY if row.days >> day & 1)  # type: ignore[attr-defined]
     hours = SendingHours(row.time_zone, row.opening, row.closing, days)  # type: ignore[attr-defined]
     return WorkspaceHours(row.workspace_id, hours, row.open_from, row.open_until)  # type: ignore[attr-defined]
@@ -125,7 +125,7 @@ _OPEN_NEXT = text("""
 
 
 def open_next(connection: Connection, hours: WorkspaceHours, span: tuple[datetime, datetime]) -> None:
-    """Store this sending period, with which the database then compares the time."""
+    """Store this sending period; the database then compares its time with the stored period."""
     parameters = columns_of(hours.hours) | {"workspace_id": hours.workspace_id, "open_until": hours.open_until}
     connection.execute(_OPEN_NEXT, parameters | {"new_from": span[0], "new_until": span[1]})
 

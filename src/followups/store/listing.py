@@ -3,7 +3,7 @@
 Each page is read from an index in the order of the list. A page costs only the rows up to its end, however many
 follow-ups there are. An index returns rows in that order only if its leading columns are restricted to single values.
 So the first rows are read for each value of one filter (and for each workspace), and these few rows are merged. If no
-filter is given, the four states serve as the filter, which avoids another index that every write would have to
+filter is given, the rows are read for each of the four states, which saves an index that every write would have to
 maintain.
 """
 
@@ -135,7 +135,7 @@ def statement_of(
 
 
 def _narrowing(wanted: ListFilter) -> dict[str, tuple[str, Any]]:
-    """Return the filters that no index covers, as conditions that are checked row by row.
+    """Return SQL conditions for the filters that no index covers; they are checked row by row.
 
     The result maps each filter's name to its condition and its value.
     """

@@ -1,7 +1,7 @@
 """Figures for the overview page of the console, of one workspace or of all workspaces.
 
-Each figure is limited by count and by time. Every query reads rows in the order of an index. A query that takes longer
-than `LIMIT` is cancelled, and its figure is None.
+For each figure, the number of rows and the time are limited. Every query reads rows in the order of an index. A query
+that takes longer than `LIMIT` is cancelled, and its figure is None.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ RECENT = 1_000
 class Numbers:
     """The figures of the console's overview.
 
-    A figure above `MOST` means more than `MOST`, and None means that the query for the figure took too long.
+    A figure above `MOST` means "more than `MOST`". None means that the query took too long.
     """
 
     at: datetime

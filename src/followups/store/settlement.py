@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 
 class Settlement(NamedTuple):
-    """The outcome to record for one attempt.
+    """The outcome to record for an attempt.
 
     The status pending means that the follow-up is retried ``delay`` after the database's current time.
     """

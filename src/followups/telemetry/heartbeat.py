@@ -132,7 +132,7 @@ class Heartbeat:
     def wait(self, why: str, since: float = 0.0) -> None:
         """Record why the process makes no progress; an empty reason clears the record.
 
-        ``since`` is the start of this state in monotonic seconds.
+        ``since`` is the monotonic time, in seconds, at which the lack of progress began.
         """
         self._waits = {"why": why, "since": since} if why else None
 

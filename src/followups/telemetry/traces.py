@@ -79,7 +79,7 @@ class Tracing:
     def span(self, name: str, kind: str, parent: Context, attributes: Attributes) -> Iterator[Note]:
         """Start a span as a child of ``parent``, or a new trace if there is no parent.
 
-        The span is the current span within the block.
+        Inside the block, this span is the current span.
         """
         from opentelemetry.trace import SpanKind, Status, StatusCode  # noqa: PLC0415 - the extra's
 

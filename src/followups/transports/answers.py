@@ -40,13 +40,13 @@ Document = dict[str, object]
 
 
 class Answer(NamedTuple):
-    """An HTTP answer whose head has arrived completely. Header names are in lower case."""
+    """An HTTP answer whose head was received completely. Header names are in lower case."""
 
     status: int
     headers: Mapping[str, str] = MappingProxyType({})
     body: bytes = b""
     flaw: str = ""
-    """Why the body is incomplete, or an empty string. The status of the answer counts in either case."""
+    """Why the body is incomplete, or an empty string. The status is valid even if the body is incomplete."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -150,7 +150,7 @@ class Exchange:
             self.curl.setopt(option, value)
 
     def prepare(self, url: str, headers: Sequence[bytes], body: bytes, until: float) -> None:
-        """Set the request, which must not be sent after the `uptime` ``until``."""
+        """Set the request; it must not be sent after ``until``, a time of `uptime`."""
         if url != self._url:
             self._url = url
             self.curl.setopt(pycurl.URL, url)

@@ -1,8 +1,8 @@
 """The port: what the dispatcher requires of a transport, and the five possible outcomes.
 
-A transport delivers one message into one chat. Whatever the receiver does, a transport raises no error. Every call ends
-in one of the five outcomes, so that nothing is guessed. Third parties register their transports as entry points of the
-group ``followups.transports``. Every transport must pass the test suite in ``tests/unit/transports``.
+A transport delivers one message into one chat. A transport raises no error, whatever the receiver does. Every call ends
+in one of the five outcomes, so that nothing is guessed. Third parties register their own transports as entry points in
+the group ``followups.transports``. Every transport must pass the test suite in ``tests/unit/transports``.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class Delivery:
     due_date: datetime
     attempt: int
     made_at: datetime | None = None
-    """Time of the transport's call by the database's clock.
+    """Time at which the transport was called, by the database's clock.
 
     Receivers compare the time of the call with their own clocks, and the clock of the calling host may be wrong.
     """

@@ -158,7 +158,7 @@ class TestGet:
     """GET returns a single follow-up."""
 
     def test_not_there(self, api: Api) -> None:
-        """Getting a follow-up with an unknown id returns 404."""
+        """A request for a follow-up with an unknown id returns 404."""
         is_problem(api.get(f"{FOLLOW_UPS}/{uuid4()}"), 404, "not-found")
 
     @pytest.mark.parametrize("bad", ["42", "%00", "x" * 1000, "6a1f3f0e4f0e4b398f5b0f6a3f1f7c11", "..%2e", "'--"])

@@ -249,7 +249,7 @@ def test_the_idlest_connection_makes_room(settings: Settings, monkeypatch: pytes
 def test_strangers_have_a_share_of_the_database(settings: Settings, world: World) -> None:
     """However many requests arrive, only a few unknown API keys are looked up concurrently.
 
-    When too many look-ups wait, further requests get 429.
+    If too many look-ups are already waiting, further requests get 429.
     """
     counted = (
         "SELECT count(*) FROM pg_stat_activity"

@@ -1,4 +1,4 @@
-"""Shares of the database: one workspace cannot keep other workspaces from using the database.
+"""Tests of the limits that keep one workspace from using up the database for all others.
 
 The number of connections of each workspace is limited, and deep pages are cheap.
 """
@@ -149,5 +149,5 @@ ID = uuid4()
 
 
 def in_a_list(offset: int) -> Start:
-    """Return a starting point at the given position of a list."""
+    """Return the starting point of a page at the given position of a list."""
     return Start(offset, datetime(2030, 1, 1, tzinfo=UTC), ID)

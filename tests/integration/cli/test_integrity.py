@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 def test_all_well(world: World, engine: Engine) -> None:
-    """If every constraint is valid and no sequence would repeat an id, doctor has no findings."""
+    """Doctor has no findings if every constraint is valid and no sequence is behind the ids in its table."""
     assert world
     assert list(of_tables(engine)) == []
 

@@ -91,7 +91,7 @@ class TestMigrate:
         )
 
     def test_a_newer_schema_is_left_alone(self, run: Run, world: World) -> None:
-        """`migrate` does not change a newer, unknown schema, and its error says what to install."""
+        """`migrate` does not touch a schema newer than itself, and its error names the version to install."""
         world.sql("UPDATE alembic_version SET version_num = '9999'")
         ran = run("migrate")
         assert ran.code == 1

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 
 def found(settings: Settings, engine: Engine) -> dict[str, Finding]:
-    """Return doctor's findings about the database, by name."""
+    """Return doctor's findings about the database, keyed by name."""
     return {finding.name: finding for finding in of_database(settings, engine)}
 
 

@@ -107,7 +107,7 @@ def test_one_that_cannot_be_written_is_passed_over(world: World, kind: str) -> N
 
 
 def test_those_kept_from_a_retry_are_audited(world: World) -> None:
-    """A bulk cancel that prevents retries of follow-ups in flight is audited with their number.
+    """The audit event of a bulk cancel includes the number of follow-ups whose retry it prevents.
 
     The command line leaves the same audit event.
     """

@@ -171,7 +171,7 @@ class TestWorkspace:
         assert counts(world) == {"audit_events": 1}
 
     def test_a_key_under_way_is_refused_or_deleted(self, world: World) -> None:
-        """Deleting a workspace waits for a transaction that creates an API key, and then deletes that key."""
+        """Deleting a workspace waits for a transaction that creates an API key, and then deletes the new key."""
         with Session(world.engine) as creating:
             api_keys.create(creating, world.workspace_id)
             with world.engine.connect() as connection:

@@ -284,7 +284,7 @@ async def test_closing_ends_what_is_in_flight_as_unknown() -> None:
 
 @pytest.mark.parametrize("steps", range(1, 10))
 async def test_a_process_that_was_frozen_sends_nothing_any_more(steps: int) -> None:
-    """A call that was frozen until its deadline sends nothing afterwards, at whatever step it was frozen.
+    """A call that was frozen, at whatever step, sends nothing after its deadline.
 
     After the deadline, another worker may have the lease.
     """

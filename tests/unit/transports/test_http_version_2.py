@@ -310,7 +310,7 @@ async def test_a_call_that_is_cancelled_harms_no_other(server: Http2Server, tran
 async def test_a_connection_that_ended_while_idle_is_not_used(server: Http2Server, transport: Transport) -> None:
     """A receiver that closes the connection between two calls affects neither call.
 
-    The calls succeed however the connection is closed.
+    Both calls succeed, whichever way the connection is closed.
     """
     for end in (close, abort, go_away_and_close):
         assert await transport.send(a_delivery()) == OK
@@ -323,7 +323,7 @@ async def test_a_connection_that_ended_while_idle_is_not_used(server: Http2Serve
 async def test_unread_frames_on_an_idle_connection_end_it(server: Http2Server, transport: Transport) -> None:
     """An idle connection with unread frames is closed, and the next call uses another one.
 
-    Unread frames may announce the connection's end (GOAWAY).
+    Unread frames may announce that the connection is ending (GOAWAY).
     """
     assert await transport.send(a_delivery()) == OK
     server.connections[0].h2.close_connection()

@@ -41,7 +41,7 @@ RETRYING = "↻"
 
 @dataclass(frozen=True, slots=True)
 class Picture:
-    """The data that the picture shows."""
+    """The data shown in the picture."""
 
     standings: Sequence[FollowUpState]
     now: datetime
@@ -50,7 +50,7 @@ class Picture:
     height: int
 
     def render(self) -> RenderableType:
-        """Return the whole picture."""
+        """Return the whole picture as text."""
         columns = Table.grid(expand=True)
         rows = max(self.height - FRAME_LINES, LEAST_ROWS)
         panels = [self._follow_ups(rows)]

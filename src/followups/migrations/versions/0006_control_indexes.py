@@ -1,7 +1,7 @@
 """Add indexes for finished, retried and held follow-ups, built without stopping the system.
 
 Each index is built concurrently, so no other session waits, however large the table. An interrupted build leaves an
-index that is maintained but never read. So an existing index with the same name is dropped first.
+index that is maintained but never read. The migration therefore drops an existing index of the same name first.
 """
 
 from __future__ import annotations
