@@ -41,7 +41,7 @@ class World:
         return chat_id
 
     def follow_up(self, chat_id: UUID | None = None, due: timedelta = timedelta(0), **columns: Any) -> UUID:
-        """Insert a pending follow-up, due ``due`` after the database's current time.
+        """Insert a pending follow-up whose due date is ``due`` after the database's current time.
 
         If the follow-up is in flight, its attempt is counted.
         """

@@ -4,7 +4,7 @@ A chat's key consists of the workspace's id and the chat's id, so that no worksp
 by guessing ids. The foreign keys that refer to this key make PostgreSQL refuse a row that would mix two workspaces.
 
 Row-level security was tried and rejected. It costs little: 6 % of the SQL time of a create and 16 % of a list (2 cores,
-20,000 rows). But the tables' owner is exempt from row-level security, and the only configured URL is the owner's.
+20,000 rows). But row-level security does not apply to the tables' owner, and the only configured URL is the owner's.
 Row-level security would therefore need either a second role, which many hosted databases do not let you create, or
 FORCE, under which the owner's own pg_dump fails. Reads are protected by the predicate of each query, and by a test that
 calls every documented endpoint with another workspace's key and ids.
@@ -285,7 +285,7 @@ class ChatMessage(Base):
         ForeignKeyConstraint(["workspace_id", "chat_id"], ["chats.workspace_id", "chats.id"]),
         CheckConstraint("role IN ('user', 'agent', 'operator')", name="role_is_known"),
         Index(None, "workspace_id", "chat_id", "created_at"),
-        # This index serves pruning, which deletes the oldest messages first.
+        # Pruning uses this index to delete the oldest messages first.
         Index(None, "created_at"),
         {"postgresql_with": CHURNING},
     )

@@ -44,7 +44,7 @@ class Status(StrEnum):
     CANCELLED = "cancelled"
     """The follow-up must not be sent.
 
-    Entered by a reply, a takeover, a chat's removal, an operator or PATCH.
+    The cause is a reply, a takeover, a chat's removal, an operator or a PATCH request.
     """
 
 

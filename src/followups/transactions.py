@@ -40,7 +40,7 @@ After that time, the commit is assumed to have failed. If it succeeded after all
 """
 
 PAUSE = timedelta(milliseconds=100)
-"""Pause between two runs of the query."""
+"""The pause between two executions of the query."""
 
 _QUESTION = "followups.question"
 
@@ -91,8 +91,8 @@ async def in_loop(engine: AsyncEngine, work: Callable[[Engine, Unpack[Ts]], T], 
     """Run ``work(engine, ...)``, written for an `Engine`, on an event loop without blocking the loop.
 
     No thread is involved. If threads used the database while the event loop is busy, they and the loop would compete
-    for the interpreter lock (GIL) at each round trip. With four threads, 1,500 follow-ups/s were measured, and the loop
-    spent 39 % of its time waiting for the lock.
+    for the interpreter lock (GIL) at each round trip. With four threads, 1,500 follow-ups/s were measured, and the
+    event loop spent 39 % of its time waiting for Python's global lock.
     """
     return await greenlet_spawn(work, engine.sync_engine, *arguments)
 

@@ -269,7 +269,7 @@ def loads_of(
 
 
 def report(loads: list[ApiLoad]) -> None:
-    """Print medians over all rounds; ratios are calculated within a round, to cancel out other load."""
+    """Print the medians of all rounds; ratios are calculated within each round to cancel out other load."""
     bare = loads[0].rates
     sys.stdout.write(f"{'':12} {'requests/s':>10} {'of bare':>8} {'p50 ms':>8} {'p99 ms':>8} {'CPU ms':>8}\n")
     for load in loads:

@@ -94,7 +94,7 @@ def ended(child: Child) -> None:
 
 
 def settled(rig: Rig, load: Load) -> None:
-    """Check that every follow-up arrived once, after only one attempt."""
+    """Check that every follow-up arrived exactly once, at the first attempt."""
     rig.settle_down(within=60)
     verdict = rig.verdict()
     assert not verdict.broken()

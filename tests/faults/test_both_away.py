@@ -78,7 +78,7 @@ def outage(rig: Rig, proxies: Sequence[Proxy], seconds: float) -> None:
 def test_both_away(proxied: Proxied, figures: Figures, *, deduplicates: bool) -> None:
     """If database and ticks are away until a lease expires, calls accepted meanwhile are not repeated.
 
-    These calls are recorded instead.
+    The outcomes of these calls are recorded later.
     """
     both_away(proxied, figures, deduplicates=deduplicates, count=60, lease=4)
 

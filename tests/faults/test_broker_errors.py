@@ -27,7 +27,7 @@ BACK_WITHIN = 10.0
 
 @contextmanager
 def readonly(server: redis.Redis) -> Iterator[None]:
-    """Make the server a replica: blocked reads get UNBLOCKED, and every write gets READONLY."""
+    """Make the Redis server a replica: blocked reads fail with UNBLOCKED, and every write with READONLY."""
     server.execute_command("REPLICAOF", "127.0.0.1", "1")
     yield
     server.execute_command("REPLICAOF", "NO", "ONE")

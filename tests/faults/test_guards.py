@@ -237,7 +237,7 @@ def begun_of(lease: Lease) -> Begun:
 
 
 async def sent_by(clock: DatabaseClock, engine: Engine, begun: Begun, latest: float) -> list[timedelta]:
-    """Send a follow-up, timing it by the given clock; return how late the transport was called.
+    """Send a follow-up, timed by the given clock; return the lateness of the transport call.
 
     The lateness is measured from the due moment by the database's clock.
     """
@@ -258,7 +258,7 @@ async def test_never_early(world: World, engine: Engine, settings: Settings) -> 
 
 
 async def test_never_after_the_lease(world: World, engine: Engine, settings: Settings) -> None:
-    """A sender frozen past its lease abandons the attempt; without this guard, the transport is called."""
+    """A sender frozen past its lease abandons the attempt; without this guard, it would call the transport."""
     world.follow_up()
     begun = begun_of(Scene(world, settings).lease())
     assert await sent_by(DatabaseClock(), engine, begun, uptime() - 1) == []

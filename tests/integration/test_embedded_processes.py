@@ -53,7 +53,7 @@ class TestProcesses:
     """The `Processes` supervisor."""
 
     def test_it_waits_until_a_process_is_ready(self, tmp_path: Path) -> None:
-        """A process counts as started once its check passes; its output goes to a separate log."""
+        """A process counts as started once its check passes, and its output goes to a log of its own."""
         (tmp_path / "index.html").write_text("hello")
         port = free_port()
         with Processes(tmp_path) as processes:

@@ -274,7 +274,7 @@ async def test_the_clock_is_set(clock: ServerClock, place_settings: Settings, st
 async def test_who_does_not_come_back_when_the_clock_is_set(
     clock: ServerClock, place_settings: Settings, step: timedelta
 ) -> None:
-    """A cancelled request delays the next one by at most the longest wait, even if the clock is set."""
+    """A cancelled token request delays the next one by at most the longest wait, even if Redis's clock is set."""
     limiter = Limiter(place_settings, PATIENCE)
     limit = bucket(rate=10, burst=1)
     lost, second = request(1, limit), request(2, limit)

@@ -183,7 +183,7 @@ def test_a_commit_takes_its_time(
 
 
 def test_taken_over_meanwhile(place: DeliverySteps, monkeypatch: pytest.MonkeyPatch) -> None:
-    """If another worker has begun an attempt from the same hint, a worker does not take it as its own."""
+    """A worker does not count an attempt as its own if another worker has begun it from the same hint."""
     leases = place.leases()
     engine = place.world.engine
 

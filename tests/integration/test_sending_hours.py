@@ -247,7 +247,7 @@ class TestLateness:
     def test_hours_that_are_moved(self, world: World, engine: Engine, settings: Settings) -> None:
         """Held follow-ups become sendable when the new sending hours begin.
 
-        Follow-ups that were already sendable keep their recorded time.
+        Follow-ups that were already sendable keep the recorded time from which they are sendable.
         """
         held, earlier = world.follow_up(**self.OLD), text("now() - interval '9 min'")
         put(world, CLOSED)
@@ -280,7 +280,7 @@ class TestLateness:
         assert {one for one, _ in claim_and_begin(engine, brief).ended} == {mine, often}
 
     def test_a_new_due_date(self, world: World, engine: Engine, settings: Settings) -> None:
-        """A new due date restarts the count of lateness; moving the follow-up to another chat does not."""
+        """Lateness counts anew from a new due date, but not after the follow-up is moved to another chat."""
         put(world, CLOSED)
         moved, elsewhere = world.follow_up(), world.follow_up()
         claim_and_begin(engine, settings)

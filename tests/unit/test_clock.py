@@ -56,7 +56,7 @@ def test_never_ahead(samples: list[tuple[float, float, float]], offset: float) -
 
 
 def test_quickest_answer_counts() -> None:
-    """A slow answer from the database does not worsen the clock estimate from a quick answer."""
+    """A quick answer from the database determines the clock estimate, even if a slow answer follows."""
     monotonic = Monotonic()
     clock = DatabaseClock(monotonic)
     clock.observe(moment(5000.0), 1000.0, 1000.001)

@@ -117,7 +117,7 @@ def test_few_slots(slots: int) -> None:
 
 
 def test_what_is_given_back() -> None:
-    """Emptying the queue returns every lease that waits for its due time, its turn or a slot."""
+    """When the queue is emptied, it returns every lease that waits for its due time, its turn or a slot."""
     queue = queue_of(slots=2)
     waiting = overdue(NOISY, 1, 2, 3) + overdue(QUIET, -30)
     queue.add(waiting)

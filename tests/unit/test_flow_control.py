@@ -22,7 +22,7 @@ GO = timedelta(0)
 START = datetime(2030, 1, 1, tzinfo=UTC)
 FAILURES = 3
 FAILING, WELL = 1, 2
-"""Keys of a failing and a healthy workspace."""
+"""The keys of two workspaces: one whose attempts fail, and one whose attempts succeed."""
 
 
 @pytest.fixture

@@ -321,7 +321,7 @@ def test_json_lines_hold_no_raw_controls(capsys: pytest.CaptureFixture[str]) -> 
 
 @pytest.mark.parametrize("value", ['say "no"\\\n\x00', "é\u200b", "", None, True, 7, 0.25, uuid4(), {"a": [1]}])
 def test_a_collected_line_is_json_whatever_its_fields_hold(value: object, capsys: pytest.CaptureFixture[str]) -> None:
-    """Each field of a buffered line is read back unchanged, or as text if JSON cannot represent it."""
+    """A buffered line contains each field unchanged, or as text if JSON cannot represent the field."""
     configure_logging("json", "info")
     lines = Lines("y")
     lines.info("e", field=value)

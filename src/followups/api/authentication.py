@@ -109,7 +109,7 @@ class KnownKeys:
             del self._known[next(iter(self._known))]
 
     def forget(self, hashed: bytes) -> None:
-        """Forget a key that is no longer valid."""
+        """Remove a key that is no longer valid from the cache."""
         self._known.pop(hashed, None)
 
 

@@ -37,7 +37,8 @@ MAX_HEADER_SIZE = 32 * 1024
 MAX_BODY_SIZE = 1024 * 1024
 """Maximum size of a body, in bytes.
 
-The longest message has 65,536 characters. It takes 786,432 bytes if JSON escapes each character as a surrogate pair.
+The longest message has 65,536 characters. Its JSON form has 786,432 bytes if each character is escaped as a surrogate
+pair.
 """
 
 BODY_WITHIN = 20.0
@@ -215,7 +216,7 @@ class Gate:
         try:
             wire.most = await console.body_limit(scope)
         finally:
-            self._console_slots.release()  # a request whose body arrives slowly occupies no slot
+            self._console_slots.release()  # a request does not occupy a slot while its body is still arriving
         body = await _read_body(receive, wire)
         self._console_slots.acquire(MAX_CONSOLE_WAITING, _CONSOLE_FULL)
         await self._let_in(self._console_slots.release, scope, _replay(body, receive), answer)

@@ -55,9 +55,9 @@ class BulkPreview:
 def carry_out(plan: BulkPreview, batches: Batches, manner: Manner) -> None:
     """Run the batches, unless this is a dry run or the operator declines.
 
-    Each batch yields its counts by name. The counts ``plan.done`` and ``passedOver`` advance the progress bar. After
-    Ctrl-C, each follow-up is either completely processed or unchanged, and running the command again processes the
-    remaining follow-ups.
+    Each batch yields its counts, keyed by name. The counts ``plan.done`` and ``passedOver`` advance the progress bar.
+    After Ctrl-C, each follow-up is either completely processed or unchanged, and running the command again processes
+    the remaining follow-ups.
     """
     if manner.dry_run:
         _announce(plan, json=manner.json, then="Nothing has changed: this was a dry run.")
@@ -79,7 +79,7 @@ def carry_out(plan: BulkPreview, batches: Batches, manner: Manner) -> None:
 def confirm(plan: BulkPreview) -> None:
     """Ask for confirmation.
 
-    Raises a usage error if stdin is not a terminal, and `typer.Exit` if the answer is no.
+    Raises a usage error if stdin is not a terminal, and `typer.Exit` if the operator declines.
     """
     if not sys.stdin.isatty():
         message = f"{plan.counted} to {plan.verb}: without a terminal to ask on, confirm with --yes"

@@ -51,7 +51,7 @@ NOT_ALLOWED = "42501"
 
 @runtime_checkable
 class UsageError(Protocol):
-    """The interface of the errors that Typer raises for wrong arguments. Typer's own class is private."""
+    """The interface of the errors that Typer raises for invalid arguments. Typer's own class is private."""
 
     exit_code: int
 

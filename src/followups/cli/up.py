@@ -94,7 +94,7 @@ def _echo(process: str, line: str) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Addresses:
-    """The addresses that the command prints."""
+    """The addresses that `followups up` prints."""
 
     api: str
     console: str

@@ -66,7 +66,7 @@ log = get_logger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Matched:
-    """The routes that share one path."""
+    """The routes of one path."""
 
     pattern: re.Pattern[str]
     by_method: dict[str, Route]

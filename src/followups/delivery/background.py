@@ -1,4 +1,4 @@
-"""Background work in a separate thread of a worker process, started whenever there may be some work."""
+"""Background work in a thread of a worker process, which is started whenever there may be work."""
 
 from __future__ import annotations
 

@@ -16,8 +16,8 @@ LONGEST = 0.5
 def until_half_is_free(taken: int, seconds: float, window: int) -> float:
     """Return the seconds until half of a ``window`` is free.
 
-    During the last ``seconds``, ``taken`` places became free and were claimed. The result is at most twice ``seconds``,
-    because a few places that become free simultaneously do not predict when more places become free.
+    In the last ``seconds`` seconds, ``taken`` places of the window became free and were claimed. The result is at most
+    twice ``seconds``. A few places that become free simultaneously do not predict when further places become free.
 
     >>> until_half_is_free(taken=1000, seconds=0.1, window=5000)
     0.2

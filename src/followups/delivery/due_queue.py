@@ -88,7 +88,7 @@ class DueQueue:
         heapq.heappush(self._heap, (moment, next(self._sequence), lease))
 
     def defer_refused(self, lease: Lease) -> None:
-        """Defer a follow-up that could not begin now; the delay grows with each refusal."""
+        """Defer a follow-up that could not begin; the delay doubles with each further refusal."""
         delay = min(RETRY_DELAY * 2**lease.refusals, LONGEST_RETRY_DELAY)
         self.defer(lease._replace(refusals=min(lease.refusals + 1, 10)), delay)
 

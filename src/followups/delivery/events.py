@@ -79,7 +79,7 @@ def attempted(attempt: Attempt, transport: str) -> None:
 
 
 def abandoned(begun: Begun) -> None:
-    """Log an attempt that was not made because this process was frozen until the lease had expired."""
+    """Log an attempt that was abandoned because this process was frozen until the lease had expired."""
     metrics.STALE_WRITES.inc()
     log.warning("attempt_abandoned", follow_up_id=str(begun.lease.id), attempt=begun.delivery.attempt)
 
@@ -131,7 +131,7 @@ def failed(step: str, error: Exception, engine: Engine) -> None:
     why = f"its {step} fails (see its log)"
     if is_passing(error):
         why = "the database is read-only" if is_read_only(error) else "the database is away"
-        # The text of the error is left out, since the server's detail message may quote a row.
+        # The text of the error is not logged, because the server's detail message may quote a row.
         database = engine.url.render_as_string(hide_password=True)
         log.warning("database_unreachable", step=step, error=type(error).__name__, database=database)
     elif reason := unfit(error):

@@ -31,7 +31,7 @@ log = get_logger(__name__)
 def hold(
     connection: Connection, settings: Settings, obstacles: Sequence[Obstacle]
 ) -> tuple[set[UUID], set[UUID], dict[UUID, Final]]:
-    """Hold the leases whose only obstacle is a pause or sending hours.
+    """Hold the leases to which only a pause or sending hours are an obstacle.
 
     Returns the held leases, the leases to check again, and the final states of follow-ups whose hold would be too long.
     A lease has to be checked again if its pause or sending hours are locked or have changed.
@@ -73,8 +73,8 @@ def decide(obstacle: Obstacle, max_lateness: timedelta) -> Hold | Final | None:
 def closed_until(obstacle: Obstacle) -> datetime | None:
     """Return when closed sending hours open, or None if they are open at the time of sending or not set.
 
-    The sending period stored in the database is valid until the period ends, whatever time zone data this machine has.
-    This function is pure.
+    The sending period stored in the database is valid until it ends, whatever time zone data this machine has. This
+    function is pure.
     """
     hours, moment = obstacle.hours, obstacle.sent_at
     if hours is None:

@@ -74,7 +74,7 @@ class Pipeline:
         limiter: Limiter | None = None,
         breaker_store: BreakerStore | None = None,
     ) -> None:
-        """Create the pipeline; ``nudge`` is called when a retry falls due before the next tick.
+        """Create the pipeline, which calls ``nudge`` when a retry falls due before the next tick.
 
         Without a limiter there are no rate limits.
         """
@@ -242,7 +242,7 @@ class Pipeline:
     async def _unblock_later(self, ended: Collection[UUID]) -> None:
         """Unblock the follow-ups that wait for the ended ones, once no transaction locks their rows.
 
-        While the pipeline drains, unblocking is left to dispatchers.
+        While the pipeline drains, it leaves the unblocking to dispatchers.
         """
         pause = RETRY_DELAY
         while ended and not self._draining:

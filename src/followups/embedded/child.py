@@ -56,7 +56,7 @@ class Command:
 
 
 class Child:
-    """A running command. It can be started again after a stop or a kill."""
+    """A running command. The command can be started again after it was stopped or killed."""
 
     def __init__(self, command: Command) -> None:
         """Store the command, which `start` runs."""

@@ -24,7 +24,7 @@ COMMANDS = {
 
 
 def argv(process: str, *more: str) -> list[str]:
-    """Return the arguments that start a process as the Procfile does, plus ``more``.
+    """Return the arguments that start a process as the Procfile does, followed by ``more``.
 
     The caller must run these arguments with the PATH of `search_path`.
     """

@@ -43,7 +43,7 @@ class RequestLog:
 
 
 class ReceiverConnection(asyncio.Protocol):
-    """One keep-alive connection; a request may arrive in several pieces."""
+    """One keep-alive connection, on which a request may arrive in several pieces."""
 
     def __init__(self, record: RequestLog) -> None:
         """Store the log of requests."""

@@ -100,7 +100,7 @@ class Reading:
     state: str
     permits: int = 0
     changed: bool = False
-    """Whether this report itself changed the state."""
+    """Whether this report caused the change of state."""
     tripped: frozenset[int] = frozenset()
     """The keys of the tripped workspaces."""
 

@@ -92,7 +92,7 @@ class BrowseCursor(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """A follow-up with its chat and workspace. The message is not loaded."""
+    """A follow-up with its chat and workspace, without the message. The message is not loaded."""
 
     follow_up: FollowUp
     channel: str
@@ -133,8 +133,8 @@ def _statuses_of(code: ReasonCode | None) -> tuple[Status, ...]:
     return tuple(status for status in Status if code is None or code in TRANSITIONS[Status.PENDING].get(status, ()))
 
 
-# The chat is looked up for each row. The chat is looked up for each row, because with EXISTS the planner would join all
-# chats, once for each workspace.
+# A subquery looks up the chat of each row. The chat is looked up for each row, because with EXISTS the planner would
+# join all chats, once for each workspace.
 _ON_CHANNEL = """:channel = (
     SELECT c.channel FROM chats c WHERE c.workspace_id = f.workspace_id AND c.id = f.chat_id)"""
 
@@ -266,7 +266,7 @@ def search(
         left = timedelta(seconds=deadline - time.monotonic())
         if left <= timedelta(0):
             return FollowUpPage(rows, place)
-        # At least twice as long: the first statement of a connection takes long, however few rows there are.
+        # The step at least doubles, because the first statement on a connection is slow even if it reads few rows.
         step = step * max(2, min(left.total_seconds() / took / 2, GROWTH)) if step < LONGEST_STEP else None
 
 

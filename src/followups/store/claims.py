@@ -104,7 +104,7 @@ pending rows for each workspace instead of following the index that has this ord
 """
 
 _NAME = " SELECT f.id FROM taken JOIN follow_ups f ON f.ctid = taken.place"
-# These queries return the ids of the follow-ups that a claim would lease, without leasing them.
+# Each of these queries only returns the ids of the follow-ups that a claim would lease.
 _CANDIDATES, _CANDIDATES_FAIRLY = (
     text(query.text.partition(", claimed AS")[0] + _NAME) for query in (_IN_ORDER, _FAIRLY)
 )

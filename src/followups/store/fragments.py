@@ -69,8 +69,8 @@ CHAT = """CROSS JOIN LATERAL (
 
 OUTCOME_UNKNOWN = "the outcome of an attempt is unknown"
 """The text added to a reason if the outcome of an attempt is unknown. A follow-up with such an attempt is retried under
-the same key, and usually ends as sent. If the follow-up ends differently (a reply, a refusal, the last attempt), its
-reason would be wrong without this text.
+the same key, and usually ends as sent. If the follow-up ends in another way (a reply, a refusal, the last attempt), its
+reason would be misleading without this text.
 """
 
 

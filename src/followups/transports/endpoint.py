@@ -86,8 +86,7 @@ def _trusted() -> dict[int, object]:
     options: dict[int, object] = {}
     if paths.cafile:
         options[pycurl.CAINFO] = paths.cafile
-    # If a directory were set in addition to a file, libcurl would read the file for every connection, instead of only
-    # once.
+    # If a directory were also set, libcurl would read the certificate file for every connection, instead of only once.
     if paths.capath and (os.environ.get("SSL_CERT_DIR") or not paths.cafile):
         options[pycurl.CAPATH] = paths.capath
     return options

@@ -48,7 +48,7 @@ class Sent:
     chat_message_id: UUID | None = None
     status_code: int | None = None
     detail: str = ""
-    """What was unusual about the answer, for the log. The text of the message is never included."""
+    """Anything unusual about the response, for the log. The text of the message is never included."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,7 +1,7 @@
 """The components that report to the heartbeats of worker and beat, and how long each may be silent.
 
 A worker that has stopped consuming must be detected. A canary message in the shared queues could be consumed by any
-worker. A canary in a separate queue would leave keys in the broker for each killed worker. Another proof costs nothing:
+worker. A canary in a separate queue would leave keys in the broker for each killed worker. A free proof of life exists:
 the consumer polls the broker continuously, and the broker answers each poll within a second, even when the queues are
 empty (`followups.worker.broker.Consumer`). An idle worker among fifty therefore reports as often as a busy worker. The
 pipeline's event loop reports while it is running. The dispatcher's thread reports while it is idle, or while it is busy

@@ -55,7 +55,7 @@ class Scheduler(CelerysScheduler):
     """Celery's in-memory scheduler, which reports a heartbeat before it sends a tick and before it sleeps."""
 
     _booted_at: float | None = None
-    """When this host booted, by the host's own clock.
+    """The time at which this host booted, according to the host's own clock.
 
     If the clock was set back since the previous check, this time is earlier than before.
     """

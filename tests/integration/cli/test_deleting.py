@@ -25,7 +25,7 @@ HOUR = timedelta(hours=1)
 
 
 def test_a_workspace_goes_and_its_event_stays(run: Run, world: World) -> None:
-    """Deleting a workspace deletes all rows of it; an audit event keeps the actor and the counts."""
+    """Deleting a workspace deletes all its rows; an audit event keeps the actor and the counts."""
     name = str(world.workspace_id)
     world.follow_up(due=HOUR)
     run("api-key", "create", "--workspace", name)

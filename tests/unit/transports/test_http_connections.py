@@ -57,7 +57,7 @@ class ThreadedServer:
     def hang_up(self) -> None:
         """Close the open connections, by a reset if SO_LINGER is 0."""
         for one in self.connections:
-            one.shutdown(socket.SHUT_RD)  # wakes the thread that is reading
+            one.shutdown(socket.SHUT_RD)  # ends the blocking read in the connection's thread
             one.close()
 
     def close(self) -> None:

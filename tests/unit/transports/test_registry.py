@@ -15,7 +15,7 @@ from unit.transports.doubles import TOKEN, settings_for
 
 
 class NoTransport:
-    """A class without a transport's methods, as a plug-in may register by mistake."""
+    """A class without the methods of a transport, which a plug-in might register by mistake."""
 
     name = "half"
 

@@ -47,7 +47,7 @@ PREVIEWED = timedelta(days=7)
 RELEASE_LIMIT = timedelta(seconds=2)
 """Maximum time that a request spends on releasing held follow-ups.
 
-Some ten thousand follow-ups are released per second.
+Some ten thousand follow-ups are released in each second.
 """
 
 
@@ -161,7 +161,7 @@ def set_hours(visit: Visit) -> Response:
 
 
 def _release_held(visit: Visit, workspace_id: UUID) -> Iterator[None]:
-    """Release the follow-ups that the former sending hours hold. Each batch is a short transaction."""
+    """Release the follow-ups that are held by the former sending hours. Each batch is a short transaction."""
     released = 1
     while released:
         with visit.services.engine.begin() as connection:

@@ -26,7 +26,7 @@ class SandboxTransport:
     def __init__(self, settings: Settings, chats: SandboxChats | None = None) -> None:
         """Deliver into ``chats``, or into new chats.
 
-        New chats deduplicate if the settings state that the receiver does.
+        New chats deduplicate requests if the settings say that the receiver deduplicates.
         """
         self.chats = chats or SandboxChats(deduplicates=settings.transport_deduplicates)
         self._timeout = settings.transport_timeout.total_seconds()
