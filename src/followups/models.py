@@ -406,8 +406,8 @@ class FollowUp(Base):
     scheduled_at: Mapped[datetime] = mapped_column(server_default=func.now())
     """The time at which the due date or the chat was last set.
 
-    Lateness is counted from this time or from the due date, whichever is later. A due date in the past therefore makes
-    a follow-up due immediately, but not too late.
+    Lateness is counted from this time or from the due date, whichever is later. So a follow-up with a due date in the
+    past is due immediately, but is not late yet.
     """
     next_attempt_at: Mapped[datetime | None]
     """The time of the next attempt after a retry or a deferral, or None if the due date applies."""

@@ -41,7 +41,7 @@ def mounted(service: dict[str, Any], root: Path) -> None:
 
 
 def test_postgres_makes_the_roles(tmp_path: Path) -> None:
-    """PostgreSQL's image, which runs each file of its directory by psql, gets the two roles and their database."""
+    """PostgreSQL's image creates the two roles and their database by running our files with psql."""
     service = SERVICES["postgres"]
     mounted(service, tmp_path)
     files = sorted((tmp_path / "docker-entrypoint-initdb.d").iterdir())

@@ -65,7 +65,8 @@ def outage(rig: Rig, proxies: Sequence[Proxy], seconds: float) -> None:
             beat.signal(signal.SIGSTOP)
     else:
         broker.stall()
-    time.sleep(2 * rig.settings.tick_interval.total_seconds())  # any running tick has finished its claim by now
+    # by now, any tick that was running has finished its claim
+    time.sleep(2 * rig.settings.tick_interval.total_seconds())
     database.refuse()
     time.sleep(seconds)
     database.flow()

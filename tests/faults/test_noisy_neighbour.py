@@ -78,7 +78,7 @@ class Seen(NamedTuple):
 def backlog(rig: Rig, overdue: int, each: int, spread: float, call: float = 0.0) -> Seen:
     """Let ``each`` follow-ups of five workspaces fall due in ``spread`` seconds, without and with a backlog.
 
-    Every call takes at least ``call`` seconds.
+    Every call to the receiver takes at least ``call`` seconds.
     """
     rig.options |= {"FOLLOWUPS_TRANSPORT_TIMEOUT": "20", "FOLLOWUPS_LEASE": "60"}
     rig.start()

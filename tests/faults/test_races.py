@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 CLIENTS = 8
 NEAR = 0.03
-"""The seconds around the due time at which cancels are sent; begin happens 15 ms before the due time."""
+"""Cancels are sent up to this many seconds before and after the due time; begin happens 15 ms before it."""
 
 
 def cancel_against_deliver(rig: Rig, figures: Figures, pairs: int, spread: float) -> None:

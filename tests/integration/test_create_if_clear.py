@@ -1,4 +1,4 @@
-"""Creating a follow-up by a single statement, which decides only clear cases and else changes nothing."""
+"""Create a follow-up by a single statement, which handles only clear cases and otherwise changes nothing."""
 
 from __future__ import annotations
 

@@ -88,7 +88,7 @@ def test_two_pauses_overlap(world: World, engine: Engine, settings: Settings) ->
 
 
 def test_what_is_not_due_is_left_alone(world: World, engine: Engine, settings: Settings) -> None:
-    """When a pause ends, follow-ups that did not become due during it are unaffected."""
+    """The end of a pause does not affect follow-ups that did not become due during the pause."""
     later = world.follow_up(due=HOUR)
     scope = pause(world)
     claim_and_begin(engine, settings)

@@ -239,7 +239,7 @@ def test_what_does_not_begin_gives_back(world: World, bench: Bench) -> None:
 
 
 def test_a_later_one_of_a_chat_takes_nothing(world: World, bench: Bench) -> None:
-    """A follow-up that waits for an earlier one of its chat returns its token and is sent later."""
+    """A follow-up that must wait for an earlier follow-up of its chat returns its token, and is sent later."""
     limit(world, NONE_COMES_IN, burst=3)
     chat = world.chat()
     ids = world.follow_ups_at_once([(chat, -3 * SECOND), (chat, -2 * SECOND), (chat, -SECOND)])

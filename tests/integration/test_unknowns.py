@@ -161,7 +161,7 @@ def test_last_attempt(world: World, settings: Settings) -> None:
 
 
 def test_sent_in_the_end(world: World, settings: Settings, doubtful: tuple[UUID, UUID]) -> None:
-    """If a follow-up is sent in the end, it has no reason."""
+    """A follow-up that is eventually sent has no reason."""
     attempted(world, settings, Sent(None), doubtful[0])
     row = world.row(doubtful[0])
     assert (row.status, row.reason) == ("sent", None)

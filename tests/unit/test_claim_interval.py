@@ -1,4 +1,4 @@
-"""The interval between claims of a backlog: the time in which half of the window becomes free."""
+"""A backlog is claimed at the interval in which half of the window becomes free."""
 
 from __future__ import annotations
 

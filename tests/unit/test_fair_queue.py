@@ -175,7 +175,7 @@ def test_nobody_is_kept_whose_lease_has_run_out(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_shedding() -> None:
-    """Shedding keeps the given number of leases in the selected workspace queues, the earliest first.
+    """Shedding keeps the earliest leases of the selected workspace queues, up to the given number.
 
     The selected queues have equal shares, and an unused share goes to the other queues.
     """

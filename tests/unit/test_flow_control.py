@@ -91,7 +91,7 @@ async def test_the_breaker_opens_and_recovers(own: Settings) -> None:
 
 
 async def test_the_breaker_without_redis(own: Settings, server: fakeredis.FakeServer) -> None:
-    """The breaker's store raises while Redis is unreachable."""
+    """The breaker's store raises an error while Redis is unreachable."""
     server.connected = False
     with pytest.raises(RedisConnectionError):
         await BreakerStore(own, "http").report(News(), 0)

@@ -244,7 +244,7 @@ class Caller:
             async with self._services.database.reading() as connection:
                 result = await event_loop.run(connection, rule(work))
         except FollowUpsError:
-            return None  # the transaction raises the error again, after it has checked the key
+            return None  # the transaction raises this error again, but only after it has checked the key
         if result is None:
             return None
         self._is_valid = True

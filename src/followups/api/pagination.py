@@ -21,7 +21,8 @@ _BRACKETS = re.compile(
 )
 """Pattern of filter names with brackets.
 
-Such a name matches even without ``=``, because otherwise the filter would be ignored and everything listed.
+A filter name with brackets matches even without ``=``, because the filter would otherwise be ignored and all rows
+listed.
 """
 
 

@@ -62,7 +62,7 @@ Above this number, the connection whose response has been unread longest is clos
 """
 
 KEEP_ALIVE = 65
-"""Seconds after which an idle connection is closed.
+"""Number of seconds for which a connection may be idle before it is closed.
 
 A load balancer usually keeps an idle connection for 60 seconds, and so closes it before this server does.
 """

@@ -115,8 +115,8 @@ def hours(  # noqa: PLR0913 - one for each option
     A follow-up that becomes due outside the sending hours is held until they next begin. Being held uses up no attempt.
     Held follow-ups are sent within a second after the sending hours begin, earliest due first. Lateness
     (FOLLOWUPS_MAX_LATENESS) is counted from the first beginning of the sending hours after the due date. If the
-    channel's messaging window would close before that, the follow-up fails immediately as window_closed, and the API
-    refuses such a due date.
+    channel's messaging window would close before the sending hours begin, the follow-up fails immediately as
+    window_closed, and the API refuses such a due date.
 
     The hours are local times in the given time zone. If --to is not later than --from, the hours end on the next day.
     --days lists the days on which the hours begin. Follow-ups that are already held are checked again with the new

@@ -41,7 +41,7 @@ LOOKING_SHARE = 0.1
 """Largest share of the dispatcher's time that is spent on slow claims from the beginning of the index."""
 
 FORGOTTEN_SHARE = 0.01
-"""Largest share of the dispatcher's time that is spent on checking blocked and paused follow-ups.
+"""Largest share of its time that the dispatcher spends on checking blocked and paused follow-ups.
 
 Such follow-ups are checked at least once per lease time, however long this takes.
 """
@@ -66,7 +66,7 @@ Each of these claims takes over expired leases without waiting for a tick.
 
 
 class Dispatcher:
-    """The dispatcher, one thread in each worker process.
+    """The dispatcher, which runs in one thread of each worker process.
 
     Ticks and nudges that arrive during a tick are merged into it.
     """

@@ -42,8 +42,8 @@ GATHER = timedelta(milliseconds=30)
 """How long to wait until enough results have gathered for a statement.
 
 This wait delays only the next follow-up of a chat. If the process is killed before results are recorded, their messages
-are sent again under the same key. So the wait is no longer than a quick call, whose outcome would also be lost if the
-process were killed.
+are sent again under the same key. This wait is therefore no longer than a quick call to the receiver, whose outcome
+would also be lost in a kill.
 """
 SHORT_GATHER = timedelta(milliseconds=5)
 """How long to wait for enough results if the receiver cannot deduplicate. If such a process were killed, the outcome of
@@ -107,7 +107,7 @@ class Settler:
             await self._recorded.wait()
 
     async def run(self) -> None:
-        """Record the added attempts until `close` was called and no attempt is left."""
+        """Record added attempts until `close` has been called and every attempt is recorded."""
         while not self._closed or self:
             await self._wanted.wait()
             self._wanted.clear()

@@ -1,8 +1,9 @@
 """State that all workers share and may lose: rate limits and the breaker, in the broker's Redis.
 
-No guarantee depends on these limits and the breaker. If Redis is unreachable, deliveries continue without this state,
-which is counted and logged. After such a failure, Redis is not queried for a while, because each query would wait for a
-timeout. The rate limits and the breaker use Lua scripts in this directory, of which Redis runs only one at a time.
+No guarantee depends on these limits and the breaker. If Redis is unreachable, deliveries continue without rate limits
+and breaker, and the failure is counted and logged. After such a failure, Redis is not queried for a while, because each
+query would wait for a timeout. The rate limits and the breaker use Lua scripts in this directory, of which Redis runs
+only one at a time.
 """
 
 from __future__ import annotations

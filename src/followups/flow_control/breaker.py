@@ -176,7 +176,7 @@ class BreakerStore:
 
 
 class Breaker:
-    """One worker's part of the breaker: records outcomes, reports them, and decides what may begin."""
+    """A worker's part of the breaker: it records outcomes, reports them, and decides what may begin."""
 
     def __init__(self, store: BreakerStore | None, transport: str, failures: int) -> None:
         """Create a breaker that opens after ``failures`` different follow-ups have failed in a row.

@@ -217,7 +217,8 @@ class RateLimits:
     def read(self, engine: Engine) -> None:
         """Read the current limits and release the follow-ups deferred under a removed or raised limit.
 
-        The number of waiting follow-ups is logged. If a database error is raised, the next call completes the work.
+        The number of waiting follow-ups is logged. If the database raises an error, the next call of this function
+        completes the work.
         """
         if self._limiter is None:
             return

@@ -131,7 +131,7 @@ def authenticate(key: str) -> Steps[Identity | None]:
     return Identity(rows[0].id, rows[0].workspace_id)
 
 
-@lru_cache(maxsize=256)  # more than the number of statements that a request can begin with
+@lru_cache(maxsize=256)  # more than the number of different statements with which a request can begin
 def with_key(select: str) -> str:
     """Return the given SELECT, combined with the look-up of the API key whose id is ``this_key``.
 

@@ -79,7 +79,7 @@ def begin(session: Session, whole: Whole) -> None:
 
 
 def cancel(connection: Connection, whole: Whole, after: CancelCursor) -> bulk_cancel.Cancelled:
-    """Cancel the next batch of pending follow-ups; those in flight are only kept from a retry."""
+    """Cancel the next batch of pending follow-ups, and prevent retries of the follow-ups in flight."""
     pending = CancelScope(whole.workspace_id, whole.chat_id, bulk_cancel.now(connection))
     return bulk_cancel.cancel_if_not_begun(connection, pending, REMOVED, after)
 

@@ -53,7 +53,7 @@ class Settlement(NamedTuple):
 
 
 class Settled(NamedTuple):
-    """A settled follow-up; ``lag`` is the acceptance time minus the due date if it was sent."""
+    """A settled follow-up. If it was sent, ``lag`` is the time from its due date to its acceptance."""
 
     id: UUID
     status: Status

@@ -122,8 +122,8 @@ class Heartbeat:
         """Record that a component made progress.
 
         ``at`` is the time in monotonic seconds, by default now. The component must report again ``within`` the given
-        time. Otherwise the heartbeat reports the component's name followed by ``otherwise``, such as "has not asked the
-        broker for work".
+        time. If it does not, the heartbeat reports the component's name followed by ``otherwise``, such as "has not
+        asked the broker for work".
         """
         with self._lock:
             if not self._ending:

@@ -77,11 +77,11 @@ class Sockets:
         self._known.pop(address, None)
 
     def is_in_order(self, address: Address, opened: Sequence[int]) -> bool:
-        """Return whether a request may be sent on the connection with this local address.
+        """Return whether a request may be sent on the connection that has this local address.
 
-        ``opened`` are the sockets of a new connection, or none. libcurl checks a kept connection at most once a second.
-        Between two checks, libcurl would treat unsolicited data on the connection as the answer to the next request.
-        With HTTP/2 such data may announce the end of the connection.
+        ``opened`` is the sockets of a new connection, or empty for a kept connection. libcurl checks a kept connection
+        at most once a second. Between two checks, libcurl would treat unsolicited data on the connection as the answer
+        to the next request. In HTTP/2, unsolicited data may announce the end of the connection.
         """
         for each in opened:
             if _port(each) == address[1]:
@@ -199,7 +199,7 @@ class Exchange:
             return _ABORT
         self._sockets.begin(self._address)
         self._began = True
-        self._head.clear()  # removes the head of the proxy's answer
+        self._head.clear()  # discard the head of the proxy's response
         self._room = HEAD_LIMIT
         self.answered = False
         return _GO_ON

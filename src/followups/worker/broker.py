@@ -137,7 +137,7 @@ class Consumer:
         self.connecting_at = time.monotonic()
 
     def connected(self) -> None:
-        """Record a new connection, which counts as refused until, some seconds later, a read is answered."""
+        """Record a new connection, which counts as refused until a read is answered some seconds later."""
         self.connected_at = time.monotonic()
         self.refused += 1
 

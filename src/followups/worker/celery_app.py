@@ -53,7 +53,7 @@ log = get_logger(__name__)
 UNREAD = 1000
 """Number of unread messages in the tick queue at which no more are added, so that beat and nudges cannot fill the
 broker while no worker is running. Ticks do not expire, because Celery would have to compare the clocks of two hosts. If
-one of these clocks were an hour ahead, all ticks would be dropped. The dispatcher merges all waiting ticks into one.
+the clock of one host were an hour ahead, all ticks would be dropped. The dispatcher merges all waiting ticks into one.
 """
 
 STATEMENT_TIMEOUT = timedelta(seconds=10)
@@ -372,8 +372,8 @@ def _warm_up(sender: Any = None, **_: object) -> None:  # noqa: ANN401 - the wor
 def _stop_beat_in_order(**_: object) -> None:
     # Celery's own handler closes the producer while the signal is being handled. If the signal interrupted a publish,
     # the publish and the handler would wait for the same lock forever. In a test with ten ticks a second, two of about
-    # thirty beats never ended. An exception makes the publish release its locks first, and beat then closes the
-    # producer.
+    # thirty beats never ended. An exception instead makes the interrupted publish release its locks. Beat closes the
+    # producer afterwards.
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: sys.exit(0))
 

@@ -97,7 +97,7 @@ def stop() -> None:
 def watch_consumer(heart: Heartbeat, silence: timedelta, wanted: Callable[[], Collection[str]]) -> None:
     """Include the consumer in the heartbeat.
 
-    ``wanted`` returns the consumer's queues; ``silence`` is how long the broker may be silent.
+    ``wanted`` returns the consumer's queues, and ``silence`` is the longest time without an answer from the broker.
     """
     heart.sign("consumer", STARTING, "has not begun to consume")
     heart.probe(partial(_sign_for_consumer, heart, silence * 3 + CONSUMING, wanted))

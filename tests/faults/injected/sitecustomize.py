@@ -61,7 +61,7 @@ def _act(action: str) -> None:
 
 
 def _suspend() -> None:
-    """Stop like a suspended machine: Python's monotonic clock stops, but the uptime clock continues."""
+    """Imitate a suspended machine: Python's monotonic clock stops, but the uptime clock continues."""
     counts_on = time.monotonic
     asleep = counts_on()
     os.kill(os.getpid(), signal.SIGSTOP)

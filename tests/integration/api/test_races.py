@@ -63,7 +63,7 @@ def waits(api: Api) -> bool:
 def in_background(pool: ThreadPoolExecutor, api: Api, work: Callable[[], T]) -> Callable[[], T]:
     """Start a request in the background, and wait until a lock blocks it.
 
-    Return a function that waits for the request and returns the response.
+    Return a function that waits for the request to finish and returns its response.
     """
     future = pool.submit(work)
     wait_until(lambda: waits(api))

@@ -111,7 +111,7 @@ class TestRetry:
     """The command `followups retry`."""
 
     def test_a_new_one_is_made(self, run: Run, world: World, nudges: list[datetime]) -> None:
-        """`retry` creates a new follow-up with the failed one's message and chat, due now.
+        """`retry` creates a new follow-up, due now, with the message and chat of the failed one.
 
         The failed follow-up is unchanged, and the id of the new one is printed.
         """

@@ -103,7 +103,7 @@ def worker(settings: Settings) -> Iterator[Engine]:
 def test_it_waits_whichever_its_role(
     run: Run, world: World, worker: Engine, settings: Settings, unprivileged_url: str, environment: pytest.MonkeyPatch
 ) -> None:
-    """`pause` waits for attempts that are beginning, even if its database role cannot see other sessions."""
+    """`pause` waits for attempts that are beginning, even if the command's database role cannot see other sessions."""
     environment.setenv("FOLLOWUPS_DATABASE_URL", unprivileged_url)
     environment.setattr(pause, "UNDER_WAY", 60.0)
     world.follow_up()

@@ -60,7 +60,7 @@ ENCODINGS = st.sampled_from(["utf-8", "ascii", "latin-1"])
 
 
 def table(text: str) -> None:
-    """Print a table with the given cell."""
+    """Print a table that contains the given cell."""
     print_table(("A", "B"), [(text, "end")], empty="")
 
 

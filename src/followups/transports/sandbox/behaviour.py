@@ -71,8 +71,9 @@ class Incoming(WireModel):
 class Behaviour(WireModel):
     """The behaviour of a chat: the answers to its requests.
 
-    Statuses are HTTP's, times are seconds. ``drop`` accepts and closes the connection without an answer; ``slow``
-    accepts and answers late; ``fail``, ``reject`` and ``rate_limit`` accept nothing.
+    Statuses are HTTP status codes, and times are in seconds. ``drop`` accepts the message and closes the connection
+    without an answer, and ``slow`` accepts it and answers late. ``fail``, ``reject`` and ``rate_limit`` do not accept
+    it.
     """
 
     model_config = ConfigDict(extra="forbid")

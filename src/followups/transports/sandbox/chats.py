@@ -166,7 +166,7 @@ class SandboxChats:
 
     @property
     def default(self) -> Behaviour:
-        """The behaviour of every chat without a behaviour of its own. ``times`` is ignored here."""
+        """The behaviour of every chat for which no other behaviour is set. ``times`` is ignored here."""
         return self._default
 
     @default.setter
