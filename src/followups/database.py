@@ -339,8 +339,8 @@ def _arguments(url: URL, pool_size: int, application_name: str) -> dict[str, Any
     defaults = {name: value for name, value in CONNECTION.items() if name not in url.query}
     return {
         "pool_size": pool_size,
-        # SQLAlchemy would open an overflow connection for one transaction and then close it. Opening it costs more than
-        # waiting for a pooled connection.
+        # SQLAlchemy would open an overflow connection for one transaction and then close it. Opening such a connection
+        # costs more than waiting for a pooled connection.
         "max_overflow": 0,
         "pool_pre_ping": True,
         # Seconds that a caller waits for a connection before an error is raised.

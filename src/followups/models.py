@@ -64,7 +64,7 @@ WAYS = {
     "python": "Python as {actor}",
     "service": "service {actor}",
 }
-"""Descriptions of an audit event's author, by the means of access (`followups.store.audit.Way`)."""
+"""How an audit event's author is described, by the means of access (`followups.store.audit.Way`)."""
 
 
 def readable(*columns: str) -> str:
@@ -599,7 +599,7 @@ class BulkAction(Base):
     """The number of matching follow-ups in the preview, counted up to a limit."""
     ended_at_time: Mapped[datetime | None]
     ended_at_id: Mapped[UUID | None]
-    """The last follow-up of the last batch. The order is that of the list, newest first."""
+    """The last follow-up that the last batch processed. The order is that of the list, newest first."""
     done: Mapped[int] = mapped_column(Integer, server_default="0")
     passed_over: Mapped[dict[str, Any]] = mapped_column(JSONB, server_default="{}")
     """The number of skipped follow-ups, by reason."""

@@ -40,7 +40,9 @@ class Status(StrEnum):
     Entered by settle, or by PATCH if the message was sent by other means.
     """
     FAILED = "failed"
-    """The follow-up will never be sent. The reason says why. Entered by begin, settle, recovery or PATCH."""
+    """The follow-up will never be sent. The reason explains the failure. The cause is a begin, a settle, recovery or a
+    PATCH request.
+    """
     CANCELLED = "cancelled"
     """The follow-up must not be sent.
 

@@ -230,7 +230,7 @@ def test_nothing_secret_is_told(stack: Stack, level: str) -> None:
 
 
 def _assert_it_was_a_full_run(stack: Stack, told: dict[str, str], ids: dict[str, str]) -> None:
-    """Check that the run produced enough output for the search to be meaningful."""
+    """Check that the run produced so much output that the search is meaningful."""
     outcomes = {line["outcome"] for line in stack.log_events("attempt")}
     assert {"sent", "retry", "rejected"} <= outcomes
     assert {frozenset(line) for line in stack.log_events("attempt")} == {ATTEMPT}

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from contestants import Contestant
 
 PATIENCE = 300.0
-"""The seconds after which a turn is aborted."""
+"""A turn is aborted after this many seconds."""
 PORTION = 500_000
 """The number of other rows inserted by one statement."""
 Figures = dict[str, float]

@@ -105,7 +105,7 @@ def test_the_settings_of_one_process_override_those_of_all(name: str) -> None:
 
 @pytest.mark.parametrize("name", LASTING)
 def test_it_is_confined_and_comes_back(name: str) -> None:
-    """Each unit has the most important confinements and restarts its process."""
+    """Each systemd unit sets the most important restrictions and restarts its process."""
     found = unit(name)
     assert found["Type"] == ["exec"]
     assert found["Restart"] == ["always"]

@@ -1,4 +1,4 @@
-"""The guards that the promises depend on, the removal of each from the SQL, and what fails without it.
+"""The guards on which the promises depend, how each is removed from the SQL, and what fails without it.
 
 A guard is cut out of the SQL statements before they reach PostgreSQL. The text to be cut must occur in the statement,
 so that a changed statement does not silently keep its guard.

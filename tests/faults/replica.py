@@ -65,7 +65,7 @@ class Server(EmbeddedPostgres):
     """A PostgreSQL server of any version: a new server, or a standby of another until it is promoted."""
 
     def __init__(self, binaries: Path, primary: EmbeddedPostgres | None = None) -> None:
-        """Store the binaries, and the server to be followed (None for a new server)."""
+        """Store the binaries and the server to replicate (None for an independent server)."""
         super().__init__(parent=memory_directory())
         self._binaries, self._primary = binaries, primary
 

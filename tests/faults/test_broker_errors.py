@@ -1,4 +1,4 @@
-"""Tests with errors from Redis: during a failover, with a full disk, an endless script, or an ACL."""
+"""Tests with errors from Redis: during a failover, on a full disk, during an endless script, or from an ACL."""
 
 from __future__ import annotations
 

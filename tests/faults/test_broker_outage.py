@@ -66,7 +66,7 @@ def test_flushed_for_long(rig: Rig, figures: Figures) -> None:
 
 
 def flushes(rig: Rig, figures: Figures, count: int, spread: float, times: int) -> None:
-    """Flush the broker this many times during a burst."""
+    """Flush the broker the given number of times during a burst."""
     rig.start(workers=2, beats=2)
     ids = rig.bulk(count, spread)
     held = 0

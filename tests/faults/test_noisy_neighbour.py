@@ -28,7 +28,7 @@ def quiet(rig: Rig, worlds: list[World], each: int, spread: float, notice: timed
 def neighbour(rig: Rig, figures: Figures, each: int, spread: float, seconds: float) -> None:
     """Measure five workspaces with ``each`` follow-ups, alone and next to a workspace with 100 times more.
 
-    All follow-ups are inserted within the last ``seconds`` before the first falls due.
+    All follow-ups are inserted in the ``seconds`` seconds before the first one is due.
     """
     notice = timedelta(seconds=seconds)
     rig.options |= {"FOLLOWUPS_TRANSPORT_TIMEOUT": "20", "FOLLOWUPS_LEASE": "40"}

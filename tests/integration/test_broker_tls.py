@@ -156,7 +156,7 @@ def test_an_impostor_learns_nothing(
 def test_one_url_serves_every_client(settings: Settings, engine: Engine, redis_server: RedisServer) -> None:
     """The same broker URL works for every client, even if its password is not escaped.
 
-    Both spellings of a TLS parameter are accepted.
+    Both spellings of each TLS parameter are accepted.
     """
     for query in ("", "&ssl_cert_reqs=CERT_REQUIRED", "&ssl_cert_reqs=required&ssl_check_hostname=True"):
         for ask in CLIENTS:

@@ -176,7 +176,7 @@ def test_many_workers_leave_most_of_the_window(world: World, engine: Engine, own
 
 
 def test_it_goes_out_when_it_is_held_no_more(world: World, engine: Engine, own: Settings) -> None:
-    """Once the transport recovers, deferred follow-ups are sent long before their deferred time.
+    """Once the transport recovers, deferred follow-ups are sent long before the time to which they were deferred.
 
     The follow-ups due earliest are sent first.
     """

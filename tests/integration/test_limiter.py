@@ -84,7 +84,7 @@ def assert_never_faster(moments: list[int], limit: Bucket) -> None:
 async def test_never_faster_than_its_rate(place: LimiterUnderTest, rate: float, burst: int) -> None:
     """Grants in any period never exceed the burst plus the tokens added in the period.
 
-    Requests are granted in the order of due dates.
+    Requests are granted in the order of their follow-ups' due dates.
     """
     limit = bucket(rate, burst)
     waiting = [request(number, limit) for number in range(60)]

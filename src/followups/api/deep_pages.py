@@ -1,4 +1,4 @@
-"""Remembered starting points of deep pages, so that these pages can be read by key."""
+"""Stored starting points of deep pages, from which a page is read by key."""
 
 from __future__ import annotations
 

@@ -141,7 +141,7 @@ class Chat(ResponseModel):
 
 
 class NewChatMessage(Body):
-    """A message that was written in a chat. Unknown fields are ignored; the message's text is not stored."""
+    """A new message in a chat. Unknown fields are ignored; the message's text is not stored."""
 
     model_config = ConfigDict(alias_generator=to_camel, json_schema_extra={"examples": [examples.NEW_CHAT_MESSAGE]})
 

@@ -51,7 +51,7 @@ class Turnstile:
         self._lock = asyncio.Lock()
 
     async def __call__(self) -> None:
-        """Wait until this request may pass."""
+        """Wait until this request may proceed."""
         async with self._lock:
             await asyncio.sleep(0)
 
@@ -86,7 +86,7 @@ class Turns:
         self._refusal = refusal
         self._inside = 0
         self.buffered = 0
-        """Number of bytes of request bodies in memory."""
+        """The total size of the request bodies in memory, in bytes."""
 
     async def acquire(self) -> None:
         """Count a request. Raises `TooManyRequestsError` if too many requests are counted already."""

@@ -75,7 +75,7 @@ class Since:
     given: datetime | timedelta
 
     def resolve(self, now: datetime) -> datetime:
-        """Return the time, but never a time before the start of the calendar."""
+        """Return the time, or the start of the calendar if the time is earlier."""
         if isinstance(self.given, datetime):
             return self.given
         return now - self.given if self.given < now - EARLIEST else EARLIEST

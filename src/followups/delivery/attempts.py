@@ -37,7 +37,7 @@ class Attempt(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class BatchResult:
-    """The result of begin or settle for a batch.
+    """The result of begin or settle for one batch of follow-ups.
 
     A follow-up that appears in no field was stale, is held, or waits for an earlier one of its chat.
     """

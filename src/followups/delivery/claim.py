@@ -74,8 +74,8 @@ def _connecting(url: str) -> timedelta:
 def size_of_claim(window: int) -> int:
     """Return the maximum number of rows per claim: half of the in-flight limit, but at least `CLAIM_SIZE`.
 
-    Each claim reads everything in flight, so behind a backlog a few large claims cost least. Workers send the other
-    half in the meantime.
+    Each claim reads all follow-ups in flight, so a few large claims are the cheapest way to reduce a backlog. Workers
+    send the other half in the meantime.
     """
     return min(window, max(CLAIM_SIZE, window // 2), LARGEST_CLAIM)
 

@@ -140,8 +140,8 @@ class Deferral:
     async def balance(self) -> float | None:
         """Defer a batch of the due queue's excess leases, and release deferred follow-ups.
 
-        Follow-ups are released if the due queue has room for them, or if their workspace is no longer tripped. Returns
-        the seconds until the next call, or None if there is nothing more to do for now.
+        A follow-up is released if the due queue has room for it, or if its workspace is no longer tripped. Returns the
+        seconds until the next call, or None if there is nothing more to do for now.
         """
         tripped = self._breaker.tripped_for_all
         self._recovered = (self._recovered | self._tripped) - tripped

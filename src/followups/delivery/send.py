@@ -59,13 +59,14 @@ async def send(
     Being later than ``latest`` means that the process was frozen, and that another worker might lease the follow-up
     before the call's answer arrives. Only cancellation is raised.
     """
-    # Measured by another clock, a timer may fire a little early, so the remaining time is checked again.
+    # A timer uses another clock and may fire a little early, so the remaining time is checked again.
     while (wait := clock.until(begun.lease.due)) > 0:  # noqa: ASYNC110 - time is what is waited for
         await asyncio.sleep(math.ceil(wait / TIMER) * TIMER)
     started = uptime()
     if started > latest:
         return None
-    # Each delivery is sent once, so the time of the call is set in place: copying a frozen value takes 2.5 us.
+    # A delivery object is used for only one send, so the time of the call is set in place. Copying a frozen value takes
+    # 2.5 us.
     object.__setattr__(begun.delivery, "made_at", clock.now())
     with traces.attempt(begun.traceparent, partial(_described, begun, transport.name)) as note:
         outcome = await _call(transport, begun.delivery, limit)

@@ -152,7 +152,7 @@ def make_data_directory(path: Path) -> None:
 def _give_up_root(directory: Path, *owned: Path) -> tuple[int, int]:
     """Make the system user the owner of the files in our directory, and return the user's ids.
 
-    The owner of other directories is not changed.
+    Files in other directories keep their owner.
     """
     ids = _system_user()
     let_through(directory)

@@ -10,9 +10,9 @@ seconds later. If Redis is wiped, the breaker is closed and opens again with the
     probing -> recovering: one succeeded; or open again: one failed
     recovering -> closed: the rate of begins doubles every second until nothing needs to wait
 
-The breaker applies only to tripped workspaces, whose last several attempts all failed. Follow-ups of other workspaces
-begin without restriction. So a workspace whose chats all fail, even thousands of them, does not delay a workspace with
-occasional failures.
+The breaker affects only tripped workspaces: those whose most recent attempts have all failed. Follow-ups of other
+workspaces begin without restriction. So a workspace whose chats all fail, even thousands of them, does not delay a
+workspace with occasional failures.
 
 (Nygard, "Release It!", 2nd edition, 2018, chapter 5; the slow start is nginx's and Envoy's.)
 """
@@ -45,7 +45,7 @@ RECOVERING = "recovering"
 REFUSING = {401, 403}
 """Status codes with which a receiver rejects the caller rather than the message.
 
-If a secret has expired, every message is rejected with one of these codes.
+For example, every message is rejected with one of these codes after a secret has expired.
 """
 
 LOOK = 1.0
@@ -118,7 +118,7 @@ class RecoveryPolicy:
     """Follow-ups a second that all workers together may begin after a successful probe; the rate doubles every second.
     """
     last_rate: float = 10_000.0
-    """Follow-ups begun a second at which the breaker closes; reaching this rate takes some ten seconds."""
+    """The breaker closes when this many follow-ups begin per second; reaching this rate takes some ten seconds."""
     fails_again: int = 10
     """Number of different follow-ups that must fail in a row during recovery to open the breaker again."""
     in_a_row: int = 5

@@ -288,9 +288,9 @@ class RateLimits:
     def _within(self, wait: timedelta, one: Limitable) -> timedelta:
         """Return for how long a follow-up is deferred.
 
-        The wait ends no later than the follow-up's expiry, so that the follow-up is ended on time. The due queue
-        releases follow-ups a little early, so the lead is added to the wait. Without the added lead, a follow-up would
-        request a token before its turn.
+        The deferral ends at the latest when the follow-up expires, so that the follow-up is ended on time. The due
+        queue releases follow-ups a little early, so the lead is added to the wait. Without the added lead, a follow-up
+        would request a token before its turn.
         """
         wait = min(max(wait, SHORTEST) + self._lead, LONGEST)
         return wait if one.left is None else min(wait, one.left + SHORTEST + self._lead)

@@ -29,7 +29,9 @@ seconds.
 """
 
 GIVE_WAY = 1.0
-"""Seconds between two tries to change a table. In this time, the transactions that were waiting proceed."""
+"""Seconds between two tries to change a table. Between two tries, the transactions that were waiting for the table
+proceed.
+"""
 
 # The key is not a bind parameter, because PostgreSQL keeps the snapshot of a statement with parameters until the next
 # statement. An index that is created concurrently would wait for that snapshot.

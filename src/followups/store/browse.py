@@ -108,7 +108,7 @@ class Row:
 
 
 EXCERPT = 80
-"""Number of characters of the message that a list shows to members of its workspace."""
+"""The number of characters of a message that a list shows to members of the message's workspace."""
 
 _COLUMNS = tuple(column for column in FollowUp.__table__.columns if column.name != "message")
 

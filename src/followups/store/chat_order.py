@@ -109,7 +109,7 @@ _PARK_PILE = text("""
 def park_pile(connection: Connection, parked: Collection[UUID]) -> int:
     """Park the due follow-ups behind the parked ones, each behind its predecessor; return how many.
 
-    Their leases, if any, become invalid, because begin would refuse these follow-ups anyway. Call this after
+    Any lease of such a follow-up becomes invalid, because begin would refuse the follow-up anyway. Call this after
     `park_if_leased`, in the same transaction.
     """
     return connection.execute(_PARK_PILE, {"ids": list(parked), "most": PILE}).rowcount

@@ -58,7 +58,7 @@ class Claim:
     in_grace: bool = False
     """Whether expired leases with an attempt in flight were left to their workers.
 
-    If so, a claim after the grace period takes over these leases.
+    If they were, a claim after the grace period takes over these leases.
     """
     busy: bool = False
     """Whether another dispatcher was claiming, so that this claim read nothing."""
@@ -79,7 +79,7 @@ class ClaimSearch:
     without: tuple[UUID, ...] = ()
     """Follow-ups that the claim skips, since their rows cannot be written."""
     in_grace: bool = False
-    """Whether lost leases are left to their workers for now (`followups.store.last_tick`)."""
+    """Whether the workers still have time to record the outcomes of lost leases (`followups.store.last_tick`)."""
 
 
 LOW_WATER_MARGIN = timedelta(seconds=10)

@@ -33,8 +33,8 @@ INTERVAL = timedelta(seconds=1)
 
 log = get_logger(__name__)
 
-# The rows are locked in the order of their keys, so that two processes that add to the same rows wait instead of
-# deadlocking.
+# The rows are locked in the order of their keys. Two processes that add to the same rows therefore wait for each other,
+# and never deadlock.
 _ADD = text("""
     INSERT INTO metric_totals AS t (sample, labels, value)
     SELECT * FROM unnest(CAST(:samples AS text[]), CAST(:labels AS text[]), CAST(:values AS double precision[]))
@@ -43,7 +43,7 @@ _ADD = text("""
     RETURNING sample, labels, value
 """)
 # Counts only grow, so our transaction must have been committed if the totals are at least as high as ours. Our counts
-# are lost in one case: if another process has added at least as much to each total in the meantime.
+# are lost only if another process has meanwhile added at least as much to each total.
 _ADDED = text("""
     SELECT count(t.value) = count(*) AND bool_and(t.value >= b.value)
       FROM unnest(CAST(:samples AS text[]), CAST(:labels AS text[]), CAST(:values AS double precision[]))

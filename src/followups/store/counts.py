@@ -78,7 +78,8 @@ _COUNT = text(f"""
 """)  # noqa: S608 - no input, only the constants above
 
 _ESTIMATE_PENDING = text(f"EXPLAIN (FORMAT JSON) SELECT {_PENDING_ROWS}")
-# The planner ignores this histogram, because the index is partial. It assumes that a third of the rows are overdue.
+# The planner ignores this histogram, because the index is partial. Instead, the planner assumes that a third of the
+# rows are overdue.
 _SHARE_OVERDUE = text("""
     SELECT avg((bound <= now())::int)
       FROM pg_stats, unnest(CAST(CAST(histogram_bounds AS text) AS timestamptz[])) AS bound
@@ -178,7 +179,8 @@ def count(connection: Connection, *, window: int, exact_up_to: int = EXACT_UP_TO
     estimated = frozenset(status for status, number in final.items() if number > exact_up_to)
     if estimated:
         estimates = {row[0]: row[1] for row in connection.execute(_ESTIMATE_FINAL)}
-        # Before the first ANALYZE there is no estimate, so the number of rows counted so far is used as the minimum.
+        # Before the first ANALYZE there is no estimate. Then the number of rows counted so far is returned as a
+        # minimum.
         final |= {status: max(estimates.get(status, 0), final[status]) for status in estimated}
     return Counts(
         pending=pending.pending,

@@ -59,7 +59,7 @@ class Lease(NamedTuple):
     """The `uptime` at which the worker drops the lease, because another worker may have leased the follow-up by then.
     """
     refusals: int = 0
-    """How many times in a row the follow-up could not begin when it was due."""
+    """How many times in a row the due follow-up was not allowed to begin."""
 
 
 WINDOWED_NAMES = sorted(channel.value for channel in WINDOWED_CHANNELS)

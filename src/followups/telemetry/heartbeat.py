@@ -270,7 +270,7 @@ def _is_held(file: int) -> bool:
 
 
 def _sweep(directory: Path) -> None:
-    """Remove the files of processes that were killed."""
+    """Remove the heartbeat files of processes that were killed."""
     for path in directory.glob(f"*-{socket.gethostname()}-*.json"):
         with suppress(OSError), path.open("rb") as file:
             if not _is_held(file.fileno()):

@@ -1,8 +1,7 @@
 """libcurl's multi handle on an event loop, through its socket interface, without threads or polling.
 
-pycurl has its own driver of this type, `AsyncCurlMulti`. `AsyncCurlMulti` adds a watcher to the event loop for every
-call and removes it again, so that a call took 40 us of processor time. With one epoll for all sockets a call takes 24
-us.
+pycurl has such a driver too, `AsyncCurlMulti`. `AsyncCurlMulti` adds a watcher to the event loop for every call and
+removes it again, so that a call took 40 us of processor time. With one epoll for all sockets a call takes 24 us.
 """
 
 from __future__ import annotations
@@ -90,7 +89,7 @@ class CurlLoop:
     def _watch(self, what: int, socket: int, _multi: object, _data: object) -> None:
         wanted = _WANTED.get(what)
         if wanted is None:
-            # The socket stays registered, because the next transfer usually follows within a moment.
+            # The socket stays registered, because the next transfer usually begins within milliseconds.
             self._watched.discard(socket)
             return
         self._watched.add(socket)

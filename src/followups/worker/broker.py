@@ -93,7 +93,7 @@ class App(Celery):
         """Store the broker's URL without connecting."""
         self._url = url
         super().__init__(name, broker=url, loader=Loader)
-        # Flower reads this setting; a connection reads these options from the URL
+        # Flower reads this setting, whereas a connection reads these options from the URL
         self.conf.broker_use_ssl = tls_of(url)
 
     def connection_for_read(self, url: str | None = None, **named: Any) -> Any:  # noqa: ANN401, ARG002 - Celery's own
@@ -187,7 +187,7 @@ class BrokerTransport(kombu_redis.Transport):
 
     Channel = BrokerChannel
     connection_errors = (*kombu_redis.Transport.connection_errors, RedisError)
-    """Errors after which Celery makes a new connection.
+    """The errors after which Celery opens a new connection.
 
     An error that Redis returns may be temporary, and a failover may replace the server.
     """

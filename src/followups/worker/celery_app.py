@@ -245,7 +245,7 @@ def unread(producer: Any, queue: str) -> int:  # noqa: ANN401 - kombu's producer
     """Return the number of messages in a queue, or 0 if the broker is unreachable."""
     connection, channel = producer.connection, producer.channel
     if channel.closed:
-        return 0  # the channel was closed with its connection; publishing replaces both of them
+        return 0  # the channel was closed together with its connection; the next publish opens new ones
     try:
         return int(channel.queue_declare(queue).message_count)
     except (*connection.connection_errors, *connection.channel_errors):

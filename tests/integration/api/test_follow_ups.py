@@ -124,7 +124,7 @@ class TestCreate:
         assert pointers(problem) == ["#/dueDate"]
 
     def test_sending_hours_and_the_window(self, api: Api) -> None:
-        """A due date outside sending hours is accepted if they begin before the messaging window ends.
+        """A due date outside sending hours is accepted if the hours begin before the messaging window ends.
 
         A due date is rejected with 422 if sending hours begin only after the messaging window has ended.
         """

@@ -178,7 +178,7 @@ def test_a_body_that_nothing_needs_is_not_read(api: Api, path: str, head: str) -
 
 
 def test_a_length_of_zero_keeps_the_connection(api: Api) -> None:
-    """After a request with an empty body, its connection serves further requests, with or without a key."""
+    """After a request with an empty body, with or without a key, its connection accepts further requests."""
     request = b"GET /healthz HTTP/1.1\r\nhost: a\r\ncontent-length: 0\r\n\r\n"
     stranger = request.replace(b"/healthz", FOLLOW_UPS.encode())
     answer = raw(api, request + stranger + request, wait=1)

@@ -19,7 +19,7 @@ def matrix(url: str | None, secret: str | None = TOKEN) -> MatrixTransport:
 
 @pytest.mark.parametrize("slash", ["", "/"])
 async def test_it_puts_a_text_event_into_the_chats_room(slash: str) -> None:
-    """The path of the request has the room, and the follow-up's id as transaction; the body is ``m.text``."""
+    """The request's path contains the room, and the follow-up's id as the transaction id; the body is ``m.text``."""
     delivery = a_delivery(external_chat_id="!room:example.org")
     async with scripted(answer(200, b'{"event_id": "$1"}')) as server, opened(matrix(server.url + slash)) as transport:
         assert isinstance(await transport.send(delivery), Sent)

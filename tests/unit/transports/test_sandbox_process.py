@@ -55,7 +55,7 @@ def test_a_secret_is_taken_from_the_environment_too(
 ) -> None:
     """The sandbox's secret can be set in the environment, which the process list does not show.
 
-    An invalid secret is an error.
+    An invalid secret prevents the start.
     """
     monkeypatch.setenv("FOLLOWUPS_TRANSPORT_SECRET", "not base64!")
     assert server.main([]) == 1

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 @asynccontextmanager
 async def client(chats: SandboxChats, secret: str | None = None) -> AsyncIterator[aiohttp.ClientSession]:
-    """Serve ``chats`` and yield a client session."""
+    """Run a server for ``chats`` and yield a client session."""
     async with serving(build_app(chats, secret=secret)) as url, aiohttp.ClientSession(url) as session:
         yield session
 

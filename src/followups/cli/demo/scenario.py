@@ -93,7 +93,7 @@ LINES = (
 
 
 def script() -> Scenario:
-    """Return the scenario, which is the same in every run."""
+    """Return the demo's scenario, which is the same in every run."""
     steady = [_steady(number) for number in range(len(STEADY) * EACH)]
     flaky = [
         ScenarioStep(name, 0.7 + number, "The receiver fails before it takes this.", Ending(Status.SENT, failures + 1))

@@ -48,7 +48,7 @@ async def page(_request: web.Request) -> web.Response:
 async def events(request: web.Request) -> web.StreamResponse:
     """Stream the changes of the sandbox.
 
-    The first event, and the event after ``DELETE /sandbox``, contains everything.
+    The stream's first event, and the event after ``DELETE /sandbox``, contain the complete state.
     """
     chats, closing = request.app[CHATS], request.app[CLOSING]
     response = web.StreamResponse(headers={"content-type": "text/event-stream", "cache-control": "no-store"})
