@@ -255,7 +255,7 @@ def amending(
     fresh = {name: value for name, value in changes.items() if getattr(found, name) != value}
     if not fresh:
         return found
-    # On an event loop, the workspace is not looked up, because the caller has given its id.
+    # On an event loop, the workspace's id is not looked up, because the caller has passed it.
     event = _event(actor, workspace_id or found.workspace_id, found, fresh)
     if found.status in FINAL:
         changed = yield from _amend_finished(found, fresh)

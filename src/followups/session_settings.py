@@ -59,9 +59,8 @@ BY_KEY: Mapping[str, str] = {
 """Planner options for workers.
 
 Each worker statement looks up a batch by key or scans an index. The planner must keep choosing these plans when a burst
-of inserts has made the table's statistics wrong. Measured right after an insert of 20,000 rows, begin takes 17 ms per
-hundred follow-ups without these options, and 4 ms with them. JIT is off because compiling would take longer than the
-statement.
+of inserts has made the table's statistics wrong. Right after an insert of 20,000 rows, begin took 17 ms per hundred
+follow-ups without these options, and 4 ms with them. JIT is off because compiling would take longer than the statement.
 """
 
 ONCE_PLANNED: Mapping[str, str] = {**BY_KEY, "plan_cache_mode": "force_generic_plan"}

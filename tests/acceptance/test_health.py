@@ -132,7 +132,7 @@ def test_an_idle_worker_among_others(observed: Stack) -> None:
 
 @pytest.mark.parametrize("frozen", [False, True])
 def test_an_outage_of_the_broker_restarts_nobody(observed: Stack, *, frozen: bool) -> None:
-    """Worker and beat stay healthy while the broker is unreachable, because a restart would not help."""
+    """Worker and beat stay healthy while the broker is unreachable, because a restart could not help."""
     with EmbeddedValkey() as valkey, Processes() as processes:
         settings = observed.settings.model_dump() | {"broker_url": valkey.url()}
         own = replace(observed, settings=load_settings(**settings), processes=processes)

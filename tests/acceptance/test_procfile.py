@@ -30,7 +30,7 @@ BINARIES = Path(sys.executable).parent
 
 
 def get(url: str) -> bytes | None:
-    """Return the response from a URL, or None if there is none or it reports not ready."""
+    """Return the body of a URL's response, or None if the request fails."""
     try:
         with urllib.request.urlopen(url, timeout=5) as answered:  # noqa: S310 - our own loopback URL
             body: bytes = answered.read()

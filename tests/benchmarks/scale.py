@@ -129,7 +129,7 @@ def claim(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def together(url: str, number: int, options: argparse.Namespace) -> dict[str, float]:
-    """Run this many dispatchers that claim concurrently, each in a separate process."""
+    """Run this many dispatchers in separate processes, which claim concurrently."""
     context = get_context("spawn")
     ready, queue = context.Barrier(number), context.Queue()
     processes = [context.Process(target=dispatch, args=(url, ready, queue, options)) for _ in range(number)]

@@ -196,7 +196,7 @@ def test_in_flight_and_finished_are_told_and_nothing_typed_is_lost(
 
 
 def test_cancelling_is_final_and_keeps_the_reason(person: Callable[..., Person], own: World) -> None:
-    """A cancelled follow-up has the reason that the person typed, or else the default code."""
+    """A cancelled follow-up has the reason typed by the person, or the default code if none was typed."""
     for reason, stored in (("The customer called", "The customer called"), ("", "cancelled_by_api")):
         one_id = own.follow_up(due=HOUR)
         one = person("agent", own)

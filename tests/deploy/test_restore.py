@@ -1,4 +1,4 @@
-"""Restoring a backup: messages sent after the backup are sent again with the same key.
+"""Tests of restoring a backup: messages sent after the backup are sent again with the same keys.
 
 Messages sent before the backup are not sent again.
 """

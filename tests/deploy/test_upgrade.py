@@ -1,4 +1,4 @@
-"""An upgrade without downtime, under load: first the schema, with the old code running, then the code."""
+"""Tests an upgrade under load without downtime: first the schema, with old code running, then the code."""
 
 from __future__ import annotations
 

@@ -281,7 +281,7 @@ def stale_release(scene: Scene) -> None:
 
 
 def stale_end(scene: Scene) -> None:
-    """End a follow-up with a lease that another worker has taken over."""
+    """Try to end a follow-up by an old lease, after another worker has leased the follow-up."""
     scene.world.follow_up()
     old = scene.lease()
     scene.leased_anew(old)
@@ -419,7 +419,7 @@ def stale_defer(scene: Scene) -> None:
 
 
 def ended_lease_deferred(scene: Scene) -> None:
-    """Defer a follow-up whose expired lease may be claimed by a concurrent tick."""
+    """Try to defer a follow-up by an expired lease, while a concurrent tick may claim the follow-up."""
     scene.world.follow_up()
     lease = scene.lease()
     scene.world.expire(lease.id)

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 FAILURES = 5
 KEY, OTHER = 1, 2
-"""Keys of two workspaces."""
+"""The keys of two workspaces."""
 QUICK = RecoveryPolicy(first_pause=0.05, longest_pause=0.2, probes=2, first_rate=20, last_rate=200, fails_again=3)
 PENDING = "SELECT count(*) FROM follow_ups WHERE status = 'pending'"
 

@@ -39,7 +39,7 @@ def test_a_connection_that_was_lost(settings: Settings) -> None:
 
 
 def test_bounded(settings: Settings) -> None:
-    """However many ticks are requested, the length of the tick queue is limited."""
+    """The length of the tick queue is limited, however many ticks are requested."""
     ran = subprocess.run(
         [sys.executable, "-c", FLOOD],
         env=os.environ | settings.environment(),

@@ -332,7 +332,7 @@ def test_only_those_under_it_ask_again(world: World, bench: Bench) -> None:
 
 
 def test_somebody_holds_the_row(world: World, bench: Bench) -> None:
-    """If the row of a follow-up that exceeds a limit is locked, it is deferred soon after the unlock."""
+    """A locked follow-up that exceeds a rate limit is deferred soon after its row is unlocked."""
     limit(world, NONE_COMES_IN)
     _, second = due_in_turn(world, 2)
     receiver = Receiver()

@@ -60,7 +60,7 @@ def claimed(engine: Engine, settings: Settings) -> list[UUID]:
 
 
 class TestGap:
-    """A gap between the ticks of all dispatchers, after which workers first record known outcomes."""
+    """Tests of a gap in the ticks of all dispatchers, after which workers first record known outcomes."""
 
     @pytest.mark.parametrize("deduplicates", [True, False])
     def test_outcome_is_recorded(self, world: World, engine: Engine, settings: Settings, *, deduplicates: bool) -> None:
@@ -75,7 +75,7 @@ class TestGap:
         assert (world.row(follow_up).status, world.row(follow_up).losses) == ("sent", 0)
 
     def test_bounded(self, world: World, engine: Engine, settings: Settings) -> None:
-        """A worker that does not return within the grace period after a gap counts as lost."""
+        """A worker that does not come back within the grace period after a gap counts as lost."""
         follow_up = world.follow_up()
         in_flight(engine, settings)
         pass_time(world, settings.lease * 2)

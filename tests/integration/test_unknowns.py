@@ -96,7 +96,7 @@ def cancel_chat(world: World, chat_id: UUID, words: str | None) -> bulk_cancel.C
     ],
 )
 def test_cancel_of_many(world: World, doubtful: tuple[UUID, UUID], words: str | None, reason: str) -> None:
-    """An operator's cancel of a whole chat stores the reasons that single cancels would store."""
+    """If an operator cancels a whole chat, the reasons stored are the same as for single cancels."""
     follow_up, chat_id = doubtful
     cancel_chat(world, chat_id, words)
     assert world.row(follow_up).reason == reason
@@ -111,7 +111,7 @@ ASKED = [
 
 @pytest.mark.parametrize(("words", "reason"), ASKED)
 def test_cancel_while_in_flight(world: World, settings: Settings, words: str | None, reason: str) -> None:
-    """The reason given for a cancel during an attempt is stored unchanged, whatever the outcome."""
+    """The reason given for a cancel during an attempt is stored unchanged, whatever the attempt's outcome."""
     chat_id = world.chat()
     follow_up = world.follow_up(chat_id)
     (begun,) = begin(world.engine, settings, claim(world.engine, settings).leases).begun

@@ -57,7 +57,7 @@ async def outcome(does: Callable[[], Awaitable[Outcome]]) -> Outcome:
     task = asyncio.current_task()
     assert task is not None
     assert task.cancelling() == 0
-    await asyncio.sleep(0.1)  # a limit that was not lifted would end this sleep
+    await asyncio.sleep(0.1)  # a time limit that is still set would end this sleep
     assert made is not None
     return made.outcome
 

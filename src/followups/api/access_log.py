@@ -34,7 +34,7 @@ A request id that does not match is replaced by a new one.
 """
 
 LONGEST_PATH = 200
-"""Maximum length of a path in a log line, in characters. The API's own paths have at most 80."""
+"""Maximum length of a path in a log line, in characters. The API's own paths have at most 80 characters."""
 
 FAILED = HTTPStatus.INTERNAL_SERVER_ERROR
 PROBES = frozenset({"/healthz", "/readyz", "/metrics"})

@@ -67,7 +67,7 @@ KNOWN_AT_MOST = 10_000
 
 
 class LastUse:
-    """The API keys whose use was recorded recently, so that most requests write nothing for this."""
+    """The API keys whose use was recorded recently. They save most requests from writing the time of use."""
 
     def __init__(self) -> None:
         """Start with no API keys."""
@@ -128,7 +128,7 @@ class ApiServices:
     exclusive_external_ids: bool
     """Whether each external id belongs to only one workspace.
 
-    This is required if only the external id identifies a chat's workspace.
+    This is required if the external id alone identifies the workspace of a chat.
     """
 
 

@@ -52,7 +52,7 @@ SHARE_AHEAD = 600
 
 @dataclass(slots=True)
 class Allowance:
-    """Requests of one API key that this process has counted in Redis in advance and has not served yet."""
+    """Requests of one API key that this process has counted in advance in Redis but not yet served."""
 
     size: int
     left: int
@@ -62,9 +62,9 @@ class Allowance:
 class KeyRateLimit:
     """A sliding-window rate limit for each API key.
 
-    For a busy key, a process counts requests in advance, and doubles their number each time. Querying Redis for each
-    request took a tenth of the time of a create request. For an idle key or a small limit, every request is counted
-    when it arrives. An instance belongs to one event loop.
+    For a busy key, a process counts requests in advance, and doubles their number each time. If Redis were queried for
+    each request, this would take a tenth of the time of a create request. For an idle key or a small limit, every
+    request is counted when it arrives. An instance belongs to one event loop.
     """
 
     def __init__(self, settings: Settings) -> None:

@@ -52,7 +52,7 @@ READ_WITHIN = 20.0
 LEAST_READ = 64 * 1024
 """Minimum number of bytes of a response that its client must read within `READ_WITHIN` seconds.
 
-If fewer bytes are left, the client must read all of them.
+If less than that is left of the response, the client must read all of it.
 """
 
 MAX_UNSENT = 32 * 1024 * 1024

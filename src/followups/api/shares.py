@@ -1,4 +1,4 @@
-"""Limits on the shared resources that a workspace, or clients without a known API key, may use.
+"""Limits on how much a workspace, or all clients without a known API key, may use of shared resources.
 
 The shared resources are the database connections and the event loop.
 """

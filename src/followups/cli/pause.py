@@ -53,8 +53,8 @@ def pause(
     """Stop sending for a workspace, a channel, or a channel of a workspace, until it is resumed.
 
     Attempts in flight finish, but after this command has returned, no new attempt begins. Follow-ups that become due
-    are held: they use up no attempt, can be cancelled and rescheduled, and block later follow-ups of their chat. After
-    the pause, follow-ups that are past FOLLOWUPS_MAX_LATENESS or their messaging window fail as too_late or
+    are held. Held follow-ups use up no attempt, can be cancelled or rescheduled, and block later follow-ups of their
+    chat. After the pause, follow-ups that are past FOLLOWUPS_MAX_LATENESS or their messaging window fail as too_late or
     window_closed. Repeating the command changes nothing.
     """
     if list_:
@@ -75,7 +75,7 @@ def pause(
 
 @app.command(epilog=examples("followups resume --workspace acme", "followups resume --channel whatsapp"))
 def resume(*, workspace: Workspace = None, channel: OneChannel = None, json: Json = False) -> None:
-    """End the pause that has exactly these options. Due follow-ups are sent immediately, earliest first.
+    """End the pause that was set with exactly these options. Due follow-ups are sent immediately, earliest first.
 
     If interrupted, run the command again. Otherwise the remaining follow-ups are sent within the duration of a lease.
     """

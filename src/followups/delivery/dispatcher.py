@@ -116,7 +116,7 @@ class Dispatcher:
     def stop(self) -> None:
         """Stop claiming, and wait until the current claim is published.
 
-        The dispatcher does not use the engine after that.
+        After that, the dispatcher no longer uses the engine.
         """
         self.claim_no_more()
         self._wanted.set()

@@ -104,7 +104,7 @@ def sendable_from(obstacle: Obstacle) -> datetime | None:
 
 
 def _open_next(connection: Connection, obstacles: Iterable[Obstacle]) -> None:
-    """Compute the next sending period if the stored one is over."""
+    """Compute the next sending period if the stored period has ended."""
     stale: dict[UUID, tuple[WorkspaceHours, datetime]] = {}
     for obstacle in obstacles:
         if obstacle.hours and obstacle.now >= obstacle.hours.open_until:

@@ -180,7 +180,7 @@ class Pipeline:
         return await self._queue.next_batch(self._breaker)
 
     async def _begin(self, leases: Sequence[Lease]) -> tuple[Begun, ...]:
-        """Begin the follow-ups that may be sent, and enqueue all others again; each begun one keeps its slot."""
+        """Begin the follow-ups that may be sent, each of which keeps its slot, and enqueue the others again."""
         try:
             step = await begin_within_limits(self._engine, self._settings, self._rate_limits, leases)
         except Exception as error:  # noqa: BLE001 - whatever it was, the loop must go on

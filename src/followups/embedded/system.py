@@ -37,7 +37,7 @@ READY_WITHIN = timedelta(seconds=90)
 """
 
 GRACE = timedelta(seconds=6)
-"""How long a process may take to end before it is killed. A kill costs a lease, but no message is lost."""
+"""How long a process may take to end before it is killed. A killed process loses leases, but no messages."""
 
 POLL = timedelta(milliseconds=50)
 

@@ -267,7 +267,7 @@ class RateLimits:
     async def defer(self, waits: Sequence[tuple[Lease, timedelta]]) -> tuple[tuple[Lease, timedelta], ...]:
         """Defer follow-ups with a long wait in the database.
 
-        Return the follow-ups with a short wait, which stay in the due queue.
+        Return the follow-ups whose wait is short; these stay in the due queue.
         """
         long = [(lease, wait) for lease, wait in waits if wait > IN_QUEUE]
         deferred = await in_loop(self._engine, defer, long) if long else set()

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 def create_workspace(session: Session, actor: Actor, name: str) -> tuple[Workspace, bool]:
-    """Create the workspace. Return it, and whether it is new.
+    """Create the workspace. Return the workspace, and whether it is new.
 
     Raises the same errors as `followups.store.workspaces.create`.
     """

@@ -34,7 +34,8 @@ MOST_EVENTS = 100
 """Maximum number of manual changes shown with a follow-up. Only the newest are shown."""
 
 PATIENCE = timedelta(seconds=1)
-"""How long to wait for the breaker's state from the broker. All other data comes from the database."""
+"""How long to wait for the breaker's state from the broker. All other data of the explanations comes from the database.
+"""
 
 
 @dataclass(frozen=True, slots=True)

@@ -256,8 +256,8 @@ _SECOND = timedelta(seconds=1)
 def counts_as(created_at: datetime) -> datetime:
     """Return the time at which a message counts as written; whole seconds count as the end of that second.
 
-    Several channels report times in whole seconds. A reply sent within the same second as our own message must not seem
-    older than our message.
+    Several channels report times in whole seconds. A user may reply within the same second as our own message, and this
+    reply must not seem older than our message.
 
     >>> counts_as(datetime(2030, 1, 31, 9, 0, 0)).time().isoformat()
     '09:00:00.999999'

@@ -246,7 +246,7 @@ def within(
 ) -> Sequence[Row[Any]] | None:
     """Return the rows, or None if the query takes longer than ``limit``.
 
-    The transaction stays usable in both cases.
+    The transaction can still be used in both cases.
     """
     milliseconds = str(max(round(limit / timedelta(milliseconds=1)), 1))
     try:

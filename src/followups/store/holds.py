@@ -59,8 +59,8 @@ class Hold:
 
 
 # The locks on the pause and on the sending hours keep them in force until this transaction commits. A resume or a
-# change of the hours is therefore committed later, and releases these follow-ups. Rows that are locked or were changed
-# in the meantime are checked again shortly.
+# change of the hours therefore commits after this transaction, and then releases these follow-ups. Rows that are locked
+# or were changed in the meantime are checked again shortly.
 _HOLD = text(f"""
     WITH standing AS MATERIALIZED (
         SELECT id FROM pauses WHERE id = ANY(CAST(:pauses AS uuid[])) AND ended_at IS NULL

@@ -39,7 +39,7 @@ class StoredResponse:
 
 
 def hash_of(request: bytes) -> bytes:
-    """Return a hash of the request, by which two requests with the same idempotency key are told apart."""
+    """Return a hash of the request, which distinguishes different requests with the same idempotency key."""
     return sha256(request).digest()
 
 

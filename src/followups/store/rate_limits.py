@@ -290,7 +290,7 @@ def release_workspaces(connection: Connection, workspace_ids: Iterable[UUID], lo
     """Make up to ``most`` deferred follow-ups of these workspaces due now; return how many.
 
     The follow-ups that were deferred first fall due first. A follow-up whose row cannot be written stays deferred until
-    its time comes.
+    the end of its deferral.
     """
     parameters = {"workspace_ids": uuid_array(workspace_ids), "longest": longest, "most": most}
     ids = connection.scalars(_LOCK_DEFERRED_OF, parameters).all()

@@ -147,7 +147,7 @@ class Heartbeat:
             self._parts = {"end": _sign(within, otherwise, time.monotonic())}
 
     def trouble(self) -> str:
-        """Return what is wrong with this process as a reader of its file would see it, or an empty string."""
+        """Return what a reader of the heartbeat file would find wrong with this process, or an empty string."""
         return _trouble({"written": time.monotonic(), "parts": self.parts()}, time.monotonic())
 
     def parts(self) -> dict[str, dict[str, Any]]:

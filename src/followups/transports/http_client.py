@@ -105,7 +105,7 @@ class HttpClient:
         self._options = self._of_connections | {
             pycurl.POST: True,
             pycurl.CUSTOMREQUEST: method,
-            # we do not request compression, but decode an answer that a server compresses anyway
+            # we request no compression, but some servers compress anyway, so we decode their answers
             pycurl.ENCODING: "gzip, deflate",
             pycurl.PATH_AS_IS: True,
             pycurl.MAXAGE_CONN: KEEPALIVE,
@@ -126,7 +126,7 @@ class HttpClient:
         self._used = 0.0
 
     async def open(self) -> None:
-        """Prepare to connect in the running event loop; a repeated call is harmless."""
+        """Prepare to connect in the running event loop; calling this again has no effect."""
         self._is_open = True
 
     async def close(self) -> None:

@@ -232,7 +232,7 @@ def _report(step: str, error: Exception) -> None:
 
 
 def code_of(error: Exception) -> str:
-    """Return the code of an error that Redis returned, or an empty string for any other error.
+    """Return the code of a Redis error reply, or an empty string for any other error.
 
     >>> code_of(RedisError("MISCONF Redis is configured to save RDB snapshots")), code_of(OSError("No route"))
     ('MISCONF', '')

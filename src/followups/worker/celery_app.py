@@ -139,8 +139,8 @@ def make_app(settings: Settings) -> Celery:
             # This setting detects a half-open connection of the consumer within at most twice the set time plus a
             # second.
             "health_check_interval": silence,
-            # kombu retries by itself, and redis-py's own retries would multiply with kombu's. With both, a publish to a
-            # silent broker took 51 s; without redis-py's retries it takes 26 s.
+            # kombu retries by itself, and redis-py's own retries would multiply with kombu's. With both kinds of
+            # retries, a publish to a silent broker took 51 s; without redis-py's retries, it takes 26 s.
             "retry_on_timeout": False,
         },
         # While the broker is unreachable, a publish takes at most two seconds before it fails. The leases are then
@@ -192,7 +192,8 @@ class Process:
 
     def stop(self) -> None:
         """Drain: stop claiming, settle the attempts in flight, release the unused leases."""
-        self.pipeline.stop_beginning()  # this comes first, since the following steps may wait for a silent database
+        # this step comes first, since the later ones may wait for a database that does not respond
+        self.pipeline.stop_beginning()
         self.dispatcher.stop()
         self.pruner.stop()
         self.bulk.stop()
@@ -286,7 +287,7 @@ def publish(hint: Hint) -> None:
     # Flower displays this text. Celery's default text is the shortened hint, which takes longer to create.
     count = len(hint.entries)
     shown = f"{count} follow-up{'s, the first' if count > 1 else ','} {hint.entries[0][0]}"
-    # Like a tick, a hint does not expire. A late hint refers to expired leases, and begin refuses these.
+    # Like a tick, a hint does not expire. A late hint names leases that have expired, and begin refuses these leases.
     deliver.apply_async(args=hint, argsrepr=shown)
 
 

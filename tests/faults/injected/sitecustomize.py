@@ -163,7 +163,7 @@ class BeforeWorker:
     def find_spec(
         cls, name: str, path: Sequence[str] | None = None, _target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        """Return None, so that the standard finders import the module."""
+        """Return None, so that Python's standard finders import the module."""
         if name == "followups.worker":
             sys.meta_path.remove(cls)  # type: ignore[arg-type]
             install()

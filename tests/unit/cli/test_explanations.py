@@ -99,7 +99,7 @@ def test_a_caller_s_own_reason_is_left_alone() -> None:
     ],
 )
 def test_a_pending_one_says_what_it_waits_for(columns: dict[str, Any], said: str) -> None:
-    """The explanation of a pending follow-up says why it has not been sent yet, and what comes next."""
+    """The explanation of a pending follow-up says why it has not been sent yet, and what will happen next."""
     assert said in explained(**columns)
 
 

@@ -3,7 +3,7 @@
 Lag is the time of acceptance minus the due date, both read from the database. The time of acceptance is recorded by the
 dispatcher and includes the receiver's response time, so this lag is never shorter than the lag that the receiver saw.
 Only follow-ups delivered by the first attempt are counted, because a retried follow-up is late by its backoff. Every
-follow-up was created before it was due.
+follow-up in the script was created before it was due.
 """
 
 from __future__ import annotations

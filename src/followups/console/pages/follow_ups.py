@@ -57,7 +57,7 @@ class Asked:
         return cls(**{name: fields.text(name)[:LONGEST_EXTERNAL_ID] for name in names})
 
     def query(self) -> dict[str, str]:
-        """Return the filters that are set, keyed by their names."""
+        """Return the filters that are in use, keyed by their names."""
         return {name: getattr(self, name) for name in self.__slots__ if getattr(self, name)}
 
 

@@ -35,7 +35,7 @@ class Arrival(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class LedgerEntry:
-    """One request. ``due`` is Unix time; ``status`` is None if no answer was given."""
+    """One request. ``due`` is Unix time; ``status`` is None if the request got no answer."""
 
     follow_up_id: str
     chat_id: str

@@ -46,7 +46,7 @@ concurrency.
 
 
 def build_app(chats: SandboxChats | None = None, *, secret: str | None = None) -> web.Application:
-    """Return the web application for ``chats``, by default for new chats that deduplicate.
+    """Return the web application for ``chats``; the default is new chats that deduplicate messages.
 
     If ``secret`` is given (Standard Webhooks), a delivery must be signed. Raises `TransportConfigurationError` for an
     invalid secret.
