@@ -35,7 +35,7 @@ class RedisServer:
     def __init__(self, authority: trustme.CA, name: str = "localhost", users: str = "") -> None:
         """Create a certificate for this host name, signed by the authority.
 
-        ``users`` is the content of an ACL file. Without one, the default user has a password.
+        ``users`` is the content of an ACL file. If ``users`` is missing, the default user has a password.
         """
         self._authority, self._name, self._users = authority, name, users
         self._port = free_port()

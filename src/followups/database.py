@@ -179,8 +179,8 @@ def make_async_engine(
     """
     url = parse(database_url)
     arguments = _arguments(url, pool_size, application_name)
-    # Connections are not reset when they return to the pool, because the `with` block has already rolled back
-    # uncommitted changes.
+    # The pool does not reset returned connections, because the `with` block has already rolled back uncommitted
+    # changes.
     engine = create_async_engine(url, **arguments | {"pool_pre_ping": False, "pool_reset_on_return": None})
     _test_what_lay_idle(engine.sync_engine)
     session = _session(options, statement_timeout)

@@ -628,7 +628,8 @@ class DispatcherState(Base):
 class AuditEvent(Base):
     """An audit event: one manual change or one bulk command (`followups.store.audit`).
 
-    An audit event contains no message text. The table has no foreign keys, since an event outlives its target.
+    An audit event contains no message text. The table has no foreign keys, since an event must outlast the object it
+    concerns.
     """
 
     __tablename__ = "audit_events"

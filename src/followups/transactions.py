@@ -36,7 +36,8 @@ Ts = TypeVarTuple("Ts")
 PATIENCE = timedelta(seconds=15)
 """How long the query is retried if the database is unreachable. A restart takes a few seconds.
 
-After that time, the commit is assumed to have failed. If it succeeded after all, its leases expire.
+If the database stays unreachable for longer, the commit is assumed to have failed. If it succeeded after all, its
+leases expire.
 """
 
 PAUSE = timedelta(milliseconds=100)

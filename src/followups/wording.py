@@ -72,7 +72,7 @@ def _listed(value: object) -> str:
 class Sentence:
     """A sentence with placeholders, and their values, which is shown in the reader's language and time zone.
 
-    A value is a text, a number, a time, a duration, or another sentence. `str()` returns the sentence in English, with
+    A value is a text, a number, a time, a duration, or another sentence. `str()` returns the sentence in English, and
     times in UTC.
 
     >>> str(Sentence("It is sent in {wait}.", wait=timedelta(minutes=3)) + Sentence("See followups doctor."))

@@ -107,7 +107,7 @@ def test_flower_by_itself_stays_here(stack: Stack) -> None:
 
 
 def test_no_api_without_a_password(stack: Stack) -> None:
-    """Without a password, Flower's API is disabled even on the loopback interface, which web pages reach."""
+    """Without a password, Flower's API is disabled even on the loopback interface, which a web page can reach."""
     command = [*CELERY, "flower", f"--port={free_port()}"]
     own = os.environ | stack.environment() | {"FLOWER_UNAUTHENTICATED_API": "true"}
     ran = subprocess.run(command, env=own, capture_output=True, text=True, timeout=60, check=False)

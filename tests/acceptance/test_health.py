@@ -54,7 +54,7 @@ def says(stack: Stack, role: str, code: int, *words: str) -> None:
         said, other = (ran.stderr, ran.stdout) if code else (ran.stdout, ran.stderr)
         return ran.returncode == code and said.count("\n") == 1 and not other and all(word in said for word in words)
 
-    wait_until(so, within=BOUND, every=1.0)  # each check starts a process
+    wait_until(so, within=BOUND, every=1.0)  # each check starts a process, so the checks are a second apart
 
 
 def finding(stack: Stack, name: str) -> dict[str, Any]:

@@ -57,7 +57,7 @@ def test_urls_that_cannot_be_read(stack: Stack) -> None:
 
 
 def test_a_worker_that_cannot_be_made(stack: Stack, tmp_path: Path) -> None:
-    """A worker whose components cannot start exits instead of appearing healthy."""
+    """A worker whose components cannot start exits, and does not appear healthy."""
     (tmp_path / "broken.py").write_text(BROKEN)
     worker = start(stack, "worker", "-I broken", PYTHONPATH=str(tmp_path))
     wait_until(lambda: not worker.running, within=60)

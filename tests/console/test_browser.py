@@ -229,7 +229,7 @@ def test_a_page_says_that_the_person_was_signed_out(desk: Callable[..., Desk], o
 
 
 def test_the_stream_is_lost_and_comes_back(desk: Callable[..., Desk], own: World) -> None:
-    """After the event stream is lost, the page shows since when its content has been stale."""
+    """After the event stream is lost, the page shows for how long its content has been stale."""
     sitting = desk()
     sitting.sign_in("agent", own.workspace_id)
     page = sitting.go("/follow-ups")

@@ -135,7 +135,7 @@ def no_sessions(stack: Stack) -> None:
 
 # With minutes of two seconds, replacing a worker on a busy machine may fire FollowUpsNothingSent.
 NO_WORKER = {"FollowUpsTicksStopped", "FollowUpsNothingSent", "FollowUpsOverdue", "FollowUpsFarBehind", "FollowUpsLate"}
-"""The alerts that fire while a worker is missing and for a while afterwards."""
+"""The alerts that fire while a worker is missing, and for some time afterwards."""
 
 FAULTS: list[tuple[Callable[[Stack], None], set[str], set[str]]] = [
     (refused, {"FollowUpsRejected"}, set()),

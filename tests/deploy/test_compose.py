@@ -33,7 +33,7 @@ def test_it_is_valid() -> None:
 
 
 def test_docker_compose_takes_it(tmp_path: Path) -> None:
-    """Docker Compose accepts the file. The test runs if Compose is installed, and needs no engine."""
+    """Docker Compose accepts the file. The test runs if Compose is installed, and needs no container engine."""
     docker = shutil.which("docker")
     if not docker or subprocess.run([docker, "compose", "version"], capture_output=True, check=False).returncode:
         pytest.skip("docker compose is not installed")

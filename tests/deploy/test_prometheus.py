@@ -1,4 +1,4 @@
-"""Prometheus with the real system: dashboard queries return data, and real faults fire the alerts.
+"""Tests of Prometheus with the real system: dashboard queries return data, and faults trigger the alerts.
 
 Its minutes are two seconds long, so that the tests need not wait.
 """

@@ -123,7 +123,7 @@ def paused_begins(scene: Scene) -> None:
 
 
 def begins_outside_hours(scene: Scene) -> None:
-    """Begin a follow-up outside its workspace's sending hours."""
+    """Begin a follow-up although it is outside its workspace's sending hours."""
     scene.world.follow_up()
     opening = datetime.now(UTC) + timedelta(hours=3)
     hours = SendingHours("UTC", opening.time(), (opening + timedelta(hours=1)).time())

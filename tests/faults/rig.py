@@ -95,7 +95,7 @@ class Rig(Stack):
         return web.Api(url, self.world)
 
     def start(self, workers: int = 1, beats: int = 1, *, harmed: bool = False) -> list[Child]:  # type: ignore[override]
-        """Start the chat, beats and workers concurrently; return the workers once all of them consume."""
+        """Start the chat, beats and workers concurrently; return the workers when all of them are consuming."""
         for _ in range(beats):  # start the processes that need the longest time first
             self.beat()
         started = [self.worker(ready=False, harmed=harmed) for _ in range(workers)]
@@ -224,7 +224,7 @@ def running(settings: Settings, engine: Any, rng: random.Random, **servers: Any)
         try:
             yield rig
         finally:
-            for child in processes.children:  # a frozen process cannot end
+            for child in processes.children:  # a frozen process cannot end by itself
                 child.signal(signal.SIGCONT)
 
 

@@ -36,7 +36,7 @@ def readonly(server: redis.Redis) -> Iterator[None]:
 @contextmanager
 def misconf(server: redis.Redis) -> Iterator[None]:
     """Make the server's snapshots fail as with a full disk, so that every write gets MISCONF."""
-    # a directory, which no snapshot file can replace
+    # a directory, because a snapshot file cannot replace a directory
     Path(server.config_get("dir")["dir"], "dump.rdb").mkdir(exist_ok=True)
     server.config_set("save", "3600 1")
     with suppress(redis.ResponseError):  # a snapshot is already running
@@ -135,7 +135,7 @@ def create(api: web.Api) -> None:
 
 
 def test_errors_to_reads_and_writes(breakable: Rig, figures: Figures) -> None:
-    """If Redis answers with errors, no process ends, no follow-up is lost, and consumption soon resumes."""
+    """When Redis answers with errors, no process ends, no follow-up is lost, and consumption resumes soon."""
     names = breakable.rng.sample(list(ERRORS), len(ERRORS))
     answering_errors(breakable, figures, names, lambda: 1 + breakable.rng.random())
 

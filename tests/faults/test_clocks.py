@@ -54,7 +54,7 @@ def clocks_off(rig: Rig, figures: Figures, seconds: float, off: timedelta) -> No
 
 
 def is_off(worker: Child, by: timedelta) -> int:
-    """Return 1 if the log says that the process's clock is ahead by this much, or -1 if it is behind by it."""
+    """Return 1 if the log says that the process's clock is this many seconds ahead, and -1 if it is behind."""
     lines = [json.loads(line) for line in worker.command.log.read_text().splitlines() if line.startswith("{")]
     off = datetime.fromisoformat(lines[-1]["timestamp"]) - datetime.now(UTC)
     return round(off / by)

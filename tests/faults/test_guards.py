@@ -206,7 +206,7 @@ class Telling:
     name = "telling"
 
     def __init__(self, clock: DatabaseClock) -> None:
-        """Store the ``clock`` from which the moment of a call is read."""
+        """Store the ``clock`` that gives the time of each call."""
         self._clock = clock
         self.called: list[datetime] = []
 

@@ -66,7 +66,7 @@ class Samples:
             self.values["broker_mb"].append(broker.info("memory")["used_memory"] / 2**20)
 
     def summary(self) -> dict[str, list[float]]:
-        """Return the first, median and last value of each list of samples."""
+        """Return the first, the median and the last value of each list of samples."""
         return {
             f"first_median_last_{name}": [round(float(v), 2) for v in (each[0], statistics.median(each), each[-1])]
             for name, each in self.values.items()

@@ -81,7 +81,7 @@ class TestOrder:
         assert world.row(second).waits_for == first
 
     def test_cancel_unblocks(self, world: World, steps: Steps, engine: Engine) -> None:
-        """Cancelling the earlier follow-up of a chat lets the later one be claimed."""
+        """Cancelling the earlier follow-up of a chat makes the later one claimable."""
         chat = world.chat()
         first, second = world.follow_up(chat, -2 * SECOND), world.follow_up(chat, -SECOND)
         batch = steps.claim().leases

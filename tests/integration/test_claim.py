@@ -111,7 +111,7 @@ class TestRecovery:
         world.expire(follow_up)
 
     def test_sent_again_where_the_transport_deduplicates(self, world: World, steps: Steps) -> None:
-        """If the transport deduplicates, a lost attempt is repeated under the same attempt number.
+        """If the transport deduplicates, a lost attempt is repeated with the same attempt number.
 
         A lost attempt counts as a lost lease, not as a further attempt.
         """

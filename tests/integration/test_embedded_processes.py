@@ -85,7 +85,7 @@ class TestProcesses:
             processes.spawn("flower", ["no-such-program"])
 
     def test_the_stubborn_are_killed_with_all_they_started(self) -> None:
-        """A process that ignores SIGTERM is killed after the grace period, with the rest of its group."""
+        """A process that ignores SIGTERM is killed after the grace period, together with the rest of its group."""
         script = "trap '' TERM; sleep 600 & echo $!; wait; sleep 600"
         with Processes() as processes:
             stubborn = processes.spawn("stubborn", ["sh", "-c", script], grace=timedelta(seconds=0.2))

@@ -31,7 +31,7 @@ LEASE_THE_FIRST = """
 
 @pytest.mark.parametrize("seed", range(20))
 def test_max_min(engine: Engine, settings: Settings, monkeypatch: pytest.MonkeyPatch, seed: int) -> None:
-    """However few rows it reads, a fair claim serves workspaces with the fewest in flight first.
+    """A fair claim prefers the workspaces with the fewest follow-ups in flight, even if it reads few rows.
 
     A fair claim uses all free slots.
     """

@@ -1,4 +1,4 @@
-"""Token buckets and their queues on a real Valkey: rate and order, measured by the server's clock."""
+"""Tests of token buckets and their queues on a real Valkey: rate and order, by the server's clock."""
 
 from __future__ import annotations
 
@@ -163,7 +163,7 @@ async def test_who_waits_elsewhere_holds_up_nobody(place: LimiterUnderTest) -> N
 
 
 async def test_it_waits_for_the_slowest(place: LimiterUnderTest) -> None:
-    """A follow-up over two rate limits waits as long as the limit with the longer wait requires."""
+    """A follow-up over two rate limits waits as long as the stricter limit requires."""
     fast, slow = bucket(rate=1), bucket(rate=0.01)
     await place.ask(request(0, fast, slow))
     (wait,) = await place.ask(request(1, fast, slow))
@@ -313,7 +313,7 @@ async def test_it_leaves_nothing_behind(place: LimiterUnderTest) -> None:
 async def test_the_line_has_an_end(place: LimiterUnderTest) -> None:
     """If a hundred thousand requests are queued, further requests get an estimated wait and no place.
 
-    Requests in the queue keep their positions.
+    Requests that are already in the queue keep their positions.
     """
     limit = bucket(rate=1000, burst=1)
     (key,) = [f"{place.limiter._prefix}{limit.key}:line"]  # noqa: SLF001 - the test fills the queue directly

@@ -165,7 +165,7 @@ class Way:
 
 
 LIGHT, EACH = 20, 3
-"""The number of workspaces without a backlog, and of the follow-ups due in each."""
+"""The number of workspaces without a backlog, and the number of follow-ups due in each of them."""
 
 
 @pytest.mark.parametrize("others", [20_000, pytest.param(1_000_000, marks=pytest.mark.large)])

@@ -145,7 +145,7 @@ def due_in_turn(world: World, count: int, ago: timedelta = SECOND) -> list[UUID]
 def test_a_burst_goes_at_the_rate(world: World, bench: Bench) -> None:
     """Sixty follow-ups due at the same time are sent at the limit's rate, those due earliest first.
 
-    Each follow-up is sent as soon as the limit allows.
+    No follow-up waits for longer than the limit requires.
     """
     limit(world, 20)
     ids = due_in_turn(world, 60)

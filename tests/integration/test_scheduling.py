@@ -193,7 +193,7 @@ class TestFullChat:
         assert scheduling.amend(caller.session, created.id, {"chat_id": full}).chat_id == full
 
     def test_a_reply_cancels_all(self, caller: Caller) -> None:
-        """A reply in a full chat cancels all of the chat's follow-ups."""
+        """A reply in a full chat cancels all the chat's follow-ups."""
         assert len(caller.receive(caller.world.full_chat(), Role.USER).cancelled) == MOST_PENDING
 
 

@@ -104,7 +104,7 @@ class TestSettle:
         assert world.row(follow_up).status == "sent"
 
     def test_twice(self, world: World, steps: Steps) -> None:
-        """If a result is settled twice, for example because a commit's answer was lost, it counts once."""
+        """A result that is settled twice, for example because the answer to a commit was lost, counts once."""
         follow_up = world.follow_up()
         result = attempt(steps.begun(), Snoozed("HTTP 429", SECOND))
         steps.settle([result])

@@ -47,7 +47,7 @@ def test_labels_and_histograms(engine: Engine) -> None:
 
 
 def test_added_at_the_end(engine: Engine) -> None:
-    """A process adds its remaining counts when it stops."""
+    """A process that stops adds its remaining counts to the totals."""
     kept = CounterTotals(engine)
     kept.start()
     metrics.CLAIMED.inc()

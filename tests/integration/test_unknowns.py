@@ -140,7 +140,7 @@ def test_rejected(world: World, settings: Settings, doubtful: tuple[UUID, UUID])
 
 
 def test_too_late(world: World, engine: Engine, settings: Settings, doubtful: tuple[UUID, UUID]) -> None:
-    """If the follow-up ends without another attempt, the reason still mentions the unknown outcome."""
+    """If a follow-up ends without another attempt, its reason still mentions the unknown outcome."""
     follow_up, _ = doubtful
     world.sql(
         "UPDATE follow_ups SET due_date = now() - interval '2 d', scheduled_at = now() - interval '2 d',"

@@ -1,4 +1,4 @@
-"""Unreadable and unwritable rows created by other programs: other rows are processed without them."""
+"""Tests of unreadable and unwritable rows created by other programs: all other rows are processed."""
 
 from __future__ import annotations
 
@@ -278,7 +278,7 @@ def test_one_that_cannot_be_cancelled(world: World, engine: Engine) -> None:
 def test_one_that_stays_deferred(
     world: World, engine: Engine, settings: Settings, monkeypatch: pytest.MonkeyPatch, scope: str
 ) -> None:
-    """When a limit is removed or a workspace recovers, an unwritable row stays deferred.
+    """When a limit is removed or a workspace recovers, a follow-up with an unwritable row stays deferred.
 
     All other deferred follow-ups become due.
     """

@@ -39,7 +39,7 @@ time.sleep(60)
 def test_without_any_temporary_directory(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Without a writable temporary directory, heartbeats use the configured directory.
 
-    The default directory is named after the user's id.
+    The name of the default directory contains the user's id.
     """
 
     def nothing_is_writable() -> str:

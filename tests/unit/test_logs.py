@@ -311,7 +311,7 @@ def test_the_console_shows_controls_as_escapes(text: str, monkeypatch: pytest.Mo
 
 
 def test_json_lines_hold_no_raw_controls(capsys: pytest.CaptureFixture[str]) -> None:
-    """C1 and bidirectional controls, which JSON allows unescaped, are escaped without changing the value."""
+    """C1 and bidirectional controls, allowed unescaped in JSON, are escaped; the value stays the same."""
     configure_logging("json", "info")
     get_logger("x").info("a", reason="\x9b31m \u202e \x7f")
     line = capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""The retry policy: the delays, and the last attempt."""
+"""Tests of the retry policy: the delays, and which attempt is the last."""
 
 from __future__ import annotations
 

@@ -261,7 +261,7 @@ def test_a_url_without_a_password_stays_as_it_is() -> None:
 
 
 def test_another_process_reads_the_same_settings(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The environment created for another process is read back as the same settings."""
+    """The environment created for another process yields the same settings when it is read back."""
     settings = load_settings(transport_url="http://127.0.0.1:9/", transport_deduplicates=False, log_format="console")
     for name, value in settings.environment().items():
         monkeypatch.setenv(name, value)
@@ -277,7 +277,7 @@ def test_durations_pass_unrounded(max_lateness: timedelta) -> None:
 
 
 def test_the_retry_policy_comes_from_the_settings() -> None:
-    """The four retry settings define the retry policy."""
+    """The retry policy is defined by the four retry settings."""
     policy = load_settings(retry_base=1, retry_factor=3, retry_cap=10, max_attempts=5).retry_policy
     assert [policy.ceiling(attempt).total_seconds() for attempt in (1, 2, 3)] == [1, 3, 9]
     assert (policy.cap, policy.max_attempts) == (timedelta(seconds=10), 5)

@@ -1,7 +1,7 @@
 """Authentication: validation of the API key in the transaction that serves the request.
 
 The first statement of the request's transaction also looks up the key. A revocation therefore takes effect as soon as
-it is committed, and checking the key needs no extra round trip. FastAPI validates the body before it runs dependencies.
+it is committed, and the check needs no additional round trip. FastAPI validates the body before it runs dependencies.
 But an invalid body without a valid key must get a 401 rather than a 422: see `AuthenticatedRoute`.
 """
 
@@ -103,7 +103,7 @@ class KnownKeys:
         return identity
 
     def add(self, hashed: bytes, identity: Identity) -> None:
-        """Remember a valid key. If there are more than `KNOWN_AT_MOST`, drop the least recently used key."""
+        """Remember a valid key. If there are more than `KNOWN_AT_MOST` keys, drop the least recently used key."""
         self._known[hashed] = identity
         if len(self._known) > KNOWN_AT_MOST:
             del self._known[next(iter(self._known))]

@@ -2,7 +2,7 @@
 
 The key is checked first, so the body of an unauthenticated request is never read. The whole body is read before any
 other component handles the request. A slow client therefore occupies a socket, but no thread and no database
-connection. Requests for anything other than the API and the console need no key, have no body, and are answered from
+connection. A request for anything other than the API and the console needs no key, has no body, and is answered from
 memory.
 """
 

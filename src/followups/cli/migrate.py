@@ -53,7 +53,7 @@ There may be a shell and a child process of honcho between honcho and this proce
 TRANSIENT_REFUSALS = ("starting up", "shutting down", "recovery", "too many", "remaining connection slots")
 """Parts of the messages with which a PostgreSQL server refuses connections until it is ready.
 
-Any other refusal, such as a wrong password, is final.
+Any other refusal, such as one for a wrong password, is final.
 """
 
 

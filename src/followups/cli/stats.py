@@ -59,8 +59,8 @@ def stats(
     are estimates, marked with a tilde.
 
     With --watch on a terminal, the output is a live dashboard. The dashboard also shows the sends per second, the
-    outcomes of attempts, the workers that reply, and the age of the last tick. In a pipe, --watch prints one line for
-    each sample.
+    outcomes of attempts, the workers that reply to queries, and the time since the last tick. In a pipe, --watch prints
+    one line for each sample.
     """
     window = timedelta(minutes=minutes)
     with connection.engine() as engine:

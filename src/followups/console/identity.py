@@ -79,7 +79,8 @@ def _told_by_proxy(services: ConsoleServices, headers: Mapping[str, str], scope:
     header = services.settings.console_proxy_header
     if header is None:
         return ""
-    peer = scope.get("state", {}).get("peer")  # the address of the connection's peer, whatever the headers say
+    # the address of the connection's peer, whatever the request's headers contain
+    peer = scope.get("state", {}).get("peer")
     try:
         address = ip_address(peer[0]) if peer else None
     except ValueError:

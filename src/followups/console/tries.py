@@ -23,7 +23,7 @@ class Tries:
     """Counts the failed sign-ins of the last minute."""
 
     def __init__(self) -> None:
-        """Start with no failed sign-ins recorded."""
+        """Create the counter with no failed sign-ins."""
         self._failed: dict[str, list[float]] = {}
         self._all: list[float] = []
         self._lock = threading.Lock()

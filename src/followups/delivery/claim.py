@@ -75,7 +75,7 @@ def size_of_claim(window: int) -> int:
     """Return the maximum number of rows per claim: half of the in-flight limit, but at least `CLAIM_SIZE`.
 
     Each claim reads all follow-ups in flight, so a few large claims are the cheapest way to reduce a backlog. Workers
-    send the other half in the meantime.
+    send the other half during the claim.
     """
     return min(window, max(CLAIM_SIZE, window // 2), LARGEST_CLAIM)
 

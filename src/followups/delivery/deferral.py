@@ -167,7 +167,7 @@ class Deferral:
         return min((time.monotonic() - started) / BUSY, BACKOFF)
 
     def clear(self) -> list[Lease]:
-        """Remove and return the leases that were to be deferred."""
+        """Remove and return the leases that are waiting to be deferred."""
         leases, self._excess = self._excess, []
         return leases
 

@@ -87,7 +87,7 @@ async def _call(transport: Transport, delivery: Delivery, limit: CallTimeout) ->
             if expired:
                 return Unknown(f"no outcome within {limit.seconds:g} s")
         # A plug-in may raise any exception, even SystemExit. The exception does not show whether the message was sent,
-        # so the outcome is unknown. The error's text may contain the message, so only the class of the error is kept.
+        # so its outcome is unknown. The error's text may contain the message, so only the class of the error is kept.
         return Unknown(f"the transport raised {type(error).__name__}")
     limit.end(task)
     return outcome

@@ -239,8 +239,8 @@ class RateLimits:
     async def tokens(self, leases: Sequence[Lease]) -> AsyncIterator[tuple[dict[UUID, timedelta], set[UUID]]]:
         """Acquire tokens for the leases whose turn it is.
 
-        Yields the wait of each lease without a token, and an empty set, to which the caller's block adds the begun
-        follow-ups. The tokens of follow-ups that did not begin are returned.
+        Yields the wait of each lease that got no token, and an empty set, to which the caller's block adds the
+        follow-ups that begin. The tokens of follow-ups that did not begin are returned.
         """
         limitable = {one.id: one for one in await in_loop(self._engine, _limitable, self._settings, leases)}
         requests = [request for one in limitable.values() if (request := self._limits.request(one)).buckets]
@@ -289,8 +289,8 @@ class RateLimits:
         """Return for how long a follow-up is deferred.
 
         The deferral ends at the latest when the follow-up expires, so that the follow-up is ended on time. The due
-        queue releases follow-ups a little early, so the lead is added to the wait. Without the added lead, a follow-up
-        would request a token before its turn.
+        queue releases follow-ups slightly before their due time, so this lead is added to the wait. Without the added
+        lead, a follow-up would request a token before its turn.
         """
         wait = min(max(wait, SHORTEST) + self._lead, LONGEST)
         return wait if one.left is None else min(wait, one.left + SHORTEST + self._lead)

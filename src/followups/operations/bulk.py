@@ -1,8 +1,7 @@
 """Bulk actions in batches: cancel, retry, prune, and release follow-ups after a pause.
 
 Each generator commits every batch and yields the batch's counts by name. After an interruption between two batches,
-each follow-up is either completely processed or unchanged, and running the action again processes the remaining
-follow-ups.
+each follow-up is either completely processed or unchanged. Running the action again processes the remaining follow-ups.
 """
 
 from __future__ import annotations
@@ -99,7 +98,7 @@ def _cancel_pass(engine: Engine, pending: CancelScope, final: Final, event: Even
 def retry(engine: Engine, actor: Actor, failures: Failures) -> Batches:
     """Create a new follow-up, due now, for each follow-up that failed and has not been retried."""
     after = FailureCursor()
-    events: dict[UUID, Event] = {}  # keyed by the workspace's id
+    events: dict[UUID, Event] = {}  # the keys are the workspaces' ids
     while True:
         with engine.connect() as opened:
             batch = retries.some_failed(opened, failures, RETRIES, after)

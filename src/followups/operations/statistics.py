@@ -46,7 +46,7 @@ def measure(engine: Engine, window: timedelta) -> Stats:
 
 
 def measure_by_second(engine: Engine, window: timedelta) -> Stats:
-    """Return a snapshot that includes the number of follow-ups sent in each of the last `SECONDS`."""
+    """Return a snapshot with the number of follow-ups sent in each of the last `SECONDS` seconds."""
     look = measure(engine, window)
     with engine.begin() as opened:
         return replace(look, per_second=store.per_second(opened, SECONDS))

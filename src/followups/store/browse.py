@@ -54,7 +54,7 @@ class BrowseFilter:
 
     @classmethod
     def of(cls, document: dict[str, Any]) -> Self:
-        """Return the filter that `document` has converted into this dictionary."""
+        """Return the filter from the dictionary that `document` has created."""
         known = dict(document)
         for name in ("workspace_id", "any_id", "chat_id"):
             if name in known:

@@ -1,7 +1,8 @@
 """Change detection for a workspace or a follow-up, cheap enough for one query a second.
 
-`look` returns a different value for a topic after a change. If very many follow-ups exist, a change that does not move
-a follow-up to another state may be missed, so the console's pages also reload their contents from time to time.
+`look` returns a different value for a topic after a change. If very many follow-ups exist, a change may be missed
+unless it moves a follow-up to another state. The console's pages therefore also reload their contents from time to
+time.
 """
 
 from __future__ import annotations

@@ -152,7 +152,7 @@ def try_to_lease(connection: Connection, ids: Sequence[UUID]) -> list[Lost]:
 def claim(connection: Connection, look: ClaimSearch) -> Claim:
     """Lease due follow-ups, the earliest first, and take over expired leases.
 
-    If the result has ``more``, `claim_fairly` should be called next.
+    If the result has ``more``, the next claim should be a `claim_fairly`.
     """
     rows = connection.execute(_IN_ORDER, _parameters(look) | {"seen_most": look.window + look.most}).all()
     return claim_fairly(connection, look) if rows[0].unseen else _claim_of(connection, rows, look)

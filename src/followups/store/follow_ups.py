@@ -33,8 +33,8 @@ if TYPE_CHECKING:
 
 
 MOST_PENDING = 10_000
-"""The largest number of pending follow-ups in a chat. A reply cancels all of them in one transaction, which takes half
-a second.
+"""The largest number of pending follow-ups in a chat. A reply cancels all of a chat's pending follow-ups in one
+transaction, which takes half a second for this number.
 """
 
 FIELDS = (
@@ -399,7 +399,7 @@ _CANCEL = Statement(f"""
 def cancel_chat_if_not_begun(workspace_id: UUID, chat_id: UUID, code: ReasonCode) -> Steps[list[UUID]]:
     """Cancel the chat's pending follow-ups and return them; those in flight are only kept from a retry.
 
-    A follow-up whose row cannot be written stays pending, and begin reports it.
+    A follow-up whose row cannot be written stays pending, and the begin step reports it.
     """
     final = finish(Status.CANCELLED, code)
     pending = yield _LOCK_CHATS_PENDING(workspace_id=workspace_id, chat_id=chat_id)

@@ -58,7 +58,7 @@ class Hold:
     hours: SendingHours | None = None
 
 
-# The locks on the pause and on the sending hours keep them in force until this transaction commits. A resume or a
+# The locks on the pause and on the sending hours keep both in force until this transaction commits. A resume or a
 # change of the hours therefore commits after this transaction, and then releases these follow-ups. Rows that are locked
 # or were changed in the meantime are checked again shortly.
 _HOLD = text(f"""

@@ -26,8 +26,8 @@ SAMPLE = 10
 row is not enough, since another transaction may have changed it in the meantime.
 """
 
-# The row may still be locked by the transaction in question, if its backend is still running after the connection was
-# lost. FOR SHARE reads the latest version of the row, but raises an error on a standby.
+# The transaction in question may still lock the row, if its backend is still running after the connection was lost. FOR
+# SHARE reads the latest version of the row, but raises an error on a standby.
 _ROW = "CROSS JOIN LATERAL (SELECT f.* FROM follow_ups f WHERE f.id = b.id FOR SHARE SKIP LOCKED) f"
 _LEASED = text(f"""
     SELECT f.lease_token = b.token

@@ -36,7 +36,7 @@ class PauseScope:
 
 @dataclass(frozen=True, slots=True)
 class ActivePause:
-    """A pause in force, and the number of due follow-ups that it holds."""
+    """A pause in force, and the number of due follow-ups it holds."""
 
     id: UUID
     workspace: str | None
@@ -168,7 +168,7 @@ def release_forgotten(
 ) -> int:
     """Release up to a thousand follow-ups of each pause that is no longer in force; return how many.
 
-    A lifted pause that holds no more follow-ups is deleted. ``refused`` is called for each row that cannot be written;
+    A lifted pause is deleted once it holds no follow-ups. ``refused`` is called for each row that cannot be written;
     rows in ``without`` are skipped.
 
     A resume calls this function until no follow-up is left to release. If the resume is interrupted, the dispatcher

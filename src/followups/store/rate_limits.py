@@ -120,11 +120,11 @@ def of(connection: Connection, workspace_id: UUID, channel: str) -> list[Limit]:
 
 @dataclass(frozen=True, slots=True)
 class Limitable:
-    """The facts about a leased follow-up that rate limits need: workspace, chat, channel and order."""
+    """The facts about a leased follow-up that the rate limits need: workspace, chat, channel and order."""
 
     id: UUID
     ended: bool
-    """Whether no limit applies any more, because the follow-up was cancelled, or sent by another worker."""
+    """Whether no limit applies any more, because the follow-up was cancelled or was sent by another worker."""
     workspace_id: UUID
     chat_id: UUID
     channel: str
@@ -200,7 +200,7 @@ _DEFER = text(f"""
 def defer_if_leased(connection: Connection, waits: Sequence[tuple[Lease, timedelta]]) -> set[UUID]:
     """Defer each leased follow-up by its own delay, without using up an attempt.
 
-    Return the follow-ups that are now deferred.
+    Return the follow-ups that were deferred.
     """
     parameters = batch_of([lease for lease, _ in waits]) | {"waits": [wait for _, wait in waits]}
     rows = connection.execute(_DEFER, parameters).all()

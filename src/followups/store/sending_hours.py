@@ -40,8 +40,8 @@ def everything(session: Session) -> dict[UUID, SendingHours]:
 def put(session: Session, workspace_id: UUID, hours: SendingHours) -> None:
     """Set the workspace's sending hours.
 
-    Raises `InvalidRequestError` for an unknown time zone or an empty set of days. The caller must then release the
-    follow-ups that the previous hours hold: `followups.store.holds.release_held`.
+    Raises `InvalidRequestError` for an unknown time zone or an empty set of days. The caller must then call
+    `followups.store.holds.release_held`, which releases the follow-ups that the previous hours held.
     """
     if zone_of(hours.time_zone) is None:
         message = Sentence(

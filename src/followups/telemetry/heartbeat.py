@@ -63,7 +63,7 @@ def default_directory() -> Path:
     """
     try:
         parent = tempfile.gettempdir()
-    except FileNotFoundError:  # no directory is writable, which `_open_directory` reports
+    except FileNotFoundError:  # no directory is writable, and `_open_directory` reports this
         parent = "/tmp"  # noqa: S108 - `_open_directory` makes it private
     return Path(parent) / f"followups-{os.getuid()}"
 
@@ -121,9 +121,9 @@ class Heartbeat:
     def sign(self, part: str, within: timedelta, otherwise: str, at: float | None = None) -> None:
         """Record that a component made progress.
 
-        ``at`` is the time in monotonic seconds, by default now. The component must report again ``within`` the given
-        time. If it does not, the heartbeat reports the component's name followed by ``otherwise``, such as "has not
-        asked the broker for work".
+        ``at`` is the time in monotonic seconds, by default now. The component must report again ``within`` this time.
+        If it does not, the heartbeat reports the component's name followed by ``otherwise``, such as "has not asked the
+        broker for work".
         """
         with self._lock:
             if not self._ending:

@@ -1,7 +1,7 @@
 """libcurl's multi handle on an event loop, through its socket interface, without threads or polling.
 
 pycurl has such a driver too, `AsyncCurlMulti`. `AsyncCurlMulti` adds a watcher to the event loop for every call and
-removes it again, so that a call took 40 us of processor time. With one epoll for all sockets a call takes 24 us.
+removes it again, so that a call takes 40 us of processor time. With one epoll for all sockets a call takes 24 us.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _IN = select.EPOLLIN | select.EPOLLHUP
 
 
 class CurlLoop:
-    """The transfers of a process on the running event loop, and the connections kept for later transfers."""
+    """The HTTP transfers on the running event loop, and the connections kept for later transfers."""
 
     def __init__(self, options: Mapping[int, int]) -> None:
         """Register with the running event loop; ``options`` are the options of the multi handle."""

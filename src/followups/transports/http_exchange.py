@@ -129,7 +129,7 @@ class Exchange:
     )
 
     def __init__(self, options: Mapping[int, object], sockets: Sockets) -> None:
-        """Set the options; ``sockets`` are the sockets of the multi handle."""
+        """Set the handle's options; ``sockets`` are the sockets of the multi handle."""
         self._sockets = sockets
         self._url = ""
         self._address: Address = ("", 0)

@@ -284,7 +284,7 @@ def deliver(task: Any, hint: object = None, keys: object = None, *_: object, **_
 
 def publish(hint: Hint) -> None:
     """Publish one hint. Raises kombu's OperationalError if the broker is unreachable."""
-    # Flower displays this text. Celery's default text is the shortened hint, which takes longer to create.
+    # Flower displays this text. Celery's default text is the hint in a shortened form, which takes longer to create.
     count = len(hint.entries)
     shown = f"{count} follow-up{'s, the first' if count > 1 else ','} {hint.entries[0][0]}"
     # Like a tick, a hint does not expire. A late hint names leases that have expired, and begin refuses these leases.
@@ -361,7 +361,7 @@ def _warm_up(sender: Any = None, **_: object) -> None:  # noqa: ANN401 - the wor
     try:
         process = current_process()
     except Exception as error:
-        # Celery logs an exception from a signal handler and continues. The worker would then seem alive but send
+        # Celery logs an exception from a signal handler and continues. The worker would then seem alive but would send
         # nothing.
         log.critical("worker_cannot_start", exc_info=error)
         raise SystemExit(1) from None

@@ -7,10 +7,10 @@ empty (`followups.worker.broker.Consumer`). An idle worker among fifty therefore
 pipeline's event loop reports while it is running. The dispatcher's thread reports while it is idle, or while it is busy
 for no longer than a tick can take.
 
-While the broker or the database is unreachable, or the database is read-only, all components keep retrying, which
-counts as progress too. Liveness concerns only failures that a restart fixes. During an outage, a restart would lose the
-outcomes of accepted messages that are not recorded yet. A worker therefore counts as alive during an outage, and its
-heartbeat shows what it waits for. `/readyz` and `followups doctor` show which server is unreachable.
+While the broker or the database is unreachable, or the database is read-only, all components keep retrying. Retrying
+also counts as progress. Liveness concerns only failures that a restart fixes. During an outage, a restart would lose
+the outcomes of accepted messages that are not recorded yet. A worker therefore counts as alive during an outage, and
+its heartbeat shows what it waits for. `/readyz` and `followups doctor` show which server is unreachable.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ STARTING = timedelta(seconds=90)
 CONNECTING = timedelta(seconds=45)
 """Longest time between two tries to reach the broker.
 
-A pause takes 3 s at most, and a try up to ten. The remaining time is a margin for a busy machine.
+A pause takes 3 s at most, and a try up to ten. The rest of the time is a margin for a busy machine.
 """
 
 CONSUMING = timedelta(seconds=5)

@@ -131,7 +131,7 @@ def test_deep_pages_go_on_where_they_began(pair: tuple[Api, Api], monkeypatch: p
 
 
 def test_beginnings_are_bounded_and_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A deep page is read from the nearest stored starting point before the page.
+    """A deep page is read from the nearest stored starting point in front of it.
 
     Each starting point expires, and if there are too many, the oldest are discarded.
     """

@@ -34,7 +34,7 @@ def answers(address: tuple[str, int], sent: bytes, methods: Sequence[str], key: 
     """Send the bytes and return the statuses of the responses, as parsed by h11.
 
     ``methods`` are the HTTP methods of the requests, in order; the last method applies to all further requests. After
-    ``most`` responses the server must send nothing else for a moment. Every ``KEY`` is replaced by the API key.
+    ``most`` responses, the server must be silent for a moment. Every ``KEY`` is replaced by the API key.
     """
     statuses: list[int] = []
     with socket.create_connection(address, timeout=10) as connection:

@@ -39,7 +39,7 @@ def test_a_workspace_goes_and_its_event_stays(run: Run, world: World) -> None:
 
 
 def test_a_chat_goes_and_others_stay(run: Run, world: World) -> None:
-    """Deleting a chat keeps the workspace's other chats; an unknown chat or workspace is an error."""
+    """Deleting a chat keeps the workspace's other chats; for an unknown chat or workspace it fails."""
     name, chat = str(world.workspace_id), world.chat()
     gone, kept = world.follow_up(chat, HOUR), world.follow_up(due=HOUR)
     document = run("chat", "delete", chat, "--workspace", name, "--yes", "--json").document

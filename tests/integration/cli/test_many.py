@@ -1,4 +1,4 @@
-"""The bulk forms of `cancel` and `retry`, and the filters of `list`."""
+"""Tests of the bulk forms of `cancel` and `retry`, and of the filters of `list`."""
 
 from __future__ import annotations
 
@@ -150,7 +150,7 @@ class TestCancel:
 
 
 class TestRetry:
-    """The command `followups retry --failed --since`."""
+    """Tests of the command `followups retry --failed --since`."""
 
     def test_all_that_failed_since(self, run: Run, world: World) -> None:
         """Each follow-up that failed since the given time is retried now, with its message and chat.

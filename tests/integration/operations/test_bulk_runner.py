@@ -123,7 +123,7 @@ def test_those_kept_from_a_retry_are_audited(world: World) -> None:
 def test_an_action_that_fails_blocks_no_other(world: World, engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     """A bulk action that fails is postponed and retried later, without blocking other bulk actions.
 
-    The worker that runs a failing bulk action still counts as healthy.
+    A worker that runs a failing bulk action still counts as healthy.
     """
     monkeypatch.setattr(bulk_runner, "SEEN_EVERY", 0)
     bad, good = action(world, "cancel", []), action(world, "cancel", [world.follow_up(due=HOUR)])

@@ -68,7 +68,7 @@ async def test_each_key_has_the_limit(limit_of: Callable[[int], KeyRateLimit]) -
 
 
 async def test_processes_share_the_limit(limit_of: Callable[[int], KeyRateLimit]) -> None:
-    """Processes share the count of requests; a rate limit of 0 means no limit."""
+    """All processes count requests together; a rate limit of 0 means no limit."""
     assert await allowed(limit_of(5), 3) == 3
     assert await allowed(limit_of(5), 9) == 2
     assert await allowed(limit_of(0), 99) == 99

@@ -36,7 +36,7 @@ def meaning(status: int) -> type:
 
 @pytest.mark.parametrize("status", [*range(100, 600), 600, 700, 999])
 def test_every_status_means_what_the_contract_says(status: int) -> None:
-    """Each status code has its documented outcome, which contains the code."""
+    """Each status code leads to its documented outcome, and the outcome contains the code."""
     outcome = outcome_of(Answer(status), HTTP)
     assert type(outcome) is meaning(status)
     assert outcome.status_code == status

@@ -69,7 +69,7 @@ NAMES = (*STEADY, *FAILURES, REPLYING, REFUSED)
 EACH = 6
 """Number of follow-ups in each steady chat."""
 DURATION = 9.5
-"""Seconds between the first and the last due time."""
+"""Seconds between the first due time and the last."""
 REPLY_AT = 5.0
 GOLDEN = 0.618_033_988_75
 """The fractional part of the golden ratio.

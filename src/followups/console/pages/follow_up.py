@@ -203,7 +203,7 @@ def _check_version(visit: Visit, found: FollowUp) -> None:
 
 
 def _as_typed(message: str) -> str:
-    """Return the message with the line endings that browsers send from a text field."""
+    """Return the message with the line endings that a browser sends from a text field."""
     return message.replace("\r\n", "\n").replace("\r", "\n")
 
 

@@ -60,7 +60,7 @@ def of_broker(settings: Settings) -> Iterator[Finding]:
             yield Finding("broker connection", _broker(connection))
             client.connection_pool.release(connection)
     except (redis.RedisError, OSError):
-        return  # another check reports this
+        return  # another check reports this problem
 
 
 def _broker(connection: Any) -> str:  # noqa: ANN401 - redis-py has several classes

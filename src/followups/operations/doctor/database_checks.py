@@ -171,7 +171,7 @@ def of_database(settings: Settings, engine: Engine) -> Iterator[Finding]:
             yield _transactions(connection)
             yield _clock(connection)
     except SQLAlchemyError:
-        return  # another check reports this
+        return  # another check reports this problem
 
 
 def _backlog(settings: Settings, found: counts.Backlog) -> Finding:

@@ -40,7 +40,7 @@ def of_tables(engine: Engine) -> Iterator[Finding]:
             if connection.scalar(_BEHIND):
                 yield _behind()
     except SQLAlchemyError:
-        return  # another check reports this
+        return  # another check reports this problem
 
 
 def _checks() -> Iterator[tuple[str, str, str]]:

@@ -67,7 +67,7 @@ async def serving(app: web.Application, *, host: str = "127.0.0.1", port: int = 
 
     Raises `OSError` if the port is in use.
     """
-    # If the client gives up and closes the connection, a slow answer ends too.
+    # When the client gives up and closes the connection, a slow answer ends too.
     runner = web.AppRunner(app, access_log=None, handler_cancellation=True, shutdown_timeout=0.25)
     await runner.setup()
     try:
@@ -79,7 +79,7 @@ async def serving(app: web.Application, *, host: str = "127.0.0.1", port: int = 
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the sandbox until SIGTERM or SIGINT. Exit codes: 0, 1, 2.
+    """Run the sandbox until SIGTERM or SIGINT. The exit code is 0, 1 or 2.
 
     Once the server is ready, it prints one line with its address to stdout.
     """

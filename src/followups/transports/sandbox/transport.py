@@ -24,7 +24,7 @@ class SandboxTransport:
     name = "sandbox"
 
     def __init__(self, settings: Settings, chats: SandboxChats | None = None) -> None:
-        """Deliver into ``chats``, or into new chats.
+        """Deliver to ``chats``, or to new sandbox chats if it is None.
 
         New chats deduplicate requests if the settings say that the receiver deduplicates.
         """
