@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from world import World
 
 COMMANDS = Path(__file__).with_name("bin")
-"""The directory that is put first on PATH; its `celery` starts quickly."""
+"""The directory that comes first on PATH, which contains a `celery` that starts quickly."""
 CELERY = (sys.executable, str(COMMANDS / "celery"), "-A", "followups.worker")
 
 PAGE = 5_000

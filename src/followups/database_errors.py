@@ -18,7 +18,7 @@ READ_ONLY = "25006"
 READ_ONLY_SESSION = ("session is read-only", "server is in hot standby mode")
 """libpq's error messages if a server does not match ``target_session_attrs``.
 
-Such an error has no SQLSTATE.
+An error with one of these messages has no SQLSTATE.
 """
 
 
@@ -108,7 +108,7 @@ A single row may also cause errors about invalid data or violated constraints.
 
 
 def concerns_a_row(error: Exception) -> bool:
-    """Return whether the error may be caused by one row, so that the work would succeed without that row."""
+    """Return whether the error may be caused by a single row, without which the work would succeed."""
     cause = _cause(error)
     if isinstance(cause, psycopg.DataError | psycopg.IntegrityError):
         return True

@@ -199,7 +199,7 @@ class RateLimit(Base):
     workspace_id: Mapped[UUID | None] = mapped_column(ForeignKey("workspaces.id"))
     channel: Mapped[str | None]
     per: Mapped[str]
-    """What a token bucket applies to: 'all' matching follow-ups, each 'workspace', or each 'chat'."""
+    """The scope of each token bucket: 'all' matching follow-ups together, each 'workspace', or each 'chat'."""
     rate: Mapped[float] = mapped_column(Double)
     """Number of tokens added per second."""
     burst: Mapped[int] = mapped_column(Integer)
@@ -331,7 +331,7 @@ class FollowUp(Base):
         CheckConstraint("begun_at IS NULL OR lease_until IS NOT NULL", name="begun_holds_lease"),
         CheckConstraint("waits_for IS NULL OR status = 'pending'", name="waiting_is_pending"),
         # The claim's index contains due follow-ups, oldest first. Follow-ups that wait for an earlier follow-up of
-        # their chat are excluded, because they would be scanned, claimed and refused again and again.
+        # their chat are not in the index, because each claim would lease them and begin would refuse them.
         Index(
             "ix_follow_ups_due",
             text("COALESCE(next_attempt_at, due_date)"),
@@ -369,10 +369,10 @@ class FollowUp(Base):
             postgresql_where=text("chat_message_id IS NOT NULL"),
         ),
         # This index serves queries for follow-ups that ended recently (lag, throughput, retries) or long ago (pruning).
-        # New entries are added at its right edge, and all follow-ups of one settlement share a key.
+        # New entries are added at the index's right edge, and all follow-ups of one settlement share a key.
         Index("ix_follow_ups_finished", "finished_at", postgresql_where=text("finished_at IS NOT NULL")),
         Index("ix_follow_ups_retry_of", "retry_of", unique=True, postgresql_where=text("retry_of IS NOT NULL")),
-        # This index contains follow-ups that are held by a pause or by sending hours. Usually it is empty.
+        # This index contains only the follow-ups that are held by a pause or by sending hours. Usually it is empty.
         Index("ix_follow_ups_paused", "pause_id", postgresql_where=text("pause_id IS NOT NULL AND status = 'pending'")),
         Index(
             "ix_follow_ups_quiet",

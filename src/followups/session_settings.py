@@ -39,7 +39,7 @@ SESSION: Mapping[str, str] = {
     "TimeZone": "UTC",
     "array_nulls": "on",
     "extra_float_digits": "1",
-    # Statements may wait for row locks, and pooled sessions may be idle, so these timeouts are off. The limits of
+    # A statement may wait for a row lock, and a pooled session may be idle, so these timeouts are off. The limits of
     # `make_engine` end anything that takes too long, and migrations set their own `lock_timeout`.
     "lock_timeout": "0",
     "transaction_timeout": "0",

@@ -324,7 +324,7 @@ def networks_of(addresses: str | None) -> tuple[IPv4Network | IPv6Network, ...]:
 
 
 def environment_name(field: str) -> str:
-    """Return the environment variable of a field: ``lease`` -> ``FOLLOWUPS_LEASE``."""
+    """Return the name of the environment variable for a field, such as ``FOLLOWUPS_LEASE`` for ``lease``."""
     return f"FOLLOWUPS_{field.upper()}"
 
 

@@ -23,7 +23,7 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 COLUMNS = "{columns}"
-"""A placeholder in a statement for the columns of the statement's entity."""
+"""A placeholder in an SQL statement, replaced by the columns of the statement's entity."""
 
 _DIALECT = PGDialect_psycopg()  # type: ignore[no-untyped-call] # of a constructor without annotations
 
@@ -89,7 +89,7 @@ Steps: TypeAlias = Generator[Query, Sequence[Any], T]
 
 
 def run(session: Session | Connection, steps: Steps[T]) -> T:
-    """Run the rule in the session's transaction and return its result.
+    """Execute the rule's statements in the session's transaction and return the rule's result.
 
     A query's error is raised inside the rule, which may handle it.
     """

@@ -70,7 +70,7 @@ class ReasonCode(StrEnum):
     TOO_LATE = "too_late"
     """The due date plus the allowed lateness has passed."""
     OUTCOME_UNKNOWN = "outcome_unknown"
-    """An attempt began whose outcome is unknown, and the transport cannot deduplicate."""
+    """The outcome of an attempt is unknown, and the transport cannot deduplicate."""
     WORKER_LOST = "worker_lost"
     """Too many workers crashed while the follow-up was in flight: a poison pill."""
     FAILED_BY_API = "failed_by_api"
@@ -104,7 +104,7 @@ TRANSITIONS: dict[Status, dict[Status, frozenset[ReasonCode]]] = {
     Status.FAILED: {},
     Status.CANCELLED: {},
 }
-"""The allowed transitions, each with the reason codes that it may have."""
+"""The allowed transitions, each with its possible reason codes."""
 
 CANCEL_CODES = TRANSITIONS[Status.PENDING][Status.CANCELLED]
 

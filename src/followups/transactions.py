@@ -91,9 +91,9 @@ def _was_committed(engine: Engine, question: Question) -> bool:
 async def in_loop(engine: AsyncEngine, work: Callable[[Engine, Unpack[Ts]], T], *arguments: *Ts) -> T:
     """Run ``work(engine, ...)``, written for an `Engine`, on an event loop without blocking the loop.
 
-    No thread is involved. If threads used the database while the event loop is busy, they and the loop would compete
-    for the interpreter lock (GIL) at each round trip. With four threads, 1,500 follow-ups/s were measured, and the
-    event loop spent 39 % of its time waiting for Python's global lock.
+    This function uses no thread. If threads used the database while the event loop is busy, they and the loop would
+    compete for the interpreter lock (GIL) at each round trip. With four threads, 1,500 follow-ups/s were measured, and
+    the event loop spent 39 % of its time waiting for Python's global lock.
     """
     return await greenlet_spawn(work, engine.sync_engine, *arguments)
 

@@ -30,7 +30,7 @@ EVIL = "<script>alert(1)</script> \"'&{{ 7*7 }} \u202eabc"
 
 
 def listed(page: object) -> list[str]:
-    """Return the ids of a list's rows in their order."""
+    """Return the ids of a list's rows, in the order of the rows."""
     return re.findall(r'<tr id="row-([\w-]+)"', page.text)  # type: ignore[attr-defined] # an answer
 
 
@@ -124,7 +124,7 @@ def test_pages_follow_one_another_without_a_gap(person: Callable[..., Person], o
 def test_a_search_that_is_out_of_time_goes_on_by_a_link(
     person: Callable[..., Person], own: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A page says how far back it has searched, and its link continues from there without a gap."""
+    """A page says how far back it has searched, and its link continues the search from that point."""
     calls = count()
     # The second step of each page exceeds the time limit, so that each page covers ten minutes.
     monkeypatch.setattr(browse, "within", lambda *given: None if next(calls) % 2 else within(*given))

@@ -154,7 +154,7 @@ FAULTS: list[tuple[Callable[[Stack], None], set[str], set[str]]] = [
 def test_a_fault_wakes_its_alerts(
     stack: Stack, prometheus: Prometheus, fault: Callable[[Stack], None], woken: set[str], besides: set[str]
 ) -> None:
-    """No alert fires before the fault, and then exactly the fault's alerts fire."""
+    """Before the fault no alert fires; after it, the alerts for this fault fire, and no others."""
     wait_until(lambda: prometheus.ask(f"followups:pending offset {10 * MINUTE}s"), within=60)
     assert prometheus.firing() == set()
     seen: set[str] = set()

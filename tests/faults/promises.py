@@ -48,7 +48,7 @@ class Verdict:
     unknown: int
     """The follow-ups that ended with an unknown outcome."""
     repeated: int
-    """The requests whose key the chat had already accepted."""
+    """The requests with a key that the chat had already accepted."""
 
     def broken(self) -> dict[str, int]:
         """Return the broken promises, with their counts."""

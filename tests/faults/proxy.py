@@ -1,4 +1,4 @@
-"""A TCP proxy in front of a server, which can cut, stall and refuse connections like a faulty network."""
+"""A TCP proxy in front of a server; it can cut, stall and refuse connections like a faulty network."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class Proxy:
         self._refusing = False
         self.port = 0
         self.frozen = 0
-        """The connections that will never forward anything again."""
+        """The number of connections that will never forward data again."""
 
     def __enter__(self) -> Self:
         """Start listening."""

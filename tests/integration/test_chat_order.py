@@ -123,7 +123,7 @@ class TestOrder:
         assert steps.claim().leases == ()
 
     def test_no_longer_before_it(self, world: World, steps: Steps, engine: Engine) -> None:
-        """A follow-up does not wait for an earlier one that is rescheduled while their order is checked."""
+        """A follow-up does not wait for an earlier one that is rescheduled while the chat's order is checked."""
         chat = world.chat()
         first, second = world.follow_up(chat, -2 * SECOND), world.follow_up(chat, -SECOND)
         lease = next(one for one in steps.claim().leases if one.id == second)

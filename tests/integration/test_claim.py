@@ -41,7 +41,7 @@ class TestClaim:
     def test_leased_is_not_claimed_again(self, world: World, steps: Steps) -> None:
         """A leased follow-up is not claimed again until its lease expires.
 
-        The next lease has a greater token, and no attempt is used up.
+        The next lease has a greater token, and the expiry is not counted as an attempt.
         """
         follow_up = world.follow_up()
         lease = steps.lease()
@@ -164,7 +164,7 @@ def test_losses_are_carried(world: World, steps: Steps) -> None:
 
 
 class TestLowWater:
-    """The low-water mark: claims need not read rows that were due before this time."""
+    """Tests of the low-water mark: claims do not read rows that were due before this time."""
 
     def test_mark(self, world: World, steps: Steps) -> None:
         """The low-water mark is before now and before the first unfinished follow-up, leased or not."""

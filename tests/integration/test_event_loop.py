@@ -213,7 +213,7 @@ async def test_unreachable() -> None:
 
 
 async def test_rows_are_as_a_session_reads_them(world: World, database_url: str) -> None:
-    """The event loop's engine and SQLAlchemy read the same rules of a workspace.
+    """The rules of a workspace are the same whether the event loop's engine or SQLAlchemy reads them.
 
     The rule tested here is that the workspace has no sending hours.
     """

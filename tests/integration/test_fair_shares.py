@@ -1,6 +1,6 @@
 """Fair claims satisfy max-min fairness.
 
-No workspace gets a slot while a waiting workspace has fewer follow-ups in flight.
+While a workspace is waiting, no slot goes to a workspace that has more follow-ups in flight.
 """
 
 from __future__ import annotations

@@ -295,7 +295,7 @@ def test_cancelled_while_it_waits(world: World, bench: Bench) -> None:
 
 
 def test_set_and_lifted_while_it_runs(world: World, bench: Bench) -> None:
-    """A worker soon applies a new rate limit, and when it is removed, the follow-ups that waited continue."""
+    """A worker soon applies a new rate limit, and sends the deferred follow-ups soon after the limit is removed."""
     receiver = Receiver()
     pipeline = bench.start(receiver)
     world.follow_up()

@@ -138,7 +138,7 @@ def test_what_somebody_holds_is_passed_over(world: World, engine: Engine, settin
 
 
 def test_only_one_tidies_up(world: World, engine: Engine, settings: Settings) -> None:
-    """Only one worker prunes at a time; when it has finished, the pruning lock is free."""
+    """Only one worker prunes at a time, and releases the pruning lock when it has finished."""
     ended(world, 31 * DAY)
     with engine.connect() as other:
         other.execute(text("SELECT pg_advisory_lock(:key)"), {"key": LOCK})

@@ -44,7 +44,7 @@ def schedule_many(world: World, planned: Sequence[Planned]) -> list[FollowUp]:
 
 
 def planned(chat_id: UUID, message: str = "?", due: datetime = DUE) -> Planned:
-    """Return a description of a follow-up to schedule."""
+    """Return a `Planned` follow-up for the chat."""
     return followups.Planned(chat_id, message, due)
 
 

@@ -159,7 +159,7 @@ class TestSchedule:
 
     @pytest.mark.parametrize("channel", list(Channel))
     def test_window(self, caller: Caller, channel: Channel) -> None:
-        """On a windowed channel, a due date 24 hours or more after the user's last message is rejected."""
+        """On a windowed channel, a due date is rejected unless it is within 24 hours of the user's last message."""
         windowed = channel in {Channel.WHATSAPP, Channel.INSTAGRAM}
         chat_id = caller.world.chat(channel=channel.value, last_user_message_at=text("now() - interval '23 hours'"))
         closed = caller.world.chat(channel=channel.value, last_user_message_at=text("now() - interval '25 hours'"))
@@ -304,7 +304,7 @@ class TestChats:
     def test_last_message(self, caller: Caller) -> None:
         """The latest message is the chat's last one, and the user's latest message opens the messaging window.
 
-        An older message changes neither the last message nor the window.
+        An earlier message changes neither the last message nor the messaging window.
         """
         chat_id = uuid4()
         user = caller.receive(chat_id, Role.USER, soon(-3))
@@ -323,7 +323,7 @@ class TestChats:
     @pytest.mark.parametrize(
         ("ours", "reply", "cancels"),
         [
-            (0.3, 0.0, True),  # the reply is stamped in whole seconds, in the second of the agent's message
+            (0.3, 0.0, True),  # the reply's time has whole seconds, and is in the same second as the agent's message
             (0.0, 0.0, True),
             (0.0, 0.5, True),  # the timestamp of the agent's message has whole seconds
             (0.999999, 0.0, True),

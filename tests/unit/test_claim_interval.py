@@ -49,7 +49,8 @@ def test_it_settles(rate: float, window: int, pause: float) -> None:
 def test_size_of_claim(window: int, expected: int) -> None:
     """A claim takes half of the window.
 
-    In a small window a claim takes a worthwhile minimum, and in a large one as many as fit into a short claim.
+    However, a claim in a small window takes a certain minimum, and a claim in a large window takes only as many as fit
+    into a short claim.
     """
     assert size_of_claim(window) == expected
 

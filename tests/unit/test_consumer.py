@@ -1,4 +1,4 @@
-"""The consumer's pauses between connections to the broker."""
+"""Tests of the consumer's pauses between two connections to the broker."""
 
 from __future__ import annotations
 

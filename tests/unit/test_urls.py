@@ -47,7 +47,7 @@ def test_what_stands_beside_the_hosts_stays() -> None:
 
 @pytest.mark.parametrize("hosts", ["one:5432", "one", "one:5432,two:5433"])
 def test_escaped_characters(hosts: str) -> None:
-    """Escaped characters in a name or password are decoded, with one host and with several."""
+    """Escaped characters in a user name or password are decoded, whether the URL has one host or several."""
     url = database_url(f"postgresql://a%40pp:p%40s%2Fs%25%3A%2C,w@{hosts}/chats")
     assert (url.username, url.password, url.database) == ("a@pp", "p@s/s%:,,w", "chats")
 

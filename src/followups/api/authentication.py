@@ -74,7 +74,7 @@ class LastUse:
         self._recorded: dict[UUID, float] = {}
 
     def is_news(self, key_id: UUID) -> bool:
-        """Return whether to record this use of the key, which is the case once a minute."""
+        """Return whether this use of the key should be recorded; for each key, this is so once a minute."""
         now = time.monotonic()
         if now < self._recorded.get(key_id, 0.0):
             return False
@@ -154,7 +154,7 @@ class Work:
         # The follow-up may have ended earlier, in which case this request only added the id of its chat message.
         elif follow_up.updated_at == self.now and follow_up.finished_at == (finished_at or self.now):
             self.ends = (*self.ends, (follow_up.id, Final(Status(follow_up.status), follow_up.reason)))
-            self.nudges = True  # a later follow-up of the chat may have been waiting for the follow-up that ended
+            self.nudges = True  # the follow-up that ended may have blocked a later follow-up of the chat
 
     def cancelled(self, ids: Iterable[UUID], code: ReasonCode) -> None:
         """Record which follow-ups the transaction cancelled."""

@@ -46,7 +46,7 @@ def _rfc3339(value: object) -> object:
     if offset is None:
         message = "should carry an offset, as in 2030-01-31T09:00:00Z"
         raise ValueError(message)
-    # RFC 3339 allows leap seconds but Python does not. The last microsecond before the leap second is used instead.
+    # RFC 3339 allows leap seconds but Python does not. A leap second is replaced by the last microsecond before it.
     if seconds and seconds.startswith(":60"):
         seconds = ":59.999999"
     return f"{date}T{minutes}{seconds or ':00'}{offset.upper()}"

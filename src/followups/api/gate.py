@@ -279,7 +279,7 @@ def _check_head(scope: Scope) -> None:
 
 
 def _repeated(scope: Scope) -> str | None:
-    """Return the name of a header that was sent more than once and must not be.
+    """Return the name of a header that was sent more than once, although repetition is forbidden.
 
     Two servers could interpret such a request differently.
     """

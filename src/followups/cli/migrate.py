@@ -1,9 +1,9 @@
 """``followups migrate``: wait for the database, then upgrade its schema.
 
 honcho stops every process as soon as one ends, so the end of the ``release`` process would also stop web, worker and
-beat. After a plain ``honcho start``, which starts all processes, this command therefore keeps running until it is
-stopped. In all other cases (``honcho start release``, ``honcho run followups migrate``, a platform's release phase) the
-command ends after the upgrade.
+beat. After a plain ``honcho start``, which starts all processes, this command therefore keeps running until honcho
+stops it. In all other cases (``honcho start release``, ``honcho run followups migrate``, a platform's release phase)
+the command ends after the upgrade.
 """
 
 from __future__ import annotations

@@ -28,7 +28,7 @@ def reschedule(
     *,
     json: Json = False,
 ) -> None:
-    """Change the due date of a pending follow-up. A date in the past makes it due immediately."""
+    """Change the due date of a pending follow-up. With a date in the past, the follow-up is due immediately."""
     with connection.session() as session:
         now = session.execute(select(func.now())).scalar_one()
         follow_up = scheduling.amend(session, follow_up_id, {"due_date": due.resolve(now)}, actor=connection.actor())

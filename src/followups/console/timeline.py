@@ -22,7 +22,7 @@ ACTIONS = {
     Action.FOLLOW_UP_RETRIED: "Retried",
     Action.MESSAGES_SHOWN: "The message was shown",
 }
-"""Descriptions of manual changes. Creating and moving a follow-up are described elsewhere."""
+"""Descriptions of manual changes. The creation and the move of a follow-up have descriptions elsewhere."""
 
 OUTCOMES = {
     "retry": "failed for now",

@@ -43,7 +43,7 @@ LOOKING_SHARE = 0.1
 FORGOTTEN_SHARE = 0.01
 """Largest share of its time that the dispatcher spends on checking blocked and paused follow-ups.
 
-Such follow-ups are checked at least once per lease time, however long this takes.
+Even if checking takes longer than this share, such follow-ups are checked at least once per lease time.
 """
 
 PASSED_OVER = 60.0
@@ -53,7 +53,7 @@ BACKOFF = 0.05
 LONGEST_BACKOFF = 4.0
 """Longest pause in seconds between two attempts to reach the database; each pause is twice the previous one."""
 AFTER_ANOTHER = 0.01
-"""Seconds until the next try to claim while another dispatcher is claiming; each further pause doubles.
+"""Seconds until the next claim is tried if another dispatcher is claiming; each further pause doubles.
 
 A claim takes some milliseconds.
 """
@@ -90,7 +90,7 @@ class Dispatcher:
         self._looked_at_all = True
         self._left_some = False
         self._passed_over: dict[UUID, float] = {}
-        """Follow-ups that claims skip, each with the monotonic time at which it is tried again."""
+        """Follow-ups that claims skip, each with the monotonic time until which it is skipped."""
         self._interval = ClaimInterval(settings.max_in_flight)
         self.busy_since: float | None = None
         """The monotonic time at which the current work began, or None while the dispatcher is idle."""

@@ -1,7 +1,7 @@
 """Hints: the messages that are sent through the broker after a claim's commit, written and parsed here.
 
-A hint lists follow-ups with their lease tokens and due times, so that the worker need not query them. A hint contains
-no message text and is not trusted. A hint may be lost, repeated or late without harm, because begin reads the
+A hint lists follow-ups with their lease tokens and due times, so the worker does not have to query them. A hint
+contains no message text and is not trusted. A hint may be lost, repeated or late without harm, because begin reads the
 follow-up's row. A hint also contains the keys of the workspace queues. A worker that ignores these keys, or receives
 none during an upgrade, still sends the same follow-ups.
 """

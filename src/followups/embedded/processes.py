@@ -1,4 +1,4 @@
-"""Our own commands (worker, beat, web, ...), started one by one and stopped together."""
+"""The project's own commands (worker, beat, web, ...), which are started one by one and stopped together."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 class Processes:
-    """Our own commands (worker, beat, web, ...), started one by one and stopped together."""
+    """The project's own commands (worker, beat, web, ...), which are started one by one and stopped together."""
 
     def __init__(self, logs: Path | None = None, echo: Callable[[str, str], None] | None = None) -> None:
         """Write logs to ``logs``, or to a temporary directory, and pass each (name, line) to ``echo``."""

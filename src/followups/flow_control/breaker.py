@@ -214,7 +214,7 @@ class Breaker:
 
     @property
     def recovers(self) -> bool:
-        """Whether the breaker is recovering, so that ever more follow-ups of tripped workspaces may begin."""
+        """Whether the breaker is recovering, so that the limit for follow-ups of tripped workspaces rises."""
         return self._reading.state == RECOVERING
 
     def spend(self, keys: Iterable[int]) -> None:
@@ -254,7 +254,7 @@ class Breaker:
     async def run(self, wanted: Callable[[], int], changed: Callable[[], None]) -> None:
         """Report outcomes to the store and read the shared state, until cancelled.
 
-        ``wanted`` returns the number of follow-ups that wait to begin.
+        ``wanted`` is a function that returns the number of follow-ups that are due and wait for the breaker.
         """
         if self._store is None:
             return

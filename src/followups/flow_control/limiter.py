@@ -210,7 +210,9 @@ class RateLimits:
         self._standing: list[Limit] = []
         self._limits = Limits(())
         self._loosened: set[Scope] = set()
-        """The scopes of removed or raised limits under which some follow-ups are still deferred."""
+        """The scopes of limits that were removed or raised, while some follow-ups are still deferred under these
+        limits.
+        """
         self._unlogged = 0
         """Number of follow-ups deferred since the last log line about deferrals."""
 
@@ -245,7 +247,8 @@ class RateLimits:
         limitable = {one.id: one for one in await in_loop(self._engine, _limitable, self._settings, leases)}
         requests = [request for one in limitable.values() if (request := self._limits.request(one)).buckets]
         ended = [request for request in requests if limitable[request.id].ended]
-        # Begin ends expired follow-ups, and also detects that follow-ups leased by another worker are stale.
+        # Begin ends the follow-ups that have expired. It also detects a follow-up that another worker has leased, which
+        # is therefore stale here.
         asking = [request for request in requests if not limitable[request.id].is_over]
         if self._limiter is None or (not asking and not ended):
             yield {}, set()

@@ -85,7 +85,7 @@ ALONE = Circumstances()
 STALE_TICK = timedelta(seconds=30)
 """Age from which ticks are considered to have stopped.
 
-The limit suits every tick interval in use. The default interval is one second.
+The limit is long enough for every tick interval in use. The default interval is one second.
 """
 
 

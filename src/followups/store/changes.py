@@ -1,4 +1,4 @@
-"""Change detection for a workspace or a follow-up, cheap enough for one query a second.
+"""Change detection for a workspace or a follow-up, which is cheap enough for one query per second.
 
 `look` returns a different value for a topic after a change. If very many follow-ups exist, a change may be missed
 unless it moves a follow-up to another state. The console's pages therefore also reload their contents from time to

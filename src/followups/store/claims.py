@@ -68,7 +68,8 @@ class Claim:
 class ClaimSearch:
     """The search range of a claim: rows that fall due within ``ahead``, but not before ``since``.
 
-    A claim leases up to ``most`` follow-ups for the time ``lease``, so that at most ``window`` are in flight.
+    A claim leases up to ``most`` follow-ups for the duration ``lease`` and never exceeds ``window`` follow-ups in
+    flight.
     """
 
     ahead: timedelta

@@ -315,7 +315,8 @@ def _changing(names: frozenset[str]) -> Statement:
     if names & {"due_date", "chat_id"}:
         changes.append(_RESCHEDULED)
     if "chat_id" in names:
-        # The time is read after waiting for the chat's lock, so that it is later than the last message of the new chat.
+        # The clock is read only after the chat's lock was obtained, so the time is later than the last message of the
+        # new chat.
         changes.append("scheduled_at = clock_timestamp()")
     elif "due_date" in names:
         changes.append("scheduled_at = now()")

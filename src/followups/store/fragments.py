@@ -39,8 +39,8 @@ OPEN = "f.finished_at IS NULL"
 """The condition that a follow-up is pending, for look-ups by id; a CHECK constraint makes it equivalent to the status.
 With this condition the planner does not use the partial indexes of pending rows, in which the id is the last column. A
 partial index that was vacuumed while nothing was pending is estimated as empty and seems cheaper than the primary key,
-although it is then scanned completely for each row. Measured after 50,000 inserts: begin and settle of forty took up to
-720 ms each, and 4 ms with this condition.
+although it is then scanned completely for each row. After 50,000 inserts, begin and settle of forty follow-ups took up
+to 720 ms each without this condition, and 4 ms with it.
 """
 
 NEXT_TOKEN = "GREATEST(f.lease_token + 1, CAST(date_part('epoch', now()) * 1000000 AS bigint))"  # noqa: S105 - a fencing token

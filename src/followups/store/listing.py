@@ -91,8 +91,8 @@ def pieces_from(
 ) -> Steps[Sequence[Any]]:
     """Return the rows of `rows_from`, with as many messages as `PIECE` allows.
 
-    Rows after the last such message have None as ``message``. The memory for a request is therefore limited, even for a
-    page of long messages. ``message_size`` is the size of the message in bytes.
+    In the remaining rows, ``message`` is None. The memory for a request is therefore limited, even for a page of long
+    messages. ``message_size`` is the size of the message in bytes.
     """
     if offset >= MAX_ROWS:
         return []

@@ -184,7 +184,7 @@ def render_json(_logger: object, _method: str, event: EventDict) -> str:
 
 
 class _Escaped:
-    """An escaped text whose `repr` does not escape it again, for the console's renderer."""
+    """Text that is already escaped, whose `repr` is the text itself, for the console renderer."""
 
     def __init__(self, text: str) -> None:
         self._text = text

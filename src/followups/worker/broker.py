@@ -57,7 +57,7 @@ One read may be answered and another rejected, because an ACL may allow the queu
 
 
 LONGEST_BODY = 4 * 1024 * 1024
-"""The largest number of characters in a message's body; the largest hint has one and a half million."""
+"""The maximum number of characters in a broker message's body; the largest hint has one and a half million."""
 
 
 class Loader(AppLoader):
@@ -126,7 +126,7 @@ class Consumer:
         """The queues that the consumer has polled."""
 
     def answered(self, queues: Iterable[str]) -> None:
-        """Record an answer from the broker."""
+        """Record that the broker has answered."""
         self.answered_at = time.monotonic()
         if self.answered_at - self.connected_at > LASTS:
             self.refused = 0

@@ -72,7 +72,7 @@ follow-up would wait several times, at each of its exchanges, for the claim of t
 """
 
 DRAIN_MARGIN = timedelta(seconds=5)
-"""Time to settle the attempts in flight when the worker is stopped."""
+"""The time that a stopping worker has to settle its attempts in flight."""
 
 
 @contextmanager
@@ -108,7 +108,7 @@ def make_app(settings: Settings) -> Celery:
         task_ignore_result=True,
         task_store_errors_even_if_ignored=False,
         # If a crash loses a hint, its leases expire and the follow-ups are claimed again. Late acknowledgement would
-        # cause redelivery without adding safety.
+        # only cause redelivery; it would add no safety.
         task_acks_late=False,
         task_queues=[Queue(DISPATCH), Queue(DELIVER)],
         task_default_queue=DISPATCH,
@@ -136,8 +136,8 @@ def make_app(settings: Settings) -> Celery:
             "socket_timeout": silence,
             "socket_connect_timeout": silence,
             "socket_keepalive": True,
-            # This setting detects a half-open connection of the consumer within at most twice the set time plus a
-            # second.
+            # With this setting, a half-open connection of the consumer is detected within at most twice the set time
+            # plus a second.
             "health_check_interval": silence,
             # kombu retries by itself, and redis-py's own retries would multiply with kombu's. With both kinds of
             # retries, a publish to a silent broker took 51 s; without redis-py's retries, it takes 26 s.

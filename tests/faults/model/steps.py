@@ -26,7 +26,7 @@ NAMES = ("first", "second")
 
 
 def steps(world: ModelWorld, protocol: Protocol) -> Iterator[Step]:
-    """Yield every step that is possible in this state."""
+    """Yield every step that the model allows in this state."""
     for number, row in enumerate(world.rows):
         if row.pending:
             yield from _of_row(world, number, row, protocol)

@@ -34,7 +34,7 @@ class ModelRow(NamedTuple):
 
 
 class Job(NamedTuple):
-    """A worker's job: first a hint, then an attempt in flight, then the outcome of the attempt."""
+    """A worker's job, which is a hint, then an attempt in flight, and finally the outcome of the attempt."""
 
     row: int
     token: int

@@ -101,7 +101,7 @@ def test_probes_are_quiet(stack: Stack, logged: Api) -> None:
 
 
 def test_what_the_gate_refuses_has_a_line(stack: Stack, logged: Api) -> None:
-    """A request with an oversized body or an unknown path is logged like any other request."""
+    """A request with an oversized body or an unknown path is logged in the same way as any other request."""
     answer = logged.client.post(FOLLOW_UPS, content=b"x" * (1024 * 1024 + 1))
     (line,) = lines(stack, "request", request_id=answer.headers["x-request-id"])
     assert (line["status"], line["workspace_id"]) == (413, None)

@@ -80,7 +80,7 @@ class TestChange:
         assert (again.status_code, again.json()) == (200, ended)
 
     def test_finished_at(self, api: Api) -> None:
-        """The caller may specify the time at which a follow-up ended."""
+        """The caller may state when a follow-up ended."""
         ended = api.patch(api.create(), status="sent", finishedAt="2020-01-01T00:00:00Z").json()
         assert ended["finishedAt"] == "2020-01-01T00:00:00Z"
 
@@ -126,7 +126,7 @@ class TestChange:
         is_problem(api.patch(api.create(), chatId=api.chat("api", "user")), 409, "nothing-to-follow-up")
 
     def test_messaging_window(self, api: Api) -> None:
-        """The new due date of a follow-up must be within the channel's messaging window."""
+        """The new due date of a follow-up must be within the messaging window of the channel."""
         created = api.create(api.chat("whatsapp", "user", "agent"), in_days(0.5))
         is_problem(api.patch(created, dueDate=in_days(2)), 422, "outside-messaging-window")
         assert api.patch(created, dueDate=in_days(0.6)).status_code == 200
@@ -153,7 +153,7 @@ class TestFinished:
         assert api.read(created) == ended
 
     def test_chat_message_may_be_named_once(self, api: Api) -> None:
-        """The chat message id of a sent follow-up can be added once.
+        """The chat message id of a sent follow-up can be added later, but only once.
 
         Follow-ups that failed or were cancelled reject a chat message id.
         """

@@ -205,7 +205,7 @@ HUMAN_TAKEOVER = {"status": "cancelled", "code": "human_takeover"}
 
 
 def _settled(api: Api, labels: dict[str, str]) -> float:
-    """Return the count after any cached response has expired."""
+    """Wait until any cached response has expired, and return the count."""
     time.sleep(KEPT)
     return _ended(api, labels)
 

@@ -179,7 +179,7 @@ def test_the_dashboard(running: Stack) -> None:
 
 
 def test_attempts_since_the_first_look() -> None:
-    """The dashboard counts attempts since its first sample, and computes their rate from the last two."""
+    """The dashboard counts attempts since its first sample, and computes their rate from its last two samples."""
     attempts = stats.Attempts()
     attempts.see({"sent": 100, "retry": 3}, 10.0)
     attempts.see({"sent": 110, "retry": 3, "rejected": 1}, 12.0)
@@ -192,7 +192,7 @@ def test_attempts_since_the_first_look() -> None:
 
 
 def doctor(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Run doctor in a separate process, because the worker's module reads the settings only once."""
+    """Run doctor in a separate process, because the worker's module reads the settings only at import."""
     command = [sys.executable, "-m", "followups.cli", "doctor", *arguments]
     return subprocess.run(
         command, capture_output=True, text=True, check=False, env=os.environ | environment, timeout=120

@@ -87,7 +87,7 @@ class TestWorkspace:
     """Deletion of a whole workspace."""
 
     def test_everything_goes_and_one_event_stays(self, world: World) -> None:
-        """Deleting a workspace deletes its rows from every table and keeps those of other workspaces.
+        """Deleting a workspace deletes its rows from every table and keeps other workspaces' rows.
 
         The audit event of the deletion counts the deleted follow-ups.
         """

@@ -58,7 +58,7 @@ def test_the_script_holds_what_is_promised() -> None:
 
 
 def test_the_reply_comes_before_what_it_cancels() -> None:
-    """The demo's user replies after the chat's first follow-up, well before the follow-ups to cancel."""
+    """In the demo, the user replies after the chat's first follow-up and well before the follow-ups to be cancelled."""
     first, *cancelled = [part for part in SCENARIO.parts if part.chat == REPLYING]
     assert SCENARIO.replies == {REPLYING: REPLY_AT}
     assert first.due < REPLY_AT - 1

@@ -1,4 +1,4 @@
-"""Connection reuse by the transport ``http`` between two calls."""
+"""Tests of the connection reuse between two calls of the transport ``http``."""
 
 from __future__ import annotations
 
@@ -373,7 +373,7 @@ async def test_a_connection_closed_for_another_breaks_no_turn_of_the_loop() -> N
             idle.sendall(OK)
             await first
             second, busy = await begin()
-            busy.sendall(OK)  # libcurl then closes the idle connection, as it may keep only one
+            busy.sendall(OK)  # libcurl then closes its other connection, which is idle, because it may keep only one
             idle.close()
             assert await second == pycurl.E_OK
         await asyncio.sleep(0.02)

@@ -24,7 +24,7 @@ def incoming(follow_up_id: str = "f1", chat_id: str = "c1", **changes: Any) -> I
 
 
 def late(milliseconds: float) -> Arrival:
-    """Return the time the given duration after the due date."""
+    """Return the time that is the given duration after the due date."""
     return Arrival((DUE + timedelta(milliseconds=milliseconds)).timestamp(), 0.0)
 
 

@@ -70,7 +70,7 @@ def demo(*, json: Json = False) -> None:
 def plan_of(signals: StopSignals) -> StartPlan:
     """Return the demo's processes and settings, which are the defaults regardless of the environment.
 
-    The demo therefore looks the same on every machine.
+    Therefore the demo looks the same on every machine.
     """
     defaults = {name: each.default for name, each in Settings.model_fields.items() if not each.is_required()}
     return StartPlan(free_port(), remark, signals, overrides=defaults | SHORT | {"log_format": "console"})
@@ -109,7 +109,7 @@ class EventLines:
     """Prints a line for each change of a follow-up."""
 
     def __init__(self) -> None:
-        """Start with every follow-up pending."""
+        """Create the demo's state, in which every follow-up is pending."""
         self._known: dict[UUID, tuple[str, int]] = {}
 
     def __call__(self, standings: Sequence[FollowUpState], now: datetime, replied: Sequence[str]) -> None:

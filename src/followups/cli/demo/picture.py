@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from followups.cli.demo.score import FollowUpState
 
 WIDE = 110
-"""Terminal width from which the messages are shown too."""
+"""The terminal width from which the picture includes the messages."""
 FRAME_LINES = 8
 """Number of lines that are not rows: title, bar, borders, headings, totals, and the cursor's line."""
 LEAST_ROWS = 6

@@ -30,7 +30,7 @@ Every follow-up is created before it is due, so that its lag shows only how punc
 """
 
 CALLS_A_CHAT = 3
-"""Number of requests that open one chat. Their duration predicts how long all other requests take."""
+"""Number of requests that open one chat. The duration of these requests predicts how long all other requests take."""
 
 
 class Rest:

@@ -32,7 +32,7 @@ class SandboxTransport:
         self._timeout = settings.transport_timeout.total_seconds()
 
     async def open(self) -> None:
-        """Do nothing, since there is no connection to open."""
+        """Do nothing, because this transport has no connection to open."""
 
     async def send(self, delivery: Delivery) -> Outcome:
         """Deliver the message once; the outcome follows from the chat's behaviour."""
