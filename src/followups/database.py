@@ -136,8 +136,8 @@ def make_engine(
 
     Its sessions use the settings in `SESSION` and ``options``. Each connection is tested when it is checked out of the
     pool, so after a server restart the engine reconnects and no request fails. A connection whose server does not
-    respond within ``statement_timeout`` and a margin is closed. Migrations pass None, so that their statements have no
-    time limit.
+    respond within ``statement_timeout`` and a margin is closed. Migrations pass None as ``statement_timeout``, so that
+    their statements have no time limit.
     """
     url = parse(database_url)
     engine = create_engine(url, **_arguments(url, pool_size, application_name))

@@ -544,7 +544,7 @@ class ConsoleSession(Base):
     name: Mapped[str]
     """The person's name, if known.
 
-    The name is that of the API key or of the link's creator, or the name sent by the proxy.
+    It is the name of the API key, the name of the link's creator, or the name that the proxy sent.
     """
     api_key_id: Mapped[UUID | None] = mapped_column(ForeignKey("api_keys.id", ondelete="CASCADE"), index=True)
     """The API key with which the person signed in. If the key becomes invalid, the session does too."""

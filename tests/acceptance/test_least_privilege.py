@@ -62,7 +62,7 @@ def test_the_role_of_the_service_changes_no_table(database_url: str, statement: 
     ],
 )
 def test_a_user_of_the_broker_does_its_own_work_only(broker_url: str, user: str, command: tuple[str, ...]) -> None:
-    """A broker user is refused all commands that its process does not need."""
+    """A broker user is denied every command that its process does not need."""
     with redis.Redis.from_url(broker_url) as admin:
         name = f"test-{uuid4().hex}"
         (line,) = [one for one in (DEPLOY / "users.acl").read_text().splitlines() if one.startswith(f"user {user} ")]

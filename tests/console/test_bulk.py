@@ -85,7 +85,7 @@ def test_ticked_ones_are_cancelled_after_a_preview(person: Callable[..., Person]
 
 
 def test_all_that_match_are_cancelled_and_nothing_created_later(person: Callable[..., Person], own: World) -> None:
-    """A bulk cancel applies to all matches of the list's filter, but not to follow-ups created later."""
+    """A bulk cancel applies to all follow-ups that match the list's filter, except those created later."""
     own.burst([HOUR] * 30)
     other = own.follow_up(own.chat(channel="whatsapp", last_user_message_at=NOW), due=HOUR)
     one = person("agent", own)

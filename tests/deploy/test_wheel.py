@@ -87,7 +87,7 @@ def test_it_says_how_to_get_the_embedded_servers(built: Built) -> None:
 def test_it_plays_the_demo(built: Built) -> None:
     """The demo sends at least 50 follow-ups, retries 3, rejects 1, cancels 2, and sends none twice.
 
-    It prints one JSON object. Every process is started from the installed wheel.
+    The command prints one JSON object. Every process is started from the installed wheel.
     """
     began = time.monotonic()
     ran = run(built, "demo", "--json")

@@ -112,7 +112,7 @@ class TestBegin:
         assert steps.begun(patient).delivery.attempt == 1
 
     def test_open_transaction_of_a_caller(self, world: World, steps: Steps, engine: Engine) -> None:
-        """If a caller's open transaction locks a row, its begin is tried again later; others do not wait."""
+        """If a caller's open transaction locks a row, only the begin of that follow-up is tried again later."""
         held, other = world.follow_up(), world.follow_up()
         batch = steps.claim().leases
         with Session(engine) as session:

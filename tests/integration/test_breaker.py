@@ -193,7 +193,7 @@ def test_which_are_tripped(own: Settings) -> None:
         assert await tripped(store) == {KEY, OTHER}
         assert (await store.report(News(runs=(Run(3, FAILURES, anew=False),)), 0)).tripped == {KEY, OTHER, 3}
         await told(store, [], 0, succeeded=True, key=OTHER)
-        assert await tripped(store) == {KEY, OTHER, 3}  # a held workspace recovers gradually, too
+        assert await tripped(store) == {KEY, OTHER, 3}  # a workspace that the breaker holds recovers gradually, too
         await told(store, ids(FAILURES), 0, succeeded=False)
         assert await store.report(News(), 0) == Reading("open", tripped=frozenset({KEY, 3}))
 

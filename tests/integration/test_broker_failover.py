@@ -1,4 +1,4 @@
-"""Broker failover: when a broker has become a replica, clients drop their connections to it."""
+"""When a broker has become a replica in a failover, clients close their connections to it."""
 
 from __future__ import annotations
 

@@ -30,7 +30,7 @@ def events(engine: Engine, wanted: AuditFilter | None = None, limit: int = 100) 
 
 
 def test_names_the_key_and_the_workspace(world: World) -> None:
-    """An API key is recorded by its name and prefix, or by its prefix alone; the workspace by its name."""
+    """The audit records an API key by its name and prefix, or by its prefix alone, and a workspace by its name."""
     with Session(world.engine) as session, session.begin():
         named, _ = api_keys.create(session, world.workspace_id, "website")
         nameless, _ = api_keys.create(session, world.workspace_id)

@@ -16,7 +16,7 @@ from followups.delivery.claim_interval import LONGEST, SHORTEST, ClaimInterval, 
         (2350, 0.5, 5000, LONGEST),  # 4,700 a second: 0.53 s
         (1000, 0.1, 5000, 0.2),  # 10,000 a second after a pause that was too short; the pause at most doubles
         (4000, 0.5, 5000, 0.3125),  # 8,000 a second
-        (2500, 0.03, 5000, SHORTEST),  # right after a full claim
+        (2500, 0.03, 5000, SHORTEST),  # immediately after a claim that filled the window
         (100, 0.5, 100, SHORTEST),  # the whole window became free
         (20, 0.1, 100, 0.2),
         (1, 0.05, 5000, 0.1),

@@ -92,7 +92,7 @@ def test_pending_for_ever(hours: SendingHours, wanted: datetime, most: timedelta
 def test_the_time_of_sending_that_the_database_knows_decides(now: datetime, off: timedelta) -> None:
     """A machine with other time zones waits for the sending hours computed by the database.
 
-    The machine does not check the follow-up repeatedly.
+    It does not check the follow-up again and again in the meantime.
     """
     hours = SendingHours("UTC", time(0), time(0))
     opening = now + off

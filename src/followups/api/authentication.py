@@ -140,7 +140,7 @@ class Work:
     key_id: UUID
     ahead: timedelta
     now: datetime = field(init=False)
-    """The start time of the transaction. It is set once the first statement has returned."""
+    """The start time of the transaction. The time is known once the first statement has returned."""
     nudges: bool = False
     ends: tuple[tuple[UUID, Final], ...] = ()
 
@@ -235,7 +235,7 @@ class Caller:
         return result
 
     async def check(self) -> None:
-        """Check the API key and do nothing else. Raises the same errors as `change`."""
+        """Check the API key without doing anything else. Raises the same errors as `change`."""
         await self.read(_nothing)
 
     async def _run_alone(self, rule: Callable[[Work], Steps[T | None]]) -> tuple[Work, T] | None:
@@ -349,7 +349,7 @@ class AuthenticatedRoute(APIRoute):
     """A route that answers 401 to a request without a valid API key, even if the request is also malformed."""
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
-        """Return FastAPI's handler, extended to check the API key before it reports an invalid request."""
+        """Return FastAPI's handler with one addition: it checks the API key before it reports an invalid request."""
         handle = super().get_route_handler()
 
         async def authenticated(request: Request) -> Response:

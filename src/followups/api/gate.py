@@ -179,7 +179,7 @@ class Gate:
             else:
                 answer.closes = _has_body(scope)
                 await self._app(scope, _replay(b"", receive), answer)
-        # these two are raised only before a response has started
+        # both errors are raised only before a response has started
         except Refusal as refusal:
             await answer.problem(scope, receive, refusal.problem)
         except TooManyRequestsError as error:

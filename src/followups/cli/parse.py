@@ -151,7 +151,7 @@ RATE = re.compile(r"(\d+(?:\.\d+)?)/(s|min|h|d)", re.ASCII)
 MOST = 1_000_000
 """Largest accepted rate, in follow-ups per second, and largest accepted bucket.
 
-Both are larger than anything this system can send.
+This system could not send at such a rate, nor so many follow-ups in one burst.
 """
 LEAST = 0.01 / SECONDS["d"]
 """Smallest accepted rate, in follow-ups per second.

@@ -47,7 +47,7 @@ LARGEST_CLAIM = 10_000
 SETTLE_MARGIN = timedelta(seconds=2)
 """Time needed to record an outcome once the database answers.
 
-This time covers the statement and the longest pause before a repeated try.
+This time covers the statement and the longest pause before the statement is tried again.
 """
 
 

@@ -48,7 +48,7 @@ With the default window each worker can then release 156 follow-ups a second.
 DEFER_SIZE = 500
 """The largest number of follow-ups that one statement defers."""
 BUSY = 0.5
-"""Ratio of a batch's duration to the pause after the batch, which is therefore twice as long as the batch.
+"""A batch's duration divided by the length of the pause after it: the pause is twice as long as the batch.
 
 Without the pause, the begins of other workers would wait for the database.
 """
@@ -138,7 +138,7 @@ class Deferral:
         return max(1, min(self._settings.concurrency, self._settings.max_in_flight // share))
 
     async def balance(self) -> float | None:
-        """Defer a batch of the due queue's excess leases, and release deferred follow-ups.
+        """Defer a batch of excess leases from the due queue, and release deferred follow-ups.
 
         A follow-up is released if the due queue has room for it, or if its workspace is no longer tripped. Returns the
         seconds until the next call, or None if there is nothing more to do for now.

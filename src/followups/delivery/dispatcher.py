@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 SLOW = 1.0
 """Duration of a claim, in seconds, that indicates wrong planner statistics; a claim normally takes milliseconds."""
 MANY = 100
-"""Number of rows in a claim from which the planner's statistics are checked."""
+"""Minimum number of rows in a claim that makes the dispatcher check the planner's statistics."""
 NEXT_STATISTICS = 60.0
 """Seconds between two checks of the planner's statistics."""
 

@@ -55,9 +55,9 @@ async def send(
 ) -> Attempt | None:
     """Wait until the follow-up is due and call the transport once, within ``limit``.
 
-    The transport is never called early. After ``latest`` (an `uptime`) it is not called at all, and the result is None.
-    Being later than ``latest`` means that the process was frozen, and that another worker might lease the follow-up
-    before the call's answer arrives. Only cancellation is raised.
+    The transport is never called early. If ``latest`` (an `uptime`) has passed, the transport is not called and the
+    result is None. Being later than ``latest`` means that the process was frozen, and that another worker might lease
+    the follow-up before the call's answer arrives. Only cancellation is raised.
     """
     # A timer uses another clock and may fire a little early, so the remaining time is checked again.
     while (wait := clock.until(begun.lease.due)) > 0:  # noqa: ASYNC110 - time is what is waited for

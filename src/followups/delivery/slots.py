@@ -15,8 +15,8 @@ if TYPE_CHECKING:
     from followups.store.leases import Lease
 
 POISON_PILLS = 16
-"""How many follow-ups with one lost lease may be in flight together. A follow-up with two lost leases uses the whole
-quota alone.
+"""How many follow-ups with one lost lease may be in flight together. A follow-up with two lost leases uses up the whole
+quota by itself.
 
 Each of these follow-ups may be a poison pill, which kills its worker and loses every other attempt in flight there. If
 some hundred leases are lost together, at most 16 of the follow-ups lose a second lease. None of the 16 loses a third

@@ -74,7 +74,7 @@ class Processes:
         return [child for child in self.children if child.exit_code is not None]
 
     def stop(self) -> None:
-        """Send the stop signal to all processes, wait up to each ``grace``, then kill those still running."""
+        """Send all processes the stop signal, wait for each process's ``grace``, then kill those still running."""
         for child in reversed(self.children):
             child.ask()
         with ExitStack() as stack:  # each process is stopped, the newest first, even if stopping another one fails

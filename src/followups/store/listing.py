@@ -89,7 +89,7 @@ def rows_from(
 def pieces_from(
     workspace_id: UUID, wanted: ListFilter, offset: int, size: int, start: Start | None = None
 ) -> Steps[Sequence[Any]]:
-    """Return the rows of `rows_from`, with as many messages as `PIECE` allows.
+    """Return the rows of `rows_from`, with only as many messages as fit into `PIECE`.
 
     In the remaining rows, ``message`` is None. The memory for a request is therefore limited, even for a page of long
     messages. ``message_size`` is the size of the message in bytes.

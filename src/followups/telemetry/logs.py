@@ -69,7 +69,7 @@ class _Configured:
 
     level = logging.INFO
     console_steps: ClassVar[list[Processor]] = []
-    """The processing steps of console lines; empty for JSON."""
+    """The processing steps for lines on a terminal; empty if logs are written as JSON."""
 
 
 def configure_logging(settings_format: Literal["json", "console"] | None, level: str) -> None:

@@ -224,7 +224,7 @@ class Exchange:
     def _end_head(self) -> int | None:
         self._status = status = int(self._head[0].split(None, 2)[1])
         if status < HTTPStatus.OK and status != HTTPStatus.SWITCHING_PROTOCOLS:
-            self._head.clear()  # because the head of the final answer follows
+            self._head.clear()  # the head of the final answer follows
             return None
         self.answered = True
         self._room = BODY_LIMIT

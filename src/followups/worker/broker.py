@@ -1,4 +1,4 @@
-"""Celery's broker connection: kombu's Redis transport, made to survive bad entries and Redis errors.
+"""Celery's broker connection: kombu's Redis transport, extended to tolerate bad entries and Redis errors.
 
 kombu 5.7 lets an exception leave the consumer if an entry is not JSON, or is JSON of an unexpected shape, or if Redis
 answers a read with an error (READONLY, MISCONF, NOPERM). Such an exception would end the worker. A single LPUSH, or a
@@ -180,7 +180,7 @@ class BrokerChannel(kombu_redis.Channel):
 
 
 class BrokerTransport(kombu_redis.Transport):
-    """A transport that drops entries without the shape of a message.
+    """A transport that drops entries that do not have the shape of a message.
 
     Every error that Redis returns is treated as a connection error.
     """

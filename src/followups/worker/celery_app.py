@@ -206,7 +206,7 @@ class Process:
 
 
 _processes: dict[int, Process] = {}
-"""The components by process id, since a forked child creates components of its own."""
+"""The components of each process, by process id, since a forked child creates its own components."""
 _making = threading.Lock()
 
 
@@ -255,7 +255,7 @@ def unread(producer: Any, queue: str) -> int:  # noqa: ANN401 - kombu's producer
 
 @app.task(name="followups.dispatch_due", base=Bounded)
 def dispatch_due(*_: object, **__: object) -> None:
-    """Claim the follow-ups that fall due before the next tick, and publish them in batches."""
+    """Claim the follow-ups that are due before the next tick, and publish them in batches."""
     process = current_process()
     process.dispatcher.tick()
     process.bulk.start()

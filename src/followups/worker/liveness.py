@@ -1,11 +1,11 @@
 """The components that report to the heartbeats of worker and beat, and how long each may be silent.
 
-A worker that has stopped consuming must be detected. A canary message in the shared queues could be consumed by any
-worker. A canary in a separate queue would leave keys in the broker for each killed worker. A free proof of life exists:
-the consumer polls the broker continuously, and the broker answers each poll within a second, even when the queues are
-empty (`followups.worker.broker.Consumer`). An idle worker among fifty therefore reports as often as a busy worker. The
-pipeline's event loop reports while it is running. The dispatcher's thread reports while it is idle, or while it is busy
-for no longer than a tick can take.
+A worker that has stopped consuming must be detected. A canary message in the shared queues is no solution, because any
+worker could consume it. A canary in a separate queue would leave keys in the broker for each killed worker. A free
+proof of life exists: the consumer polls the broker continuously, and the broker answers each poll within a second, even
+when the queues are empty (`followups.worker.broker.Consumer`). An idle worker among fifty therefore reports as often as
+a busy worker. The pipeline's event loop reports while it is running. The dispatcher's thread reports while it is idle,
+or while it is busy for no longer than a tick can take.
 
 While the broker or the database is unreachable, or the database is read-only, all components keep retrying. Retrying
 also counts as progress. Liveness concerns only failures that a restart fixes. During an outage, a restart would lose
@@ -61,7 +61,7 @@ log = get_logger(__name__)
 _hearts: dict[int, Heartbeat | None] = {}
 """The heartbeats by process id, since a forked child has a heartbeat of its own.
 
-None means that the heartbeat could not be written, which was logged once.
+The value is None if the heartbeat could not be written, which was logged once.
 """
 
 

@@ -101,7 +101,7 @@ class Protocol:
     """Whether the second follow-up does not exist at the start."""
 
     def guards(self, name: str) -> bool:
-        """Return whether the given guard is in place."""
+        """Return whether the model includes the given guard."""
         return name not in self.without
 
 

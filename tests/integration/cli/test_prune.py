@@ -92,7 +92,7 @@ def test_archived(run: Run, world: World, tmp_path: Path, monkeypatch: pytest.Mo
 def test_nothing_is_deleted_that_is_not_archived(
     run: Run, world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """If the disk fills up, the archive has only complete batches, and rows not archived are kept."""
+    """If the disk fills up, the archive contains only complete batches, and unarchived rows are not deleted."""
     monkeypatch.setattr(pruning, "BATCH", 2)
     ids = [ended(world, 100 - n) for n in range(5)]
     real, calls = prune._write, iter(range(9))  # noqa: SLF001 - simulates a full disk

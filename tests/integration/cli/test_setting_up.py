@@ -176,7 +176,7 @@ class TestApiKey:
             assert run("api-key", "create", "--workspace", "acme", "--expires", wrong).code == 2
 
     def test_a_revoked_key_stays_revoked(self, run: Run) -> None:
-        """`api-key revoke` prints when the key was revoked; running it again has no effect."""
+        """Running `api-key revoke` again has no effect except to print when the key was revoked."""
         run("workspace", "create", "acme")
         run("api-key", "create", "--workspace", "acme")
         key_id = run("api-key", "list", "--json").document[0]["id"]

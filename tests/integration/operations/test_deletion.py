@@ -110,7 +110,7 @@ class TestWorkspace:
         name, chat = str(world.workspace_id), filled(world)
         batches = deletion.delete(world.engine, ACTOR, Whole(world.workspace_id), PATIENCE)
         for number, _ in enumerate(batches):
-            if number == 3:  # this is a moment at which follow-ups are being deleted
+            if number == 3:  # at this moment, follow-ups are being deleted
                 break
         batches.close()
         with Session(world.engine) as session:

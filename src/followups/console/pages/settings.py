@@ -1,6 +1,6 @@
 """The settings page of a workspace: API keys, sending hours, rate limits, pauses and sessions.
 
-People who see all workspaces choose one of them, or see the rate limits and pauses that apply to all workspaces.
+People who may see all workspaces select one, or view the rate limits and pauses that apply to every workspace.
 """
 
 from __future__ import annotations

@@ -50,7 +50,7 @@ class SandboxTransport:
         return "The sandbox runs in this process; it accepts every message and delivers none."
 
     async def close(self) -> None:
-        """Do nothing; the chats stay readable."""
+        """Do nothing, so that the chats can still be read."""
 
 
 def _incoming(delivery: Delivery) -> Incoming:
