@@ -53,7 +53,7 @@ CHANGES_SESSIONS = (
 """Advice for a pooler that loses session settings, locks and prepared statements."""
 
 POOLER_ROUNDS = 4
-"""How many times the sessions of two connections are compared.
+"""How many times the server sessions of two connections are compared.
 
 Under load, the first comparison already detects a changed session.
 """

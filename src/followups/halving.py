@@ -70,7 +70,7 @@ def halve_within(
             return work(part)
 
     halved = halve(batch, under_savepoint) if batch else Halved[T, R]()
-    if halved.left:  # the transaction is lost, and this call raises the error that explains why
+    if halved.left:  # the transaction is lost, and the error raised by this call explains why
         halved.done.append(work(halved.left))
     if refused:
         for item, error in halved.refused:

@@ -112,7 +112,7 @@ def schedule_many(session: Session, *, workspace_id: UUID, planned: Sequence[Pla
 
     The same rules apply as in `schedule`. The number of statements does not depend on the number of follow-ups;
     creating a thousand follow-ups takes some 100 ms. The chats are locked in ascending order of their ids. Raises
-    `SomeRefusedError` (which maps the index of each refused follow-up to its error), `QuotaExceededError` or
+    `SomeRefusedError`, which maps the index of each refused follow-up to its error. Also raises `QuotaExceededError` or
     `TransactionError`.
     """
     _check_transaction(session)

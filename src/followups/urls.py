@@ -151,7 +151,7 @@ def port_of(text: str | None, default: str) -> str:
 
 
 def broker_url(text: str) -> str:
-    """Return the URL in a form that redis-py, kombu and Flower all interpret in the same way.
+    """Return the URL in a form that redis-py, kombu and Flower interpret identically.
 
     Raises ValueError with a reason. kombu verifies a server certificate only if the URL says so, whereas redis-py
     always verifies it.

@@ -119,7 +119,7 @@ class ApiLoad:
     name: str
     url: str
     make: Callable[[], bytes]
-    """A function that returns the next request's bytes, head and body."""
+    """A function that returns the bytes of the next request, with head and body."""
     expected: bytes
     server: psutil.Process
     times: list[float] = field(default_factory=list)
@@ -152,7 +152,7 @@ class Connection:
 
 
 async def send_for(load: ApiLoad, end: float) -> int:
-    """Send requests one after the other on a separate connection until ``end``; return their number."""
+    """Send requests one by one on a separate connection until ``end``; return the number of requests."""
     connection = await Connection.open(load)
     sent = 0
     while (begun := time.perf_counter()) < end:

@@ -179,7 +179,7 @@ class AsyncioLoop(Contestant):
 
 @dataclass
 class ClientLoop(Contestant):
-    """A bare asyncio loop with the service's HTTP client: the upper limit for the service with this client."""
+    """A bare asyncio loop with the service's HTTP client, whose throughput is the upper limit for the service."""
 
     name: str = "raw loop on our HTTP client"
 

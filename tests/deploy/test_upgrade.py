@@ -46,7 +46,7 @@ PREVIOUS = REVISIONS[-2]
 
 @pytest.fixture
 def previous(settings: Settings, engine: Engine) -> Iterator[Rig]:
-    """Return a system whose database has the second newest schema."""
+    """Return a system whose database has the second-newest schema."""
     downgrade(url_as(settings.database_url.get_secret_value(), OWNER), PREVIOUS)
     with running(settings, engine, random.Random(0)) as rig:  # noqa: S311 - not for secrets
         # No process is killed in this test, so any second attempt would be caused by the upgrade.

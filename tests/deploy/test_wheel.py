@@ -104,7 +104,7 @@ def test_it_plays_the_demo(built: Built) -> None:
 
 
 def test_metadata(built: Built) -> None:
-    """The package metadata match pyproject.toml and README, and contain no invented address."""
+    """The package metadata matches pyproject.toml and README, and contains no invented address."""
     with zipfile.ZipFile(built.wheel) as wheel:
         (name,) = [name for name in wheel.namelist() if name.endswith(".dist-info/METADATA")]
         metadata = message_from_string(wheel.read(name).decode())
@@ -123,7 +123,7 @@ def test_metadata(built: Built) -> None:
 
 
 def test_the_version_stands_in_one_place() -> None:
-    """The package states its version in only one place."""
+    """The version of the package is stated in only one place."""
     version = pyproject()["project"]["version"]
     assert not [path for path in (ROOT / "src").rglob("*.py") if f'"{version}"' in path.read_text()]
 

@@ -58,7 +58,7 @@ class PromiseBroken(AssertionError):  # noqa: N818 - a promise that is broken, n
 
 
 def expect(kept: object, promise: str) -> None:
-    """Raise `PromiseBroken` unless the promise was kept."""
+    """Raise `PromiseBroken` if the guarantee was broken."""
     if not kept:
         raise PromiseBroken(promise)
 
@@ -75,7 +75,7 @@ class Scene:
 
     @property
     def engine(self) -> Engine:
-        """The engine from whose statements a guard may be missing."""
+        """The engine whose statements may lack a guard."""
         return self.world.engine
 
     def lease(self) -> Lease:
@@ -349,7 +349,7 @@ def claimed_at_once(scene: Scene) -> None:
 
 
 def fairly(scenario: Callable[[Scene], None]) -> Callable[[Scene], None]:
-    """Return a scenario with fair claims instead of all other claims."""
+    """Return a scenario in which all claims are fair claims."""
     return lambda scene: scenario(replace(scene, claim=claim_fairly, take=claims.claim_fairly))
 
 

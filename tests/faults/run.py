@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 HERE = Path(__file__).parent
 RESULTS = HERE / "RESULTS.md"
 UNSEEDED = ("test_guards.py", "test_model.py", "test_known_bugs.py", "test_report.py")
-"""Tests that need to run only once, because they do not depend on the seed."""
+"""Tests that run only once, because they do not depend on the seed."""
 
 FAULTS = {
     1: "Worker killed with SIGKILL at each step",

@@ -1,4 +1,4 @@
-"""Tests of failover to a real replica: no message is lost or sent twice, and health checks fail."""
+"""Tests of a failover to a real replica: no message is lost or sent twice, and health checks fail meanwhile."""
 
 from __future__ import annotations
 

@@ -35,7 +35,7 @@ DEFAULTS = {"FOLLOWUPS_LEASE": "60", "FOLLOWUPS_TRANSPORT_TIMEOUT": "10", "FOLLO
 """The default settings. The limits derive from the lease, which the short forms reduce."""
 
 GRACE = 30.0
-"""The seconds that orchestrators allow between SIGTERM and SIGKILL."""
+"""The seconds that an orchestrator allows between SIGTERM and SIGKILL."""
 
 by_server = pytest.mark.parametrize("server", ["database", "broker"])
 
@@ -56,7 +56,7 @@ def working(rig: Rig) -> list[Child]:
 
 
 def seconds_until_noticed(workers: Sequence[Child], server: str, proxy: Proxy) -> float:
-    """Wait until a client closes its database connection, or all workers give up waiting for the broker."""
+    """Wait until a client closes its database connection, or until all workers stop waiting for the broker."""
     since = time.monotonic()
     if server == "database":  # a lost database connection only costs a reconnect, which is not logged
         wait_until(proxy.given_up, within=90, every=0.05)

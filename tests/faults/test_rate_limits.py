@@ -1,4 +1,4 @@
-"""Tests of rate limits with real workers while Redis is wiped: all promises and the limit are kept."""
+"""Tests of rate limits with real workers while Redis is wiped: all guarantees and the limit hold."""
 
 from __future__ import annotations
 

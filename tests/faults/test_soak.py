@@ -44,7 +44,7 @@ _DEAD = "SELECT coalesce(sum(n_dead_tup), 0)::int FROM pg_stat_user_tables WHERE
 
 @dataclass
 class Samples:
-    """Repeated samples: a list of values for each name."""
+    """Samples taken repeatedly: a list of values for each name."""
 
     rig: Rig
     values: dict[str, list[float]] = field(default_factory=lambda: defaultdict(list))

@@ -135,8 +135,8 @@ def test_comes_back_gently(own: Settings) -> None:
             reading = await told(store, [], 1000, succeeded=False)
             granted += reading.permits
             elapsed = time.monotonic() - started
-            # The breaker's rate doubles every second, so the attempts of one second are at most twice those of the
-            # second before.
+            # The breaker doubles its rate every second, so one second has at most twice the attempts of the second
+            # before.
             assert granted <= 20 * 2 ** (elapsed + 1) / 0.69
             await asyncio.sleep(0.02)
         assert reading == Reading(CLOSED, 0, changed=True)
@@ -339,7 +339,7 @@ class Failing:
         self.outcome = outcome
         self.calls = 0
         self.well: UUID | None = None
-        """The workspace whose messages the transport accepts."""
+        """The workspace whose messages the transport accepts; it fails all others."""
 
     async def open(self) -> None: ...
 

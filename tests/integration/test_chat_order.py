@@ -72,7 +72,7 @@ class TestOrder:
         assert [world.row(one).waits_for for one in (first, second, held, last)] == [None, first, None, second]
 
     def test_later_waits_through_retries(self, world: World, steps: Steps) -> None:
-        """If a chat's earlier follow-up is to be retried, a later follow-up does not overtake it."""
+        """If a chat's earlier follow-up will be retried, a later follow-up does not overtake it."""
         chat = world.chat()
         first, second = world.follow_up(chat, -2 * SECOND), world.follow_up(chat, -SECOND)
         beginning = steps.begin(steps.claim().leases)

@@ -181,7 +181,7 @@ class TestLowWater:
     def test_what_came_in_behind(self, world: World, steps: Steps) -> None:
         """If a row is inserted before the low-water mark, a claim that starts at the mark misses it.
 
-        A full claim finds the row.
+        A full claim finds this row.
         """
         low = steps.claim().low_water
         world.follow_up(due=-timedelta(minutes=5))
@@ -191,7 +191,7 @@ class TestLowWater:
     def test_dispatcher_looks_behind(
         self, world: World, engine: Engine, settings: Settings, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        """Even if full claims are slow, one tick is enough to claim a row inserted before the low-water mark."""
+        """Even if full claims are slow, one tick suffices to claim a row inserted before the low-water mark."""
         monkeypatch.setattr(dispatcher, "QUICK", 0.0)
         monkeypatch.setattr(dispatcher, "LOOKING_SHARE", 0.005)  # full claims then run about a second apart
         hints: list[Hint] = []

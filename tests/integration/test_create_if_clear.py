@@ -61,14 +61,14 @@ def test_a_clear_case(world: World) -> None:
     ids=["reply", "no messages", "removed", "whatsapp", "instagram"],
 )
 def test_a_chat_that_is_not_clear(world: World, columns: dict[str, object]) -> None:
-    """If a chat is removed, has a window, or was not last written to by the agent, a transaction decides."""
+    """If a chat is removed, has a window, or its last message is not the agent's, a transaction decides."""
     assert create(world, world.chat(**columns)) is None
     assert create(world, uuid4()) is None
     assert pending(world) == 0
 
 
 def test_keys_quotas_and_workspaces(world: World) -> None:
-    """An invalid key, a quota and a workspace being deleted are left to the transaction to decide."""
+    """The single statement leaves an invalid key, a quota and a workspace being deleted to the transaction."""
     chat_id = world.chat()
     for change in ("revoked_at = now()", "expires_at = now()"):
         key_id = key_of(world)[0]

@@ -39,7 +39,7 @@ LEASED = "SELECT count(*) FROM follow_ups WHERE lease_until > now()"
 def worlds_of(engine: Engine, *counts: int, due: timedelta = timedelta(0)) -> list[World]:
     """Create a workspace for each number, with that many overdue follow-ups; return the workspaces.
 
-    The follow-ups of the first workspace are due before the follow-ups of the second, and so on.
+    All follow-ups of the first workspace are due before those of the second, and so on.
     """
     worlds = [World(engine) for _ in counts]
     for number, (world, count) in enumerate(zip(worlds, counts, strict=True)):

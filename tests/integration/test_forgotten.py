@@ -66,7 +66,8 @@ def test_the_next_tick_finds_it(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """A cheap search finds a forgotten follow-up within two ticks, however long leases are."""
-    monkeypatch.setattr(dispatcher, "FORGOTTEN_SHARE", 1.0)  # on a busy machine, a single search may seem expensive
+    # on a busy machine, even a single search may seem expensive
+    monkeypatch.setattr(dispatcher, "FORGOTTEN_SHARE", 1.0)
     patient = settings.model_copy(update={"lease": timedelta(hours=1)})
     hints: list[Hint] = []
     ticking = Dispatcher(patient, engine, hints.append)

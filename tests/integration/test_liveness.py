@@ -30,7 +30,7 @@ def test_a_stuck_loop_and_a_stuck_tick(
 ) -> None:
     """The pipeline reports as long as its event loop runs, and the dispatcher reports even while idle.
 
-    If a component is stuck, its last report grows old.
+    If a component is stuck, the time since its last report grows.
     """
     stuck = threading.Event()
     dispatcher = Dispatcher(settings, engine, lambda _: stuck.wait() and None)

@@ -79,7 +79,7 @@ def beginning(place: DeliverySteps) -> Callable[[], set[UUID]]:
 
 
 def ending(place: DeliverySteps) -> Callable[[], set[UUID]]:
-    """Return a function whose begin ends all follow-ups, because the users have replied."""
+    """Return a begin function that ends all follow-ups, because the users have replied."""
     leases = place.leases()
     place.world.sql("UPDATE chats SET last_message_role = 'user'")
 

@@ -50,7 +50,7 @@ def free(world: World) -> int:
 
 
 def test_a_paused_workspace(world: World, engine: Engine, settings: Settings) -> None:
-    """A paused follow-up has no lease, has used no attempt and is not claimed; other follow-ups continue."""
+    """A paused follow-up has no lease, has used no attempt and is not claimed; all others continue."""
     others = type(world)(engine)
     mine, theirs = world.follow_up(), others.follow_up()
     scope = pause(world)

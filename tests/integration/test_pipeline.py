@@ -372,7 +372,7 @@ def test_suspects_apart(  # noqa: PLR0913 - fixtures and three parameters
 ) -> None:
     """A follow-up with two lost leases is sent alone.
 
-    A follow-up with one lost lease is sent with at most a few others of this kind. Follow-ups that have
+    A follow-up with one lost lease is sent together with at most a few others that also lost one. Follow-ups that have
     lost no lease continue.
     """
     under_way: list[int] = []

@@ -164,7 +164,7 @@ def test_a_burst_goes_at_the_rate(world: World, bench: Bench) -> None:
 def test_a_place_that_cannot_be_read(world: World, bench: Bench) -> None:
     """If a follow-up's place under a limit cannot be read, no other follow-up is delayed.
 
-    The limit still counts the other follow-ups.
+    All other follow-ups still count towards the limit.
     """
     limit(world, 1000, burst=10)
     world.alter("ALTER TABLE follow_ups DROP CONSTRAINT ck_follow_ups_times_are_readable")

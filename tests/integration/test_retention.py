@@ -106,7 +106,7 @@ def test_many_go_in_batches(world: World, engine: Engine, settings: Settings, mo
     chat_id = world.chat()
     for n in range(10):
         ended(world, 31 * DAY + n * HOUR, chat_id=chat_id)
-        receive(world, uuid4(), 31 * DAY + n * HOUR)  # the last message of its chat
+        receive(world, uuid4(), 31 * DAY + n * HOUR)  # this is the last message of its chat
         receive(world, chat_id, 31 * DAY + n * HOUR)  # older than the last message of its chat
     removed = pruner_of(engine, settings).prune()
     assert (removed["follow_ups"], removed["chat_messages"]) == (10, 10)

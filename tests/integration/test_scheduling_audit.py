@@ -34,7 +34,7 @@ def events(world: World, follow_up: UUID) -> list[tuple[str, str, dict[str, Any]
 
 
 def test_a_cancel_from_python(world: World) -> None:
-    """A cancel from Python is recorded as an audit event of the process's user, without the reason.
+    """A cancel from Python is audited under the user of the process, without the reason.
 
     A repeated, rejected or rolled-back cancel is not recorded.
     """

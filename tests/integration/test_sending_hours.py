@@ -43,7 +43,7 @@ def hours_from(ahead: timedelta, length: timedelta) -> SendingHours:
 
 
 def clock(moment: datetime) -> time:
-    """Return the time of day, to the minute."""
+    """Return the local time of day, without seconds."""
     return moment.time().replace(second=0, microsecond=0)
 
 

@@ -46,7 +46,7 @@ def test_connection_lost_before_the_commit(world: World, engine: Engine, monkeyp
 
 
 def test_nothing_to_ask(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
-    """If a transaction wrote no row, a failed commit is an error: no row shows whether it took effect."""
+    """If a transaction wrote no row, a failed commit is an error, since no row shows whether it succeeded."""
     break_once(monkeypatch, psycopg.Connection.commit)
     with pytest.raises(OperationalError):
         transact(engine, lambda connection: connection.scalar(text("SELECT 1")))

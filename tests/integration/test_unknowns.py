@@ -58,7 +58,7 @@ def test_reply(world: World, doubtful: tuple[UUID, UUID]) -> None:
 
 
 def test_cancel(world: World, doubtful: tuple[UUID, UUID]) -> None:
-    """The reason of a cancel mentions the unknown outcome, unless the caller gave a reason.
+    """The reason of a cancelled follow-up mentions the unknown outcome, unless the caller gave a reason.
 
     A reason given by the caller is stored unchanged.
     """

@@ -83,7 +83,7 @@ def hours_of_24(world: World) -> None:
 
 
 def endless_window(world: World) -> None:
-    """Set every chat's last user message to infinity, outside sending hours."""
+    """Outside sending hours, set the time of every chat's last user message to infinity."""
     unchecked(world, "chats")
     world.sql(
         "UPDATE chats SET channel = 'whatsapp', last_user_message_at = 'infinity' WHERE workspace_id = :id",
@@ -481,7 +481,7 @@ class TestRecords:
         assert refused
 
     def test_a_claim(self, world: World, engine: Engine, settings: Settings) -> None:
-        """A lost lease is claimed again, even if its failed attempt cannot be recorded."""
+        """A lost lease is claimed again even if the failed attempt cannot be recorded."""
         lost = world.follow_up(begun_at=text("now()"), lease_until=text("now() - interval '1 s'"))
         with capture_logs() as logs:
             assert [lease.id for lease in claim(engine, settings).leases] == [lost]

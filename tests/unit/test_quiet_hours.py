@@ -14,7 +14,7 @@ from followups.sending_hours import DAYS, SendingHours, opens_at, read_days, spa
 BERLIN = "Europe/Berlin"
 MINUTE = timedelta(minutes=1)
 DAY = timedelta(days=1)
-# Time zones with changes by an hour, by half an hour, at midnight or never, with a skipped day, and with unusual
+# Time zones that change by an hour, by half an hour, at midnight or never, that skipped a day, or that have unusual
 # offsets.
 ZONES = (
     "UTC", BERLIN, "America/New_York", "Australia/Lord_Howe", "America/Havana", "Asia/Kathmandu", "Pacific/Apia",
@@ -99,7 +99,7 @@ def test_opening_is_where_it_opens(hours: SendingHours, moment: datetime) -> Non
         ("08:00", "20:00", "2030-01-31T22:00Z", "2030-02-01T07:00Z"),
         ("08:00", "20:00", "2030-07-31T22:00Z", "2030-08-01T06:00Z"),
         ("08:00", "20:00", "2030-01-31T12:00Z", "2030-01-31T12:00Z"),
-        ("08:00", "20:00", "2030-01-31T19:00Z", "2030-02-01T07:00Z"),  # 20:00 is already outside
+        ("08:00", "20:00", "2030-01-31T19:00Z", "2030-02-01T07:00Z"),  # 20:00 is already outside the hours
         ("08:00", "20:00", "2030-01-31T07:00Z", "2030-01-31T07:00Z"),  # 08:00 is already within the hours
         ("22:00", "06:00", "2030-01-31T12:00Z", "2030-01-31T21:00Z"),
         ("22:00", "06:00", "2030-01-31T02:00Z", "2030-01-31T02:00Z"),  # within the night that began the day before

@@ -86,9 +86,9 @@ class KnownKeys:
     """API keys that were valid at their last use.
 
     The body of a request with such a key is read without first looking up the key in the database. The transaction of
-    each request checks the key again, so a revocation takes effect immediately, and the key is then forgotten. A key in
-    use is looked up only once, so a flood of requests with unknown keys cannot delay its requests. An instance belongs
-    to one event loop.
+    each request checks the key again. A revocation therefore takes effect immediately, and the key is then forgotten. A
+    key in use is looked up only once, so a flood of requests with unknown keys cannot delay its requests. An instance
+    belongs to one event loop.
     """
 
     def __init__(self) -> None:

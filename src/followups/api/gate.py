@@ -69,7 +69,7 @@ AT_MOST_ONCE = (b"host", b"authorization", b"idempotency-key", b"content-type", 
 
 
 class Budget:
-    """The memory shared by all request bodies. Each uses memory from its arrival until its response."""
+    """The memory shared by all request bodies. Each body uses memory from its arrival until its response."""
 
     def __init__(self) -> None:
         """Start with no memory reserved."""

@@ -146,7 +146,7 @@ class LimitedProtocol(HttpToolsProtocol):
         return self._wire.owner is not None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override] # as uvicorn's
-        """Close another connection if there are too many, and start the header timer."""
+        """Close another connection if there are too many, and start the timer for the headers."""
         if len(self.connections) >= MAX_CONNECTIONS and not self._crowd.make_room():
             transport.abort()
             return

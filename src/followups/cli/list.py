@@ -28,7 +28,7 @@ MAX_LIMIT = 1000
 AFTER = "Only due then or later, as in 2030-01-31T09:00:00Z."
 BEFORE = "Only due before that."
 WIDE = 150
-"""Terminal width from which the table also shows the chat."""
+"""Terminal width from which the table has a column for the chat."""
 
 
 @app.command(

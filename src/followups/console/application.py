@@ -1,4 +1,4 @@
-"""The console's ASGI application: finds the route, checks the origin and the session, and authorizes."""
+"""The console's ASGI application: it finds the route, checks the origin and the session, and authorizes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Sentences that tell a user what a due date will lead to, before it is saved."""
+"""Sentences that explain the consequences of a due date before it is saved."""
 
 from __future__ import annotations
 

@@ -114,7 +114,8 @@ class Live:
                 log.warning("console_look_failed", error=type(error).__name__)
                 now = before
             for stream in self._streams:
-                # A topic's first value counts as a change: there may have been one since the page was rendered.
+                # A topic's first value counts as a change, since the topic may have changed after the page was
+                # rendered.
                 if any(before.get(topic) != now.get(topic) for topic in stream.topics):
                     stream.changed.set()
             before = now

@@ -18,7 +18,7 @@ WEEKDAYS = ("Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", 
 
 
 class AmbiguousTimeError(InvalidRequestError):
-    """The clock shows this time twice, because it is set back; choose one of the two."""
+    """The clock shows this time twice, because it is set back on that day; choose one of the two times."""
 
     slug = "ambiguous-time"
 

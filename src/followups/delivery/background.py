@@ -12,7 +12,7 @@ class Background(ABC):
     name: str
 
     def __init__(self) -> None:
-        """Prepare the thread without starting it."""
+        """Prepare the thread, but do not start it."""
         self._stopping = threading.Event()
         self._thread: threading.Thread | None = None
 

@@ -106,7 +106,7 @@ class DueQueue:
     def take(self, most: int, tripped: frozenset[int] = frozenset(), permits: int = 0) -> list[Lease]:
         """Remove and return up to ``most`` due leases, each with a slot.
 
-        Possible poison pills are taken only within their quota, and leases of ``tripped`` workspaces only up to
+        Possible poison pills are taken only within their quota. Leases of ``tripped`` workspaces are taken only up to
         ``permits``.
         """
         horizon, now, most = self._clock.now() + LEAD, uptime(), min(most, self.slots.free)
@@ -136,7 +136,7 @@ class DueQueue:
         return self._fair.count(keys)
 
     def shed(self, keys: frozenset[int], most: int) -> list[Lease]:
-        """Keep ``most`` of the due leases; remove the other due leases, and return them, earliest first.
+        """Keep ``most`` of the due leases; remove the others and return them, earliest first.
 
         Only these workspace queues are considered.
         """

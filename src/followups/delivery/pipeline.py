@@ -240,7 +240,7 @@ class Pipeline:
             self._spawn(self._unblock_later(step.blocking))
 
     async def _unblock_later(self, ended: Collection[UUID]) -> None:
-        """Unblock the follow-ups that wait for the ended ones, once no transaction locks their rows.
+        """Unblock the follow-ups that wait for the ended ones, as soon as no transaction locks their rows.
 
         While the pipeline drains, it leaves the unblocking to dispatchers.
         """

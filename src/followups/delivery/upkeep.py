@@ -51,7 +51,7 @@ class Upkeep:
         ) and await insist(self._engine, self._rate_limits.read, "limits", stopping)
 
     async def run(self) -> None:
-        """Read the clock and the rate limits again and again until cancelled.
+        """Read the clock and the rate limits repeatedly, until cancelled.
 
         A warning is logged once if this host's clock and the database's clock differ too much.
         """

@@ -70,7 +70,7 @@ class Processes:
         return child
 
     def ended(self) -> list[Child]:
-        """Return the commands that have ended although they were not stopped."""
+        """Return the commands that have ended without having been stopped."""
         return [child for child in self.children if child.exit_code is not None]
 
     def stop(self) -> None:

@@ -1,9 +1,8 @@
 """Ctrl-C, SIGTERM and a closed terminal: recorded when they arrive, handled between two steps.
 
-If a signal handler raised an exception, the exception could occur between the start of a process and the moment when
-the start is recorded. Therefore the first signal is only recorded, and `StopSignals.check` turns it into
-KeyboardInterrupt. A second signal before that check raises immediately, and the watchdog of `followups.embedded` stops
-the remaining processes.
+If a signal handler raised an exception, a process might already be started but not yet recorded. Therefore the first
+signal is only recorded, and `StopSignals.check` turns it into KeyboardInterrupt. A second signal before that check
+raises immediately, and the watchdog of `followups.embedded` stops the remaining processes.
 """
 
 from __future__ import annotations

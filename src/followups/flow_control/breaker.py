@@ -3,7 +3,7 @@
 Due follow-ups are deferred in the database (`followups.delivery.deferral`), except for a few in the due queue. All
 workers share one state in Redis (`BreakerStore`). Deliveries continue while Redis is unreachable. Only a worker whose
 own attempts fail as many times in a row as configured stops beginning follow-ups, until it next queries Redis some
-seconds later. If Redis is wiped, the breaker is closed and opens again with the next failures.
+seconds later. If Redis is wiped, the breaker is closed, and new failures open it again.
 
     closed -> open: so many different follow-ups failed, and none succeeded in between
     open -> probing: after a pause that doubles from one time to the next, a few may begin

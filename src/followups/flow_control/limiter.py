@@ -72,7 +72,7 @@ class Bucket:
 class TokenRequest:
     """A follow-up that needs one token from each of its buckets.
 
-    Requests are served in the order of ``since``, then of their ids.
+    Requests are served in the order of ``since``, and in the order of their ids if ``since`` is equal.
     """
 
     id: UUID
@@ -239,7 +239,7 @@ class RateLimits:
 
     @asynccontextmanager
     async def tokens(self, leases: Sequence[Lease]) -> AsyncIterator[tuple[dict[UUID, timedelta], set[UUID]]]:
-        """Acquire tokens for the leases whose turn it is.
+        """Acquire tokens for those leases whose turn it is.
 
         Yields the wait of each lease that got no token, and an empty set, to which the caller's block adds the
         follow-ups that begin. The tokens of follow-ups that did not begin are returned.

@@ -136,7 +136,7 @@ def with_key(select: str) -> str:
     """Return the given SELECT, combined with the look-up of the API key whose id is ``this_key``.
 
     If the combined query returns no row, the key is not valid. With a valid key it returns at least one row; ``is_row``
-    is null if the given SELECT returns no row. ``key_now`` is the start of the transaction.
+    is null if the given SELECT returns no row. ``key_now`` is the start time of the transaction.
     """
     return f"""
         SELECT k.id AS key_id, now() AS key_now, this.*

@@ -33,7 +33,7 @@ REMOVED = finish(Status.CANCELLED, ReasonCode.CHAT_REMOVED)
 
 @dataclass(frozen=True, slots=True)
 class Whole:
-    """The object to delete: a workspace, or one chat in it."""
+    """What is to be deleted: a workspace, or one chat in it."""
 
     workspace_id: UUID
     chat_id: UUID | None = None

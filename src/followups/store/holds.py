@@ -172,6 +172,6 @@ _LONGEST = timedelta(days=1)
 def back_at(opening: datetime, due_date: datetime) -> datetime:
     """Return the time at which a follow-up held until ``opening`` is tried again.
 
-    Follow-ups with earlier due dates come first, and the times are spread so that not all of them fall due together.
+    Earlier due dates get earlier times, and the times are spread so that the follow-ups do not all fall due together.
     """
     return opening + SPREAD * max(0.0, 1 - (opening - due_date) / _LONGEST)

@@ -43,7 +43,7 @@ class Tick:
     """A dispatcher tick in progress; another dispatcher's tick can run only after its transaction has ended."""
 
     in_grace: bool
-    """Whether expired leases with an attempt in flight are still left to their workers."""
+    """Whether expired leases with an attempt in flight are still left to their workers to settle."""
 
 
 # A tick is recorded at most five times a second, since each update leaves a dead row behind. A recorded time in the
@@ -86,7 +86,7 @@ def begin(connection: Connection, rhythm: Rhythm) -> Tick | None:
 
 
 def ensure_recordable(connection: Connection) -> None:
-    """Insert the row that records ticks if an operator has deleted it; without this row nothing is claimed."""
+    """Insert the row that records ticks if an operator has deleted it; nothing is claimed without it."""
     connection.execute(_INSERT)
 
 

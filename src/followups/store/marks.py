@@ -50,7 +50,7 @@ def written(connection: Connection, moments: Iterable[tuple[UUID, datetime]]) ->
 
 
 def _stand(query: TextClause, rows: list[tuple[UUID, int | datetime]], connection: Connection) -> bool | None:
-    """Return whether any row still has the values that were written, or None while all rows are locked."""
+    """Return whether any row still has the written values, or None while all rows are locked."""
     parameters = {"ids": [row_id for row_id, _ in rows], "marks": [mark for _, mark in rows]}
     found = list(connection.scalars(query, parameters))
     return any(found) if found else None

@@ -1,4 +1,4 @@
-"""Traces (OpenTelemetry): from the request that creates a follow-up to the transport that sends it.
+"""Traces (OpenTelemetry): from the request that creates a follow-up to the call that sends it.
 
 Tracing is off, and costs almost nothing, unless the environment names a collector (``OTEL_EXPORTER_OTLP_ENDPOINT`` or
 ``OTEL_EXPORTER_OTLP_TRACES_ENDPOINT``) and the extra is installed: ``pip install chat-followups[otel]``. The other
@@ -102,7 +102,7 @@ class Tracing:
             yield note
 
     def past(self, name: str, parent: Context, attributes: Attributes, seconds: float) -> None:
-        """Record a span that has just ended and lasted the given number of seconds."""
+        """Record a span that has just ended; ``seconds`` is its duration."""
         now = time.time_ns()
         span = self._tracer.start_span(name, parent, attributes=attributes, start_time=now - int(seconds * 1e9))
         span.end(now)

@@ -67,7 +67,7 @@ class Sockets:
         self._calls[address] = self._calls.get(address, 0) + 1
 
     def end(self, address: Address) -> None:
-        """Remove a finished call from the count of this connection."""
+        """Subtract a finished call from this connection's number of calls."""
         left = self._calls.pop(address) - 1
         if left:
             self._calls[address] = left
@@ -99,7 +99,8 @@ def _port(number: int) -> int:
     opened = socket.socket(fileno=number)
     try:
         return int(opened.getsockname()[1])
-    except (OSError, IndexError):  # this socket was closed, because the other address family connected faster
+    # this socket was closed, because the connection over the other address family was established first
+    except (OSError, IndexError):
         return -1
     finally:
         opened.detach()

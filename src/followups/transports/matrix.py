@@ -32,7 +32,7 @@ EVENT_NAMESPACE = uuid5(NAMESPACE_URL, "https://matrix.to/")
 class MatrixTransport:
     """Sends each message to the Matrix room whose id is the chat's external id.
 
-    Implements the port's `Transport`.
+    Implements the `Transport` protocol of `followups.transports.port`.
     """
 
     name = "matrix"

@@ -51,7 +51,7 @@ if TYPE_CHECKING:
 log = get_logger(__name__)
 
 UNREAD = 1000
-"""Number of unread messages in the tick queue at which no more are added, so that beat and nudges cannot fill the
+"""Number of unread messages in the tick queue from which no more are added. Beat and nudges can therefore not fill the
 broker while no worker is running. Ticks do not expire, because Celery would have to compare the clocks of two hosts. If
 the clock of one host were an hour ahead, all ticks would be dropped. The dispatcher merges all waiting ticks into one.
 """
@@ -163,7 +163,7 @@ if not settings.remote_control:
 
 
 class Process:
-    """The components of one worker process, created after the fork on first use."""
+    """The components of one worker process, created on first use after the fork."""
 
     def __init__(self) -> None:
         """Create the components of the process without connecting to anything."""

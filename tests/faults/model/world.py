@@ -67,7 +67,7 @@ class ModelWorld(NamedTuple):
         return self._replace(rows=(row, self.rows[1]) if number == 0 else (self.rows[0], row))
 
     def without_dead_jobs(self) -> ModelWorld:
-        """Return this state without the jobs that every guard will refuse from now on.
+        """Return this state without the jobs that every guard will reject from now on.
 
         With all guards in place this simplification is sound, because tokens are never reused and final states never
         change.
@@ -110,5 +110,5 @@ class Broken(Exception):  # noqa: N818 - a broken promise, named as such
 
 
 def break_promise(name: str) -> None:
-    """Raise `Broken` with the name of a promise."""
+    """Raise `Broken` with the name of the broken guarantee."""
     raise Broken(name)

@@ -1,4 +1,4 @@
-"""Hooks for schemathesis: valid requests that are rejected because of the current state.
+"""Hooks for schemathesis, for valid requests that are rejected because of the current state.
 
 The rules behind these rejections cannot be expressed in the OpenAPI document. `valid_requests_are_accepted` replaces
 `positive_data_acceptance` of schemathesis. The replacement is the same check, except for the 422 responses of these

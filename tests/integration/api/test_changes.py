@@ -122,7 +122,7 @@ class TestChange:
         is_problem(api.patch(api.create(), chatId=str(uuid4())), 404, "not-found")
 
     def test_chat_of_the_user(self, api: Api) -> None:
-        """A follow-up cannot be moved into a chat in which the user wrote last."""
+        """A follow-up cannot be moved into a chat whose last message is from the user."""
         is_problem(api.patch(api.create(), chatId=api.chat("api", "user")), 409, "nothing-to-follow-up")
 
     def test_messaging_window(self, api: Api) -> None:

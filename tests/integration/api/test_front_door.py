@@ -192,7 +192,7 @@ def test_a_revoked_key_is_refused_at_once(api: Api) -> None:
     assert api.get(FOLLOW_UPS).status_code == 401
     assert api.client.post(CHAT_MESSAGES, json={"id": 1}).status_code == 401
     head = f"POST {CHAT_MESSAGES} HTTP/1.1\r\nhost: a\r\nauthorization: {api.key}\r\ncontent-length: 9\r\n\r\n"
-    assert raw(api, head.encode()).startswith(b"HTTP/1.1 401")  # the server no longer waits for the body
+    assert raw(api, head.encode()).startswith(b"HTTP/1.1 401")  # the server is no longer waiting for the body
 
 
 def test_bodies_have_a_budget(settings: Settings, world: World, monkeypatch: pytest.MonkeyPatch) -> None:

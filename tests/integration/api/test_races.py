@@ -1,7 +1,7 @@
 """Races of reply and create, cancel and deliver, patch and tick, over concurrent connections.
 
-One transaction stops halfway while it holds its locks, a second transaction starts, and then the first transaction
-continues. The tests do not sleep, because PostgreSQL reports when the second transaction waits.
+The first transaction stops halfway, holding its locks. A second transaction starts, and then the first one continues.
+The tests do not sleep, because PostgreSQL reports when the second transaction waits.
 """
 
 from __future__ import annotations

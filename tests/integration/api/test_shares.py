@@ -1,6 +1,6 @@
 """Tests of the limits that keep one workspace from using up the database for all others.
 
-The number of connections of each workspace is limited, and deep pages are cheap.
+The number of connections per workspace is limited, and deep pages are cheap.
 """
 
 from __future__ import annotations

@@ -109,7 +109,7 @@ class TestCancel:
         assert world.row(waiting).status == "cancelled"
 
     def test_what_somebody_holds_is_come_back_to(self, run: Run, world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-        """If a row stays locked by another transaction, a bulk cancel skips and counts it.
+        """A bulk cancel skips and counts a row that stays locked by another transaction.
 
         All rows that are not locked are cancelled.
         """

@@ -98,7 +98,7 @@ async def test_a_refusal_keeps_the_first_200_characters_of_its_reason(rig: Trans
 
 
 async def test_a_refusal_never_carries_a_nul(rig: TransportRig) -> None:
-    """Characters that PostgreSQL cannot store are removed from a rejection's reason."""
+    """Characters that PostgreSQL cannot store are removed from the reason of a rejection."""
     outcome = await rig.send(a_delivery(), kind="reject", status=404, body="no\x00 such\x1b[31m chat\x7f")
     assert outcome == Rejected("HTTP 404 no such[31m chat", 404)
 

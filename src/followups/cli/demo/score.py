@@ -67,7 +67,7 @@ class FollowUpState:
 
     @property
     def trying_again(self) -> bool:
-        """Whether an attempt has failed and the follow-up will be attempted again."""
+        """Whether an attempt has failed and another one will follow."""
         return not self.ended and self.attempts > 0 and self.next_attempt_at is not None
 
     @property

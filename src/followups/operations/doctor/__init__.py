@@ -1,6 +1,6 @@
 """The checks of ``followups doctor``, which return or yield findings and never raise.
 
-A finding with advice needs immediate attention. A finding without advice is only information.
+A finding with advice needs immediate attention. A finding without advice is for information only.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ class Finding:
 
     @property
     def ok(self) -> bool:
-        """Whether the check found no problem."""
+        """Whether the check has found no problem."""
         return not self.advice
 
     def document(self) -> dict[str, object]:

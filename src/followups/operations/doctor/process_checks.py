@@ -27,7 +27,7 @@ PATIENCE = 3.0
 
 
 def workers(ask: Callable[[], Replies]) -> Finding:
-    """Check the state of all workers, as returned by ``ask``.
+    """Check the state of all workers, as reported by ``ask``.
 
     A worker that consumes nothing still replies.
     """

@@ -23,7 +23,7 @@ KEEP_CHATS = 300
 KEEP_MESSAGES = 30
 """Number of messages that are kept for each chat."""
 KEEP_ATTEMPTS = 20
-"""Number of attempts that are kept for each message."""
+"""Number of attempts kept for each message."""
 KEEP_TEXT = 2_000
 """Number of characters that are kept of each message."""
 
