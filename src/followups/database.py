@@ -75,7 +75,7 @@ class BoundedConnection(psycopg.Connection[Any]):
     """Time limit in seconds for the response to one statement, or None for no limit."""
 
     def wait(self, gen: PQGen[T], interval: float = 0.1, timeout: float | None = None) -> T:
-        """Wait for the response as psycopg does.
+        """Wait for the server's response in the way that psycopg waits.
 
         If no response arrives in time, close the connection and raise `psycopg.OperationalError`.
         """
@@ -94,7 +94,7 @@ class BoundedAsyncConnection(psycopg.AsyncConnection[Any]):
     patience: float | None = None
 
     async def wait(self, gen: PQGen[T], interval: float = 0.1, timeout: float | None = None) -> T:  # noqa: ASYNC109 - psycopg's own
-        """Wait for the response as psycopg does.
+        """Wait for the server's response in the way that psycopg waits.
 
         If no response arrives in time, close the connection and raise `psycopg.OperationalError`.
         """
@@ -111,7 +111,7 @@ Bounded = BoundedConnection | BoundedAsyncConnection
 
 
 def _fell_silent(connection: Bounded, since: float) -> bool:
-    """Return whether an exchange with the server failed because the server did not respond.
+    """Return whether an exchange failed because the database server did not respond.
 
     ``since`` is the beginning of the exchange in monotonic seconds.
     """

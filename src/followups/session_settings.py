@@ -39,8 +39,8 @@ SESSION: Mapping[str, str] = {
     "TimeZone": "UTC",
     "array_nulls": "on",
     "extra_float_digits": "1",
-    # A statement may wait for a row lock, and a pooled session may be idle, so these timeouts are off. The limits of
-    # `make_engine` end anything that takes too long, and migrations set their own `lock_timeout`.
+    # A statement may wait for a row lock, and a pooled session may be idle, so these timeouts are off. Operations that
+    # take too long are ended by the limits of `make_engine`, and migrations set their own `lock_timeout`.
     "lock_timeout": "0",
     "transaction_timeout": "0",
     "idle_session_timeout": "0",
@@ -58,9 +58,10 @@ BY_KEY: Mapping[str, str] = {
 }
 """Planner options for workers.
 
-Each worker statement looks up a batch by key or scans an index. The planner must keep choosing these plans when a burst
-of inserts has made the table's statistics wrong. Right after an insert of 20,000 rows, begin took 17 ms per hundred
-follow-ups without these options, and 4 ms with them. JIT is off because compiling would take longer than the statement.
+Each SQL statement of a worker looks up a batch by key or scans an index. The planner must keep choosing these plans
+when a burst of inserts has made the table's statistics wrong. Right after an insert of 20,000 rows, begin took 17 ms
+per hundred follow-ups without these options, and 4 ms with them. JIT is off because compiling would take longer than
+the statement.
 """
 
 ONCE_PLANNED: Mapping[str, str] = {**BY_KEY, "plan_cache_mode": "force_generic_plan"}

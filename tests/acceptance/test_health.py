@@ -40,7 +40,7 @@ redis.Channel._brpop_start = lambda channel: None if Path(os.environ["DEAF"]).ex
 
 
 def health(stack: Stack, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """Run the command like a supervisor, with the runtime directory as its only setting."""
+    """Run `followups health` as a supervisor does, with the runtime directory as its only setting."""
     environment = {"PATH": os.environ["PATH"], "FOLLOWUPS_RUNTIME_DIR": stack.options["FOLLOWUPS_RUNTIME_DIR"]}
     command = [COMMAND, "health", *arguments]
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=30, check=False)

@@ -1,6 +1,6 @@
 """Tests of Prometheus with the real system: dashboard queries return data, and faults trigger the alerts.
 
-Its minutes are two seconds long, so that the tests need not wait.
+In these tests, a minute of Prometheus lasts two seconds, so that the tests are short.
 """
 
 from __future__ import annotations

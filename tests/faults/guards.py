@@ -309,7 +309,7 @@ def another_workspaces(scene: Scene) -> None:
 
 
 def none_is_unblocked(scene: Scene) -> None:
-    """End a chat's earlier follow-up, which must unblock the later one."""
+    """End a chat's earlier follow-up, and check that the later one is unblocked."""
     chat_id = scene.world.chat()
     scene.world.follow_up(chat_id, due=-timedelta(seconds=2))
     later = scene.world.follow_up(chat_id, due=-timedelta(seconds=1))

@@ -103,7 +103,7 @@ class Driven:
         return self.tokens[number, counted]
 
     def amend(self, number: int, changes: dict[str, Any]) -> None:
-        """Change fields like the API."""
+        """Change fields of a follow-up as the API does."""
         with Session(self.world.engine) as session, session.begin():
             amend(session, self.ids[number], changes)
 

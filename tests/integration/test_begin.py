@@ -1,4 +1,4 @@
-"""Begin on PostgreSQL: checks that are repeated immediately before a delivery attempt."""
+"""Tests of begin on PostgreSQL, which repeats all checks just before a delivery attempt."""
 
 from __future__ import annotations
 

@@ -440,7 +440,7 @@ def test_all_are_sent_when_it_is_back(
     transport.outcome = Sent()
 
     def done() -> bool:
-        pipeline.submit(claim(engine, own).leases)  # retries of the follow-ups whose attempts failed
+        pipeline.submit(claim(engine, own).leases)  # retries of the follow-ups whose first attempts failed
         return bool(world.scalar(PENDING) == 0)
 
     wait_until(done, every=0.1)
@@ -472,7 +472,7 @@ class OpenedBreaker:
 
 @pytest.fixture
 def opened_breaker(world: World, engine: Engine, own: Settings, started: Callable[..., Pipeline]) -> OpenedBreaker:
-    """Return a pipeline whose breaker has been opened by a hundred failing chats of one workspace."""
+    """Return a pipeline whose breaker has opened because a hundred chats of one workspace failed."""
     other, transport = World(engine), Failing(Retry("HTTP 500"))
     transport.well = other.workspace_id
     for _ in range(100):

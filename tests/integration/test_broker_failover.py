@@ -43,7 +43,7 @@ def check(admin: redis.Redis, use: Callable[[], None]) -> None:
     before = connections(admin)
     assert before
     admin.execute_command("REPLICAOF", "127.0.0.1", "1")
-    with suppress(Exception):  # each client reports the failure differently
+    with suppress(Exception):  # each client library reports the failure with a different exception
         use()
     wait_until(lambda: not before & connections(admin), 5)
 

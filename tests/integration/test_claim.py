@@ -29,7 +29,7 @@ SECOND = timedelta(seconds=1)
 
 
 class TestClaim:
-    """Claim leases the follow-ups that are due and no others."""
+    """A claim leases all follow-ups that are due, and no others."""
 
     def test_look_ahead(self, world: World, steps: Steps, settings: Settings) -> None:
         """A tick claims, in due order, only the follow-ups that are due within two intervals."""

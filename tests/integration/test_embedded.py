@@ -50,7 +50,7 @@ class TestPostgres:
     def test_its_url_works_everywhere(self, postgres: EmbeddedPostgres) -> None:
         """The embedded server's URL works with psycopg and, with the driver's name added, with SQLAlchemy.
 
-        The server's settings favour speed.
+        The embedded server is configured for speed.
         """
         with psycopg.connect(postgres.url()) as connection:
             assert connection.info.server_version >= 180000

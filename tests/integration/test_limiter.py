@@ -266,7 +266,8 @@ async def test_the_clock_is_set(clock: ServerClock, place_settings: Settings, st
         gone.append(answer.waits.count(GO))
         clock.go_on(1)
     await limiter.close()
-    assert 3 <= sum(gone) <= 5  # three tokens were added, and the step forward filled the bucket
+    # three tokens were added over time, and setting the clock forward may have filled the bucket
+    assert 3 <= sum(gone) <= 5
     assert max(gone) <= limit.burst
 
 

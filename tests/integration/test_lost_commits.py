@@ -90,7 +90,7 @@ def ending(place: DeliverySteps) -> Callable[[], set[UUID]]:
 
 
 def unblocking(place: DeliverySteps) -> Callable[[], set[UUID]]:
-    """Return a function that unblocks the follow-ups once their chats' earlier follow-ups have ended."""
+    """Return a function that unblocks follow-ups whose chats' earlier follow-ups have already ended."""
     world = place.world
     world.sql(
         "INSERT INTO follow_ups (workspace_id, chat_id, message, due_date, trigger_chat_message_id, status, reason,"

@@ -134,7 +134,7 @@ def test_cancel_before_the_worker_is_lost(world: World, settings: Settings, word
 
 
 def test_rejected(world: World, settings: Settings, doubtful: tuple[UUID, UUID]) -> None:
-    """If the next attempt is rejected, the reason still mentions the unknown outcome."""
+    """If the outcome of an attempt is unknown and the next attempt is rejected, the reason mentions both."""
     attempted(world, settings, Rejected("HTTP 403", 403), doubtful[0])
     assert world.row(doubtful[0]).reason == f"rejected: HTTP 403; {SAID}"
 

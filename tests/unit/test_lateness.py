@@ -57,7 +57,7 @@ def test_however_often_it_is_held(hours: SendingHours, wanted: datetime, gaps: l
 
 @given(st.lists(st.tuples(HOURS, st.timedeltas(MINUTE, timedelta(days=3))), min_size=1, max_size=8), MOMENTS)
 def test_hours_that_change(changes: list[tuple[SendingHours, timedelta]], wanted: datetime) -> None:
-    """If sending hours change, lateness never starts before the due date; a start in the past is kept."""
+    """When sending hours change, lateness starts at the due date or later, and a start in the past is kept."""
     now, known = wanted, None
     for hours, gap in changes:
         obstacle = found(hours, wanted, now, known)

@@ -1,4 +1,4 @@
-"""The lint check of metrics pages finds each flaw."""
+"""The lint check of metrics pages finds each type of flaw."""
 
 from __future__ import annotations
 

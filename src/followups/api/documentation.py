@@ -1,4 +1,4 @@
-"""The interactive documentation at ``/docs``: Swagger UI from a wheel, and a content security policy."""
+"""The interactive documentation at ``/docs``: Swagger UI from a Python package, with a content security policy."""
 
 from __future__ import annotations
 

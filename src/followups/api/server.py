@@ -80,8 +80,8 @@ SLICE = 16 * 1024
 class Crowd:
     """State that all connections of a server share.
 
-    It lists the connections that can be closed to make room, starting with the one that has been idle or unread
-    longest.
+    The state includes the connections that can be closed to make room. The connection that has been idle or unread
+    longest is first.
     """
 
     def __init__(self) -> None:

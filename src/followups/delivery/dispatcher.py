@@ -201,7 +201,8 @@ class Dispatcher:
         for unblock in (chat_order.unblock_forgotten, pauses.release_forgotten):
             known = -1
             try:
-                while len(refused) > known:  # rows that cannot be written must not hide the rows behind them
+                # rows that cannot be written must not keep the rows after them from being claimed
+                while len(refused) > known:
                     known = len(refused)
                     with self._engine.begin() as connection:
                         unblock(connection, refused.__setitem__, tuple(refused))

@@ -57,7 +57,7 @@ async def send(
 
     The transport is never called early. If ``latest`` (an `uptime`) has passed, the transport is not called and the
     result is None. Being later than ``latest`` means that the process was frozen, and that another worker might lease
-    the follow-up before the call's answer arrives. Only cancellation is raised.
+    the follow-up before the call's answer arrives. The only exception that this function raises is cancellation.
     """
     # A timer uses another clock and may fire a little early, so the remaining time is checked again.
     while (wait := clock.until(begun.lease.due)) > 0:  # noqa: ASYNC110 - time is what is waited for

@@ -41,9 +41,9 @@ ENOUGH = 100
 GATHER = timedelta(milliseconds=30)
 """How long to wait until enough results have gathered for a statement.
 
-This wait delays only the next follow-up of a chat. If the process is killed before results are recorded, their messages
-are sent again under the same key. This wait is therefore no longer than a quick call to the receiver, whose outcome
-would also be lost in a kill.
+This wait delays only the next follow-up of a chat. If the process is killed before it records the results of its calls,
+those messages are sent again under the same key. This wait is therefore no longer than a quick call to the receiver,
+whose outcome would also be lost in a kill.
 """
 SHORT_GATHER = timedelta(milliseconds=5)
 """How long to wait for enough results if the receiver cannot deduplicate. If such a process were killed, the outcome of

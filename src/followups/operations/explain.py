@@ -74,7 +74,7 @@ class Circumstances:
     place: int = 1
     """The follow-up's position among the pending follow-ups of its chat, counted up to `MOST_PLACES`."""
     first: Sentence | None = None
-    """The explanation of the chat's first pending follow-up, if that is a different follow-up."""
+    """The explanation of the chat's first pending follow-up, if that is not the explained follow-up."""
     window_closes_at: datetime | None = None
     """The end of the chat's messaging window, or None if its channel has no messaging window."""
     retried_as: UUID | None = None
@@ -162,7 +162,7 @@ def _pending(follow_up: FollowUp, now: datetime, around: Circumstances) -> Sente
 
 
 def _window(follow_up: FollowUp, moment: datetime, now: datetime, around: Circumstances) -> Sentence | None:
-    """Return what the end of the messaging window means for the follow-up.
+    """Return a sentence about the end of the messaging window if the follow-up will or may fail because of it.
 
     Return None if the follow-up can be sent before the window closes.
     """
@@ -191,7 +191,7 @@ def _due(follow_up: FollowUp, moment: datetime, now: datetime, around: Circumsta
 
 
 def _holds(breaker: Shown | None, follow_up: FollowUp) -> Shown | None:
-    """Return the breaker's state if the breaker holds the follow-up's workspace, or None otherwise."""
+    """Return the breaker's state if the breaker stops the follow-up's workspace, or None otherwise."""
     return breaker if breaker and key_of(follow_up.workspace_id) in breaker.tripped else None
 
 

@@ -25,7 +25,7 @@ Topic = tuple[str, UUID | None]
 Seen = dict[Topic, str]
 
 RECENT = 1_000
-"""Number of the most recently finished follow-ups that change detection reads."""
+"""Number of recently finished follow-ups that change detection reads."""
 
 _NEWEST = ", ".join(
     f"""(SELECT f.created_at FROM follow_ups f

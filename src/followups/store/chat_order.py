@@ -183,7 +183,7 @@ _PLACES = text("""
 
 
 def places(connection: Connection, ids: Collection[UUID]) -> dict[UUID, int]:
-    """Return the place of each pending follow-up in its chat, from 1 up to `MOST_PLACES`."""
+    """Return the position of each pending follow-up in its chat, from 1 up to `MOST_PLACES`."""
     found = connection.execute(_PLACES, {"ids": uuid_array(ids), "most": MOST_PLACES})
     return {row.id: row.place for row in found}
 
@@ -228,7 +228,7 @@ def unblock_and_lease(
 def unblock_writable(
     connection: Connection, ended: Collection[UUID], lease: timedelta
 ) -> tuple[list[Lease], list[UUID]]:
-    """Unblock and lease like `unblock_and_lease`, but under savepoints.
+    """Unblock and lease follow-ups like `unblock_and_lease`, but with savepoints.
 
     A follow-up whose row cannot be written stays blocked, and `unblock_forgotten` reports it.
     """

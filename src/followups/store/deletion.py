@@ -72,7 +72,8 @@ def begin(session: Session, whole: Whole) -> None:
         with suppress(ChatNotFoundError):  # the chat has already been removed
             chats.remove_chat(session, whole.workspace_id, whole.chat_id)
         return
-    # Another transaction may be creating an API key. This lock is only acquired after that transaction has ended.
+    # Another transaction may be creating an API key. The lock on the workspace is acquired only after that transaction
+    # has ended.
     for statement in (_LOCK_WORKSPACE, _MARK, _DELETE_KEYS):
         session.execute(statement, whole.parameters)
     pauses.pause(session.connection(), pauses.PauseScope(whole.workspace_id, None))

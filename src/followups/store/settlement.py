@@ -1,4 +1,4 @@
-"""Settlement: record the outcomes of attempts in flight, and the failed attempts."""
+"""Settlement: record the outcomes of attempts in flight and insert rows for failed attempts."""
 
 from __future__ import annotations
 

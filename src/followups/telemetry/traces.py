@@ -184,7 +184,7 @@ def attempt(traceparent: str | None, attributes: Callable[[], Attributes]) -> Ab
 
 
 def claimed(follow_ups: Iterable[tuple[object, str]], seconds: float) -> None:
-    """Record a claim in the trace of each leased follow-up, whose id and traceparent are given."""
+    """Record the claim of each lease in the trace of its follow-up."""
     if _tracing is not None:
         for follow_up_id, traceparent in follow_ups:
             attributes = {"followups.follow_up_id": str(follow_up_id)}

@@ -109,7 +109,7 @@ class Consumer:
     """The latest activity of this process's consumer, which proves that it consumes.
 
     The consumer polls the broker continuously (BRPOP), and gets an answer within a second even if the queues are empty.
-    Celery's ``ping`` is no such proof: a worker that has stopped consuming still answers it on another connection.
+    Celery's ``ping`` proves less: a worker that has stopped consuming still answers ``ping`` on another connection.
     Times are monotonic seconds.
     """
 
@@ -182,7 +182,7 @@ class BrokerChannel(kombu_redis.Channel):
 class BrokerTransport(kombu_redis.Transport):
     """A transport that drops entries that do not have the shape of a message.
 
-    Every error that Redis returns is treated as a connection error.
+    Every error response from Redis is treated as a connection error.
     """
 
     Channel = BrokerChannel

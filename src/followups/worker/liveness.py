@@ -8,9 +8,10 @@ a busy worker. The pipeline's event loop reports while it is running. The dispat
 or while it is busy for no longer than a tick can take.
 
 While the broker or the database is unreachable, or the database is read-only, all components keep retrying. Retrying
-also counts as progress. Liveness concerns only failures that a restart fixes. During an outage, a restart would lose
-the outcomes of accepted messages that are not recorded yet. A worker therefore counts as alive during an outage, and
-its heartbeat shows what it waits for. `/readyz` and `followups doctor` show which server is unreachable.
+also counts as progress. A process fails its liveness check only because of failures that a restart would fix. During an
+outage, a restart would lose the outcomes of accepted messages that are not recorded yet. A worker therefore counts as
+alive during an outage, and its heartbeat shows what it waits for. `/readyz` and `followups doctor` show which server is
+unreachable.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Hooks for schemathesis, for valid requests that are rejected because of the current state.
 
 The rules behind these rejections cannot be expressed in the OpenAPI document. `valid_requests_are_accepted` replaces
-`positive_data_acceptance` of schemathesis. The replacement is the same check, except for the 422 responses of these
-rules, which have separate tests.
+`positive_data_acceptance` of schemathesis. The replacement makes the same check, but accepts 422 responses that are due
+to these rules. Separate tests cover those responses.
 """
 
 from __future__ import annotations

@@ -49,7 +49,7 @@ class Flood:
     busy: list[float] = field(default_factory=list)
     """For each measured wait, how many seconds of it the web process's event loop was busy.
 
-    During the remaining time of a wait, the machine ran other processes, which this test does not judge.
+    For the rest of each wait, the machine ran other processes; this test ignores that time.
     """
 
     def held_up_less(self, limit: float) -> bool:

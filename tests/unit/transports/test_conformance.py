@@ -33,7 +33,7 @@ async def rig(request: pytest.FixtureRequest) -> AsyncIterator[TransportRig]:
 
 @pytest.fixture(params=RIGS)
 async def hasty_rig(request: pytest.FixtureRequest) -> AsyncIterator[TransportRig]:
-    """Return each transport, opened, with a short timeout."""
+    """Return an opened transport of each kind, with a short timeout."""
     async with RIGS[request.param](TIMEOUT) as made:
         yield made
 

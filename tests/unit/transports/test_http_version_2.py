@@ -296,7 +296,7 @@ async def test_silence_costs_its_own_call_and_the_connection(server: Http2Server
 
 
 async def test_a_call_that_is_cancelled_harms_no_other(server: Http2Server, transport: Transport) -> None:
-    """Cancelling a call ends only its stream."""
+    """Cancelling a call resets only the stream of that call."""
     assert await transport.send(a_delivery()) == OK
     first_of(server, stay_silent)
     calls = [asyncio.create_task(transport.send(a_delivery())) for _ in range(STREAMS)]

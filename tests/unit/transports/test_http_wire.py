@@ -126,7 +126,7 @@ async def test_a_long_head_is_read() -> None:
 
 @pytest.mark.parametrize("start", [b"HTTP/1.1 200 ", b"HTTP/1.1 200 OK\r\nx-long: ", b"HTTP/1.1 103 x\r\n\r\n"])
 async def test_an_endless_head_is_given_up(start: bytes) -> None:
-    """Reading of an endless response head stops long before the timeout."""
+    """The transport stops reading an endless response head long before the timeout."""
     reply = endless(start, b"HTTP/1.1 103 x\r\n\r\n" if start.endswith(b"\n") else b"x" * 10_000)
     assert await outcome_of(reply) == Unknown(
         "the connection broke before an answer came (its head is longer than 64 KiB)"

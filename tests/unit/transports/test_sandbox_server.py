@@ -138,7 +138,7 @@ async def test_a_rate_limit_says_for_how_long(http: aiohttp.ClientSession) -> No
 
 
 async def test_what_happened_can_be_read_and_cleared(http: aiohttp.ClientSession) -> None:
-    """Requests, summary and conversations can be read as JSON and cleared with DELETE."""
+    """The sandbox's requests, summary and conversations can be read as JSON and cleared with DELETE."""
     await fetch(http, "POST", "/messages", BODY)
     status, said = await fetch(http, "POST", "/sandbox/chats/c2/messages", {"role": "user", "text": "hi"})
     assert (status, said["role"], said["text"]) == (201, "user", "hi")

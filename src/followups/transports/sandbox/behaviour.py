@@ -36,7 +36,7 @@ DEFAULT_SLOWNESS = 5.0
 
 @dataclass(frozen=True, slots=True)
 class Reply:
-    """The answer to a sender, which is given after ``delay`` seconds unless it is dropped."""
+    """The sandbox's answer to a call, given after ``delay`` seconds unless the connection is dropped."""
 
     status: int
     body: str
