@@ -264,8 +264,8 @@ class _Pooler:
     ) -> None:
         """Raise `UnfitDatabaseError` if two connections share a session or one connection changes sessions.
 
-        Both connections are set up first, because RDS Proxy keeps a connection's session only after a setting was
-        changed.
+        Settings are changed on both connections first, because RDS Proxy pins a connection to a session only after such
+        a change.
         """
         try:
             with (

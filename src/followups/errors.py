@@ -38,7 +38,7 @@ class SettingsError(FollowUpsError):
 
 
 class TransportConfigurationError(SettingsError):
-    """The transport cannot work with these settings."""
+    """The transport cannot work with the given settings."""
 
     slug = "transport-configuration"
 

@@ -36,8 +36,8 @@ The search covers a week, plus a margin for days or hours that a time zone skips
 class SendingHours:
     """Sending hours from ``opening`` until just before ``closing``, on the days on which they begin.
 
-    Monday is day 0. If the closing is not later than the opening, it is on the next day: 22:00 to 06:00 is a night, and
-    00:00 to 00:00 is a whole day.
+    Monday is day 0. If the closing is not later than the opening, the closing is on the next day: 22:00 to 06:00 is a
+    night, and 00:00 to 00:00 is a whole day.
     """
 
     time_zone: str
@@ -69,7 +69,7 @@ def zone_of(name: str) -> ZoneInfo | None:
     """Return the IANA time zone with this name, or None if it is unknown."""
     try:
         return ZoneInfo(name)
-    except (ZoneInfoNotFoundError, ValueError, OSError):  # the name is unknown, invalid, or that of a directory
+    except (ZoneInfoNotFoundError, ValueError, OSError):  # the name is unknown or invalid, or it names a directory
         return None
 
 
@@ -130,7 +130,7 @@ def _moment(local: datetime, *, fold: int) -> datetime:
 
 
 def _jump(local: datetime, before: datetime, after: datetime) -> datetime:
-    """Return the instant between the two given instants at which the clock is set forward."""
+    """Return the moment, between the two given moments, at which the local clock is set forward."""
     offset = before.astimezone(local.tzinfo).utcoffset()
     second = timedelta(seconds=1)
     while after - before > second:

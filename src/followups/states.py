@@ -29,8 +29,8 @@ class Status(StrEnum):
     """The state of a follow-up. The last three states are final."""
 
     PENDING = "pending"
-    """The follow-up has been accepted and has not ended. Entered by schedule or retry; left by settle, cancel or
-    recovery.
+    """The follow-up has been accepted and has not ended. A follow-up becomes pending by schedule or retry; it leaves
+    this state by settle, cancel or recovery.
 
     A leased or in-flight follow-up is still pending, since the lease is not a separate state.
     """
@@ -131,7 +131,7 @@ class Final:
 def finish(
     to: Status, code: ReasonCode | None = None, detail: str = "", *, words: str = "", current: Status = Status.PENDING
 ) -> Final:
-    """Return the end of a follow-up that changes from the state ``current`` to ``to``.
+    """Return the final state and the reason of a follow-up that changes from the state ``current`` to ``to``.
 
     ``code`` and ``detail`` form the reason ``code: detail``. ``words`` is the caller's own text and is stored unchanged
     instead. Raises `TransitionError` for a transition that is not in the table.

@@ -217,7 +217,8 @@ def test_remote_control_may_be_allowed(stack: Stack) -> None:
     stack.options["FOLLOWUPS_REMOTE_CONTROL"] = "true"
     worker = stack.worker()
     control = celery_app(stack).control
-    wait_until(lambda: control.ping(timeout=1))  # a worker is ready before it listens to commands
+    # a worker reports that it is ready before it listens for remote commands
+    wait_until(lambda: control.ping(timeout=1))
     control.shutdown()
     wait_until(lambda: not worker.running)
     assert worker.exit_code == 0

@@ -105,7 +105,7 @@ def test_a_worker_that_answers_ping_and_consumes_nothing(observed: Stack, tmp_pa
     environment = observed.environment() | {"PYTHONPATH": str(tmp_path), "DEAF": str(trigger)}
     observed.processes.spawn("worker", [*CELERY, "worker", "-n", "w@%h", "-I", "deaf"], environment=environment)
     wait_until(lambda: "ready." in (observed.processes.logs / "worker.log").read_text(), within=60)
-    time.sleep(2)  # the worker has sent a read and received an answer by now
+    time.sleep(2)  # by now, the worker has polled the broker and received an answer
     says(observed, "worker", 0)
     trigger.touch()
     says(observed, "worker", 1, "w@", "has not asked the broker for work")

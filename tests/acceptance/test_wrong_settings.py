@@ -45,7 +45,7 @@ def start(stack: Stack, name: str, more: str = "", **environment: str) -> Child:
 
 
 def test_urls_that_cannot_be_read(stack: Stack) -> None:
-    """With invalid URLs, each process exits with code 2 and an error with both settings but no secrets."""
+    """With invalid URLs, each process exits with code 2; the error names both settings but no secrets."""
     started = {name: start(stack, name, **WRONG) for name in COMMANDS}
     for name, child in started.items():
         wait_until(lambda child=child: not child.running, within=120)

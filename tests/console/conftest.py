@@ -1,4 +1,4 @@
-"""One console server, in a thread, for all tests of a process; a separate workspace for each test."""
+"""A console server in a thread, shared by all tests of a process; each test has a separate workspace."""
 
 from __future__ import annotations
 

@@ -125,7 +125,7 @@ def test_rate_limits_are_set_and_removed(person: Callable[..., Person], own: Wor
 
 
 def test_a_workspace_is_paused_and_goes_on(person: Callable[..., Person], own: World) -> None:
-    """A pause shows how many follow-ups it holds, and resuming releases them."""
+    """The console shows how many follow-ups a pause holds, and resuming releases them."""
     one = person("admin", own)
     assert one.submit(one.get("/settings"), "/settings/pauses", channel="").status_code == 303
     pause_id = own.scalar(f"SELECT id FROM pauses WHERE workspace_id = '{own.workspace_id}'")  # noqa: S608 - a test

@@ -395,7 +395,7 @@ def test_the_command_prints_a_link_alone_on_stdout(
 ) -> None:
     """The command prints a link for an operator, or with --workspace for an admin.
 
-    Wrong usage creates no link.
+    An invalid command line creates no link.
     """
     with pytest.MonkeyPatch.context() as patch:
         for name, value in console_settings.environment().items():

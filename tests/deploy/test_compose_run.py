@@ -63,7 +63,7 @@ def test_postgres_makes_the_roles(tmp_path: Path) -> None:
 
 
 def test_the_broker_knows_its_users(tmp_path: Path) -> None:
-    """Valkey's command creates the users with their passwords, and its default user is off."""
+    """Valkey's command line creates the users with their passwords and disables the default user."""
     service = SERVICES["valkey"]
     mounted(service, tmp_path)
     (tmp_path / "data").mkdir()

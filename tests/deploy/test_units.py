@@ -121,7 +121,7 @@ def test_it_is_confined_and_comes_back(name: str) -> None:
     [("followups-web.service", 20), ("followups-worker@.service", 30), ("followups-beat.service", 10)],
 )
 def test_it_has_time_to_drain(name: str, seconds: int) -> None:
-    """Each unit's stop timeout is long enough for running requests, calls in flight and a publish."""
+    """Each unit's stop timeout allows running requests, calls in flight or a publish to finish."""
     found = unit(name)
     assert int(found["TimeoutStopSec"][-1]) >= seconds
     assert found["KillSignal"] == ["SIGTERM"]

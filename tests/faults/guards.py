@@ -71,7 +71,7 @@ class Scene:
     settings: Settings
     claim: Callable[[Engine, Settings], Claim] = claim
     take: Callable[[Connection, claims.ClaimSearch], Claim] = claims.claim
-    """The claim statement of this scene, which runs in the caller's transaction."""
+    """The scenario's claim statement, which runs in the caller's transaction."""
 
     @property
     def engine(self) -> Engine:
@@ -498,7 +498,7 @@ def beside(work: Callable[[], object], scene: Scene) -> Iterator[None]:
 
 @contextmanager
 def without(engine: Engine, within: str, cuts: dict[str, str]) -> Iterator[None]:
-    """Replace these pieces in each statement that contains ``within``; fail if a piece was never found."""
+    """Replace the given pieces in each SQL statement that contains ``within``; fail if a piece was never found."""
     found = set()
 
     def cut(_connection: Any, _cursor: Any, statement: str, parameters: Any, *_: Any) -> tuple[str, Any]:

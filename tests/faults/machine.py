@@ -51,7 +51,7 @@ class Driven:
             world.sql(LATER, id=follow_up)
         self.begun: dict[tuple[int, int], Begun] = {}
         self.tokens: dict[tuple[int, int], int] = {}
-        """The database's token for each pair of a row's number and the model's token (which counts from 1)."""
+        """The database's lease token for each pair of row number and model token; model tokens count from 1."""
 
     def kinds(self) -> set[str]:
         """Return the kinds of steps that are currently possible."""

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 CHUNK = 65_536
 ESTABLISHED = 1
-"""The value of an established connection's state in Linux's TCP_INFO."""
+"""The value in Linux's TCP_INFO that means that a connection is established."""
 
 
 class Proxy:

@@ -1,4 +1,4 @@
-"""Tests that explore the protocol as a small state space: every order of events, every crash."""
+"""Tests that explore a small model of the protocol exhaustively: every order of events, and every crash."""
 
 from __future__ import annotations
 

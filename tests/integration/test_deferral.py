@@ -196,7 +196,7 @@ def test_it_goes_out_when_it_is_held_no_more(world: World, engine: Engine, own: 
 
 
 def test_a_row_that_is_locked_is_deferred_later(world: World, engine: Engine, own: Settings) -> None:
-    """If another transaction locks a follow-up, its lease is kept, and it is deferred once unlocked."""
+    """A follow-up that another transaction has locked keeps its lease, and is deferred after the lock is released."""
     *_, last = world.burst([-SECOND * number for number in range(OVERDUE, 0, -1)])
     with engine.connect() as connection, worker(own, engine, Chat(), FOR_LONG):
         wait_until(lambda: is_open(own))

@@ -101,7 +101,7 @@ class TestPostgres:
             assert connection.execute("SELECT count(*) FROM survivor").fetchone() == (200,)
 
     def test_nothing_is_left_of_a_temporary_one(self) -> None:
-        """When its `with` block ends, even by an exception, a temporary server leaves nothing behind.
+        """A temporary server leaves nothing behind when its `with` block ends, even with an exception.
 
         Its processes and its directory are removed.
         """

@@ -201,7 +201,7 @@ async def test_given_back(place: LimiterUnderTest) -> None:
 
 
 async def test_a_cancelled_one_leaves_the_line(place: LimiterUnderTest) -> None:
-    """A follow-up that has ended leaves the limiter's queue, and the next one moves up."""
+    """When a follow-up in the limiter's queue has ended, it is removed, and the next follow-up takes its position."""
     limit = bucket(rate=1 / 60, burst=1)
     await place.ask(request(0, limit))
     cancelled, second = request(1, limit), request(2, limit)

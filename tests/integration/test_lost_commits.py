@@ -130,7 +130,7 @@ def place(world: World, settings: Settings) -> DeliverySteps:
 
 @pytest.mark.parametrize("name", STEPS)
 def test_an_answer_is_lost_after_the_commit(place: DeliverySteps, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A delivery step whose commit succeeded counts as done, even if the commit's answer is lost."""
+    """A delivery step counts as done if its commit succeeded, even if the response to the commit is lost."""
     step = STEPS[name](place)
     break_once(monkeypatch, psycopg.Connection.commit)
     before = place.rows()

@@ -235,7 +235,7 @@ IDLE = """
 
 
 def without_sorting(connection: Connection) -> None:
-    """Set the planner's options as a fair claim does."""
+    """Set the same planner options as a fair claim."""
     connection.execute(claims.WITHOUT_SORTING)
 
 

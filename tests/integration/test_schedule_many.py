@@ -189,7 +189,7 @@ def test_beside_a_reply(world: World) -> None:
 
 
 def test_stricter_isolation_is_refused(world: World) -> None:
-    """`schedule_many` rejects any other isolation level, as `schedule` does."""
+    """`schedule_many`, like `schedule`, rejects isolation levels stricter than READ COMMITTED."""
     strict = world.engine.execution_options(isolation_level="SERIALIZABLE")
     with Session(strict) as session, pytest.raises(TransactionError):
         followups.schedule_many(session, workspace_id=world.workspace_id, planned=[planned(world.chat())])

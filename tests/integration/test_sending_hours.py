@@ -136,7 +136,7 @@ def test_the_first_due_comes_back_first(world: World) -> None:
 
 
 def test_order_within_the_chat_holds(world: World, engine: Engine, settings: Settings) -> None:
-    """Two follow-ups of one chat, held until the same sending hours, begin one after the other."""
+    """Two follow-ups of one chat that are held until the same opening begin one after the other."""
     put(world, CLOSED)
     chat = world.chat()
     first, second = world.follow_ups_at_once([(chat, -2 * SECOND), (chat, -SECOND)])
@@ -264,7 +264,7 @@ class TestLateness:
         assert world.row(snoozed).sendable_from == was
 
     def test_held_evening_after_evening(self, world: World, engine: Engine, settings: Settings) -> None:
-        """If a follow-up could already be sent, its lateness does not restart when sending hours end."""
+        """If a follow-up could already be sent before it was held, its lateness does not restart."""
         brief = settings.model_copy(update={"max_lateness": 3 * HOUR})
         put(world, hours_from(-2 * HOUR, HOUR))
         due = {"due": -90 * MINUTE, "scheduled_at": text("now() - interval '2 h'")}

@@ -151,7 +151,7 @@ class TestPoolers:
                 await in_a_loop.dispose()
 
     def test_a_pool_that_is_full(self, database_url: str) -> None:
-        """A pooler with a single session is enough for an engine; its check ends within the timeout."""
+        """An engine works with a pooler that has a single session, and checks the pooler within the timeout."""
         with PgBouncer(database_url, pool_size=1) as pooler:
             engine = make_engine(f"{pooler.url()}?connect_timeout=2", pool_size=1)
             with engine.connect() as connection:
@@ -240,7 +240,7 @@ def pool_timeout(engine: Engine) -> float:
 
 
 class TestCallersOwnSession:
-    """`schedule` and `cancel` in a caller's transaction."""
+    """Tests of `schedule` and `cancel` in a caller's transaction."""
 
     @pytest.fixture(params=["theirs", "ours"])
     def base(self, request: pytest.FixtureRequest, world: World, database_url: str) -> Iterator[Engine]:

@@ -1,4 +1,4 @@
-"""Dispatcher ticks on PostgreSQL: one dispatcher claims at a time; after a gap, workers settle first."""
+"""Tests of dispatcher ticks: one dispatcher claims at a time, and after a gap workers settle first."""
 
 from __future__ import annotations
 

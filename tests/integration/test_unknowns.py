@@ -1,4 +1,4 @@
-"""Unknown outcomes: the reason of the follow-up mentions an unknown outcome, however it ends."""
+"""Tests of unknown outcomes: the reason of a follow-up mentions an unknown outcome, however the follow-up ends."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def attempted(world: World, settings: Settings, outcome: Outcome, follow_up_id: 
 
 @pytest.fixture
 def doubtful(world: World, settings: Settings) -> tuple[UUID, UUID]:
-    """Return a pending follow-up whose attempt has an unknown outcome, and its chat."""
+    """Return the ids of a pending follow-up whose attempt has an unknown outcome, and of its chat."""
     chat_id = world.chat()
     follow_up = world.follow_up(chat_id)
     attempted(world, settings, Unknown("the connection broke"), follow_up)

@@ -313,7 +313,7 @@ def test_one_that_cannot_end(world: World, engine: Engine, settings: Settings) -
 
 
 def test_more_than_one_claim_takes(world: World, engine: Engine, settings: Settings) -> None:
-    """Rows that cannot be written stop no claim, even if they outnumber the window."""
+    """Rows that cannot be written do not stop claims, even if there are more of them than may be in flight."""
     others = type(world)(engine)
     world.burst([-10 * SECOND] * 30)
     world.sql("UPDATE follow_ups SET attempts = 99")
@@ -451,7 +451,7 @@ def test_begun_by_hand(world: World, engine: Engine, settings: Settings) -> None
 
 
 class TestRecords:
-    """Records of failed attempts whose ids are already in use, as after logical replication."""
+    """Tests in which the ids of new failed attempts are already in use, as after logical replication."""
 
     @pytest.fixture(autouse=True)
     def _behind(self, world: World) -> None:

@@ -57,7 +57,7 @@ def test_what_is_no_rows_fault(error: Exception) -> None:
 
 
 def test_away_in_the_middle() -> None:
-    """If the database becomes unreachable within a batch, completed and remaining rows are returned."""
+    """If the database becomes unreachable within a batch, the completed and the remaining items are returned."""
 
     def work(part: Sequence[int]) -> list[int]:
         if 3 in part:

@@ -90,7 +90,7 @@ def test_pending_for_ever(hours: SendingHours, wanted: datetime, most: timedelta
 
 @given(MOMENTS, st.timedeltas(-HOUR, 3 * HOUR))
 def test_the_time_of_sending_that_the_database_knows_decides(now: datetime, off: timedelta) -> None:
-    """A machine with other time zones waits for the sending hours computed by the database.
+    """A machine with different time zone data waits until the opening time that is stored in the database.
 
     It does not check the follow-up again and again in the meantime.
     """

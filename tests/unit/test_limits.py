@@ -79,7 +79,7 @@ def test_what_was_loosened() -> None:
 
 
 def test_no_limits() -> None:
-    """Without limits, no token is requested."""
+    """No token is requested if no rate limit is set."""
     assert not Limits([])
     assert Limits([]).request(place()).buckets == ()
 

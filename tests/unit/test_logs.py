@@ -171,7 +171,7 @@ def test_the_format_can_be_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_level_is_the_lowest_logged(capsys: pytest.CaptureFixture[str]) -> None:
     """Events below the configured level are not logged.
 
-    Libraries are logged from level info on, and verbose libraries from level warning on.
+    Libraries log from level info upwards, and verbose libraries from level warning upwards.
     """
     configure_logging("json", "warning")
     get_logger("x").info("no")

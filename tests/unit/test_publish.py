@@ -75,6 +75,6 @@ def test_foreign(value: object, keys: object) -> None:
     ],
 )
 def test_refused(entry: object) -> None:
-    """If one entry of a hint could not have been published, the whole batch is rejected."""
+    """A whole batch of hint entries is rejected if one of its entries could not come from a worker."""
     with pytest.raises(ValueError, match=r".+"):
         leases_of([entry])

@@ -86,7 +86,7 @@ def test_nothing_that_is_allowed_is_left_out(hours: SendingHours, moment: dateti
 
 @given(HOURS, MOMENTS | NEAR_TRANSITIONS)
 def test_opening_is_where_it_opens(hours: SendingHours, moment: datetime) -> None:
-    """Sending hours include their start; a later time never yields an earlier next start."""
+    """Sending hours include their first moment, and for a later time the next start is never earlier."""
     opening = opens_at(hours, moment)
     assert opens_at(hours, opening) == opening
     assert opens_at(hours, moment + MINUTE) >= opening

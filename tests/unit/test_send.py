@@ -74,7 +74,7 @@ async def test_a_call_that_hangs_is_given_up() -> None:
 
 
 async def test_a_call_in_time() -> None:
-    """If a call ends in time, its outcome counts, and its time limit is lifted."""
+    """If a call ends in time, its outcome counts, and its timeout no longer applies."""
 
     async def answer() -> Outcome:
         await asyncio.sleep(0.01)

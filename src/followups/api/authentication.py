@@ -85,7 +85,7 @@ class LastUse:
 class KnownKeys:
     """API keys that were valid at their last use.
 
-    The body of a request with such a key is read without first looking up the key in the database. The transaction of
+    If a request has one of these keys, its body is read before the key is looked up in the database. The transaction of
     each request checks the key again. A revocation therefore takes effect immediately, and the key is then forgotten. A
     key in use is looked up only once, so a flood of requests with unknown keys cannot delay its requests. An instance
     belongs to one event loop.

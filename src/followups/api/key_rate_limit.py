@@ -77,8 +77,8 @@ class KeyRateLimit:
             socket_timeout=TIMEOUT.total_seconds(),
             socket_connect_timeout=TIMEOUT.total_seconds(),
             retry=Retry(NoBackoff(), 0),
-            # This setting causes no retry. It only closes a connection that received the error, because after a
-            # failover the address leads to a different server.
+            # This setting causes no retry. It makes the client close a connection that received such an error, because
+            # after a failover the address leads to a different server.
             retry_on_error=[ReadOnlyError],
         )
         # The connections use the address of the pool. The URL given here is only parsed, and must contain a port.

@@ -110,7 +110,7 @@ class Turns:
 
 
 class SharedResult(Generic[T]):
-    """A result that is computed in a thread, once for simultaneous requests, and then reused for a while.
+    """A result that one thread computes for all simultaneous requests, and that is then reused for a while.
 
     A request that finds a recent result needs no thread, so many requests cost little more than one request. An
     instance belongs to one event loop.

@@ -96,7 +96,7 @@ def parse_since(text: str) -> Since:
 
 
 def parse_moment(text: str) -> datetime:
-    """Parse ISO 8601 with an offset. Raises `typer.BadParameter`."""
+    """Parse a time in ISO 8601 with an offset. Raises `typer.BadParameter`."""
     return _moment(text, "2030-01-31T09:00:00Z")
 
 

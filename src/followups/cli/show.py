@@ -44,9 +44,9 @@ def show(
 ) -> None:
     """Explain why a follow-up was sent, was not sent, or is not sent yet, with all known details.
 
-    The output shows the follow-up's state and the reason for it; pauses, sending hours, rate limits, an open breaker
-    and the order of its chat; the result of each attempt; manual changes and who made them; and the time of the next
-    attempt. Find the ID with followups list --chat.
+    The output shows the follow-up's state and the reason for it, the result of each attempt, and the time of the next
+    attempt. It also shows pauses, sending hours, rate limits, an open breaker, the order of its chat, and manual
+    changes with their authors. Find the ID with followups list --chat.
     """
     with connection.session() as session:
         found = explained(session, follow_up_id, get_settings())

@@ -53,7 +53,7 @@ Only the sign-in form is sent without a session.
 PUBLIC_FORM = 1024
 """Maximum size, in bytes, of a form that is parsed without a valid session.
 
-Such a form contains an API key or a link's token, and the page to open after sign-in.
+A sign-in form contains an API key or a link's token, and the page to open after sign-in.
 """
 
 STREAM = f"{PREFIX}/stream"

@@ -36,7 +36,7 @@ NEXT_STATISTICS = 60.0
 """Seconds between two checks of the planner's statistics."""
 
 QUICK = 0.01
-"""Duration of a claim, in seconds, up to which every claim reads the index from its beginning."""
+"""If a claim that reads the index from its beginning takes at most this many seconds, the next claim does so too."""
 LOOKING_SHARE = 0.1
 """Largest share of the dispatcher's time that is spent on slow claims from the beginning of the index."""
 

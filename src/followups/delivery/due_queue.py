@@ -29,7 +29,7 @@ LEAD = timedelta(milliseconds=15)
 A cancel that arrives after the begin is too late.
 """
 BEGIN_BATCH = 200
-"""The largest number of leases in one batch. A statement for more leases is slow and no cheaper for each row."""
+"""The largest number of leases in one batch. A statement for more leases would take longer and save no time per row."""
 GATHER = timedelta(milliseconds=5)
 """How long to wait for more free slots or more due follow-ups while there are only a few. A statement for five rows
 costs almost as much as a statement for fifty. The wait is a third of `LEAD`.

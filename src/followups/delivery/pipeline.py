@@ -208,7 +208,7 @@ class Pipeline:
     async def _send(self, begun: Begun, started: float) -> None:
         """Send one follow-up at its due time, and pass the outcome to settle."""
         # The latest start of a call is the end of its lease minus the call's time limit. The lease is measured from
-        # before begin. A later call could end after the lease.
+        # before begin. A call that starts later might end after the lease.
         latest = started + self._settings.lease.total_seconds() - self._timeout.seconds
         attempt = None
         try:

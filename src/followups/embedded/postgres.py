@@ -42,7 +42,7 @@ crash takes longer.
 """
 
 STOP_WITHIN = timedelta(seconds=30)
-"""The longest time that a fast shutdown may take, which ends the sessions and writes a checkpoint."""
+"""Maximum duration of a fast shutdown. It ends the sessions and writes a checkpoint."""
 
 SETTINGS = {
     # TCP is disabled, because the operating system allows only the owner (and root) to enter the socket's directory. So

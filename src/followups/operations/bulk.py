@@ -68,7 +68,8 @@ def pending_of(session: Session, workspace_id: UUID | None, chat_id: UUID | None
 def cancel(engine: Engine, actor: Actor, chosen: Sequence[CancelScope], final: Final) -> Batches:
     """Cancel pending follow-ups in batches.
 
-    Follow-ups in flight are not retried after their attempt. Rows that stay locked are not cancelled, only counted.
+    A follow-up in flight is not cancelled, but is not retried if its attempt fails. Rows that stay locked are not
+    cancelled, only counted.
     """
     for pending in chosen:
         details = {"code": final.code and final.code.value}

@@ -47,7 +47,7 @@ class Explained:
     created_by: ApiKey | None
     """The API key that created the follow-up.
 
-    The value is None if the follow-up was created in another way, or if the API key has been deleted.
+    The value is None if the follow-up was not created with an API key, or if the key has been deleted.
     """
     chat: Chat
     failures: Sequence[FailedAttempt]

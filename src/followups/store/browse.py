@@ -194,7 +194,7 @@ def _sql(wanted: BrowseFilter, *more: str) -> str:
 def _page(
     wanted: BrowseFilter, after: BrowseCursor | None, floor: datetime | None, most: int
 ) -> tuple[TextClause, dict[str, Any]]:
-    """Return the statement for ``most`` rows after a row and above a creation time, and its parameters."""
+    """Return a query, with its parameters, for ``most`` rows that follow ``after``, newer than ``floor``."""
     columns = ", ".join(f"f.{column.name}" for column in _COLUMNS)
     parameters = _parameters(wanted) | {"most": most}
     bounds = []
@@ -224,7 +224,7 @@ LONGEST_STEP = timedelta(days=3650)
 """After a search step of at least this length, the next step goes back to the oldest follow-up."""
 
 GROWTH = 100
-"""The largest factor by which a search step is longer than the previous step."""
+"""The largest factor by which one search step may be longer than the previous step."""
 
 
 class FollowUpPage(NamedTuple):

@@ -59,7 +59,7 @@ _FOLLOW_UPS = text("""
 
 
 def look(engine: Engine, topics: Iterable[Topic]) -> Seen:
-    """Return a value for each topic, which is different after a change."""
+    """Return a value for each topic; the value differs whenever the topic's data has changed."""
     wanted = list(topics)
     workspaces = [own for kind, own in wanted if kind == "workspace" and own is not None]
     follow_ups = [own for kind, own in wanted if kind == "follow_up" and own is not None]

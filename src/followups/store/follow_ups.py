@@ -50,9 +50,9 @@ FIELDS = (
     "status",
     "trigger_chat_message_id",
 )
-"""The fields of the API. Asynchronous code reads no other fields of a follow-up."""
+"""The fields of the API. Asynchronous code reads only these fields of a follow-up."""
 
-# The order is that of an index, so that only the pending follow-ups of this chat are read.
+# The rows are sorted in the order of an index, so that only the pending follow-ups of this chat are read.
 _FULL = f"""EXISTS (
     SELECT FROM follow_ups
      WHERE workspace_id = :workspace_id AND chat_id = :chat_id AND status = 'pending'
@@ -140,7 +140,7 @@ _CREATE_IF_CLEAR = Statement(
 def create_if_clear(
     *, workspace_id: UUID, chat_id: UUID, message: str, due_date: datetime, key_id: UUID
 ) -> Steps[FollowUp | None]:
-    """Insert a pending follow-up and return it, or None if the case is not clear.
+    """Insert a pending follow-up and return it, or None if one statement cannot decide.
 
     This single statement replaces a transaction of several. It handles only cases in which the API key is valid, the
     chat is not locked, the user did not write last, and neither a messaging window nor a quota applies.
@@ -398,7 +398,7 @@ _CANCEL = Statement(f"""
 
 @Rule
 def cancel_chat_if_not_begun(workspace_id: UUID, chat_id: UUID, code: ReasonCode) -> Steps[list[UUID]]:
-    """Cancel the chat's pending follow-ups and return them; those in flight are only kept from a retry.
+    """Cancel the chat's pending follow-ups and return them; those in flight are not cancelled but will not be retried.
 
     A follow-up whose row cannot be written stays pending, and the begin step reports it.
     """

@@ -23,7 +23,7 @@ _COUNTED = text("SELECT reltuples FROM pg_class WHERE oid = 'follow_ups'::regcla
 def counts_as_less_than(engine: Engine, number: int) -> bool:
     """Return whether the planner's estimate of the table is below this number of rows.
 
-    The planner estimates a new table well, because it uses the size of the table.
+    The estimate is good even for a new table, because it is based on the table's size.
     """
     with engine.connect() as connection:
         return bool(0 <= connection.execute(_COUNTED).scalar_one() < number)

@@ -2,8 +2,8 @@
 
 Each process keeps one small file in the runtime directory and rewrites it every second. The file lists the components
 that must make progress (the consumer, the dispatcher, ...), each with the time by which it must report again. Reading
-the file requires neither Celery nor the broker, so a check costs little more than starting an interpreter. A broker
-outage, which a restart cannot fix, does not make a supervisor restart everything.
+the file requires neither Celery nor the broker, so a check costs little more than starting an interpreter. Supervisors
+do not restart the processes because of a broker outage, which a restart cannot fix.
 
 - Times are of the monotonic clock, which all processes of a machine share. So setting the wall clock raises no alarm,
   and after a machine has slept, its processes do not count as dead.
@@ -39,11 +39,14 @@ second.
 
 INTERVAL = timedelta(seconds=1)
 SILENCE = timedelta(seconds=10)
-"""Age of a heartbeat file from which its process counts as stopped; a busy machine delays a thread by a second or two.
+"""Age of a heartbeat file above which its process counts as stopped; on a busy machine, a thread may be late by a
+second or two.
 """
 
 SIZE = 2048
-"""Size of a heartbeat file in bytes. The whole file is written in one write, so that it is never read half-written."""
+"""Size of a heartbeat file in bytes. The file is written by a single system call, so that no reader sees a half-written
+file.
+"""
 
 TRIES = 50
 PAUSE = 0.02
@@ -137,7 +140,7 @@ class Heartbeat:
         self._waits = {"why": why, "since": since} if why else None
 
     def waits(self) -> str:
-        """Return why this process makes no progress, and for how long, as a reader of its file sees it."""
+        """Return why this process makes no progress and for how long, for readers of its heartbeat file."""
         return _waits({"waits": self._waits}, time.monotonic())
 
     def end(self, within: timedelta, otherwise: str) -> None:

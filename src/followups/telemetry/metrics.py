@@ -1,4 +1,4 @@
-"""The counters of a process, by the fixed names of the Prometheus metrics. Labels contain no ids.
+"""The counters of a process, keyed by the fixed names of their Prometheus metrics. Labels contain no ids.
 
 The numbers of pending, overdue and in-flight follow-ups and the time of the last tick are not counted here, because
 each scrape reads them from the database.

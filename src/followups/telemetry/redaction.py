@@ -36,7 +36,7 @@ def redact(_logger: object, _method: str, event: EventDict) -> EventDict:
     return event
 
 
-@lru_cache(maxsize=1024)  # programs use few different keys in logs, and each key in every line
+@lru_cache(maxsize=1024)  # logs use few different keys, and repeat them in every line
 def _is_secret(key: str) -> bool:
     plain = key.lower().replace("-", "_")
     return plain in SECRET_KEYS or plain.endswith(LONGER)

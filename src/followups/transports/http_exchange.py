@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
 BODY_LIMIT = 64 * 1024
-"""The largest number of bytes that are read of an answer's body (contract, section 4)."""
+"""Maximum number of bytes that are read from a response body (contract, section 4)."""
 
 HEAD_LIMIT = 64 * 1024
 """The largest number of bytes in an answer's head, including the informational answers before it."""

@@ -121,7 +121,7 @@ class Consumer:
         self.connecting_at = 0.0
         self.connected_at = 0.0
         self.refused = 0
-        """Number of successive broker connections that did not last."""
+        """Number of broker connections in a row that were lost soon after they were opened."""
         self.queues: frozenset[str] = frozenset()
         """The queues that the consumer has polled."""
 

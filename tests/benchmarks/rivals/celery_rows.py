@@ -25,7 +25,7 @@ http = requests.Session()
 
 
 class Base(DeclarativeBase):
-    """The declarative base of the only table."""
+    """SQLAlchemy's declarative base for the only table."""
 
 
 class Row(Base):

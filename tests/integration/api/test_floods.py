@@ -79,7 +79,7 @@ def address_of(url: str) -> tuple[str, int]:
 
 @dataclass
 class Web:
-    """A web process that only these tests use."""
+    """A web process that is used only by the tests in this module."""
 
     pid: int
     api: Api

@@ -87,7 +87,7 @@ def test_page_size_by_default(api: Api) -> None:
 
 @pytest.mark.parametrize("page", [3, 10**9, 10**30])
 def test_after_the_last_page(api: Api, page: int) -> None:
-    """Any page after the last page of a list is empty."""
+    """A page beyond the last page of a list is empty."""
     api.create()
     assert api.ids(pageNumber=page) == []
 

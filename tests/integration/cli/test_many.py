@@ -122,7 +122,7 @@ class TestCancel:
         assert (world.row(held).status, world.row(free).status) == ("pending", "cancelled")
 
     def test_nobody_to_ask(self, run: Run, world: World) -> None:
-        """A bulk cancel without a terminal needs --yes; otherwise it is a usage error of one sentence."""
+        """A bulk cancel without a terminal and without --yes is a usage error of one sentence."""
         follow_up = world.follow_up(due=HOUR)
         ran = run("cancel", "--workspace", world.workspace_id)
         assert (ran.code, ran.stdout) == (2, "")

@@ -104,7 +104,7 @@ class TestWorkspace:
     def test_it_goes_on_after_an_interruption(self, world: World, monkeypatch: pytest.MonkeyPatch) -> None:
         """After an interrupted deletion, the workspace accepts no new keys or follow-ups.
 
-        A second run completes the deletion.
+        Running the command again completes the deletion.
         """
         monkeypatch.setattr(store, "BATCH", 2)
         name, chat = str(world.workspace_id), filled(world)
@@ -151,7 +151,7 @@ class TestWorkspace:
     def test_what_is_in_flight_ends_first(self, world: World) -> None:
         """Deleting a workspace waits for an attempt in flight, and reports an attempt that does not end.
 
-        The command can be repeated after a deletion that did not complete.
+        After an incomplete deletion, the command can be run again.
         """
         follow_up = world.follow_up()
         world.put_in_flight(follow_up)

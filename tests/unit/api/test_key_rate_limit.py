@@ -118,7 +118,7 @@ async def test_without_the_server_nothing_is_refused(
 ) -> None:
     """While the rate limit's server is unreachable, requests are allowed and counted as unlimited.
 
-    The server is not queried again for a while.
+    The rate limit's server is not queried again for a while.
     """
     limit = limit_of(5)
     server.connected = False

@@ -90,7 +90,7 @@ async def test_an_answer_may_come_in_pieces(reply: bytes, size: int) -> None:
     ids=["bare LF", "no reason", "odd headers", "spaces after the chunk size"],
 )
 async def test_a_sloppy_answer_is_understood(reply: bytes) -> None:
-    """Flaws of a response that other clients tolerate are accepted, also in a second response."""
+    """A response with flaws that other clients tolerate is accepted, on each of two calls."""
     async with scripted(reply) as server, opened(HttpTransport(settings_for(server.url))) as transport:
         assert names(await transport.send(a_delivery()))
         assert names(await transport.send(a_delivery()))
