@@ -35,7 +35,7 @@ async def go_on(host: str, port: int, path: str, until: float) -> None:
 
 
 async def main(host: str, port: int, connections: int, seconds: float, paths: list[str]) -> None:
-    """Open the connections, which share the paths evenly."""
+    """Open the connections, distributed evenly over the paths."""
     until = time.monotonic() + seconds
     clients = [asyncio.create_task(go_on(host, port, paths[n % len(paths)], until)) for n in range(connections)]
     await asyncio.wait(clients, timeout=seconds + 1)

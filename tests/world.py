@@ -159,7 +159,7 @@ class World:
             connection.execute(statement.encode())
 
     def expire(self, *ids: UUID) -> None:
-        """Let the leases expire now, as if there had been no gap between ticks."""
+        """Make the leases expire now, without any gap between ticks."""
         self.close_gap()
         self.sql(
             "UPDATE follow_ups SET lease_until = now() - interval '1 ms' WHERE id = ANY(CAST(:ids AS uuid[]))",

@@ -358,7 +358,7 @@ class FollowUp(Base):
         ),
         Index("ix_follow_ups_waits_for", "waits_for", postgresql_where=text("waits_for IS NOT NULL")),
         # This index serves the API's lists, newest first (`followups.store.listing`). A list without a filter merges
-        # the four states, so that no second index is needed.
+        # the results for the four states, so no second index is needed.
         Index("ix_follow_ups_list", "workspace_id", "status", text("created_at DESC"), "id"),
         Index("ix_follow_ups_list_chat", "workspace_id", "chat_id", text("created_at DESC"), "id"),
         Index("ix_follow_ups_trigger", "workspace_id", "trigger_chat_message_id"),
@@ -547,7 +547,7 @@ class ConsoleSession(Base):
     It is the name of the API key, the name of the link's creator, or the name that the proxy sent.
     """
     api_key_id: Mapped[UUID | None] = mapped_column(ForeignKey("api_keys.id", ondelete="CASCADE"), index=True)
-    """The API key with which the person signed in. If the key becomes invalid, the session does too."""
+    """The API key with which the person signed in. The session becomes invalid when this key does."""
     created_at: Mapped[datetime] = mapped_column(server_default=func.now())
     seen_at: Mapped[datetime] = mapped_column(server_default=func.now())
     expires_at: Mapped[datetime]

@@ -158,7 +158,7 @@ def written_days(days: frozenset[int]) -> str:
 
 
 def read_days(text: str) -> frozenset[int]:
-    """Parse days: ``mon-fri``, ``sat,sun``, ``fri-mon``. Raises `ValueError` for anything else.
+    """Parse days: ``mon-fri``, ``sat,sun``, ``fri-mon``. Raises `ValueError` for text in any other form.
 
     >>> sorted(read_days("fri-mon,wed"))
     [0, 2, 4, 5, 6]

@@ -37,7 +37,7 @@ class Status(StrEnum):
     SENT = "sent"
     """The transport accepted the message.
 
-    Entered by settle, or by PATCH if the message was sent by other means.
+    A follow-up enters this state by settle, or by a PATCH if its message was sent by other means.
     """
     FAILED = "failed"
     """The follow-up will never be sent. The reason explains the failure. The cause is a begin, a settle, recovery or a

@@ -1,4 +1,4 @@
-"""Measures this service and its rivals on the same servers, in one session, in turns.
+"""Measure this service and comparable systems alternately, on the same servers and in one session.
 
     uv run --group benchmarks python tests/benchmarks/run.py throughput --count 50000 --rounds 3
     uv run --group benchmarks python tests/benchmarks/run.py throughput --only ours,loop --delay 0.05

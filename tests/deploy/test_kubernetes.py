@@ -78,7 +78,7 @@ def test_a_pod_may_do_little(name: str) -> None:
 
 @pytest.mark.parametrize(("name", "seconds"), [("web", 5 + 20), ("worker", 10 + 20), ("beat", 10)])
 def test_a_pod_has_time_to_drain(name: str, seconds: int) -> None:
-    """The grace period is at least as long as work in progress can take."""
+    """A pod's grace period is at least as long as its work in progress can take."""
     assert PODS[name]["terminationGracePeriodSeconds"] >= seconds
 
 

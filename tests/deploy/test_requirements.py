@@ -1,4 +1,4 @@
-"""The pinned requirements: complete, hashed, and without host names."""
+"""The pinned requirements are complete, include hashes, and name no hosts."""
 
 from __future__ import annotations
 

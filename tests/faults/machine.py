@@ -108,7 +108,7 @@ class Driven:
             amend(session, self.ids[number], changes)
 
     def reschedule(self, number: int) -> None:
-        """Set a new due date, which also revokes the lease of the follow-up."""
+        """Change the follow-up's due date, which also revokes its lease."""
         self.amend(number, {"due_date": datetime.now(UTC) - timedelta(seconds=8 if number == 0 else 0)})
         self.world.sql(LATER, id=self.ids[number])
         row = self.model.rows[number]

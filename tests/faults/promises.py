@@ -18,7 +18,9 @@ if TYPE_CHECKING:
     from sqlalchemy import Engine
 
 UNKNOWN = "unknown"
-"""The part of a reason that permits an accepted send; without it, an accepted follow-up must be sent."""
+"""Text in the reason of a follow-up whose message may have been accepted. With any other reason, a follow-up that was
+accepted must be sent.
+"""
 
 
 @dataclass(frozen=True, slots=True)

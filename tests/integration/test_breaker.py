@@ -203,7 +203,7 @@ def test_which_are_tripped(own: Settings) -> None:
 def test_few_in_a_row_trip_no_workspace(own: Settings) -> None:
     """The breaker holds a workspace from its fifth failure in a row on; any success resets the count.
 
-    Failures before the breaker opens count like failures after it has opened.
+    Failures count the same before and after the breaker opens.
     """
 
     async def script(store: BreakerStore) -> None:

@@ -49,7 +49,7 @@ def check(admin: redis.Redis, use: Callable[[], None]) -> None:
 
 
 def test_the_apis_rate_limit(place: tuple[Settings, redis.Redis]) -> None:
-    """In a broker failover, the API's rate limiter admits requests uncounted until it has reconnected."""
+    """During a broker failover, the API admits requests without counting them until it has reconnected."""
     limit = KeyRateLimit(place[0])
     with asyncio.Runner() as loop:
         check(place[1], lambda: loop.run(limit.check(uuid4())))

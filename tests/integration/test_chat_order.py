@@ -114,7 +114,7 @@ class TestOrder:
     def test_many_behind_one_stuck(self, world: World, steps: Steps) -> None:
         """If a follow-up of a chat is stuck, each later one is parked once and is not scanned again.
 
-        Each parked follow-up waits for the one before it.
+        Each of these follow-ups waits for the one before it in the chat.
         """
         chat = world.chat()
         ids = [world.follow_up(chat, timedelta(seconds=n - 30)) for n in range(20)]

@@ -222,7 +222,7 @@ def test_each_chat_for_itself(world: World, bench: Bench) -> None:
 
 
 def test_what_does_not_begin_gives_back(world: World, bench: Bench) -> None:
-    """As long as a follow-up is paused, it does not use up a token."""
+    """A paused follow-up does not use up a token."""
     limit(world, NONE_COMES_IN, burst=5)
     scope = pauses.PauseScope(world.workspace_id, None)
     with world.engine.begin() as connection:

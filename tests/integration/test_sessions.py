@@ -129,7 +129,7 @@ class TestSettings:
 
 @pytest.mark.skipif(PROGRAM is None, reason=MISSING)
 class TestPoolers:
-    """Connection poolers that assign each transaction another session."""
+    """Poolers that may run each transaction of a connection in a different session."""
 
     @pytest.mark.parametrize("busy", [False, True])
     async def test_transaction_pooling_is_refused(self, database_url: str, *, busy: bool) -> None:

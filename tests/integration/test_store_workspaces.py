@@ -48,7 +48,7 @@ class TestWorkspaces:
 
     @pytest.mark.parametrize("name", ["Acme", "", "a\x00b", "\ud800"])
     def test_not_found(self, session: Session, name: str) -> None:
-        """An unknown workspace name is not found, whatever characters it contains."""
+        """The look-up of an unknown workspace name raises an error, whatever characters the name contains."""
         with pytest.raises(WorkspaceNotFoundError):
             workspaces.find(session, name)
 

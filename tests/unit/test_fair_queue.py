@@ -198,7 +198,7 @@ def test_shedding() -> None:
 def test_a_workspace_queue_that_is_shed_has_no_turn() -> None:
     """If fewer leases may stay than there are workspace queues, some queues are emptied.
 
-    An emptied workspace queue later returns like a new one.
+    A workspace queue that was emptied later behaves like a new queue.
     """
     queue = queue_of()
     queue.add([lease for key in range(1, 6) for lease in overdue(key, 1)])

@@ -87,7 +87,7 @@ class BacklogCollector(Collector):
 class Exposition:
     """All metrics in Prometheus text format.
 
-    They are the gauges of the backlog, the counters of all processes, and the metrics of this process itself.
+    These are the gauges of the backlog, the counters of all processes, and the metrics of this process itself.
     """
 
     def __init__(self, engine: Engine, window: int, totals: CounterTotals) -> None:

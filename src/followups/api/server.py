@@ -78,7 +78,7 @@ SLICE = 16 * 1024
 
 
 class Crowd:
-    """State that all connections of a server share.
+    """The state that all connections of a server share.
 
     The state includes the connections that can be closed to make room. The connection that has been idle or unread
     longest is first.

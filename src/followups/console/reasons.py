@@ -1,6 +1,6 @@
 """Explanations of why follow-ups were sent or not sent.
 
-For every follow-up in a list, they are the same sentences as in ``followups show``.
+A follow-up in a list has the same explanation as in ``followups show``.
 """
 
 from __future__ import annotations

@@ -27,7 +27,7 @@ _NOW = text("SELECT clock_timestamp()")
 class DatabaseClock:
     """The offset from this machine's uptime to the database's clock.
 
-    The time computed with it is never ahead of that clock.
+    The time computed with this offset is never ahead of the database's clock.
 
     A sample means that the database's time was ``read`` at some time between ``asked`` and ``answered``. The estimate
     uses ``read`` as the time at ``answered``. The error of the estimate is at most the travel time of the answer. The

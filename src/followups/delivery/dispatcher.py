@@ -188,7 +188,7 @@ class Dispatcher:
                 return
 
     def _unblock_forgotten(self) -> None:
-        """Unblock follow-ups that no longer wait for anything, at each tick unless that takes too long.
+        """Unblock follow-ups that no longer wait for anything, on every tick or less often if this is slow.
 
         An error while unblocking does not stop the claims.
         """

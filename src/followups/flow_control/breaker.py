@@ -11,7 +11,7 @@ seconds later. If Redis is wiped, the breaker is closed, and new failures open i
     recovering -> closed: the rate of begins doubles every second until nothing needs to wait
 
 The breaker affects only tripped workspaces: those whose most recent attempts have all failed. Follow-ups of other
-workspaces begin without restriction. So a workspace whose chats all fail, even thousands of them, does not delay a
+workspaces begin without restriction. Even a workspace with thousands of chats that all fail therefore does not delay a
 workspace with occasional failures.
 
 (Nygard, "Release It!", 2nd edition, 2018, chapter 5; the slow start is nginx's and Envoy's.)

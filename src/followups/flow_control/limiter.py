@@ -201,7 +201,7 @@ class RateLimits:
     def __init__(self, settings: Settings, engine: AsyncEngine, limiter: Limiter | None, lead: timedelta) -> None:
         """Store the limiter; without a limiter there are no limits.
 
-        ``lead`` is how long before its due time a follow-up requests a token.
+        ``lead`` is the time between a follow-up's request for a token and its due time.
         """
         self._settings = settings
         self._engine = engine

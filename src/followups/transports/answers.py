@@ -117,7 +117,8 @@ def _http_date(value: str) -> datetime | None:
 
 
 def _sent(answer: Answer, dialect: Dialect) -> Sent:
-    # An accepted message counts as sent: an invalid body loses only the message's id, and never changes the outcome.
+    # An accepted message counts as sent. An invalid body never changes this outcome, but leaves the message's id
+    # unknown.
     if answer.flaw or not answer.body.strip():
         return Sent(None, answer.status, answer.flaw)
     try:

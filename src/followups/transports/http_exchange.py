@@ -1,7 +1,7 @@
 """One HTTP request and its answer, through the callbacks of libcurl.
 
 This module decides which calls may be repeated. libcurl requests the body after it has established the connection and
-before it sends the first byte. So until the body has been requested, nothing has been sent. libcurl gets the body only
+before it sends the first byte. Nothing has therefore been sent before libcurl requests the body, which it gets only
 once. If a kept connection ends without an answer, or if an HTTP/2 server refuses a stream, libcurl itself tries again
 on another connection. For such a retry libcurl would have to rewind the body. Since the body cannot be rewound, libcurl
 gives up (CURLE_SEND_FAIL_REWIND). libcurl reports a refused stream (REFUSED_STREAM, GOAWAY) exactly like a lost stream,
@@ -47,7 +47,7 @@ Address = tuple[str, int]
 
 
 class Sockets:
-    """The sockets of open connections by their local addresses, by which libcurl identifies a connection."""
+    """The sockets of open connections by their local address, which identifies a connection in libcurl."""
 
     def __init__(self, *, speak_first: bool) -> None:
         """Start without sockets.

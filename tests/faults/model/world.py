@@ -60,7 +60,7 @@ class ModelWorld(NamedTuple):
     """For each follow-up, how often the chat has accepted its message."""
     replied: bool = False
     may_create: bool = False
-    """Whether the creation of the second follow-up has checked the chat without a lock and may proceed."""
+    """Whether the second follow-up may be created, after a check of the chat without a lock."""
 
     def with_row(self, number: int, row: ModelRow) -> ModelWorld:
         """Return this state with one row replaced."""

@@ -156,7 +156,8 @@ async def listening(
         await asyncio.gather(*tasks, return_exceptions=True)
         for writer in writers:
             writer.transport.abort()
-        await asyncio.sleep(0.05 if secure else 0)  # several loop iterations, to read the ends of all connections
+        # several iterations of the event loop, so that it reads the end of every connection
+        await asyncio.sleep(0.05 if secure else 0)
 
 
 @asynccontextmanager

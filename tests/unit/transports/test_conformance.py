@@ -53,7 +53,7 @@ async def test_what_is_accepted_is_sent_with_the_receivers_id(rig: TransportRig)
 
 
 async def test_the_same_follow_up_twice_is_one_message(rig: TransportRig) -> None:
-    """With the follow-up's id as idempotency key, a second attempt returns the first one's message."""
+    """A second attempt with the same idempotency key, the follow-up's id, returns the first message."""
     delivery = a_delivery()
     assert await rig.transport.send(delivery) == await rig.transport.send(delivery)
     assert rig.accepted == 1

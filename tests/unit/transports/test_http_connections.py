@@ -276,7 +276,7 @@ async def test_a_connection_that_ends_as_it_is_made_takes_no_request(steps: int,
 
 
 async def test_what_is_left_of_a_request_that_was_given_up_is_not_sent() -> None:
-    """After the timeout, the unsent rest of a request is not sent to a receiver that is still reading."""
+    """If a call times out, the rest of its request is not sent, even if the receiver is still reading."""
     with socket.create_server(("127.0.0.1", 0)) as listening:
         settings = settings_for(
             f"http://127.0.0.1:{listening.getsockname()[1]}", transport_timeout=timedelta(seconds=0.1)

@@ -120,7 +120,7 @@ async def withdraw(stream: Stream) -> None:
 
 
 async def go_away(stream: Stream) -> None:
-    """Refuse all further streams, including the current one."""
+    """Refuse the current stream and all later streams."""
     stream.connection.h2.close_connection(last_stream_id=stream.id - 1)
     stream.connection.flush()
 

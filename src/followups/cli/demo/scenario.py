@@ -42,7 +42,7 @@ class Scheduled:
 
 @dataclass(frozen=True, slots=True)
 class Scenario:
-    """All follow-ups in the order of their due times, and what the receiver and the users do."""
+    """All follow-ups in the order of their due times, and the behaviour of the receiver and the users."""
 
     parts: tuple[ScenarioStep, ...]
     failures: dict[str, int]
