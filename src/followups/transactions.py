@@ -69,8 +69,8 @@ def transact(engine: Engine, work: Callable[[Connection], T]) -> T:
 def ask_if_lost(connection: Connection, question: Question) -> None:
     """Register the query that finds out whether the current transaction was committed.
 
-    The query runs if the response to the commit is lost. Only the first registered query is kept, since a transaction
-    is committed as a whole.
+    The query runs if the response to the commit is lost. Only the first query registered in a transaction is kept,
+    since a transaction is committed as a whole.
     """
     connection.info.setdefault(_QUESTION, question)
 

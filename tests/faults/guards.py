@@ -228,7 +228,7 @@ def leased_is_claimed(scene: Scene) -> None:
 
 
 def token_stays(scene: Scene) -> None:
-    """Claim a follow-up again after its lease has expired."""
+    """Claim a follow-up for the second time, after its first lease has expired."""
     scene.world.follow_up()
     lease = scene.lease()
     expect(scene.leased_anew(lease).token > lease.token, "the fencing token grows")

@@ -42,7 +42,7 @@ class Disorder:
         self.workers = [self._rig.worker(ready=False) for _ in range(2)]
 
     def strike(self) -> None:
-        """Inject a random fault, and resume processes that were frozen long enough."""
+        """Inject a random fault, and resume each process that has been frozen long enough."""
         kinds: list[Callable[[], None]] = [
             *(self.kill_worker, self.freeze_worker, self.kill_beat, self.flush_broker, self.restart_broker),
             *(self.restart_database, self.misbehave, self.cancel_some, self.cancel_some, self.reply),
@@ -154,5 +154,5 @@ def test_everything_at_once(breakable: Rig, figures: Figures) -> None:
 
 @pytest.mark.faults_long
 def test_everything_for_minutes(breakable: Rig, figures: Figures) -> None:
-    """Hundreds of random faults within minutes break no promise."""
+    """Hundreds of random faults within minutes do not violate any promise."""
     everything(breakable, figures, seconds=600, rate=40)

@@ -99,7 +99,7 @@ class Clients:
 
 
 def command(rig: Rig, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """Run a command in the environment of the system's processes."""
+    """Run a command in the environment that the system's processes have."""
     environment = os.environ | rig.environment()
     return subprocess.run(
         [COMMAND, *arguments], env=environment, capture_output=True, text=True, timeout=60, check=False

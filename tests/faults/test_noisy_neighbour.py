@@ -1,4 +1,4 @@
-"""Tests in which one workspace has a hundred times the load, or a backlog, and delays no other."""
+"""Tests in which one workspace has a hundred times the load, or a backlog, and delays no other one."""
 
 from __future__ import annotations
 

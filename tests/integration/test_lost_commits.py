@@ -1,4 +1,4 @@
-"""Lost commits: each delivery step continues, whether the commit succeeded, failed or is slow."""
+"""Tests of lost commits: delivery steps continue, whether the commit succeeded, failed or is slow."""
 
 from __future__ import annotations
 

@@ -55,7 +55,7 @@ class Caller:
     world: World
 
     def schedule(self, chat_id: UUID, due: datetime | None = None, message: str = "?") -> FollowUp:
-        """Schedule a follow-up, by default for tomorrow."""
+        """Schedule a follow-up; it is due tomorrow by default."""
         return followups.schedule(
             self.session,
             workspace_id=self.world.workspace_id,

@@ -196,7 +196,7 @@ class TestLateness:
     def test_the_time_of_the_hold_is_no_lateness(self, world: World, engine: Engine, settings: Settings) -> None:
         """A follow-up that was held longer than MAX_LATENESS is sent when sending hours begin.
 
-        It is too late only if it is delayed further.
+        It counts as too late only if it is delayed further.
         """
         brief = settings.model_copy(update={"max_lateness": HOUR})
         put(world, OPEN)

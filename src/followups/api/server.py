@@ -242,7 +242,7 @@ class LimitedProtocol(HttpToolsProtocol):
         self._crowd.bound_unsent()
 
     def resume_writing(self) -> None:
-        """Record that the client has read enough of its response for writing to continue."""
+        """Record that the client has read enough of its response, so that writing can continue."""
         super().resume_writing()
         self._crowd.unread.pop(self, None)
         self._unsent = sys.maxsize

@@ -42,8 +42,8 @@ TOO_MANY_STRANGERS = "Too many requests with keys that are not known yet are wai
 class Turnstile:
     """Lets one request pass in each iteration of the event loop, in the order of arrival.
 
-    All requests without a known API key share one turnstile, and the requests of each busy workspace share another.
-    However many of these requests arrive at once, all other requests run in every iteration.
+    All requests without a known API key share one turnstile, and the requests of each busy workspace share another. All
+    other requests run in every iteration, however many of these requests arrive together.
     """
 
     def __init__(self) -> None:
@@ -97,7 +97,7 @@ class Turns:
         self._inside += 1
 
     def release(self) -> None:
-        """Stop counting a request."""
+        """Stop counting a request that has ended."""
         self._inside -= 1
 
     async def __aenter__(self) -> None:

@@ -35,7 +35,7 @@ class Fields:
         return self._values.get(name, [default])[-1].replace("\r\n", "\n")
 
     def every(self, name: str) -> list[str]:
-        """Return all values of a field."""
+        """Return all values of the field."""
         return self._values.get(name, [])
 
     def uuid(self, name: str) -> UUID | None:

@@ -64,7 +64,7 @@ class DatabaseClock:
         return self._offset is not None
 
     def now(self) -> datetime:
-        """Return the database's time. Raises RuntimeError before the first sample."""
+        """Return the database's time. Raises RuntimeError if no sample has been recorded yet."""
         return _EPOCH + timedelta(seconds=self._seconds() + self._known_offset())
 
     def until(self, moment: datetime) -> float:

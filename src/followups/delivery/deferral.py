@@ -64,8 +64,8 @@ BACKOFF = 1.0
 class Returns:
     """Times at which deferred follow-ups fall due again, in the order of deferral, spread over minutes.
 
-    The first times are 15 ms apart. The gaps become smaller as more follow-ups are deferred, so that none is deferred
-    for longer than `LONGEST`.
+    At first, these times are 15 ms apart. The gaps become smaller as more follow-ups are deferred, so that none is
+    deferred for longer than `LONGEST`.
 
     >>> returns = Returns()
     >>> [round(returns.next(now=0.0), 3) for _ in range(3)]

@@ -55,7 +55,7 @@ LONGEST_BACKOFF = 4.0
 AFTER_ANOTHER = 0.01
 """Seconds until the next claim is tried if another dispatcher is claiming; each further pause doubles.
 
-A claim takes some milliseconds.
+A claim itself takes some milliseconds.
 """
 LONGEST_AFTER_ANOTHER = 0.1
 IN_GRACE = 0.5

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 INTERVAL = 5.0
 """Seconds between two readings of the clock and the rate limits."""
 FIRST_SAMPLES = 5
-"""Number of clock samples at the start."""
+"""Number of clock samples taken at the start."""
 CLOCK_OFF = 60.0
 """Seconds by which this host's clock may differ from the database's without a warning."""
 BACKOFF = timedelta(seconds=0.5)

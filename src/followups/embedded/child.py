@@ -38,7 +38,7 @@ class EmbeddedError(FollowUpsError):
 
 @dataclass(frozen=True, slots=True)
 class Command:
-    """A command to run, and how to stop it: the stop signal, then SIGKILL after ``grace``."""
+    """A command to run, its stop signal, and the ``grace`` after which it gets SIGKILL."""
 
     name: str
     argv: Sequence[str]

@@ -51,7 +51,7 @@ def remove_directory(path: Path) -> None:
 
 
 def let_through(directory: Path) -> None:
-    """Allow every user to traverse, but not list, a directory that `make_temporary_directory` has created."""
+    """Allow all users to enter, but not list, a directory that `make_temporary_directory` created."""
     directory.chmod(0o711)
 
 

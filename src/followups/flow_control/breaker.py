@@ -85,7 +85,7 @@ class News:
     A success that does not count towards the breaker is ignored.
     """
     succeeded: bool = False
-    """Whether there was a success that counts towards the breaker."""
+    """Whether an attempt succeeded and counts towards the breaker."""
     runs: tuple[Run, ...] = ()
     """The outcomes of every workspace, whether it is tripped or not."""
 

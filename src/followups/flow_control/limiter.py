@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from followups.store.rate_limits import Limit, Limitable
 
     Scope = tuple[UUID | None, str | None]
-    """A workspace and a channel; None means all."""
+    """A workspace and a channel, where None means all of them."""
 
 IN_QUEUE = timedelta(seconds=1)
 """The longest wait for which a follow-up keeps its lease and stays in its worker's due queue."""
@@ -242,7 +242,7 @@ class RateLimits:
         """Acquire tokens for those leases whose turn it is.
 
         Yields the wait of each lease that got no token, and an empty set, to which the caller's block adds the
-        follow-ups that begin. The tokens of follow-ups that did not begin are returned.
+        follow-ups that begin. The tokens of the follow-ups that did not begin are returned to their buckets.
         """
         limitable = {one.id: one for one in await in_loop(self._engine, _limitable, self._settings, leases)}
         requests = [request for one in limitable.values() if (request := self._limits.request(one)).buckets]

@@ -170,7 +170,7 @@ def first_of(connection: Connection, workspace_id: UUID, chat_id: UUID) -> UUID 
 
 
 MOST_PLACES = 100
-"""The largest place of a follow-up in its chat that is counted."""
+"""The largest position of a follow-up in its chat that is determined by counting."""
 
 _PLACES = text("""
     SELECT f.id, (SELECT count(*) FROM (

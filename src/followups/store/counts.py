@@ -127,7 +127,8 @@ class Counts:
 class Pace:
     """Throughput and lag of the follow-ups accepted within ``window``.
 
-    Lag is the acceptance time minus the due date. It includes retries, and follow-ups created after their due date.
+    Lag is the acceptance time minus the due date. The lag includes retries, and follow-ups created after their due
+    date.
     """
 
     window: timedelta

@@ -1,9 +1,9 @@
 """Updates of the planner's statistics for the table of follow-ups.
 
-Autovacuum updates the statistics within minutes. Until then, a table that was emptied, vacuumed, and then filled in a
-burst is estimated at one row. The planner then rates any index that contains the id as highly as the primary key,
-although some of these indexes are scanned completely for each row. With 50,000 due follow-ups in such a table, the
-claim, begin and settle of one batch took seconds each.
+Autovacuum updates the statistics within minutes. Until then, the planner estimates one row for a table that was
+emptied, vacuumed, and then filled in a burst. The planner then rates any index that contains the id as highly as the
+primary key, although some of these indexes are scanned completely for each row. With 50,000 due follow-ups in such a
+table, the claim, begin and settle of one batch took seconds each.
 """
 
 from __future__ import annotations

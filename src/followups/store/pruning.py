@@ -103,8 +103,8 @@ class MessageCursor(NamedTuple):
 
 OLDEST = MessageCursor()
 
-# The last message of each chat is kept, so that a repeated request with the same message is recognised. These messages
-# accumulate among the oldest rows, so a scan continues where the previous scan ended.
+# The last message of each chat is kept, so that a repeated request with the same message is recognised. These last
+# messages accumulate among the oldest rows, so each scan continues where the previous scan ended.
 _DELETE_MESSAGES = text("""
     WITH old AS MATERIALIZED (
         SELECT workspace_id, id, chat_id, created_at FROM chat_messages

@@ -102,7 +102,7 @@ _NOTE = text("UPDATE follow_ups SET retry_of = :original WHERE id = :id")
 def last_of(session: Session, follow_up_id: UUID) -> UUID:
     """Return the last follow-up of a chain of retries, or the given one if it has not been retried.
 
-    A caller that adds a retry to the chain must have locked the chat.
+    A caller that adds a retry to the chain must have locked the chat first.
     """
     last: UUID = session.execute(_LAST, {"id": follow_up_id}).scalar_one()
     return last

@@ -127,7 +127,7 @@ def is_wanted() -> bool:
 def start(service: str) -> None:
     """Start tracing if the environment enables it, as ``service`` unless ``OTEL_SERVICE_NAME`` is set.
 
-    Call this in each process, after a fork. Without the extra, only a warning is logged.
+    Call this in each process, after a fork. If the extra is not installed, only a warning is logged.
     """
     global _tracing  # noqa: PLW0603 - one a process, like the logging that goes with it
     if not is_wanted():

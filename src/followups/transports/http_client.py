@@ -130,7 +130,7 @@ class HttpClient:
         self._is_open = True
 
     async def close(self) -> None:
-        """Close the connections and end the calls in flight; a repeated call is harmless."""
+        """Close the connections and end the calls in flight; calling this again has no effect."""
         self._is_open = False
         self._close_connections()
 

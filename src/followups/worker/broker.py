@@ -257,7 +257,7 @@ def _is_consumers_thread() -> bool:
 
 
 def is_message(message: object) -> bool:
-    """Return whether a decoded entry has the shape of the messages that our processes send.
+    """Return whether a decoded entry has the form of the messages that our processes send.
 
     Compressed messages are rejected, because a few kilobytes could fill the memory. Other content types are rejected
     too, because kombu would decode them with any of Python's codecs, including zlib and bz2.

@@ -44,7 +44,8 @@ def beat_schedule(settings: Settings) -> dict[str, dict[str, Any]]:
             "task": "followups.dispatch_due",
             "schedule": settings.tick_interval,
         },
-        # The schedule uses the wall clock, because a beat that is restarted now and then would never complete an hour.
+        # The schedule uses the wall clock. With intervals, a beat that is restarted now and then might never complete
+        # an hour.
         "remove-old": {
             "task": "followups.remove_old",
             "schedule": crontab(minute=str(PRUNE_MINUTE)),
@@ -72,7 +73,7 @@ class Scheduler(CelerysScheduler):
     def _heed_the_clock(self) -> None:
         """Restart the schedule if the host's clock was set back.
 
-        Otherwise Celery would send nothing until the clock shows the old time again.
+        Otherwise Celery would send nothing until the clock has reached the earlier time again.
         """
         before, self._booted_at = self._booted_at, time.time() - uptime()
         if before is None or self._booted_at > before - SET_BACK:

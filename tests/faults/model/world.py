@@ -24,7 +24,7 @@ class ModelRow(NamedTuple):
     losses: int = 0
     cancel_requested: str = ""
     unknown: bool = False
-    """Whether an attempt's outcome is recorded as unknown."""
+    """Whether the outcome of an attempt is recorded as unknown."""
     exists: bool = True
 
     @property

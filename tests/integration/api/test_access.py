@@ -1,4 +1,4 @@
-"""The access log: one line per request, and the request id in every line and response."""
+"""Tests of the access log: one line for each request, and the request id in each line and response."""
 
 from __future__ import annotations
 

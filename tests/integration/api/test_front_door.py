@@ -247,7 +247,7 @@ def test_the_idlest_connection_makes_room(settings: Settings, monkeypatch: pytes
 
 
 def test_strangers_have_a_share_of_the_database(settings: Settings, world: World) -> None:
-    """However many requests arrive, only a few unknown API keys are looked up concurrently.
+    """Only a few unknown API keys are looked up concurrently, however many requests arrive.
 
     If too many look-ups are already waiting, further requests get 429.
     """

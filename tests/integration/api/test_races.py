@@ -138,7 +138,7 @@ class TestCancelAgainstDeliver:
     """If a cancel returned 200, the message is never sent."""
 
     def test_begin_first(self, api: Api, engine: Engine) -> None:
-        """A cancel waits for a begin that is running, and is then rejected with Retry-After."""
+        """A cancel waits for a begin that is in progress, and is then rejected with Retry-After."""
         created, taken = due_now(api)
         with ThreadPoolExecutor(1) as pool, engine.connect() as connection:
             assert begin(connection, taken) == [UUID(str(created["id"]))]

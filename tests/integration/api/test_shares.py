@@ -105,7 +105,8 @@ def test_deep_pages_beside_anothers_list(pair: tuple[Api, Api]) -> None:
     with ThreadPoolExecutor(CLIENTS) as pool:
         walks = [pool.submit(walk) for _ in range(CLIENTS)]
         try:
-            assert any(measured() < 0.25 for _ in range(5))  # a few tries, since the machine may be busy for a moment
+            # several attempts, since the machine may be busy for a moment
+            assert any(measured() < 0.25 for _ in range(5))
         finally:
             stopping.set()
         for each in walks:

@@ -28,7 +28,7 @@ FRAME_LINES = 8
 """Number of lines that are not rows: title, bar, borders, headings, totals, and the cursor's line."""
 LEAST_ROWS = 6
 NARROW = 76
-"""Terminal width from which the chats fit next to the follow-ups."""
+"""Minimum terminal width at which the chats fit next to the follow-ups."""
 CHATS_WIDTH = 22
 STATE_WIDTH = 23
 PAST_SHARE = 0.6

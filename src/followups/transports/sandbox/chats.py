@@ -166,7 +166,7 @@ class SandboxChats:
 
     @property
     def default(self) -> Behaviour:
-        """The behaviour of every chat for which no other behaviour is set. ``times`` is ignored here."""
+        """The behaviour of every chat for which no other behaviour is set. ``times`` does not apply to it."""
         return self._default
 
     @default.setter

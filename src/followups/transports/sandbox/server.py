@@ -40,9 +40,7 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Sequence
 
 BACKLOG = 1024
-"""Number of connections that may wait to be accepted. A burst opens as many connections as the dispatcher's
-concurrency.
-"""
+"""Number of connections that may wait to be accepted. A burst may open a connection for each slot of the dispatcher."""
 
 
 def build_app(chats: SandboxChats | None = None, *, secret: str | None = None) -> web.Application:
