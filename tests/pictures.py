@@ -25,7 +25,7 @@ from followups import schedule
 from followups.cli import stats
 from followups.cli.demo import perform, plan_of
 from followups.cli.demo.picture import Picture
-from followups.cli.demo.play import Rest
+from followups.cli.demo.scenario import Rest
 from followups.cli.demo.score import summary_panel
 from followups.database import make_engine
 from followups.embedded.stop_signals import StopSignals

@@ -14,7 +14,7 @@ from uuid import uuid4
 
 from databases import OWNER, url_as
 from followups.cli import main
-from followups.cli.demo.play import Rest
+from followups.cli.demo.scenario import Rest
 from followups.embedded import free_port
 from followups.schema import downgrade
 from process_tree import assert_gone, descendants, needs_proc

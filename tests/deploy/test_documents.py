@@ -14,7 +14,7 @@ from typer.core import TyperGroup
 
 from deploy.manifests import DEPLOY, ROOT, SETTINGS
 from deploy.test_alerts import anchors
-from followups.cli.catalogue import CATALOGUE, load
+from followups.cli.entry import CATALOGUE, load
 from followups.settings import Settings, environment_name
 
 DOCUMENTS = {str(path.relative_to(ROOT)): path for path in (ROOT / "README.md", *sorted(DEPLOY.glob("*.md")))}

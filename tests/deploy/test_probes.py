@@ -9,7 +9,7 @@ import pytest
 
 from deploy.manifests import DEPLOY, compose, kubernetes
 from followups.cli import main
-from followups.cli.catalogue import CATALOGUE
+from followups.cli.entry import CATALOGUE
 
 PROCESSES = ("web", "worker", "beat")
 

@@ -9,7 +9,7 @@ from uuid import UUID
 import pytest
 import typer
 
-from followups.cli.parse import default_burst, parse_rate
+from followups.cli.options import default_burst, parse_rate
 from followups.flow_control.limiter import Limits, loosened
 from followups.store.rate_limits import Limit, Limitable
 from followups.wording import rate_in_words

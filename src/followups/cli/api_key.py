@@ -9,10 +9,10 @@ from uuid import UUID  # noqa: TC003 - Typer reads the annotations
 import typer
 
 from followups.cli import connection
-from followups.cli.catalogue import examples
 from followups.cli.documents import api_key_document
+from followups.cli.entry import examples
+from followups.cli.options import parse_age
 from followups.cli.output import Json, print_json, print_table, remark, say
-from followups.cli.parse import parse_age
 from followups.models import Workspace
 from followups.operations import administration
 from followups.store import api_keys, workspaces

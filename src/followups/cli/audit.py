@@ -9,11 +9,10 @@ import typer
 from sqlalchemy import func, select
 
 from followups.cli import connection
-from followups.cli.catalogue import examples
 from followups.cli.documents import event_document
-from followups.cli.options import EXAMPLE_ID, workspace_id_of
+from followups.cli.entry import examples
+from followups.cli.options import EXAMPLE_ID, Since, parse_since, workspace_id_of
 from followups.cli.output import Json, print_json, print_table, remark
-from followups.cli.parse import Since, parse_since
 from followups.store import audit as store
 from followups.store.audit import Action, AuditFilter
 from followups.wording import details_of, readable

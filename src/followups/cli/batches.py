@@ -1,20 +1,29 @@
-"""The steps that all bulk commands share: count, show a sample, confirm, run in batches."""
+"""The steps that all bulk commands and deletions share: count, show a sample, confirm, run in batches."""
 
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from datetime import timedelta
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from followups.cli import connection
 from followups.cli.output import print_json, remark, remarks, say
+from followups.operations import deletion
+from followups.settings import get_settings
+from followups.store import deletion as store
+from followups.telemetry.escaping import escape
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
+    from followups.store.deletion import Whole
+
     Batches = Callable[[], Iterator[dict[str, int]]]
+
 
 SAMPLE = 5
 """Number of affected follow-ups that a bulk command lists before it runs."""
@@ -135,3 +144,34 @@ def _conclude(plan: BulkPreview, totals: dict[str, int], *, interrupted: bool, j
 def _words(name: str) -> str:
     """Return a count's name as words: ``inFlight`` -> ``in flight``."""
     return "".join(f" {letter.lower()}" if letter.isupper() else letter for letter in name)
+
+
+PATIENCE = timedelta(seconds=15)
+"""How long to wait for attempts in flight, in addition to the duration of a lease."""
+
+
+def carry_out_deletion(whole: Whole, what: str, name: str, manner: Manner) -> None:
+    """Delete a workspace or chat, unless this is a dry run or the operator does not confirm its ``name``."""
+    with connection.engine() as engine:
+        with engine.connect() as opened:
+            counted = store.count(opened, whole)
+        plan = BulkPreview(verb="delete", done="deleted", number=counted, sample=())
+        if not (manner.dry_run or manner.yes):
+            _ask(what, name, plan.counted)
+        patience = get_settings().lease + PATIENCE
+        actor = connection.actor()
+        carry_out(plan, lambda: deletion.delete(engine, actor, whole, patience), replace(manner, yes=True))
+
+
+def _ask(what: str, name: str, counted: str) -> None:
+    """Ask the operator to type the name.
+
+    Raises a usage error if stdin is not a terminal, and `typer.Exit` for any other answer.
+    """
+    if not sys.stdin.isatty():
+        message = f"{what} with {counted}: where no name can be asked for, --yes says that the deletion is meant"
+        raise typer.BadParameter(message, param_hint="--yes")
+    remark(f"This deletes {what} with {counted}, for good.")
+    if typer.prompt(escape(f"Type {name} to delete it"), err=True, default="", show_default=False) != name:
+        remark("Nothing has changed.")
+        raise typer.Exit(1)

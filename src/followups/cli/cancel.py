@@ -11,8 +11,8 @@ from sqlalchemy.orm import Session
 from followups import checks, scheduling
 from followups.cli import batches, connection
 from followups.cli.batches import DryRun, Manner, Yes
-from followups.cli.catalogue import examples
 from followups.cli.documents import follow_up_document
+from followups.cli.entry import examples
 from followups.cli.options import (
     EXAMPLE_CHAT,
     EXAMPLE_ID,

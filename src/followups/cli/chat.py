@@ -7,9 +7,9 @@ from uuid import UUID  # noqa: TC003 - Typer reads the annotations
 
 import typer
 
-from followups.cli import connection, deletion
+from followups.cli import batches, connection
 from followups.cli.batches import DryRun, Manner, Yes
-from followups.cli.catalogue import examples
+from followups.cli.entry import examples
 from followups.cli.options import EXAMPLE_CHAT
 from followups.cli.output import Json  # noqa: TC001 - likewise
 from followups.errors import ChatNotFoundError
@@ -47,4 +47,4 @@ def delete(
         owner = workspaces.find(session, workspace).id
         if session.get(Chat, (owner, chat_id)) is None:
             raise ChatNotFoundError
-    deletion.carry_out(Whole(owner, chat_id), f"chat {chat_id}", str(chat_id), Manner(dry_run, yes, json))
+    batches.carry_out_deletion(Whole(owner, chat_id), f"chat {chat_id}", str(chat_id), Manner(dry_run, yes, json))

@@ -10,10 +10,9 @@ from typing import Annotated
 import typer
 
 from followups.cli import connection
-from followups.cli.catalogue import examples
-from followups.cli.options import workspace_id_of
+from followups.cli.entry import examples
+from followups.cli.options import parse_age, workspace_id_of
 from followups.cli.output import Json, print_json, remark, say
-from followups.cli.parse import parse_age
 from followups.settings import get_settings
 from followups.store import audit, console_sessions
 from followups.store.audit import Action, Event, Way

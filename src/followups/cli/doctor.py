@@ -8,7 +8,7 @@ import typer
 from rich.table import Table
 
 from followups.cli import connection
-from followups.cli.catalogue import examples
+from followups.cli.entry import examples
 from followups.cli.failures import FAILED
 from followups.cli.output import Json, cell, console, print_json
 from followups.operations.doctor import (

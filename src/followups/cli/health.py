@@ -10,7 +10,7 @@ from typing import Annotated, NoReturn
 
 import typer
 
-from followups.cli.catalogue import examples
+from followups.cli.entry import examples
 from followups.cli.output import remark, say
 from followups.operations.doctor.process_checks import WEB_PORT, trouble_of_web
 from followups.telemetry.heartbeat import SETTING, directory_of, look

@@ -9,11 +9,10 @@ import typer
 from sqlalchemy.orm import Session
 
 from followups.cli import connection
-from followups.cli.catalogue import examples
 from followups.cli.documents import limit_document, quota_document
-from followups.cli.options import OneChannel, Workspace, workspace_id_of
+from followups.cli.entry import examples
+from followups.cli.options import MOST, OneChannel, Workspace, default_burst, parse_quota, parse_rate, workspace_id_of
 from followups.cli.output import Json, print_json, print_table, say
-from followups.cli.parse import MOST, default_burst, parse_quota, parse_rate
 from followups.operations import administration
 from followups.operations.explain import limited
 from followups.store import quotas, rate_limits

@@ -9,11 +9,10 @@ from uuid import UUID  # noqa: TC003 - Typer reads the annotations
 import typer
 
 from followups.cli import connection
-from followups.cli.catalogue import examples
 from followups.cli.documents import follow_up_document
-from followups.cli.options import Codes, workspace_id_of
+from followups.cli.entry import examples
+from followups.cli.options import Codes, parse_moment, workspace_id_of
 from followups.cli.output import Json, console, print_json, print_table, remark
-from followups.cli.parse import parse_moment
 from followups.states import Status  # noqa: TC001 - Typer reads the annotations
 from followups.store import listing
 from followups.store.listing import ListFilter

@@ -19,8 +19,8 @@ from alembic.util.exc import CommandError
 from sqlalchemy.exc import OperationalError
 
 from followups import schema
-from followups.cli.catalogue import examples
 from followups.cli.connection import engine
+from followups.cli.entry import examples
 from followups.cli.output import remark, say
 from followups.embedded.stop_signals import StopSignals
 from followups.errors import FollowUpsError, reason_of

@@ -5,7 +5,7 @@ from __future__ import annotations
 import typer
 
 from followups.api.app import openapi_document
-from followups.cli.catalogue import examples
+from followups.cli.entry import examples
 from followups.cli.output import print_json
 
 app = typer.Typer(add_completion=False, rich_markup_mode="markdown")

@@ -1,19 +1,221 @@
-"""Arguments and options that several commands share, and the usage errors (exit code 2) they raise."""
+"""Arguments and options that several commands share, and parsers for the times, durations, days and rates in them."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated
+import math
+import re
+from dataclasses import dataclass
+from datetime import UTC, datetime, time, timedelta
+from typing import TYPE_CHECKING, Annotated, ClassVar
 from uuid import UUID
 
 import typer
 
 from followups.channels import Channel
 from followups.errors import WorkspaceNotFoundError
+from followups.sending_hours import read_days
 from followups.states import ReasonCode
 from followups.store import workspaces
+from followups.wording import SECONDS
 
 if TYPE_CHECKING:
     from sqlalchemy.orm import Session
+
+
+UNITS = {"s": "seconds", "m": "minutes", "h": "hours", "d": "days"}
+RELATIVE = re.compile(r"\+(?:\d+(?:\.\d+)?[smhd])+", re.ASCII)
+PART = re.compile(r"(\d+(?:\.\d+)?)([smhd])", re.ASCII)
+
+
+DUE_HELP = "2030-01-31T09:00:00Z (with an offset), +10m, or now."
+
+
+@dataclass(frozen=True, slots=True)
+class Due:
+    """A due date as typed: a time, or a duration from now by the database's clock."""
+
+    given: datetime | timedelta
+    NOW: ClassVar[Due]
+
+    def resolve(self, now: datetime) -> datetime:
+        """Return the due date as a time. Raises `typer.BadParameter` if it is outside the calendar."""
+        try:
+            return self.given if isinstance(self.given, datetime) else now + self.given
+        except OverflowError:
+            message = "that is too far in the future."
+            raise typer.BadParameter(message) from None
+
+
+Due.NOW = Due(timedelta(0))
+
+
+def parse_due(text: str) -> Due:
+    """Parse ``now``, ``+10m``, ``+1h30m`` or ISO 8601 with an offset. Raises `typer.BadParameter`.
+
+    >>> parse_due("+1h30m").given
+    datetime.timedelta(seconds=5400)
+    """
+    if text == "now":
+        return Due.NOW
+    if RELATIVE.fullmatch(text):
+        return Due(_duration(text))
+    return Due(_moment(text, "2030-01-31T09:00:00Z, +10m or now"))
+
+
+AGE = re.compile(r"(?:\d+(?:\.\d+)?[smhd])+", re.ASCII)
+
+
+def parse_age(text: str) -> timedelta:
+    """Parse a duration such as ``90d`` or ``1h30m``. Raises `typer.BadParameter`.
+
+    >>> parse_age("1d12h")
+    datetime.timedelta(days=1, seconds=43200)
+    """
+    if not AGE.fullmatch(text):
+        message = f"{text!r} is no duration; write it as 90d, 12h or 1h30m."
+        raise typer.BadParameter(message)
+    return _duration(text)
+
+
+@dataclass(frozen=True, slots=True)
+class Since:
+    """A past time as typed: absolute, or a duration before now by the database's clock."""
+
+    given: datetime | timedelta
+
+    def resolve(self, now: datetime) -> datetime:
+        """Return the time, or the start of the calendar if the time is earlier."""
+        if isinstance(self.given, datetime):
+            return self.given
+        return now - self.given if self.given < now - EARLIEST else EARLIEST
+
+
+EARLIEST = datetime(2, 1, 1, tzinfo=UTC)
+
+
+def parse_since(text: str) -> Since:
+    """Parse ``2h`` (two hours ago) or ISO 8601 with an offset. Raises `typer.BadParameter`.
+
+    >>> parse_since("2h").given
+    datetime.timedelta(seconds=7200)
+    """
+    if AGE.fullmatch(text):
+        return Since(_duration(text))
+    return Since(_moment(text, "2h (ago) or 2030-01-31T09:00:00Z"))
+
+
+def parse_moment(text: str) -> datetime:
+    """Parse a time in ISO 8601 with an offset. Raises `typer.BadParameter`."""
+    return _moment(text, "2030-01-31T09:00:00Z")
+
+
+def _moment(text: str, forms: str) -> datetime:
+    try:
+        moment = datetime.fromisoformat(text)
+    except ValueError:
+        message = f"{text!r} is no time; write it as {forms}."
+        raise typer.BadParameter(message) from None
+    if moment.utcoffset() is None:
+        message = f"{text!r} must carry an offset, as in 2030-01-31T09:00:00Z."
+        raise typer.BadParameter(message)
+    return moment
+
+
+def _duration(text: str) -> timedelta:
+    try:
+        return sum((timedelta(**{UNITS[unit]: float(number)}) for number, unit in PART.findall(text)), timedelta(0))
+    except OverflowError:
+        message = f"{text!r} is too far in the future."
+        raise typer.BadParameter(message) from None
+
+
+CLOCK = re.compile(r"([01]?\d|2[0-3]):([0-5]\d)", re.ASCII)
+
+
+def parse_clock(text: str) -> time:
+    """Parse a time of day: ``08:00``. Raises `typer.BadParameter`.
+
+    >>> parse_clock("8:30")
+    datetime.time(8, 30)
+    """
+    if text == "24:00":
+        return time(0)
+    found = CLOCK.fullmatch(text)
+    if not found:
+        message = f"{text!r} is no time of the day; write it as 08:00."
+        raise typer.BadParameter(message)
+    return time(int(found[1]), int(found[2]))
+
+
+def parse_days(text: str) -> frozenset[int]:
+    """Parse days of the week: ``mon-fri``. Raises `typer.BadParameter`."""
+    try:
+        return read_days(text)
+    except ValueError:
+        message = f"{text!r} are no days; write them as mon-fri or sat,sun."
+        raise typer.BadParameter(message) from None
+
+
+RATE = re.compile(r"(\d+(?:\.\d+)?)/(s|min|h|d)", re.ASCII)
+MOST = 1_000_000
+"""Largest accepted rate, in follow-ups per second, and largest accepted bucket.
+
+This system could not send at such a rate, nor so many follow-ups in one burst.
+"""
+LEAST = 0.01 / SECONDS["d"]
+"""Smallest accepted rate, in follow-ups per second.
+
+At a lower rate, filling a large bucket would take longer than the maximum lifetime of a Redis key.
+"""
+
+
+def parse_rate(text: str) -> float:
+    """Parse ``50/s``, ``20/min``, ``1000/h`` or ``5/d`` into follow-ups per second.
+
+    Raises `typer.BadParameter`.
+
+    >>> parse_rate("90/min")
+    1.5
+    """
+    found = RATE.fullmatch(text)
+    if not found:
+        message = f"{text!r} is no rate; write it as 50/s, 20/min or 1000/h."
+        raise typer.BadParameter(message)
+    rate = float(found[1]) / SECONDS[found[2]]
+    if not LEAST <= rate <= MOST:
+        message = f"{text!r} should be at least 0.01/d, and at most {MOST}/s; followups pause lets nothing begin."
+        raise typer.BadParameter(message)
+    return rate
+
+
+def default_burst(rate: float) -> int:
+    """Return the default burst: the number of follow-ups that the rate allows in one second, at least one.
+
+    >>> default_burst(50), default_burst(1 / 3)
+    (50, 1)
+    """
+    return max(1, math.floor(rate))
+
+
+MOST_ROWS = 2**31 - 1
+NO_QUOTA = -1
+"""The value that `parse_quota` returns for ``none``."""
+
+
+def parse_quota(text: str) -> int:
+    """Parse a quota: a number of rows, or ``none``. Raises `typer.BadParameter`.
+
+    >>> parse_quota("100,000"), parse_quota("none")
+    (100000, -1)
+    """
+    if text == "none":
+        return NO_QUOTA
+    number = text.replace(",", "").replace("_", "")
+    if number.isascii() and number.isdigit() and int(number) <= MOST_ROWS:
+        return int(number)
+    message = f"{text!r} is no number from 0 to {MOST_ROWS:,}, and not none."
+    raise typer.BadParameter(message)
+
 
 EXAMPLE_ID = "0b0b6e34-0d0f-4d3c-9d5e-3f5a0c6f5a51"
 EXAMPLE_CHAT = "6a1f3f0e-4f0e-4b39-8f5b-0f6a3f1f7c11"

@@ -9,8 +9,8 @@ import typer
 from sqlalchemy.orm import Session
 
 from followups.cli import batches, connection
-from followups.cli.catalogue import examples
 from followups.cli.documents import pause_document
+from followups.cli.entry import examples
 from followups.cli.options import OneChannel, Workspace, workspace_id_of
 from followups.cli.output import Json, print_json, print_table, remark, say
 from followups.operations import administration, bulk

@@ -16,10 +16,10 @@ from sqlalchemy.orm import Session
 from followups.api import schemas
 from followups.cli import batches, connection
 from followups.cli.batches import DryRun, Manner, Yes
-from followups.cli.catalogue import examples
 from followups.cli.documents import failure_document
+from followups.cli.entry import examples
+from followups.cli.options import parse_age
 from followups.cli.output import Json  # noqa: TC001 - likewise
-from followups.cli.parse import parse_age
 from followups.operations import bulk
 from followups.store import bulk_cancel, pruning, workspaces
 

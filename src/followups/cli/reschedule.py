@@ -9,11 +9,10 @@ from sqlalchemy import func, select
 
 from followups import scheduling
 from followups.cli import connection
-from followups.cli.catalogue import examples
 from followups.cli.documents import follow_up_document
-from followups.cli.options import EXAMPLE_ID, FollowUpId
+from followups.cli.entry import examples
+from followups.cli.options import DUE_HELP, EXAMPLE_ID, Due, FollowUpId, parse_due
 from followups.cli.output import Json, print_json, say
-from followups.cli.parse import DUE_HELP, Due, parse_due
 from followups.wording import readable
 
 app = typer.Typer(add_completion=False, rich_markup_mode="markdown")

@@ -11,18 +11,22 @@ from sqlalchemy.orm import Session
 from followups import scheduling
 from followups.cli import batches, connection
 from followups.cli.batches import DryRun, Manner, Yes
-from followups.cli.catalogue import examples
 from followups.cli.documents import follow_up_document
+from followups.cli.entry import examples
 from followups.cli.options import (
+    DUE_HELP,
     EXAMPLE_ID,
     Codes,
+    Due,
     OneFollowUp,
+    Since,
+    parse_due,
+    parse_since,
     refuse_bulk_options,
     require_either,
     workspace_id_of,
 )
 from followups.cli.output import Json, print_json, remark, say
-from followups.cli.parse import DUE_HELP, Due, Since, parse_due, parse_since
 from followups.operations import bulk
 from followups.store import bulk_cancel, retries
 from followups.store.retries import Failures

@@ -10,8 +10,8 @@ import typer
 from rich.table import Table
 
 from followups.cli import connection
-from followups.cli.catalogue import examples
 from followups.cli.documents import event_document, failure_document, follow_up_document, hours_document, limit_document
+from followups.cli.entry import examples
 from followups.cli.output import Json, cell, console, print_json
 from followups.operations.circumstances import explained
 from followups.operations.explain import lag_of, stopped

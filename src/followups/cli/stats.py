@@ -17,7 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 from followups.cli import connection
-from followups.cli.catalogue import examples
+from followups.cli.entry import examples
 from followups.cli.output import Json, cell, console, print_json
 from followups.operations.doctor import process_checks
 from followups.operations.explain import STALE_TICK

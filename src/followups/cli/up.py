@@ -14,7 +14,7 @@ from uuid import UUID, uuid4
 
 import typer
 
-from followups.cli.catalogue import examples
+from followups.cli.entry import examples
 from followups.cli.output import remark, say
 from followups.embedded.postgres import make_data_directory
 from followups.embedded.stop_signals import StopSignals

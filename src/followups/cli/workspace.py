@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from sqlalchemy.orm import Session
 
-from followups.cli import connection, deletion
+from followups.cli import batches, connection
 from followups.cli.batches import DryRun, Manner, Yes
-from followups.cli.catalogue import examples
 from followups.cli.documents import hours_document, workspace_document
+from followups.cli.entry import examples
+from followups.cli.options import parse_clock, parse_days
 from followups.cli.output import Json, print_json, print_table, remark, say
-from followups.cli.parse import parse_clock, parse_days
 from followups.operations import administration
 from followups.sending_hours import EVERY_DAY, SendingHours
 from followups.store import holds, sending_hours, workspaces
@@ -90,7 +90,7 @@ def delete(
     with connection.session() as session:
         found = workspaces.find(session, name, to_delete=True)
     whole = Whole(found.id)
-    deletion.carry_out(whole, f"workspace {found.name}", found.name, Manner(dry_run, yes, json))
+    batches.carry_out_deletion(whole, f"workspace {found.name}", found.name, Manner(dry_run, yes, json))
 
 
 @app.command(

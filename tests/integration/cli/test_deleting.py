@@ -12,7 +12,7 @@ from uuid import uuid4
 
 import pytest
 
-from followups.cli import deletion
+from followups.cli import batches
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -52,7 +52,7 @@ def test_a_chat_goes_and_others_stay(run: Run, world: World) -> None:
 
 def test_what_does_not_end_is_said(run: Run, world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     """If an attempt stays in flight, the delete command fails after a while and explains how to continue."""
-    monkeypatch.setattr(deletion, "PATIENCE", timedelta(seconds=-3))
+    monkeypatch.setattr(batches, "PATIENCE", timedelta(seconds=-3))
     world.put_in_flight(world.follow_up())
     ran = run("workspace", "delete", world.workspace_id, "--yes")
     assert ran.code == 1

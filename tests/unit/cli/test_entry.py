@@ -11,7 +11,7 @@ import typer
 from sqlalchemy.exc import OperationalError, ProgrammingError
 
 from followups.cli import main
-from followups.cli.catalogue import CATALOGUE, load
+from followups.cli.entry import CATALOGUE, load
 from followups.cli.failures import explain
 from followups.errors import (
     AlreadyFinishedError,

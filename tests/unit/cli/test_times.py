@@ -9,7 +9,7 @@ import typer
 from hypothesis import given
 from hypothesis import strategies as st
 
-from followups.cli.parse import Due, parse_due
+from followups.cli.options import Due, parse_due
 from followups.wording import readable, rfc3339, span
 
 NOW = datetime(2030, 1, 31, 9, tzinfo=UTC)

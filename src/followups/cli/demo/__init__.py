@@ -12,11 +12,10 @@ import typer
 from rich.live import Live
 from sqlalchemy.orm import Session
 
-from followups.cli.catalogue import examples
 from followups.cli.demo.picture import Picture, state_of
-from followups.cli.demo.play import Stage
-from followups.cli.demo.scenario import script
+from followups.cli.demo.scenario import Stage, script
 from followups.cli.demo.score import FollowUpState, look, score, summary_lines, summary_panel
+from followups.cli.entry import examples
 from followups.cli.failures import FAILED
 from followups.cli.output import Json, console, print_json, remark, say
 from followups.database import make_engine
