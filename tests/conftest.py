@@ -45,7 +45,7 @@ pytest_plugins = ["pgbouncer", "redis_server", "stack_fixtures"]
 # Tests start hundreds of processes; if these could not write bytecode, each would compile all its imports.
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 
-# Some tests send Ctrl-C, which a process started in the background by a shell ignores, along with its children.
+# Some tests send Ctrl-C, which a process and its children ignore if a shell has started the process in the background.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
@@ -129,7 +129,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_configure_node(node: Node) -> None:
-    """Pass the socket's path to a worker."""
+    """Pass the path of the servers' socket to a worker of pytest-xdist."""
     node.workerinput["servers"] = node.config.stash[SERVERS].address()
 
 

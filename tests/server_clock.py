@@ -1,4 +1,4 @@
-"""A settable clock for Redis scripts: TIME reads a key instead of the server's clock."""
+"""A settable clock for Redis scripts: their TIME reads a key instead of the server's clock."""
 
 from __future__ import annotations
 

@@ -50,7 +50,7 @@ class Stack:
     processes: Processes
     sandbox_port: int = field(default_factory=free_port)
     options: dict[str, str] = field(default_factory=dict)
-    """Settings that differ from the defaults, by their environment names."""
+    """Settings that differ from the defaults, keyed by their environment variables."""
 
     def environment(self) -> dict[str, str]:
         """Return the environment with the processes' settings."""

@@ -44,7 +44,7 @@ NO_CONNECT_TIMEOUT = 130
 
 ENCODING = "UTF8"
 MAKE_ANOTHER = "make one with ENCODING 'UTF8' (from template0), move the data, and set FOLLOWUPS_DATABASE_URL to it"
-"""Advice for a database with an unsupported encoding."""
+"""Advice for the operator if the database has an unsupported encoding."""
 
 CHANGES_SESSIONS = (
     "a pooler before it gives each transaction another session (transaction pooling): "

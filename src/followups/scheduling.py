@@ -161,9 +161,9 @@ def _refusal(check: Callable[[Planned], None], planned: Planned) -> FollowUpsErr
 def cancel(session: Session, follow_up_id: UUID, *, reason: str | None = None, actor: Actor | None = None) -> FollowUp:
     """Cancel a pending follow-up. It is never sent once the transaction has committed.
 
-    ``reason`` is stored as given; the default is ``cancelled_by_api``. Repeating the call changes nothing. A
-    transaction that cancels in several chats must follow the same order as with `schedule`. The audit log records the
-    ``actor``, by default the user of this process.
+    ``reason`` is stored as given; the default is ``cancelled_by_api``. If the follow-up is already cancelled, the call
+    changes nothing. A transaction that cancels in several chats must follow the same order as with `schedule`. The
+    audit log records the ``actor``, by default the user of this process.
 
     Raises `FollowUpNotFoundError`, `AlreadyFinishedError`, `DeliveryInProgressError` and `TransactionError`.
     """

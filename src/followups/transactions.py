@@ -3,9 +3,8 @@
 A connection that breaks during a commit leaves the outcome unknown. After a claim, a begin or a settle, an unknown
 outcome would cost a lease, since the rows may be leased without the process knowing it. Therefore a statement registers
 a query (`ask_if_lost`) that reads back what the statement has written. If the response is lost, the query runs on
-whichever database server is then reachable. That may be a different server: a promoted standby either has the rows or
-does not. The id of the lost transaction would prove nothing, since the new server may have given it to another
-transaction.
+whichever database server is then reachable. That server may be a promoted standby, which either has the rows or does
+not. The id of the lost transaction would prove nothing, since the new server may have given it to another transaction.
 """
 
 from __future__ import annotations

@@ -30,7 +30,7 @@ CHATS = """
 
 @dataclass
 class Contestant:
-    """A contestant that keeps its rows in the table shared by all rivals."""
+    """A contestant whose rows are in the table that all rivals share."""
 
     arena: Arena
     name: str = ""

@@ -47,7 +47,7 @@ def test_kustomize_takes_them() -> None:
 
 
 def test_kustomize_names_every_file() -> None:
-    """The kustomization applies every file except the migration, which comes first, and the adapter's rule."""
+    """The kustomization applies all files except two: the migration, which is applied first, and the adapter's rule."""
     (kustomization,) = documents(KUBERNETES / "kustomization.yaml")
     others = {"kustomization.yaml", "migrate.yaml", "prometheus-adapter.yaml"}
     assert set(kustomization["resources"]) == {path.name for path in KUBERNETES.glob("*.yaml")} - others

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from world import World
 
 NOTICE = timedelta(seconds=0.5)
-"""The least time from creation to due date: several ticks, so that a follow-up can be on time."""
+"""The minimum time from a follow-up's creation to its due date: several ticks, so that it can be on time."""
 
 
 PORTION = 2_000
@@ -41,7 +41,7 @@ def lag_p99_ms(rig: Rig, ids: Sequence[UUID]) -> float:
 
 
 def claim_ms(rig: Rig, since: datetime, until: datetime) -> float | None:
-    """Return the median duration of successful claims between two times, or None if there was none."""
+    """Return the median duration of the claims that succeeded between two times, or None if none did."""
     took = [tick["duration_ms"] for tick in rig.events("tick") if since <= _moment(tick) <= until]
     return round(statistics.median(took), 2) if took else None
 

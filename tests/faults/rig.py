@@ -173,9 +173,9 @@ REPLICATED, POOLED = "replicated", "pooled"
 def chosen_servers() -> frozenset[str]:
     """Return the types of servers in FOLLOWUPS_TEST_SERVERS: ``replicated``, ``pooled`` or both.
 
-    The types are separated by commas. ``replicated`` is a primary with a synchronous standby, which takes over when a
-    test restarts PostgreSQL. ``pooled`` puts a PgBouncer in session mode in front of PostgreSQL. An empty value means a
-    plain server.
+    The types are separated by commas. ``replicated`` is a primary with a synchronous standby; the standby takes over
+    when a test restarts PostgreSQL. ``pooled`` puts a PgBouncer in session mode in front of PostgreSQL. An empty value
+    means a plain server.
     """
     chosen = frozenset(os.environ.get(SERVERS, "").replace(",", " ").split())
     if unknown := chosen - {REPLICATED, POOLED}:

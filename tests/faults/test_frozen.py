@@ -28,7 +28,7 @@ def frozen_at(
     name = frozen.command.name
     time.sleep(0.5)  # earlier refusals are counted by now
     before = refused(rig, name)
-    other.signal(signal.SIGSTOP)  # so that the worker to be frozen reaches the step first
+    other.signal(signal.SIGSTOP)  # so that this worker executes the step first
     rig.failpoints.arm(point, "stop")
     rig.bulk(count, spread=0.5)
     wait_until(lambda: rig.failpoints.taken(point))
@@ -46,7 +46,7 @@ def frozen_at(
 
 
 def refused(rig: Rig, name: str) -> int:
-    """Return how many results and sends were refused for being late."""
+    """Return how many results and how many sends were refused because they were late."""
     stale = sum(line["count"] for line in rig.log_events("stale_writes", name))
     return stale + len(rig.log_events("attempt_abandoned", name))
 

@@ -29,7 +29,7 @@ _PILE = """
 
 
 def stuck_chats(rig: Rig) -> list[UUID]:
-    """Return two chats that accept nothing for an hour: one limits the rate, the other fails."""
+    """Return two chats that accept nothing for an hour: one answers 429, the other fails."""
     chats = [rig.world.chat(), rig.world.chat()]
     rig.behave(chats[0], kind="rate_limit", retry_after=3600)
     rig.behave(chats[1], kind="fail", retry_after=3600)

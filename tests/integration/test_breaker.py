@@ -65,7 +65,7 @@ def run(own: Settings, script: Callable[[BreakerStore], Awaitable[None]], policy
 
 
 async def told(store: BreakerStore, failed: list[UUID], wanted: int, *, succeeded: bool, key: int = KEY) -> Reading:
-    """Report outcomes of one workspace and return the breaker's state.
+    """Report outcomes of one workspace and return the state of the breaker.
 
     The held workspaces are checked here and not returned.
     """

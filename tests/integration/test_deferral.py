@@ -247,7 +247,7 @@ class TestFreeing:
         assert self.free(engine, 3, world, other) == 0
 
     def test_nothing_else(self, world: World, engine: Engine, settings: Settings) -> None:
-        """Releasing deferred follow-ups leaves retries unchanged and skips rows locked by other transactions."""
+        """The release of deferred follow-ups leaves retries unchanged and skips rows locked by other transactions."""
         retry = world.follow_up(next_attempt_at=text("now() + interval '1 minute'"), attempts=1)
         locked, other = self.deferred(world, engine, settings, 10, 20)
         with engine.connect() as connection:

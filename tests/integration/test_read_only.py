@@ -55,7 +55,7 @@ def test_sessions_opened_on_a_read_only_server_are_dropped(
 
 
 async def test_so_are_those_of_an_event_loop(world: World, database_url: str) -> None:
-    """The event loop of a worker drops its read-only sessions too, even recently used ones."""
+    """A worker's event loop also drops its read-only sessions, even those that it has used recently."""
     assert world
     engine = make_async_engine(whatever_it_is(database_url), pool_size=SESSIONS)
     with read_only(database_url):

@@ -1,4 +1,4 @@
-"""Halving of a batch in which single rows may be rejected."""
+"""Tests of the halving of a batch in which single rows may be rejected."""
 
 from __future__ import annotations
 

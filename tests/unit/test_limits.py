@@ -29,7 +29,7 @@ def place(workspace: UUID = ACME, chat: int = 7, channel: str = "waha") -> Limit
 
 
 def matching(limits: list[Limit], where: Limitable) -> set[int]:
-    """Return the numbers of the limits whose buckets are needed."""
+    """Return the numbers of the limits that apply to the follow-up."""
     return {int(bucket.key.partition(":")[0], 16) for bucket in Limits(limits).request(where).buckets}
 
 

@@ -92,7 +92,7 @@ class KnownKeys:
     """
 
     def __init__(self) -> None:
-        """Start with no known keys."""
+        """Create the cache, without any known keys."""
         self._known: dict[bytes, Identity] = {}
 
     def get(self, hashed: bytes) -> Identity | None:

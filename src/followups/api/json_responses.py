@@ -1,7 +1,7 @@
 """JSON responses, written directly from database rows.
 
-The response models only serve as documentation: they name the fields of the responses. They validate nothing, because
-the types and constraints of the tables already ensure valid values.
+The response models only serve as documentation: they name the fields of the responses. The models validate nothing,
+because the types and constraints of the tables already ensure valid values.
 """
 
 from __future__ import annotations

@@ -58,7 +58,7 @@ class Stream:
 
 
 class Live:
-    """The open event streams of this process. All methods but `end` must run in one event loop."""
+    """The open event streams of this process. Every method except `end` must run in the same event loop."""
 
     def __init__(
         self, engine: Engine, in_thread: Callable[[Callable[[], changes.Seen]], Awaitable[changes.Seen]]

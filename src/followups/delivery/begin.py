@@ -64,8 +64,8 @@ async def begin_within_limits(
 def begin(engine: Engine, settings: Settings, batch: Sequence[Lease]) -> BatchResult:
     """Begin the follow-ups that may be sent, end those that must not be sent, and hold or park all others.
 
-    All of this is one transaction. If a row makes the transaction fail, the follow-up of this row is deferred, and all
-    other follow-ups begin.
+    The function uses one transaction. If a row makes the transaction fail, its follow-up is deferred, and all other
+    follow-ups begin.
     """
     halved = halve(batch, lambda part: transact(engine, partial(_begin, settings, part)))
     for lease, error in halved.refused:
@@ -112,7 +112,8 @@ def _explain_missing(
 ) -> BatchResult:
     held, not_held, ends = holds.hold(connection, settings, missing)
     missing = [obstacle for obstacle in missing if obstacle.lease.id not in held]
-    # A follow-up that should be held gets no verdict: its lateness does not count while sending hours are closed.
+    # Begin does not end a follow-up that should be held, because its lateness does not count while sending hours are
+    # closed.
     judgeable = [obstacle for obstacle in missing if obstacle.lease.id not in not_held]
     verdicts = [(o.lease, final) for o in judgeable if (final := ends.get(o.lease.id) or verdict(o))]
     ended = leases.end_if_not_begun(connection, verdicts) if verdicts else set()

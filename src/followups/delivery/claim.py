@@ -60,7 +60,8 @@ def rhythm_of(settings: Settings) -> Rhythm:
     gap of more than 3 s.
     """
     known_within = max(settings.transport_timeout + GRACE, _connecting(settings.database_url.get_secret_value()))
-    # If the interval between ticks is longer than a lease, a lease can expire unnoticed between any two ticks.
+    # If the interval between ticks is longer than a lease, a lease can expire between any two ticks without being
+    # noticed.
     longest_gap = min(settings.tick_interval * AHEAD_TICKS + timedelta(seconds=1), settings.lease / 2)
     return Rhythm(longest_gap, known_within + SETTLE_MARGIN)
 

@@ -41,7 +41,7 @@ class ClaimInterval:
         a backlog, and so is the sending speed.
         """
         self._pause = SHORTEST
-        """The latest pause that was computed from a known rate of claims, in seconds."""
+        """The most recent pause, in seconds, that was computed from a known rate of claims."""
         self.next = 0.0
         """The earliest time of the next claim, in monotonic seconds."""
 

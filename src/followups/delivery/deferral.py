@@ -62,7 +62,7 @@ BACKOFF = 1.0
 
 
 class Returns:
-    """Times at which deferred follow-ups fall due again, in the order of deferral, spread over minutes.
+    """The times at which deferred follow-ups fall due again, spread over minutes in the order of deferral.
 
     At first, these times are 15 ms apart. The gaps become smaller as more follow-ups are deferred, so that none is
     deferred for longer than `LONGEST`.
@@ -112,7 +112,7 @@ class Deferral:
         self._recovered: frozenset[int] = frozenset()
         """Workspaces that are no longer tripped, but still have deferred follow-ups."""
         self._workspaces: dict[int, list[UUID]] = {}
-        """The workspaces of the tripped and recovered keys, cached because looking up many of them takes long."""
+        """The workspaces of the tripped and recovered keys, cached because a search for many of them is slow."""
         self._wanted = asyncio.Event()
         self._closed = False
 

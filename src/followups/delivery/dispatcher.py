@@ -38,7 +38,7 @@ NEXT_STATISTICS = 60.0
 QUICK = 0.01
 """If a claim that reads the index from its beginning takes at most this many seconds, the next claim does so too."""
 LOOKING_SHARE = 0.1
-"""Largest share of the dispatcher's time that is spent on slow claims from the beginning of the index."""
+"""The maximum share of the dispatcher's time for slow claims, which search the index from its beginning."""
 
 FORGOTTEN_SHARE = 0.01
 """Largest share of its time that the dispatcher spends on checking blocked and paused follow-ups.
@@ -166,7 +166,7 @@ class Dispatcher:
         """Return the seconds until the next claim without a tick, or None if only a tick starts a claim."""
         if self._in_grace:
             return IN_GRACE
-        # The tick may have been requested because a row was inserted below the low-water mark.
+        # A possible reason for the requested tick is that a row was inserted below the low-water mark.
         if self._looked_at_all:
             return None
         return max(0.0, max(self._next_whole, self._interval.next) - time.monotonic())

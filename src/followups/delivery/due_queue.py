@@ -1,6 +1,6 @@
 """The due queue: leases in the order of their due times, from which the workspaces take turns.
 
-The due queue does no I/O and is used by one event loop.
+The due queue does no I/O. Only one event loop may use it.
 """
 
 from __future__ import annotations

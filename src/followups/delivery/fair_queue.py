@@ -88,7 +88,7 @@ class FairQueue:
     def shed(self, keys: frozenset[int], most: int) -> list[Lease]:
         """Remove the leases beyond ``most`` from these workspace queues; return them, earliest first.
 
-        Each workspace queue keeps its earliest leases, up to an equal share of ``most``.
+        Each workspace queue keeps its earliest leases: at most an equal share of ``most``.
         """
         if self.count(keys) <= most:
             return []

@@ -89,7 +89,7 @@ class Settler:
         self._closed = False
 
     def __len__(self) -> int:
-        """Return the number of outcomes that are not recorded yet."""
+        """Return how many outcomes are not recorded yet."""
         return len(self._attempts) + len(self._later)
 
     def add(self, attempt: Attempt) -> None:

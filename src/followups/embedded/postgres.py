@@ -84,8 +84,8 @@ SERVICE_ROLE = """
 class EmbeddedPostgres(EmbeddedServer):
     """An embedded PostgreSQL server, which takes about a second to start with new data.
 
-    The server listens on a Unix socket in a private temporary directory that only this user (and root) can enter,
-    without a password.
+    The server listens on a Unix socket and requires no password. The socket is in a private temporary directory that
+    only this user (and root) can enter.
     """
 
     name = "PostgreSQL"

@@ -77,7 +77,8 @@ class Processes:
         """Send all processes the stop signal, wait for each process's ``grace``, then kill those still running."""
         for child in reversed(self.children):
             child.ask()
-        with ExitStack() as stack:  # each process is stopped, the newest first, even if stopping another one fails
+        # each process is stopped, the newest first, even if an error occurs while another one is stopped
+        with ExitStack() as stack:
             if self._temporary:
                 stack.callback(remove_directory, self.logs)
             for child in self.children:

@@ -32,6 +32,6 @@ def argv(process: str, *more: str) -> list[str]:
 
 
 def search_path() -> str:
-    """Return a PATH in which the commands of this installation come first."""
+    """Return a PATH in which this installation's commands precede all others."""
     own = (str(Path(sys.executable).parent), sysconfig.get_path("scripts"))
     return os.pathsep.join([*dict.fromkeys(own), os.environ.get("PATH", os.defpath)])

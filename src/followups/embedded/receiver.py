@@ -46,7 +46,7 @@ class ReceiverConnection(asyncio.Protocol):
     """One keep-alive connection, on which a request may arrive in several pieces."""
 
     def __init__(self, record: RequestLog) -> None:
-        """Store the log of requests."""
+        """Store the log in which requests are recorded."""
         self._record = record
         self._buffer = b""
 

@@ -42,7 +42,7 @@ CANCELS = 200
 """Number of follow-ups in one cancel batch, which takes some tens of milliseconds."""
 
 RETRIES = 50
-"""Number of follow-ups in one retry batch. Their chats are locked one after the other."""
+"""Number of follow-ups in one retry batch. The chats of these follow-ups are locked one after the other."""
 
 SEEN_EVERY = 1.0
 """Minimum seconds between two searches for bulk actions."""
@@ -54,7 +54,7 @@ BY_HAND = finish(Status.CANCELLED, ReasonCode.CANCELLED_BY_API)
 
 
 SEARCH_LIMIT = timedelta(seconds=1)
-"""Time limit for finding the follow-ups of a batch.
+"""Maximum time of the search for a batch's follow-ups.
 
 If the time limit ends a search early, the next batch continues it.
 """

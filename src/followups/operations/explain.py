@@ -72,7 +72,7 @@ class Circumstances:
     tick_age: timedelta | None = None
     """The age of the last tick."""
     place: int = 1
-    """The follow-up's position among the pending follow-ups of its chat, counted up to `MOST_PLACES`."""
+    """The follow-up's position among its chat's pending follow-ups, at most `MOST_PLACES`."""
     first: Sentence | None = None
     """The explanation of the chat's first pending follow-up, if that is not the explained follow-up."""
     window_closes_at: datetime | None = None

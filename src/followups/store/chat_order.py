@@ -30,8 +30,8 @@ if TYPE_CHECKING:
     Refused = Callable[[UUID, Exception], None]
 
 # The lock keeps the earlier follow-up pending until this transaction commits, so that its end comes later and unblocks
-# the parked follow-up. If another transaction is just ending the earlier follow-up, the row is skipped, and the caller
-# tries again shortly.
+# the parked follow-up. If another transaction is about to end the earlier follow-up, that follow-up's row is skipped,
+# and the caller tries again shortly.
 _LOCK_EARLIER = text(f"""
     SELECT f.id FROM follow_ups f
      WHERE f.id = ANY(CAST(:ids AS uuid[])) AND {OPEN}
@@ -239,7 +239,7 @@ def unblock_writable(
 def unblock_forgotten(connection: Connection, refused: Refused | None = None, without: Collection[UUID] = ()) -> int:
     """Unblock up to a thousand follow-ups whose rows were locked when their predecessors ended.
 
-    Returns the number of unblocked follow-ups. ``refused`` is called for each row that cannot be written; rows in
+    Returns the number of unblocked follow-ups. ``refused`` is called for each row that cannot be written. Rows in
     ``without`` are skipped.
     """
     ids = connection.scalars(_LOCK_FORGOTTEN, {"without": uuid_array(without), "most": BATCH}).all()

@@ -105,7 +105,7 @@ def insert_unless_full(
 FAR_FROM_FULL = MOST_PENDING - 1_000
 """Number of a chat's pending follow-ups up to which `create_if_clear` inserts another one.
 
-The statement of `create_if_clear` counts the follow-ups that were committed before it locked the chat. It may miss
+The count of `create_if_clear` includes only follow-ups that were committed before it locked the chat. It may miss
 follow-ups inserted in between, which are at most one for each connection of the database.
 """
 

@@ -47,7 +47,7 @@ def hours_of(row: object) -> WorkspaceHours:
 
 @dataclass(frozen=True, slots=True)
 class Hold:
-    """The end of a leased follow-up's hold, and the pause that holds it (None if sending hours hold it)."""
+    """The end of a leased follow-up's hold, and the pause that causes it (None if sending hours cause it)."""
 
     lease: Lease
     until: datetime

@@ -168,11 +168,11 @@ def release_forgotten(
 ) -> int:
     """Release up to a thousand follow-ups of each pause that is no longer in force; return how many.
 
-    A lifted pause is deleted once it holds no follow-ups. ``refused`` is called for each row that cannot be written;
-    rows in ``without`` are skipped.
+    A lifted pause is deleted once it holds no follow-ups. ``refused`` is called for each row that cannot be written.
+    Rows in ``without`` are skipped.
 
-    A resume calls this function until no follow-up is left to release. If the resume is interrupted, the dispatcher
-    releases the remaining follow-ups.
+    To resume, this function is called until no follow-up is left to release. If the resume is interrupted, the
+    dispatcher releases the remaining follow-ups.
     """
 
     def free(part: Sequence[UUID]) -> int:

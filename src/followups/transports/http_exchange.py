@@ -63,7 +63,7 @@ class Sockets:
         self._known.clear()
 
     def begin(self, address: Address) -> None:
-        """Count a call in flight on this connection; only HTTP/2 allows several simultaneous calls."""
+        """Count a call in flight on this connection. Only HTTP/2 allows more than one at a time."""
         self._calls[address] = self._calls.get(address, 0) + 1
 
     def end(self, address: Address) -> None:

@@ -140,7 +140,7 @@ def make_app(settings: Settings) -> Celery:
             # With this setting, a half-open connection of the consumer is detected within at most twice the set time
             # plus a second.
             "health_check_interval": silence,
-            # kombu retries by itself, and redis-py's own retries would multiply with kombu's. With both kinds of
+            # kombu itself retries, and redis-py's own retries would multiply the number of retries. With both kinds of
             # retries, a publish to a silent broker took 51 s; without redis-py's retries, it takes 26 s.
             "retry_on_timeout": False,
         },

@@ -54,7 +54,7 @@ def beat_schedule(settings: Settings) -> dict[str, dict[str, Any]]:
 
 
 class Scheduler(CelerysScheduler):
-    """Celery's in-memory scheduler, which reports a heartbeat before it sends a tick and before it sleeps."""
+    """Celery's in-memory scheduler, with a heartbeat report before each tick and before each sleep."""
 
     _booted_at: float | None = None
     """The time at which this host booted, according to the host's own clock.

@@ -60,7 +60,7 @@ def end_after_loss(losses: int, cancel_requested: str, *, deduplicates: bool) ->
 
 
 def honest(reason: str | None, status: Status, *, unknown: bool) -> str:
-    """Return the reason as the store writes it, including the suffix for an unknown outcome."""
+    """Return the reason that the store would write, including the suffix for an unknown outcome."""
     said = reason or ""
     if status is Status.SENT or not unknown or "unknown" in said:
         return said

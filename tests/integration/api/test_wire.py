@@ -129,7 +129,7 @@ def test_answers_without_a_body(api: Api) -> None:
 
 
 def test_a_trailer_is_no_header(api: Api) -> None:
-    """A header field after the request body is ignored, because the headers have already been checked."""
+    """A header field after the request body is ignored, because the headers are checked before the body arrives."""
     chat = api.chat()
     for text in ("one", "two"):
         body = f'{{"chatId": "{chat}", "dueDate": "2035-01-01T00:00:00Z", "message": "{text}"}}'

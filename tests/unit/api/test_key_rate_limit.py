@@ -75,7 +75,7 @@ async def test_processes_share_the_limit(limit_of: Callable[[int], KeyRateLimit]
 
 
 async def test_a_busy_key_is_counted_ahead(limit_of: Callable[[int], KeyRateLimit], server: FakeServer) -> None:
-    """If an API key is busy, the process counts several of its requests in Redis in advance.
+    """For a busy API key, the process counts several future requests in Redis at a time.
 
     The rate limit is never exceeded.
     """

@@ -93,7 +93,7 @@ async def test_a_body_that_is_no_text_is_turned_away(chats: SandboxChats) -> Non
 
 
 def test_a_secret_that_is_none_stops_the_start() -> None:
-    """With an invalid secret, the sandbox fails at startup, like the transport."""
+    """The sandbox, like the transport, fails at startup if the secret is invalid."""
     with pytest.raises(TransportConfigurationError):
         build_app(secret="not base64!")  # noqa: S106 - an invalid secret
 

@@ -48,7 +48,7 @@ SHORT = {
     "retry_base": timedelta(seconds=0.8),
     "retry_cap": timedelta(seconds=2),
 }
-"""Settings that are shorter than the defaults, so that retries finish within the demo."""
+"""Settings with shorter times than the defaults, so that retries finish before the demo ends."""
 
 
 @app.command(epilog=examples("followups demo", "followups demo --json"))

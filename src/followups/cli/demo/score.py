@@ -107,7 +107,7 @@ class Score:
 
     @property
     def ok(self) -> bool:
-        """Whether every follow-up ended as scripted and none arrived twice."""
+        """Whether every follow-up ended according to the script and none arrived twice."""
         return not self.problems
 
     def document(self) -> dict[str, object]:

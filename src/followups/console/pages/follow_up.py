@@ -58,7 +58,7 @@ class FollowUpForm:
     told: str = ""
     consequences: list[str] = field(default_factory=list)
     reveal: bool = False
-    """Whether the message text was requested by a person who sees all workspaces."""
+    """Whether a person who sees all workspaces has requested the message text."""
 
 
 def show(visit: Visit) -> Response:

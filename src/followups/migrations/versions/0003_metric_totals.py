@@ -1,4 +1,4 @@
-"""Add the sums of all processes' counters, so that each process can answer a scrape for all of them."""
+"""Add the sums of all processes' counters, so that any process can return the sums in a scrape."""
 
 from __future__ import annotations
 

@@ -67,8 +67,8 @@ def broker(settings: Settings) -> Iterator[Finding]:
 def _refusals(client: redis.Redis, prefix: str) -> dict[str, str]:
     """Return the commands that the broker would refuse but the processes need, each with the error.
 
-    No command is executed: the broker checks permissions when a command is queued in a transaction, and the transaction
-    is then discarded.
+    No command is executed. The broker checks the permissions when a command is queued in a transaction, and the
+    transaction is then discarded.
     """
     refused: dict[str, str] = {}
     connection: Any = client.connection_pool.get_connection()

@@ -57,7 +57,7 @@ class WireModel(BaseModel):
 
 
 class Incoming(WireModel):
-    """The body of a delivery, as the transport ``http`` sends it (deploy/ENDPOINT.md)."""
+    """The body of a delivery in the format of the transport ``http`` (deploy/ENDPOINT.md)."""
 
     follow_up_id: Annotated[str, Field(min_length=1, max_length=255)]
     chat_id: Annotated[str, Field(min_length=1, max_length=255)]
