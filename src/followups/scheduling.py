@@ -1,7 +1,7 @@
 """The rules for creating, changing and cancelling follow-ups, which are the same for every caller.
 
-Each function works in the caller's own transaction and does not commit it. The row is the job, so there is nothing else
-to enqueue. The REST API and the command line call the same functions.
+Each function works in the caller's own transaction and does not commit it. The row itself is the job, so nothing else
+has to be enqueued. The REST API and the command line call the same functions.
 
 Each function locks its chat until the transaction ends. A transaction that works on several chats must process them in
 ascending order of their ids; `followups.store` documents the order of all locks.

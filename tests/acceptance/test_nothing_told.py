@@ -115,7 +115,8 @@ def overhear(broker_url: str) -> Iterator[Overheard]:
 
             def hear(event: Any) -> None:
                 overheard.events.append(event)
-                # a tick's events may leave no pause in which the receiver would time out
+                # ticks may produce events so often that `capture` never times out, so the handler checks for the end
+                # too
                 receiver.should_stop = done.is_set()
 
             receiver = app.events.Receiver(connection, handlers={"*": hear})

@@ -161,7 +161,7 @@ def test_off(stack: Stack, received: Received) -> None:
 
 
 def test_without_the_extra() -> None:
-    """With a collector but without the extra `otel`, a warning says what to install, and all else works."""
+    """If the extra `otel` is missing, a configured collector causes a warning, and all else works."""
     script = """
 import sys
 sys.modules["opentelemetry.sdk"] = None

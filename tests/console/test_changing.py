@@ -91,7 +91,7 @@ def test_what_cannot_be_scheduled_is_told_and_nothing_typed_is_lost(
 
 
 def test_a_chat_whose_last_word_is_the_users_is_a_conflict(person: Callable[..., Person], own: World) -> None:
-    """Scheduling after a user's message is answered with 409, as in the API."""
+    """Scheduling into a chat whose last message is the user's is answered with 409, as in the API."""
     chat_id = own.chat(last_message_role="user")
     answer = person("agent", own).post("/follow-ups/new", chat=chat_id, message="Kept", due="2100-01-31T09:00")
     assert answer.status_code == 409

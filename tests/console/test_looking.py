@@ -245,7 +245,7 @@ def test_the_timeline_tells_what_happened(person: Callable[..., Person], own: Wo
 
 
 def test_each_row_forecasts_what_will_happen(person: Callable[..., Person], own: World) -> None:
-    """A row shows its place in the chat, and that the messaging window closes before it can be sent."""
+    """A row shows the follow-up's position in its chat, and whether its messaging window closes too early."""
     chat_id = own.chat(channel="whatsapp", last_user_message_at=text("now() - interval '20 hours'"))
     ids = [own.follow_up(chat_id, due=each * HOUR) for each in (1, 2, 5)]
     one = person("viewer", own)

@@ -133,7 +133,7 @@ def begins_outside_hours(scene: Scene) -> None:
 
 
 def stale_hint_begins(scene: Scene) -> None:
-    """Begin a follow-up with a token that has been replaced."""
+    """Try to begin a follow-up with an outdated token."""
     scene.world.follow_up()
     old = scene.lease()
     scene.leased_anew(old)
@@ -264,7 +264,7 @@ def claimed_beside_another(scene: Scene) -> None:
 
 
 def ended_is_claimed(scene: Scene) -> None:
-    """Claim a follow-up that has ended."""
+    """Try to claim a follow-up that has ended."""
     follow_up = scene.world.follow_up()
     scene.cancel(follow_up)
     expect(not scene.claim(scene.engine, scene.settings).leases, "what has ended is not claimed")
@@ -404,7 +404,7 @@ def parked_behind_an_end(scene: Scene) -> None:
 
 
 def put_off(scene: Scene, lease: Lease) -> None:
-    """Defer a leased follow-up, like a rate limit."""
+    """Defer a leased follow-up as a rate limit does."""
     with scene.engine.begin() as connection:
         rate_limits.defer_if_leased(connection, [(lease, timedelta(minutes=1))])
 

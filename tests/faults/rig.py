@@ -96,7 +96,7 @@ class Rig(Stack):
 
     def start(self, workers: int = 1, beats: int = 1, *, harmed: bool = False) -> list[Child]:  # type: ignore[override]
         """Start the chat, beats and workers concurrently; return the workers when all of them are consuming."""
-        for _ in range(beats):  # start the processes that need the longest time first
+        for _ in range(beats):  # start the processes first that take longest to start
             self.beat()
         started = [self.worker(ready=False, harmed=harmed) for _ in range(workers)]
         self.sandbox()

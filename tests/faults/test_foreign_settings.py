@@ -81,7 +81,7 @@ def on_foreign_defaults(rig: Rig, figures: Figures, pairs: int, rate: float, sec
 def test_foreign_defaults(rig: Rig, figures: Figures) -> None:
     """Servers with a stricter isolation level, other formats or another client encoding change no outcome.
 
-    The defaults are set on the server, on the role and in the environment.
+    The defaults are set on the server, for the role and in the environment.
     """
     on_foreign_defaults(rig, figures, pairs=40, rate=100, seconds=2)
 
@@ -126,7 +126,7 @@ def test_read_only_default(rig: Rig, figures: Figures) -> None:
 
 @pytest.mark.parametrize("encoding", ["LATIN1", "SQL_ASCII"])
 def test_foreign_encoding(rig: Rig, figures: Figures, postgres_url: str, encoding: str) -> None:
-    """Every process refuses a database that cannot store every text, and reports why and what to do."""
+    """Every process refuses a database whose encoding cannot store every text, and reports the solution."""
     name = f"test_{uuid4().hex}"
     rig.options["FOLLOWUPS_DATABASE_URL"] = create_database_of_encoding(postgres_url, name, encoding)
     try:

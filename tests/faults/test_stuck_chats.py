@@ -79,7 +79,7 @@ def behind_stuck(rig: Rig, figures: Figures, count: int, spread: float) -> None:
     assert [tuple(row) for row in refused] == [
         ("retry", 1),
         ("snoozed", 1),
-    ]  # each chat's first follow-up was requested once, and the follow-ups behind it were not
+    ]  # each chat's first follow-up was requested once, and its other follow-ups were not
 
 
 def test_stuck_chats(rig: Rig, figures: Figures) -> None:

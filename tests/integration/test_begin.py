@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 class TestBegin:
-    """Begin checks a leased follow-up again in every respect."""
+    """Begin repeats every check of a leased follow-up."""
 
     def test_once(self, world: World, steps: Steps) -> None:
         """A hint that is delivered twice begins only one attempt."""

@@ -76,7 +76,7 @@ def ask_as_celery(settings: Settings, _engine: Engine) -> None:
 
 
 def ask_as_limiter(settings: Settings, _engine: Engine) -> None:
-    """Connect to the broker in the same way as the rate limiter and the breaker."""
+    """Connect to the broker as the rate limiter and the breaker do."""
 
     async def ask() -> None:
         client = connect(settings, timedelta(seconds=2))

@@ -1,4 +1,4 @@
-"""Order within a chat on PostgreSQL: a later follow-up waits for an earlier one."""
+"""Tests of the order within a chat: a later follow-up waits for an earlier one."""
 
 from __future__ import annotations
 

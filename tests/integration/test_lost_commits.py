@@ -198,7 +198,7 @@ def test_taken_over_meanwhile(place: DeliverySteps, monkeypatch: pytest.MonkeyPa
 
 @pytest.mark.parametrize("committed", [True, False])
 def test_counts(engine: Engine, monkeypatch: pytest.MonkeyPatch, *, committed: bool) -> None:
-    """A transaction's counts are added once, even if its answer is lost before or after the commit."""
+    """A transaction's counts are added once, even if the connection breaks before or after its commit."""
     totals = CounterTotals(engine)
     totals.add()
     with engine.connect() as connection:

@@ -1,4 +1,4 @@
-"""`followups.schedule_many`: many follow-ups of a workspace in one transaction, all or none."""
+"""Tests of `followups.schedule_many`, which schedules all the given follow-ups in one transaction or none."""
 
 from __future__ import annotations
 

@@ -213,7 +213,7 @@ def test_no_row_joins_two_workspaces(world: World) -> None:
 
 
 class TestAmend:
-    """Changes of follow-ups by operators, who see all workspaces, and by the API."""
+    """Tests in which operators, who see all workspaces, and the API change follow-ups."""
 
     def test_operator(self, caller: Caller) -> None:
         """An operator, who has no workspace, sees every follow-up; another workspace sees none of them."""
@@ -314,7 +314,7 @@ class TestChats:
         assert (chat.last_message_id, chat.last_user_message_at) == (agent.id, user.created_at)
 
     def test_same_moment(self, caller: Caller) -> None:
-        """Of two messages with equal timestamps, the one that arrived later is the last."""
+        """If two messages have equal timestamps, the message that arrived later counts as the last."""
         chat_id, at = uuid4(), soon(-1)
         caller.receive(chat_id, Role.USER, at)
         agent = caller.receive(chat_id, Role.AGENT, at)

@@ -52,7 +52,7 @@ class TestSettle:
     def test_retry_is_a_due_time_in_the_row(self, world: World, steps: Steps) -> None:
         """A retry stores the next due time in the row, and the failed attempt counts.
 
-        The failed attempt is kept on record.
+        The failed attempt is recorded.
         """
         follow_up = world.follow_up()
         steps.settle([attempt(steps.begun(), Retry("HTTP 500", timedelta(minutes=5), 500))])

@@ -112,7 +112,7 @@ def server_process(engine: Engine) -> int:
 async def test_a_connection_that_lay_idle_is_tested_first(
     world: World, database_url: str, monkeypatch: pytest.MonkeyPatch, recently: float
 ) -> None:
-    """If an idle connection is broken, it is replaced silently; if it was just used, one statement fails."""
+    """A broken connection is replaced silently if it was idle; if it was just used, one statement fails."""
     monkeypatch.setattr(database, "RECENTLY", recently)
     engine = make_async_engine(database_url, pool_size=1)
     first = await in_loop(engine, server_process)

@@ -35,7 +35,7 @@ def overdue(key: int, *seconds: float, losses: int = 0) -> list[Lease]:
 
 
 def test_turns() -> None:
-    """Workspaces take turns, however much one of them has queued, and each is served in due order."""
+    """Workspaces take turns regardless of queue length, and each workspace's leases are taken in due order."""
     queue = queue_of()
     queue.add(overdue(NOISY, *range(10, 60)))
     queue.add(overdue(QUIET, 1, 2))

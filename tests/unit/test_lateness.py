@@ -33,7 +33,7 @@ MORNING = SendingHours("UTC", time(8), time(11))
 
 
 def found(hours: SendingHours | None, wanted: datetime, now: datetime, known: datetime | None = None) -> Obstacle:
-    """Return what blocks a follow-up checked now, given the recorded time at which it may be sent."""
+    """Return what blocks a follow-up now, given the recorded time from which it could be sent."""
     span = span_of(hours, now) if hours else None
     standing = WorkspaceHours(uuid4(), hours, *span) if hours and span else None
     return Obstacle(Lease(uuid4(), 1, now), now, now, wanted, wanted, sendable_from=known, hours=standing)

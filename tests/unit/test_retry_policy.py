@@ -81,6 +81,6 @@ def test_a_wish_is_kept_within_reason(wished: timedelta) -> None:
 
 @given(st.timedeltas(MIN_RETRY_AFTER, MAX_RETRY_AFTER), st.floats(0, 1, exclude_max=True))
 def test_a_wish_is_spread(wished: timedelta, fraction: float) -> None:
-    """A retry comes up to a tenth later than the transport requested, never earlier, and within a day."""
+    """A retry starts up to a tenth later than the transport requested, never earlier, within a day."""
     waited = spread(wished, lambda: fraction)
     assert wished <= waited <= min(wished * (1 + SPREAD), MAX_RETRY_AFTER)

@@ -1,4 +1,4 @@
-"""Messaging windows, during which a channel lets a business write into a chat."""
+"""Tests of messaging windows, during which a channel lets a business write into a chat."""
 
 from __future__ import annotations
 

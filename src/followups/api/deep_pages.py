@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from followups.store.listing import Start
 
 DEEP = 1_000
-"""Number of preceding rows from which a page counts as deep.
+"""A page counts as deep if at least this many rows precede it.
 
 For shallower pages, the preceding rows are counted each time, which takes a few milliseconds.
 """

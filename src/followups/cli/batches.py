@@ -57,7 +57,7 @@ class BulkPreview:
 
     @property
     def counted(self) -> str:
-        """The number of follow-ups followed by the noun, as in "1 follow-up", "3 follow-ups"."""
+        """The count with its noun, as in "1 follow-up" or "3 follow-ups"."""
         return f"{self.number:,} {self.noun}{'' if self.number == 1 else 's'}"
 
 

@@ -46,7 +46,7 @@ if TYPE_CHECKING:
 app = typer.Typer(add_completion=False, rich_markup_mode="markdown")
 
 MOST = 1_000_000
-"""Maximum number of follow-ups in one benchmark. A benchmark is also limited in time."""
+"""Maximum number of follow-ups in one benchmark. A benchmark also has a time limit."""
 LONGEST = 600.0
 LOOK = 0.2
 LATER = timedelta(days=1)

@@ -112,8 +112,8 @@ def hours(  # noqa: PLR0913 - one for each option
 ) -> None:
     """Show, set or clear the sending hours, in which the workspace's messages may be sent.
 
-    A follow-up that becomes due outside the sending hours is held until they next begin. Being held uses up no attempt.
-    Held follow-ups are sent within a second after the sending hours begin, earliest due first. Lateness
+    A follow-up that becomes due outside the sending hours is held until the hours next begin. Being held uses up no
+    attempt. Held follow-ups are sent within a second after the sending hours begin, earliest due first. Lateness
     (FOLLOWUPS_MAX_LATENESS) is counted from the first beginning of the sending hours after the due date. If the
     channel's messaging window would close before the sending hours begin, the follow-up fails immediately as
     window_closed, and the API refuses such a due date.

@@ -1,4 +1,4 @@
-"""Deferral: follow-ups of tripped workspaces leave the in-flight window, so that others are claimed.
+"""Deferral removes follow-ups of tripped workspaces from the in-flight window, so that others are claimed.
 
 Each worker keeps a few leases of the tripped workspaces as probes, and defers the other follow-ups of these workspaces
 in the database. A deferral does not count as an attempt, and a deferred follow-up can still be cancelled. When a worker

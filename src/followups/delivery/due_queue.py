@@ -35,9 +35,9 @@ GATHER = timedelta(milliseconds=5)
 costs almost as much as a statement for fifty. The wait is a third of `LEAD`.
 """
 ENOUGH_SLOTS = 0.4
-"""Share of free slots at which the next batch is taken without waiting for more slots."""
+"""If at least this share of the slots is free, the next batch does not wait for more slots."""
 RETRY_DELAY = timedelta(milliseconds=50)
-"""Delay before the next try to begin or settle a follow-up; for a begin the delay doubles each time."""
+"""Delay before another try to begin or settle a follow-up; after each failed begin the delay doubles."""
 LONGEST_RETRY_DELAY = timedelta(milliseconds=800)
 
 

@@ -71,7 +71,7 @@ def decide(obstacle: Obstacle, max_lateness: timedelta) -> Hold | Final | None:
 
 
 def closed_until(obstacle: Obstacle) -> datetime | None:
-    """Return when closed sending hours open, or None if they are open at the time of sending or not set.
+    """Return when sending hours next open, or None if none are set or they are open at the time of sending.
 
     The sending period stored in the database is valid until it ends, whatever time zone data this machine has. This
     function is pure.

@@ -163,7 +163,7 @@ def _spawn(processes: Processes, stack: Stack, port: int) -> None:
     sandbox_port = stack.sandbox.rpartition(":")[2]
     commands = {
         "sandbox": [sys.executable, "-m", "followups.transports.sandbox.server", "--port", sandbox_port],
-        # The servers listen on the loopback interface only, since nothing else protects them and this API key.
+        # The servers and this API key have no other protection, so the servers listen on the loopback interface only.
         "web": argv("web", "--host", LOOPBACK),
         "worker": argv("worker"),
         "beat": argv("beat"),

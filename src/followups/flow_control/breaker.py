@@ -107,7 +107,7 @@ class Reading:
 
 @dataclass(frozen=True, slots=True)
 class RecoveryPolicy:
-    """The pauses and rates at which a failed transport is tried again."""
+    """The pauses before probes of a failed transport, and the rates of attempts while it recovers."""
 
     first_pause: float = 1.0
     longest_pause: float = 15.0

@@ -44,8 +44,8 @@ class Way(StrEnum):
 class Actor:
     """The author of a change: an API key, a console session or an operating-system user.
 
-    API keys and console sessions are identified by id, operating-system users by name. The name and prefix
-    of an API key may be omitted: the INSERT looks them up.
+    API keys and console sessions are identified by id, operating-system users by name. The name and prefix of an API
+    key may be omitted, since the INSERT reads them from the key's row.
     """
 
     way: Way

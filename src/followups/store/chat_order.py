@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
     Refused = Callable[[UUID, Exception], None]
 
-# The lock keeps the earlier follow-up pending until this transaction commits, so that its end comes later and unblocks
+# Because of the lock, the earlier follow-up can end only after this transaction has committed. Its end then unblocks
 # the parked follow-up. If another transaction is about to end the earlier follow-up, that follow-up's row is skipped,
 # and the caller tries again shortly.
 _LOCK_EARLIER = text(f"""
@@ -61,7 +61,7 @@ _PARK = text(f"""
 
 
 def park_if_leased(connection: Connection, pairs: Sequence[tuple[Lease, UUID]]) -> set[UUID]:
-    """Park the later follow-up of each pair behind the earlier one; return those that were parked."""
+    """Park the later follow-up of each given pair behind the earlier one; return the parked follow-ups."""
     pending = set(connection.scalars(_LOCK_EARLIER, {"ids": sorted({earlier for _, earlier in pairs})}))
     leased = [(lease, earlier) for lease, earlier in pairs if earlier in pending]
     if not leased:
@@ -75,7 +75,7 @@ def park_if_leased(connection: Connection, pairs: Sequence[tuple[Lease, UUID]]) 
 
 
 PILE = 1000
-"""The largest number of due follow-ups that are parked together with a parked follow-up of the same chat.
+"""The largest number of a chat's due follow-ups that are parked in one statement.
 
 Parking thousands of follow-ups one by one would delay every later follow-up.
 """
@@ -107,7 +107,7 @@ _PARK_PILE = text("""
 
 
 def park_pile(connection: Connection, parked: Collection[UUID]) -> int:
-    """Park the due follow-ups behind the parked ones, each behind its predecessor; return how many.
+    """Park due follow-ups behind the parked ones of their chats, each behind its predecessor; return how many.
 
     Any lease of such a follow-up becomes invalid, because begin would refuse the follow-up anyway. Call this after
     `park_if_leased`, in the same transaction.

@@ -99,9 +99,9 @@ _IN_ORDER, _FAIRLY = (text(read_sql(name) + read_sql("lease")) for name in ("cla
 WITHOUT_SORTING = text(
     "SELECT set_config('enable_sort', 'off', true), set_config('enable_incremental_sort', 'off', true)"
 )
-"""Disables sorting for a fair claim. If the planner estimates that the table is almost empty, it reads and sorts all
-pending rows for each workspace instead of following the index that has this order. Measured right after an insert of
-30,000 rows: 311 ms, and with a thousand other workspaces more than 10 s.
+"""Disables sorting for a fair claim. If the planner estimates that the table is almost empty, its plan reads and sorts
+all pending rows for each workspace, although an index has this order. Measured right after an insert of 30,000 rows:
+311 ms, and with a thousand other workspaces more than 10 s.
 """
 
 _NAME = " SELECT f.id FROM taken JOIN follow_ups f ON f.ctid = taken.place"

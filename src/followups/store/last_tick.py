@@ -40,7 +40,7 @@ class Rhythm:
 
 @dataclass(frozen=True, slots=True)
 class Tick:
-    """A dispatcher tick in progress; another dispatcher's tick can run only after its transaction has ended."""
+    """A dispatcher tick in progress; the next tick can run only after this tick's transaction has ended."""
 
     in_grace: bool
     """Whether expired leases with an attempt in flight are still left to their workers to settle."""

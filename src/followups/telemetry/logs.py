@@ -160,7 +160,7 @@ class StandardError:
         self.name = name
 
     def msg(self, line: str) -> None:
-        """Write a line in one call, so that lines of several threads are not mixed."""
+        """Write a line in one call, so that lines of different threads do not mix."""
         write(line + "\n")
 
     debug = info = warning = error = critical = msg

@@ -41,7 +41,7 @@ STARTING = timedelta(seconds=90)
 CONNECTING = timedelta(seconds=45)
 """Longest time between two tries to reach the broker.
 
-A pause takes 3 s at most, and a try up to ten. The rest of the time is a margin for a busy machine.
+A pause takes at most 3 s, and a try at most 10 s. The rest of the time is a margin for a busy machine.
 """
 
 CONSUMING = timedelta(seconds=5)

@@ -44,7 +44,7 @@ class Flood:
 
     cpu: float = 0.0
     memory: float = 0.0
-    """The largest growth of the web process in MiB."""
+    """The largest increase of the web process's memory, in MiB."""
     waits: list[float] = field(default_factory=list)
     busy: list[float] = field(default_factory=list)
     """For each measured wait, how many seconds of it the web process's event loop was busy.

@@ -234,7 +234,7 @@ class TestRetry:
         assert (found["retried"], found["notFound"]) == (1, 1)
 
     def test_one_by_its_id_and_then_all(self, run: Run, world: World) -> None:
-        """A bulk retry skips a follow-up that was already retried by id.
+        """A bulk retry skips a follow-up that an operator has already retried by its id.
 
         The same follow-up can be retried by id again.
         """

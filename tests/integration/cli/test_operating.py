@@ -92,7 +92,7 @@ class TestReschedule:
 
     @pytest.mark.parametrize(("text", "seconds"), [("now", 0), ("+10m", 600)])
     def test_so_long_after_now(self, run: Run, world: World, text: str, seconds: int) -> None:
-        """`now` and relative due dates are measured by the database's clock."""
+        """`now` and relative due dates refer to the database's clock."""
         follow_up = world.follow_up(due=HOUR)
         before = world.scalar("SELECT now()")
         assert list(run("reschedule", follow_up, "--due", text, "--json").document) == FIELDS

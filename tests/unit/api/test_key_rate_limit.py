@@ -1,4 +1,4 @@
-"""The API's rate limit on fakeredis; `integration/api/test_limits.py` tests it on a real server."""
+"""Tests of the API's rate limit with fakeredis; `integration/api/test_limits.py` uses a real server."""
 
 from __future__ import annotations
 

@@ -124,7 +124,7 @@ def test_debug_shows_the_trace() -> None:
 
 
 class RefusedError(Exception):
-    """An error as raised by a database driver."""
+    """A stand-in for an error that a database driver raises."""
 
     sqlstate = "42P01"
 

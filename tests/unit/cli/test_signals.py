@@ -17,7 +17,7 @@ def send(number: signal.Signals) -> None:
 
 @pytest.mark.parametrize("number", STOPPING)
 def test_a_signal_is_heeded_between_two_steps(number: signal.Signals) -> None:
-    """A first signal does not interrupt `up` or `demo` at once; it takes effect at the next check."""
+    """A first signal does not interrupt `up` or `demo` immediately, but at the next check."""
     with StopSignals() as signals:
         signals.check()
         send(number)

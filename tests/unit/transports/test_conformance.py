@@ -211,7 +211,7 @@ async def test_one_slow_chat_holds_up_no_other(rig: TransportRig) -> None:
 
 
 async def test_a_cancelled_call_is_cancelled(rig: TransportRig) -> None:
-    """Cancelling the caller's task cancels the call and gives no outcome."""
+    """If the caller's task is cancelled, the call is cancelled too and has no outcome."""
     task = asyncio.create_task(rig.send(a_delivery(), kind="slow", delay=30))
     await asyncio.sleep(0.05)
     task.cancel()

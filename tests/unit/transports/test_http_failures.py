@@ -286,7 +286,7 @@ async def test_closing_ends_what_is_in_flight_as_unknown() -> None:
 async def test_a_process_that_was_frozen_sends_nothing_any_more(steps: int) -> None:
     """A call that was frozen, at whatever step, sends nothing after its deadline.
 
-    After the deadline, another worker may have the lease.
+    After the deadline, another worker may hold the lease.
     """
     came: list[float] = []
 

@@ -142,7 +142,7 @@ class ChatBehaviour(web.View):
         return _behaviour(chats.behaviour(self.request.match_info["chat_id"]) or chats.default)
 
     async def put(self) -> web.Response:
-        """Change the chat's behaviour: 200, or 422 for an invalid behaviour."""
+        """Change the chat's behaviour; return 200, or 422 if the behaviour is invalid."""
         try:
             behaviour = Behaviour.model_validate_json(await self.request.read())
         except ValueError as error:
