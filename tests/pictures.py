@@ -1,7 +1,7 @@
 """Makes the README's pictures from a real run: `PYTHONPATH=tests uv run python tests/pictures.py`.
 
-The program starts the embedded system and plays the demo. Then it lets several thousand follow-ups fall due in two
-minutes and watches them like `followups stats --watch`. The terminal output that rich draws is saved as
+The program starts the embedded system and plays the demo. After that, several thousand follow-ups fall due within two
+minutes, and the program watches them like `followups stats --watch`. The terminal output that rich draws is saved as
 deploy/pictures/*.svg.
 """
 

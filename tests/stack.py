@@ -53,7 +53,7 @@ class Stack:
     """Settings that differ from the defaults, keyed by their environment variables."""
 
     def environment(self) -> dict[str, str]:
-        """Return the environment with the processes' settings."""
+        """Return the environment variables for the system's processes."""
         return (
             self.settings.environment()
             | {"FOLLOWUPS_TRANSPORT_URL": f"http://127.0.0.1:{self.sandbox_port}/messages"}

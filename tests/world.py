@@ -101,7 +101,7 @@ class World:
             return connection.execute(select(FollowUp.__table__).where(FollowUp.id == follow_up_id)).one()
 
     def rows(self, *ids: UUID) -> list[Any]:
-        """Return the id and status of these follow-ups (by default, of all)."""
+        """Return the id and status of these follow-ups; by default, of all follow-ups."""
         query = select(FollowUp.id, FollowUp.status)
         with self.engine.connect() as connection:
             return list(connection.execute(query.where(FollowUp.id.in_(ids)) if ids else query))

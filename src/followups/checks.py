@@ -108,7 +108,7 @@ def check_message(message: str) -> None:
 
 
 def check_text(text: str, field: str) -> None:
-    """Refuse text that cannot be stored because it contains a NUL character or a lone surrogate."""
+    """Raise an error for text that cannot be stored: it contains a NUL character or a lone surrogate."""
     if text != storable(text):
         message = Sentence("The {field} must not contain NUL characters or lone surrogates.", field=_named(field))
         raise InvalidRequestError(message, field=field)

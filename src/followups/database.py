@@ -31,7 +31,7 @@ T = TypeVar("T")
 
 MILLISECOND = timedelta(milliseconds=1)
 POOL_MARGIN = 5
-"""Seconds that a caller waits for a pooled connection in addition to the connect timeout."""
+"""Seconds that a caller waits for a pooled connection, on top of the connect timeout."""
 STATEMENT_TIMEOUT = timedelta(seconds=30)
 """Time limit of a statement on the server. Statements normally take milliseconds."""
 SILENCE_MARGIN = timedelta(seconds=5)
@@ -55,7 +55,7 @@ CHANGES_SESSIONS = (
 POOLER_ROUNDS = 4
 """How many times the server sessions of two connections are compared.
 
-Under load, the first comparison already detects a changed session.
+Under load, the first comparison is enough to detect a changed session.
 """
 
 _OURS = "followups.set_up"
@@ -286,7 +286,7 @@ class _Pooler:
 
 
 def _drop_read_only(context: ExceptionContext) -> None:
-    """Treat a read-only session as broken: close it and every older connection of its pool."""
+    """Treat a read-only session as broken: close it and all older connections of its pool."""
     if getattr(context.original_exception, "sqlstate", None) == READ_ONLY:
         context.is_disconnect = True
 

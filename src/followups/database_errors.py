@@ -101,9 +101,9 @@ def unfit(error: Exception) -> str:
 
 
 ROW_STATES = frozenset({"P0001", "XX001", "XX002"})
-"""Additional SQLSTATEs that one row may cause: an exception raised by a trigger, or a damaged page.
+"""Additional SQLSTATEs that a single row may cause: an exception from a trigger, or a damaged page.
 
-A single row may also cause errors about invalid data or violated constraints.
+A single row may also cause the usual errors about invalid data or violated constraints.
 """
 
 

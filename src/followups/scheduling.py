@@ -162,8 +162,8 @@ def cancel(session: Session, follow_up_id: UUID, *, reason: str | None = None, a
     """Cancel a pending follow-up. It is never sent once the transaction has committed.
 
     ``reason`` is stored as given; the default is ``cancelled_by_api``. If the follow-up is already cancelled, the call
-    changes nothing. A transaction that cancels in several chats must follow the same order as with `schedule`. The
-    audit log records the ``actor``, by default the user of this process.
+    changes nothing. If a transaction cancels in several chats, it must process them in the same order as for
+    `schedule`. The audit log records the ``actor``, by default the user of this process.
 
     Raises `FollowUpNotFoundError`, `AlreadyFinishedError`, `DeliveryInProgressError` and `TransactionError`.
     """

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 LEASE_MARGIN = timedelta(seconds=2)
-"""How much longer a lease must last than the transport timeout.
+"""How much longer than the transport timeout a lease must last.
 
 The margin allows for begin, settle and a slow commit.
 """

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncEngine
 
     Question = Callable[[Connection], bool | None]
-    """A query that returns whether the statement's changes exist.
+    """A query that returns whether the changes made by a statement exist.
 
     The query returns None if the statement's transaction may still be running.
     """

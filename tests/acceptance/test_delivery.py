@@ -27,7 +27,7 @@ SECOND = timedelta(seconds=1)
 
 
 def test_each_at_its_moment(running: Stack) -> None:
-    """Follow-ups are sent on time and once, none early, and end as sent with the chat's message id."""
+    """Follow-ups are sent on time, exactly once, and end as sent with the chat's message id."""
     ids = running.world.burst([timedelta(seconds=1 + n / 20) for n in range(40)])
     running.wait_until_done(*ids)
     rows = [running.world.row(one) for one in ids]
@@ -239,8 +239,8 @@ def test_two_workers_and_two_beats(stack: Stack) -> None:
 
 def test_stop_drains(stack: Stack) -> None:
     """On SIGTERM a worker settles its calls in flight, returns its other leases, and exits in time."""
-    # Follow-ups that the worker did not release would not be sent while this test waits. No response is late, even on a
-    # busy machine.
+    # Follow-ups that the worker did not release would not be sent while this test waits. The timeout is so long that no
+    # response is late, even on a busy machine.
     stack.options |= {"FOLLOWUPS_LEASE": "120", "FOLLOWUPS_TRANSPORT_TIMEOUT": "20"}
     worker = stack.start()
     stack.behave(kind="slow", delay=0.5)

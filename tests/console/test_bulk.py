@@ -28,7 +28,7 @@ NOW = text("now()")
 
 
 def carry_out(world: World) -> None:
-    """Run the worker's batches until no action is left."""
+    """Run the worker's batches until no bulk action is left."""
     while run_batch(world.engine):
         pass
 

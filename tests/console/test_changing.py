@@ -298,7 +298,7 @@ def test_a_due_date_with_an_offset_is_told_in_utc(person: Callable[..., Person],
 
 
 def test_hours_with_an_offset_and_a_number_of_thousands_of_digits(person: Callable[..., Person], own: World) -> None:
-    """Sending hours with an offset and a number with thousands of digits cause no server error."""
+    """Neither sending hours with a UTC offset nor a number with thousands of digits causes a server error."""
     hours = {"time_zone": "UTC", "from": "08:00+02:00", "to": "20:00", "day": "0", "do": "save"}
     told = person("admin", own).post("/settings/hours", **hours)
     assert "as in 08:00" in words(told)

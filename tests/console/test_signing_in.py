@@ -332,7 +332,7 @@ def test_switched_off_there_is_no_console(console_settings: Settings) -> None:
 def test_the_language_follows_the_browser_and_the_choice(person: Callable[..., Person], own: World) -> None:
     """The page is in the browser's language until the person chooses another language.
 
-    After the choice, the same page is shown.
+    After the person has chosen a language, the same page is shown.
     """
     one = person("viewer", own)
     one.client.headers["accept-language"] = "pt-BR,pt;q=0.9,en;q=0.8"

@@ -80,7 +80,7 @@ def followups(environment: Mapping[str, str], *arguments: str) -> str:
 def test_an_operator_brings_it_up(servers: dict[str, str], tmp_path: Path) -> None:
     """With a certificate, a role, a user and a secret file for each process, a scheduled follow-up is sent.
 
-    Doctor finds nothing wrong, the broker refuses no command, the delivery is signed, and no log contains a secret.
+    Doctor has no findings, the broker refuses no command, the delivery is signed, and no log contains a secret.
     """
     usual = {
         "PATH": os.environ["PATH"],

@@ -81,7 +81,7 @@ def test_systemd_would_find_something(analyze: str, installed: Path) -> None:
 
 @pytest.mark.parametrize("name", LASTING)
 def test_systemd_calls_it_confined(analyze: str, installed: Path, name: str) -> None:
-    """Each service's exposure is rated low by systemd."""
+    """The exposure of each service is low by systemd's own rating."""
     confined = [analyze, "security", "--offline=yes", f"--threshold={MOST_EXPOSED}", f"--root={installed}"]
     ran = subprocess.run([*confined, "--no-pager", name.replace("@.", "@1.")], capture_output=True, check=False)
     assert ran.returncode == 0, ran.stdout.decode().splitlines()[-1]

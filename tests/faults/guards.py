@@ -54,7 +54,7 @@ if TYPE_CHECKING:
 
 
 class PromiseBroken(AssertionError):  # noqa: N818 - a promise that is broken, no error of the code
-    """Raised if a promise is broken."""
+    """Raised when a promise is broken."""
 
 
 def expect(kept: object, promise: str) -> None:
@@ -165,7 +165,7 @@ def cancelled_begins(scene: Scene) -> None:
 
 
 def later_one_begins(scene: Scene) -> None:
-    """Begin the later of a chat's two follow-ups first."""
+    """Try to begin the later of two follow-ups of a chat before the earlier one."""
     chat_id = scene.world.chat()
     scene.world.follow_up(chat_id, due=-timedelta(seconds=2))
     later = scene.world.follow_up(chat_id, due=-timedelta(seconds=1))
@@ -271,7 +271,7 @@ def ended_is_claimed(scene: Scene) -> None:
 
 
 def stale_release(scene: Scene) -> None:
-    """Release a lease that another worker has taken over."""
+    """Try to release a lease of a follow-up that another worker has taken over."""
     scene.world.follow_up()
     old = scene.lease()
     scene.leased_anew(old)

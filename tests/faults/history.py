@@ -1,4 +1,4 @@
-"""The database's history: a trigger that only fault tests install records every change of a follow-up."""
+"""The database's history: a trigger, installed only by fault tests, records all changes of follow-ups."""
 
 from __future__ import annotations
 

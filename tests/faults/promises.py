@@ -36,7 +36,7 @@ class Record:
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """How often each promise was broken, which should be never, and how the follow-ups ended."""
+    """How the follow-ups ended, and how often each promise was broken, which should be never."""
 
     lost: int
     doubled: int

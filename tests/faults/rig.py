@@ -156,7 +156,7 @@ class Rig(Stack):
             assert busy.running
 
     def verdict(self, **known: Any) -> Verdict:
-        """Check the promises for everything that has happened so far."""
+        """Check the promises against everything that has happened so far."""
         record = Record(frozenset(self.created), self.cancelled, **known)
         return check(self.world.engine, self.received(), record)
 
@@ -251,7 +251,7 @@ class Load:
         self._thread.join()
 
     def wait(self) -> None:
-        """Wait until all follow-ups have been added."""
+        """Wait until all follow-ups have been inserted."""
         self._thread.join()
 
     def _run(self) -> None:

@@ -60,7 +60,7 @@ def test_stale_row_is_saved(world: World, engine: Engine, settings: Settings) ->
     follow_up = world.follow_up()
     with Session(engine) as session:
         assert session.get_one(FollowUp, follow_up).status == "pending"
-        session.commit()  # the object keeps the old value, like a cached object
+        session.commit()  # the object keeps its old value, as a cached object would
         deliver(engine, settings, Sent(None))
         with pytest.raises(AlreadyFinishedError):
             amend(session, follow_up, {"message": "Hello?"})
@@ -117,7 +117,7 @@ def test_overdue_is_written_to(world: World, engine: Engine, settings: Settings)
 
 
 def test_older_than_anybody_looks_back(world: World, engine: Engine, settings: Settings) -> None:
-    """A follow-up that fell due long ago is still claimed, and ends with a reason that says why it failed."""
+    """A follow-up that fell due long ago is still claimed, and fails with a reason that names the cause."""
     follow_up = world.follow_up(due=-timedelta(days=3000), scheduled_at=text("now() - interval '3000 days'"))
     low_water = claim(engine, settings.model_copy(update={"max_in_flight": 1})).low_water
     world.expire(follow_up)

@@ -47,7 +47,7 @@ SHORT = (
 
 
 class Others(threading.Thread):
-    """Other transactions: short and sequential reads of the tables that a migration changes."""
+    """Other transactions, which run one by one and briefly read the tables that a migration changes."""
 
     def __init__(self, url: str, holder: str) -> None:
         super().__init__(daemon=True)

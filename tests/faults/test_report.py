@@ -15,7 +15,7 @@ def run(test: str, form: str, *, at: str = "2026-01-31 09:00", **broken: int) ->
 
 
 def test_what_an_earlier_run_broke_is_still_said() -> None:
-    """A long form whose earlier result broke a promise still counts as broken, until it is run again."""
+    """A long form whose last result broke a promise counts as broken until it is run again."""
     first = report([*run("one", "long", lost=2), *run("two", "long")], "")
     second = report(run("two", "long"), first)
     assert "Broken promises in all runs: {'in earlier runs': 2}" in second

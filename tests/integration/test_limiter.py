@@ -45,7 +45,7 @@ class LimiterUnderTest:
 
 @pytest.fixture
 def place_settings(broker_url: str) -> Settings:
-    """Return settings for a limiter, in which only the broker can be reached."""
+    """Return settings for a limiter; only the broker is reachable with them."""
     return load_settings(
         database_url="postgresql://nobody@127.0.0.1:9/none", broker_url=broker_url, broker_prefix=f"{uuid4().hex}:"
     )

@@ -263,7 +263,7 @@ def test_an_attempt_is_what_counts(world: World, bench: Bench) -> None:
 
 
 def test_it_ends_in_time(world: World, bench: Bench) -> None:
-    """A follow-up that would wait beyond its maximum lateness or its messaging window ends at that time."""
+    """A follow-up that would wait beyond its maximum lateness or messaging window ends at that limit."""
     limit(world, NONE_COMES_IN)
     world.follow_up()
     closes_soon = datetime.now(UTC) - timedelta(days=1) + 2 * SECOND

@@ -1,4 +1,4 @@
-"""Sending hours on PostgreSQL: follow-ups outside them wait, and the messaging window still applies."""
+"""Tests of sending hours on PostgreSQL: outside them, follow-ups wait; messaging windows still apply."""
 
 from __future__ import annotations
 
@@ -108,7 +108,7 @@ def test_after_the_opening(world: World, engine: Engine, settings: Settings) -> 
 
 
 def test_the_database_learns_of_the_next_hours(world: World, engine: Engine, settings: Settings) -> None:
-    """When the stored sending hours are over, the first worker to notice stores the next ones."""
+    """When the stored sending period has ended, the first worker that notices this stores the next period."""
     put(world, OPEN)
     world.sql("UPDATE sending_hours SET open_from = now() - interval '2 day', open_until = now() - interval '1 day'")
     follow_up = world.follow_up()

@@ -45,7 +45,7 @@ def settings_of(engine: Engine, *names: str) -> dict[str, str]:
 
 
 class TestSettings:
-    """The settings applied to every database session."""
+    """Tests of the settings that are applied to every database session."""
 
     def test_whatever_server_database_role_and_environment_say(
         self, database_url: str, monkeypatch: pytest.MonkeyPatch
@@ -210,7 +210,7 @@ class TestConnectionParameters:
     def test_without_a_limit(self, database_url: str, said: str, seconds: float) -> None:
         """A URL without a connect timeout gets the default timeout.
 
-        If the URL disables the connect timeout, the pool waits as long as the driver.
+        If the URL disables the connect timeout, the pool waits exactly as long as the driver.
         """
         engine = make_engine(database_url + said)
         assert pool_timeout(engine) > seconds

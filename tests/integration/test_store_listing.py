@@ -1,4 +1,4 @@
-"""Pages of follow-ups: the query of each filter uses an index, however many rows exist."""
+"""Tests of pages of follow-ups: each filter's query uses an index, however many rows exist."""
 
 from __future__ import annotations
 

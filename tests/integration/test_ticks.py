@@ -95,7 +95,7 @@ class TestGap:
     def test_not_begun(self, world: World, engine: Engine, settings: Settings) -> None:
         """A leased follow-up that has not begun is claimed by the first tick after a gap.
 
-        Before begin there is no outcome that a worker could still record.
+        Before an attempt begins, there is no outcome that the worker could still record.
         """
         follow_up = world.follow_up()
         assert claimed(engine, settings) == [follow_up]
@@ -164,7 +164,7 @@ class TestGap:
 def test_rhythm(settings: Settings, changed: dict[str, timedelta], gap: float, grace: float) -> None:
     """A gap is longer than two intervals and a second, or than half a lease.
 
-    The grace period is as long as a call or a connection attempt may take.
+    The grace period is as long as the longest call or connection attempt.
     """
     defaults = {"lease": MINUTE, "tick_interval": timedelta(seconds=1), "transport_timeout": timedelta(seconds=10)}
     rhythm = rhythm_of(settings.model_copy(update=defaults | changed))

@@ -50,7 +50,7 @@ SECOND = timedelta(seconds=1)
 def test_what_has_begun_is_kept(
     world: World, engine: Engine, settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The begun attempts of a batch are returned even if the rejected row cannot be deferred either."""
+    """The attempts that a batch has begun are returned, even if deferring the rejected row fails too."""
     world.follow_up(attempts=2**31 - 1)
     others = {type(world)(engine).follow_up() for _ in range(9)}
 
@@ -73,7 +73,7 @@ def attempt(begun_one: Begun, outcome: Outcome) -> Attempt:
 
 
 def hours_of_24(world: World) -> None:
-    """Give the workspace sending hours that Python cannot read and that exclude the current time."""
+    """Insert sending hours for the workspace that Python cannot read and that exclude the current time."""
     unchecked(world, "sending_hours")
     world.sql(
         "INSERT INTO sending_hours (workspace_id, time_zone, opening, closing, days, open_from, open_until)"
@@ -102,7 +102,7 @@ def as_many_attempts_as_there_can_be(world: World) -> None:
 
 
 def refused_by_a_trigger(world: World) -> None:
-    """Create a trigger, as another program might, that rejects the begin of an attempt."""
+    """Create a trigger that rejects the begin of an attempt, as the trigger of another program might."""
     world.alter(
         "CREATE FUNCTION refuse() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN"
         f" IF NEW.workspace_id = '{world.workspace_id}' AND NEW.begun_at IS NOT NULL THEN RAISE 'not this one'; END IF;"

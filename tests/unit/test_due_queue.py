@@ -1,4 +1,4 @@
-"""The due queue, which does no I/O and accepts any content of a hint."""
+"""Tests of the due queue, which does no I/O and accepts hints with any content."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Hints: their content, and the messages that are rejected."""
+"""Tests of hints: their content, and the messages that are rejected."""
 
 from __future__ import annotations
 

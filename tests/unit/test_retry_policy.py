@@ -33,7 +33,7 @@ def test_the_delay_is_between_zero_and_the_ceiling(policy: RetryPolicy, attempt:
 
 @given(policies, st.integers(1, 999))
 def test_the_ceiling_never_shrinks(policy: RetryPolicy, attempt: int) -> None:
-    """The delay's ceiling never decreases from one attempt to the next."""
+    """The ceiling of the delay never decreases from one attempt to the next."""
     assert policy.ceiling(attempt) <= policy.ceiling(attempt + 1)
 
 

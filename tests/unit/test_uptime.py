@@ -21,7 +21,7 @@ def test_never_back() -> None:
 
 @pytest.mark.skipif(not KERNELS.exists(), reason="only Linux tells its uptime in a file")
 def test_counts_sleep() -> None:
-    """The uptime clock is the kernel's, which includes the time during which the machine was suspended."""
+    """The uptime clock is the kernel's; it also counts the time during which the machine is suspended."""
     before = uptime()
     told = float(KERNELS.read_text().split()[0])
     assert before - 0.01 <= told <= uptime()

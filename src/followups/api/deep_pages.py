@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 DEEP = 1_000
 """A page counts as deep if at least this many rows precede it.
 
-For shallower pages, the preceding rows are counted each time, which takes a few milliseconds.
+For a page before this offset, the preceding rows are counted each time, which takes a few milliseconds.
 """
 
 KNOWN_FOR = 60.0

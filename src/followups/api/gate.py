@@ -232,7 +232,7 @@ class Gate:
 
 
 class _Answer:
-    """Sends the response and records whether it has started. A started response cannot be replaced."""
+    """Sends the response and records whether it has started. A response that has started cannot be replaced."""
 
     def __init__(self, send: Send) -> None:
         self._send = send

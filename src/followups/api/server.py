@@ -260,7 +260,7 @@ class LimitedProtocol(HttpToolsProtocol):
                 return len(piece)
         try:
             self.parser.feed_data(piece)
-        # This server offers no upgrades, so the bytes that follow are HTTP/1.1.
+        # This server does not switch protocols, so the bytes that follow are HTTP/1.1.
         except httptools.HttpParserUpgrade as upgrade:
             return int(upgrade.args[0]) or len(piece)
         except httptools.HttpParserError:

@@ -60,8 +60,8 @@ def link(
 ) -> None:
     """Print a sign-in link to the console. The link works once, so send it to only one person.
 
-    A viewer can only look. An agent can also schedule, change, cancel, retry and immediately send follow-ups. An admin
-    can also change the settings and read the audit log. An operator can do everything in all workspaces.
+    A viewer can only look at pages. An agent can also schedule, change, cancel, retry and immediately send follow-ups.
+    An admin can also change the settings and read the audit log. An operator can do everything in all workspaces.
 
     The link starts with FOLLOWUPS_PUBLIC_URL if it is set, otherwise with this machine's name and $PORT (default 8000).
     """

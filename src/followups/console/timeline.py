@@ -22,7 +22,9 @@ ACTIONS = {
     Action.FOLLOW_UP_RETRIED: "Retried",
     Action.MESSAGES_SHOWN: "The message was shown",
 }
-"""Descriptions of manual changes. The creation and the move of a follow-up have descriptions elsewhere."""
+"""Descriptions of the manual changes in a timeline. The creation and the move of a follow-up have descriptions
+elsewhere.
+"""
 
 OUTCOMES = {
     "retry": "failed for now",

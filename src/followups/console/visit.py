@@ -41,7 +41,7 @@ MENU = (
     ("/audit", "Audit log", "audit"),
     ("/system", "System", "system"),
 )
-"""The pages in the menu: path, name, and the permission that a viewer needs."""
+"""The pages in the menu: path, name, and the permission needed to see the page."""
 
 
 class ForbiddenError(Exception):

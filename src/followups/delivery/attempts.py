@@ -25,7 +25,7 @@ class Begun(NamedTuple):
 
 
 class Attempt(NamedTuple):
-    """One call of the transport and its outcome. ``answered`` is the `uptime` of the answer."""
+    """One call of the transport and its outcome. ``answered`` is the time of the answer, by `uptime`."""
 
     begun: Begun
     outcome: Outcome

@@ -1,4 +1,4 @@
-"""The time limit of the transport's calls.
+"""The time limit for calls of the transport.
 
 All calls share one timer, because a separate timer for each call would take 4 us.
 """

@@ -48,9 +48,9 @@ class ClaimInterval:
     def begin(self) -> None:
         """Start a tick with an unknown rate of claims.
 
-        Other dispatchers may have claimed since the last tick, so the number of free places predicts nothing. The first
-        pause of a tick is the most recent known pause. Starting with the shortest pause would double the number of
-        claims.
+        Other dispatchers may have claimed since the last tick, so the current number of free places is no basis for a
+        prediction. The first pause of a tick is the most recent known pause. Starting with the shortest pause would
+        double the number of claims.
         """
         self._full_at = None
 

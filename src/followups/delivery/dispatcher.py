@@ -190,7 +190,7 @@ class Dispatcher:
     def _unblock_forgotten(self) -> None:
         """Unblock follow-ups that no longer wait for anything, on every tick or less often if this is slow.
 
-        An error while unblocking does not stop the claims.
+        An error during unblocking does not stop the claims.
         """
         started = time.monotonic()
         if started < self._next_look:

@@ -2,7 +2,7 @@
 
 The workspace queues take turns, and the earliest lease of each queue comes first. So a workspace with few follow-ups
 waits for one follow-up of each other workspace, not for all of them. While several workspaces are active, no workspace
-gets all the slots. A workspace with slow calls therefore does not delay other workspaces.
+gets all the slots. Slow calls of one workspace therefore do not delay other workspaces.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ class FairQueue:
             self._turns.append(key)
 
     def has_turn(self, tripped: frozenset[int] = frozenset()) -> bool:
-        """Return whether any lease may be taken, not counting the leases of ``tripped`` workspaces."""
+        """Return whether any lease may be taken, apart from the leases of ``tripped`` workspaces."""
         return any(key not in tripped and self._may_go(key) for key in self._turns)
 
     def next(self, tripped: frozenset[int] = frozenset()) -> Lease | None:

@@ -42,7 +42,7 @@ class Hint(NamedTuple):
     entries: list[list[Any]]
     """``[[id, token, due in microseconds since 1970, lost leases], ...]``"""
     keys: list[int]
-    """The keys of the workspace queues, one for each entry."""
+    """The key of each entry's workspace queue."""
 
 
 def batches(leases: Sequence[Lease], size: int) -> Iterator[Hint]:

@@ -206,7 +206,7 @@ class Pipeline:
         return step.begun
 
     async def _send(self, begun: Begun, started: float) -> None:
-        """Send one follow-up at its due time, and pass the outcome to settle."""
+        """Send one follow-up at its due time, and pass the outcome on to be settled."""
         # The latest start of a call is the end of its lease minus the call's time limit. The lease is measured from
         # before begin. A call that starts later might end after the lease.
         latest = started + self._settings.lease.total_seconds() - self._timeout.seconds

@@ -62,7 +62,7 @@ log = get_logger(__name__)
 
 NOT_KNOWN = ": the outcome of the attempt in flight is unknown"
 ROOM = MAX_REASON_LENGTH - 100
-"""Number of characters left for a detail next to the added text."""
+"""Number of characters that remain for a detail if text is added to it."""
 
 
 class Settler:

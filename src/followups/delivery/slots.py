@@ -37,7 +37,7 @@ class Slots:
         """Possible poison pills whose outcome is not recorded yet, each with the share of the quota that it uses."""
 
     def acquire(self, lease: Lease) -> bool:
-        """Acquire a slot; return whether the poison pill quota allowed this."""
+        """Acquire a slot; return whether the quota of poison pills permitted it."""
         if lease.losses:
             share = POISON_PILLS if lease.losses > 1 else 1
             if share > POISON_PILLS - sum(self._poison_pills.values()):

@@ -131,7 +131,7 @@ class Child:
     def signal(self, number: signal.Signals) -> None:
         """Send a signal to the process only, not to its group.
 
-        The parent process of a pool handles its own children.
+        In a pool, the parent process signals its children itself.
         """
         if self.running:
             self._running().send_signal(number)

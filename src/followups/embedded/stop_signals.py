@@ -44,7 +44,7 @@ class StopSignals:
             raise KeyboardInterrupt
 
     def quieten(self) -> None:
-        """Ignore signals from now on, so that the shutdown is not interrupted."""
+        """Ignore stop signals from now on, so that the shutdown is not interrupted."""
         self._quiet = True
 
     def _note(self, _number: int, _frame: FrameType | None) -> None:

@@ -10,7 +10,7 @@ seconds later. If Redis is wiped, the breaker is closed, and new failures open i
     probing -> recovering: one succeeded; or open again: one failed
     recovering -> closed: the rate of begins doubles every second until nothing needs to wait
 
-The breaker affects only tripped workspaces: those whose most recent attempts have all failed. Follow-ups of other
+The breaker affects only tripped workspaces: those whose most recent attempts have all failed. Follow-ups of all other
 workspaces begin without restriction. Even a workspace with thousands of chats that all fail therefore does not delay a
 workspace with occasional failures.
 
@@ -49,8 +49,8 @@ For example, every message is rejected with one of these codes after a secret ha
 """
 
 LOOK = 1.0
-"""Seconds between two reads of the shared state while the breaker is closed. A change is noticed after at most this
-time.
+"""Seconds between two reads of the shared state while the breaker is closed. A change of the state is noticed after
+this time at the latest.
 """
 LOOK_WHILE_OPEN = 0.1
 """Seconds between two reads of the shared state while follow-ups wait for the breaker."""
@@ -69,7 +69,9 @@ class Run(NamedTuple):
     failures: int
     """Number of failures in a row, up to and including the last attempt."""
     anew: bool
-    """Whether an attempt succeeded before these failures. If so, failures reported earlier no longer count."""
+    """Whether an attempt of the workspace succeeded before these failures. If so, failures reported before that success
+    no longer count.
+    """
 
 
 @dataclass(frozen=True, slots=True)

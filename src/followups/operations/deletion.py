@@ -96,7 +96,7 @@ def _pass(engine: Engine, whole: Whole, event: Event) -> Batches:
 
 
 def _complete(engine: Engine, whole: Whole) -> bool:
-    """Delete the row of the workspace or chat itself. Return False if other rows still refer to it."""
+    """Delete the row of the workspace or chat itself. Return False if other rows still refer to that row."""
     try:
         with engine.begin() as opened:
             deletion.complete(opened, whole)

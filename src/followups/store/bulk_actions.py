@@ -30,7 +30,7 @@ LISTED = 50
 """Number of bulk actions that the console's history shows."""
 
 IN_FLIGHT = "in flight"
-"""The reason given for a follow-up in flight, which a bulk action cannot cancel but only keep from a retry."""
+"""The reason for skipping a follow-up in flight. A bulk action can prevent its retry, but cannot cancel it."""
 
 NOT_WRITABLE = "cannot be written"
 """The reason given for a follow-up that is skipped because the database rejects its row."""
@@ -79,7 +79,7 @@ _LOCK_NEXT = (
 def lock_next(session: Session, without: Collection[UUID] = ()) -> BulkAction | None:
     """Return the oldest unfinished bulk action, locked until the transaction ends, or None.
 
-    Bulk actions in ``without``, and those that another worker has locked, are skipped.
+    Bulk actions in ``without`` are skipped, and so are those locked by another worker.
     """
     return session.scalar(_LOCK_NEXT.where(BulkAction.id.not_in(without)))
 

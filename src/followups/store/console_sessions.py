@@ -41,7 +41,7 @@ ROLES = ("viewer", "agent", "admin", "operator")
 
 LONGEST_NAME = 200
 PRUNED = 100
-"""Number of console sessions and links, ended long ago, that are deleted at each sign-in."""
+"""Maximum number of sessions and links, ended long ago, that are deleted at each console sign-in."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,7 +177,7 @@ _LIST = text(f"""
 
 
 def of_workspace(session: Session, workspace_id: UUID | None, most: int) -> list[Listed]:
-    """Return the newest valid console sessions of a workspace, or of all if ``workspace_id`` is None."""
+    """Return the newest valid console sessions of a workspace, or of all workspaces if the id is None."""
     rows = session.execute(_LIST, {"workspace_id": workspace_id, "idle": IDLE, "most": most})
     return [Listed(*row) for row in rows]
 

@@ -34,14 +34,14 @@ if TYPE_CHECKING:
     from sqlalchemy import Connection, Row, TextClause
 
 EXACT_UP_TO = 100_000
-"""Up to this number, the rows of one final state are counted one by one, which takes some 20 ms."""
+"""Up to this number, the rows of a final state are counted one by one, which takes some 20 ms."""
 
 LIMIT = timedelta(seconds=2)
 """Time limit of the queries for lag and throughput."""
 
 
 BACKLOG_EXACT_UP_TO = 10_000
-"""Up to this number, rows of the backlog are counted one by one; beyond it the planner's estimate is used."""
+"""Up to this number, rows of the backlog are counted one by one; above it, the planner estimates them."""
 
 _DUE = "COALESCE(next_attempt_at, due_date)"
 

@@ -53,7 +53,7 @@ class Hold:
     until: datetime
     next_attempt_at: datetime
     sendable_from: datetime | None = None
-    """The time from which lateness counts, or None to keep the time that is already recorded."""
+    """The time from which lateness counts, or None to keep the recorded time."""
     pause_id: UUID | None = None
     hours: SendingHours | None = None
 
@@ -163,9 +163,7 @@ def release_held(connection: Connection, workspace_id: UUID) -> int:
 
 
 SPREAD = timedelta(seconds=1)
-"""The period after an opening of sending hours over which the held follow-ups are spread in the order of their due
-dates.
-"""
+"""Held follow-ups are spread over this period after the opening of sending hours, by their due dates."""
 _LONGEST = timedelta(days=1)
 
 

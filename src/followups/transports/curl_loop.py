@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
 CLOSED = -1
-"""Result code of a transfer that `CurlLoop.close` has ended, used instead of libcurl's code."""
+"""Result code of a transfer ended by `CurlLoop.close`; it takes the place of libcurl's code."""
 
 _WANTED = {
     pycurl.POLL_IN: select.EPOLLIN,

@@ -80,7 +80,7 @@ class Sockets:
         """Return whether a request may be sent on the connection that has this local address.
 
         ``opened`` is the sockets of a new connection, or empty for a kept connection. libcurl checks a kept connection
-        at most once a second. Between two checks, libcurl would treat unsolicited data on the connection as the answer
+        at most once a second. Between two checks, libcurl would take unsolicited data on the connection for the answer
         to the next request. In HTTP/2, unsolicited data may announce the end of the connection.
         """
         for each in opened:
@@ -187,9 +187,9 @@ class Exchange:
         return _GO_ON
 
     def _connected(self, _ip: str, own_ip: str, _port: int, own_port: int) -> int:
-        # Without these checks, a process frozen while connecting could send a request after its time limit, perhaps
-        # after the follow-up was cancelled, or was sent by another process. Also, a request on a connection that has
-        # already ended would have an unknown outcome.
+        # Without these checks, a process that was frozen while connecting could send a request after its time limit. By
+        # then, the follow-up may have been cancelled, or sent by another process. Also, a request on a connection that
+        # has already ended would have an unknown outcome.
         if uptime() > self._until:
             self.late = True
             return _ABORT

@@ -114,7 +114,7 @@ class Consumer:
     """
 
     def __init__(self) -> None:
-        """Start without any recorded activity of the consumer."""
+        """Start with no recorded activity of the consumer."""
         self.thread: threading.Thread | None = None
         """The thread in which the consumer runs, or None in a process that consumes nothing."""
         self.answered_at = 0.0
@@ -189,7 +189,7 @@ class BrokerTransport(kombu_redis.Transport):
     connection_errors = (*kombu_redis.Transport.connection_errors, RedisError)
     """The errors after which Celery opens a new connection.
 
-    An error that Redis returns may be temporary, and a failover may replace the server.
+    An error reported by Redis may be temporary, or a failover may have made another server the primary.
     """
     Empty = queue.Empty
     delivering = False

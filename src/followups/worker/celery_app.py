@@ -355,7 +355,7 @@ def _show_life(sender: str = "", **_: object) -> None:
 @signals.worker_process_init.connect
 def _warm_up(sender: Any = None, **_: object) -> None:  # noqa: ANN401 - the worker, or nothing in a child
     # The process connects now, so that the first follow-up need not wait for a connection. The parent of forked
-    # children delivers nothing.
+    # children makes no deliveries.
     pool = getattr(sender, "pool", None)
     if type(pool).__module__ == "celery.concurrency.prefork":
         return

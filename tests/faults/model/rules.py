@@ -39,7 +39,7 @@ OUTCOMES: dict[str, Outcome] = {
 
 @cache
 def settlement(outcome: str, attempt: int, most_attempts: int, *, deduplicates: bool) -> Settlement:
-    """Return what `followups.delivery.settle.decide` makes of an attempt's outcome."""
+    """Return the settlement that `followups.delivery.settle.decide` derives from an attempt's outcome."""
     begun = Begun(LEASE, Delivery(ID, ID, ID, "api", None, ID, "Still there?", NOW, attempt), 0)
     made = Attempt(begun, OUTCOMES[outcome], timedelta(0), time.monotonic(), NOW)
     second = timedelta(seconds=1)
@@ -55,7 +55,7 @@ def end_before_begin(*, replied: bool) -> Final | None:
 
 @cache
 def end_after_loss(losses: int, cancel_requested: str, *, deduplicates: bool) -> Final | None:
-    """Return how `followups.delivery.claim.after_loss` ends a follow-up whose worker was lost in flight."""
+    """Return how `followups.delivery.claim.after_loss` ends a follow-up whose lease was lost in flight."""
     return after_loss(losses, cancel_requested or None, deduplicates=deduplicates)
 
 

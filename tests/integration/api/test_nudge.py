@@ -17,7 +17,7 @@ SOON = 0.1 / 86_400
 def test_nudge(settings: Settings, world: World) -> None:
     """A tick is requested after creating, rescheduling or ending a follow-up if one may now be due.
 
-    Other changes request no tick.
+    Other changes do not request a tick.
     """
     nudges: list[int] = []
 

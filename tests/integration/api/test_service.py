@@ -35,7 +35,7 @@ NAMES = {
 
 @pytest.fixture
 def ticking(api: Api) -> Iterator[Api]:
-    """Record a tick as if one had just run."""
+    """Record a tick as if it had just run."""
     api.world.sql("UPDATE dispatcher_state SET last_tick_at = now()")
     yield api
     api.world.sql("UPDATE dispatcher_state SET last_tick_at = NULL")

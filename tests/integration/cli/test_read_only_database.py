@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 def test_it_is_called_read_only(settings: Settings, world: World, database_url: str, *, any_server: bool) -> None:
     """Readiness and doctor report a read-only database, whether or not the URL permits sessions on it.
 
-    No finding of doctor advises the operator to start more workers.
+    Doctor never advises the operator to start more workers.
     """
     world.follow_up(due=-timedelta(hours=1))
     url = whatever_it_is(database_url) if any_server else database_url

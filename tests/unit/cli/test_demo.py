@@ -66,7 +66,7 @@ def test_the_reply_comes_before_what_it_cancels() -> None:
 
 
 def test_failures_hold_up_no_other_follow_up() -> None:
-    """If its receiver fails, a chat of the demo has only one follow-up, so that none waits for retries."""
+    """A chat of the demo whose receiver fails has only one follow-up, so that none waits behind retries."""
     assert all(sum(part.chat == chat for part in SCENARIO.parts) == 1 for chat in FAILURES)
 
 

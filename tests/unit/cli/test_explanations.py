@@ -254,6 +254,6 @@ LIMITED = {"due": -HOUR, "next_attempt_at": NOW + HOUR, "limited_until": NOW + H
 def test_what_holds_it_is_named(around: Circumstances, columns: dict[str, Any], said: str) -> None:
     """A pause, sending hours, the chat's order or missing processes are named in the explanation.
 
-    The explanation also names what ends the delay.
+    The explanation also names the event that will end the delay.
     """
     assert said in explained(around=around, **columns)

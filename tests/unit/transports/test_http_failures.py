@@ -236,7 +236,7 @@ async def test_a_compressed_answer_that_is_none_is_sent() -> None:
 
 
 async def test_a_compressed_answer_is_bounded_as_it_is_inflated() -> None:
-    """If a few compressed KiB expand to many MiB, at most 64 KiB are read."""
+    """If a few KiB of a compressed answer expand to many MiB, at most 64 KiB are read."""
     async with scripted(answer(200, gzip.compress(bytes(50_000_000)), content_encoding="gzip")) as server:
         assert await outcome_at(server.url) == Sent(None, 200, "the body of the answer is longer than 64 KiB")
 

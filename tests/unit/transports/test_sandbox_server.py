@@ -123,7 +123,7 @@ async def test_a_behaviour_that_is_none_is_refused(http: aiohttp.ClientSession, 
 
 
 async def test_a_dropped_request_gets_no_answer(http: aiohttp.ClientSession, chats: SandboxChats) -> None:
-    """For a dropped request, the connection is closed without a response, but the message is accepted."""
+    """When a request is dropped, its connection is closed without a response, but its message is accepted."""
     await fetch(http, "PUT", "/sandbox/behaviour", {"kind": "drop"})
     with pytest.raises(aiohttp.ServerDisconnectedError):
         await fetch(http, "POST", "/messages", BODY)

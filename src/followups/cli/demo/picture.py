@@ -93,7 +93,7 @@ class Picture:
 def around_now(standings: Sequence[FollowUpState], now: datetime, count: int) -> list[FollowUpState]:
     """Return ``count`` follow-ups that are due around now, in the order of their due times.
 
-    All follow-ups that are being retried are included. Once all follow-ups have ended, those that took several attempts
+    All follow-ups that wait for a retry are included. Once all follow-ups have ended, those that took several attempts
     or were not sent are chosen first.
     """
     if all(each.ended for each in standings):

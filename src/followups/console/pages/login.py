@@ -51,7 +51,7 @@ def sign_in(visit: Visit) -> Response:
 
 
 def _begin(session: Session, secret: str) -> str | None:
-    """Begin a session for the API key or token.
+    """Begin a session for the person with the given API key or token.
 
     Return the session's token, or None if the API key or token is invalid.
     """

@@ -68,7 +68,7 @@ EXPLAINED = {
     "rejected": "refused for good",
 }
 """The meaning of each outcome of a failed attempt."""
-# The query reads the server's defaults rather than the current values, because this system's sessions override some of
+# The query reads the server's defaults rather than the session's current values, because the service overrides some of
 # them.
 _DEFAULTS = text("""
     SELECT name, reset_val FROM pg_settings
