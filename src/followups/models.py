@@ -143,7 +143,7 @@ class WorkspaceSendingHours(Base):
     open_until: Mapped[datetime]
     """The end of the current or next sending period. The database compares it with the current time.
 
-    When the period is over, the first worker whose attempt is refused computes the next period. Therefore workers need
+    When that period is over, the first worker whose attempt is refused computes the next one. Therefore workers need
     time zone data, but the database does not.
     """
 
@@ -453,7 +453,7 @@ class FollowUp(Base):
     limited_until: Mapped[datetime | None]
     """The time of the next attempt as set by a rate limit or the breaker.
 
-    As long as ``next_attempt_at`` has the same value, the follow-up waits for the rate limit or the breaker.
+    While ``next_attempt_at`` has the same value, the follow-up waits for the rate limit or the breaker.
     """
     pause_id: Mapped[UUID | None]
     """The pause that holds the follow-up.
@@ -470,7 +470,7 @@ class FollowUp(Base):
 
 
 class FailedAttempt(Base):
-    """An attempt whose outcome was not `sent`, recorded as an explanation."""
+    """An attempt whose outcome was not `sent`, kept to explain the follow-up's history."""
 
     __tablename__ = "failed_attempts"
     __table_args__ = (Index(None, "follow_up_id", "id"), {"postgresql_with": CHURNING})
@@ -599,7 +599,7 @@ class BulkAction(Base):
     """The number of matching follow-ups in the preview, counted up to a limit."""
     ended_at_time: Mapped[datetime | None]
     ended_at_id: Mapped[UUID | None]
-    """The last follow-up that the last batch processed. The order is that of the list, newest first."""
+    """The last follow-up that the last batch processed. The batches follow the order of the list, newest first."""
     done: Mapped[int] = mapped_column(Integer, server_default="0")
     passed_over: Mapped[dict[str, Any]] = mapped_column(JSONB, server_default="{}")
     """The number of skipped follow-ups, by reason."""

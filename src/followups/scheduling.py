@@ -58,8 +58,8 @@ def schedule(session: Session, *, workspace_id: UUID, chat_id: UUID, message: st
 
     A due date in the past means immediately. A transaction that schedules into several chats must do so in ascending
     order of the chats' ids (``sorted(chat_ids)``); otherwise it may deadlock with another transaction on the same
-    chats. If the workspace has a quota of pending follow-ups, even this order may deadlock, because the quota stays
-    locked between two calls: use `schedule_many`, which locks all chats before the quota.
+    chats. This order cannot prevent every deadlock if the workspace has a quota of pending follow-ups, because the
+    quota stays locked between two calls. In that case use `schedule_many`, which locks all chats before the quota.
 
     Raises `InvalidRequestError` (message not of 1..65,536 characters or with a NUL, due date without an offset),
     `ChatNotFoundError`, `NothingToFollowUpError` (no messages, or the last message is the user's),

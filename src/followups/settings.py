@@ -37,7 +37,8 @@ The margin allows for begin, settle and a slow commit.
 LONGEST_LEASE = timedelta(hours=1)
 """Maximum duration of a lease.
 
-After a worker has crashed, its follow-ups in flight wait until their leases expire. This wait should not take hours.
+After a worker has crashed, its follow-ups in flight wait until their leases expire. The maximum prevents a wait of
+hours.
 """
 
 LEAST_RETENTION = timedelta(days=1)

@@ -124,7 +124,7 @@ class Final:
     code: ReasonCode | None = field(default=None, compare=False)
     """The code of the reason, or None for ``sent`` and for a caller's own words.
 
-    A caller's own words have no code, even if they begin with one.
+    A reason in a caller's own words has no code, even if it begins with the text of a code.
     """
 
 

@@ -50,7 +50,7 @@ class Contestant:
         raise NotImplementedError
 
     def release(self) -> None:
-        """Make all inserted rows fall due now."""
+        """Make all inserted rows due now."""
         self.arena.sql(f"UPDATE {self.table} SET due_date = now() WHERE status = 'pending'")  # noqa: S608 - ours
 
     def sent(self) -> int:

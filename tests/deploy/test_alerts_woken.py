@@ -133,7 +133,7 @@ def no_sessions(stack: Stack) -> None:
     server.dispose()
 
 
-# With minutes of two seconds, replacing a worker on a busy machine may fire FollowUpsNothingSent.
+# Because a minute lasts only two seconds here, replacing a worker on a busy machine may fire FollowUpsNothingSent.
 NO_WORKER = {"FollowUpsTicksStopped", "FollowUpsNothingSent", "FollowUpsOverdue", "FollowUpsFarBehind", "FollowUpsLate"}
 """The alerts that fire while a worker is missing, and for some time afterwards."""
 

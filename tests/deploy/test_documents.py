@@ -39,7 +39,7 @@ def code(text: str) -> list[str]:
 
 
 def commands(text: str) -> list[list[str]]:
-    """Return the words of each `followups` command, without the preceding words."""
+    """Return each `followups` command as a list of words, without the words before `followups`."""
     found = []
     for line in code(text):
         for part in re.split(r"&&|;| \| | # |\s{4,}|\$\(", line.strip().removeprefix("$ ").removeprefix("# ")):

@@ -100,7 +100,7 @@ def test_readiness_is_webs_own() -> None:
 
 
 def test_two_beats() -> None:
-    """There are two beat pods, and either one may be missing."""
+    """Two beat pods are configured, so that ticks continue if one is missing."""
     assert OBJECTS["Deployment/followups-beat"]["spec"]["replicas"] == 2
 
 

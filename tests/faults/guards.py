@@ -362,7 +362,7 @@ def window_overflows(scene: Scene) -> None:
 
 
 def one_takes_all(scene: Scene) -> None:
-    """Claim a workspace's follow-up that falls due later than another workspace's backlog."""
+    """Claim a follow-up that falls due later than another workspace's whole backlog."""
     scene.world.burst([-timedelta(seconds=9)] * 5)
     follow_up = World(scene.engine).follow_up()
     claimed = scene.claim(scene.engine, scene.settings.model_copy(update={"max_in_flight": 2}))

@@ -28,7 +28,7 @@ class Record:
     """The requests that a test saw acknowledged, and the follow-ups that were sent by other means."""
 
     created: frozenset[UUID] = frozenset()
-    """The follow-ups whose creation the system has acknowledged."""
+    """The follow-ups whose creation was confirmed by the system."""
     cancelled: Mapping[UUID, float] = field(default_factory=dict)
     """The acknowledged cancels, each with the time of its acknowledgement (in monotonic seconds)."""
     sent_by_others: frozenset[UUID] = frozenset()

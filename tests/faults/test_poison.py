@@ -1,4 +1,4 @@
-"""Tests of a poison pill that kills its worker: it is quarantined, and other follow-ups are sent."""
+"""Tests of a poison pill that kills its workers: it is quarantined, and other follow-ups are sent."""
 
 from __future__ import annotations
 

@@ -134,7 +134,7 @@ class TestOrder:
 
 
 def test_losses_of_an_unblocked_one(world: World, steps: Steps) -> None:
-    """A follow-up that was parked in its chat keeps its count of lost leases."""
+    """The count of a follow-up's lost leases does not change while the follow-up is parked in its chat."""
     chat = world.chat()
     earlier = world.follow_up(chat, -SECOND)
     later = world.follow_up(chat, losses=2, waits_for=earlier)

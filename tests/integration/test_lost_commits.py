@@ -124,7 +124,7 @@ STEPS = {
 
 @pytest.fixture
 def place(world: World, settings: Settings) -> DeliverySteps:
-    """Return due follow-ups and their delivery steps."""
+    """Return an object with due follow-ups and the delivery steps for them."""
     return DeliverySteps(world, settings)
 
 

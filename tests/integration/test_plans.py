@@ -72,7 +72,7 @@ def statements(engine: Engine) -> Iterator[list[tuple[str, Any]]]:
 
 
 def read(plan: dict[str, Any]) -> Iterator[tuple[str, float]]:
-    """Yield how each plan node reads follow-ups or chats.
+    """Yield, for each plan node that reads follow-ups or chats, how it reads them.
 
     For an executed plan, yield also how many rows were read.
     """

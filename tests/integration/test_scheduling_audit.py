@@ -76,7 +76,7 @@ def test_what_is_refused_leaves_none(world: World) -> None:
 
 
 def test_a_retry_names_the_new_one(world: World) -> None:
-    """A retry's audit event belongs to the failed follow-up and names the new one."""
+    """The audit event of a retry belongs to the failed follow-up and names the new follow-up."""
     failed = world.follow_up(status="failed", reason="rejected: HTTP 403", finished_at=datetime.now(UTC))
     with Session(world.engine) as session, session.begin():
         new = scheduling.retry(session, failed, actor=ACTOR).id

@@ -176,7 +176,7 @@ def paused_by_nothing(world: World) -> UUID:
 
 
 def behind_a_third_loss(world: World) -> UUID:
-    """Insert a follow-up that waits for one that has lost its lease for the third time."""
+    """Insert a follow-up that waits for another one, which has lost its lease for the third time."""
     chat = world.chat()
     return world.follow_up(chat, -SECOND, waits_for=lost_twice(world, chat))
 
@@ -337,7 +337,7 @@ def test_beside_a_backlog(world: World, engine: Engine, settings: Settings) -> N
 
 
 def test_the_next_of_a_chat_cannot_be_written(world: World, engine: Engine, settings: Settings) -> None:
-    """An accepted follow-up is settled even if the next one of its chat cannot be unblocked.
+    """An accepted follow-up is settled even if the chat's next follow-up cannot be unblocked.
 
     Other follow-ups are unblocked.
     """

@@ -211,7 +211,7 @@ def test_a_stderr_that_takes_nothing_ends_no_work(stderr: io.StringIO, monkeypat
 
 @pytest.mark.parametrize("form", ["json", "console"])
 def test_gathered_lines_are_like_all_others(capsys: pytest.CaptureFixture[str], form: Any) -> None:
-    """Buffered log lines have the common format, and `flush` writes the lines at or above the level."""
+    """Buffered log lines have the usual format, and `flush` writes only those at or above the configured level."""
     lines = Lines("x")
     configure_logging(form, "warning")
     lines.info("unheard")

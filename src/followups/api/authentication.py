@@ -87,8 +87,8 @@ class KnownKeys:
 
     If a request has one of these keys, its body is read before the key is looked up in the database. The transaction of
     each request checks the key again. A revocation therefore takes effect immediately, and the key is then forgotten. A
-    key in use is looked up only once, so a flood of requests with unknown keys cannot delay its requests. An instance
-    belongs to one event loop.
+    key in use is looked up only once. Therefore a flood of requests with unknown keys cannot delay the requests of
+    known keys. An instance belongs to one event loop.
     """
 
     def __init__(self) -> None:
@@ -151,7 +151,7 @@ class Work:
         """
         if follow_up.status == Status.PENDING:
             self.nudges = self.nudges or follow_up.due_date <= self.now + self.ahead
-        # The follow-up may have ended earlier, in which case this request only added the id of its chat message.
+        # The follow-up may have ended before this request, which then only added the id of the chat message.
         elif follow_up.updated_at == self.now and follow_up.finished_at == (finished_at or self.now):
             self.ends = (*self.ends, (follow_up.id, Final(Status(follow_up.status), follow_up.reason)))
             self.nudges = True  # the follow-up that ended may have blocked a later follow-up of the chat
@@ -187,7 +187,7 @@ class Caller:
 
     @property
     def starts(self) -> Starts:
-        """The remembered starting points of deep pages."""
+        """The stored starting points of deep pages."""
         return self._services.starts
 
     async def read(self, rule: Callable[[Work], Steps[T]]) -> T:

@@ -44,10 +44,10 @@ UNLIMITED = Counter("followups_rate_limit_unavailable_total", "Requests let thro
 
 
 AHEAD_FOR = timedelta(seconds=1)
-"""How long a count made in advance stays valid."""
+"""The time for which a count made in advance remains valid."""
 
 SHARE_AHEAD = 600
-"""Divisor of the limit: at most a 600th of it, enough for a tenth of a second, is counted in advance."""
+"""At most the limit divided by this number is counted in advance, which is enough for a tenth of a second."""
 
 
 @dataclass(slots=True)

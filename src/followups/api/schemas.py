@@ -76,7 +76,7 @@ class NewFollowUp(Body):
 
 
 class FollowUpChanges(Body):
-    """The fields to change; omitted fields keep their values.
+    """The fields of a follow-up to be changed; omitted fields keep their values.
 
     Unknown fields are refused, to catch misspelt names. Null has no effect if the field is already null.
     """

@@ -76,7 +76,8 @@ class Shares:
 class Turns:
     """A limit on the requests of one workspace, or on all requests with an unknown API key.
 
-    A request counts from `acquire` to `release`. Used as a context manager, the limit waits for a database connection.
+    A request counts from `acquire` to `release`. Used as a context manager, a limit also waits until a database
+    connection is available for the request.
     """
 
     def __init__(self, share: int = SHARE, refusal: str = TOO_MANY_WAIT) -> None:
@@ -112,8 +113,8 @@ class Turns:
 class SharedResult(Generic[T]):
     """A result that one thread computes for all simultaneous requests, and that is then reused for a while.
 
-    A request that finds a recent result needs no thread, so many requests cost little more than one request. An
-    instance belongs to one event loop.
+    A request that finds a recent result starts no thread, so many requests cost little more than one. An instance
+    belongs to one event loop.
     """
 
     def __init__(self, compute: Callable[[], T], reused_for: float = KEPT) -> None:

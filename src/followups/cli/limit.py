@@ -35,7 +35,7 @@ app = typer.Typer(
 
 
 class Each(StrEnum):
-    """What each token bucket of the limit applies to."""
+    """The scope that shares one token bucket of the limit."""
 
     WORKSPACE = "workspace"
     CHAT = "chat"

@@ -61,7 +61,7 @@ LONGEST_AFTER_ANOTHER = 0.1
 IN_GRACE = 0.5
 """Seconds between two claims while expired leases are left to their workers.
 
-Each of these claims takes over expired leases without waiting for a tick.
+Each of these claims may take over expired leases, so no tick is needed for this.
 """
 
 
@@ -110,7 +110,7 @@ class Dispatcher:
         self._wanted.set()
 
     def claim_no_more(self) -> None:
-        """Stop claiming after the current claim. This method acquires no lock, so a signal handler may call it."""
+        """Stop claiming after the claim in progress. This method acquires no lock, so a signal handler may call it."""
         self._stopping.set()
 
     def stop(self) -> None:

@@ -46,7 +46,7 @@ class Hint(NamedTuple):
 
 
 def batches(leases: Sequence[Lease], size: int) -> Iterator[Hint]:
-    """Yield hints of at most ``size`` leases each, in the given order."""
+    """Yield the leases in the given order, in hints of at most ``size`` leases each."""
     for start in range(0, len(leases), size):
         batch = leases[start : start + size]
         entries = [[str(one.id), one.token, (one.due - _EPOCH) // _MICROSECOND, one.losses] for one in batch]

@@ -103,7 +103,7 @@ class Pipeline:
     def start(self) -> None:
         """Start the event loop.
 
-        The event loop opens the transport and samples the database's clock before it sends.
+        On this loop, the transport is opened and the database's clock is sampled before anything is sent.
         """
         self._thread.start()
 

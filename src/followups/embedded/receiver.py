@@ -2,9 +2,9 @@
 
     python -m followups.embedded.receiver --port 9100
 
-``GET /control?delay=0.05&slow=0.01&slow_delay=5`` resets the receiver. From then on the receiver answers after
-``delay`` seconds, and a share ``slow`` of the requests after ``slow_delay``. ``GET /count`` returns how many requests
-arrived, and ``GET /times`` returns when each follow-up first arrived, in seconds since 1970.
+``GET /control?delay=0.05&slow=0.01&slow_delay=5`` resets the receiver. After a reset, the receiver responds in
+``delay`` seconds, but to a share ``slow`` of the requests in ``slow_delay`` seconds. ``GET /count`` returns how many
+requests arrived, and ``GET /times`` returns when each follow-up first arrived, in seconds since 1970.
 """
 
 from __future__ import annotations

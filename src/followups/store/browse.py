@@ -240,7 +240,7 @@ def search(
 ) -> FollowUpPage | None:
     """Return up to ``size`` matching follow-ups after ``after``, or fewer if ``limit`` is reached.
 
-    Return None if not even the first step back in time ends within the limit. The length of each step is chosen so that
+    Return None if the limit is reached during the first step back in time. The length of each step is chosen so that
     the step probably ends in the time that is left. A search by an id needs no steps, since the index of that id yields
     few rows.
     """

@@ -40,7 +40,7 @@ class Whole:
 
     @property
     def parameters(self) -> dict[str, object]:
-        """The parameters of the SQL statements."""
+        """The parameters of the deletion's SQL statements."""
         return {"workspace_id": self.workspace_id, "chat_id": self.chat_id}
 
     @property

@@ -194,7 +194,7 @@ def room_in(workspace_id: UUID, chat_ids: Collection[UUID]) -> Steps[dict[UUID, 
 
 @Rule
 def insert_many(workspace_id: UUID, new: Sequence[tuple[UUID, Planned, UUID]]) -> Steps[list[FollowUp]]:
-    """Insert pending follow-ups, each with its id and its trigger, and return them in the same order.
+    """Insert pending follow-ups, each with a given id and trigger, and return them in the given order.
 
     The caller must have locked the chats and checked that the new follow-ups do not exceed `MOST_PENDING`.
     """

@@ -28,8 +28,8 @@ table, Python could not read the result.
 """
 
 LATENESS_FROM = "COALESCE(f.sendable_from, GREATEST(f.due_date, f.scheduled_at, f.held_until))"
-"""The time from which lateness counts. A follow-up that sending hours never held has no ``sendable_from``. A follow-up
-that was held by a process of an older version has only ``held_until``.
+"""The time from which a follow-up's lateness counts. A follow-up that sending hours never held has no
+``sendable_from``. A follow-up that was held by a process of an older version has only ``held_until``.
 """
 
 WINDOWED = ", ".join(f"'{channel.value}'" for channel in sorted(WINDOWED_CHANNELS))

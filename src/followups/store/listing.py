@@ -52,7 +52,7 @@ class ListFilter:
 
 @dataclass(frozen=True, slots=True)
 class Start:
-    """The key of a row of a list, and the number of rows before that row."""
+    """The key of a list's row, and the number of rows before it in the list."""
 
     offset: int
     created_at: datetime
@@ -76,7 +76,7 @@ def page(
 def rows_from(
     workspace_id: UUID | None, wanted: ListFilter, offset: int, size: int, start: Start | None = None
 ) -> Steps[Sequence[FollowUp]]:
-    """Return ``size`` rows of the list from the offset on. Rows before ``start`` are not read."""
+    """Return ``size`` rows of the list from the offset on. The query does not read the rows before ``start``."""
     if offset >= MAX_ROWS:
         return []
     statement, parameters = statement_of(workspace_id, wanted, start)

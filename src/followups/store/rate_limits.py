@@ -1,6 +1,6 @@
 """Rate limits that operators set, their scopes, and the deferral of follow-ups over a limit.
 
-Follow-ups that the circuit breaker refuses are deferred here too.
+The follow-ups that the circuit breaker defers are deferred here too.
 """
 
 from __future__ import annotations

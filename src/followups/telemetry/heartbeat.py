@@ -1,9 +1,9 @@
 """Heartbeat files: each worker or beat writes its state, which supervisors read without contacting it.
 
-Each process keeps one small file in the runtime directory and rewrites it every second. The file lists the components
-that must make progress (the consumer, the dispatcher, ...), each with the time by which it must report again. Reading
-the file requires neither Celery nor the broker, so a check costs little more than starting an interpreter. Supervisors
-do not restart the processes because of a broker outage, which a restart cannot fix.
+Each process keeps one small file in the runtime directory, and rewrites the file every second. The file lists the
+components that must make progress (the consumer, the dispatcher, ...), each with the time by which it must report
+again. Reading the file requires neither Celery nor the broker, so a check costs little more than starting a Python
+interpreter. Supervisors do not restart the processes because of a broker outage, which a restart cannot fix.
 
 - Times are of the monotonic clock, which all processes of a machine share. So setting the wall clock raises no alarm,
   and after a machine has slept, its processes do not count as dead.

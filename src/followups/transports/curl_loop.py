@@ -44,7 +44,7 @@ class CurlLoop:
         self._watched: set[int] = set()
         self._kick: asyncio.Handle | None = None
         self._timer: asyncio.TimerHandle | None = None
-        self._wanted = 0.0  # when libcurl must be called next, by the loop's clock
+        self._wanted = 0.0  # when libcurl must be called next, in the event loop's time
         self._running: dict[pycurl.Curl, asyncio.Future[int]] = {}
         self._looks_up = False  # whether libcurl may be looking up a host name for a transfer that has already ended
         self._loop.add_reader(self._sockets.fileno(), self._go_on)

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 def required_url(settings: Settings, meaning: str) -> str:
-    """Return ``FOLLOWUPS_TRANSPORT_URL``; ``meaning`` completes the error message "set it to ...".
+    """Return ``FOLLOWUPS_TRANSPORT_URL``; error messages end with "set it to" and ``meaning``.
 
     Raises `TransportConfigurationError` if the setting is missing, or is not a URL with a host.
     """

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from followups.settings import Settings
 
 KEEPALIVE = 3
-"""Seconds for which an idle connection is kept. By default most servers close an idle connection later, after 4 or 5 s.
+"""Seconds for which an idle connection is kept. Most servers, by default, keep an idle connection for longer: 4 or 5 s.
 A request on a connection that is just being closed has an unknown outcome.
 """
 
@@ -135,7 +135,7 @@ class HttpClient:
         self._close_connections()
 
     async def deliver(self, call: Call, dialect: Dialect) -> Outcome:
-        """Make the call and return its outcome.
+        """Call the receiver and return the outcome of the call.
 
         Whatever the receiver answers, no error is raised. Raises `RuntimeError` if the transport was not opened.
         """

@@ -34,8 +34,8 @@ if TYPE_CHECKING:
 
 log = get_logger(__name__)
 
-# Our transport is registered under the name of the kombu transport that it extends, so that logs and banners still show
-# redis://.
+# This transport is registered under the name of the kombu transport that it extends, so that logs and banners still
+# show redis://.
 TRANSPORT_ALIASES.update(
     redis="followups.worker.broker:BrokerTransport", rediss="followups.worker.broker:BrokerTransport"
 )

@@ -1,4 +1,4 @@
-"""The remote control commands of Celery that a worker accepts.
+"""Celery's remote control commands that a worker accepts.
 
 Any client that can write to the broker can send such commands.
 """

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 class Step(NamedTuple):
-    """A possible step: its description, action (kind and object), and resulting state (or `Broken`)."""
+    """A possible step of the model: description, action (kind and object), and next state (or `Broken`)."""
 
     name: str
     action: tuple[Any, ...]

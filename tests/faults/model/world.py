@@ -63,7 +63,7 @@ class ModelWorld(NamedTuple):
     """Whether the second follow-up may be created, after a check of the chat without a lock."""
 
     def with_row(self, number: int, row: ModelRow) -> ModelWorld:
-        """Return this state with one row replaced."""
+        """Return a copy of this state in which one row is replaced."""
         return self._replace(rows=(row, self.rows[1]) if number == 0 else (self.rows[0], row))
 
     def without_dead_jobs(self) -> ModelWorld:

@@ -93,7 +93,7 @@ def test_revoked_at_once(api: Api) -> None:
 
 
 def test_expired_at_once(api: Api) -> None:
-    """Once an API key has expired, its next request is rejected, even if the key was used before."""
+    """After an API key has expired, every request with it is rejected, even if the key was used before."""
     assert api.get(FOLLOW_UPS).status_code == 200
     api.world.sql("UPDATE api_keys SET expires_at = now() WHERE id = :id", id=api.key_id)
     is_problem(api.get(FOLLOW_UPS), 401, "unauthorized")

@@ -133,7 +133,7 @@ class Web:
         print(f"{what}: {flood}")  # noqa: T201 - prints the measurement
 
     def wait(self, flood: Flood) -> None:
-        """Send another client's request on a new connection, and record the waiting time."""
+        """Send a request of another client on a new connection, and record how long its response takes."""
         started, busy = time.perf_counter(), self.loop_time()
         with self.connect() as connection:
             key = self.other.key

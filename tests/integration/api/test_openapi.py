@@ -125,7 +125,7 @@ def generated(tmp_path_factory: pytest.TempPathFactory) -> ModuleType:
 def test_generated_client(api: Api, generated: ModuleType) -> None:
     """A generated client can create, list and reschedule follow-ups, and gets errors as problems.
 
-    The generated client also sees that a reply cancels a follow-up.
+    A reply cancels a follow-up, which the generated client then reads as cancelled.
     """
 
     def part(name: str) -> Any:

@@ -69,7 +69,7 @@ def test_body_too_large(api: Api) -> None:
 
 
 def chunks(size: int) -> Iterator[bytes]:
-    """Yield the given number of bytes in pieces."""
+    """Yield the given number of bytes, divided into pieces."""
     for _ in range(0, size, 65_536):
         yield b"x" * 65_536
 

@@ -159,7 +159,7 @@ def test_gauges(api: Api) -> None:
             and found["followups_in_flight"] >= 1
         )
 
-    # Gauges are cached for two seconds, and other tests use the same database.
+    # The web process caches gauges for two seconds, and other tests use the same database.
     assert wait_until(told)
     api.world.sql("DELETE FROM follow_ups WHERE workspace_id = :id", id=api.world.workspace_id)
 

@@ -79,7 +79,7 @@ def test_failures_hold_up_no_other_follow_up() -> None:
     ],
 )
 def test_one_that_ended_otherwise_is_a_problem(number: int, changed: dict[str, object], problem: str) -> None:
-    """A follow-up that did not end as scripted fails the demo and is named."""
+    """If a follow-up does not end as scripted, the demo fails and names it."""
     standings = [*ALL_ENDED[:number], replace(ALL_ENDED[number], **changed), *ALL_ENDED[number + 1 :]]
     result = score(standings, RECEIPTS)
     assert not result.ok
@@ -88,7 +88,7 @@ def test_one_that_ended_otherwise_is_a_problem(number: int, changed: dict[str, o
 
 @pytest.mark.parametrize("receipts", [{"accepted": 52, "duplicates": 1}, {"accepted": 51, "duplicates": 0}])
 def test_the_receiver_s_count_decides(receipts: dict[str, object]) -> None:
-    """A message that the receiver accepted twice, or never, fails the demo."""
+    """The demo fails if the receiver has accepted a message twice or never."""
     assert not score(ALL_ENDED, receipts).ok
 
 

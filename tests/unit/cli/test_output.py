@@ -107,7 +107,7 @@ def test_json_is_readable_in_every_encoding(text: str, encoding: str) -> None:
 
 
 def test_an_error_shows_words_as_words() -> None:
-    """An error quotes the input without control characters."""
+    """An error quotes the input with its control characters escaped."""
     with terminal("ascii") as made:
         assert main(["list\x1b[31m"]) == 2
         assert r"No such command 'list\x1b[31m'" in made.written

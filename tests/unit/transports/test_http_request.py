@@ -189,7 +189,7 @@ async def test_no_connection_is_used_twice_where_the_receiver_does_not_deduplica
 
 
 async def test_sending_before_opening_is_a_mistake_of_the_caller() -> None:
-    """Calling `send` before `open` raises an exception, since it is a programming error."""
+    """Calling `send` before `open` raises an exception, because it is a programming error."""
     with pytest.raises(RuntimeError, match="open"):
         await HttpTransport(settings_for("http://127.0.0.1:9")).send(a_delivery())
 

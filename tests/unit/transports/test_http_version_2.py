@@ -100,7 +100,7 @@ async def test_an_endpoint_that_cannot_deduplicate_gets_http_1(context: ssl.SSLC
 
 
 async def refuse(stream: Stream) -> None:
-    """Refuse the stream, which guarantees that the request was not processed."""
+    """Refuse the stream; by HTTP/2's rules, its request was then not processed."""
     stream.reset(ErrorCodes.REFUSED_STREAM)
 
 
@@ -265,7 +265,7 @@ async def hint_without_end(stream: Stream) -> None:
 async def test_one_stream_harms_no_other(
     misbehave: Callable[[Stream], Awaitable[None]], outcome: Outcome, server: Http2Server, transport: Transport
 ) -> None:
-    """An endless body or head ends only its stream, and the connection stays open."""
+    """A response with an endless body or head ends only its own stream, and the connection stays open."""
     assert await transport.send(a_delivery()) == OK
     first_of(server, misbehave)
     outcomes = await send_at_once(transport, STREAMS)

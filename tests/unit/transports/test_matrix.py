@@ -51,7 +51,7 @@ async def test_a_chat_that_is_no_room_is_refused_without_a_call(room: str | None
 
 
 async def test_a_wrong_token_is_a_refusal() -> None:
-    """M_UNKNOWN_TOKEN is a rejection that names the error code."""
+    """M_UNKNOWN_TOKEN from the homeserver is a rejection whose text contains this code."""
     async with (
         scripted(answer(401, b'{"errcode":"M_UNKNOWN_TOKEN"}')) as server,
         opened(matrix(server.url)) as transport,

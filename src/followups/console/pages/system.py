@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 def show(visit: Visit) -> Response:
-    """Show the findings of the doctor.
+    """Show doctor's findings.
 
     Workers are queried only on request, because waiting for their replies takes a second.
     """
