@@ -104,7 +104,7 @@ class AlreadyFinishedError(ConflictError):
 
 
 class AlreadyRetriedError(ConflictError):
-    """The failed follow-up has already been retried as a new follow-up."""
+    """A new follow-up has been made from this one already."""
 
     slug = "already-retried"
 
