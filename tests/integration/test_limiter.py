@@ -125,7 +125,7 @@ async def test_several_at_once(place: LimiterUnderTest, place_settings: Settings
 
 
 async def test_who_was_due_first_goes_first(place: LimiterUnderTest) -> None:
-    """Of two token requests, the one due earlier is granted first; on a tie, the one with the lower id."""
+    """The token request with the earlier due date is granted first; if the dates are equal, the lower id is first."""
     limit = bucket(rate=1 / 60, burst=1)
     await place.ask(request(0, limit))
     late, early = request(9, limit), request(5, limit)

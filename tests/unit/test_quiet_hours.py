@@ -121,7 +121,7 @@ def test_moments_in_berlin(opening: str, closing: str, moment: str, expected: st
 
 
 def test_days() -> None:
-    """Sending hours begin only on their days; a night belongs to the day on which it begins."""
+    """Sending hours begin only on the chosen days; hours across midnight belong to the day on which they begin."""
     weekdays = SendingHours(BERLIN, time(8), time(20), read_days("mon-fri"))
     saturday = datetime(2030, 2, 2, 10, tzinfo=UTC)
     assert opens_at(weekdays, saturday) == datetime(2030, 2, 4, 7, tzinfo=UTC)
