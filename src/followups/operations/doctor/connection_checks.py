@@ -35,7 +35,7 @@ def of_database(engine: Engine) -> Iterator[Finding]:
         with engine.connect() as connection:
             yield Finding("database connection", _database(connection))
     except SQLAlchemyError:
-        return  # the check of the connection already reports that the database does not answer
+        return  # the finding `database` already reports that the database does not answer
 
 
 def _database(connection: Connection) -> str:

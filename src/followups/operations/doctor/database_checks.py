@@ -132,7 +132,7 @@ def of_server(engine: Engine) -> Iterator[Finding]:
             yield from isolation(defaults["default_transaction_isolation"])
             yield from durability(defaults["synchronous_commit"], defaults["synchronous_standby_names"])
     except SQLAlchemyError:
-        return  # the check of the connection already reports that the database does not answer
+        return  # the finding `database` already reports that the database does not answer
 
 
 def isolation(level: str) -> Iterator[Finding]:
