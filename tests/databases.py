@@ -1,4 +1,4 @@
-"""Databases on the tests' server, and the two roles of deploy/roles.sql.
+"""The databases on the tests' server, and the two roles of deploy/roles.sql.
 
 Everything under test runs as `SERVICE`. If a test needs the rights of the tables' owner or of a superuser, the test
 itself connects as that role.

@@ -28,5 +28,5 @@ def descendants(pid: int) -> dict[int, str]:
 
 
 def assert_gone(processes: dict[int, str]) -> None:
-    """Fail if any of the processes still exists."""
+    """Assert that none of the processes exists any more."""
     assert not {pid: command for pid, command in processes.items() if is_alive(pid)}

@@ -36,7 +36,7 @@ class SecureServer(Server):
         return f"{super().url(database)}&port={self._port}"
 
     def secure_url(self, host: str, query: str, user: str = "postgres", database: str = "postgres") -> str:
-        """Return the database URL that uses the loopback interface; ``user`` may include a password."""
+        """Return the database URL for the loopback interface; ``user`` may include a password."""
         return f"postgresql://{user}@{host}:{self._port}/{database}?{query}"
 
     def _prepare(self, directory: Path) -> Command:

@@ -255,14 +255,14 @@ class _Pooler:
     def is_before(self, connection: Bounded, row: Sequence[Any] | None) -> bool:
         """Return whether there may be a pooler in front of the server.
 
-        A pooler reports a process id that differs from that of the server session.
+        A pooler reports a different process id than the server session does.
         """
         return not self._checked and row is not None and row[1] != connection.info.backend_pid
 
     def check(
         self, session: Mapping[str, Any], patience: float, arguments: Sequence[Any], named: Mapping[str, Any]
     ) -> None:
-        """Raise `UnfitDatabaseError` if two connections share a session or one connection changes sessions.
+        """Raise `UnfitDatabaseError` if two connections share a session, or if one connection changes its session.
 
         Settings are changed on both connections first, because RDS Proxy pins a connection to a session only after such
         a change.

@@ -69,7 +69,7 @@ def is_undone(error: psycopg.Error | DBAPIError) -> bool:
 
 
 IS_READ_ONLY = "it is read-only: wait for the failover to end, or let FOLLOWUPS_DATABASE_URL lead to the primary"
-"""Advice for a standby, or for a server that was made read-only.
+"""Advice for an error from a standby, or from a server that was made read-only.
 
 Processes continue without a restart once the server is writable.
 """

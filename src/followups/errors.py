@@ -186,7 +186,7 @@ class OutsideMessagingWindowError(InvalidRequestError):
 
 
 class QuotaExceededError(InvalidRequestError):
-    """The workspace has as many pending follow-ups or chats as it may have."""
+    """The workspace has reached its quota of pending follow-ups or chats."""
 
     slug = "quota-exceeded"
 

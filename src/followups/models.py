@@ -112,7 +112,7 @@ class Workspace(Base):
     deletion_began_at: Mapped[datetime | None]
     """The time at which the workspace's deletion began.
 
-    From then on, new follow-ups and API keys are refused.
+    From this time on, new follow-ups and API keys are refused.
     """
 
 
@@ -410,13 +410,13 @@ class FollowUp(Base):
     past is due immediately, but is not late yet.
     """
     next_attempt_at: Mapped[datetime | None]
-    """The time of the next attempt after a retry or a deferral, or None if the due date applies."""
+    """The time of the next attempt after a retry or a deferral, or None if the due date determines the time."""
     waits_for: Mapped[UUID | None]
     """The earlier follow-up of the chat that must end before this follow-up can be sent."""
     lease_token: Mapped[int] = mapped_column(BigInteger, server_default="0")
     """The fencing token of the lease. It only increases and is never reused.
 
-    A write with an older token is refused.
+    A write with an older token is rejected.
     """
     lease_until: Mapped[datetime | None]
     begun_at: Mapped[datetime | None]
@@ -443,7 +443,7 @@ class FollowUp(Base):
     """The W3C traceparent of the trace in which the follow-up was created, or None."""
 
     held_until: Mapped[datetime | None]
-    """The start of the sending hours until which the follow-up was last held."""
+    """The start of the sending hours for which the follow-up was last held."""
     sendable_from: Mapped[datetime | None]
     """The first time at which the sending hours allow the message to be sent, or None if they never held it.
 

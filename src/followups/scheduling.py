@@ -96,8 +96,8 @@ def scheduling_alone(
 ) -> Steps[FollowUp | None]:
     """Apply the rule of `schedule` in a single statement, which needs no transaction.
 
-    Return None if a single statement is not enough. In that case nothing has changed, and the caller uses `scheduling`,
-    which creates the follow-up or raises the error.
+    Return None if a single statement is not enough. In that case nothing has changed. The caller then uses
+    `scheduling`, which creates the follow-up or raises the error.
     """
     check_planned(Planned(chat_id, message, due_date))
     return (
@@ -370,7 +370,7 @@ _NOW = Statement("SELECT now() AS now")
 def check_window(chat: Chat, due_date: datetime) -> Steps[None]:
     """Refuse a due date at which the channel's messaging window is closed.
 
-    If the due date is outside the sending hours, the window must still be open when the sending hours begin.
+    If the due date is outside the sending hours, the messaging window must still be open when they begin.
     """
     if chat.channel in WINDOWED_CHANNELS:
         (row,) = yield _NOW()

@@ -85,7 +85,7 @@ class Query:
 
 
 Steps: TypeAlias = Generator[Query, Sequence[Any], T]
-"""A running rule, which yields queries, receives their rows, and returns the rule's result."""
+"""A running rule: it yields queries, receives their rows, and returns its result."""
 
 
 def run(session: Session | Connection, steps: Steps[T]) -> T:

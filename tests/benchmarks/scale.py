@@ -73,7 +73,7 @@ def filled(rows: int, columns: str = "", values: str = "") -> Iterator[tuple[str
 
 
 def vacuum(engine: Engine) -> None:
-    """Vacuum and update the statistics, like autovacuum."""
+    """Vacuum the table and update its statistics, as autovacuum would."""
     with engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
         connection.execute(text("VACUUM ANALYZE follow_ups"))
 

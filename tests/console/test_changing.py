@@ -1,4 +1,4 @@
-"""Scheduling, changing, cancelling, sending now and retrying with the console's forms."""
+"""Tests of scheduling, changing, cancelling, sending now and retrying with the console's forms."""
 
 from __future__ import annotations
 

@@ -39,7 +39,7 @@ def another_worker(stack: Stack) -> None:
 
 
 def replaced(stack: Stack, setting: str, value: str) -> None:
-    """Replace the running worker once with a worker that has other settings."""
+    """Replace the running worker once by a worker with other settings."""
     if setting not in stack.options:
         stack.options[setting] = value
         old = the_worker(stack)

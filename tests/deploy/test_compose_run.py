@@ -1,4 +1,4 @@
-"""Services started with the compose file's commands, variables, files and health checks, without a container engine."""
+"""Tests of services started with the compose file's commands, variables, files and health checks."""
 
 from __future__ import annotations
 

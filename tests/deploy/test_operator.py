@@ -94,7 +94,8 @@ def test_an_operator_brings_it_up(servers: dict[str, str], tmp_path: Path) -> No
     }
     of["worker"] |= secret_files(tmp_path / "signing", TRANSPORT_SECRET=SECRET)
     of["beat"] = usual | secret_files(tmp_path / "beat", BROKER_URL=servers["beat"])
-    of["beat"]["FOLLOWUPS_DATABASE_URL"] = "postgresql://localhost/followups"  # beat never connects to the database
+    # the beat process never connects to the database
+    of["beat"]["FOLLOWUPS_DATABASE_URL"] = "postgresql://localhost/followups"
     of["owner"] = usual | secret_files(tmp_path / "owner", DATABASE_URL=servers[OWNER], BROKER_URL=servers["web"])
     assert "it was empty" in followups(of["owner"], "migrate")
     followups(of["web"], "workspace", "create", "acme")

@@ -84,7 +84,7 @@ class Scene:
         return lease
 
     def leased_anew(self, lease: Lease) -> Lease:
-        """Expire a lease, and claim the follow-up again."""
+        """Let a lease expire, and claim its follow-up again."""
         self.world.expire(lease.id)
         return self.lease()
 

@@ -1,4 +1,4 @@
-"""Checks the promises against the chat's record of requests and the database's history."""
+"""Checks the guarantees against the chat's record of requests and the database's history."""
 
 from __future__ import annotations
 

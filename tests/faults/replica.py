@@ -144,7 +144,7 @@ class Replicated:
         self.replace_standby()
 
     def promote(self) -> None:
-        """Promote the standby and restart the old primary read-only, without moving the address."""
+        """Promote the standby and restart the old primary read-only; the address is not moved yet."""
         old = self.primary
         self.primary, self.standby = self.standby, old
         _data(old).joinpath("standby.signal").touch()

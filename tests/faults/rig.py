@@ -147,7 +147,7 @@ class Rig(Stack):
         return time.monotonic() - started
 
     def ask_each(self, workers: Sequence[Child]) -> None:
-        """Freeze each of two workers in turn, so that the one still running has to read both queues."""
+        """Freeze one of two workers, then the other, so that the running one has to read both queues."""
         for idle, busy in (workers, reversed(workers)):
             idle.signal(signal.SIGSTOP)
             self.bulk(1)
@@ -161,7 +161,7 @@ class Rig(Stack):
         return check(self.world.engine, self.received(), record)
 
     def events(self, event: str) -> list[dict[str, Any]]:
-        """Return all log lines of one event, from every process's log."""
+        """Return all log lines of one event from the logs of all processes."""
         names = [path.stem for path in self.processes.logs.glob("*.log")]
         return [line for name in names for line in self.log_events(event, name)]
 

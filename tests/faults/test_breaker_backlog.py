@@ -78,5 +78,5 @@ def test_backlog_that_is_left_alone(rig: Rig, figures: Figures) -> None:
 
 @pytest.mark.faults_long
 def test_backlog_that_is_left_alone_for_long(rig: Rig, figures: Figures) -> None:
-    """With default settings, a thousand follow-ups are sent while a failing workspace's 20,000 wait."""
+    """With default settings, a thousand follow-ups are sent while 20,000 of a failing workspace wait."""
     backlog(rig, figures, overdue=20_000, others=1_000)

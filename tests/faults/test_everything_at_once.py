@@ -148,7 +148,7 @@ def everything(rig: Rig, figures: Figures, seconds: float, rate: float) -> None:
 
 
 def test_everything_at_once(breakable: Rig, figures: Figures) -> None:
-    """Ten random faults within ten seconds break no promise."""
+    """Ten random faults within ten seconds break no guarantee."""
     everything(breakable, figures, seconds=8, rate=40)
 
 

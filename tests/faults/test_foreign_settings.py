@@ -101,7 +101,7 @@ def test_foreign_defaults_behind_a_pooler(pooled: Rig, figures: Figures) -> None
 
 @pytest.mark.faults_long
 def test_foreign_defaults_for_minutes(pooled: Rig, figures: Figures) -> None:
-    """Foreign defaults change no outcome under minutes of load with hundreds of replies."""
+    """Unusual server defaults change no outcome under minutes of load with hundreds of replies."""
     on_foreign_defaults(pooled, figures, pairs=400, rate=200, seconds=180)
 
 

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 def received_within(rig: Rig, ids: Sequence[UUID]) -> tuple[float, float]:
-    """Release these follow-ups; return the seconds until 99 % were received and until all were recorded."""
+    """Release these follow-ups; return the seconds until 99 % were received, and until all were recorded."""
     released = time.monotonic()
     rig.release(ids)
     rig.settle_down(within=120 + len(ids) / 50)
@@ -60,5 +60,5 @@ def test_slow_answers(rig: Rig, figures: Figures) -> None:
 
 @pytest.mark.faults_long
 def test_very_slow_answers(rig: Rig, figures: Figures) -> None:
-    """If 1 % of the answers take five seconds, many thousands of follow-ups are sent once."""
+    """If 1 % of the answers take five seconds, many thousands of follow-ups are each sent once."""
     slow_answers(rig, figures, count=20_000, delay=5.0)

@@ -162,7 +162,7 @@ def test_fails_again(own: Settings) -> None:
 
 
 def test_probes_that_never_end(own: Settings) -> None:
-    """If a worker crashes without reporting the outcomes of its probes, other workers may probe."""
+    """If a worker crashes without reporting the outcomes of its probes, other workers may send probes."""
 
     async def script(store: BreakerStore) -> None:
         await opened(store)
@@ -281,7 +281,7 @@ def test_the_clock_is_set_while_it_is_open(own: Settings, clock: ServerClock, st
 
 @pytest.mark.parametrize("step", [-DAY, -1.0, 1.0, DAY])
 def test_the_clock_is_set_while_it_recovers(own: Settings, clock: ServerClock, step: float) -> None:
-    """If the Redis clock is changed, the breaker's recovery neither ends early nor takes longer."""
+    """If the clock of the Redis server is changed, the breaker's recovery becomes neither shorter nor longer."""
     policy = replace(QUICK, first_rate=10, last_rate=10_000)
 
     async def script(store: BreakerStore) -> None:

@@ -128,7 +128,7 @@ def test_many_with_much(engine: Engine, settings: Settings, monkeypatch: pytest.
 
 
 def test_half_of_the_window_at_once(engine: Engine, settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A claim takes half of a large in-flight limit, and says whether another claim would find more."""
+    """A claim takes half of a large in-flight limit and returns whether another claim would find more."""
     monkeypatch.setattr(claiming, "CLAIM_SIZE", 2)
     worlds_of(engine, 20)
     taken = [claim_fairly(engine, bounded(settings, 12)) for _ in range(3)]

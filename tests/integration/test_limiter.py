@@ -99,7 +99,7 @@ async def test_never_faster_than_its_rate(place: LimiterUnderTest, rate: float, 
 
 
 async def test_several_at_once(place: LimiterUnderTest, place_settings: Settings) -> None:
-    """Workers that concurrently request and return tokens keep to the rate together."""
+    """Workers that request and return tokens concurrently do not exceed the rate together."""
     limit = bucket(200, 4)
     others = [Limiter(place_settings, PATIENCE) for _ in range(3)]
     used: list[int] = []
@@ -226,7 +226,7 @@ async def test_who_does_not_come_back_holds_up_nobody(place: LimiterUnderTest) -
 
 
 async def test_many_cancelled_hold_up_nobody_for_long(place: LimiterUnderTest) -> None:
-    """A waiting token request is repeated within five minutes.
+    """A waiting request for a token is repeated within five minutes.
 
     A request that is not repeated delays other requests for at most five minutes.
     """

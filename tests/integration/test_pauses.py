@@ -126,7 +126,7 @@ def test_held_ones_can_be_cancelled_and_rescheduled(world: World, engine: Engine
 
 
 def test_what_must_not_be_sent_ends_though_paused(world: World, engine: Engine, settings: Settings) -> None:
-    """A paused follow-up still ends if it may no longer be sent."""
+    """A paused follow-up ends when it may no longer be sent."""
     late = world.follow_up(due=-HOUR, scheduled_at=text("now() - interval '1 h'"))
     pause(world)
     brief = settings.model_copy(update={"max_lateness": SECOND})

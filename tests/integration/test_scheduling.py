@@ -1,4 +1,4 @@
-"""The rules for follow-ups and chats on PostgreSQL, in a Python caller's transaction."""
+"""Tests of the rules for follow-ups and chats on PostgreSQL, in a Python caller's transaction."""
 
 from __future__ import annotations
 

@@ -194,7 +194,7 @@ class TestLateness:
     OLD: ClassVar = {"due": -5 * HOUR, "scheduled_at": text("now() - interval '5 h'")}
 
     def test_the_time_of_the_hold_is_no_lateness(self, world: World, engine: Engine, settings: Settings) -> None:
-        """A follow-up that was held longer than MAX_LATENESS is sent when sending hours begin.
+        """A follow-up that was held for longer than MAX_LATENESS is sent when sending hours begin.
 
         It counts as too late only if it is delayed further.
         """

@@ -256,7 +256,7 @@ class TestCallersOwnSession:
     def test_another_isolation_is_refused(self, base: Engine, world: World, level: Any) -> None:
         """`schedule` and `cancel` reject every other isolation level with an error that gives the remedy.
 
-        A transaction at a stricter isolation level would read an old snapshot.
+        A transaction at a stricter isolation level would read from an old snapshot.
         """
         chat, planned = world.chat(), world.follow_up(due=timedelta(days=1))
         with Session(base.execution_options(isolation_level=level)) as session:

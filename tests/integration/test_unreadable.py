@@ -240,7 +240,7 @@ def test_more_than_one_search_finds(
 
 
 def test_one_whose_lease_cannot_be_released(world: World, engine: Engine, settings: Settings) -> None:
-    """If hints cannot be published and one lease cannot be released, the other leases are released.
+    """If hints cannot be published and one of the leases cannot be released, the others are released.
 
     The follow-ups of the released leases can be claimed again immediately.
     """

@@ -94,7 +94,7 @@ def test_all_slots_for_a_lone_one() -> None:
 
 
 def test_all_slots_when_the_others_have_gone(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No slots are reserved for workspaces that have been inactive for long."""
+    """If the other workspaces have been inactive for long, no slots are reserved for them."""
     queue = queue_of(slots=16)
     queue.add(overdue(QUIET, 1))
     queue.slots.release(queue.take(1)[0])

@@ -140,7 +140,7 @@ class RequestSlots:
     taken: int = 0
 
     def acquire(self, most: int, full: problems.ProblemAnswer) -> None:
-        """Count a request. Raises `Refusal` if ``most`` requests are counted already."""
+        """Count a request. Raises `Refusal` if ``most`` requests are already counted."""
         if self.taken >= most:
             raise Refusal(full)
         self.taken += 1

@@ -148,7 +148,7 @@ def parse_clock(text: str) -> time:
 
 
 def parse_days(text: str) -> frozenset[int]:
-    """Parse days of the week: ``mon-fri``. Raises `typer.BadParameter`."""
+    """Parse days of the week such as ``mon-fri``. Raises `typer.BadParameter`."""
     try:
         return read_days(text)
     except ValueError:
@@ -189,7 +189,7 @@ def parse_rate(text: str) -> float:
 
 
 def default_burst(rate: float) -> int:
-    """Return the default burst: the number of follow-ups that the rate allows in one second, at least one.
+    """Return the default burst: the number of follow-ups that the rate allows in one second, but at least one.
 
     >>> default_burst(50), default_burst(1 / 3)
     (50, 1)

@@ -126,7 +126,7 @@ class Visit:
         return shown + Markup(' <span class="beside">({} {})</span>').format(other.written(moment), other.name)
 
     def count(self, number: int | None, most: int = 10_000) -> str:
-        """Return a number for display. Above ``most``, it is shown as "more than" or "too many to count"."""
+        """Return a number for display. A number above ``most`` is shown as "more than" or "too many to count"."""
         if number is None:
             return self.t("too many to count")
         return self.t("more than {number}", number=f"{most:,}") if number > most else f"{number:,}"

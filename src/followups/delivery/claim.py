@@ -73,7 +73,7 @@ def _connecting(url: str) -> timedelta:
 
 
 def size_of_claim(window: int) -> int:
-    """Return the maximum number of rows per claim: half of the in-flight limit, but at least `CLAIM_SIZE`.
+    """Return the maximum number of rows per claim: half of the in-flight limit, and at least `CLAIM_SIZE`.
 
     Each claim reads all follow-ups in flight, so a few large claims are the cheapest way to reduce a backlog. Workers
     send the other half during the claim.

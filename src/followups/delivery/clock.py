@@ -25,7 +25,7 @@ _NOW = text("SELECT clock_timestamp()")
 
 
 class DatabaseClock:
-    """The offset from this machine's uptime to the database's clock.
+    """The offset between this machine's uptime and the database's clock.
 
     The time computed with this offset is never ahead of the database's clock.
 

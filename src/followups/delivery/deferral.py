@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from followups.store.leases import Lease
 
 SHARE = 1024
-"""Divisor of the window: a worker requests one 1024th of the window at a time, but at most one lease per slot.
+"""Divisor of the window: a worker requests one 1024th of it at a time, but at most one lease per slot.
 
 A worker keeps at most two such requests' worth of leases, so a hundred workers keep at most a fifth of the window. A
 probe needs only three follow-ups from all workers together.

@@ -51,11 +51,11 @@ class DueQueue:
         """``lease`` is the duration of a lease."""
         self.slots = slots
         self.changed = asyncio.Event()
-        """Event that is set when there may be leases to take."""
+        """An event that is set when there may be leases to take."""
         self._clock = clock
         self._lease = lease.total_seconds()
         self._heap: list[Entry] = []
-        """Heap of the leases that are not due yet."""
+        """A heap of the leases that are not due yet."""
         self._fair = FairQueue(slots)
         self._sequence = itertools.count()
         self._next_look = 0.0

@@ -26,7 +26,7 @@ INTERVAL = 5.0
 FIRST_SAMPLES = 5
 """Number of clock samples taken at the start."""
 CLOCK_OFF = 60.0
-"""Seconds by which this host's clock may differ from the database's without a warning."""
+"""Seconds by which this host's clock may differ from the database's clock without a warning."""
 BACKOFF = timedelta(seconds=0.5)
 """First pause before an unreachable database is tried again. Each further pause doubles, up to `LONGEST_BACKOFF`."""
 LONGEST_BACKOFF = timedelta(seconds=4)

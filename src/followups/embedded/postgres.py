@@ -37,8 +37,8 @@ missing, it is created.
 """
 
 START_WITHIN = timedelta(seconds=60)
-"""The longest time that a start may take. A start normally takes half a second; recovery of a data directory after a
-crash takes longer.
+"""The longest time that the server's start may take. A start normally takes half a second; recovery of a data directory
+after a crash takes longer.
 """
 
 STOP_WITHIN = timedelta(seconds=30)

@@ -33,7 +33,8 @@ if TYPE_CHECKING:
     from followups.settings import Settings
 
 READY_WITHIN = timedelta(seconds=90)
-"""The longest time that a start may take. A start takes about five seconds on two idle cores, more on a busy machine.
+"""The longest time that the server's start may take. A start takes about five seconds on two idle cores, more on a busy
+machine.
 """
 
 GRACE = timedelta(seconds=6)
@@ -57,7 +58,7 @@ class StartPlan:
     data: Path | None = None
     """Directory for PostgreSQL's data and the logs, or None to keep neither."""
     overrides: Mapping[str, object] = field(default_factory=dict)
-    """Values of settings by field; all other settings are read from the environment."""
+    """The given values of settings, by field; all other settings are read from the environment."""
     echo: Callable[[str, str], None] | None = None
     """A function that is called with every (process, line) of the logs."""
 

@@ -5,8 +5,7 @@ The watchdog reads from a pipe whose other end is held by the owner. The kernel 
 to the thread that started the child and is not sent to grandchildren.
 
 The owner imports this file. The watchdog runs it as a script, which uses only the standard library and starts in about
-20 ms. Each owner has one watchdog, which runs from the owner's first guarded process or directory until the last one is
-gone.
+20 ms. Each owner has one watchdog, which runs from the first guarded process or directory until none is left.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """Breaker: while the transport fails as a whole, only a few probes begin, so no attempts are wasted.
 
 Due follow-ups are deferred in the database (`followups.delivery.deferral`), except for a few in the due queue. All
-workers share one state in Redis (`BreakerStore`). Deliveries continue while Redis is unreachable. Only a worker whose
-own attempts fail as many times in a row as configured stops beginning follow-ups, until it next queries Redis some
-seconds later. If Redis is wiped, the breaker is closed, and new failures open it again.
+workers share one state in Redis (`BreakerStore`). Deliveries continue while Redis is unreachable. A worker then stops
+beginning follow-ups only if its own attempts fail as many times in a row as configured. It continues when it next
+queries Redis, some seconds later. If Redis is wiped, the breaker is closed, and new failures open it again.
 
     closed -> open: so many different follow-ups failed, and none succeeded in between
     open -> probing: after a pause that doubles from one time to the next, a few may begin
@@ -210,7 +210,7 @@ class Breaker:
     def tripped_for_all(self) -> frozenset[int]:
         """The keys of the workspaces that are tripped in the shared state.
 
-        A workspace stays tripped for at least some seconds, not only until the state is next read.
+        A workspace stays tripped for at least some seconds, even if the state is read again earlier.
         """
         return self._reading.tripped
 

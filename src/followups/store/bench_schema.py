@@ -1,4 +1,4 @@
-"""A separate schema for the benchmark in the configured database, and the follow-ups that it sends."""
+"""A separate schema for the benchmark, in the configured database, and the follow-ups to send."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """Order within a chat: a later follow-up waits until the earlier one ends.
 
-The column ``waits_for`` of a waiting follow-up holds the id of the follow-up just before it. A waiting follow-up is not
+The column ``waits_for`` of a waiting follow-up contains the id of its immediate predecessor. A waiting follow-up is not
 in the claim's index. Each follow-up waits only for its immediate predecessor, so the end of a follow-up unblocks only
 one other. If a hundred thousand follow-ups are queued behind one stuck chat, each of them is refused only once.
 """

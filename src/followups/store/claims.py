@@ -89,9 +89,9 @@ LOW_WATER_MARGIN = timedelta(seconds=10)
 FEW = 6
 """Number of rows that a fair claim reads in each workspace, regardless of the number of workspaces."""
 STRIDE = 32
-"""Number of rows read in one step of the scan over all workspaces. The scan skips a workspace's further rows, and
-workspaces with fewer rows share a step. A workspace with a single row that is not yet due therefore costs 0.5 us (2.4
-us with a stride of 1). A workspace without pending rows costs nothing.
+"""Number of rows read in one step of the scan over all workspaces. The scan skips the rest of a workspace's rows, and
+workspaces with few rows share a step. A workspace with a single row that is not yet due therefore costs 0.5 us (2.4 us
+with a stride of 1). A workspace without pending rows costs nothing.
 """
 
 _IN_ORDER, _FAIRLY = (text(read_sql(name) + read_sql("lease")) for name in ("claim", "fair_claim"))

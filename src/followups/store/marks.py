@@ -45,7 +45,7 @@ def leased(connection: Connection, tokens: Iterable[tuple[UUID, int]]) -> None:
 
 
 def written(connection: Connection, moments: Iterable[tuple[UUID, datetime]]) -> None:
-    """Register the begin, finish or retry times of these rows, to check a lost commit."""
+    """Register the begin, finish or retry times of these rows, so that a lost commit can be checked."""
     ask_if_lost(connection, partial(_stand, _WRITTEN, list(islice(moments, SAMPLE))))
 
 

@@ -5,7 +5,7 @@ components that must make progress (the consumer, the dispatcher, ...), each wit
 again. Reading the file requires neither Celery nor the broker, so a check costs little more than starting a Python
 interpreter. Supervisors do not restart the processes because of a broker outage, which a restart cannot fix.
 
-- Times are of the monotonic clock, which all processes of a machine share. So setting the wall clock raises no alarm,
+- Times are on the monotonic clock, which all processes of a machine share. So setting the wall clock raises no alarm,
   and after a machine has slept, its processes do not count as dead.
 - The writer keeps a lock on its file. The kernel releases the lock when the process ends, even if it is killed. So a
   leftover file is never mistaken for the file of a hanging process, even if the process id has been reused.

@@ -42,7 +42,7 @@ def _is_well_formed(url: str) -> bool:
             and not any(c.isspace() or not c.isprintable() for c in url)
             and _fits_basic_authentication(unquote(parts.username or ""), unquote(parts.password or ""))
         )
-    except ValueError:  # for example a port that is not a number, an unbalanced bracket, an empty label
+    except ValueError:  # for example an invalid port, an unbalanced bracket or an empty label
         return False
 
 

@@ -1,4 +1,4 @@
-"""The port: what the dispatcher requires of a transport, and the five possible outcomes.
+"""The port: the interface that a transport must implement, and the five possible outcomes of a call.
 
 A transport delivers one message into one chat. A transport raises no error, whatever the receiver does. Every call ends
 in one of the five outcomes, so that nothing is guessed. Third parties register their own transports as entry points in
@@ -105,7 +105,7 @@ class Transport(Protocol):
         """Open long-lived resources, such as an HTTP session, in the event loop that will use them."""
 
     async def send(self, delivery: Delivery) -> Outcome:
-        """Deliver the message once, within the transport timeout. Whatever the receiver does, raise no error."""
+        """Deliver the message once, within the transport timeout. No error is raised, whatever the receiver does."""
 
     async def check(self) -> str:
         """Return one sentence saying that the receiver can be reached.

@@ -23,7 +23,7 @@ INVALID = (
 )
 
 SHORTEST, LONGEST = 24, 64
-"""The smallest and largest length of a secret in bytes (the specification, "Symmetric signatures")."""
+"""Minimum and maximum length of a secret in bytes (the specification, "Symmetric signatures")."""
 
 
 class Signer:

@@ -47,7 +47,9 @@ Celery's own pauses grow to thirty seconds.
 """
 
 FIRST_PAUSE = 0.25
-"""Seconds before reconnecting after a connection that did not last. Each further pause is twice as long."""
+"""Seconds before reconnecting after a connection that did not last. Each further pause is twice as long as the one
+before.
+"""
 
 LASTS = 5.0
 """Seconds after which a connection counts as good if its reads are answered.

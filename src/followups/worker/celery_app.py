@@ -1,7 +1,7 @@
 """The Celery app: a tick that claims and publishes, and a task that begins, sends and settles.
 
 The commands ``celery -A followups.worker worker``, ``... beat`` and ``... flower`` work as in any Celery app. The
-broker carries hints only: no results, ETAs or retries are stored in it.
+broker contains hints only: it stores no results, ETAs or retries.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ follow-ups behind a hanging statement could not begin in time.
 
 BROKER_SILENCE = timedelta(seconds=5)
 """Time without an answer after which the broker's connection is replaced; an answer takes well under a millisecond. The
-limit is at most half a lease, because the follow-ups of a hint that is delayed for longer have been leased again.
+limit is at most half a lease, because the follow-ups of a hint that is delayed for longer have been claimed again.
 """
 
 SWITCH_INTERVAL = 0.0005
@@ -80,7 +80,7 @@ DRAIN_MARGIN = timedelta(seconds=5)
 def _exit_when_wrong() -> Iterator[None]:
     """If settings are invalid, end the process with a one-sentence error and exit code 2.
 
-    Without this check, Celery would print a stack trace, or continue.
+    Without this check, Celery would print a stack trace, or would continue to start.
     """
     try:
         yield
@@ -236,7 +236,7 @@ class Bounded(Task):
     """A Celery task that is not sent while its queue has enough unread messages."""
 
     def apply_async(self, args: Any = None, kwargs: Any = None, *, producer: Any = None, **options: Any) -> Any:  # noqa: ANN401 - Celery's own
-        """Send the task over the connection that checked the queue, or return None if it is not sent."""
+        """Send the task over the connection that checked the queue; return None if the task is not sent."""
         with self.app.producer_or_acquire(producer) as acquired:
             if unread(acquired, DISPATCH) >= UNREAD:
                 return None

@@ -102,7 +102,7 @@ def _refuse(sentence: str) -> NoReturn:
 
 
 def asks_who(basic_auth: Sequence[str], auth: str) -> bool:
-    """Return whether Flower requires a password or an identity. An empty password does not count.
+    """Return whether Flower requires a password or an identity. An empty password does not count as a password.
 
     >>> asks_who(["me:pa55"], ""), asks_who([], ".*@example.com"), asks_who([""], ""), asks_who(["me:"], "")
     (True, True, False, False)

@@ -28,7 +28,8 @@ LATE = timedelta(seconds=10)
 """How much later than planned the scheduler may return from its sleep."""
 
 SET_BACK = 1.0
-"""Number of seconds by which a clock must be set back to count as set back. A smaller step is ordinary synchronization.
+"""Number of seconds by which a clock must be set back to count as set back. A smaller step is part of ordinary clock
+synchronization.
 """
 
 PRUNE_MINUTE = 17

@@ -1,4 +1,4 @@
-"""The model's decisions, which the package's own functions make; their results are cached."""
+"""The model's decisions: they are made by the package's own functions, and the results are cached."""
 
 from __future__ import annotations
 

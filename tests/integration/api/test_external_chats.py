@@ -86,6 +86,6 @@ def test_two_that_ask_at_once(pair: tuple[Api, Api]) -> None:
 
 
 def test_with_another_transport_an_external_id_is_the_workspaces_own_word(api: Api, other: Api) -> None:
-    """If a transport's deliveries name the workspace, two workspaces may use the same external id."""
+    """If the transport's requests name the workspace, two workspaces may use the same external id."""
     room = f"!{uuid4()}:host"
     assert [put(each, room) for each in (api, other)] == [201, 201]

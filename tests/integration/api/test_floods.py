@@ -313,7 +313,7 @@ def test_more_connections_than_allowed(web: Web, sent: bytes) -> None:
             for _ in range(100):
                 client = clients.enter_context(web.connect())
                 client.sendall(sent)
-            web.wait(flood)  # the server has accepted them by then, so the kernel's queue never overflows
+            web.wait(flood)  # by then the server has accepted these connections, so the kernel's queue never overflows
         for _ in range(50):
             assert web.api.get(FOLLOW_UPS, pageSize=1).status_code == 200
     assert flood.memory < 160

@@ -117,7 +117,7 @@ def test_slow_client(impatient: tuple[str, int], world: World, sent: list[bytes]
 
 
 def test_too_many_connections(narrow: tuple[str, int], world: World) -> None:
-    """If the connection limit is reached and none is idle, a new connection is closed immediately.
+    """A new connection is closed immediately if the limit is reached and no connection is idle.
 
     Open connections are still served.
     """

@@ -119,8 +119,8 @@ def deadlocked(api: Api, engine: Engine, request: Callable[[], Any], created: di
 def lock_chat(connection: Connection, chat_id: str) -> None:
     """Lock a chat that the request has locked, so that the request is aborted by the deadlock.
 
-    The server checks a wait for deadlocks once, after a second. A request that has already waited for longer is not
-    aborted.
+    PostgreSQL checks a waiting transaction for deadlocks only once, after a second. A request that has already waited
+    for longer is not aborted.
     """
     try:
         connection.execute(text("SELECT FROM chats WHERE id = :id FOR UPDATE"), {"id": chat_id})

@@ -57,7 +57,7 @@ def test_an_explanation_is_whole_sentences(code: ReasonCode) -> None:
 
 
 def test_limits_are_named() -> None:
-    """If a limit ended a follow-up, the explanation names the limit's setting and value."""
+    """If a limit has ended a follow-up, the explanation names the limit's setting and value."""
     assert "FOLLOWUPS_MAX_ATTEMPTS (3)" in explained(Status.FAILED, reason="retries_exhausted: HTTP 500")
     assert "FOLLOWUPS_MAX_LATENESS (1 d)" in explained(Status.FAILED, reason="too_late")
 

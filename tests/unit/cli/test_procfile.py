@@ -17,7 +17,7 @@ PROCFILE = Path(__file__).parents[3] / "Procfile"
 
 
 def test_the_procfile_holds_the_same_lines() -> None:
-    """The Procfile has the processes and command lines of `up`, in the same order."""
+    """The Procfile has the same processes and command lines as `up`, in the same order."""
     assert list(parse_procfile(PROCFILE.read_text()).processes.items()) == list(COMMANDS.items())
 
 

@@ -26,7 +26,7 @@ def test_a_signal_is_heeded_between_two_steps(number: signal.Signals) -> None:
 
 
 def test_a_second_signal_does_not_wait() -> None:
-    """A second signal raises immediately instead of waiting for the next check."""
+    """A second signal raises the exception immediately, without waiting for the next check."""
     with StopSignals():
         send(signal.SIGTERM)
         with pytest.raises(KeyboardInterrupt):

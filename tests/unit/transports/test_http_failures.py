@@ -56,7 +56,7 @@ async def test_a_failed_tls_handshake_is_tried_again(no_tls: str) -> None:
 
 
 async def test_a_connection_that_does_not_come_about_is_tried_again() -> None:
-    """A timeout while connecting, as in an unanswered TLS handshake, is retried because nothing was sent."""
+    """A timeout during connecting, such as an unanswered TLS handshake, is retried because nothing was sent."""
     with socket.create_server(("127.0.0.1", 0)) as silent:
         outcome = await outcome_at(f"https://127.0.0.1:{silent.getsockname()[1]}", transport_timeout=0.2)
     assert outcome == Retry("no connection within 0.2 s")

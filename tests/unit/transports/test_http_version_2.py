@@ -171,7 +171,7 @@ async def send_garbage(stream: Stream) -> None:
 async def test_however_a_stream_ends_the_request_went_out_once(
     end: Callable[[Stream], Awaitable[None]], server: Http2Server, transport: Transport, *, kept: bool
 ) -> None:
-    """Without a response the outcome is unknown and the request is not repeated; the next call succeeds."""
+    """If the response is lost, the outcome is unknown and nothing is repeated; the next call succeeds."""
     if kept:
         assert await transport.send(a_delivery()) == OK
     server.serve = end
@@ -187,7 +187,7 @@ async def test_however_a_stream_ends_the_request_went_out_once(
 async def test_the_status_decides_when_the_body_breaks_off(
     end: Callable[[Stream], Awaitable[None]], status: int, outcome: type, server: Http2Server, transport: Transport
 ) -> None:
-    """The outcome is known after the response head, even if the body breaks off."""
+    """The outcome is known once the response head has arrived, even if the body breaks off."""
 
     async def break_off(stream: Stream) -> None:
         stream.answer(status, b"{", ends=False)

@@ -47,7 +47,7 @@ def _database(connection: Connection) -> str:
     if not driver.pgconn.ssl_in_use:
         return "without TLS (sslmode=verify-full in FOLLOWUPS_DATABASE_URL requires and verifies it)"
     mode = next((each.val or b"" for each in driver.pgconn.info if each.keyword == b"sslmode"), b"").decode()
-    # Behind a pooler, the server sees only the connection from the pooler.
+    # Behind a pooler, the server sees only the pooler's connection.
     version = connection.scalar(_OF_THE_SERVER) or "TLS"
     return f"{version}, {VERIFIED.get(mode, f'not verified (sslmode is {mode}; verify-full verifies)')}"
 
