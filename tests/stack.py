@@ -81,7 +81,8 @@ class Stack:
 
     def start(self) -> Child:
         """Start one process of each type; return the worker."""
-        beat = self.beat()  # started first because beat is slowest; the test does not wait for it
+        # beat is started first because it is the slowest to start, and the test does not wait for it
+        beat = self.beat()
         assert beat.running
         self.sandbox()
         return self.worker()

@@ -414,7 +414,7 @@ class FollowUp(Base):
     waits_for: Mapped[UUID | None]
     """The earlier follow-up of the chat that must end before this follow-up can be sent."""
     lease_token: Mapped[int] = mapped_column(BigInteger, server_default="0")
-    """The fencing token of the lease. It only increases and is never reused.
+    """The fencing token of the lease. The token only increases and is never reused.
 
     A write with an older token is rejected.
     """

@@ -22,7 +22,7 @@ from enum import StrEnum
 from followups.errors import TransitionError
 
 MAX_REASON_LENGTH = 2_000
-"""Maximum stored length of a reason in characters. Real reasons are far shorter."""
+"""Maximum stored length of a reason in characters. Actual reasons are far shorter."""
 
 
 class Status(StrEnum):
@@ -122,7 +122,7 @@ class Final:
     status: Status
     reason: str | None
     code: ReasonCode | None = field(default=None, compare=False)
-    """The code of the reason, or None for ``sent`` and for a caller's own words.
+    """The code of the reason, or None for ``sent`` and for a reason in a caller's own words.
 
     A reason in a caller's own words has no code, even if it begins with the text of a code.
     """

@@ -60,7 +60,7 @@ def test_scheduled_in_a_callers_transaction(running: Stack) -> None:
 
 
 def test_retry_reject_and_rate_limit(running: Stack) -> None:
-    """A failure is retried, a refusal is final, and a 429 uses up no attempt; the row records the outcome."""
+    """A failure is retried, a rejection is final, a 429 uses up no attempt, and the row records the outcome."""
     failing, refusing, limiting = (running.world.chat() for _ in range(3))
     running.behave(failing, kind="fail", status=500, times=2)
     running.behave(refusing, kind="reject", status=403, body="not in this channel")

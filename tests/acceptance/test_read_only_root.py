@@ -1,6 +1,6 @@
 """Processes on a read-only root file system without a temporary directory, as in a hardened container.
 
-The directory of the heartbeat files cannot be written either.
+The directory of the heartbeat files is also read-only.
 """
 
 from __future__ import annotations

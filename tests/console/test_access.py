@@ -47,7 +47,7 @@ def test_without_a_session_nothing_is_shown_or_changed(person: Callable[..., Per
 
 
 def test_what_does_not_exist_leads_strangers_to_the_sign_in(person: Callable[..., Person]) -> None:
-    """A client without a session does not learn which pages exist."""
+    """A client without a session cannot find out which pages exist."""
     assert person().get("/nothing").status_code == 303
     assert person("operator").get("/nothing").status_code == 404
     assert person("operator").post("/", x="y").status_code == 405

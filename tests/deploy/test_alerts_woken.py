@@ -114,7 +114,7 @@ def frozen(stack: Stack) -> None:
 
 
 def locked(stack: Stack) -> None:
-    """Lock the whole table for longer than a claim may take."""
+    """Lock the `follow_ups` table for longer than a claim may take."""
     with stack.world.engine.begin() as connection:
         connection.execute(text("LOCK TABLE follow_ups IN ACCESS EXCLUSIVE MODE"))
         time.sleep(1.5)

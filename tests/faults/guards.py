@@ -98,7 +98,7 @@ class Scene:
         settle(self.engine, self.settings, [attempt])
 
     def cancel(self, follow_up_id: UUID) -> None:
-        """Cancel a follow-up like the API."""
+        """Cancel a follow-up as the API does."""
         with Session(self.engine) as session, session.begin():
             followups.cancel(session, follow_up_id)
 
@@ -254,7 +254,7 @@ def taken_from_its_worker(scene: Scene) -> None:
 
 
 def claimed_beside_another(scene: Scene) -> None:
-    """Claim while another dispatcher is claiming."""
+    """Try to claim while another dispatcher is claiming."""
     scene.world.follow_up()
     # A tick was recorded just now, so neither of the two claims writes the row of ticks.
     scene.world.sql("UPDATE dispatcher_state SET last_tick_at = now() + interval '900 ms'")
@@ -393,7 +393,7 @@ def stale_park(scene: Scene) -> None:
 
 
 def parked_behind_an_end(scene: Scene) -> None:
-    """Park a follow-up behind one whose end is being committed and has already looked for parked ones."""
+    """Park a follow-up behind one that is just ending, after that end has searched for parked follow-ups."""
     earlier, later = two_in_a_chat(scene)
     with Session(scene.engine) as session:
         followups.cancel(session, earlier)

@@ -54,7 +54,7 @@ class Driven:
         """The database's lease token for each pair of row number and model token; model tokens count from 1."""
 
     def kinds(self) -> set[str]:
-        """Return the kinds of steps that are currently possible."""
+        """Return the kinds of steps that are possible in the current state."""
         return {step.action[0] for step in steps(self.model, self.protocol)}
 
     def choices(self, kind: str) -> list[int]:

@@ -1,4 +1,4 @@
-"""Tests in which a failing workspace has more follow-ups than MAX_IN_FLIGHT; others still continue."""
+"""Tests in which one workspace fails with more follow-ups than MAX_IN_FLIGHT; others continue."""
 
 from __future__ import annotations
 

@@ -32,7 +32,7 @@ SAID = ("got no reply", '"broker_unreachable"', "Connection to broker lost")
 """The log events of a worker that has noticed that the broker is silent."""
 
 DEFAULTS = {"FOLLOWUPS_LEASE": "60", "FOLLOWUPS_TRANSPORT_TIMEOUT": "10", "FOLLOWUPS_TICK_INTERVAL": "1"}
-"""The default settings. The limits derive from the lease, which the short forms reduce."""
+"""The default settings. The limits are derived from the lease, which is shorter in the short forms of the tests."""
 
 GRACE = 30.0
 """The seconds that an orchestrator allows between SIGTERM and SIGKILL."""
@@ -128,7 +128,7 @@ def stalled(proxied: Proxied, figures: Figures, server: str, seconds: float) -> 
 
 @by_server
 def test_stalled(server: str, proxied: Proxied, figures: Figures) -> None:
-    """A server that goes silent delays follow-ups by the length of its silence plus a few seconds."""
+    """If a server stops responding for a while, follow-ups are late by that time plus a few seconds."""
     stalled(proxied, figures, server, seconds=4.0)
 
 

@@ -221,7 +221,7 @@ AS_THEY_COME = {
 
 @pytest.mark.faults_long
 def test_left_alone_for_long(rig: Rig, figures: Figures) -> None:
-    """In a two-minute outage with default settings no attempts are exhausted; then the rate limit holds."""
+    """With default settings, a two-minute outage exhausts no attempts, and then the rate limit holds."""
     rig.options |= AS_THEY_COME
     left_alone(rig, figures, rate=100, seconds=120, limit=300)
 

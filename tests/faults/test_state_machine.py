@@ -1,4 +1,4 @@
-"""Tests of the real store against the model, in orders of events that Hypothesis generates."""
+"""Tests that compare the real store with the model, in orders of events that Hypothesis generates."""
 
 from __future__ import annotations
 

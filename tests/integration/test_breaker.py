@@ -52,7 +52,7 @@ def ids(count: int) -> list[UUID]:
 
 
 def run(own: Settings, script: Callable[[BreakerStore], Awaitable[None]], policy: RecoveryPolicy = QUICK) -> None:
-    """Run a script of the test against the breaker's store, then close the store."""
+    """Run the test's script with the breaker's store, then close the store."""
 
     async def main() -> None:
         store = BreakerStore(own, "http", policy)

@@ -132,7 +132,7 @@ def is_open(own: Settings) -> bool:
 
 
 def test_it_is_in_nobodys_way(world: World, engine: Engine, own: Settings) -> None:
-    """A held workspace with more due follow-ups than may be in flight does not block another workspace."""
+    """If a held workspace has more due follow-ups than may be in flight, other workspaces are not blocked."""
     theirs = World(engine)
     chat = Chat(theirs)
     world.burst([-SECOND] * OVERDUE)
@@ -190,7 +190,7 @@ def test_it_goes_out_when_it_is_held_no_more(world: World, engine: Engine, own: 
         wait_until(lambda: set(ids) <= set(chat.taken))
     once = [
         id_ for id_ in ids if world.row(id_).attempts == 1
-    ]  # a probe of another may have failed before the recovery
+    ]  # a probe of another workspace may have failed before the recovery
     assert once
     assert [id_ for id_ in chat.taken if id_ in set(once)] == once
 

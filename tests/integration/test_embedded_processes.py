@@ -96,7 +96,7 @@ class TestProcesses:
         assert _until(lambda: not is_alive(started))
 
     def test_a_pool_s_parent_drains_alone(self, tmp_path: Path) -> None:
-        """SIGTERM is sent to the parent process only, so that it can drain its child processes.
+        """SIGTERM is sent only to a pool's parent process, so that the parent can drain its child processes.
 
         A process that exits by itself is reported.
         """
@@ -130,7 +130,7 @@ class TestProcesses:
 def test_nothing_outlives_an_owner_that_cleans_nothing_up(end: signal.Signals | None) -> None:
     """Servers, processes and directories are removed soon after their owner exits, even if it is killed by SIGKILL.
 
-    Servers and processes also disappear if a forked child of the owner survives.
+    They also disappear if a forked child of the owner survives.
     """
     with subprocess.Popen(
         [sys.executable, "-c", OWNER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL

@@ -1,4 +1,4 @@
-"""Forgotten follow-ups: a tick finds follow-ups that wait for something that is already gone."""
+"""Forgotten follow-ups: a tick finds follow-ups that wait for something that no longer exists."""
 
 from __future__ import annotations
 

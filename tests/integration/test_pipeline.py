@@ -237,7 +237,7 @@ def test_bad_transport(
 ) -> None:
     """If a transport plug-in raises or returns an invalid answer, only that call's follow-up is affected.
 
-    The affected follow-up ends with a named outcome.
+    That follow-up ends with a named outcome.
     """
     bad = world.follow_up(message="bad")
     good = [world.follow_up(message="good") for _ in range(10)]
@@ -421,7 +421,7 @@ def test_read_only_for_a_moment(
 
 
 async def test_not_sent_after_its_lease() -> None:
-    """If a process was frozen so long that another worker may hold its lease, it makes no call."""
+    """A process that was frozen until another worker may have leased the follow-up makes no call."""
     clock = DatabaseClock()
     clock.observe(datetime.now(UTC), uptime(), uptime())
     now = datetime.now(UTC)

@@ -247,7 +247,7 @@ class TestAmend:
         assert row.created_at <= row.scheduled_at
 
     def test_lease_alone_is_no_obstacle(self, caller: Caller) -> None:
-        """A claimed follow-up that has not begun is cancelled immediately, together with its lease."""
+        """Cancelling a claimed follow-up that has not begun takes effect immediately and ends its lease."""
         follow_up = caller.world.follow_up(lease_token=3, lease_until=text("now() + interval '1 min'"))
         assert scheduling.cancel(caller.session, follow_up).status == "cancelled"
         caller.session.commit()
@@ -345,7 +345,7 @@ class TestChats:
 
     @pytest.mark.parametrize("answer", [0.0, 1.0, 1.4])
     def test_answer_within_the_second_of_the_user_s_message(self, caller: Caller, answer: float) -> None:
-        """An agent's answer that is at least as late as the user's message allows a follow-up."""
+        """A follow-up can be scheduled after an agent's answer that is not older than the user's message."""
         chat_id, second = uuid4(), soon(-1).replace(microsecond=0)
         caller.receive(chat_id, Role.USER, second)
         caller.receive(chat_id, Role.AGENT, second + timedelta(seconds=answer))

@@ -119,7 +119,7 @@ def test_the_database_learns_of_the_next_hours(world: World, engine: Engine, set
 
 
 def test_begun_just_before_the_opening(world: World, engine: Engine, settings: Settings) -> None:
-    """A follow-up held until sending hours begins slightly early, as others do before their due dates."""
+    """A held follow-up begins slightly before sending hours open, as others do before their due dates."""
     put(world, OPEN)
     world.sql("UPDATE sending_hours SET open_from = now() + interval '80 ms'")
     follow_up = world.follow_up(due=timedelta(milliseconds=90))

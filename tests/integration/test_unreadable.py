@@ -339,7 +339,7 @@ def test_beside_a_backlog(world: World, engine: Engine, settings: Settings) -> N
 def test_the_next_of_a_chat_cannot_be_written(world: World, engine: Engine, settings: Settings) -> None:
     """An accepted follow-up is settled even if the chat's next follow-up cannot be unblocked.
 
-    Other follow-ups are unblocked.
+    All other follow-ups are unblocked.
     """
     pairs = []
     for _ in range(4):

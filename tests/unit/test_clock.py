@@ -29,7 +29,7 @@ def moment(seconds: float) -> datetime:
 
 
 def test_unasked() -> None:
-    """A clock that has no samples yet raises an error instead of guessing."""
+    """If a clock has no samples yet, it raises an error instead of guessing."""
     with pytest.raises(RuntimeError, match="not been asked"):
         DatabaseClock().now()
 

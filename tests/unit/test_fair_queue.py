@@ -196,7 +196,7 @@ def test_shedding() -> None:
 
 
 def test_a_workspace_queue_that_is_shed_has_no_turn() -> None:
-    """If fewer leases may stay than there are workspace queues, some queues are emptied.
+    """If fewer leases may be kept than there are workspace queues, some queues are emptied.
 
     A workspace queue that was emptied later behaves like a new queue.
     """

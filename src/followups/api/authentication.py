@@ -126,7 +126,7 @@ class ApiServices:
     shares: Shares
     starts: Starts
     exclusive_external_ids: bool
-    """Whether each external id belongs to only one workspace.
+    """Whether each external id belongs to a single workspace.
 
     This is required if the external id alone identifies the workspace of a chat.
     """
@@ -177,7 +177,7 @@ class Caller:
 
     @property
     def exclusive_external_ids(self) -> bool:
-        """Whether each external id belongs to only one workspace."""
+        """Whether each external id belongs to a single workspace."""
         return self._services.exclusive_external_ids
 
     @property
@@ -213,7 +213,7 @@ class Caller:
         """Run the rule in a transaction, commit it, and then log its changes.
 
         ``at_once`` is an alternative rule with the same effect. It checks the API key and makes the change in a single
-        statement. If this rule returns None, it has changed nothing. A transaction that was rolled back because of a
+        statement. If ``at_once`` returns None, it has changed nothing. A transaction that was rolled back because of a
         conflict is retried once, since none of its work was committed. Raises `UnauthorizedError` and
         `TooManyRequestsError`.
         """

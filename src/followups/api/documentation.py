@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 STATIC = Path(str(files("fastapi_offline"))) / "static"
 CACHED = {"cache-control": "public, max-age=86400"}
-"""Cache headers of static files, which change only with a new version of the package."""
+"""Cache headers of static files, which change only when the package is updated."""
 
 # Swagger UI sets inline styles and loads icons from data URLs.
 POLICY = (

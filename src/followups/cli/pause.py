@@ -52,9 +52,9 @@ def pause(
 ) -> None:
     """Stop sending for a workspace, a channel, or a channel of a workspace, until it is resumed.
 
-    Attempts in flight finish, but after this command has returned, no new attempt begins. Follow-ups that become due
-    are held. Held follow-ups use up no attempt, can be cancelled or rescheduled, and block later follow-ups of their
-    chat. After the pause, follow-ups that are past FOLLOWUPS_MAX_LATENESS or their messaging window fail as too_late or
+    Attempts in flight finish, but no attempt begins after this command has returned. Follow-ups that become due are
+    held. Held follow-ups use up no attempt, can be cancelled or rescheduled, and block later follow-ups of their chat.
+    After the pause, follow-ups that are past FOLLOWUPS_MAX_LATENESS or their messaging window fail as too_late or
     window_closed. Repeating the command changes nothing.
     """
     if list_:

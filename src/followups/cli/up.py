@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 app = typer.Typer(add_completion=False, rich_markup_mode="markdown")
 
 SHOWN = ("FOLLOWUPS_DATABASE_URL", "FOLLOWUPS_BROKER_URL", "FOLLOWUPS_TRANSPORT_URL")
-"""The settings that other commands need to connect to this system."""
+"""Settings that other commands need to connect to the system started by `followups up`."""
 
 IN_FIVE_SECONDS = "$(date -u -d '+5 seconds' +%FT%TZ 2>/dev/null || date -u -v+5S +%FT%TZ)"
 """Shell code for the RFC 3339 time five seconds from now.

@@ -23,7 +23,7 @@ def until_half_is_free(taken: int, seconds: float, window: int) -> float:
     0.2
     """
     if taken >= window:
-        return SHORTEST  # the whole window was free, for an unknown time
+        return SHORTEST  # the whole window was free, and it is unknown for how long
     half = seconds * window / (2 * taken) if taken else LONGEST
     return min(max(SHORTEST, min(half, 2 * seconds)), LONGEST)
 
@@ -57,8 +57,8 @@ class ClaimInterval:
     def note(self, taken: int, at: float, *, more: bool, cut_short: bool) -> None:
         """Record a claim of ``taken`` follow-ups that started at the time ``at`` (monotonic seconds).
 
-        ``more`` means that due follow-ups were left, ``cut_short`` that the claim reached its own limit before the
-        window was full.
+        ``more`` means that the claim left due follow-ups. ``cut_short`` means that the claim reached its own limit
+        before the window was full.
         """
         if self._full_at is not None:
             self._taken += taken

@@ -149,8 +149,8 @@ class DueQueue:
         """
         if self._fair.has_turn(tripped):
             return -LEAD.total_seconds()
-        # Anyone with access to the broker can write a hint with a due time at the limit of the calendar, from which no
-        # lead can be subtracted.
+        # Anyone with access to the broker can write a hint with the earliest possible due time, from which no lead can
+        # be subtracted.
         return self._clock.until(self._heap[0][0]) - LEAD.total_seconds() if self._heap else None
 
     def is_due(self) -> bool:

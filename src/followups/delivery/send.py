@@ -43,7 +43,7 @@ TIMER = 0.001
 """Resolution of the event loop's timers, in seconds.
 
 Sleeping in steps of this length makes a follow-up half a millisecond late on average. Busy-waiting until the due time
-would block everything else in the process.
+would block the whole event loop.
 """
 
 HIGHEST_STATUS_CODE = 1000

@@ -39,7 +39,7 @@ SETTLE_BATCH = 500
 ENOUGH = 100
 """Number of results that are recorded without waiting for more."""
 GATHER = timedelta(milliseconds=30)
-"""How long to wait until enough results have gathered for a statement.
+"""How long to wait for more results before a statement records them.
 
 This wait delays only the next follow-up of a chat. If the process is killed before it records the results of its calls,
 those messages are sent again under the same key. This wait is therefore no longer than a quick call to the receiver,

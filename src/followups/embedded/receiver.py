@@ -51,7 +51,7 @@ class ReceiverConnection(asyncio.Protocol):
         self._buffer = b""
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        """Store the transport of the new connection."""
+        """Store the asyncio transport of the new connection."""
         self._transport = transport
 
     def data_received(self, data: bytes) -> None:

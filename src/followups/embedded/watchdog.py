@@ -1,11 +1,11 @@
 """Stops the children of a process that ended without stopping them itself.
 
-The watchdog reads from a pipe whose other end is held by the owner. The kernel closes that end however the owner ends
-(return, signal, SIGKILL). This works on every Unix and from every thread, whereas Linux's parent-death signal is bound
-to the thread that started the child and is not sent to grandchildren.
+The watchdog reads from a pipe, and its owner holds the other end open. The kernel closes that end however the owner
+ends (return, signal, SIGKILL). This works on every Unix and from every thread, whereas Linux's parent-death signal is
+bound to the thread that started the child and is not sent to grandchildren.
 
-The owner imports this file. The watchdog runs it as a script, which uses only the standard library and starts in about
-20 ms. Each owner has one watchdog, which runs from the first guarded process or directory until none is left.
+The owner imports this module. The watchdog runs it as a script, which uses only the standard library and starts in
+about 20 ms. Each owner has one watchdog, which runs from the first guarded process or directory until none is left.
 """
 
 from __future__ import annotations
@@ -73,8 +73,8 @@ class Watchdog:
         self._process = subprocess.Popen(  # noqa: S603 - this very file
             [sys.executable, "-I", "-S", __file__],
             stdin=subprocess.PIPE,
-            # The watchdog must not inherit the owner's output. Otherwise a program that reads this output would also
-            # wait for the watchdog to end.
+            # The watchdog must not inherit the owner's output. If it did, a program that reads the owner's output would
+            # also wait for the watchdog to end.
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
             cwd="/",

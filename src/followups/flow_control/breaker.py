@@ -43,7 +43,7 @@ CLOSED = "closed"
 RECOVERING = "recovering"
 
 REFUSING = {401, 403}
-"""Status codes with which a receiver rejects the caller rather than the message.
+"""Status codes that mean that a receiver rejects the caller and not the message.
 
 For example, every message is rejected with one of these codes after a secret has expired.
 """
@@ -150,7 +150,7 @@ class BreakerStore:
         name = _key(settings, transport)
         self._keys = [name, *(f"{name}:{part}" for part in ("failing", "runs", "held"))]
         self._threshold = settings.breaker_failures
-        # The number is below the maximum number of attempts, so that the only follow-up of a workspace does not use up
+        # The number is less than the maximum number of attempts, so that a workspace's only follow-up does not use up
         # its last attempt.
         self._in_a_row = max(1, min(policy.in_a_row, settings.max_attempts - 1))
         self._policy = policy.arguments()

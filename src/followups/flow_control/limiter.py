@@ -199,7 +199,7 @@ class RateLimits:
     """
 
     def __init__(self, settings: Settings, engine: AsyncEngine, limiter: Limiter | None, lead: timedelta) -> None:
-        """Store the limiter; without a limiter there are no limits.
+        """Store the limiter; None means that there are no rate limits.
 
         ``lead`` is the time between a follow-up's request for a token and its due time.
         """

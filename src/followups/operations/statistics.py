@@ -25,7 +25,7 @@ SECONDS = 60
 
 @dataclass(frozen=True, slots=True)
 class Stats:
-    """A snapshot of the system. ``pace`` is None if it took too long to measure."""
+    """A snapshot of the system. A snapshot of the system. ``pace`` is None if measuring it took too long."""
 
     at: datetime
     counts: Counts

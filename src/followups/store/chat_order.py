@@ -153,7 +153,7 @@ _LOCK_FORGOTTEN = text("""
        FOR NO KEY UPDATE OF f SKIP LOCKED
 """)
 BATCH = 1000
-"""Number of overlooked follow-ups that are unblocked in one transaction."""
+"""Number of overlooked follow-ups that one transaction unblocks."""
 
 
 _FIRST = text("""

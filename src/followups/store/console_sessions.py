@@ -159,7 +159,7 @@ def end_one(session: Session, session_id: UUID, workspace_id: UUID | None) -> bo
 
 @dataclass(frozen=True, slots=True)
 class Listed:
-    """A console session as the settings page shows it."""
+    """A console session with the details that the settings page shows."""
 
     id: UUID
     name: str

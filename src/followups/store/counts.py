@@ -222,7 +222,7 @@ _CANCELLED_BY_TIMEOUT = "57014"
 
 
 def pace(connection: Connection, window: timedelta, limit: timedelta = LIMIT) -> Pace | None:
-    """Measure what was sent within the last ``window``, or return None after the time ``limit``.
+    """Measure what was sent within the last ``window``, or return None if that takes longer than ``limit``.
 
     Percentiles are nearest-rank.
     """

@@ -69,7 +69,7 @@ def recall(workspace_id: UUID, key: str, request_hash: bytes) -> Steps[StoredRes
     return StoredResponse(known.status, known.location, known.body)
 
 
-# If a stored response still exists here, it has expired; otherwise `recall` would have returned it.
+# If a stored response is found at this point, it has expired; otherwise `recall` would have returned it.
 _REMEMBER = Statement("""
     INSERT INTO idempotency_keys (workspace_id, key, request_hash, status, location, body, created_at)
     VALUES (:workspace_id, :key, :request_hash, :status, CAST(:location AS text), :body, now())
@@ -102,7 +102,7 @@ def remember(workspace_id: UUID, key: str, request_hash: bytes, answer: StoredRe
 
 
 def _lock_number(workspace_id: UUID, key: str) -> int:
-    # PostgreSQL identifies advisory locks by signed 64-bit numbers. Two different keys with the same number can only
-    # cause a refusal while both requests run.
+    # PostgreSQL identifies advisory locks by signed 64-bit numbers. If two different keys have the same number, the
+    # only effect is that a request may be refused while both run.
     digest = sha256(b"idempotency-key:" + workspace_id.bytes + key.encode()).digest()
     return int.from_bytes(digest[:8], signed=True)

@@ -108,7 +108,7 @@ _CONCERNING = text(f"""
 def concerning(connection: Connection, workspace_id: UUID | None, most: int) -> list[Limit]:
     """Return the rate limits that apply to a workspace.
 
-    If the workspace is None, return those that are not limited to one workspace.
+    If no workspace is given, return the limits that are not restricted to one workspace.
     """
     return [Limit(*row) for row in connection.execute(_CONCERNING, {"workspace_id": workspace_id, "most": most})]
 

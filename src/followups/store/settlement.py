@@ -41,7 +41,7 @@ class Settlement(NamedTuple):
     accepted_ago: timedelta | None = None
     """For a sent follow-up, the time since the transport accepted it."""
     duration: timedelta | None = None
-    """For a sent follow-up, how long the attempt took."""
+    """How long the attempt of a sent follow-up took."""
     refunded: bool = False
     """Whether the attempt does not count, because the transport requested a later retry."""
     yields: bool = True

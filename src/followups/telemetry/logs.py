@@ -73,7 +73,7 @@ class _Configured:
 
 
 def configure_logging(settings_format: Literal["json", "console"] | None, level: str) -> None:
-    """Send every log line of this process from ``level`` on to stderr, in one format.
+    """Write every log line of this process with at least ``level`` to stderr, in one format.
 
     Without ``settings_format`` the format is console on a terminal and JSON otherwise. If the function is called again,
     the last call takes effect.

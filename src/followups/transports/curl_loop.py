@@ -111,8 +111,8 @@ class CurlLoop:
         self._collect()
 
     def _set_timer(self, milliseconds: int) -> None:
-        # libcurl must not be called from one of its callbacks. With every transfer libcurl sets a new time for the next
-        # call. So a timer that would fire too early is left running, and is set again when it fires.
+        # libcurl must not be called from one of its callbacks. libcurl sets a new time for its next call with every
+        # transfer. So a timer that would fire too early is left running, and is set again when it fires.
         if milliseconds == 0:
             self._kick = self._kick or self._loop.call_soon(self._kicked)
             return

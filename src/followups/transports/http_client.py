@@ -203,7 +203,7 @@ class HttpClient:
 
     # These methods manage the connections. After some seconds without a call, connections are replaced, since libcurl
     # closes an idle connection only at the next call. They are also replaced if libcurl repeatedly selects an unusable
-    # connection. In that case, the old connections only finish their calls in flight.
+    # connection. In both cases, the old connections only finish their calls in flight.
 
     def _connections(self) -> CurlLoop:
         if not self._is_open:

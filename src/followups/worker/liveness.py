@@ -60,7 +60,7 @@ TICKING = timedelta(seconds=90)
 log = get_logger(__name__)
 
 _hearts: dict[int, Heartbeat | None] = {}
-"""The heartbeats by process id, since a forked child has a heartbeat of its own.
+"""The heartbeats by process id, since each forked child has its own heartbeat.
 
 The value is None if the heartbeat could not be written, which was logged once.
 """

@@ -27,7 +27,7 @@ SETTLE = """
 
 
 async def claim(waiting: asyncio.Queue[tuple[UUID, str]]) -> None:
-    """Keep the queue filled with claimed rows."""
+    """Claim rows continuously and add them to the queue."""
     async with await psycopg.AsyncConnection.connect(DATABASE, autocommit=True) as connection:
         while True:
             if waiting.qsize() > 1000:

@@ -20,7 +20,7 @@ class Exploration:
 
     worlds: int
     endings: int
-    """The number of states in which both follow-ups have ended."""
+    """The number of explored states in which both follow-ups have ended."""
     broken: str = ""
     trace: tuple[str, ...] = ()
 

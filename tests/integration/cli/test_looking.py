@@ -163,7 +163,7 @@ def test_the_dashboard(running: Stack) -> None:
     shown, told = "", False
     with subprocess.Popen(command, env=environment, stdin=theirs, stdout=theirs, stderr=theirs) as watching:
         os.close(theirs)
-        with suppress(OSError):  # the command has closed the terminal
+        with suppress(OSError):  # the command has already closed its end of the terminal
             while True:
                 shown += os.read(ours, 65536).decode(errors="replace")
                 if "1 answered" in shown and not told:

@@ -326,7 +326,7 @@ def typed(command: list[str], answer: bytes) -> tuple[int, str]:
     with subprocess.Popen(argv, env=dict(os.environ), stdin=theirs, stdout=theirs, stderr=theirs) as running:
         os.close(theirs)
         shown, answered = b"", False
-        with suppress(OSError):  # the command has closed the terminal
+        with suppress(OSError):  # the command has already closed its end of the terminal
             while True:
                 shown += os.read(ours, 4096)
                 if b"[y/N]" in shown and not answered:

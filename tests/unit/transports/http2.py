@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 @dataclass
 class Stream:
-    """A complete request with methods to answer it."""
+    """A complete request on an HTTP/2 stream, with methods to answer it."""
 
     connection: Http2Connection
     id: int

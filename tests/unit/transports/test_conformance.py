@@ -77,7 +77,7 @@ async def test_a_passing_failure_is_tried_again(rig: TransportRig, status: int) 
 
 
 async def test_a_failure_may_say_when_to_come_back(rig: TransportRig) -> None:
-    """The Retry-After of a failed call becomes the delay that the `Retry` requests."""
+    """If a call fails with a Retry-After, the `Retry` outcome requests that delay."""
     outcome = await rig.send(a_delivery(), kind="fail", status=500, retry_after=7)
     assert outcome == Retry("HTTP 500", timedelta(seconds=7), 500)
 

@@ -32,7 +32,7 @@ async def test_it_puts_a_text_event_into_the_chats_room(slash: str) -> None:
 
 
 async def test_a_room_id_cannot_leave_its_place_in_the_path() -> None:
-    """Any external id remains a single segment of the path."""
+    """Any external id is encoded as a single segment of the path."""
     async with scripted(answer(200, b'{"event_id": "$1"}')) as server, opened(matrix(server.url)) as transport:
         await transport.send(a_delivery(external_chat_id="!a/../../b?c#d%2e:example.org"))
         target = server.requests[0].target

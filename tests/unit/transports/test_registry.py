@@ -1,4 +1,4 @@
-"""The registry of transports: which one the settings select, and the errors for a wrong choice."""
+"""Tests of the transport registry: which transport is selected, and the errors for a wrong choice."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class NoTransport:
 
 @pytest.fixture
 def plug_in(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
-    """Register the plug-in ``extra`` and no other."""
+    """Register a single plug-in, ``extra``."""
     extra = EntryPoint("extra", request.param, registry.GROUP)
     monkeypatch.setattr(registry, "entry_points", lambda group: [extra] if group == registry.GROUP else [])
 

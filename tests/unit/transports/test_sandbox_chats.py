@@ -190,7 +190,7 @@ def test_the_newest_activity_comes_first() -> None:
 
 
 def test_what_is_kept_is_bounded_and_the_counts_are_exact() -> None:
-    """Stored requests, chats, messages, attempts and texts are limited, but the counts are exact."""
+    """The sandbox limits what it stores (requests, chats, messages, attempts, texts), but counts exactly."""
     chats = SandboxChats(keep=10)
     for n in range(KEEP_CHATS + 5):
         chats.receive(incoming(f"f{n}", f"c{n}", message="x" * 5_000), f"f{n}")

@@ -1,4 +1,4 @@
-"""The list of follow-ups. Its filters are in the URL, and each row explains the state of a follow-up."""
+"""The page with the list of follow-ups. Its filters are in the URL, and each row explains the state of a follow-up."""
 
 from __future__ import annotations
 

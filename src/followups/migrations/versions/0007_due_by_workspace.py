@@ -1,4 +1,4 @@
-"""Add the index by which a backlog is shared fairly between workspaces.
+"""Add the index by which a fair claim shares a backlog between workspaces.
 
 As in migration 0006, the index is built without stopping the system.
 """

@@ -29,7 +29,7 @@ PATIENCE = 3.0
 def workers(ask: Callable[[], Replies]) -> Finding:
     """Check the state of all workers, as reported by ``ask``.
 
-    A worker that consumes nothing still replies.
+    A worker that has stopped consuming still replies.
     """
     try:
         replies = ask()
@@ -51,7 +51,7 @@ def _waits(reply: dict[str, dict[str, Any]]) -> list[tuple[str, str]]:
 
 
 def of_this_machine(settings: Settings) -> Finding:
-    """Check the heartbeat files and `web`. A process that does not run on this machine is not a problem."""
+    """Check the heartbeat files and `web`. A role that has no process on this machine is not a problem."""
     directory = directory_of(settings.runtime_dir)
     lives = {role: look(directory, role) for role in ("worker", "beat")}
     told = [f"{len(found)} {role}{'' if len(found) == 1 else 's'}" for role, found in lives.items()]

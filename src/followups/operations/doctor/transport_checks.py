@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 def timeouts(settings: Settings) -> Finding:
     """Report the sum of the timeouts of a call.
 
-    A lease lasts at least as long as this sum, so it cannot expire during a call.
+    A lease is at least as long as this sum, so it cannot expire during a call.
     """
     detail = (
         f"transport timeout {span(settings.transport_timeout)} + margin {span(LEASE_MARGIN)}"
