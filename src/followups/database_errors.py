@@ -23,7 +23,7 @@ An error with one of these messages has no SQLSTATE.
 
 
 class UnfitDatabaseError(psycopg.NotSupportedError):
-    """The database cannot store every value or keep session state; the message explains what to do."""
+    """The database cannot store every value, or cannot keep session state; the message explains what to do."""
 
 
 PASSING_CLASSES = frozenset({"08", "25", "40", "53", "55", "57", "58"})

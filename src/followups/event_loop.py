@@ -177,7 +177,7 @@ async def run(connection: Connection, steps: Steps[T]) -> T:
 
 
 async def go_on(connection: Connection, steps: Steps[T], rows: Sequence[Any]) -> T:
-    """Continue the rule, whose first query returned ``rows``, and return the rule's result."""
+    """Continue the rule with ``rows``, the answer to its first query, and return the rule's result."""
     try:
         query = steps.send(rows)
         while True:

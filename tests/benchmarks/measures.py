@@ -27,7 +27,7 @@ Figures = dict[str, float]
 
 
 def percentile(values: Sequence[float], share: float) -> float:
-    """Return the smallest of the values that this share of the values does not exceed."""
+    """Return the smallest value that is at least as large as this share of the values."""
     ordered = sorted(values)
     return ordered[max(0, math.ceil(share * len(ordered)) - 1)]
 

@@ -239,7 +239,7 @@ def test_a_referer_that_is_no_address_is_ignored(person: Callable[..., Person]) 
 
 @pytest.mark.parametrize("query", ["state=%ff", "&".join(f"a{n}=1" for n in range(400))])
 def test_a_bad_query_is_refused(query: str, person: Callable[..., Person], own: World) -> None:
-    """An invalid query string is refused rather than treated as an empty filter."""
+    """An invalid query string is refused; it is not treated as an empty filter."""
     assert person("agent", own).client.get(f"/console/follow-ups?{query}").status_code == 422
 
 

@@ -1,4 +1,4 @@
-"""The container image's recipe, as far as it can be checked without building the image."""
+"""Tests of the container image's recipe, as far as possible without building the image."""
 
 from __future__ import annotations
 

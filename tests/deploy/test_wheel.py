@@ -85,7 +85,7 @@ def test_it_says_how_to_get_the_embedded_servers(built: Built) -> None:
 
 
 def test_it_plays_the_demo(built: Built) -> None:
-    """The demo sends at least 50 follow-ups, retries 3, rejects 1, cancels 2, and sends none twice.
+    """The demo sends at least 50 follow-ups, retries three, rejects one, cancels two, and sends none twice.
 
     The command prints one JSON object. Every process is started from the installed wheel.
     """

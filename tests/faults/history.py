@@ -45,7 +45,7 @@ _BEGUN_AFTER_CANCEL = text("""
 
 
 def rewritten(engine: Engine) -> int:
-    """Count how often finished follow-ups were changed."""
+    """Return how often finished follow-ups were changed."""
     with engine.connect() as connection:
         return int(connection.execute(_REWRITTEN).scalar_one())
 

@@ -130,7 +130,7 @@ class Driven:
         beginning = begin(self.world.engine, self.settings, [self._lease(job)])
         for one in beginning.begun:
             self.begun[job.row, job.token] = one
-        # The model does not include parking, so parked rows are made claimable again. Separate tests cover unblocking.
+        # The model does not include parking, so parked rows are made claimable here. Separate tests cover unblocking.
         self.world.sql("UPDATE follow_ups SET waits_for = NULL WHERE id = :id", id=self.ids[job.row])
         if not beginning.begun and not self.model.rows[job.row].leased:
             self.world.sql(LATER, id=self.ids[job.row])

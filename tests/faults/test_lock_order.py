@@ -82,7 +82,7 @@ def replace_beside_replies(rig: Rig, figures: Figures, pairs: int) -> None:
 
 
 def test_replace_beside_replies(rig: Rig, figures: Figures) -> None:
-    """If a cancel-and-schedule transaction and a user's reply run concurrently, both take effect."""
+    """If a cancel-and-schedule transaction and a user's reply run concurrently, both take full effect."""
     replace_beside_replies(rig, figures, pairs=150)
 
 

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 SECONDS = "FOLLOWUPS_TEST_SOAK"
 """The duration of the long form, in seconds."""
 STEP = 0.25
-"""The seconds between two inserts."""
+"""The number of seconds between two inserts."""
 AHEAD = 5.0
 """The seconds until the last follow-up of an insert falls due."""
 ROOM_MB = 32.0

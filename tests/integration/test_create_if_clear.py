@@ -97,7 +97,7 @@ def test_a_locked_chat(world: World) -> None:
 
 
 def test_a_chat_that_is_almost_full(world: World) -> None:
-    """Close to a chat's limit, the transaction counts its follow-ups, because it sees all of them."""
+    """In a chat that is almost full, the transaction counts the follow-ups, because it sees all of them."""
     chat_id = world.full_chat()
     world.sql(
         """

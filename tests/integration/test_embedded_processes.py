@@ -111,7 +111,7 @@ class TestProcesses:
         assert done.exists()
 
     def test_lines_are_told_as_they_come(self) -> None:
-        """With an echo, each line of output is both logged and passed on with the name of the process."""
+        """With an echo, each line of output is both logged and passed on, with the process's name."""
         lines: list[tuple[str, str]] = []
         with Processes(echo=lambda name, line: lines.append((name, line))) as processes:
             processes.spawn("talker", ["sh", "-c", "echo one; echo two >&2"], environment={"X": "1"})
@@ -161,7 +161,7 @@ def _assert_gone(pids: list[int], directories: list[Path]) -> None:
 def test_a_killed_watchdog_is_replaced() -> None:
     """After a watchdog was killed, starting another process starts a new watchdog.
 
-    The new watchdog exits when the last process stops.
+    The new watchdog exits when the last process ends.
     """
     with Processes() as processes:
         processes.spawn("first", ["sleep", "600"])

@@ -310,7 +310,7 @@ def test_a_burst_into_a_table_that_counts_as_empty(
 def test_a_stopped_dispatcher_asks_nothing_more(
     world: World, engine: Engine, settings: Settings, database_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A dispatcher's stop waits for a running update of the planner's statistics.
+    """Stopping a dispatcher waits for a running update of the planner's statistics.
 
     The dispatcher's engine is closed next and must not be used again.
     """

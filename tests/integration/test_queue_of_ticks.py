@@ -28,7 +28,7 @@ with celery_app.app.producer_pool.acquire() as producer:
 
 
 def test_a_connection_that_was_lost(settings: Settings) -> None:
-    """Beat sends a tick even if the channel of its long-lived producer was closed."""
+    """Beat sends a tick even if the channel of its long-lived producer has been closed."""
     environment = os.environ | settings.environment()
     ran = subprocess.run(
         [sys.executable, "-c", LOST], env=environment, capture_output=True, text=True, check=False, timeout=60

@@ -135,7 +135,7 @@ def test_one_that_cannot_begin(
 
 
 def test_one_that_cannot_even_be_deferred(world: World, engine: Engine, settings: Settings) -> None:
-    """A follow-up whose row cannot be written returns when its lease has expired; other follow-ups begin."""
+    """A follow-up whose row cannot be written is claimed again once its lease has expired; others begin."""
     bad, good = world.follow_up(), world.follow_up()
     leases = claim(engine, settings).leases
     world.alter(f"ALTER TABLE follow_ups ADD CHECK (id <> '{bad}') NOT VALID")
@@ -227,7 +227,7 @@ def test_more_than_one_search_finds(
     insert: Callable[[World], UUID],
     store: ModuleType,
 ) -> None:
-    """However many blocked or paused follow-ups cannot be released, all others are still found."""
+    """Even if many blocked or paused follow-ups cannot be released, all others are still found."""
     monkeypatch.setattr(store, "BATCH", 2)
     for _ in range(5):
         insert(world)

@@ -36,7 +36,7 @@ def matching(limits: list[Limit], where: Limitable) -> set[int]:
 def test_all_that_match_apply() -> None:
     """A follow-up is subject to the limits of everything, its workspace, its channel, and both combined.
 
-    Limits of other workspaces and channels do not apply to a follow-up.
+    Limits of other workspaces and of other channels do not apply to it.
     """
     limits = [
         limit(1),

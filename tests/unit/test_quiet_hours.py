@@ -102,7 +102,7 @@ def test_opening_is_where_it_opens(hours: SendingHours, moment: datetime) -> Non
         ("08:00", "20:00", "2030-01-31T19:00Z", "2030-02-01T07:00Z"),  # 20:00 is already outside the hours
         ("08:00", "20:00", "2030-01-31T07:00Z", "2030-01-31T07:00Z"),  # 08:00 is already within the hours
         ("22:00", "06:00", "2030-01-31T12:00Z", "2030-01-31T21:00Z"),
-        ("22:00", "06:00", "2030-01-31T02:00Z", "2030-01-31T02:00Z"),  # within the night that began the day before
+        ("22:00", "06:00", "2030-01-31T02:00Z", "2030-01-31T02:00Z"),  # within the night that began on the day before
         ("00:00", "00:00", "2030-01-31T02:00Z", "2030-01-31T02:00Z"),
         # When 02:00 becomes 03:00, sending hours begin and end at the jump.
         ("02:30", "20:00", "2030-03-31T00:00Z", "2030-03-31T01:00Z"),

@@ -63,7 +63,7 @@ async def outcome(does: Callable[[], Awaitable[Outcome]]) -> Outcome:
 
 
 async def hang() -> Outcome:
-    """Wait for longer than any test."""
+    """Wait for longer than any test takes."""
     await asyncio.Event().wait()
     return Sent()
 

@@ -57,7 +57,7 @@ def _in_utc(value: datetime) -> datetime:
     try:
         value = value.astimezone(UTC)
     except OverflowError:
-        pass  # the time is at the edge of the calendar, so its year is not accepted anyway
+        pass  # the time is at the edge of the calendar, so its year is rejected elsewhere anyway
     else:
         if min(year, value.year) >= FIRST_YEAR and max(year, value.year) <= LAST_YEAR:
             return value

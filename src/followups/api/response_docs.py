@@ -1,4 +1,4 @@
-"""The documented responses of every endpoint: description, schema, headers and example."""
+"""The documented responses of every endpoint, each with description, schema, headers and example."""
 
 from __future__ import annotations
 

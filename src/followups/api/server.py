@@ -30,7 +30,7 @@ PEER = "peer"
 """The key in a request's state for the address of the connection's peer, whatever the headers say."""
 
 HEADER_WITHIN = 10.0
-"""Time limit for the headers to arrive, in seconds."""
+"""Time limit in seconds for all headers of a request to arrive."""
 
 MAX_WIRE_SIZE = 1024 * 1024 * 5 // 4
 """Maximum bytes of a body on the wire: the largest body plus a quarter for chunk framing."""
@@ -64,7 +64,8 @@ Above this number, the connection whose response has been unread longest is clos
 KEEP_ALIVE = 65
 """Number of seconds for which a connection may be idle before it is closed.
 
-A load balancer usually keeps an idle connection for 60 seconds, and so closes it before this server does.
+A load balancer usually keeps an idle connection for 60 seconds. So the load balancer closes the connection before this
+server does.
 """
 
 GRACE = 20
@@ -188,7 +189,7 @@ class LimitedProtocol(HttpToolsProtocol):
     def on_headers_complete(self) -> None:
         """Start the request, or queue it until all earlier requests have been answered."""
         self._header_came()
-        # the timer was set again if the previous response ended after this request's first byte
+        # the timer was started again, if the previous response ended after this request's first byte
         self._unset_keepalive_if_required()
         self._head_size = 0
         if len(self.pipeline) >= MAX_PIPELINED:

@@ -47,7 +47,7 @@ class Turnstile:
     """
 
     def __init__(self) -> None:
-        """Start with no waiting requests."""
+        """Create the shares, with no waiting requests."""
         self._lock = asyncio.Lock()
 
     async def __call__(self) -> None:

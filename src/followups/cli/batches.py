@@ -48,7 +48,7 @@ class BulkPreview:
     verb: str
     """The verb's infinitive, as in "cancel"."""
     done: str
-    """The verb's participle, as in "3 are cancelled"."""
+    """The past participle of the action's verb, as in "3 are cancelled"."""
     number: int
     sample: Sequence[str]
     remark: str = ""

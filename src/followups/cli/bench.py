@@ -101,7 +101,7 @@ def bench(
     """Measure throughput, lag and duplicates on the configured database and broker.
 
     The benchmark uses a separate schema and separate broker keys, and starts its own beat and workers. They deliver to
-    a built-in receiver on this machine, so nothing reaches your chat server. Everything is removed afterwards. The
+    a receiver built into the benchmark, so nothing reaches your chat server. Everything is removed afterwards. The
     benchmark puts real load on the servers, so avoid running it against production. The first phase measures the
     throughput of a backlog of follow-ups that are all due at the same moment. The second phase measures the lag at a
     steady rate. The exit code is 0 if every follow-up was sent exactly once and none was sent early. The database role

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 
 MOST_SUGGESTED = 200
-"""The most names of workspaces that a field suggests."""
+"""The largest number of workspace names that a field suggests."""
 
 MENU = (
     ("/", "Overview", "see"),

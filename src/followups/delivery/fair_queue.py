@@ -35,7 +35,7 @@ class FairQueue:
     """
 
     def __init__(self, slots: Slots) -> None:
-        """``slots`` counts the slots of each workspace."""
+        """``slots`` counts the slots in use by each workspace."""
         self._slots = slots
         self._queues: dict[int, list[Entry]] = {}
         self._turns: deque[int] = deque()

@@ -42,8 +42,8 @@ timeout and lease that the settings require.
 TIMER = 0.001
 """Resolution of the event loop's timers, in seconds.
 
-Sleeping in steps of this length makes a follow-up half a millisecond late on average. Busy-waiting until the due time
-would block the whole event loop.
+Since the sender sleeps in steps of this length, a follow-up is half a millisecond late on average. Busy-waiting until
+the due time would block the whole event loop.
 """
 
 HIGHEST_STATUS_CODE = 1000

@@ -1,4 +1,4 @@
-"""A server that runs as one child process with a separate temporary directory."""
+"""A server that runs as one child process and has a temporary directory for itself."""
 
 from __future__ import annotations
 

@@ -61,9 +61,9 @@ SETTINGS = {
 
 TEMPORARY_SETTINGS = {
     # The data is deleted with the server, so it need not survive a crash of the machine. The data must survive only the
-    # kills of the server in the fault tests. That is why synchronous_commit stays on: with it off, a killed server
-    # would lose confirmed transactions. Without fsync, synchronous_commit costs only one write into the page cache for
-    # each commit.
+    # kills of the server in the fault tests. Therefore synchronous_commit stays on; without it, a killed server would
+    # lose confirmed transactions. Without fsync, synchronous_commit costs only one write into the page cache for each
+    # commit.
     "fsync": "off",
     "full_page_writes": "off",
     # these files are in the data directory, so that a killed server leaves nothing behind

@@ -78,7 +78,7 @@ class Stack:
     _servers: tuple[EmbeddedServer, ...]
 
     def check(self) -> None:
-        """Raise KeyboardInterrupt after a stop signal, or `EmbeddedError` if a process has ended."""
+        """Raise KeyboardInterrupt after a stop signal, or `EmbeddedError` if one of the processes has ended."""
         self._signals.check()
         servers = [server.child for server in self._servers]
         for child in [*servers, *self._processes.children]:

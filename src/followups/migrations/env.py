@@ -19,7 +19,7 @@ LOCK = 0x666F6C6C6F777570
 """Key of the advisory lock that keeps migrations from running concurrently ("followup" in ASCII)."""
 
 ASK_AGAIN = 0.2
-"""Seconds between two tries to acquire the lock while another migration is running."""
+"""Seconds between two attempts to acquire the lock while another migration is running."""
 
 LOCK_TIMEOUT = "2s"
 """How long a table's change waits for the lock on the table.

@@ -146,7 +146,7 @@ def with_key(select: str) -> str:
     """  # noqa: S608 - no input, only statements of ours
 
 
-# If another process is recording the same use of the key, this update is skipped.
+# If another process is recording a use of the key at the moment, this update is skipped.
 _RECORD_USE = Statement("""
     UPDATE api_keys SET last_used_at = now()
      WHERE id = (SELECT id FROM api_keys

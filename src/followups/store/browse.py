@@ -2,7 +2,7 @@
 
 As in `followups.store.listing`, a page merges the first rows for each workspace and each value of one column, read in
 the order of an index. Conditions without an index are checked row by row. A search therefore goes back in steps of time
-and stops at the caller's time limit. The next search continues where it stopped.
+and stops at the caller's time limit. The next search continues at that point.
 """
 
 from __future__ import annotations

@@ -29,7 +29,7 @@ Sample = tuple[str, str]
 """The name and the labels of a sample; the labels are a JSON object with sorted keys."""
 
 INTERVAL = timedelta(seconds=1)
-"""The longest time for which a count exists only in the memory of its process, where a crash would lose it."""
+"""The longest time for which a count is only in the memory of its process, where a crash would lose it."""
 
 log = get_logger(__name__)
 

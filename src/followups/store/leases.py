@@ -1,8 +1,8 @@
 """The statements that begin, end or release leased follow-ups. Claims are in `followups.store.claims`.
 
 Each of these operations is one guarded SQL statement for a batch. If a row is not returned, another transaction has
-ended, released or claimed its follow-up, which is a normal result. No statement here waits for another transaction's
-locks: locked rows are skipped, reported, and tried again.
+ended, released or claimed its follow-up, which is a normal result. No statement in this module waits for another
+transaction's locks. Locked rows are skipped, reported and tried again.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ class Rules:
     lease: timedelta
     max_lateness: timedelta
     early: timedelta
-    """How long before its due time a follow-up may begin; the sender waits for the remaining time."""
+    """How long before its due time a follow-up may begin; its sender waits for the rest of the time."""
 
     @property
     def parameters(self) -> dict[str, object]:

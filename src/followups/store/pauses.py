@@ -64,7 +64,7 @@ _STANDING = text("""
 
 
 def pause(connection: Connection, scope: PauseScope) -> bool:
-    """Pause this scope; return whether this pause is new."""
+    """Pause this scope; return whether the scope was not paused before."""
     return connection.execute(_PAUSE, scope.parameters).rowcount == 1
 
 

@@ -61,7 +61,7 @@ def count_failed(connection: Connection, failures: Failures) -> int:
 
 
 class FailureCursor(NamedTuple):
-    """The position at which a batch of retries ended, in the order in which the follow-ups failed."""
+    """The position at which a batch of retries ended; follow-ups are ordered by the time of their failure."""
 
     finished_at: datetime = FIRST
     id: UUID = NIL

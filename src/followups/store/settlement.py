@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 class Settlement(NamedTuple):
     """The outcome to record for an attempt.
 
-    The status pending means that the follow-up is retried ``delay`` after the database's current time.
+    The status pending means a retry, ``delay`` after the database's current time.
     """
 
     lease: Lease

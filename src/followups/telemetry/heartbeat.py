@@ -118,7 +118,7 @@ class Heartbeat:
         self._thread.start()
 
     def probe(self, look: Callable[[], None]) -> None:
-        """Call ``look`` before each write, to report for a component that cannot report itself."""
+        """Call ``look`` before each write of the file, to report for a component that cannot report itself."""
         self._probes.append(look)
 
     def sign(self, part: str, within: timedelta, otherwise: str, at: float | None = None) -> None:
@@ -206,7 +206,7 @@ def _open_locked(path: Path) -> int:
 class Life:
     """The content of one heartbeat file.
 
-    ``trouble`` is empty if all is well, and ``waits`` is empty if the process makes progress.
+    ``trouble`` is empty if the process has no problem, and ``waits`` is empty if the process makes progress.
     """
 
     name: str

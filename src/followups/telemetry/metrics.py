@@ -29,7 +29,8 @@ ATTEMPT_DURATION = Histogram(
 LAG = Histogram(
     "followups_lag_seconds",
     "Accepted by the transport minus due date.",
-    # The buckets range from a millisecond, normal in a healthy system, to a day, after which a follow-up is too late.
+    # The buckets range from a millisecond, which is normal in a healthy system, to a day, after which a follow-up is
+    # too late.
     buckets=(
         0.001,
         0.0025,

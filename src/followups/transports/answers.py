@@ -61,7 +61,7 @@ class Dialect:
     Raises `ValueError` for an invalid id, without quoting it.
     """
     wish: Callable[[Document], timedelta | None]
-    """Return the delay that the body of a 429 without Retry-After requests."""
+    """Return the delay that is requested by the body of a 429 without Retry-After."""
 
 
 def outcome_of(answer: Answer, dialect: Dialect, now: datetime | None = None) -> Outcome:

@@ -95,7 +95,7 @@ class CurlLoop:
         self._watched.add(socket)
         try:
             self._sockets.modify(socket, wanted)
-        except FileNotFoundError:  # this is a new socket, perhaps with a number that was used before
+        except FileNotFoundError:  # this is a new socket; it may have the number of a closed one
             self._sockets.register(socket, wanted)
 
     def _go_on(self) -> None:

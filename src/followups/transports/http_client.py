@@ -82,7 +82,7 @@ class Call:
 
 
 class HttpClient:
-    """The calls of a process to ``FOLLOWUPS_TRANSPORT_URL``.
+    """All calls of one process to ``FOLLOWUPS_TRANSPORT_URL``.
 
     The client opens at most as many connections as there are simultaneous calls.
     """
@@ -248,7 +248,7 @@ def _lines(headers: Mapping[str, str]) -> list[bytes]:
 def _reason(curl: pycurl.Curl, code: int) -> str:
     """Return a short reason why there was no connection or no answer.
 
-    The reason contains no address, and no part of an answer.
+    The reason contains no address, and nothing from an answer.
     """
     if code in _REASONS:
         return _REASONS[code]

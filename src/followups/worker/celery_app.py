@@ -224,9 +224,9 @@ def current_process() -> Process:
 
 
 def _collect_seldom() -> None:
-    # All objects loaded so far are kept, so the garbage collector need not scan them. Objects that deliveries allocate
-    # contain no cycles, and are freed by reference counting. With its default thresholds, the garbage collector took a
-    # fifth of the worker's time under load.
+    # All objects that exist by now are kept, so the garbage collector need not scan them. Objects that deliveries
+    # allocate contain no cycles, and are freed by reference counting. With its default thresholds, the garbage
+    # collector took a fifth of the worker's time under load.
     gc.collect()
     gc.freeze()
     gc.set_threshold(50_000, 20, 50)
@@ -299,7 +299,7 @@ class Nudger:
     """The smallest number of seconds between two nudges of one process."""
 
     def __init__(self, ask: Callable[[], None]) -> None:
-        """Store ``ask``, which sends a nudge; it may be slow, and it may raise."""
+        """Store ``ask``, which sends a nudge; it may be slow or raise an exception."""
         self._ask = ask
         self._wanted = threading.Event()
         self._started = threading.Lock()

@@ -1,4 +1,4 @@
-"""The components that report to the heartbeats of worker and beat, and how long each may be silent.
+"""The components that report to worker's and beat's heartbeats, and how long each may be silent.
 
 A worker that has stopped consuming must be detected. A canary message in the shared queues is no solution, because any
 worker could consume it. A canary in a separate queue would leave keys in the broker for each killed worker. A free

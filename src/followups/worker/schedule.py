@@ -64,7 +64,7 @@ class Scheduler(CelerysScheduler):
     """
 
     def tick(self, *arguments: Any, **named: Any) -> float:  # noqa: ANN401 - Celery's own
-        """Send the due ticks, and return the seconds until the next call."""
+        """Send the ticks that are due, and return the seconds until the next call."""
         self._sign(SENDING, "has been sending one tick")
         self._heed_the_clock()
         pause: float = super().tick(*arguments, **named)

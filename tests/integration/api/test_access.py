@@ -76,7 +76,7 @@ def test_what_a_request_causes_bears_its_id(stack: Stack, logged: Api) -> None:
 
 
 def test_nothing_is_left_for_the_next_request(stack: Stack, logged: Api) -> None:
-    """The log line of a request without a key names no workspace, even after others on its connection."""
+    """A request without a key is logged without a workspace, even after keyed requests on its connection."""
     url = httpx.URL(logged.url)
     with socket.create_connection((url.host, url.port or 80)) as connection:
         first, second = uuid4().hex, uuid4().hex

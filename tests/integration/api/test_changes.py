@@ -155,7 +155,7 @@ class TestFinished:
     def test_chat_message_may_be_named_once(self, api: Api) -> None:
         """The chat message id of a sent follow-up can be added later, but only once.
 
-        Follow-ups that failed or were cancelled reject a chat message id.
+        A chat message id is rejected for a follow-up that failed or was cancelled.
         """
         sent, failed, name = api.create(), api.create(), str(uuid4())
         api.patch(sent, status="sent")

@@ -1,4 +1,4 @@
-"""The platform's requests about chats, sent to a running web process."""
+"""Tests of the platform's requests about chats, sent to a running web process."""
 
 from __future__ import annotations
 

@@ -71,7 +71,7 @@ def test_wrong_choices(run: Run, arguments: tuple[str, ...]) -> None:
 
 
 def test_shown_of_what_waits(run: Run, world: World) -> None:
-    """For a follow-up deferred by limits, `show` names those limits; for other follow-ups it names none."""
+    """For a follow-up deferred by rate limits, `show` names these limits; otherwise it names none."""
     run("limit", "set", "50/s", "--workspace", world.workspace_id)
     run("limit", "set", "1/min", "--each", "chat")
     waits, pending = world.follow_up(), world.follow_up()

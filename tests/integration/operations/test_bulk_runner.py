@@ -55,7 +55,7 @@ def failed(world: World, chat_id: UUID | None = None) -> UUID:
 
 
 def unwritable(world: World, follow_up_id: UUID, column: str = "id") -> None:
-    """Add a constraint that is violated whenever the row, or a retry of it, is written."""
+    """Add a constraint that is violated whenever this row, or a retry of its follow-up, is written."""
     world.alter(f"ALTER TABLE follow_ups ADD CHECK ({column} IS DISTINCT FROM '{follow_up_id}') NOT VALID")
 
 
@@ -98,7 +98,7 @@ def test_a_retry_of_one_that_is_deleted_meanwhile_is_passed_over(world: World, m
 
 @pytest.mark.parametrize("kind", ["cancel", "retry"])
 def test_one_that_cannot_be_written_is_passed_over(world: World, kind: str) -> None:
-    """If a row cannot be written, it is skipped; its batch's other follow-ups are cancelled or retried."""
+    """A row that cannot be written is skipped; the other follow-ups of its batch are processed."""
     ids = [world.follow_up(due=HOUR) if kind == "cancel" else failed(world) for _ in range(5)]
     unwritable(world, ids[2], "id" if kind == "cancel" else "retry_of")
     one = action(world, kind, ids)

@@ -208,7 +208,7 @@ class TestChat:
         assert all(str(other) in body for body in bodies)
 
     def test_it_goes_on_after_an_interruption(self, world: World) -> None:
-        """If its deletion is interrupted, a chat accepts no new rows; deleting it again deletes all rows."""
+        """After an interrupted deletion, a chat accepts no new rows; deleting it again deletes all rows."""
         chat = filled(world)
         batches = deletion.delete(world.engine, ACTOR, Whole(world.workspace_id, chat), PATIENCE)
         next(batches)

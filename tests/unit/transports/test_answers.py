@@ -238,7 +238,7 @@ def test_a_matrix_event_has_an_id_that_anybody_can_compute() -> None:
     ],
 )
 def test_a_homeservers_rate_limit_is_honoured(headers: dict[str, str], body: bytes, seconds: float | None) -> None:
-    """M_LIMIT_EXCEEDED gives the delay in a header or, in older versions, in its body.
+    """M_LIMIT_EXCEEDED has the delay in a header or, from older homeservers, in its body.
 
     The header of M_LIMIT_EXCEEDED takes precedence over the body.
     """

@@ -69,7 +69,7 @@ async def test_two_follow_ups_of_a_chat_are_two_messages(rig: TransportRig) -> N
 
 @pytest.mark.parametrize("status", [408, 425, 500, 502, 503, 504, 599])
 async def test_a_passing_failure_is_tried_again(rig: TransportRig, status: int) -> None:
-    """408, 425 and 5xx are a `Retry` that names the status; the next attempt can succeed."""
+    """408, 425 and 5xx lead to a `Retry` that names the status; the next attempt can succeed."""
     delivery = a_delivery()
     outcome = await rig.send(delivery, kind="fail", status=status, times=1)
     assert outcome == Retry(f"HTTP {status}", None, status)
@@ -127,7 +127,7 @@ async def test_a_lost_answer_costs_one_request_only(rig: TransportRig) -> None:
 
 
 async def test_no_answer_in_time_is_unknown(hasty_rig: TransportRig) -> None:
-    """Without a response, the outcome is `Unknown` after the transport timeout, not earlier or much later."""
+    """Without a response, the outcome is `Unknown` shortly after the transport timeout, and not earlier."""
     began = time.monotonic()
     outcome = await hasty_rig.send(a_delivery(), kind="slow", delay=30)
     assert outcome == Unknown(f"no answer within {TIMEOUT} s")

@@ -115,7 +115,7 @@ async def test_what_stands_behind_an_answer_is_not_the_next_ones(behind: bytes) 
 
 
 async def test_line_breaks_behind_an_answer_are_nothing() -> None:
-    """Line breaks that a receiver adds after a response affect neither this call nor the next."""
+    """Line breaks that a receiver sends after its response affect neither this call nor the next."""
     async with scripted(OK + b"\r\n") as server, opened(HttpTransport(settings_for(server.url))) as transport:
         for _ in range(3):
             assert await transport.send(a_delivery()) == Sent(None, 200)

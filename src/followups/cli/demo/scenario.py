@@ -137,7 +137,7 @@ Every follow-up is created before it is due, so that its lag shows only how punc
 """
 
 CALLS_A_CHAT = 3
-"""Number of requests that open one chat. The duration of these requests predicts how long all other requests take."""
+"""Number of requests for opening one chat. The duration of these requests predicts how long all other requests take."""
 
 
 class Rest:
@@ -173,7 +173,7 @@ class Rest:
 
 
 class Stage:
-    """The chats of one run of the demo, for use in one thread."""
+    """The chats of one demo, for use in a single thread."""
 
     def __init__(self, stack: Stack, key: str, scenario: Scenario) -> None:
         """Store the API's address and the script, without opening any chat."""
