@@ -167,7 +167,7 @@ class World:
         )
 
     def close_gap(self) -> None:
-        """Record a tick now, because on a slow machine a test's steps are further apart than ticks may be."""
+        """Record a tick now, because a slow machine takes longer between two steps of a test than ticks may."""
         self.sql("UPDATE dispatcher_state SET last_tick_at = now(), grace_until = NULL")
 
 

@@ -63,7 +63,7 @@ None of the transaction's changes was committed.
 def is_undone(error: psycopg.Error | DBAPIError) -> bool:
     """Return whether the transaction was rolled back because of a conflict with another transaction.
 
-    Such a transaction may be retried as a whole.
+    After such a conflict, the whole transaction may be retried.
     """
     return getattr(_cause(error), "sqlstate", None) in UNDONE
 

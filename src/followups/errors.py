@@ -121,7 +121,7 @@ class DeliveryInProgressError(ConflictError):
 
 
 class SomeRefusedError(FollowUpsError):
-    """Some of the follow-ups cannot be scheduled, so none was."""
+    """None of the follow-ups was scheduled, because some of them cannot be."""
 
     slug = "some-refused"
 

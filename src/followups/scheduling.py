@@ -7,7 +7,7 @@ Each function locks its chat until the transaction ends. A transaction that work
 ascending order of their ids; `followups.store` documents the order of all locks.
 
 The transaction must use READ COMMITTED, PostgreSQL's default isolation level. The rules rely on the fact that each
-statement sees everything committed before it began. At any other level, a `TransactionError` is raised.
+statement sees everything committed before it began. At any other isolation level, a `TransactionError` is raised.
 """
 
 from __future__ import annotations

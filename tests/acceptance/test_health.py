@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 COMMAND = str(Path(sys.executable).with_name("followups"))
 
 BOUND = 15.0
-"""The limit in seconds until a fault is reported: ten without a heartbeat, plus the command's start."""
+"""The time limit in seconds for reporting a fault: ten seconds without a heartbeat, plus the command's start."""
 
 DEAF = '''
 """Celery's consumer asks for no work any more once the file is there; all the rest of the worker goes on."""
@@ -75,7 +75,7 @@ def observed(stack: Stack, tmp_path: Path) -> Stack:
 
 
 def test_a_stopped_worker(observed: Stack) -> None:
-    """An idle worker is healthy, also if selected by name. A stopped worker is unhealthy until it resumes."""
+    """An idle worker is healthy, even if it is selected by name. A stopped worker is unhealthy until it resumes."""
     worker = observed.worker("first")
     says(observed, "worker", 0, "1 worker", "first@")
     assert health(observed, "worker", "--name", "first").returncode == 0

@@ -51,7 +51,7 @@ if TYPE_CHECKING:
 CONNECTIONS = 16
 ROUNDS = int(os.environ.get("ROUNDS", "20"))
 SECONDS = 1.0
-"""The duration of one turn, in seconds."""
+"""The duration of one round of measurement, in seconds."""
 
 PACED_SECONDS = 10.0
 AHEAD = 15.0
@@ -173,7 +173,7 @@ async def turn(load: ApiLoad) -> None:
 
 
 async def paced(load: ApiLoad, rate: float, seconds: float) -> list[float]:
-    """Send requests at this rate; return each answer's delay from the moment its request was due."""
+    """Send requests at this rate; return each response's delay since the scheduled time of its request."""
     times: list[float] = []
     started = time.perf_counter()
 

@@ -190,7 +190,7 @@ def test_an_open_page_follows_and_leaves_alone_what_is_typed(desk: Callable[...,
     assert answered.value.status == 409
     assert "It has finished meanwhile" in page.inner_text("main")
     assert "My own words" in page.inner_text("main")
-    sitting.complaints.clear()  # the browser reports the 409 as an error
+    sitting.complaints.clear()  # the browser reports the 409 response as an error
 
 
 def test_new_rows_are_offered_and_ticks_stay(desk: Callable[..., Desk], own: World) -> None:

@@ -58,7 +58,7 @@ def start(one: Person, **fields: object) -> httpx.Response:
 def test_ticked_ones_are_cancelled_after_a_preview(person: Callable[..., Person], own: World, foreign: World) -> None:
     """A bulk cancel skips follow-ups that are in flight, finished or of another workspace.
 
-    Its preview changes nothing.
+    The preview of the bulk cancel changes nothing.
     """
     ids = [own.follow_up(due=HOUR) for _ in range(3)]
     done = failed(own)

@@ -77,7 +77,7 @@ def test_the_units_deliver(stack: Stack) -> None:
 
 
 def shows(url: str, words: str) -> bool:
-    """Return whether a page answers and contains these words."""
+    """Return whether the web page responds and contains these words."""
     try:
         with urllib.request.urlopen(url, timeout=5) as page:  # noqa: S310 - our own loopback URL
             return words in page.read().decode()

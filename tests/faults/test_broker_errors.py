@@ -39,7 +39,7 @@ def misconf(server: redis.Redis) -> Iterator[None]:
     # a directory, because a snapshot file cannot replace a directory
     Path(server.config_get("dir")["dir"], "dump.rdb").mkdir(exist_ok=True)
     server.config_set("save", "3600 1")
-    with suppress(redis.ResponseError):  # a snapshot is already running
+    with suppress(redis.ResponseError):  # another snapshot is already running
         server.bgsave()
     wait_until(lambda: server.info("persistence")["rdb_last_bgsave_status"] == "err")
     yield
@@ -101,7 +101,7 @@ ERRORS: dict[str, Callable[[redis.Redis], Any]] = {
 def answering_errors(rig: Rig, figures: Figures, names: list[str], seconds: Callable[[], float]) -> None:
     """Make the broker answer with each of these errors in turn, for a while.
 
-    All processes must keep running, and work again afterwards.
+    All processes must keep running meanwhile, and must work again afterwards.
     """
     assert rig.valkey
     workers = rig.start(workers=2)

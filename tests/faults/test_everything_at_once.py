@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from web import Api
 
 KINDS = ("fail", "rate_limit", "drop", "slow")
-"""Misbehaviours that the chat may show for a moment."""
+"""Faults that the chat may show for a short time."""
 
 
 class Disorder:

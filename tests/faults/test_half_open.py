@@ -58,7 +58,7 @@ def working(rig: Rig) -> list[Child]:
 def seconds_until_noticed(workers: Sequence[Child], server: str, proxy: Proxy) -> float:
     """Wait until a client closes its database connection, or until all workers stop waiting for the broker."""
     since = time.monotonic()
-    if server == "database":  # a lost database connection only costs a reconnect, which is not logged
+    if server == "database":  # the loss of a database connection causes only a reconnect, which is not logged
         wait_until(proxy.given_up, within=90, every=0.05)
     else:
         logs = [worker.command.log for worker in workers]

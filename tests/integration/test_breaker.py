@@ -67,7 +67,7 @@ def run(own: Settings, script: Callable[[BreakerStore], Awaitable[None]], policy
 async def told(store: BreakerStore, failed: list[UUID], wanted: int, *, succeeded: bool, key: int = KEY) -> Reading:
     """Report outcomes of one workspace and return the state of the breaker.
 
-    The held workspaces are checked here and not returned.
+    The workspaces that the breaker holds are checked in this function and left out of the returned state.
     """
     runs = (Run(key, len(failed), anew=succeeded),) if failed or succeeded else ()
     reading = await store.report(News(tuple(failed), succeeded, runs), wanted)
@@ -201,7 +201,7 @@ def test_which_are_tripped(own: Settings) -> None:
 
 
 def test_few_in_a_row_trip_no_workspace(own: Settings) -> None:
-    """The breaker holds a workspace from its fifth failure in a row on; any success resets the count.
+    """The breaker holds a workspace after five failures in a row, which any success interrupts.
 
     Failures count the same before and after the breaker opens.
     """

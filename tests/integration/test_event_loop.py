@@ -60,14 +60,14 @@ async def fetch(of: Database, statement: Statement, **parameters: Any) -> Any:
 
 
 async def fail_after_rename(of: Database) -> None:
-    """Rename a row and then raise an error."""
+    """Rename a row in a transaction and then raise an error."""
     async with of.transaction() as connection:
         await event_loop.rows_of(connection, RENAME.driver_sql, {"more": "-"})
         raise RuntimeError
 
 
 async def fill(of: Database) -> None:
-    """Fill the pool with open sessions, each of which has been used once."""
+    """Open as many sessions as the pool holds, and use each of them once."""
     together = asyncio.Barrier(SESSIONS)
 
     async def use() -> None:
@@ -91,7 +91,7 @@ async def test_settings(database_url: str) -> None:
 async def test_transactions(world: World, database_url: str) -> None:
     """A transaction commits at the end of its block and is rolled back after an error.
 
-    The connection then serves the next transaction.
+    The connection can then be used for the next transaction.
     """
     name = world.scalar("SELECT name FROM workspaces")
     async with database(database_url, size=1) as mine:
@@ -165,7 +165,7 @@ def written(engine: Engine, statement: Statement, **parameters: Any) -> list[tup
 
 
 def open_sessions(engine: Engine) -> None:
-    """Fill the pool with open sessions, each of which has been used once."""
+    """Open as many sessions as the pool holds, and use each of them once."""
     with ExitStack() as stack:
         for connection in [stack.enter_context(engine.connect()) for _ in range(SESSIONS)]:
             event_loop.rows_in_greenlet(connection, ONE, {})

@@ -175,7 +175,7 @@ def test_ended_leases_are_recovered(engine: Engine, settings: Settings) -> None:
 
 
 def test_lost_for_good(world: World, engine: Engine, settings: Settings) -> None:
-    """In a fair claim as in any other, a lost lease with an unknown outcome ends the follow-up."""
+    """A fair claim, like any other claim, ends a follow-up whose lost lease has an unknown outcome."""
     follow_up = world.follow_up()
     begin(engine, settings, claim_fairly(engine, settings).leases)
     world.expire(follow_up)

@@ -171,7 +171,7 @@ async def test_it_waits_for_the_slowest(place: LimiterUnderTest) -> None:
 
 
 async def test_a_long_wait_is_told_shorter(place: LimiterUnderTest) -> None:
-    """A long wait is announced as shorter, since requests in front may be dropped; short waits are exact."""
+    """The reported wait is exact if short, but less than the true wait if long, as requests may be dropped."""
     limit = bucket(rate=0.01, burst=1)
     await place.ask(request(0, limit))
     waits = await place.ask(*(request(since, limit) for since in range(1, 4)))
@@ -254,7 +254,7 @@ STEPS = [-timedelta(days=1), timedelta(minutes=-1), timedelta(minutes=1), timede
 
 @pytest.mark.parametrize("step", STEPS, ids=str)
 async def test_the_clock_is_set(clock: ServerClock, place_settings: Settings, step: timedelta) -> None:
-    """Even if the clock of Redis is set, tokens are added at the usual rate, up to the burst."""
+    """If the clock of Redis is changed, tokens are still added at the usual rate, up to the burst."""
     limiter = Limiter(place_settings, PATIENCE)
     limit = bucket(rate=1, burst=2)
     waiting = [request(since, limit) for since in range(9)]

@@ -389,7 +389,7 @@ def test_suspects_apart(  # noqa: PLR0913 - fixtures and three parameters
 def test_leases_that_run_out_in_the_line(
     world: World, engine: Engine, settings: Settings, started: Callable[..., Pipeline]
 ) -> None:
-    """If leases expire in the due queue, this costs no query, and delivery continues with new leases."""
+    """If leases expire in the due queue, no query is needed, and delivery continues with new leases."""
     short = settings.model_copy(update={"lease": timedelta(seconds=2.1), "transport_timeout": timedelta(seconds=0.1)})
     for _ in range(500):
         world.follow_up(due=-timedelta(seconds=1))

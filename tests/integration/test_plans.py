@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 
 DUE = 300
 MOST = 12 * DUE
-"""The most rows of `follow_ups` that one statement may read for a batch: each row a few times."""
+"""The most rows of `follow_ups` that a statement may read for a batch, allowing a few reads of each row."""
 
 PORTION = 100_000
 """The number of rows inserted per statement, few enough for the statement timeout."""

@@ -24,7 +24,7 @@ WRITE = text("UPDATE dispatcher_state SET last_tick_at = now()")
 
 
 def fill(engine: Engine) -> None:
-    """Fill the pool with open sessions, each of which has been used once."""
+    """Open as many sessions as the pool holds, and use each of them once."""
     with ExitStack() as stack:
         for _ in range(SESSIONS):
             stack.enter_context(engine.connect()).execute(text("SELECT 1"))

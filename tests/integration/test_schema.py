@@ -54,7 +54,7 @@ def empty_engine(postgres_url: str, database_url: str) -> Iterator[Engine]:
 
 
 def described(engine: Engine, query: str) -> list[tuple[object, ...]]:
-    """Return the contents of the database catalogue in a stable order."""
+    """Return the contents of the database's system catalogue in a stable order."""
     with engine.connect() as connection:
         return sorted((tuple(row) for row in connection.execute(text(query))), key=repr)
 

@@ -149,7 +149,7 @@ class TestSettle:
         assert world.row(held).status == "sent"
 
     def test_refused_cancel_holds_nothing(self, world: World, steps: Steps, engine: Engine) -> None:
-        """If a caller keeps its transaction open after a 409, settling is not delayed."""
+        """A caller that keeps its transaction open after a 409 does not delay settling."""
         follow_up = world.follow_up()
         begun = steps.begun()
         with Session(engine) as session:

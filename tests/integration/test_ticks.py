@@ -38,7 +38,7 @@ TICK_ROW = "SELECT FROM dispatcher_state FOR NO KEY UPDATE"
 
 
 def pass_time(world: World, by: timedelta) -> None:
-    """Shift all stored times into the past, like an outage or a clock that is set forward."""
+    """Move all stored times into the past, as if there had been an outage or the clock had been set forward."""
     world.sql("UPDATE dispatcher_state SET last_tick_at = last_tick_at - :by, grace_until = grace_until - :by", by=by)
     world.sql("UPDATE follow_ups SET lease_until = lease_until - :by, begun_at = begun_at - :by", by=by)
 
@@ -294,7 +294,7 @@ class TestToken:
         assert again.token > unblocked.token
 
     def test_exact_in_json(self, world: World, engine: Engine, settings: Settings) -> None:
-        """A token is an integer that every JSON reader represents exactly, and grows from any earlier value."""
+        """A token is an integer that JSON readers represent exactly, and is greater than any earlier token."""
         ahead = 2**53 - 3
         world.follow_up()
         tokens = {claim(engine, settings).leases[0].token}

@@ -63,7 +63,7 @@ CLAIM = 0.03
 def sent(dispatchers: int, rate: int, seconds: int, window: int = 5000) -> tuple[int, int]:
     """Return how many follow-ups of a backlog are sent at ``rate`` per second, and the number of claims.
 
-    The dispatchers tick in rotation.
+    The dispatchers tick in turn.
     """
     paces = [ClaimInterval(window) for _ in range(dispatchers)]
     busy_until, ends = [0.0] * dispatchers, [0.0] * dispatchers

@@ -307,7 +307,7 @@ def test_the_console_shows_controls_as_escapes(text: str, monkeypatch: pytest.Mo
         written = re.sub(r"\x1b\[\d*m", "", terminal.getvalue())
         assert escape(written, lines=True) == written
         assert escape(text) in written
-        assert written.count("\n") == 4 + 1 + text.count("\n")  # four events and the exception
+        assert written.count("\n") == 4 + 1 + text.count("\n")  # four events and one exception
 
 
 def test_json_lines_hold_no_raw_controls(capsys: pytest.CaptureFixture[str]) -> None:

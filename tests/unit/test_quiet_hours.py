@@ -33,7 +33,7 @@ TRANSITIONS = (
     datetime(2030, 3, 31, 1, tzinfo=UTC),  # Berlin, forward
     datetime(2030, 10, 27, 1, tzinfo=UTC),  # Berlin, back
     datetime(2026, 4, 4, 15, tzinfo=UTC),  # on Lord Howe Island, clocks are set back by half an hour
-    datetime(2026, 11, 1, 5, tzinfo=UTC),  # Havana, back to midnight
+    datetime(2026, 11, 1, 5, tzinfo=UTC),  # in Havana, clocks are set back to midnight
     datetime(2011, 12, 30, 10, tzinfo=UTC),  # Apia, which skipped a day
 )
 NEAR_TRANSITIONS = st.builds(

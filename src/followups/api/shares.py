@@ -42,8 +42,8 @@ TOO_MANY_STRANGERS = "Too many requests with keys that are not known yet are wai
 class Turnstile:
     """Lets one request pass in each iteration of the event loop, in the order of arrival.
 
-    All requests without a known API key share one turnstile, and the requests of each busy workspace share another. All
-    other requests run in every iteration, however many of these requests arrive together.
+    All requests without a known API key share one turnstile, and so do the requests of each busy workspace. All other
+    requests run in every iteration, however many of these requests arrive together.
     """
 
     def __init__(self) -> None:

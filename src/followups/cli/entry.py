@@ -149,7 +149,8 @@ def root(
     Settings are read from the environment (FOLLOWUPS_DATABASE_URL, FOLLOWUPS_BROKER_URL, ...); `up` and `demo` need
     none. Exit codes: 0 success, 1 failure, 2 wrong usage.
 
-    Why was a follow-up not sent? Find it with `list`, by its chat or state; `show ID` explains it.
+    Why was a follow-up not sent? Find the follow-up with `list`, by its chat or state, and then run `show ID`, which
+    explains the reason.
     """
     ctx.obj.debug = debug
     if ctx.invoked_subcommand is None:

@@ -175,7 +175,7 @@ class Workers:
     _stop: threading.Event = field(default_factory=threading.Event)
 
     def start(self) -> None:
-        """Start querying the workers."""
+        """Start a thread that queries the workers."""
         threading.Thread(target=self._run, name="workers", daemon=True).start()
 
     def stop(self) -> None:

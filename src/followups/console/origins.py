@@ -57,7 +57,7 @@ def _plain(url: str) -> str:
     """
     try:
         parts = urlsplit(url.lower())
-    except ValueError:  # for example an unclosed bracket
+    except ValueError:  # such as a URL with an unclosed bracket
         return ""
     host, default = parts.netloc.rpartition("@")[2], {"https": ":443", "http": ":80"}.get(parts.scheme, "")
     return f"{parts.scheme}://{host.removesuffix(default) if default else host}"

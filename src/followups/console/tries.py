@@ -29,7 +29,7 @@ class Tries:
         self._lock = threading.Lock()
 
     def wait(self, client: str) -> float:
-        """Return for how many seconds the client is over the limit on failed sign-ins, or 0."""
+        """Return the seconds until the client may try to sign in again, or 0 if it may try now."""
         now = time.monotonic()
         with self._lock:
             mine = _recent(self._failed.get(network_of(client), []), now)

@@ -136,7 +136,7 @@ class Visit:
         return span(duration)
 
     def workspace_names(self) -> list[str]:
-        """Return the first names of workspaces, which the fields of people who see all workspaces suggest."""
+        """Return the first names from the list of workspaces, as suggestions for people who may see all workspaces."""
 
         def names() -> list[str]:
             with self.transaction() as session:

@@ -54,6 +54,6 @@ class BatchResult:
     deferred: tuple[tuple[Lease, timedelta], ...] = ()
     """Follow-ups that remain leased, each with the time until a rate limit allows it to begin."""
     unblocked: tuple[Lease, ...] = ()
-    """Follow-ups that waited for an ended one, and are now unblocked and leased to the caller."""
+    """Follow-ups that waited for an ended follow-up, and are now unblocked and leased to the caller."""
     blocking: tuple[UUID, ...] = ()
     """Ended follow-ups whose successor in the chat is locked by another transaction."""

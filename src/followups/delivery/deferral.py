@@ -117,7 +117,7 @@ class Deferral:
         self._closed = False
 
     async def run(self) -> None:
-        """Call `balance` after each call of `look_again`, until `close` is called."""
+        """Call `balance` whenever `look_again` was called, until `close` is called."""
         while not self._closed:
             self._wanted.clear()
             pause = await self.balance()

@@ -179,8 +179,8 @@ class Dispatcher:
         deadline = time.monotonic() + seconds
         self._interval.begin()
         self._unblock_forgotten()
-        # What could be claimed only after the deadline is left to the next tick, which may be another dispatcher's: two
-        # that claim alternately make twice as many claims, of half the size.
+        # After the deadline, the remaining claims are left to the next tick, possibly of another dispatcher. Two
+        # dispatchers that alternate claim twice as often, and half as many follow-ups each time.
         while self._interval.next <= deadline:
             if self._stopping.wait(max(0.0, self._interval.next - time.monotonic())) or not self._claim_and_publish():
                 return

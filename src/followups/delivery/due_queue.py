@@ -1,4 +1,4 @@
-"""The due queue: leases in the order of their due times, from which the workspaces take turns.
+"""The due queue: leases in the order of their due times; workspaces take turns if several are due.
 
 The due queue does no I/O. Only one event loop may use it.
 """

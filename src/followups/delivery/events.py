@@ -173,7 +173,7 @@ def refused(step: str, follow_up_id: UUID, error: Exception) -> None:
 
 
 def clock_off(ahead: float) -> None:
-    """Log that this host's clock is far off from the database's, which affects only the times in logs."""
+    """Log that this host's clock differs much from the database's, which affects only the times in logs."""
     log.warning("clock_off", ahead_s=round(ahead, 1))
 
 

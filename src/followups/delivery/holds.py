@@ -51,8 +51,8 @@ def hold(
 def decide(obstacle: Obstacle, max_lateness: timedelta) -> Hold | Final | None:
     """Return the hold of a leased follow-up, or its final state if the hold would be too long.
 
-    Returns None if the follow-up should be neither held nor ended. Sending hours take precedence over a pause, so that
-    lateness does not count while the sending hours are closed. This function is pure.
+    Returns None if the follow-up should be neither held nor ended. Sending hours take precedence over a pause, because
+    lateness must not count outside sending hours. This function is pure.
     """
     if obstacle.chat_removed or obstacle.silence_broken or obstacle.taken_over or obstacle.window_closed:
         return None

@@ -35,8 +35,8 @@ OUTCOME_NAMES: dict[type, str] = {
 """The outcomes' names in logs, metrics, traces and the table of failed attempts."""
 
 GRACE = timedelta(seconds=1)
-"""How much longer than the transport's own timeout a hanging call may take. `GRACE` is less than the margin between
-timeout and lease that the settings require.
+"""How far a hanging call may exceed the transport's own timeout. `GRACE` is less than the margin between timeout and
+lease that the settings require.
 """
 
 TIMER = 0.001

@@ -148,7 +148,7 @@ def remove(directory: str) -> None:
 
 
 def main() -> None:
-    """Read what to guard until the owner ends, then stop the processes and remove the directories.
+    """Read what must be guarded until the owner ends; then stop the processes and remove the directories.
 
     The processes and directories that were added last are handled first.
     """

@@ -82,7 +82,7 @@ class News:
     """
 
     failed: tuple[UUID, ...] = ()
-    """The follow-ups that failed since the last success.
+    """The follow-ups that failed after the last success.
 
     A success that does not count towards the breaker is ignored.
     """

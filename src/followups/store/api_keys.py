@@ -133,7 +133,7 @@ def authenticate(key: str) -> Steps[Identity | None]:
 
 @lru_cache(maxsize=256)  # more than the number of different statements with which a request can begin
 def with_key(select: str) -> str:
-    """Return the given SELECT, combined with the look-up of the API key whose id is ``this_key``.
+    """Return the given SELECT, extended to look up the API key whose id is ``this_key``.
 
     If the combined query returns no row, the key is not valid. With a valid key it returns at least one row; ``is_row``
     is null if the given SELECT returns no row. ``key_now`` is the start time of the transaction.

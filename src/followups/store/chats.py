@@ -176,7 +176,7 @@ _CHANGE = Statement(
 
 @Rule
 def put_chat(workspace_id: UUID, chat_id: UUID, channel: Channel, external_id: str | None) -> Steps[tuple[Chat, bool]]:
-    """Create or update the chat; return the chat and whether it is new. A removed chat counts as new."""
+    """Create or update the chat; return the chat and whether it is new. A removed chat counts as a new chat."""
     name: dict[str, Any] = {"workspace_id": workspace_id, "chat_id": chat_id}
     values = name | {"channel": channel.value, "external_id": external_id}
     # Only while the chat is locked is it certain whether the chat is removed and which message is its last one.
@@ -254,7 +254,7 @@ _SECOND = timedelta(seconds=1)
 
 
 def counts_as(created_at: datetime) -> datetime:
-    """Return the time at which a message counts as written; whole seconds count as the end of that second.
+    """Return the time at which a message counts as written, which is rounded up to the end of a whole second.
 
     Several channels report times in whole seconds. A user may reply within the same second as our own message, and this
     reply must not seem older than our message.

@@ -45,8 +45,8 @@ follow-ups took up to 720 ms each without this condition, and 4 ms with it.
 
 NEXT_TOKEN = "GREATEST(f.lease_token + 1, CAST(date_part('epoch', now()) * 1000000 AS bigint))"  # noqa: S105 - a fencing token
 """The next fencing token, which is higher than all earlier ones and never issued twice. A failover or a restore may
-lose a lease, and no later lease may get the lost lease's token. So the token is the database's time in microseconds;
-until the year 2255 such a number is below 2^53, which JSON readers represent exactly.
+lose a lease, and no later lease may get the lost lease's token. The token is therefore the database's time in
+microseconds. Until the year 2255 this number is below 2^53, so JSON readers represent it exactly.
 """
 
 LOOKED_UP = f"""

@@ -168,7 +168,7 @@ _LONGEST = timedelta(days=1)
 
 
 def back_at(opening: datetime, due_date: datetime) -> datetime:
-    """Return the time at which a follow-up held until ``opening`` is tried again.
+    """Return when a follow-up that is held until ``opening`` is tried again.
 
     Earlier due dates get earlier times, and the times are spread so that the follow-ups do not all fall due together.
     """

@@ -66,8 +66,8 @@ _KEEP = Statement("UPDATE quotas SET room = :room WHERE workspace_id = :workspac
 def take(workspace_id: UUID, kind: Kind, number: int) -> Steps[None]:
     """Reserve room for a number of new rows until the transaction ends.
 
-    Raises `QuotaExceededError` if there is not enough room. The caller must have locked the chats. For a workspace
-    without a quota, this function does nothing.
+    Raises `QuotaExceededError` if the quota does not allow this number of rows. The caller must have locked the chats.
+    For a workspace without a quota, this function does nothing.
     """
     found = yield _LOCK(workspace_id=workspace_id, kind=kind.value)
     if not found:

@@ -65,7 +65,7 @@ def connection_options(settings: Settings) -> dict[int, object]:
         pycurl.HTTP_VERSION: pycurl.CURL_HTTP_VERSION_2TLS
         if settings.transport_deduplicates
         else pycurl.CURL_HTTP_VERSION_1_1,
-        pycurl.PROXY: "",  # ignores the proxies that environment variables name
+        pycurl.PROXY: "",  # ignore the proxies that environment variables name
     }
     if (settings.transport_url or "").startswith("https:"):
         options |= _trusted() | _client_certificate(settings) | _proxy()

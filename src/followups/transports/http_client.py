@@ -170,7 +170,7 @@ class HttpClient:
     async def check(self) -> str:
         """Connect to the endpoint as a call does, send nothing, and return a sentence that reports success.
 
-        If the connection fails, raises `FollowUpsError`, which contains the address without its password.
+        Raises `FollowUpsError` if the connection fails. The error contains the address without its password.
         """
         shown = hide_password(self._endpoint)
         curl, curls = pycurl.Curl(), CurlLoop({})

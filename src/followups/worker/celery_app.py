@@ -68,8 +68,8 @@ limit is at most half a lease, because the follow-ups of a hint that is delayed 
 
 SWITCH_INTERVAL = 0.0005
 """Longest time, in seconds, that a Python thread runs while another thread waits for the interpreter. With Python's
-default of 0.005, a due follow-up would wait several times, at each of its exchanges, for the claim of the next thousand
-and for their hints.
+default of 0.005, several steps of a due follow-up would each have to wait while the dispatcher claims the next thousand
+follow-ups and publishes their hints.
 """
 
 DRAIN_MARGIN = timedelta(seconds=5)

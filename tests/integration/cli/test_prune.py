@@ -124,7 +124,7 @@ def test_an_archive_is_not_written_over(run: Run, world: World, tmp_path: Path) 
 def test_wrong_ages(run: Run, world: World, options: tuple[str, ...]) -> None:
     """`prune` with an invalid age is a usage error, reported in one sentence.
 
-    Without a terminal and without --yes, `prune` is a usage error, too.
+    `prune` without a terminal and without --yes is a usage error, too.
     """
     ended(world, 91)
     ran = run("prune", *options, "--yes")

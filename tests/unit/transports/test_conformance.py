@@ -60,7 +60,7 @@ async def test_the_same_follow_up_twice_is_one_message(rig: TransportRig) -> Non
 
 
 async def test_two_follow_ups_of_a_chat_are_two_messages(rig: TransportRig) -> None:
-    """Two follow-ups are two messages, even with equal text in one chat."""
+    """Two follow-ups result in two messages, even if both have the same text and chat."""
     first = a_delivery()
     outcomes = [await rig.transport.send(each) for each in (first, a_delivery(chat_id=first.chat_id))]
     assert outcomes[0] != outcomes[1]

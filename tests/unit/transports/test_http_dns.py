@@ -1,4 +1,4 @@
-"""An unresponsive name server delays neither calls to other hosts nor closing."""
+"""An unresponsive name server delays neither calls to other hosts nor the closing of the transport."""
 
 from __future__ import annotations
 

@@ -137,7 +137,7 @@ class ChatBehaviour(web.View):
     """The behaviour of one chat."""
 
     async def get(self) -> web.Response:
-        """Return the chat's own behaviour, or the default one."""
+        """Return the behaviour that is set for the chat, or the default behaviour."""
         chats = self.request.app[CHATS]
         return _behaviour(chats.behaviour(self.request.match_info["chat_id"]) or chats.default)
 
