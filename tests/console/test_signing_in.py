@@ -11,7 +11,7 @@ import pytest
 from console.person import Person, heading, make_link, words
 from followups.api import gate
 from followups.cli import main
-from followups.console import application, tries
+from followups.console import access, application
 from followups.settings import load_settings
 from web import FOLLOW_UPS, Api, key_of, served
 
@@ -128,7 +128,7 @@ def test_failed_attempts_are_limited(
     person: Callable[..., Person], own: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """After too many failed sign-ins, wrong secrets are refused, but a valid key or token still works."""
-    monkeypatch.setattr(tries, "EACH", 2)
+    monkeypatch.setattr(access, "MAX_BY_CLIENT", 2)
     limited = load_settings(**settings_of(person, own))
     with served(limited) as (host, port):
         one = Person(f"http://{host}:{port}", own.engine)

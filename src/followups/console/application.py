@@ -15,14 +15,13 @@ from starlette.responses import Response, StreamingResponse
 from starlette.routing import compile_path
 from structlog.contextvars import bind_contextvars
 
-from followups.console import identity, language, origins
+from followups.console import access, identity, language
 from followups.console.access import Permission
 from followups.console.assets import HEADERS
-from followups.console.forms import Fields
 from followups.console.live import Live, Stream
 from followups.console.pages import ROUTES
 from followups.console.services import PREFIX, ConsoleServices
-from followups.console.visit import ForbiddenError, Visit
+from followups.console.visit import Fields, ForbiddenError, Visit
 from followups.database_errors import is_passing, is_undone
 from followups.errors import InvalidRequestError, NotFoundError
 from followups.store import follow_ups
@@ -175,8 +174,8 @@ class Console:
         """Check the origin, the session and the role, in this order, and then call the route."""
         if visit.method != "GET":
             public = self.services.settings.public_url
-            own = origins.own_origin(public, scope["scheme"], visit.headers.get("host", ""))
-            if refused := origins.refusal(visit.headers, own, configured=public is not None):
+            own = access.own_origin(public, scope["scheme"], visit.headers.get("host", ""))
+            if refused := access.origin_refusal(visit.headers, own, configured=public is not None):
                 log.warning("console_origin_refused", own=own)
                 return _told(visit, HTTPStatus.FORBIDDEN, visit.said(refused))
         if route is None or route.action is not Permission.PUBLIC or route.path == "/login":

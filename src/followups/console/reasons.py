@@ -1,16 +1,19 @@
-"""Explanations of why follow-ups were sent or not sent.
+"""Explanations of why follow-ups were sent or not sent, and of the consequences of a due date before it is saved.
 
 A follow-up in a list has the same explanation as in ``followups show``.
 """
 
 from __future__ import annotations
 
+from datetime import UTC
 from typing import TYPE_CHECKING
 
 from sqlalchemy import text
 
-from followups.channels import window_closes_at
+from followups import checks
+from followups.channels import Channel, is_open, window_closes_at
 from followups.operations.explain import Circumstances, explain
+from followups.sending_hours import opens_at
 from followups.states import Status
 from followups.store import chat_order, last_tick, pauses, rate_limits, sending_hours
 
@@ -22,8 +25,11 @@ if TYPE_CHECKING:
     from sqlalchemy.orm import Session
 
     from followups.console.services import ConsoleServices
+    from followups.console.visit import Visit
+    from followups.models import Chat
     from followups.store.browse import Row
     from followups.wording import Sentence
+
 
 _RETRIED = text("SELECT retry_of, id FROM follow_ups WHERE retry_of = ANY(CAST(:ids AS uuid[]))")
 
@@ -59,3 +65,47 @@ def of_rows(services: ConsoleServices, session: Session, rows: Sequence[Row], no
         )
         sentences[row.follow_up.id] = explain(row.follow_up, services.settings, now, around)
     return sentences
+
+
+def consequences_of(visit: Visit, session: Session, chat: Chat, due: datetime, now: datetime) -> list[str]:
+    """Return sentences about the consequences of a due date in this chat, beginning with the time itself.
+
+    Raises `InvalidRequestError` for a due date at the edge of the calendar.
+    """
+    checks.check_time(due, "due_date")
+    t, zone = visit.t, visit.zone
+    said = [
+        t(
+            "{local} in {zone} is {utc} UTC.",
+            local=zone.written(due),
+            zone=zone.name,
+            utc=due.astimezone(UTC).strftime("%Y-%m-%d %H:%M:%S"),
+        )
+    ]
+    moment = due
+    if due <= now:
+        said.append(t("That has passed, so it goes out at once."))
+        moment = now
+    channel = Channel(chat.channel)
+    hours = sending_hours.find(session, chat.workspace_id)
+    if hours is not None:
+        try:
+            opening = opens_at(hours, moment)
+        except LookupError:
+            opening = moment
+        if opening > moment:
+            said.append(
+                t(
+                    "It is outside the sending hours ({hours}): it is held until {opening}.",
+                    hours=hours.in_words,
+                    opening=zone.day(opening),
+                )
+            )
+            moment = opening
+    if not is_open(channel, chat.last_user_message_at, moment):
+        said.append(t("The channel's messaging window has closed by then, so it would fail."))
+    if pause := pauses.of(session.connection(), chat.workspace_id, chat.channel):
+        said.append(
+            t("It is paused since {since}: unless that has ended by then, it is held.", since=zone.written(pause.since))
+        )
+    return said

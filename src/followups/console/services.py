@@ -1,24 +1,67 @@
-"""The objects that all console requests share."""
+"""The objects that all console requests share, among them a cache of results.
+
+All viewers of a process share a result for a second. Without viewers, no results are computed.
+"""
 
 from __future__ import annotations
 
+import threading
+import time
 from datetime import timedelta
 from functools import lru_cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
-from followups.console.recent import Recent
-from followups.console.tries import Tries
+from followups.console.access import FailedSignIns
 from followups.database import make_engine, make_sessions
 from followups.operations.circumstances import breaker_state
 from followups.sending_hours import zone_of
 from followups.settings import networks_of
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Hashable
 
     from followups.flow_control.breaker import Shown
     from followups.settings import Settings
+
+
+FRESH = 1.0
+"""Seconds for which a result is reused."""
+
+MAX_RESULTS = 1_000
+"""Maximum number of cached results, one for each workspace."""
+
+
+class ResultCache:
+    """A cache of the last result for each key.
+
+    Simultaneous requests with the same key wait for a single computation.
+    """
+
+    def __init__(self) -> None:
+        """Create an empty cache."""
+        self._made: dict[Hashable, tuple[float, Any]] = {}
+        self._locks: dict[Hashable, threading.Lock] = {}
+        self._lock = threading.Lock()
+
+    def get(self, key: Hashable, make: Callable[[], Any]) -> Any:  # noqa: ANN401 - what is made
+        """Return the cached result of the key, or compute a new one if it is more than a second old."""
+        with self._lock:
+            own = self._locks.setdefault(key, threading.Lock())
+        with own:
+            made = self._made.get(key)
+            if made is None or time.monotonic() - made[0] > FRESH:
+                result = make()
+                made = (time.monotonic(), result)
+                with self._lock:
+                    self._made.pop(key, None)
+                    self._made[key] = made
+                    if len(self._made) > MAX_RESULTS:
+                        oldest = next(iter(self._made))
+                        del self._made[oldest]
+                        self._locks.pop(oldest, None)
+            return made[1]
+
 
 CONNECTIONS = 4
 """Maximum number of database connections of the console. The API's connections are separate."""
@@ -51,14 +94,14 @@ class ConsoleServices:
             statement_timeout=STATEMENT_TIMEOUT,
         )
         self.sessions = make_sessions(self.engine)
-        self.tries = Tries()
-        self.recent = Recent()
+        self.failed_sign_ins = FailedSignIns()
+        self.results = ResultCache()
         self.base = urlsplit(settings.public_url or "").path + PREFIX
         self.proxies = networks_of(settings.console_proxy_addresses)
 
     def breaker(self) -> Shown | None:
         """Return the breaker's state, which may be a second old, or None if the broker is unreachable."""
-        shown: Shown | None = self.recent.get("breaker", lambda: breaker_state(self.settings))
+        shown: Shown | None = self.results.get("breaker", lambda: breaker_state(self.settings))
         return shown
 
     def is_secure(self, scheme: str) -> bool:

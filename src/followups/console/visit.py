@@ -1,4 +1,4 @@
-"""One request to the console, with everything that the requested page needs."""
+"""One request to the console, with its parsed form and everything that the requested page needs."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from datetime import UTC, datetime, timedelta
 from functools import partial
 from http import HTTPStatus
 from typing import TYPE_CHECKING, Any
-from urllib.parse import quote, urlencode
+from urllib.parse import parse_qsl, quote, urlencode
+from uuid import UUID
 
 from markupsafe import Markup
 from starlette.responses import HTMLResponse, RedirectResponse, Response
@@ -16,19 +17,70 @@ from starlette.responses import HTMLResponse, RedirectResponse, Response
 from followups.console import language
 from followups.console.access import Permission, Viewer
 from followups.console.assets import ASSETS, ENVIRONMENT
-from followups.console.forms import Fields, uuid_or_none
 from followups.console.zones import Zone
-from followups.errors import NotFoundError
-from followups.store import workspaces
+from followups.errors import InvalidRequestError, NotFoundError
+from followups.store import audit, workspaces
+from followups.store.audit import Actor, Event, Way
 from followups.wording import Sentence, span
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
-    from uuid import UUID
 
     from sqlalchemy.orm import Session
 
     from followups.console.services import ConsoleServices
+    from followups.store.audit import Action
+
+
+MAX_FIELDS = 300
+"""Maximum number of fields in a form or query string: one check box per row, and a dozen other fields."""
+
+
+class Fields:
+    """The fields of a form or query string, in the order in which they were sent."""
+
+    def __init__(self, encoded: str) -> None:
+        """Parse the fields. Raises `InvalidRequestError` if there are too many or if they are not valid UTF-8."""
+        try:
+            pairs = parse_qsl(encoded, keep_blank_values=True, max_num_fields=MAX_FIELDS, errors="strict")
+        except (ValueError, UnicodeDecodeError):
+            message = Sentence("A form must have at most {most} fields, in UTF-8.", most=MAX_FIELDS)
+            raise InvalidRequestError(message) from None
+        self._values: dict[str, list[str]] = {}
+        for name, value in pairs:
+            self._values.setdefault(name, []).append(value)
+
+    def text(self, name: str, default: str = "") -> str:
+        """Return the last value of a field, without surrounding white space."""
+        return self.raw(name, default).strip()
+
+    def raw(self, name: str, default: str = "") -> str:
+        """Return the last value of a field as the user typed it, with line breaks as line feeds."""
+        return self._values.get(name, [default])[-1].replace("\r\n", "\n")
+
+    def every(self, name: str) -> list[str]:
+        """Return all values of the field."""
+        return self._values.get(name, [])
+
+    def uuid(self, name: str) -> UUID | None:
+        """Return the value of a field as a UUID, or None if it is missing or not a UUID."""
+        return uuid_or_none(self.text(name))
+
+    def __contains__(self, name: object) -> bool:
+        """Return whether the form or query string contains the field."""
+        return name in self._values
+
+
+def uuid_or_none(text: str) -> UUID | None:
+    """Return the text as a UUID, or None if it is not a UUID.
+
+    >>> uuid_or_none("0b0b6e34-0d0f-4d3c-9d5e-3f5a0c6f5a51"), uuid_or_none("x")
+    (UUID('0b0b6e34-0d0f-4d3c-9d5e-3f5a0c6f5a51'), None)
+    """
+    try:
+        return UUID(text)
+    except ValueError:
+        return None
 
 
 MOST_SUGGESTED = 200
@@ -81,6 +133,12 @@ class Visit:
         return self.viewer
 
     @property
+    def actor(self) -> Actor:
+        """The person's session as the author of a change, for the audit log."""
+        session = self.person.session
+        return Actor(Way.CONSOLE, session.id, session.name)
+
+    @property
     def zone(self) -> Zone:
         """The time zone in the person's cookie, or else that of the workspace, or else UTC."""
         chosen = self.cookies.get("followups_zone", "")
@@ -93,6 +151,12 @@ class Visit:
         """Open a database transaction, which is committed when the block ends."""
         with self.services.sessions() as session, session.begin():
             yield session
+
+    def record(
+        self, session: Session, action: Action, workspace_id: UUID | None, target_id: UUID, **details: object
+    ) -> None:
+        """Record the person's action in the audit log, in the same transaction as the change."""
+        audit.record(session.connection(), Event(self.actor, action, workspace_id, target_id, details=details))
 
     def id(self, name: str = "id") -> UUID:
         """Return the id in the path. Raises `NotFoundError` if it is not a UUID."""
@@ -142,7 +206,7 @@ class Visit:
             with self.transaction() as session:
                 return workspaces.first_names(session, MOST_SUGGESTED)
 
-        found: list[str] = self.services.recent.get("workspaces", names)
+        found: list[str] = self.services.results.get("workspaces", names)
         return found
 
     def menu(self) -> list[tuple[str, str, str]]:

@@ -6,19 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from followups.console.access import Permission
-from followups.console.pages import (
-    audit_log,
-    bulk,
-    chat,
-    follow_up,
-    follow_ups,
-    login,
-    new,
-    overview,
-    public,
-    settings,
-    system,
-)
+from followups.console.pages import audit_log, bulk, chat, follow_up, follow_ups, login, new, overview, settings, system
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -42,8 +30,8 @@ ROUTES = (
     Route("GET", "/login", Permission.PUBLIC, login.show),
     Route("POST", "/login", Permission.PUBLIC, login.sign_in),
     Route("POST", "/logout", Permission.PUBLIC, login.sign_out),
-    Route("POST", "/preferences", Permission.PUBLIC, public.prefer),
-    Route("GET", "/static/{name}", Permission.PUBLIC, public.static),
+    Route("POST", "/preferences", Permission.PUBLIC, login.prefer),
+    Route("GET", "/static/{name}", Permission.PUBLIC, login.static),
     Route("GET", "/", Permission.SEE, overview.show),
     Route("GET", "/follow-ups", Permission.SEE, follow_ups.show),
     Route("GET", "/follow-ups/new", Permission.CHANGE, new.show),

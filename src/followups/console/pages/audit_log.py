@@ -5,7 +5,7 @@ from __future__ import annotations
 from datetime import datetime
 from typing import TYPE_CHECKING
 
-from followups.console.forms import uuid_or_none
+from followups.console.visit import uuid_or_none
 from followups.errors import InvalidRequestError, WorkspaceNotFoundError
 from followups.store import audit, workspaces
 from followups.store.audit import Action, AuditFilter

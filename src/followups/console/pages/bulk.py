@@ -12,8 +12,8 @@ from uuid import uuid4
 from sqlalchemy import text
 
 from followups.console import reasons
-from followups.console.forms import uuid_or_none
 from followups.console.pages.follow_ups import LIMIT, Asked, wanted_of
+from followups.console.visit import uuid_or_none
 from followups.errors import InvalidRequestError, NotFoundError
 from followups.states import Status
 from followups.store import browse, bulk_actions

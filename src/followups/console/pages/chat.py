@@ -8,8 +8,8 @@ from sqlalchemy import select, text
 
 from followups.channels import window_closes_at
 from followups.console import reasons
-from followups.console.forms import uuid_or_none
 from followups.console.pages.follow_ups import LIMIT
+from followups.console.visit import uuid_or_none
 from followups.errors import ChatNotFoundError
 from followups.models import Chat, ChatMessage, Workspace
 from followups.states import Status

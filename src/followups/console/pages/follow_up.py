@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from sqlalchemy import func, select
 
 from followups import checks, scheduling
-from followups.console import actors, consequences
+from followups.console import reasons
 from followups.console.access import Permission as Doing
 from followups.console.timeline import timeline
 from followups.console.zones import AmbiguousTimeError, Zone
@@ -70,7 +70,7 @@ def reveal(visit: Visit) -> Response:
     """Show the message to a person who sees all workspaces, and record that in the audit log."""
     with visit.transaction() as session:
         found = _own(visit, session)
-        actors.record(visit, session, Action.MESSAGES_SHOWN, found.workspace_id, found.id)
+        visit.record(session, Action.MESSAGES_SHOWN, found.workspace_id, found.id)
     return _page(visit, FollowUpForm(reveal=True))
 
 
@@ -85,7 +85,7 @@ def save(visit: Visit) -> Response:
             now = session.execute(select(func.now())).scalar_one()
             chat = chats.lock_chat(session, found.workspace_id, found.chat_id)
             due = changes.get("due_date", found.due_date)
-            typed.consequences = consequences.foreseen(visit, session, chat, due, now)
+            typed.consequences = reasons.consequences_of(visit, session, chat, due, now)
             return found
         return _amend(visit, session, found, changes)
 
@@ -133,14 +133,14 @@ def retry(visit: Visit) -> Response:
 
     def change(session: Session, found: FollowUp) -> FollowUp:
         new = scheduling.retry_once(session, found.id)
-        actors.record(visit, session, Action.FOLLOW_UP_RETRIED, found.workspace_id, found.id, retriedAs=str(new.id))
+        visit.record(session, Action.FOLLOW_UP_RETRIED, found.workspace_id, found.id, retriedAs=str(new.id))
         return new
 
     return _changed(visit, FollowUpForm(), change)
 
 
 def _amend(visit: Visit, session: Session, found: FollowUp, changes: dict[str, Any]) -> FollowUp:
-    actor = actors.actor_of(visit)
+    actor = visit.actor
     return scheduling.amend(session, found.id, changes, workspace_id=visit.person.workspace_id, actor=actor)
 
 

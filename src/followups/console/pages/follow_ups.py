@@ -10,7 +10,7 @@ from sqlalchemy import text
 
 from followups.channels import Channel
 from followups.console import reasons
-from followups.console.forms import uuid_or_none
+from followups.console.visit import uuid_or_none
 from followups.errors import InvalidRequestError, WorkspaceNotFoundError
 from followups.states import ReasonCode, Status
 from followups.store import browse, workspaces
@@ -23,8 +23,7 @@ if TYPE_CHECKING:
     from sqlalchemy.orm import Session
     from starlette.responses import Response
 
-    from followups.console.forms import Fields
-    from followups.console.visit import Visit
+    from followups.console.visit import Fields, Visit
     from followups.wording import Sentence
 
 SIZE = 25

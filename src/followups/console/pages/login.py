@@ -1,4 +1,4 @@
-"""Sign-in with an API key or a link's token, and sign-out."""
+"""The routes that need no session: sign-in with an API key or a link's token, sign-out, static files, preferences."""
 
 from __future__ import annotations
 
@@ -6,7 +6,12 @@ import math
 from http import HTTPStatus
 from typing import TYPE_CHECKING
 
-from followups.console import identity
+from starlette.responses import Response
+
+from followups.console import assets, identity
+from followups.console.identity import safe_place
+from followups.console.language import LANGUAGES
+from followups.errors import NotFoundError
 from followups.models import ApiKey
 from followups.store import api_keys, console_sessions
 from followups.store.console_sessions import Grant
@@ -14,9 +19,9 @@ from followups.telemetry.logs import get_logger
 
 if TYPE_CHECKING:
     from sqlalchemy.orm import Session
-    from starlette.responses import Response
 
     from followups.console.visit import Visit
+
 
 log = get_logger(__name__)
 
@@ -36,13 +41,13 @@ def sign_in(visit: Visit) -> Response:
             console_sessions.end(session, old)
     # Only failed sign-ins are limited. A client with a valid key can sign in even if other clients at its address have
     # failed.
-    if token is None and (wait := visit.services.tries.wait(visit.client)):
+    if token is None and (wait := visit.services.failed_sign_ins.wait(visit.client)):
         told = visit.t("Too many attempts; try again in {seconds} seconds.", seconds=math.ceil(wait))
         response = visit.page("login.html", HTTPStatus.TOO_MANY_REQUESTS, told=told, next=wanted)
         response.headers["retry-after"] = str(math.ceil(wait))
         return response
     if token is None:
-        visit.services.tries.failed(visit.client)
+        visit.services.failed_sign_ins.record(visit.client)
         log.info("console_sign_in_refused")
         told = visit.t("That is no valid API key, and no link's token that can still be used.")
         return visit.page("login.html", HTTPStatus.UNAUTHORIZED, told=told, next=wanted)
@@ -72,3 +77,24 @@ def sign_out(visit: Visit) -> Response:
             console_sessions.end(session, token)
     visit.cookie(name, "", max_age=0, path="/", secure=visit.services.is_secure(visit.scheme), httponly=True)
     return visit.redirect("/login")
+
+
+YEAR = 365 * 24 * 60 * 60
+
+
+def static(visit: Visit) -> Response:
+    """Return a static file."""
+    asset = assets.BY_NAME.get(visit.parameters["name"])
+    if asset is None:
+        raise NotFoundError
+    return Response(asset.content, media_type=asset.media_type, headers=assets.KEPT)
+
+
+def prefer(visit: Visit) -> Response:
+    """Store the person's choice of language and time zone in cookies."""
+    chosen, zone = visit.form.text("language"), visit.form.text("zone")
+    if chosen in LANGUAGES:
+        visit.cookie("followups_language", chosen, max_age=YEAR, samesite="lax", httponly=True)
+    if visit.services.is_zone(zone):
+        visit.cookie("followups_zone", zone, max_age=YEAR, samesite="lax")
+    return visit.redirect(safe_place(visit.form.text("next", "/")))

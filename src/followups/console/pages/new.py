@@ -10,8 +10,8 @@ from uuid import UUID, uuid4
 from sqlalchemy import func, select, text
 
 from followups import checks, scheduling
-from followups.console import actors, consequences
-from followups.console.forms import uuid_or_none
+from followups.console import reasons
+from followups.console.visit import uuid_or_none
 from followups.console.zones import AmbiguousTimeError, Zone
 from followups.errors import ChatNotFoundError, ConflictError, InvalidRequestError, WorkspaceNotFoundError
 from followups.models import MAX_MESSAGE_LENGTH, Chat
@@ -73,7 +73,7 @@ def schedule(visit: Visit) -> Response:
             due = Zone(form.text("due_zone", visit.zone.name)).read(typed.due, form.text("fold"))
             now = session.execute(select(func.now())).scalar_one()
             if form.text("do") == "check":
-                typed.consequences = consequences.foreseen(visit, session, chat, due, now)
+                typed.consequences = reasons.consequences_of(visit, session, chat, due, now)
                 status = HTTPStatus.OK
             else:
                 created = _schedule_once(visit, session, chat, typed, due)
@@ -102,7 +102,7 @@ def _schedule_once(visit: Visit, session: Session, chat: Chat, typed: ScheduleFo
     new = scheduling.schedule(
         session, workspace_id=chat.workspace_id, chat_id=chat.id, message=typed.message, due_date=due
     )
-    actors.record(visit, session, Action.FOLLOW_UP_CREATED, chat.workspace_id, new.id)
+    visit.record(session, Action.FOLLOW_UP_CREATED, chat.workspace_id, new.id)
     response = StoredResponse(HTTPStatus.SEE_OTHER, str(new.id), b"")
     idempotency.remember(session, chat.workspace_id, key, submitted, response)
     return new.id

@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 from sqlalchemy import func, select
 
 from followups.channels import Channel
-from followups.console import actors
 from followups.console.zones import Zone
 from followups.errors import InvalidRequestError, NotFoundError, WorkspaceNotFoundError
 from followups.models import ApiKey, AuditEvent, Workspace
@@ -86,7 +85,7 @@ def create_key(visit: Visit) -> Response:
         workspace = _required(visit, session)
         try:
             life = _life(visit)
-            actor = actors.actor_of(visit)
+            actor = visit.actor
             _, key = administration.create_key(session, actor, workspace.id, visit.form.text("name"), life)
         except InvalidRequestError as error:
             return _page(
@@ -116,7 +115,7 @@ def revoke_key(visit: Visit) -> Response:
     """Revoke the API key."""
     with visit.transaction() as session:
         key = _key(visit, session)
-        administration.revoke_key(session, actors.actor_of(visit), key.id)
+        administration.revoke_key(session, visit.actor, key.id)
         name = session.get_one(Workspace, key.workspace_id).name
     return _back(visit, name, "api-keys")
 
@@ -133,7 +132,7 @@ def set_hours(visit: Visit) -> Response:
     doing = visit.form.text("do")
     with visit.transaction() as session:
         workspace = _required(visit, session)
-        actor = actors.actor_of(visit)
+        actor = visit.actor
         try:
             if doing == "always":
                 administration.clear_hours(session, actor, workspace.id)
@@ -218,7 +217,7 @@ def set_limit(visit: Visit) -> Response:
         try:
             scope = _limit_scope(visit, workspace)
             rate, burst = _rate(visit)
-            administration.set_limit(session, actors.actor_of(visit), scope, rate, burst)
+            administration.set_limit(session, visit.actor, scope, rate, burst)
         except InvalidRequestError as error:
             return _page(
                 visit, session, workspace, Told(visit.said(error.sentence), typed={"rate": visit.form.text("rate")})
@@ -245,7 +244,7 @@ def clear_limit(visit: Visit) -> Response:
     """Remove a rate limit."""
     with visit.transaction() as session:
         workspace = _chosen(visit, session)
-        administration.clear_limit(session, actors.actor_of(visit), _limit_scope(visit, workspace))
+        administration.clear_limit(session, visit.actor, _limit_scope(visit, workspace))
         name = workspace.name if workspace else ""
     visit.services.nudge()
     return _back(visit, name, "rate-limits")
@@ -276,7 +275,7 @@ def pause(visit: Visit) -> Response:
             told = Told(visit.t("Choose a channel, or a workspace first."))
             return _page(visit, session, workspace, told)
         scope = pauses.PauseScope(workspace.id if workspace else None, channel)
-        administration.pause(session, actors.actor_of(visit), scope)
+        administration.pause(session, visit.actor, scope)
         name = workspace.name if workspace else ""
     return _back(visit, name, "pauses")
 
@@ -286,7 +285,7 @@ def resume(visit: Visit) -> Response:
     with visit.transaction() as session:
         workspace = _chosen(visit, session)
         scope = pauses.PauseScope(workspace.id if workspace else None, _channel(visit))
-        administration.resume(session, actors.actor_of(visit), scope)
+        administration.resume(session, visit.actor, scope)
         name = workspace.name if workspace else ""
     _within_time(bulk.release_paused(visit.services.engine))  # the workers release the follow-ups that are still held
     visit.services.nudge()

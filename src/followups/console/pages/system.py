@@ -29,7 +29,7 @@ def show(visit: Visit) -> Response:
     """
     services = visit.services
     asks = "workers" in visit.query
-    findings: list[Finding] = list(services.recent.get(("system", asks), lambda: list(_findings(services, asks=asks))))
+    findings: list[Finding] = list(services.results.get(("system", asks), lambda: list(_findings(services, asks=asks))))
     return visit.page("system.html", findings=findings, asked=asks, failed=sum(not each.ok for each in findings))
 
 
