@@ -47,7 +47,7 @@ the due time would block the whole event loop.
 """
 
 HIGHEST_STATUS_CODE = 1000
-"""Highest three-digit status code."""
+"""Exclusive upper limit of a status code, which has at most three digits."""
 
 
 async def send(
