@@ -58,7 +58,7 @@ def test_it_measures_and_leaves_nothing(settings: Settings, world: World, tmp_pa
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
 def test_broken_off(settings: Settings, world: World, engine: Engine, tmp_path: Path, number: int) -> None:
-    """Ctrl-C removes a benchmark's data; after SIGKILL the next run does so, but keeps data still in use."""
+    """Ctrl-C removes a benchmark's data; after SIGKILL, the next run removes the data if it is not in use."""
     bench = start(settings, tmp_path, "--count", "50000", "--delay", "0.2")
     wait_until(lambda: world.scalar(SCHEMAS) == 1, within=60)
     world.alter("CREATE SCHEMA followups_bench_elsewhere")

@@ -307,7 +307,7 @@ def _cookie_of(answer: httpx.Response) -> str:
 
 
 def test_the_header_is_believed_from_the_proxy_only(console_settings: Settings, own: World) -> None:
-    """The proxy's header is ignored if the request comes from another address."""
+    """The proxy's header is ignored if the request does not come from the proxy's address."""
     update = {
         "console_proxy_header": "x-forwarded-email",
         "console_proxy_addresses": "10.0.0.7",

@@ -54,7 +54,7 @@ def test_it_prints_its_document(built: Built) -> None:
 def test_it_says_what_is_missing(built: Built) -> None:
     """`followups doctor` without settings names the missing settings in one sentence.
 
-    It prints no stack trace.
+    The command prints no stack trace.
     """
     ran = run(built, "doctor")
     assert ran.returncode == 2

@@ -354,7 +354,7 @@ def fairly(scenario: Callable[[Scene], None]) -> Callable[[Scene], None]:
 
 
 def window_overflows(scene: Scene) -> None:
-    """Claim again while ``MAX_IN_FLIGHT`` is reached."""
+    """Claim a second time after the first claim has reached ``MAX_IN_FLIGHT``."""
     bounded = scene.settings.model_copy(update={"max_in_flight": 2})
     scene.world.burst([timedelta(0)] * 5)
     taken = [len(scene.claim(scene.engine, bounded).leases) for _ in range(2)]

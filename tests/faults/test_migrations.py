@@ -1,4 +1,4 @@
-"""Tests of migrations during endless transactions: others continue, and the error names who blocks."""
+"""A migration during an endless transaction delays others only briefly; its error names the blocker."""
 
 from __future__ import annotations
 

@@ -47,7 +47,7 @@ def allowed(hours: SendingHours, moment: datetime) -> bool:
     clock, today, yesterday = local.time(), local.weekday(), (local - DAY).weekday()
     if hours.opening < hours.closing:
         return today in hours.days and hours.opening <= clock < hours.closing
-    # If sending hours cross midnight, the first part belongs to today and the second part to the day before.
+    # Sending hours that cross midnight belong to the day on which they begin.
     return (today in hours.days and clock >= hours.opening) or (yesterday in hours.days and clock < hours.closing)
 
 

@@ -207,7 +207,7 @@ def test_what_is_required_is_named(monkeypatch: pytest.MonkeyPatch, field: str) 
     ],
 )
 def test_a_wrong_value_stops_the_start_with_its_name(monkeypatch: pytest.MonkeyPatch, name: str, value: str) -> None:
-    """An invalid value's error is one sentence that begins with the variable and shows no password."""
+    """The error for an invalid value is one sentence that begins with the variable and shows no password."""
     monkeypatch.setenv(f"FOLLOWUPS_{name}", value)
     with pytest.raises(SettingsError, match=rf"^FOLLOWUPS_{name} should .*\.$") as caught:
         load_settings()
@@ -307,7 +307,7 @@ def test_a_retention_that_is_too_short_is_refused(monkeypatch: pytest.MonkeyPatc
 
 @pytest.mark.parametrize(("value", "port"), [("9100", 9100), ("", None), ("tcp://10.96.0.7:9100", None)])
 def test_the_port_for_metrics(monkeypatch: pytest.MonkeyPatch, value: str, port: int | None) -> None:
-    """A metrics port set to a URL is ignored.
+    """A metrics port is ignored if its value is a URL.
 
     Kubernetes sets this variable to a URL for a Service named followups-metrics.
     """

@@ -27,7 +27,9 @@ if TYPE_CHECKING:
     from starlette.types import ASGIApp
 
 PEER = "peer"
-"""The key in a request's state for the address of the connection's peer, whatever the headers say."""
+"""The key in a request's state under which the address of the connection's peer is stored, regardless of the request's
+headers.
+"""
 
 HEADER_WITHIN = 10.0
 """Time limit in seconds for all headers of a request to arrive."""

@@ -7,7 +7,7 @@ from abc import ABC, abstractmethod
 
 
 class Background(ABC):
-    """A thread that runs while there is work. Starting it while it runs has no effect."""
+    """A thread that runs while there is work. Starting the thread while it is running has no effect."""
 
     name: str
 

@@ -58,7 +58,7 @@ SPREAD = 10_000
 COMING = 0.25
 """Seconds that released follow-ups may take to reach a worker; until then no more follow-ups are released."""
 BACKOFF = 1.0
-"""Seconds before a database that does not answer is tried again, which is also the longest pause."""
+"""Seconds to wait if the database does not answer. No pause is longer."""
 
 
 class Returns:

@@ -4,8 +4,9 @@ The watchdog reads from a pipe, and its owner holds the other end open. The kern
 ends (return, signal, SIGKILL). This works on every Unix and from every thread, whereas Linux's parent-death signal is
 bound to the thread that started the child and is not sent to grandchildren.
 
-The owner imports this module. The watchdog runs it as a script, which uses only the standard library and starts in
-about 20 ms. Each owner has one watchdog, which runs from the first guarded process or directory until none is left.
+The owner imports this module. The watchdog process runs this file as a script, which uses only the standard library and
+starts in about 20 ms. Each owner has one watchdog, which runs from the first guarded process or directory until none is
+left.
 """
 
 from __future__ import annotations

@@ -127,8 +127,8 @@ class RecoveryPolicy:
     """Number of failed attempts in a row after which a workspace is tripped.
 
     If one in fifty of a hundred attempts a second fails, three failures in a row occur every 21 minutes, four every 18
-    hours, and five once in 37 days. If one in ten fails, five in a row occur every 18 minutes. With a higher number,
-    every workspace would use up more attempts while the transport is unreachable.
+    hours, and five once in 37 days. If one attempt in ten fails, five failures in a row occur every 18 minutes. With a
+    higher number, every workspace would use up more attempts while the transport is unreachable.
     """
 
     def arguments(self) -> tuple[float, ...]:

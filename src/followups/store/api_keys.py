@@ -38,8 +38,8 @@ PREFIX = "fup_"
 """Prefix of every API key, which lets people and secret scanners recognise a key."""
 
 SHOWN_LENGTH = 12
-"""Number of characters of an API key that are stored in plain text, so that its owner can tell keys apart. They reveal
-48 of the key's 256 random bits.
+"""Number of characters of an API key that are stored in plain text, so that its owner can tell keys apart. The stored
+characters reveal 48 of the key's 256 random bits.
 """
 
 _LENGTH = len(PREFIX) + 43  # 32 bytes in URL-safe base 64, without padding

@@ -5,14 +5,14 @@ Follow-ups in a final state are counted up to `EXACT_UP_TO` for each state. For 
 used, which costs nothing even for many millions of rows. Lag and throughput are computed from the follow-ups that ended
 in the last minutes, by an index; a query that takes longer than `LIMIT` is cancelled.
 
-The backlog is measured for metrics, which are read every few seconds. Counting ten million pending rows takes seconds,
-and counters maintained by a trigger would make every insert and every end update one shared row. So rows are counted
-one by one up to `BACKLOG_EXACT_UP_TO`, which exceeds the number of overdue follow-ups of a healthy system. Beyond that
-limit the numbers are the planner's estimates. The estimates are as exact as the last ANALYZE (which runs after 2 % of
-the rows have changed), and never below the number of rows already counted. Measured on two busy cores with half a
-million rows pending, 36,000 of them overdue: 16 ms (an exact count of pending rows takes 83 ms, and grows with their
-number). Right after 60,000 rows were sent and before a vacuum, the first measurement takes 287 ms, and later ones 13 to
-16 ms. The duration of the backlog's measurement does not depend on the number of rows.
+The backlog is measured for metrics, which are read every few seconds. Counting ten million pending rows takes seconds.
+If a trigger maintained counters, each follow-up's insert and end would have to update one shared row. So rows are
+counted one by one up to `BACKLOG_EXACT_UP_TO`, which exceeds the number of overdue follow-ups of a healthy system.
+Beyond that limit the numbers are the planner's estimates. The estimates are as exact as the last ANALYZE (which runs
+after 2 % of the rows have changed), and never below the number of rows already counted. Measured on two busy cores with
+half a million rows pending, 36,000 of them overdue: 16 ms (an exact count of pending rows takes 83 ms, and grows with
+their number). Right after 60,000 rows were sent and before a vacuum, the first measurement takes 287 ms, and later ones
+13 to 16 ms. The duration of the backlog's measurement does not depend on the number of rows.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Dispatcher ticks: one dispatcher claims at a time, and each claim checks when the last tick ran.
 
-The claim lock and the time of the last tick are one row of the database, because a dispatcher cannot see the ticks of
-other dispatchers. The in-flight limit can be enforced only if dispatchers do not count the follow-ups in flight
-concurrently.
+The claim lock and the time of the last tick are stored in one row of the database, because a dispatcher cannot see the
+ticks of other dispatchers. The in-flight limit can be enforced only if dispatchers do not count the follow-ups in
+flight concurrently.
 
 A long gap between ticks means an outage, or a database clock that was set forward. In both cases leases have expired
 without a tick to notice it, while their workers may still be running and know the outcomes. Workers therefore get a

@@ -109,7 +109,7 @@ _MESSAGES = Statement("""
 
 @Rule
 def messages(workspace_id: UUID, ids: Sequence[UUID]) -> Steps[dict[UUID, str]]:
-    """Return the messages of those of the given follow-ups that exist in the workspace."""
+    """Return the messages of the given follow-ups, except follow-ups that are not in the workspace."""
     return {row.id: row.message for row in (yield _MESSAGES(workspace_id=workspace_id, ids=uuid_array(ids)))}
 
 

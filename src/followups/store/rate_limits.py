@@ -232,7 +232,7 @@ BATCH = 1000
 def release(
     connection: Connection, scope: tuple[UUID | None, str | None], longest: timedelta, without: Collection[UUID] = ()
 ) -> Halved[UUID, int]:
-    """Make up to a thousand follow-ups that a rate limit has deferred due now.
+    """Let up to a thousand of the follow-ups that a rate limit has deferred be due now.
 
     Only follow-ups deferred by at most ``longest`` are released. ``scope`` is the limit's workspace and channel; None
     means all. Follow-ups whose ids are in ``without`` are skipped. Returns the released follow-ups, and those whose

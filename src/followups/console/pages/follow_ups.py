@@ -1,4 +1,4 @@
-"""The page with the list of follow-ups. Its filters are in the URL, and each row explains the state of a follow-up."""
+"""The page with the list of follow-ups. The URL contains the filters, and each row explains a follow-up's state."""
 
 from __future__ import annotations
 

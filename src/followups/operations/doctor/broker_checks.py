@@ -36,7 +36,7 @@ REFUSED = (
 """Advice for errors that the broker returns to all clients."""
 
 UNREAD_TICKS = 100
-"""Number of ticks in the queue from which no worker seems to be reading it."""
+"""If more ticks than this are in the queue, no worker seems to be reading it."""
 
 
 def broker_client(settings: Settings, patience: timedelta = PATIENCE) -> redis.Redis:
