@@ -1,4 +1,4 @@
-"""For each SQL guard, the guarantee holds with the guard and is violated without it."""
+"""For each SQL guard, its scenario breaks a promise if and only if the guard is missing."""
 
 from __future__ import annotations
 
