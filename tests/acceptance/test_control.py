@@ -78,7 +78,7 @@ def test_a_worker_that_starts_while_it_is_paused(stack: Stack) -> None:
 
 
 def test_held_until_the_hours_open(stack: Stack) -> None:
-    """Nothing is sent before the sending hours begin. Then all follow-ups are sent once."""
+    """Nothing is sent before the sending hours begin. When the hours begin, all follow-ups are sent once."""
     stack.start()
     now = stack.world.scalar("SELECT now()")
     opening = now + 5 * SECOND

@@ -187,7 +187,7 @@ def served(observed: Stack) -> Iterator[tuple[Child, str]]:
 
 
 def test_web(observed: Stack, served: tuple[Child, str]) -> None:
-    """Web is healthy while it answers, not when stopped or on another port; an invalid port is an error."""
+    """`health web` succeeds only while the web process answers on its port; an invalid port is an error."""
     child, port = served
     assert health(observed, "web", "--port", port).returncode == 0
     ran = health(observed, "web", "--port", str(free_port()))

@@ -296,7 +296,7 @@ def test_a_proxy_signs_people_in_by_a_header(behind_proxy: str, own: World) -> N
     assert "ben@chat.example" in ben.text
     assert "ann@chat.example" not in ben.text
     assert one.client.get("/console/", headers=cookie).status_code == 303
-    own.sql("UPDATE console_sessions SET role = 'operator' WHERE way = 'proxy'")  # the role of an earlier setting
+    own.sql("UPDATE console_sessions SET role = 'operator' WHERE way = 'proxy'")  # the role is from an earlier setting
     lowered = one.client.get("/console/", headers={"cookie": _cookie_of(ben), "x-forwarded-email": "ben@chat.example"})
     assert "· viewer ·" in lowered.text
     one.client.close()

@@ -92,7 +92,7 @@ def test_an_alert_says_what_to_do(name: str) -> None:
 
 
 def test_no_alert_is_forgotten_or_invented() -> None:
-    """OPERATIONS.md explains exactly the existing alerts."""
+    """OPERATIONS.md explains every existing alert and no other alerts."""
     explained = re.findall(r"^#+ (FollowUps\w+)$", (DEPLOY / "OPERATIONS.md").read_text(), re.MULTILINE)
     assert sorted(explained) == sorted(ALERTS)
 

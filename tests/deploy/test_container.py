@@ -35,7 +35,7 @@ def test_it_is_not_root() -> None:
 
 
 def test_all_that_is_installed_is_hashed() -> None:
-    """Each pip install uses hashed requirements, or the locally built wheel without dependencies."""
+    """Each pip install uses requirements with hashes, or the locally built wheel without dependencies."""
     installs = re.findall(r"\binstall\b(?:[^&\n\\]|\\\n)*", RECIPE)
     assert len(installs) == 3
     for install in installs:

@@ -53,7 +53,7 @@ def _change(server: EmbeddedPostgres, setting: str, value: str) -> None:
 
 
 def socket_of(server: EmbeddedPostgres) -> Path:
-    """Return the directory of a server's socket, given as the host in its URL."""
+    """Return the socket directory that a server's URL names as its host."""
     return Path(str(make_url(server.url()).query["host"]))
 
 

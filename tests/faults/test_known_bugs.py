@@ -56,7 +56,7 @@ def deliver(engine: Engine, settings: Settings, outcome: Outcome) -> None:
 
 
 def test_stale_row_is_saved(world: World, engine: Engine, settings: Settings) -> None:
-    """Saving a row that was read before its follow-up was sent is refused; the row stays sent."""
+    """If a row was read before its follow-up was sent, saving it is refused, and the row stays sent."""
     follow_up = world.follow_up()
     with Session(engine) as session:
         assert session.get_one(FollowUp, follow_up).status == "pending"

@@ -121,6 +121,6 @@ def test_backlog_of_a_neighbour(rig: Rig, figures: Figures) -> None:
 
 @pytest.mark.faults_long
 def test_backlog_of_a_neighbour_for_long(rig: Rig, figures: Figures) -> None:
-    """Other workspaces' follow-ups are not delayed by fifty thousand overdue ones, with default settings."""
+    """With default settings, one workspace's fifty thousand overdue follow-ups do not delay other workspaces."""
     seen = backlog(rig, overdue=50_000, each=300, spread=60.0)
     keep_backlog(rig, figures, seen)

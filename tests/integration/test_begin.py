@@ -42,7 +42,7 @@ class TestBegin:
         assert world.row(follow_up).begun_at is None
 
     def test_forged(self, world: World, steps: Steps) -> None:
-        """A forged hint begins no attempt, whether the follow-up exists without a lease or does not exist."""
+        """A forged hint begins no attempt, whether its follow-up has no lease or does not exist."""
         follow_up = world.follow_up(due=timedelta(hours=1))
         forged = [leases.Lease(follow_up, 0, datetime.now(UTC)), leases.Lease(uuid4(), 1, datetime.now(UTC))]
         assert steps.begin(forged).begun == ()

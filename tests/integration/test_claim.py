@@ -1,4 +1,4 @@
-"""Claim on PostgreSQL: which follow-ups are leased, what happens to lost leases, the low-water mark."""
+"""Tests of claims on PostgreSQL: which follow-ups are leased, lost leases, and the low-water mark."""
 
 from __future__ import annotations
 

@@ -157,7 +157,7 @@ def test_a_commit_is_lost(place: DeliverySteps, name: str, monkeypatch: pytest.M
 def test_a_commit_takes_its_time(
     place: DeliverySteps, name: str, monkeypatch: pytest.MonkeyPatch, *, committed: bool
 ) -> None:
-    """As long as the server may still be committing, no result is assumed; then the database is asked."""
+    """No result is assumed while the server may still be committing; afterwards the database is queried."""
     step = STEPS[name](place)
     commit, rollback = psycopg.Connection.commit, psycopg.Connection.rollback
     ended = threading.Event()

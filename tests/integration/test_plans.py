@@ -312,7 +312,7 @@ def test_a_stopped_dispatcher_asks_nothing_more(
 ) -> None:
     """Stopping a dispatcher waits for a running update of the planner's statistics.
 
-    The dispatcher's engine is closed next and must not be used again.
+    After the stop, the dispatcher's engine is closed, so the update must not use it any more.
     """
     with engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
         connection.execute(text("VACUUM (ANALYZE) follow_ups"))

@@ -101,7 +101,7 @@ def test_chat_messages_of_the_same_age_go(world: World, engine: Engine, settings
 
 
 def test_many_go_in_batches(world: World, engine: Engine, settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
-    """All old rows are deleted, however many batches it takes and despite kept messages in between."""
+    """All old rows are deleted in as many batches as necessary, even with kept messages in between."""
     monkeypatch.setattr(pruning, "BATCH", 3)
     chat_id = world.chat()
     for n in range(10):

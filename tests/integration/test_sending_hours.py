@@ -208,7 +208,7 @@ class TestLateness:
         assert [(one, final.reason) for one, final in beginning.ended] == [(late, "too_late")]
 
     def test_what_nobody_could_hold(self, world: World, engine: Engine, settings: Settings) -> None:
-        """If no worker ran when a follow-up fell due outside sending hours, it still counts as held."""
+        """A follow-up that fell due outside sending hours counts as held, even if no worker ran at that time."""
         brief = settings.model_copy(update={"max_lateness": HOUR})
         put(world, hours_from(-30 * MINUTE, 3 * HOUR))
         old = {"scheduled_at": text("now() - interval '9 h'")}
@@ -302,7 +302,7 @@ class TestWindow:
     def test_a_hold_that_would_miss_the_window(self, world: World, engine: Engine, settings: Settings) -> None:
         """A follow-up that would be held beyond its messaging window fails immediately as window_closed.
 
-        A follow-up that fits into the window is held.
+        A follow-up whose hold ends within the messaging window is held.
         """
         put(world, CLOSED)
         missed, fits = (world.follow_up(self.windowed(world, left)) for left in (2 * HOUR, 5 * HOUR))

@@ -1,4 +1,4 @@
-"""Human takeover: an operator's message cancels follow-ups scheduled before it and no later ones."""
+"""Tests of human takeover: an operator's message cancels only follow-ups scheduled before it."""
 
 from __future__ import annotations
 

@@ -65,7 +65,7 @@ def test_who_shares_a_bucket(per: str, buckets: int) -> None:
 
 
 def test_what_was_loosened() -> None:
-    """Removing or raising a limit releases its follow-ups; a new or lower limit releases no follow-up."""
+    """A removed or raised limit releases its deferred follow-ups; a new or lower limit releases none."""
     before = [limit(1), limit(2, ACME), limit(3, channel="waha"), limit(4, OTHER), limit(5, ACME, "api")]
     after = [
         limit(1),

@@ -98,7 +98,7 @@ def test_an_event_is_one_line_of_json(capsys: pytest.CaptureFixture[str]) -> Non
 def test_libraries_log_in_the_same_format(capsys: pytest.CaptureFixture[str], name: str) -> None:
     """A record that a library logs through `logging` has the same keys as ours and is logged once.
 
-    A library's own log handlers do not duplicate the line.
+    The log handlers of the library itself do not write the line a second time.
     """
     if name in OWN_HANDLERS:
         logging.getLogger(name).addHandler(logging.StreamHandler(sys.stderr))

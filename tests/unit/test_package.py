@@ -1,4 +1,4 @@
-"""The package's public names, and the cost of importing it."""
+"""Tests of the package's public names and of the cost of importing it."""
 
 from __future__ import annotations
 

@@ -45,7 +45,7 @@ class Starts:
         return max(known, key=lambda start: start.offset, default=None)
 
     def note(self, of: Hashable, start: Start) -> None:
-        """Remember a starting point. If there are too many starting points, drop the oldest one."""
+        """Store a starting point. If there are too many starting points, drop the oldest one."""
         if start.offset < DEEP:
             return
         starts = self._known.pop(of, {})

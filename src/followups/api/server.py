@@ -344,7 +344,7 @@ def config_of(app: ASGIApp) -> uvicorn.Config:
         log_config=None,  # the project's own logging uses one format for every line
         access_log=False,
         server_header=False,
-        forwarded_allow_ips="127.0.0.1,::1",  # otherwise uvicorn would use an environment variable
+        forwarded_allow_ips="127.0.0.1,::1",  # without this argument, uvicorn would use an environment variable
         timeout_keep_alive=KEEP_ALIVE,
         timeout_graceful_shutdown=GRACE,
     )

@@ -1,8 +1,8 @@
 """Stops the children of a process that ended without stopping them itself.
 
-The watchdog reads from a pipe, and its owner holds the other end open. The kernel closes that end however the owner
-ends (return, signal, SIGKILL). This works on every Unix and from every thread, whereas Linux's parent-death signal is
-bound to the thread that started the child and is not sent to grandchildren.
+The watchdog reads from a pipe, and its owner holds the other end open. The kernel closes the owner's end of the pipe
+however the owner process ends (return, signal, SIGKILL). This works on every Unix and from every thread, whereas
+Linux's parent-death signal is bound to the thread that started the child and is not sent to grandchildren.
 
 The owner imports this module. The watchdog process runs this file as a script, which uses only the standard library and
 starts in about 20 ms. Each owner has one watchdog, which runs from the first guarded process or directory until none is
@@ -101,7 +101,7 @@ class Watchdog:
                 process.communicate()
 
     def _let_go(self) -> None:
-        """Close a forked child's copy of the pipe, which would keep the watchdog from noticing the owner's end."""
+        """Close a forked child's copy of the pipe, so that the watchdog notices when the owner ends."""
         self._lock = threading.Lock()
         self._guarded = {}
         if self._process is not None and self._process.stdin is not None:

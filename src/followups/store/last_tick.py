@@ -1,13 +1,13 @@
 """Dispatcher ticks: one dispatcher claims at a time, and each claim checks when the last tick ran.
 
 The claim lock and the time of the last tick are stored in one row of the database, because a dispatcher cannot see the
-ticks of other dispatchers. The in-flight limit can be enforced only if dispatchers do not count the follow-ups in
-flight concurrently.
+ticks of other dispatchers. To enforce the in-flight limit, dispatchers must count the follow-ups in flight one at a
+time.
 
-A long gap between ticks means an outage, or a database clock that was set forward. In both cases leases have expired
-without a tick to notice it, while their workers may still be running and know the outcomes. Workers therefore get a
-grace period, in which they can record the outcomes of their attempts in flight. Until it ends, the leases of these
-attempts are not claimed again.
+A long gap between ticks means an outage, or a database clock that was set forward. In both cases, leases expire while
+no tick runs, and their workers may still be running and know the outcomes. Workers therefore get a grace period, in
+which they can record the outcomes of their attempts in flight. Until it ends, the leases of these attempts are not
+claimed again.
 """
 
 from __future__ import annotations

@@ -100,7 +100,7 @@ _NOTE = text("UPDATE follow_ups SET retry_of = :original WHERE id = :id")
 
 
 def last_of(session: Session, follow_up_id: UUID) -> UUID:
-    """Return the last follow-up of a chain of retries, or the given one if it has not been retried.
+    """Return the last follow-up of a chain of retries, or the given follow-up if it has no retry.
 
     A caller that adds a retry to the chain must have locked the chat first.
     """

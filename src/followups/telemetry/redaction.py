@@ -24,7 +24,7 @@ is not logged either.
 LONGER = tuple(f"_{key}" for key in sorted(SECRET_KEYS))
 
 PASSWORD_IN_URL = re.compile(r"(://[^\s:/?#@]*:)[^\s/?#]*@")
-"""``://user:`` and the password, which may itself contain an ``@``."""
+"""A pattern for ``://user:`` and the password after it, which may contain an ``@``."""
 
 BEARER = re.compile(r"(?i)\b(bearer\s+)[\w.~+/=-]+")
 

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 KEEPALIVE = 3
 """Seconds for which an idle connection is kept. Most servers, by default, keep an idle connection for longer: 4 or 5 s.
-A request on a connection that is just being closed has an unknown outcome.
+If a request is sent on a connection that the server is just closing, its outcome is unknown.
 """
 
 STREAMS = 10

@@ -46,7 +46,7 @@ def test_error_tells_nothing(
 ) -> None:
     """After an unexpected error, the 500 response does not contain the error's text.
 
-    The log line shows where the error was raised, also without the text.
+    The log line still shows where the error was raised, but not the error's text.
     """
 
     def broken(*_: object) -> None:

@@ -137,7 +137,7 @@ def connect(api: Api) -> socket.socket:
 
 
 def received(connection: socket.socket) -> tuple[bytes, bytes]:
-    """Receive until the process closes the connection; return head and body of the response."""
+    """Receive until the process closes the connection; return the head and the body of the response."""
     data = b""
     while piece := connection.recv(65_536):
         data += piece

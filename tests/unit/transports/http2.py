@@ -45,7 +45,7 @@ class Stream:
 
 @dataclass
 class Http2Connection:
-    """A connection and its streams by number."""
+    """An HTTP/2 connection with its streams by number."""
 
     writer: asyncio.StreamWriter
     h2: H2Connection

@@ -1,4 +1,4 @@
-"""HTTP responses: the outcome of each status, and the delay requested by Retry-After."""
+"""Tests of HTTP responses: the outcome of each status, and the delay requested by Retry-After."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ def test_retry_after_changes_no_refusal(status: int) -> None:
     ],
 )
 def test_retry_after_is_seconds_or_a_date(value: str, seconds: float) -> None:
-    """Retry-After is read as seconds or as one of three date forms, clamped to 1 second..24 hours."""
+    """Retry-After is read as seconds or as one of three date forms, and limited to 1 second to 24 hours."""
     assert retry_after({"retry-after": value}, NOW) == timedelta(seconds=seconds)
 
 

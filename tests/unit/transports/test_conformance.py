@@ -111,7 +111,7 @@ async def test_whatever_is_no_passing_failure_is_final(rig: TransportRig, status
 
 
 async def test_a_lost_answer_is_unknown_and_the_next_attempt_finds_out(rig: TransportRig) -> None:
-    """A connection that breaks before the response is `Unknown`; a repeated key reveals the outcome."""
+    """If a connection breaks before the response, the outcome is `Unknown` until the key is sent again."""
     delivery = a_delivery()
     outcome = await rig.send(delivery, kind="drop", times=1)
     assert isinstance(outcome, Unknown)

@@ -35,7 +35,7 @@ def plug_in(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> 
     ("name", "made"), [("http", HttpTransport), ("matrix", MatrixTransport), ("sandbox", SandboxTransport)]
 )
 def test_each_of_our_own_is_found_by_its_name(name: str, made: type) -> None:
-    """`FOLLOWUPS_TRANSPORT` names the transport to use, which is also the name of its entry point."""
+    """`FOLLOWUPS_TRANSPORT` selects a transport by the name of its entry point."""
     secret = TOKEN if name == "matrix" else None
     transport = load_transport(settings_for("http://host", transport=name, transport_secret=secret))
     assert type(transport) is made

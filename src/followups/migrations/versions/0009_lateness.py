@@ -53,8 +53,8 @@ def upgrade() -> None:
 
 
 def _alter(change: str) -> None:
-    # The statement runs outside the migration's transaction, so the lock timeout is set here, whereas `env` sets it
-    # elsewhere. While the statement waits for its lock, every other access to the table waits behind it.
+    # The statement runs outside the migration's transaction, for which `env` sets the lock timeout, so the timeout is
+    # set here. While the statement waits for its lock, every other access to the table waits behind it.
     op.get_bind().exec_driver_sql(f"BEGIN; SET LOCAL lock_timeout = '{LOCK_TIMEOUT}'; ALTER TABLE {change}; COMMIT")
 
 
