@@ -105,7 +105,7 @@ def test_streams_need_a_session_and_are_bounded(
 ) -> None:
     """A client without a session gets no stream, and a session gets a limited number of streams.
 
-    At the limit, the rest of the console still works.
+    A session with the maximum number of streams can still use the rest of the console.
     """
     monkeypatch.setattr(live, "BY_SESSION", 2)
     assert person().get("/stream").status_code == 401

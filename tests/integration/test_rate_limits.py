@@ -162,7 +162,7 @@ def test_a_burst_goes_at_the_rate(world: World, bench: Bench) -> None:
 
 
 def test_a_place_that_cannot_be_read(world: World, bench: Bench) -> None:
-    """If a follow-up's place under a limit cannot be read, no other follow-up is delayed.
+    """If the due date of one rate-limited follow-up cannot be read, no other follow-up is delayed.
 
     All other follow-ups still count towards the limit.
     """

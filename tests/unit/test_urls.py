@@ -1,4 +1,4 @@
-"""URLs of the database and the broker: accepted forms, and the errors for invalid ones."""
+"""Tests of the URLs of the database and the broker: accepted forms, and errors for invalid URLs."""
 
 from __future__ import annotations
 
