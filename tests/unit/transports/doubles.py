@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
@@ -99,23 +100,16 @@ class ScriptedServer:
     async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self.connections += 1
         self.writer = writer
-        try:
+        with contextlib.suppress(ConnectionError, asyncio.IncompleteReadError):  # the client closed the connection
             while not writer.is_closing():
-                await self._answer(writer, await _request(reader))
-        except (ConnectionError, asyncio.IncompleteReadError):
-            pass  # the client closed the connection
-        finally:
-            writer.close()
-
-    async def _answer(self, writer: asyncio.StreamWriter, request: Request) -> None:
-        self.requests.append(request)
-        self.requested.set()
-        if callable(self.answer):
-            await self.answer(writer, request)
-            writer.close()
-        else:
-            writer.write(self.answer)
-            await writer.drain()
+                request = await _request(reader)
+                self.requests.append(request)
+                self.requested.set()
+                if callable(self.answer):
+                    await self.answer(writer, request)
+                    return
+                writer.write(self.answer)
+                await writer.drain()
 
 
 async def _request(reader: asyncio.StreamReader) -> Request:
@@ -139,7 +133,9 @@ async def listening(
         try:
             await serve(reader, writer)
         finally:
-            writer.close()
+            # asyncio cannot abort a TLS transport that was closed twice.
+            if not writer.is_closing():
+                writer.close()
 
     def connected(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         writers.append(writer)
