@@ -1,4 +1,4 @@
-"""Helpers of all tests that insert rows and read them."""
+"""Helpers shared by all tests, which insert and read rows."""
 
 from __future__ import annotations
 

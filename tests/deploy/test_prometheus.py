@@ -1,6 +1,6 @@
 """Tests of Prometheus with the real system: dashboard queries return data, and faults trigger the alerts.
 
-In these tests, a minute of Prometheus lasts two seconds, so that the tests are short.
+To keep these tests short, each minute in the Prometheus configuration is scaled down to two seconds.
 """
 
 from __future__ import annotations

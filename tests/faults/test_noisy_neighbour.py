@@ -1,4 +1,4 @@
-"""Tests in which one workspace has a hundred times the load, or a backlog, and delays no other one."""
+"""Tests in which one workspace has a hundred times the load, or a backlog, without delaying the others."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ class Seen(NamedTuple):
 
 
 def backlog(rig: Rig, overdue: int, each: int, spread: float, call: float = 0.0) -> Seen:
-    """Let ``each`` follow-ups of five workspaces fall due in ``spread`` seconds, without and with a backlog.
+    """Make ``each`` follow-ups of five workspaces fall due within ``spread`` seconds, with and without a backlog.
 
     Every call to the receiver takes at least ``call`` seconds.
     """

@@ -86,7 +86,7 @@ class TestBegin:
         ],
     )
     def test_world(self, world: World, steps: Steps, columns: dict[str, object], status: str, code: str) -> None:
-        """A follow-up ends just before sending if its chat is removed, the user replies or the window closes."""
+        """Begin ends a follow-up if its chat was removed, the user has replied or the window has closed."""
         follow_up = world.follow_up(world.chat(**columns))
         beginning = steps.begin([steps.lease()])
         assert beginning.begun == ()

@@ -71,7 +71,7 @@ class TestApiKeys:
         assert sorted(listed) == [("", "Acme"), ("laptop", "Acme")]
 
     def test_bad_name(self, session: Session) -> None:
-        """An API key's name that the database cannot store is rejected."""
+        """An API key name that the database cannot store is rejected."""
         workspace, _ = workspaces.create(session, "Acme")
         with pytest.raises(InvalidRequestError):
             api_keys.create(session, workspace.id, "a\x00")

@@ -324,7 +324,7 @@ def test_more_than_one_claim_takes(world: World, engine: Engine, settings: Setti
 
 
 def test_beside_a_backlog(world: World, engine: Engine, settings: Settings) -> None:
-    """A fair claim skips an unwritable row, even if an ordered claim would not have taken the row."""
+    """A fair claim skips an unwritable row, including one that an ordered claim would not have reached."""
     others = type(world)(engine)
     world.burst([-10 * SECOND] * 25)
     with ticking(settings.model_copy(update={"max_in_flight": 10, "lease": timedelta(minutes=5)}), engine) as claimed:
@@ -355,7 +355,7 @@ def test_the_next_of_a_chat_cannot_be_written(world: World, engine: Engine, sett
 
 
 def test_the_next_of_a_chat_whose_first_ends(world: World, engine: Engine, settings: Settings) -> None:
-    """A follow-up ended by begin stays ended, even if the next one of its chat cannot be unblocked."""
+    """A follow-up ended by begin stays ended, even if the next follow-up in its chat cannot be unblocked."""
     chat = world.chat(removed_at=text("now()"))
     first = world.follow_up(chat, -2 * SECOND)
     unwritable(world, world.follow_up(chat, -SECOND, waits_for=first))

@@ -75,7 +75,7 @@ def test_what_is_open_is_allowed_by_the_clock(hours: SendingHours, moment: datet
 
 @given(HOURS, MOMENTS | NEAR_TRANSITIONS)
 def test_nothing_that_is_allowed_is_left_out(hours: SendingHours, moment: datetime) -> None:
-    """Until the sending hours next begin, every local time is outside them, unless the clock shows it twice."""
+    """Until the next opening, every local time is outside sending hours, except a time that occurs twice."""
     opening = opens_at(hours, moment)
     assert opening >= moment
     for n in range(40):

@@ -74,7 +74,7 @@ class LastUse:
         self._recorded: dict[UUID, float] = {}
 
     def is_news(self, key_id: UUID) -> bool:
-        """Return whether this use of the key should be recorded; for each key, this is so once a minute."""
+        """Return whether to record this use of the key, which happens at most once a minute per key."""
         now = time.monotonic()
         if now < self._recorded.get(key_id, 0.0):
             return False

@@ -296,7 +296,7 @@ def _start(processes: Processes, settings: Settings, plan: BenchPlan, port: int)
 
 
 def _forget(settings: Settings) -> None:
-    """Delete the keys that beat and the workers created in the broker."""
+    """Delete the broker keys created by the workers and by beat."""
     with redis.Redis.from_url(settings.broker_url.get_secret_value()) as broker:
         for key in broker.scan_iter(match=f"{settings.broker_prefix}*", count=1000):
             broker.delete(key)

@@ -53,7 +53,7 @@ def list_(  # noqa: PLR0913 - one for each option
     message: Annotated[bool, typer.Option("--message", help="Show the messages' texts too (JSON only).")] = False,
     json: Json = False,
 ) -> None:
-    """List follow-ups, newest first. Run followups show ID to see why a follow-up is in its state."""
+    """List follow-ups, newest first. Run followups show ID to see why a follow-up is in its current state."""
     wanted = ListFilter(
         chat_ids=tuple(chat or ()),
         statuses=tuple(status or ()),

@@ -268,7 +268,7 @@ class RateLimits:
         self._unlogged += len(waits)
 
     async def defer(self, waits: Sequence[tuple[Lease, timedelta]]) -> tuple[tuple[Lease, timedelta], ...]:
-        """Defer follow-ups with a long wait in the database.
+        """In the database, defer the follow-ups that still have long to wait.
 
         Return the follow-ups whose wait is short; these stay in the due queue.
         """

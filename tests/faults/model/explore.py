@@ -64,7 +64,7 @@ def _check(world: ModelWorld) -> None:
 
 
 def _at_the_horizon(onward: dict[ModelWorld, list[ModelWorld]], protocol: Protocol) -> set[ModelWorld]:
-    """Return the states that can be left only by a claim beyond the exploration's limit."""
+    """Return the states whose only way out is a claim beyond the exploration limit."""
     return {world for world in onward if any(row.pending and row.token >= protocol.most_claims for row in world.rows)}
 
 

@@ -1,4 +1,4 @@
-"""Fixtures for the API tests: one web process per settings and test process, one workspace per test."""
+"""Fixtures for the API tests: a web process for each set of settings, and a workspace for each test."""
 
 from __future__ import annotations
 

@@ -31,7 +31,7 @@ def test_lone_surrogates(api: Api) -> None:
     ids=["nothing", "same", "unknown chat", "due date", "null"],
 )
 def test_in_flight(api: Api, changes: dict[str, str]) -> None:
-    """Any change of a follow-up in flight is rejected with 409 and Retry-After."""
+    """Any change to a follow-up in flight is rejected with 409 and Retry-After."""
     before = api.create()
     api.world.put_in_flight(before["id"])
     answer = api.patch(before, **changes)

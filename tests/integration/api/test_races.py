@@ -1,4 +1,4 @@
-"""Races of reply and create, cancel and deliver, patch and tick, over concurrent connections.
+"""Races between reply and create, cancel and deliver, and patch and tick, over concurrent connections.
 
 The first transaction stops halfway, holding its locks. A second transaction starts, and then the first one continues.
 The tests do not sleep, because PostgreSQL reports when the second transaction waits.

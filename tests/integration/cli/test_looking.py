@@ -218,7 +218,7 @@ class TestDoctor:
 
     @pytest.mark.usefixtures("environment")
     def test_what_does_not_run_is_named_with_what_to_do(self, world: World) -> None:
-        """Without workers, beat and receiver, doctor exits with code 1 and gives advice for each failed check."""
+        """If no worker, beat or receiver is running, `doctor` exits with 1 and gives advice for each failed check."""
         world.sql("UPDATE dispatcher_state SET last_tick_at = now() - interval '1 hour'")
         ran = doctor()
         assert ran.returncode == 1

@@ -25,7 +25,7 @@ router = APIRouter(prefix="/api/v1", tags=["Chats"], route_class=AuthenticatedRo
 
 @router.put("/chats/{chatId}", operation_id="putChat", response_model=Chat, responses=response_docs.PUT_CHAT)
 async def put_chat(chat_id: Annotated[Id, Path(alias="chatId")], body: ChatPut, request: Request) -> Response:
-    """Create or update a chat. A removed chat that is put again becomes a new chat."""
+    """Create or update a chat. A PUT for a removed chat creates a new chat."""
     caller = Caller(request)
     exclusive = caller.exclusive_external_ids
     chat, new = await caller.change(lambda work: _put(work.workspace_id, chat_id, body, exclusive=exclusive))
