@@ -16,8 +16,7 @@ from sqlalchemy.orm import Session
 
 import followups
 from followups.delivery import hints
-from followups.worker.broker import LONGEST_BODY
-from followups.worker.remote_control import REFUSAL
+from followups.worker.broker import COMMAND_REFUSED, LONGEST_BODY
 from stack import wait_until
 
 if TYPE_CHECKING:
@@ -205,7 +204,7 @@ def test_remote_control_only_asks(running: Stack) -> None:
         ((answer,),) = [
             each.values() for each in control.broadcast(command, arguments, reply=True, timeout=10, limit=1)
         ]
-        assert answer == {"error": REFUSAL}, command
+        assert answer == {"error": COMMAND_REFUSED}, command
     assert control.ping(timeout=10, limit=1)
     follow_up = running.world.follow_up()
     running.wait_until_done(follow_up)

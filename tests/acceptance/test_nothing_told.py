@@ -19,7 +19,7 @@ from sqlalchemy import make_url
 
 import web
 from followups.embedded import free_port
-from followups.embedded.procfile import argv, search_path
+from followups.embedded.processes import argv, search_path
 from stack import wait_until
 
 if TYPE_CHECKING:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from followups.embedded.procfile import COMMANDS
+from followups.embedded.processes import COMMANDS
 from followups.settings import Settings, environment_name
 
 if TYPE_CHECKING:

@@ -14,9 +14,8 @@ from sqlalchemy.exc import IntegrityError
 from faults import guards
 from faults.guards import PromiseBroken, Scene, without
 from followups.delivery.attempts import Begun
-from followups.delivery.call_timeout import CallTimeout
 from followups.delivery.clock import DatabaseClock
-from followups.delivery.send import send
+from followups.delivery.send import CallTimeout, send
 from followups.store.fragments import LATENESS_FROM, NEXT_TOKEN
 from followups.transports.port import Delivery, Sent
 from followups.uptime import uptime

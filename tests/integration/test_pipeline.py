@@ -20,11 +20,10 @@ from sqlalchemy.exc import OperationalError
 from followups.database import make_async_engine
 from followups.delivery import due_queue, settle
 from followups.delivery.attempts import Begun
-from followups.delivery.call_timeout import CallTimeout
 from followups.delivery.claim import claim
 from followups.delivery.clock import DatabaseClock
 from followups.delivery.pipeline import Pipeline
-from followups.delivery.send import send
+from followups.delivery.send import CallTimeout, send
 from followups.delivery.slots import POISON_PILLS
 from followups.session_settings import ONCE_PLANNED
 from followups.store.leases import Lease

@@ -11,9 +11,8 @@ from uuid import uuid4
 import pytest
 
 from followups.delivery.attempts import Attempt, Begun
-from followups.delivery.call_timeout import CallTimeout
 from followups.delivery.clock import DatabaseClock
-from followups.delivery.send import send
+from followups.delivery.send import CallTimeout, send
 from followups.store.leases import Lease
 from followups.transports.port import Delivery, Outcome, Sent, Unknown
 from followups.uptime import uptime

@@ -26,7 +26,7 @@ from followups.cli.failures import FAILED
 from followups.cli.output import Json, print_json, remark, remarks, say
 from followups.database import make_engine
 from followups.embedded import EmbeddedError, Processes, answers, free_port
-from followups.embedded.procfile import argv, search_path
+from followups.embedded.processes import argv, search_path
 from followups.embedded.stop_signals import StopSignals
 from followups.settings import get_settings, load_settings
 from followups.store import bench_schema, workspaces

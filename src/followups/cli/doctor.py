@@ -17,7 +17,6 @@ from followups.operations.doctor import (
     connection_checks,
     database_checks,
     process_checks,
-    table_checks,
     transport_checks,
 )
 from followups.settings import get_settings
@@ -55,7 +54,7 @@ def _findings(settings: Settings) -> Iterator[Finding]:
         yield from database_checks.of_server(engine)
         yield from connection_checks.of_database(engine)
         yield from database_checks.of_database(settings, engine)
-        yield from table_checks.of_tables(engine)
+        yield from database_checks.of_tables(engine)
     reachable = True
     for finding in broker_checks.broker(settings):
         reachable = reachable and (finding.ok or finding.name != "broker")

@@ -15,7 +15,7 @@ from followups.delivery import events
 from followups.delivery.claim import claim, claim_fairly, release, unclaimable
 from followups.delivery.claim_interval import ClaimInterval
 from followups.delivery.hints import batches
-from followups.store import chat_order, last_tick, pauses, planner
+from followups.store import chat_order, claims, last_tick, pauses
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -244,10 +244,10 @@ class Dispatcher:
 
     def _refresh(self, took: float, leased: int) -> None:
         try:
-            if took > SLOW or planner.counts_as_less_than(self._engine, leased):
-                planner.refresh(self._engine)
+            if took > SLOW or claims.planner_expects_fewer_than(self._engine, leased):
+                claims.refresh_planner_statistics(self._engine)
                 # If the estimate is still too low, another session is refreshing the statistics.
-                if not planner.counts_as_less_than(self._engine, leased):
+                if not claims.planner_expects_fewer_than(self._engine, leased):
                     events.statistics_refreshed(took)
         except Exception as error:  # noqa: BLE001 - a minute later it is tried again, whatever it was
             events.failed("statistics", error, self._engine)

@@ -22,12 +22,11 @@ from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 
 from followups.delivery import events
 from followups.delivery.begin import begin_within_limits
-from followups.delivery.call_timeout import CallTimeout
 from followups.delivery.claim import release
 from followups.delivery.clock import DatabaseClock
 from followups.delivery.deferral import Deferral
 from followups.delivery.due_queue import BEGIN_BATCH, LEAD, LONGEST_RETRY_DELAY, RETRY_DELAY, DueQueue
-from followups.delivery.send import GRACE, send
+from followups.delivery.send import GRACE, CallTimeout, send
 from followups.delivery.settle import Settler
 from followups.delivery.slots import Slots
 from followups.delivery.upkeep import BACKOFF, LONGEST_BACKOFF, Upkeep, insist

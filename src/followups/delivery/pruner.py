@@ -1,8 +1,13 @@
-"""The pruner deletes old rows once an hour, in small batches while all other work continues."""
+"""The pruner deletes old rows once an hour, in small batches while all other work continues.
+
+`BackgroundThread` is also the base class of the bulk runner.
+"""
 
 from __future__ import annotations
 
+import threading
 import time
+from abc import ABC, abstractmethod
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import TYPE_CHECKING
@@ -10,7 +15,6 @@ from typing import TYPE_CHECKING
 from sqlalchemy import text
 
 from followups.delivery import events
-from followups.delivery.background import Background
 from followups.store import audit, pruning
 from followups.store.bulk_cancel import now
 from followups.store.pruning import OLDEST
@@ -24,6 +28,7 @@ if TYPE_CHECKING:
 
     from followups.settings import Settings
 
+
 BUDGET = timedelta(minutes=2)
 """How long one run may delete rows of one table before it leaves the other rows to the next run."""
 
@@ -35,7 +40,34 @@ LEAST_PAUSE = 0.01
 log = get_logger(__name__)
 
 
-class Pruner(Background):
+class BackgroundThread(ABC):
+    """A thread that runs while there is work. Starting the thread while it is running has no effect."""
+
+    name: str
+
+    def __init__(self) -> None:
+        """Prepare the thread, but do not start it."""
+        self._stopping = threading.Event()
+        self._thread: threading.Thread | None = None
+
+    def start(self) -> None:
+        """Start the work in a thread unless the thread is already running, and return immediately."""
+        if self._thread is None or not self._thread.is_alive():
+            self._thread = threading.Thread(target=self._run, name=self.name, daemon=True)
+            self._thread.start()
+
+    def stop(self) -> None:
+        """Stop after the current batch; another process or a later run does the remaining work."""
+        self._stopping.set()
+        if self._thread and self._thread.is_alive():
+            self._thread.join()
+
+    @abstractmethod
+    def _run(self) -> None:
+        """Do the work until it is finished or `stop` is called. Errors are reported, never raised."""
+
+
+class Pruner(BackgroundThread):
     """Prunes in a thread of a worker process."""
 
     name = "pruner"

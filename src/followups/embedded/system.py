@@ -16,7 +16,7 @@ from sqlalchemy.orm import Session
 from followups import database, schema
 from followups.embedded import EmbeddedError, EmbeddedPostgres, EmbeddedValkey, Processes, answers, free_port
 from followups.embedded.postgres import make_data_directory
-from followups.embedded.procfile import argv, search_path
+from followups.embedded.processes import argv, search_path
 from followups.operations import administration
 from followups.settings import load_settings
 from followups.store import console_sessions

@@ -17,7 +17,7 @@ from sqlalchemy.orm import Session
 from followups import scheduling
 from followups.database_errors import concerns_a_row
 from followups.delivery import events
-from followups.delivery.background import Background
+from followups.delivery.pruner import BackgroundThread
 from followups.errors import (
     ConflictError,
     InvalidRequestError,
@@ -70,7 +70,7 @@ class BatchError(Exception):
         self.cause = cause
 
 
-class BulkRunner(Background):
+class BulkRunner(BackgroundThread):
     """Carries out waiting bulk actions in a thread of a worker process. Other workers can continue them."""
 
     name = "bulk"

@@ -6,6 +6,12 @@ follow-ups would be served before all other workspaces. In that case, free slots
 follow-ups in flight.
 
 Each claim is one guarded statement, which skips rows that another transaction has locked.
+
+The planner's statistics are updated here because the claim needs them first. Autovacuum updates them within minutes.
+Until then, the planner estimates one row for a table that was emptied, vacuumed, and then filled in a burst. The
+planner then rates any index that contains the id as highly as the primary key, although some of these indexes are
+scanned completely for each row. With 50,000 due follow-ups in such a table, the claim, begin and settle of one batch
+took seconds each.
 """
 
 from __future__ import annotations
@@ -25,7 +31,7 @@ if TYPE_CHECKING:
     from datetime import datetime
     from uuid import UUID
 
-    from sqlalchemy import Connection
+    from sqlalchemy import Connection, Engine
 
     from followups.states import Final
 
@@ -196,3 +202,26 @@ def _claim_of(connection: Connection, rows: Sequence[Any], look: ClaimSearch) ->
         cut_short=looked.taken == look.most < room,
         low_water=looked.low_water,
     )
+
+
+# If VACUUM or a similar command has locked the table, that command updates the statistics.
+_ANALYZE = text("ANALYZE (SKIP_LOCKED) follow_ups")
+_COUNTED = text("SELECT reltuples FROM pg_class WHERE oid = 'follow_ups'::regclass")
+
+
+def planner_expects_fewer_than(engine: Engine, number: int) -> bool:
+    """Return whether the planner's estimate of the table is below this number of rows.
+
+    The estimate is good even for a new table, because it is based on the table's size.
+    """
+    with engine.connect() as connection:
+        return bool(0 <= connection.execute(_COUNTED).scalar_one() < number)
+
+
+def refresh_planner_statistics(engine: Engine) -> None:
+    """Run ANALYZE on the table of follow-ups, which reads some 30,000 rows and blocks nothing.
+
+    Raises database errors.
+    """
+    with engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
+        connection.execute(_ANALYZE)

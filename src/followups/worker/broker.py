@@ -6,6 +6,8 @@ failover of Redis, would therefore stop every worker.
 
 A worker shuts down cleanly even while the broker does not answer. Celery 5.7 sends its heartbeats to Flower from the
 consumer's own loop. Celery retries such a heartbeat endlessly, logs nothing, and ignores SIGTERM in the meantime.
+
+Of the remote control commands that arrive over the broker, a worker accepts those that are read-only.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ from celery import Celery
 from celery.app import amqp
 from celery.loaders.app import AppLoader
 from celery.worker import state
+from celery.worker.control import Panel
 from kombu.connection import Connection as KombuConnection
 from kombu.transport import TRANSPORT_ALIASES
 from kombu.transport import redis as kombu_redis
@@ -31,6 +34,7 @@ from followups.urls import tls_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
+
 
 log = get_logger(__name__)
 
@@ -285,3 +289,32 @@ def _is_addressed(properties: Mapping[str, Any]) -> bool:
         and isinstance(delivery.get("exchange"), str)
         and isinstance(delivery.get("routing_key"), str)
     )
+
+
+READ_ONLY_COMMANDS = frozenset(
+    {
+        *("ping", "stats", "active", "reserved", "scheduled", "registered", "active_queues", "query_task", "clock"),
+        *("revoked", "conf", "report", "signs_of_life"),
+        *("dump_active", "dump_reserved", "dump_schedule", "dump_revoked", "dump_tasks"),
+        *("enable_events", "heartbeat"),  # Flower needs these commands to show a worker
+    }
+)
+"""Read-only commands, whose results `celery inspect` and Flower's pages show.
+
+Any other command stops a worker, changes it, or writes files on its host.
+"""
+
+COMMAND_REFUSED = "this worker takes no such commands: FOLLOWUPS_REMOTE_CONTROL=true allows them"
+
+
+def restrict_remote_control() -> None:
+    """Reject with an error every remote control command that is not read-only.
+
+    Any client that can write to the broker can send such commands.
+    """
+    for name in Panel.data.keys() - READ_ONLY_COMMANDS:
+        Panel.data[name] = _refuse_command
+
+
+def _refuse_command(*_: object, **__: object) -> dict[str, str]:
+    return {"error": COMMAND_REFUSED}

@@ -36,7 +36,7 @@ from followups.store.counter_totals import CounterTotals
 from followups.telemetry import traces
 from followups.telemetry.logs import get_logger
 from followups.transports.registry import load_transport
-from followups.worker import celery_logs, liveness, remote_control
+from followups.worker import broker, celery_logs, liveness
 from followups.worker.broker import CONSUMER, App
 from followups.worker.schedule import beat_schedule
 
@@ -160,7 +160,7 @@ with _exit_when_wrong():
 app = make_app(settings)
 celery_logs.install(settings)
 if not settings.remote_control:
-    remote_control.restrict()
+    broker.restrict_remote_control()
 
 
 class Process:

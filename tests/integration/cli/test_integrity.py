@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from followups.operations.doctor.table_checks import of_tables
+from followups.operations.doctor.database_checks import of_tables
 
 if TYPE_CHECKING:
     from sqlalchemy import Engine

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from honcho.environ import parse_procfile
 
-from followups.embedded.procfile import COMMANDS, argv, search_path
+from followups.embedded.processes import COMMANDS, argv, search_path
 
 if TYPE_CHECKING:
     import pytest

@@ -13,7 +13,7 @@ import pytest
 from standardwebhooks import Webhook
 
 from followups.errors import TransportConfigurationError
-from followups.transports.sandbox import live
+from followups.transports.sandbox import server
 from followups.transports.sandbox.behaviour import Behaviour
 from followups.transports.sandbox.chats import SandboxChats
 from followups.transports.sandbox.server import build_app, serving
@@ -196,8 +196,8 @@ async def test_the_stream_brings_everything_then_what_changes(
 
     After the sandbox is cleared, the event stream sends a snapshot again.
     """
-    monkeypatch.setattr(live, "INTERVAL", 0.01)
-    monkeypatch.setattr(live, "SHARE", 1.0)
+    monkeypatch.setattr(server, "INTERVAL", 0.01)
+    monkeypatch.setattr(server, "SHARE", 1.0)
     chats.say("c1", "user", "one")
     stream = events(http)
     name, state = await anext(stream)
@@ -216,9 +216,9 @@ async def test_the_stream_brings_everything_then_what_changes(
 
 async def test_an_idle_stream_shows_that_it_lives(http: aiohttp.ClientSession, monkeypatch: pytest.MonkeyPatch) -> None:
     """An idle event stream sends a comment now and then, so that a lost connection is noticed."""
-    monkeypatch.setattr(live, "INTERVAL", 0.01)
-    monkeypatch.setattr(live, "SHARE", 1.0)
-    monkeypatch.setattr(live, "HEARTBEAT", 0.02)
+    monkeypatch.setattr(server, "INTERVAL", 0.01)
+    monkeypatch.setattr(server, "SHARE", 1.0)
+    monkeypatch.setattr(server, "HEARTBEAT", 0.02)
     async with http.get("/sandbox/events") as response:
         lines = [(await response.content.readline()).decode() for _ in range(5)]
     assert lines[3:] == [": still here\n", "\n"]

@@ -4,14 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from followups.operations.doctor import (
-    Finding,
-    broker_checks,
-    database_checks,
-    process_checks,
-    table_checks,
-    transport_checks,
-)
+from followups.operations.doctor import Finding, broker_checks, database_checks, process_checks, transport_checks
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -39,7 +32,7 @@ def _findings(services: ConsoleServices, *, asks: bool) -> Iterator[Finding]:
     yield from database_checks.databases(settings, services.engine)
     yield from database_checks.of_server(services.engine)
     yield from database_checks.of_database(settings, services.engine)
-    yield from table_checks.of_tables(services.engine)
+    yield from database_checks.of_tables(services.engine)
     reachable = True
     for finding in broker_checks.broker(settings):
         reachable = reachable and (finding.ok or finding.name != "broker")
