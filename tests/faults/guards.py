@@ -192,7 +192,7 @@ def rescheduled_begins(scene: Scene) -> None:
 
 
 def stale_result_settles(scene: Scene) -> None:
-    """Settle an attempt with a replaced token while another attempt is in flight."""
+    """Settle an attempt whose token has been replaced, while another attempt is in flight."""
     scene.world.follow_up()
     (frozen,) = scene.begin(scene.lease())
     (other,) = scene.begin(scene.leased_anew(frozen.lease))

@@ -1,4 +1,4 @@
-"""Runs the real store step by step next to the model; PostgreSQL must contain what the model predicts."""
+"""Runs the real store in step with the model, and checks that PostgreSQL contains what the model predicts."""
 
 from __future__ import annotations
 

@@ -121,7 +121,7 @@ def sessions_ended(rig: Rig, figures: Figures, times: int) -> None:
 
 
 def test_sessions_ended(rig: Rig, figures: Figures) -> None:
-    """If an operator terminates database sessions, this only causes reconnects."""
+    """If an operator terminates database sessions, the processes simply reconnect."""
     sessions_ended(rig, figures, times=8)
 
 

@@ -140,7 +140,7 @@ def outage(rig: Rig, figures: Figures, rate: float, seconds: float) -> None:
 
 
 def away(rig: Rig, figures: Figures, rate: float, seconds: float, limit: int | None = None) -> int:
-    """Fail every chat for some seconds under load, then accept all; return the number of failures.
+    """Under load, make every chat fail for some seconds and then accept again; return the failure count.
 
     ``limit`` is a rate limit for all deliveries, per second.
     """

@@ -1,4 +1,4 @@
-"""Tests of the results page: it keeps the date and the broken promises of tests that were not rerun."""
+"""Tests of the results page, on which tests that were not rerun keep their dates and broken promises."""
 
 from __future__ import annotations
 

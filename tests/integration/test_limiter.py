@@ -171,7 +171,7 @@ async def test_it_waits_for_the_slowest(place: LimiterUnderTest) -> None:
 
 
 async def test_a_long_wait_is_told_shorter(place: LimiterUnderTest) -> None:
-    """The reported wait is exact if short, but less than the true wait if long, as requests may be dropped."""
+    """A short wait is reported exactly; a long one is understated, because requests may be dropped."""
     limit = bucket(rate=0.01, burst=1)
     await place.ask(request(0, limit))
     waits = await place.ask(*(request(since, limit) for since in range(1, 4)))

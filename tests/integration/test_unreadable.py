@@ -62,7 +62,7 @@ def test_what_has_begun_is_kept(
 
 
 def unchecked(world: World, table: str) -> None:
-    """Drop the constraint on readable times, as if the table's rows were older than the constraint."""
+    """Drop the constraint that requires readable times, to imitate rows that are older than the constraint."""
     world.alter(f"ALTER TABLE {table} DROP CONSTRAINT ck_{table}_times_are_readable")
 
 

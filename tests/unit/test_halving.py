@@ -1,4 +1,4 @@
-"""Tests of the halving of a batch in which single rows may be rejected."""
+"""Tests for halving a batch when the database may reject individual rows."""
 
 from __future__ import annotations
 

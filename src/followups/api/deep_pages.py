@@ -20,7 +20,7 @@ KNOWN_FOR = 60.0
 """Seconds for which a deep page starts at the same row, even if rows are added before that row."""
 
 MOST_LISTS, MOST_STARTS = 1_000, 64
-"""The maximum number of lists whose starting points are remembered, and of starting points for each list."""
+"""The maximum number of remembered lists, and of starting points remembered for each list."""
 
 
 class Starts:

@@ -91,7 +91,7 @@ class Exposition:
     """
 
     def __init__(self, engine: Engine, window: int, totals: CounterTotals) -> None:
-        """Store the two functions that return the gauges and the counters' totals."""
+        """Store two functions: one returns the gauges, the other the totals of the counters."""
         self._engine = engine
         self._totals = totals
         self._waiting = CollectorRegistry()

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 SHORTEST = 0.05
 LONGEST = 0.5
-"""The longest time, in seconds, for which a follow-up created during a backlog and due immediately waits for a claim.
+"""The longest time, in seconds, that a follow-up waits for a claim if it is created during a backlog and due
+immediately.
 """
 
 

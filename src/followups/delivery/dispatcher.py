@@ -179,8 +179,8 @@ class Dispatcher:
         deadline = time.monotonic() + seconds
         self._interval.begin()
         self._unblock_forgotten()
-        # After the deadline, the remaining claims are left to the next tick, possibly of another dispatcher. Two
-        # dispatchers that alternate claim twice as often, and half as many follow-ups each time.
+        # After the deadline, the remaining claims are left to the next tick, possibly of another dispatcher. If two
+        # dispatchers alternate, claims are twice as frequent, and each takes half as many follow-ups.
         while self._interval.next <= deadline:
             if self._stopping.wait(max(0.0, self._interval.next - time.monotonic())) or not self._claim_and_publish():
                 return

@@ -126,9 +126,9 @@ class RecoveryPolicy:
     in_a_row: int = 5
     """Number of failed attempts in a row after which a workspace is tripped.
 
-    If one in fifty of a hundred attempts a second fails, three failures in a row occur every 21 minutes, four every 18
-    hours, and five once in 37 days. If one attempt in ten fails, five failures in a row occur every 18 minutes. With a
-    higher number, every workspace would use up more attempts while the transport is unreachable.
+    At a hundred attempts per second, of which one in fifty fails, three failures in a row occur every 21 minutes, four
+    every 18 hours, and five once in 37 days. If one attempt in ten fails, five failures in a row occur every 18
+    minutes. With a higher number, every workspace would use up more attempts while the transport is unreachable.
     """
 
     def arguments(self) -> tuple[float, ...]:

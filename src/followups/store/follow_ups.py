@@ -142,8 +142,9 @@ def create_if_clear(
 ) -> Steps[FollowUp | None]:
     """Insert a pending follow-up and return it, or None if one statement cannot decide.
 
-    This single statement replaces a transaction of several statements. It handles only cases in which the API key is
-    valid, the chat is not locked, the user did not write last, and neither a messaging window nor a quota applies.
+    This single statement replaces a transaction of several statements. The statement handles only the case in which the
+    API key is valid, the chat is not locked, the user did not write last, and neither a messaging window nor a quota
+    applies.
     """
     created: Sequence[FollowUp] = yield _CREATE_IF_CLEAR(
         workspace_id=workspace_id,

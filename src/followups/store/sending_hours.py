@@ -41,7 +41,7 @@ def put(session: Session, workspace_id: UUID, hours: SendingHours) -> None:
     """Set the workspace's sending hours.
 
     Raises `InvalidRequestError` for an unknown time zone or an empty set of days. The caller must then call
-    `followups.store.holds.release_held`, which releases the follow-ups that the previous hours held.
+    `followups.store.holds.release_held`, which releases the follow-ups held because of the previous sending hours.
     """
     if zone_of(hours.time_zone) is None:
         message = Sentence(

@@ -124,9 +124,9 @@ class Heartbeat:
     def sign(self, part: str, within: timedelta, otherwise: str, at: float | None = None) -> None:
         """Record that a component made progress.
 
-        ``at`` is the time in monotonic seconds, by default now. The component must report again ``within`` this time.
-        If it does not, the heartbeat reports the component's name followed by ``otherwise``, such as "has not asked the
-        broker for work".
+        ``at`` is the time in monotonic seconds, by default now. The component must report again before ``within`` has
+        elapsed. If it does not, the heartbeat reports the component's name followed by ``otherwise``, such as "has not
+        asked the broker for work".
         """
         with self._lock:
             if not self._ending:

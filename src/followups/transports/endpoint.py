@@ -76,7 +76,8 @@ def _trusted() -> dict[int, object]:
     """Return libcurl's options for the trusted certificate authorities.
 
     The trusted authorities are those of the system, or those of ``SSL_CERT_FILE`` and ``SSL_CERT_DIR``. The libcurl in
-    the wheel knows only the certificate path of one distribution, and does not read these variables.
+    the wheel knows the certificate path of only one distribution, and does not read ``SSL_CERT_FILE`` and
+    ``SSL_CERT_DIR``.
     """
     paths = ssl.get_default_verify_paths()
     for name, found, what in (("SSL_CERT_FILE", paths.cafile, "file"), ("SSL_CERT_DIR", paths.capath, "directory")):

@@ -96,7 +96,7 @@ def stop() -> None:
 
 
 def watch_consumer(heart: Heartbeat, silence: timedelta, wanted: Callable[[], Collection[str]]) -> None:
-    """Include the consumer in the heartbeat.
+    """Make the heartbeat monitor the consumer, too.
 
     ``wanted`` returns the consumer's queues, and ``silence`` is the longest time without an answer from the broker.
     """

@@ -1,4 +1,4 @@
-"""A bare asyncio loop without a broker, as the upper limit: it claims, sends and records in batches."""
+"""A bare asyncio loop without a broker, which claims, sends and records in batches, as the upper limit."""
 
 from __future__ import annotations
 

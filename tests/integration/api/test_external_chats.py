@@ -62,7 +62,7 @@ def test_a_room_belongs_to_one_workspace(pair: tuple[Api, Api]) -> None:
 def test_a_removed_chat_has_no_room(pair: tuple[Api, Api]) -> None:
     """Once a chat is removed, its Matrix room can be used by another workspace.
 
-    After that, the first workspace cannot use the room again.
+    After that, the first workspace cannot use the Matrix room again.
     """
     one, other = pair
     room, chat = f"!{uuid4()}:host", uuid4()

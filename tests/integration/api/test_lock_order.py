@@ -120,7 +120,7 @@ def lock_chat(connection: Connection, chat_id: str) -> None:
     """Lock a chat that the request has already locked; the server then aborts the request as a deadlock.
 
     PostgreSQL checks a waiting transaction for deadlocks only once, after a second. A request that has already waited
-    for longer is not aborted.
+    for more than a second is not aborted.
     """
     try:
         connection.execute(text("SELECT FROM chats WHERE id = :id FOR UPDATE"), {"id": chat_id})

@@ -47,7 +47,7 @@ def test_anything_else_is_wrong_usage(text: str) -> None:
 
 
 def test_a_due_date_beyond_all_dates_is_wrong_usage() -> None:
-    """A duration that leads beyond the calendar is rejected when it is added to the current time."""
+    """A duration is rejected if it puts the due date beyond the last possible date."""
     with pytest.raises(typer.BadParameter, match="too far"):
         Due(timedelta(days=9_999_999)).resolve(NOW)
 

@@ -148,7 +148,7 @@ def isolation(level: str) -> Iterator[Finding]:
 
 
 def durability(commit: str, standbys: str) -> Iterator[Finding]:
-    """Report a `synchronous_commit` with which acknowledged transactions can be lost in a crash or failover.
+    """Report a `synchronous_commit` setting that can lose acknowledged transactions in a crash or failover.
 
     `local` is sufficient if no standby is synchronous. `remote_write` loses transactions only if both machines crash.
     """

@@ -73,7 +73,7 @@ class Behaviour(WireModel):
 
     Statuses are HTTP status codes, and times are in seconds. ``drop`` accepts the message and closes the connection
     without an answer, and ``slow`` accepts it and answers late. ``fail``, ``reject`` and ``rate_limit`` do not accept
-    it.
+    the message.
     """
 
     model_config = ConfigDict(extra="forbid")
