@@ -29,8 +29,8 @@ class UnfitDatabaseError(psycopg.NotSupportedError):
 PASSING_CLASSES = frozenset({"08", "25", "40", "53", "55", "57", "58"})
 """SQLSTATE classes of temporary errors (PostgreSQL, appendix A).
 
-These are the classes for lost connections, a read-only server during a failover, deadlocks, insufficient resources,
-objects in use, operator intervention and system errors.
+The classes cover lost connections, a read-only server during a failover, deadlocks, insufficient resources, objects in
+use, operator intervention and system errors.
 """
 
 

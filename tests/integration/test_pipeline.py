@@ -236,7 +236,7 @@ def test_bad_transport(
 ) -> None:
     """If a transport plug-in raises or returns an invalid answer, only that call's follow-up is affected.
 
-    That follow-up ends with a named outcome.
+    The affected follow-up ends with a named outcome.
     """
     bad = world.follow_up(message="bad")
     good = [world.follow_up(message="good") for _ in range(10)]

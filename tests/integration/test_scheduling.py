@@ -133,7 +133,7 @@ class TestSchedule:
         ],
     )
     def test_bad_field(self, caller: Caller, message: str, due: datetime, field: str) -> None:
-        """An invalid text or time is rejected with the field's name."""
+        """An invalid text or time is rejected, and the error names the field."""
         with pytest.raises(InvalidRequestError) as caught:
             caller.schedule(caller.world.chat(), due, message)
         assert caught.value.field == field

@@ -112,7 +112,7 @@ class TestGap:
         assert claimed(engine, one) == []
 
     def test_clock_set_back(self, world: World, engine: Engine, settings: Settings) -> None:
-        """After the database's clock is set back, ticks are recorded, and an earlier grace period has ended."""
+        """If the database's clock is set back, ticks are still recorded and an earlier grace period is over."""
         follow_up = world.follow_up()
         in_flight(engine, settings)
         pass_time(world, -timedelta(hours=1))

@@ -54,7 +54,7 @@ def request(since: int, bucket: Bucket) -> TokenRequest:
 
 
 def failed(*, key: int = FAILING, count: int = FAILURES) -> News:
-    """Return a report of the given number of different failed follow-ups of a workspace."""
+    """Return a report in which the given number of different follow-ups of one workspace failed."""
     ids: tuple[UUID, ...] = tuple(uuid4() for _ in range(count))
     return News(ids, runs=(Run(key, max(count, 5), anew=False),))
 

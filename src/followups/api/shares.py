@@ -90,7 +90,7 @@ class Turns:
         """The total size of the request bodies in memory, in bytes."""
 
     async def acquire(self) -> None:
-        """Count a request. Raises `TooManyRequestsError` if too many requests are counted already."""
+        """Count a request. Raises `TooManyRequestsError` if the limit is already reached."""
         if self._inside >= BUSY:
             await self._turnstile()
         if self._inside >= WAITING_SHARE:

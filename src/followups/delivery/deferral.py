@@ -37,8 +37,8 @@ if TYPE_CHECKING:
 SHARE = 1024
 """Divisor of the window: a worker requests one 1024th of it at a time, but at most one lease per slot.
 
-A worker keeps at most two such requests' worth of leases, so a hundred workers keep at most a fifth of the window. A
-probe needs only three follow-ups from all workers together.
+A worker keeps at most the leases of two such requests, so a hundred workers keep at most a fifth of the window. A probe
+needs only three follow-ups from all workers together.
 """
 SHARE_WHILE_RECOVERING = 128
 """Divisor of the window during recovery, while the rate of begins rises.

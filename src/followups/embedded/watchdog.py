@@ -149,7 +149,7 @@ def remove(directory: str) -> None:
 
 
 def main() -> None:
-    """Read what must be guarded until the owner ends; then stop the processes and remove the directories.
+    """Read the processes and directories to guard; when the owner ends, stop and remove them.
 
     The processes and directories that were added last are handled first.
     """

@@ -1,17 +1,17 @@
 """Claims: the statements that lease due follow-ups, by due date or shared fairly between workspaces.
 
 While all due follow-ups fit into the window (the in-flight limit), claiming in the order of due dates is both fair and
-cheapest. When there is a backlog, that order is not fair, because a workspace with a hundred thousand overdue
+cheapest. When there is a backlog, claiming by due date is not fair, because a workspace with a hundred thousand overdue
 follow-ups would be served before all other workspaces. In that case, free slots go to the workspaces with the fewest
 follow-ups in flight.
 
 Each claim is one guarded statement, which skips rows that another transaction has locked.
 
 The planner's statistics are updated here because the claim needs them first. Autovacuum updates them within minutes.
-Until then, the planner estimates one row for a table that was emptied, vacuumed, and then filled in a burst. The
-planner then rates any index that contains the id as highly as the primary key, although some of these indexes are
-scanned completely for each row. With 50,000 due follow-ups in such a table, the claim, begin and settle of one batch
-took seconds each.
+Until autovacuum has run, the planner estimates one row for a table that was emptied, vacuumed, and then filled in a
+burst. The planner then rates any index that contains the id as highly as the primary key, although some of these
+indexes are scanned completely for each row. With 50,000 due follow-ups in such a table, the claim, begin and settle of
+one batch took seconds each.
 """
 
 from __future__ import annotations

@@ -247,7 +247,7 @@ def within(
 ) -> Sequence[Row[Any]] | None:
     """Return the rows, or None if the query takes longer than ``limit``.
 
-    The transaction can still be used in both cases.
+    The transaction can still be used even if the query takes too long.
     """
     milliseconds = str(max(round(limit / timedelta(milliseconds=1)), 1))
     try:

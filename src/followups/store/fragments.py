@@ -68,9 +68,9 @@ CHAT = """CROSS JOIN LATERAL (
 """SQL that looks up the chat of each follow-up."""
 
 OUTCOME_UNKNOWN = "the outcome of an attempt is unknown"
-"""The text added to a reason if the outcome of an attempt was unknown. A follow-up with such an attempt is retried
-under the same key, and usually ends as sent. If the follow-up ends in another way (a reply, a refusal, the last
-attempt), its reason would be misleading without this text.
+"""The text added to a reason if the outcome of an attempt was unknown. A follow-up with an attempt of unknown outcome
+is retried under the same key, and usually ends as sent. If the follow-up ends in another way (a reply, a refusal, the
+last attempt), its reason would be misleading without this text.
 """
 
 

@@ -40,7 +40,7 @@ _WRITTEN = text(f"""
 
 
 def leased(connection: Connection, tokens: Iterable[tuple[UUID, int]]) -> None:
-    """Register the new lease tokens of these rows, by which a lost commit can be checked."""
+    """Register the new lease tokens of these rows, which later show whether a lost commit succeeded."""
     ask_if_lost(connection, partial(_stand, _LEASED, list(islice(tokens, SAMPLE))))
 
 

@@ -119,7 +119,7 @@ def _http_date(value: str) -> datetime | None:
 
 
 def _sent(answer: Answer, dialect: Dialect) -> Sent:
-    # An accepted message counts as sent. An invalid body never changes this outcome, but leaves the message's id
+    # An accepted message counts as sent. An invalid body never changes the outcome, but the message's id is then
     # unknown.
     if answer.flaw or not answer.body.strip():
         return Sent(None, answer.status, answer.flaw)

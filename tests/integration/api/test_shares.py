@@ -134,7 +134,7 @@ def test_deep_pages_go_on_where_they_began(pair: tuple[Api, Api], monkeypatch: p
 def test_beginnings_are_bounded_and_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
     """A deep page is read from the nearest stored starting point in front of it.
 
-    Each starting point expires. If there are too many, the oldest ones are discarded.
+    Each starting point expires. If there are too many starting points, the oldest are discarded.
     """
     starts, moment = Starts(), in_a_list(0).created_at
     for number in range(deep_pages.MOST_STARTS + 1):

@@ -37,7 +37,7 @@ def actions(run: Run, *arguments: object) -> list[str]:
 
 
 def test_each_command_is_recorded(run: Run) -> None:
-    """Each change of workspaces, keys, pauses, limits and sending hours leaves one audit event.
+    """Each change to workspaces, keys, pauses, limits or sending hours is recorded as one audit event.
 
     The audit event's actor is the operating-system user.
     """

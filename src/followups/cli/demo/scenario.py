@@ -84,8 +84,8 @@ REPLY_AT = 5.0
 GOLDEN = 0.618_033_988_75
 """The fractional part of the golden ratio.
 
-The fractional parts of its multiples are spread evenly without a pattern, so the due times resemble those of real
-chats.
+The fractional parts of the ratio's multiples are spread evenly without a pattern, so the due times resemble those of
+real chats.
 """
 
 SENT = Ending(Status.SENT, attempts=1)
@@ -137,7 +137,9 @@ Every follow-up is created before it is due, so that its lag shows only how punc
 """
 
 CALLS_A_CHAT = 3
-"""Number of requests for opening one chat. The duration of these requests predicts how long all other requests take."""
+"""Number of requests that are needed to open one chat. The duration of these requests predicts how long all other
+requests take.
+"""
 
 
 class Rest:
