@@ -1,4 +1,4 @@
-"""A migration during an endless transaction delays others only briefly; its error names the blocker."""
+"""A migration blocked by an endless transaction delays others only briefly and names the blocker."""
 
 from __future__ import annotations
 

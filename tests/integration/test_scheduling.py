@@ -141,7 +141,7 @@ class TestSchedule:
     def test_chat(self, caller: Caller) -> None:
         """A follow-up is rejected if its chat is unknown, removed or empty, or belongs to another workspace.
 
-        A follow-up is also rejected if the user wrote last in its chat.
+        A follow-up is also rejected if the last message in its chat is from the user.
         """
         from world import World  # noqa: PLC0415 - used only in this test
 
@@ -363,7 +363,7 @@ class TestChats:
     def test_late_message_opens_the_window(self, caller: Caller) -> None:
         """A user's message that arrives after the agent's answer cancels no follow-up.
 
-        The message's own time opens the messaging window.
+        The messaging window opens at the time stated in the message.
         """
         chat_id = caller.world.chat(channel="whatsapp", last_message_at=text("now() - interval '1 hour'"))
         with pytest.raises(OutsideMessagingWindowError):

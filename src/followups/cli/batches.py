@@ -166,7 +166,7 @@ def carry_out_deletion(whole: Whole, what: str, name: str, manner: Manner) -> No
 def _ask(what: str, name: str, counted: str) -> None:
     """Ask the operator to type the name.
 
-    Raises a usage error if stdin is not a terminal, and `typer.Exit` for any other answer.
+    Raises a usage error if stdin is not a terminal, and `typer.Exit` if anything but the name is typed.
     """
     if not sys.stdin.isatty():
         message = f"{what} with {counted}: where no name can be asked for, --yes says that the deletion is meant"

@@ -3,8 +3,8 @@
 Each worker keeps a few leases of the tripped workspaces as probes, and defers the other follow-ups of these workspaces
 in the database. A deferral does not count as an attempt, and a deferred follow-up can still be cancelled. When a worker
 has used up its probes, or the transport recovers, the earliest deferred follow-ups fall due again. When a workspace is
-no longer tripped, all its deferred follow-ups fall due. If none of these events occurs, each deferred follow-up falls
-due after some minutes anyway, because a restarted worker has no record of its deferrals.
+no longer tripped, all its deferred follow-ups fall due. Even without such an event, each deferred follow-up falls due
+after some minutes. This is necessary because a restarted worker has no record of its deferrals.
 """
 
 from __future__ import annotations

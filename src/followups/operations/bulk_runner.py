@@ -92,7 +92,7 @@ class BulkRunner(BackgroundThread):
         self._stopping.wait(SEEN_EVERY)
 
     def _run_batch(self) -> bool:
-        """Carry out one batch, and return whether there was one.
+        """Carry out the next batch, if any, and return whether there was one.
 
         An action whose batch fails is skipped for a while.
         """

@@ -217,7 +217,7 @@ _ENSURE = Statement(f"""
     INSERT INTO chats (workspace_id, id) SELECT :workspace_id, :chat_id WHERE {_WITHIN_QUOTA}
     ON CONFLICT (workspace_id, id) DO NOTHING
 """)
-# A message that was recorded before does not lock the chat.
+# A message that is already recorded does not lock the chat when it arrives again.
 _KNOWN_OR_LOCK = Statement("""
     SELECT now() AS now, m.id AS known_id, m.chat_id AS known_chat_id, m.role AS known_role,
            m.created_at AS known_created_at, chat.*

@@ -65,8 +65,8 @@ def page(
 ) -> Steps[tuple[Sequence[FollowUp], bool]]:
     """Return a page of follow-ups, and whether there is a next page.
 
-    Pages are numbered from 1. The order is the newest ``created_at`` first, ties by id. If ``workspace_id`` is None, as
-    for operators, the follow-ups of every workspace are listed.
+    Pages are numbered from 1. The newest ``created_at`` comes first; ties are ordered by id. If ``workspace_id`` is
+    None, as for operators, the follow-ups of every workspace are listed.
     """
     rows = yield from rows_from.steps(workspace_id, wanted, (page_number - 1) * page_size, page_size + 1)
     return rows[:page_size], len(rows) > page_size

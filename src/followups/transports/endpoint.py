@@ -47,7 +47,8 @@ def _is_well_formed(url: str) -> bool:
 
 
 def _fits_basic_authentication(user: str, password: str) -> bool:
-    # By RFC 7617 the first colon ends the user name. Servers disagree about the encoding of characters beyond Latin-1.
+    # According to RFC 7617, the first colon ends the user name. Servers disagree about the encoding of characters
+    # beyond Latin-1.
     return ":" not in user and max(user + password, default="") <= "\xff"
 
 

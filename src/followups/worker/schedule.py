@@ -1,6 +1,7 @@
 """Beat's schedule and scheduler.
 
-The scheduler is Celery's own in-memory scheduler with a heartbeat. It keeps running if the host's clock is set back.
+The scheduler is Celery's own in-memory scheduler with a heartbeat. The scheduler keeps running if the host's clock is
+set back.
 """
 
 from __future__ import annotations

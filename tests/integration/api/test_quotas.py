@@ -137,7 +137,7 @@ def test_without_a_quota_it_costs_nothing(api: Api) -> None:
 
 
 def test_chats(api: Api) -> None:
-    """A workspace at its quota of chats can create no chat, neither by PUT nor by a message.
+    """A workspace that has reached its quota of chats can create no more, by PUT or by a message.
 
     After a chat is removed, a new chat can be created.
     """

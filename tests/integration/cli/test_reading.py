@@ -134,7 +134,7 @@ class TestShow:
     def test_it_tells_the_rest_without_the_broker(
         self, run: Run, world: World, environment: pytest.MonkeyPatch
     ) -> None:
-        """If the broker is unreachable, `show` calls the breaker's state unknown and shows everything else."""
+        """If the broker is unreachable, `show` reports the breaker's state as unknown and all else as usual."""
         environment.setenv("FOLLOWUPS_BROKER_URL", "redis://127.0.0.1:9/0")
         shown = run("show", world.follow_up(due=HOUR), "--json").document
         assert shown["breaker"] is None

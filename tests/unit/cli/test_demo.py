@@ -121,7 +121,7 @@ def test_the_rows_are_those_around_now(second: float, count: int) -> None:
 
 
 def test_at_the_end_the_unusual_ones_are_shown() -> None:
-    """When the whole demo has ended, retried, rejected and cancelled follow-ups are listed first."""
+    """At the end of the whole demo, follow-ups that were retried, rejected or cancelled are listed first."""
     rows = around_now(ALL_ENDED, START, 6)
     assert all(each.retried or each.status != Status.SENT for each in rows)
 
