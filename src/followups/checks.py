@@ -141,7 +141,7 @@ def _year_in_utc(time: datetime) -> int:
 
 
 def check_changes(changes: Mapping[str, Any]) -> None:
-    """Refuse invalid or contradictory changes of a follow-up."""
+    """Refuse invalid or contradictory changes to a follow-up."""
     if "message" in changes:
         check_message(changes["message"])
     for field in changes.keys() & {"due_date", "finished_at"}:

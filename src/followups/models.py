@@ -70,7 +70,7 @@ WAYS = {
 def readable(*columns: str) -> str:
     """Return the SQL condition for times that Python can represent.
 
-    Any other time in a row, for example one written manually, would make every query of that row fail.
+    If a row contained any other time, for example after a manual change, every query of the row would fail.
     """
     named = ", ".join(columns)
     return (
@@ -372,7 +372,8 @@ class FollowUp(Base):
         # New entries are added at the index's right edge, and all follow-ups of one settlement share a key.
         Index("ix_follow_ups_finished", "finished_at", postgresql_where=text("finished_at IS NOT NULL")),
         Index("ix_follow_ups_retry_of", "retry_of", unique=True, postgresql_where=text("retry_of IS NOT NULL")),
-        # This index contains only the follow-ups that are held by a pause or by sending hours. Usually it is empty.
+        # This index contains only the follow-ups that are held by a pause or by sending hours. The index is usually
+        # empty.
         Index("ix_follow_ups_paused", "pause_id", postgresql_where=text("pause_id IS NOT NULL AND status = 'pending'")),
         Index(
             "ix_follow_ups_quiet",

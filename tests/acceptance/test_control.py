@@ -34,7 +34,7 @@ def command(stack: Stack, *arguments: str) -> str:
 def test_nothing_of_a_paused_workspace_begins(stack: Stack) -> None:
     """After the pause command no attempt begins; after the resume all follow-ups are sent once, in order.
 
-    Being paused uses up no attempt.
+    A pause uses up no attempt.
     """
     stack.start()
     others = type(stack.world)(stack.world.engine)

@@ -15,7 +15,7 @@ PROCESSES = ("web", "worker", "beat")
 
 
 def probes() -> dict[str, list[str]]:
-    """Return each probe's command by the place that configures it; the command's last word is the process."""
+    """Return the probes' commands, keyed by where they are configured; each ends with the process's name."""
     found = {}
     for name, service in compose()["services"].items():
         if name in PROCESSES:

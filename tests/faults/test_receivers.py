@@ -221,7 +221,7 @@ AS_THEY_COME = {
 
 @pytest.mark.faults_long
 def test_left_alone_for_long(rig: Rig, figures: Figures) -> None:
-    """With default settings, a two-minute outage exhausts no attempts, and then the rate limit holds."""
+    """By default, no follow-up runs out of attempts in a two-minute outage; the rate limit then applies."""
     rig.options |= AS_THEY_COME
     left_alone(rig, figures, rate=100, seconds=120, limit=300)
 

@@ -84,7 +84,7 @@ def test_scheduled_after(world: World, engine: Engine, settings: Settings, late:
 def test_scheduled_after_by_a_transaction_that_began_before(world: World, engine: Engine, settings: Settings) -> None:
     """A transaction that began before an operator's message may schedule a follow-up after it.
 
-    Such a follow-up is sent.
+    A follow-up scheduled in this way is sent.
     """
     chat_id = world.chat()
     with Session(engine) as session, session.begin():
@@ -96,7 +96,7 @@ def test_scheduled_after_by_a_transaction_that_began_before(world: World, engine
 
 
 def test_moved_and_renamed_after(world: World, engine: Engine, settings: Settings, taken_over: UUID) -> None:
-    """A follow-up moved into a chat, or triggered again, after an operator's message in the chat is sent."""
+    """A follow-up is sent if it is moved into the chat, or gets a new trigger, after an operator's message."""
     moved = world.follow_up(scheduled_at=text("now() - interval '2 min'"))
     other = world.chat(last_message_role="operator")
     with Session(engine) as session, session.begin():

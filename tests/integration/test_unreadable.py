@@ -425,7 +425,7 @@ def test_one_that_cannot_be_claimed(world: World, engine: Engine, settings: Sett
 def test_a_time_before_all_times(
     world: World, engine: Engine, settings: Settings, moment: str, take: Callable[..., Claim]
 ) -> None:
-    """A next attempt at a time before Python's calendar counts as due; it begins and does not stop claims."""
+    """A next attempt dated before Python's first year counts as due; it begins and does not stop claims."""
     unchecked(world, "follow_ups")
     ids = {world.follow_up(next_attempt_at=text(f"timestamptz '{moment}'")), world.follow_up()}
     assert begun(begin(engine, settings, take(engine, settings).leases)) == ids

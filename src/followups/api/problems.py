@@ -153,8 +153,8 @@ def _places(error: BaseException) -> list[str]:
 
 
 def _path(error: Mapping[str, Any]) -> list[str]:
-    # The first element names the part of the request that contains the field (body, query, path, header). For malformed
-    # JSON, the second element is a byte position instead of a field.
+    # The first element of the location names the part of the request that contains the field (body, query, path,
+    # header). For malformed JSON, the second element of the location is a byte position instead of a field.
     return [] if error["type"] == "json_invalid" else [str(part) for part in error["loc"][1:]]
 
 

@@ -90,7 +90,7 @@ class Dispatcher:
         self._looked_at_all = True
         self._left_some = False
         self._passed_over: dict[UUID, float] = {}
-        """Follow-ups that claims skip, each with the monotonic time until which it is skipped."""
+        """Follow-ups that claims must skip, each with the monotonic time until which to skip it."""
         self._interval = ClaimInterval(settings.max_in_flight)
         self.busy_since: float | None = None
         """The monotonic time at which the current work began, or None while the dispatcher is idle."""

@@ -29,9 +29,9 @@ if TYPE_CHECKING:
 
     Refused = Callable[[UUID, Exception], None]
 
-# Because of the lock, the earlier follow-up can end only after this transaction has committed. Its end then unblocks
-# the parked follow-up. If another transaction is about to end the earlier follow-up, that follow-up's row is skipped,
-# and the caller tries again shortly.
+# Because of the lock, the earlier follow-up can end only after this transaction has committed. When the earlier
+# follow-up ends, it unblocks the parked follow-up. If another transaction is about to end the earlier follow-up, that
+# follow-up's row is skipped, and the caller tries again shortly.
 _LOCK_EARLIER = text(f"""
     SELECT f.id FROM follow_ups f
      WHERE f.id = ANY(CAST(:ids AS uuid[])) AND {OPEN}
@@ -190,7 +190,7 @@ def places(connection: Connection, ids: Collection[UUID]) -> dict[UUID, int]:
 
 @Rule
 def unblock(ended: Collection[UUID]) -> Steps[None]:
-    """Unblock the follow-ups that waited for follow-ups that have just ended.
+    """Unblock the follow-ups whose predecessors have just ended.
 
     Call this after the statement that ends the earlier follow-ups, in the same transaction. A follow-up whose row
     cannot be written stays blocked, and `unblock_forgotten` reports it.

@@ -272,8 +272,8 @@ def receive(
     """Record a chat message; a message of a user or an operator cancels the chat's pending follow-ups.
 
     If the chat is unknown, it is created. A message that is older than the chat's last one is recorded but cancels
-    nothing; if a user wrote it, it still opens the messaging window from the time of the message. A message that was
-    recorded before changes nothing. Raises `ChatNotFoundError` for a removed chat.
+    nothing; if a user wrote it, it still opens the messaging window from the time of the message. A message that has
+    already been recorded changes nothing. Raises `ChatNotFoundError` for a removed chat.
     """
     names: dict[str, Any] = {"workspace_id": workspace_id, "message_id": message_id, "chat_id": chat_id}
     (chat,) = yield _KNOWN_OR_LOCK(**names)

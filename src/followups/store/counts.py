@@ -61,11 +61,12 @@ class Backlog:
 
 _PENDING_ROWS = "FROM follow_ups WHERE status = 'pending'"
 
-# The query reads only the start of the claim's index, to just past the current time. No follow-up that is due later has
-# begun, so all follow-ups in flight are included. A follow-up that waits for an earlier one of its chat does not count
-# as overdue, but the earlier one does. The query is ordered so that the index is read no further than needed. Without
-# the order, the planner, which estimates that a third of all pending rows are overdue, would read the whole table. The
-# index is read only once, because its first entries belong to rows that were sent but not yet vacuumed.
+# The query reads only the start of the claim's index, to just past the current time. No follow-up due after the end of
+# this range has begun, so the range includes all follow-ups in flight. A follow-up that waits for an earlier one of its
+# chat does not count as overdue, but the earlier one does. The query is ordered so that the index is read no further
+# than needed. Without the order, the planner, which estimates that a third of all pending rows are overdue, would read
+# the whole table. The index is read only once, because its first entries belong to rows that were sent but not yet
+# vacuumed.
 _COUNT = text(f"""
     WITH head AS MATERIALIZED (
         SELECT {_DUE} AS due, begun_at {_PENDING_ROWS} AND waits_for IS NULL AND {_DUE} <= now() + interval '1 second'

@@ -295,7 +295,7 @@ async def test_what_is_left_of_a_request_that_was_given_up_is_not_sent() -> None
 
 
 async def test_a_connection_with_half_a_request_is_not_used_again() -> None:
-    """A connection with a half-sent request is closed, so that its rest is not read as the next request."""
+    """A connection with a half-sent request is closed, so that the rest is not read as the next request."""
 
     async def refuse(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         peers.append(writer)
