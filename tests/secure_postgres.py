@@ -20,7 +20,7 @@ local all all trust
 host all postgres 127.0.0.1/32 trust
 hostssl all all 127.0.0.1/32 scram-sha-256
 """
-"""The superuser needs no password. Other roles need one, and TLS on a network."""
+"""The superuser needs no password. Other roles need a password, and must use TLS over a network."""
 
 
 class SecureServer(Server):

@@ -135,7 +135,7 @@ def rows_in_greenlet(
     """Execute the statement in the connection's transaction and return its rows as tuples.
 
     psycopg executes the statement in a greenlet, without SQLAlchemy. SQLAlchemy's cursor and row objects would take 5
-    us more for each row of a batch of 70. Raises the same errors as the connection.
+    us more for each row of a batch of 70. Raises the same errors as a SQLAlchemy connection.
     """
     driver = connection.connection.driver_connection
     if not isinstance(driver, psycopg.AsyncConnection):

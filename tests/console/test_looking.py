@@ -102,7 +102,7 @@ def test_the_list_is_filtered_by_its_address(
     "query", [{"state": "x"}, {"reason": "x"}, {"channel": "x"}, {"due_from": "x"}, {"id": "a\x00"}]
 )
 def test_a_filter_that_does_not_exist_is_told(query: dict[str, str], person: Callable[..., Person], own: World) -> None:
-    """The list reports an invalid filter and keeps its typed value."""
+    """The list reports an invalid filter and keeps the value that was typed."""
     assert person("viewer", own).get("/follow-ups", **query).status_code == 422
 
 

@@ -1,4 +1,4 @@
-"""The systemd units' commands are started: they deliver a follow-up, and SIGTERM ends them."""
+"""Tests that run the commands of the systemd units: they deliver a follow-up, and SIGTERM ends them."""
 
 from __future__ import annotations
 

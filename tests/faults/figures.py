@@ -26,7 +26,7 @@ class Figures:
     """The form of the test, ``short`` or ``long``."""
 
     def keep(self, fault: int, verdict: Verdict | None = None, **figures: Any) -> None:
-        """Record figures and the verdict on the promises under a fault's number; fail if a promise broke.
+        """Record figures under the fault's number, with a verdict on its promises; fail if one was broken.
 
         The name of a figure consists of words joined by underscores, with the unit at the end: ``recovery_s``,
         ``claim_p99_ms``.

@@ -65,7 +65,7 @@ def test_noisy_neighbour_for_long(rig: Rig, figures: Figures) -> None:
 
 
 class Seen(NamedTuple):
-    """What is measured about the other workspaces during a backlog."""
+    """Measurements taken in the other workspaces while one workspace has a backlog."""
 
     verdict: Verdict
     alone: list[UUID]

@@ -1,4 +1,4 @@
-"""Tests of a poison pill that kills its workers: it is quarantined, and other follow-ups are sent."""
+"""A poison pill that kills its workers is quarantined, and other follow-ups are sent."""
 
 from __future__ import annotations
 

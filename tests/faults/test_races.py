@@ -1,4 +1,4 @@
-"""Tests of races of cancel and deliver, and of reply and create: both clients see the same result."""
+"""Races between cancel and deliver, and between reply and create: both clients see the same result."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def reply_against_create(rig: Rig, figures: Figures, pairs: int) -> None:
 
 
 def test_cancel_against_deliver(rig: Rig, figures: Figures) -> None:
-    """After a cancel answered with 200 the message is never sent; after a 409 it is sent."""
+    """If a cancel returns 200, the message is never sent; if it returns 409, the message is sent."""
     cancel_against_deliver(rig, figures, pairs=200, spread=4.0)
 
 

@@ -203,7 +203,7 @@ def test_slow_calls_of_one_workspace(
 def test_doubled_and_shuffled_hints(
     world: World, engine: Engine, settings: Settings, started: Callable[..., Pipeline]
 ) -> None:
-    """Duplicate hints in any order send each follow-up once."""
+    """Each follow-up is sent once, even if hints are duplicated and arrive in any order."""
     transport = Scripted(lambda _: Sent())
     ids = [world.follow_up() for _ in range(30)]
     leases = claim(engine, settings).leases

@@ -41,7 +41,7 @@ def test_unasked() -> None:
 def test_never_ahead(samples: list[tuple[float, float, float]], offset: float) -> None:
     """The estimated clock is never ahead of the database's clock, however long a round trip takes.
 
-    Therefore no follow-up is sent early.
+    Since the estimate is never ahead, no follow-up is sent early.
     """
     monotonic = Monotonic()
     clock = DatabaseClock(monotonic)

@@ -76,7 +76,7 @@ class Shares:
 class Turns:
     """A limit on the requests of one workspace, or on all requests with an unknown API key.
 
-    A request counts from `acquire` to `release`. Used as a context manager, a limit also waits until a database
+    A request is counted from `acquire` until `release`. Used as a context manager, a limit also waits until a database
     connection is available for the request.
     """
 

@@ -67,7 +67,7 @@ class Viewer:
 
     @property
     def sees_texts(self) -> bool:
-        """Whether message texts are shown without a click, as they are only for members of the workspace."""
+        """Whether message texts are visible without a click; true only for members of the workspace."""
         return self.session.workspace_id is not None
 
     def sees(self, workspace_id: UUID, chat_id: UUID) -> bool:

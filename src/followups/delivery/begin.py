@@ -40,7 +40,7 @@ TOLERANCE = timedelta(milliseconds=100)
 REFUSED_PAUSE = timedelta(minutes=1)
 """How long a follow-up is deferred if its row cannot be read or written.
 
-Only an operator can repair such a row.
+Only an operator can repair a row that cannot be read or written.
 """
 
 

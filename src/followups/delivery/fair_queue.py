@@ -29,7 +29,7 @@ ACTIVE = 60.0
 
 
 class FairQueue:
-    """The workspace queues by their keys, and the order in which they take turns.
+    """The workspace queues by key, and the order in which they take turns.
 
     Empty workspace queues are removed.
     """

@@ -1,4 +1,4 @@
-"""Send: one call of the transport at the due time, with no transaction open.
+"""Send: one call to the transport at the due time, with no transaction open.
 
 The outcome is returned, not raised as an exception. All calls share the timer of one `CallTimeout`, because a separate
 timer for each call would take 4 us.
@@ -151,7 +151,7 @@ class CallTimeout:
         self.seconds = limit.total_seconds()
         self._ends: dict[Task, float] = {}
         """The time by which each task's call must have ended, by the event loop's clock. All calls have the same time
-        limit, so the call that began first also ends first.
+        limit, so the call that began first also reaches its limit first.
         """
         self._timer: asyncio.TimerHandle | None = None
 

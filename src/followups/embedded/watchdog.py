@@ -74,8 +74,8 @@ class Watchdog:
         self._process = subprocess.Popen(  # noqa: S603 - this very file
             [sys.executable, "-I", "-S", __file__],
             stdin=subprocess.PIPE,
-            # The watchdog must not inherit the owner's output. If it did, a program that reads the owner's output would
-            # also wait for the watchdog to end.
+            # The watchdog must not inherit the owner's output. If the watchdog inherited this output, a program that
+            # reads it would also wait for the watchdog to end.
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
             cwd="/",

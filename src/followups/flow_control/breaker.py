@@ -150,8 +150,8 @@ class BreakerStore:
         name = _key(settings, transport)
         self._keys = [name, *(f"{name}:{part}" for part in ("failing", "runs", "held"))]
         self._threshold = settings.breaker_failures
-        # The number is less than the maximum number of attempts, so that a workspace's only follow-up does not use up
-        # its last attempt.
+        # This number of consecutive failures is below the maximum number of attempts, so that a workspace's only
+        # follow-up does not use up its last attempt.
         self._in_a_row = max(1, min(policy.in_a_row, settings.max_attempts - 1))
         self._policy = policy.arguments()
 

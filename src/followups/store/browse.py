@@ -222,7 +222,7 @@ FIRST_STEP = timedelta(minutes=10)
 """The length of a search's first step back in time."""
 
 LONGEST_STEP = timedelta(days=3650)
-"""After a search step that covers at least this period, the next step goes back to the oldest follow-up."""
+"""If a search step covers at least this period, the next step covers everything back to the oldest follow-up."""
 
 GROWTH = 100
 """The largest factor by which one search step may be longer than the previous step."""

@@ -64,7 +64,7 @@ class Claim:
     in_grace: bool = False
     """Whether expired leases with an attempt in flight were left to their workers.
 
-    If they were, a claim after the grace period takes over these leases.
+    A claim after the grace period takes over the leases that were left to their workers.
     """
     busy: bool = False
     """Whether another dispatcher was claiming, so that this claim read nothing."""

@@ -11,8 +11,8 @@ counted one by one up to `BACKLOG_EXACT_UP_TO`, which exceeds the number of over
 Beyond that limit the numbers are the planner's estimates. The estimates are as exact as the last ANALYZE (which runs
 after 2 % of the rows have changed), and never below the number of rows already counted. Measured on two busy cores with
 half a million rows pending, 36,000 of them overdue: 16 ms (an exact count of pending rows takes 83 ms, and grows with
-their number). Right after 60,000 rows were sent and before a vacuum, the first measurement takes 287 ms, and later ones
-13 to 16 ms. The duration of the backlog's measurement does not depend on the number of rows.
+their number). If 60,000 rows have just been sent and not yet vacuumed, the first measurement takes 287 ms, and later
+ones 13 to 16 ms. The duration of the backlog's measurement does not depend on the number of rows.
 """
 
 from __future__ import annotations

@@ -6,8 +6,8 @@ time.
 
 A long gap between ticks means an outage, or a database clock that was set forward. In both cases, leases expire while
 no tick runs, and their workers may still be running and know the outcomes. Workers therefore get a grace period, in
-which they can record the outcomes of their attempts in flight. Until it ends, the leases of these attempts are not
-claimed again.
+which they can record the outcomes of their attempts in flight. Until the grace period ends, the leases of attempts in
+flight are not claimed again.
 """
 
 from __future__ import annotations

@@ -296,7 +296,7 @@ class Nudger:
     """Requests a tick soon: a call returns immediately, never raises, and is limited in rate."""
 
     INTERVAL = 0.01
-    """The smallest number of seconds between two nudges of one process."""
+    """The minimum number of seconds between two nudges from one process."""
 
     def __init__(self, ask: Callable[[], None]) -> None:
         """Store ``ask``, which sends a nudge; it may be slow or raise an exception."""

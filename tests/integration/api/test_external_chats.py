@@ -46,7 +46,7 @@ def put(api: Api, room: str | None, chat: object = None) -> int:
 def test_a_room_belongs_to_one_workspace(pair: tuple[Api, Api]) -> None:
     """A Matrix room used by one workspace is rejected for new and existing chats of other workspaces.
 
-    The first workspace keeps using the room.
+    The workspace that used the room first keeps using it.
     """
     one, other = pair
     room, elsewhere, chat, theirs = f"!{uuid4()}:host", f"!{uuid4()}:host", uuid4(), uuid4()

@@ -1,4 +1,4 @@
-"""The web process while the database or the broker is unreachable, or if its settings are invalid."""
+"""Behaviour of the web process while the database or the broker is unreachable, or with invalid settings."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def test_nothing_reachable() -> None:
 
 
 def test_broker_away(settings: Settings, world: World) -> None:
-    """While the broker is away, requests are served quickly; the web process counts and logs the outage."""
+    """While the broker is unreachable, requests are served quickly; the web process counts and logs the outage."""
     options = {"FOLLOWUPS_BROKER_URL": f"redis://127.0.0.1:{free_port()}/0"}
     with Processes() as processes:
         api = Api(start(processes, settings.environment() | options)[1], world)

@@ -77,7 +77,7 @@ def test_it_waits_for_what_is_beginning(
 ) -> None:
     """`pause` waits until every worker transaction that may have begun before the pause has ended.
 
-    If such a transaction stays open, `pause` reports it.
+    If a transaction that may have begun before the pause stays open, `pause` reports it.
     """
     monkeypatch.setattr(pause, "UNDER_WAY", 0.3)
     url = settings.database_url.get_secret_value()

@@ -1,6 +1,6 @@
 """Failures of the transport ``http``: a call that fails before its request is sent is retried.
 
-After the request has been sent, the outcome of a failure is unknown.
+If a call fails after its request has been sent, the outcome is unknown.
 """
 
 from __future__ import annotations

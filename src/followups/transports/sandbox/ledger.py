@@ -29,7 +29,7 @@ class Arrival(NamedTuple):
 
     @classmethod
     def now(cls) -> Arrival:
-        """Return the current time by the wall clock and by the monotonic clock."""
+        """Return the current time of the wall clock and of the monotonic clock."""
         return cls(time.time(), time.monotonic())
 
 
