@@ -40,7 +40,7 @@ FOR_PEOPLE = {"", "worker: Warm shutdown (MainProcess)"}
 
 LOGS = ("worker", "beat", "web", "flower")
 
-# The database refuses to end one follow-up and to create another; its error messages quote the rows.
+# The database refuses to insert one follow-up and to end another; its error messages quote the rows.
 QUOTING = """
     CREATE FUNCTION quote_it() RETURNS trigger LANGUAGE plpgsql AS $$
     BEGIN

@@ -176,7 +176,7 @@ def test_two_people_edit_one_follow_up(person: Callable[..., Person], own: World
 def test_in_flight_and_finished_are_told_and_nothing_typed_is_lost(
     doing: str, person: Callable[..., Person], own: World
 ) -> None:
-    """Changing a follow-up in flight or a finished one is answered with 409, and typed values are kept."""
+    """Changing a follow-up that is in flight or finished returns 409, and the form keeps the typed values."""
     one_id = own.follow_up(due=HOUR)
     one = person("agent", own)
     page = one.get(f"/follow-ups/{one_id}")

@@ -385,7 +385,7 @@ def park(scene: Scene, lease: Lease, earlier: UUID) -> None:
 
 
 def stale_park(scene: Scene) -> None:
-    """Park a follow-up with a lease that another worker has taken over."""
+    """Try to park a follow-up with a stale lease, after another worker has taken the follow-up over."""
     earlier, old = two_in_a_chat(scene)
     scene.leased_anew(old)
     park(scene, old, earlier)

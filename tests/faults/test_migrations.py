@@ -35,7 +35,7 @@ READER = """
 WRITER = "UPDATE follow_ups SET updated_at = now(); UPDATE chats SET external_id = 'x'"
 
 LAST_IN_CONFLICT = {READER: "0014", WRITER: "0014"}
-"""For some blocking transactions, the newest version from which a migration conflicts with them."""
+"""For each of these blocking transactions, the newest schema version from which a migration still conflicts with it."""
 REFUSAL = "A table is in use by a long transaction: end it (followups doctor names it), and migrate again."
 
 SHORT = (

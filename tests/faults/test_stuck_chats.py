@@ -79,7 +79,7 @@ def behind_stuck(rig: Rig, figures: Figures, count: int, spread: float) -> None:
     assert [tuple(row) for row in refused] == [
         ("retry", 1),
         ("snoozed", 1),
-    ]  # each chat's first follow-up was requested once, and its other follow-ups were not
+    ]  # in each chat, only the first follow-up was ever requested
 
 
 def test_stuck_chats(rig: Rig, figures: Figures) -> None:

@@ -220,7 +220,7 @@ def test_few_in_a_row_trip_no_workspace(own: Settings) -> None:
 
 
 def test_a_lone_follow_up_keeps_its_last_attempt(own: Settings) -> None:
-    """If the settings allow only a few attempts, fewer consecutive failures suffice to hold a workspace."""
+    """If the settings allow only a few attempts, a workspace is tripped after fewer consecutive failures."""
 
     async def script(store: BreakerStore) -> None:
         await told(store, ids(FAILURES), 0, succeeded=False)

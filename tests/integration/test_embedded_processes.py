@@ -178,7 +178,7 @@ def test_a_killed_watchdog_is_replaced() -> None:
 
 
 def test_what_a_user_may_not_enter(open_directory: Path) -> None:
-    """For a path that a user may not enter, the topmost closed directory above it is returned.
+    """For a path below directories that a user may not enter, the topmost of these directories is returned.
 
     The owner of such a directory may enter it.
     """

@@ -1,4 +1,4 @@
-"""Rate limits in a worker's pipeline, with PostgreSQL and Valkey: which follow-ups wait, at what cost."""
+"""Tests of rate limits in a worker's pipeline, with PostgreSQL and Valkey."""
 
 from __future__ import annotations
 

@@ -23,7 +23,7 @@ AWAY = OperationalError("", None, psycopg.OperationalError("away"))
 def test_the_others_go_on(bad: list[bool]) -> None:
     """Each good row of a batch is processed once, in order, and each bad row is isolated.
 
-    The halving takes as few steps as possible.
+    The batch is halved as few times as possible.
     """
     steps = 0
 

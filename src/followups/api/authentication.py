@@ -67,7 +67,7 @@ KNOWN_AT_MOST = 10_000
 
 
 class LastUse:
-    """The API keys whose use was recorded recently. They save most requests from writing the time of use."""
+    """The API keys whose use was recorded recently. Most requests therefore need not write the time of use."""
 
     def __init__(self) -> None:
         """Start with no API keys."""
@@ -151,7 +151,8 @@ class Work:
         """
         if follow_up.status == Status.PENDING:
             self.nudges = self.nudges or follow_up.due_date <= self.now + self.ahead
-        # The follow-up may have ended before this request, which then only added the id of the chat message.
+        # The follow-up may have ended before this request. In that case the request only added the id of the chat
+        # message.
         elif follow_up.updated_at == self.now and follow_up.finished_at == (finished_at or self.now):
             self.ends = (*self.ends, (follow_up.id, Final(Status(follow_up.status), follow_up.reason)))
             self.nudges = True  # the follow-up that ended may have blocked a later follow-up of the chat

@@ -25,7 +25,7 @@ LONGEST_NAME = 200
 
 
 def identify(visit: Visit, scope: Scope) -> None:
-    """Set the visit's viewer if the request has a valid session, and sign in a person named by the proxy."""
+    """Set the visit's viewer from a valid session, or sign in the person named by the proxy."""
     services = visit.services
     name = services.cookie_name(scope["scheme"])
     token = visit.cookies.get(name, "")

@@ -172,7 +172,7 @@ class Dispatcher:
         return max(0.0, max(self._next_whole, self._interval.next) - time.monotonic())
 
     def _drain_due(self, seconds: float) -> None:
-        """Claim and publish until nothing more is due, or until a tick of so many ``seconds`` has ended.
+        """Claim and publish until nothing more is due, or until ``seconds`` have passed.
 
         With 0 seconds, it makes a single claim.
         """

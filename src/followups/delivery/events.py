@@ -58,7 +58,7 @@ def attempted(attempt: Attempt, transport: str) -> None:
     delivery = attempt.begun.delivery
     outcome = OUTCOME_NAMES[type(attempt.outcome)]
     seconds = attempt.duration.total_seconds()
-    # If an accepted answer was unusual, the transport describes the answer without quoting it.
+    # If a response was accepted although it was unusual, the transport describes it without quoting it.
     odd = {"odd": attempt.outcome.detail} if isinstance(attempt.outcome, Sent) and attempt.outcome.detail else {}
     lag = (attempt.answered_at - delivery.due_date).total_seconds()
     _attempts(transport, outcome).inc()

@@ -69,7 +69,7 @@ class Run(NamedTuple):
     failures: int
     """Number of failures in a row, up to and including the last attempt."""
     anew: bool
-    """Whether an attempt of the workspace succeeded before these failures. If so, failures reported before that success
+    """Whether an attempt of the workspace succeeded before these failures. If so, failures reported before this success
     no longer count.
     """
 

@@ -382,7 +382,7 @@ def cancelled_or_asked_to(reason: str) -> str:
     """
 
 
-# As in every other statement, follow-ups are locked in the order of their chat.
+# As in every other statement, follow-ups are locked in the order of their chats.
 _LOCK_CHATS_PENDING = Statement("""
     SELECT id FROM follow_ups
      WHERE workspace_id = :workspace_id AND chat_id = :chat_id AND status = 'pending'

@@ -43,7 +43,7 @@ class Tick:
     """A dispatcher tick in progress; the next tick can run only after this tick's transaction has ended."""
 
     in_grace: bool
-    """Whether expired leases with an attempt in flight are still left to their workers to settle."""
+    """Whether workers still have time to settle their own attempts in flight after the lease has expired."""
 
 
 # A tick is recorded at most five times a second, since each update leaves a dead row behind. A recorded time in the
@@ -79,7 +79,7 @@ _LAST = text("SELECT COALESCE(EXTRACT(EPOCH FROM last_tick_at), 0) FROM dispatch
 def begin(connection: Connection, rhythm: Rhythm) -> Tick | None:
     """Record a tick and keep other dispatchers from claiming until the end of the transaction.
 
-    Returns None if another dispatcher is claiming. In that case the caller must not claim, and tries to begin again
+    Returns None if another dispatcher is claiming. The caller must then not claim, but try to begin a tick again
     shortly.
     """
     row = connection.execute(_BEGIN, asdict(rhythm) | {"frozen_after": FROZEN_AFTER}).one_or_none()

@@ -39,7 +39,7 @@ class Obstacle:
     """The time at which the follow-up would be sent: now, or its due time if that is later."""
     due_date: datetime
     wanted_from: datetime
-    """The due date, or the time at which it was set if it was already in the past at that time."""
+    """The due date, or the time at which the due date was set if that date was already in the past."""
     chat_removed: bool = False
     silence_broken: bool = False
     taken_over: bool = False

@@ -125,8 +125,8 @@ class Heartbeat:
         """Record that a component made progress.
 
         ``at`` is the time in monotonic seconds, by default now. The component must report again before ``within`` has
-        elapsed. If it does not, the heartbeat reports the component's name followed by ``otherwise``, such as "has not
-        asked the broker for work".
+        elapsed. If it does not report in time, the heartbeat reports the component's name followed by ``otherwise``,
+        such as "has not asked the broker for work".
         """
         with self._lock:
             if not self._ending:
@@ -135,7 +135,7 @@ class Heartbeat:
     def wait(self, why: str, since: float = 0.0) -> None:
         """Record why the process makes no progress; an empty reason clears the record.
 
-        ``since`` is the monotonic time, in seconds, at which the lack of progress began.
+        ``since`` is the monotonic time, in seconds, at which the process stopped making progress.
         """
         self._waits = {"why": why, "since": since} if why else None
 

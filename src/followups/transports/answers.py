@@ -1,4 +1,4 @@
-"""Outcomes of HTTP answers, by the table of answers in deploy/ENDPOINT.md; all functions are pure.
+"""Map HTTP responses to outcomes, by the table of answers in deploy/ENDPOINT.md; all functions are pure.
 
 ============================================ =========================================================
 answer                                       outcome

@@ -80,8 +80,8 @@ class Sockets:
         """Return whether a request may be sent on the connection that has this local address.
 
         ``opened`` is the sockets of a new connection, or empty for a kept connection. libcurl checks a kept connection
-        at most once a second. Between two checks, libcurl would take unsolicited data on the connection for the answer
-        to the next request. In HTTP/2, unsolicited data may announce the end of the connection.
+        at most once a second. Between two checks, libcurl would mistake unsolicited data on the connection for the
+        response to the next request. In HTTP/2, unsolicited data may announce the end of the connection.
         """
         for each in opened:
             if _port(each) == address[1]:

@@ -24,7 +24,7 @@ SOME_ID = UUID("6f1b1f0e-3a53-4f6e-9a5f-1d2b3c4d5e6f")
 
 
 def meaning(status: int) -> type:
-    """Return the documented outcome of a status, taken from the table's rows in their order."""
+    """Return the outcome that the table documents for a status: that of the first matching row."""
     if 200 <= status <= 299:
         return Sent
     if status == 429:

@@ -151,7 +151,7 @@ class Rest:
         self._headers = {"content-type": "application/json"} | ({"authorization": f"Bearer {key}"} if key else {})
 
     def close(self) -> None:
-        """Close the connection. The next call opens a new one."""
+        """Close the connection. The next call opens a new connection."""
         self._connection.close()
 
     def call(self, method: str, path: str, document: object = None) -> Any:  # noqa: ANN401 - any JSON
