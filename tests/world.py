@@ -33,7 +33,7 @@ class World:
             connection.execute(insert(Workspace).values(id=self.workspace_id, name=str(self.workspace_id)))
 
     def chat(self, **columns: Any) -> UUID:
-        """Insert a chat whose last message is from an agent."""
+        """Insert a chat in which an agent wrote the last message."""
         chat_id = uuid4()
         values = {"last_message_id": uuid4(), "last_message_role": "agent", "last_message_at": text("now()")} | columns
         with self.engine.begin() as connection:

@@ -1,4 +1,4 @@
-"""The probes: each runs an existing command for its own process."""
+"""The probes: each runs an existing command that checks its own process."""
 
 from __future__ import annotations
 

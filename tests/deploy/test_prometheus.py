@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 def test_the_dashboard_has_answers(stack: Stack, prometheus: Prometheus) -> None:
-    """After some sends and one rejection, every panel's query returns series, and no alert fires."""
+    """After some sends and one rejection, each panel's query returns data, and no alert fires."""
     stack.wait_until_done(*[stack.world.follow_up() for _ in range(20)])
     wait_until(lambda: prometheus.ask('followups:attempts:total{outcome="sent"} >= 20'), within=30)
     assert prometheus.firing() == set()

@@ -141,7 +141,7 @@ def stale_hint_begins(scene: Scene) -> None:
 
 
 def repeated_hint_begins(scene: Scene) -> None:
-    """Begin a follow-up twice with the same hint."""
+    """Try to begin a follow-up a second time with the same hint."""
     scene.world.follow_up()
     lease = scene.lease()
     scene.begin(lease)
@@ -354,7 +354,7 @@ def fairly(scenario: Callable[[Scene], None]) -> Callable[[Scene], None]:
 
 
 def window_overflows(scene: Scene) -> None:
-    """Claim a second time after the first claim has reached ``MAX_IN_FLIGHT``."""
+    """Try to claim again after the first claim has reached ``MAX_IN_FLIGHT``."""
     bounded = scene.settings.model_copy(update={"max_in_flight": 2})
     scene.world.burst([timedelta(0)] * 5)
     taken = [len(scene.claim(scene.engine, bounded).leases) for _ in range(2)]

@@ -241,7 +241,7 @@ def test_some_fail_of_many(rig: Rig, figures: Figures) -> None:
 
 @pytest.mark.faults_long
 def test_long_storm_of_429(rig: Rig, figures: Figures) -> None:
-    """In half a minute of 429 answers to thousands of chats, no retry comes early or uses up an attempt."""
+    """During half a minute of 429 responses to thousands of chats, no retry is early or uses up an attempt."""
     storm(rig, figures, count=3_000, seconds=30)
 
 

@@ -43,7 +43,7 @@ def machine(world: World, settings: Settings) -> type[RuleBasedStateMachine]:
 
         @invariant()
         def agree(self) -> None:
-            """Compare the database with the model."""
+            """Check that the database agrees with the model."""
             if self.driven:
                 self.driven.compare()
 

@@ -101,7 +101,7 @@ def test_after_the_opening(world: World, engine: Engine, settings: Settings) -> 
     put(world, CLOSED)
     follow_up = world.follow_up()
     claim_and_begin(engine, settings)
-    # Shift the times that the database compares, so that an hour seems to have passed.
+    # Shift the times that the database compares, as if an hour had passed.
     world.sql("UPDATE sending_hours SET open_from = now() - interval '1 min'")
     world.sql("UPDATE follow_ups SET next_attempt_at = now(), held_until = now() - interval '1 min'")
     assert begun(claim_and_begin(engine, settings)) == {follow_up}
@@ -196,7 +196,7 @@ class TestLateness:
     def test_the_time_of_the_hold_is_no_lateness(self, world: World, engine: Engine, settings: Settings) -> None:
         """A follow-up that was held for longer than MAX_LATENESS is sent when sending hours begin.
 
-        It counts as too late only if it is delayed further.
+        The follow-up fails as too late only if it is delayed further.
         """
         brief = settings.model_copy(update={"max_lateness": HOUR})
         put(world, OPEN)

@@ -47,7 +47,7 @@ def blocked(obstacle: Obstacle, max_lateness: timedelta) -> Obstacle:
 
 @given(HOURS, MOMENTS, GAPS)
 def test_however_often_it_is_held(hours: SendingHours, wanted: datetime, gaps: list[timedelta]) -> None:
-    """Lateness counts from the first sending hours at or after the due date, however often it is checked."""
+    """Lateness counts from the first sending hours at or after the due date, however often the follow-up is checked."""
     now, known = wanted, None
     for gap in gaps:
         known = sendable_from(found(hours, wanted, now, known))
@@ -57,7 +57,7 @@ def test_however_often_it_is_held(hours: SendingHours, wanted: datetime, gaps: l
 
 @given(st.lists(st.tuples(HOURS, st.timedeltas(MINUTE, timedelta(days=3))), min_size=1, max_size=8), MOMENTS)
 def test_hours_that_change(changes: list[tuple[SendingHours, timedelta]], wanted: datetime) -> None:
-    """When sending hours change, lateness starts at the due date or later, and a start in the past is kept."""
+    """When sending hours change, a past start of lateness is kept; no start is before the due date."""
     now, known = wanted, None
     for hours, gap in changes:
         obstacle = found(hours, wanted, now, known)

@@ -51,7 +51,7 @@ async def attempt(does: Callable[[], Awaitable[Outcome]], limit: timedelta = SOO
 
 
 async def outcome(does: Callable[[], Awaitable[Outcome]]) -> Outcome:
-    """Return the outcome of a call, and check that the task continues normally."""
+    """Return the outcome of a call, and check that the calling task can continue normally."""
     made = await attempt(does)
     task = asyncio.current_task()
     assert task is not None

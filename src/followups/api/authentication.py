@@ -87,8 +87,8 @@ class KnownKeys:
 
     If a request has one of these keys, its body is read before the key is looked up in the database. The transaction of
     each request checks the key again. A revocation therefore takes effect immediately, and the key is then forgotten. A
-    key in use is looked up only once. Therefore a flood of requests with unknown keys cannot delay the requests of
-    known keys. An instance belongs to one event loop.
+    key in use is looked up only once. A flood of requests with unknown keys therefore cannot delay requests with known
+    keys. An instance belongs to one event loop.
     """
 
     def __init__(self) -> None:

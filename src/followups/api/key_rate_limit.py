@@ -81,7 +81,7 @@ class KeyRateLimit:
             # after a failover the address leads to a different server.
             retry_on_error=[ReadOnlyError],
         )
-        # The connections use the address of the pool. The URL given here is only parsed, and must contain a port.
+        # Connections are opened to the pool's address. The URL given here is only parsed, and must contain a port.
         self._storage = RedisStorage(
             "redis://pool:6379",
             connection_pool=self._pool,  # type: ignore[arg-type] # as documented

@@ -255,7 +255,7 @@ def require_either(follow_up_id: UUID | None, many: object, options: str) -> Non
 
 
 def refuse_bulk_options(**options: object) -> None:
-    """Raise a usage error if a bulk option is given together with the ID of one follow-up."""
+    """Raise a usage error if a bulk option is combined with the ID of a single follow-up."""
     for name, value in options.items():
         if value:
             message = "goes with many follow-ups, not with the ID of one."

@@ -188,7 +188,7 @@ class Dispatcher:
                 return
 
     def _unblock_forgotten(self) -> None:
-        """Unblock follow-ups that no longer wait for anything, on every tick or less often if this is slow.
+        """Unblock follow-ups that no longer wait for another follow-up, on every tick or less often if slow.
 
         An error during unblocking does not stop the claims.
         """

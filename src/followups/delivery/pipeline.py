@@ -102,7 +102,7 @@ class Pipeline:
     def start(self) -> None:
         """Start the event loop.
 
-        On this loop, the transport is opened and the database's clock is sampled before anything is sent.
+        Before anything is sent, this loop opens the transport and samples the database's clock.
         """
         self._thread.start()
 

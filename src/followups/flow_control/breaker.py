@@ -132,7 +132,7 @@ class RecoveryPolicy:
     """
 
     def arguments(self) -> tuple[float, ...]:
-        """Return the arguments of the Lua script in the script's order; pauses are in milliseconds."""
+        """Return the arguments in the order in which the Lua script expects them; pauses are in milliseconds."""
         pauses = (self.first_pause * 1000, self.longest_pause * 1000)
         return (*pauses, self.probes, self.first_rate, self.last_rate, self.fails_again, KEPT)
 

@@ -65,8 +65,8 @@ _PENDING_ROWS = "FROM follow_ups WHERE status = 'pending'"
 # this range has begun, so the range includes all follow-ups in flight. A follow-up that waits for an earlier one of its
 # chat does not count as overdue, but the earlier one does. The query is ordered so that the index is read no further
 # than needed. Without the order, the planner, which estimates that a third of all pending rows are overdue, would read
-# the whole table. The index is read only once, because its first entries belong to rows that were sent but not yet
-# vacuumed.
+# the whole table. One read of the index has to suffice, because the index begins with the entries of rows that were
+# sent but not yet vacuumed.
 _COUNT = text(f"""
     WITH head AS MATERIALIZED (
         SELECT {_DUE} AS due, begun_at {_PENDING_ROWS} AND waits_for IS NULL AND {_DUE} <= now() + interval '1 second'
@@ -202,8 +202,8 @@ def _count_final(connection: Connection, most: int) -> dict[str, int]:
     return {row.status: row.number for row in connection.execute(_COUNT_FINAL, {"statuses": statuses, "most": most})}
 
 
-# A follow-up is accepted before it ends. Therefore every follow-up that ended before the window was also accepted
-# before it.
+# A follow-up is always accepted before it ends. Therefore every follow-up that ended before the window was also
+# accepted before it.
 _PACE = text("""
     SELECT count(*) AS sent,
            percentile_disc(ARRAY[0.5, 0.95, 0.99]) WITHIN GROUP (ORDER BY accepted_at - due_date) AS lags

@@ -338,7 +338,8 @@ def _changing(names: frozenset[str]) -> Statement:
 def change_if_not_begun(follow_up_id: UUID, values: Mapping[str, Any]) -> Steps[FollowUp | None]:
     """Write new values of API fields to a pending follow-up with no attempt in flight; return it, or None.
 
-    A new due date or chat revokes the lease: the fencing token grows, so that a hint already published has no effect.
+    A new due date or chat revokes the lease by increasing the fencing token, so a hint that was already published has
+    no effect.
     """
     changed: Sequence[FollowUp] = yield _changing(frozenset(values))(id=follow_up_id, **values)
     return changed[0] if changed else None

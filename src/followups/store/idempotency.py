@@ -24,8 +24,8 @@ LIFETIME = timedelta(hours=24)
 """The time for which a stored response is repeated."""
 
 SWEPT = 2
-"""Number of expired responses deleted whenever a new one is stored, so that the table contains only about a day's
-responses.
+"""Number of expired responses that are deleted whenever a response is stored, so that the table contains only about a
+day's responses.
 """
 
 

@@ -22,8 +22,9 @@ if TYPE_CHECKING:
     from sqlalchemy import Connection, TextClause
 
 SAMPLE = 10
-"""The largest number of rows that are read back. A sample is enough, since a transaction is committed as a whole. One
-row is not enough, since another transaction may have changed it in the meantime.
+"""The largest number of rows that are read again after a commit whose result is unknown. A sample is enough, since a
+transaction is committed as a whole. One row is not enough, since another transaction may have changed it in the
+meantime.
 """
 
 # The transaction in question may still lock the row, if its backend is still running after the connection was lost. FOR

@@ -5,8 +5,8 @@ there is no quota. With a quota, the quota's row is locked after the chat's row 
 concurrent create requests cannot both use the last free place.
 
 The quota's row stores how much room was left at the last count of follow-ups or chats. Each create request reduces this
-number. The rows are counted again only when it reaches zero. The new count no longer includes follow-ups that have
-finished.
+number. The rows are counted again only when it reaches zero. The new count excludes follow-ups that have finished in
+the meantime.
 """
 
 from __future__ import annotations

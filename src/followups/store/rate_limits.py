@@ -234,9 +234,9 @@ def release(
 ) -> Halved[UUID, int]:
     """Let up to a thousand of the follow-ups that a rate limit has deferred be due now.
 
-    Only follow-ups deferred by at most ``longest`` are released. ``scope`` is the limit's workspace and channel; None
-    means all. Follow-ups whose ids are in ``without`` are skipped. Returns the released follow-ups, and those whose
-    rows cannot be written.
+    Only follow-ups whose deferral was at most ``longest`` are released. ``scope`` is the limit's workspace and channel;
+    None means all. Follow-ups whose ids are in ``without`` are skipped. Returns the released follow-ups, and those
+    whose rows cannot be written.
     """
     workspace_id, channel = scope
     parameters = {"workspace_id": workspace_id, "channel": channel, "longest": longest, "most": BATCH}

@@ -61,7 +61,7 @@ def connection_options(settings: Settings) -> dict[int, object]:
     options: dict[int, object] = {
         pycurl.TIMEOUT_MS: milliseconds,
         pycurl.NOSIGNAL: True,
-        pycurl.FOLLOWLOCATION: False,  # a redirect is not followed, and counts as a rejection of the message
+        pycurl.FOLLOWLOCATION: False,  # a redirect is not followed, and the message counts as rejected
         # With HTTP/2 an outcome is unknown more often, because a broken connection affects every call on it.
         pycurl.HTTP_VERSION: pycurl.CURL_HTTP_VERSION_2TLS
         if settings.transport_deduplicates

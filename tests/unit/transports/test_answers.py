@@ -120,7 +120,7 @@ def test_a_date_is_measured_by_the_receivers_own_clock() -> None:
 @QUICK
 @given(st.text(max_size=60), st.text(max_size=60))
 def test_no_header_breaks_anything(value: str, date: str) -> None:
-    """Any Retry-After header results in no delay or in a delay within the limits."""
+    """Whatever a Retry-After header contains, the resulting delay is within the limits, or there is none."""
     wished = retry_after({"retry-after": value, "date": date}, NOW)
     assert wished is None or timedelta(seconds=1) <= wished <= timedelta(hours=24)
 

@@ -150,7 +150,8 @@ def isolation(level: str) -> Iterator[Finding]:
 def durability(commit: str, standbys: str) -> Iterator[Finding]:
     """Report a `synchronous_commit` setting that can lose acknowledged transactions in a crash or failover.
 
-    `local` is sufficient if no standby is synchronous. `remote_write` loses transactions only if both machines crash.
+    `local` is sufficient if no standby is synchronous. `remote_write` loses transactions only if both machines crash at
+    the same time.
     """
     if commit == "off" or (commit == "local" and standbys):
         event = "crash" if commit == "off" else "failover"
