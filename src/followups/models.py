@@ -149,7 +149,7 @@ class WorkspaceSendingHours(Base):
 
 
 class Pause(Base):
-    """The pause of a workspace, a channel, or a channel of a workspace by an operator."""
+    """An operator's pause of a workspace, of a channel, or of one channel of a workspace."""
 
     __tablename__ = "pauses"
     __table_args__ = (
@@ -454,7 +454,7 @@ class FollowUp(Base):
     limited_until: Mapped[datetime | None]
     """The time of the next attempt as set by a rate limit or the breaker.
 
-    While ``next_attempt_at`` has the same value, the follow-up waits for the rate limit or the breaker.
+    While ``next_attempt_at`` is equal to this time, the follow-up is waiting for the rate limit or the breaker.
     """
     pause_id: Mapped[UUID | None]
     """The pause that holds the follow-up.

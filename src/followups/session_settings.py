@@ -32,7 +32,7 @@ SESSION: Mapping[str, str] = {
     # A statement must see everything that was committed before the statement began. If the transaction used a single
     # snapshot, a reply that waited for the chat's lock would not see the follow-up it has to cancel.
     "default_transaction_isolation": "read committed",
-    # These are the formats that psycopg reads and writes.
+    # psycopg reads and writes these formats.
     "client_encoding": "UTF8",
     "DateStyle": "ISO, MDY",
     "IntervalStyle": "postgres",

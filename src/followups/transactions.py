@@ -50,9 +50,9 @@ _QUESTION = "followups.question"
 def transact(engine: Engine, work: Callable[[Connection], T]) -> T:
     """Run the work in one transaction, commit the transaction, and return the work's result.
 
-    Raises the errors of the work and of the commit. If this function returns, the transaction was committed. If it
-    raises the commit's error, the transaction was not committed. There are two exceptions: the database was unreachable
-    for `PATIENCE`, or the work registered no query.
+    Raises an error of the work or of the commit. If this function returns, the transaction was committed. If it raises
+    the commit's error, the transaction was not committed. There are two exceptions: the database was unreachable for
+    `PATIENCE`, or the work registered no query.
     """
     with engine.connect() as connection:
         connection.info.pop(_QUESTION, None)  # left over from an earlier transaction on the same connection

@@ -13,7 +13,7 @@ def uptime() -> float:
     """Return the seconds since the machine was started, including time suspended. Never set back.
 
     A lease keeps running while a machine is suspended. By the monotonic clock, no time would have passed when a worker
-    resumes after its lease has expired. The worker would then call the transport, perhaps after a cancellation or
-    during another worker's call.
+    resumes after its lease has expired. With the monotonic clock, such a worker would call the transport, perhaps after
+    a cancellation or during another worker's call.
     """
     return time.clock_gettime(_CLOCK)

@@ -1,4 +1,4 @@
-"""Tests of pauses and sending hours with real processes."""
+"""Tests for pauses and sending hours, with real processes."""
 
 from __future__ import annotations
 

@@ -27,7 +27,9 @@ if TYPE_CHECKING:
 COMMAND = str(Path(sys.executable).with_name("followups"))
 
 BOUND = 15.0
-"""The time limit in seconds for reporting a fault: ten seconds without a heartbeat, plus the command's start."""
+"""The time limit in seconds for reporting a fault: ten seconds without a heartbeat, plus the time that the command
+takes to start.
+"""
 
 DEAF = '''
 """Celery's consumer asks for no work any more once the file is there; all the rest of the worker goes on."""

@@ -1,4 +1,4 @@
-"""Tests of invalid settings and failed starts: the process exits with a one-line error."""
+"""Tests for invalid settings and failed starts: the process exits with a one-line error."""
 
 from __future__ import annotations
 

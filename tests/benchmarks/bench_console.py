@@ -28,7 +28,9 @@ if TYPE_CHECKING:
 
 REQUESTS = 7
 SHAPES = (("workspace", 999, 50, 80), ("large", 1, 10_000, 100))
-"""Names of workspaces; how many there are, the chats of each, and the follow-ups of each chat, in a full run."""
+"""For each kind of workspace in a full run: its name, the number of workspaces, the chats in each workspace, and the
+follow-ups in each chat.
+"""
 
 CHATS = """
     INSERT INTO chats (workspace_id, id, channel, external_id, last_message_id, last_message_role, last_message_at,

@@ -86,7 +86,7 @@ def shows(url: str, words: str) -> bool:
 
 
 def ended_within(child: Child, seconds: float) -> None:
-    """Stop a process, and check that it exits with success within ``seconds``."""
+    """Stop a process, and check that it exits successfully within ``seconds``."""
     asked = time.monotonic()
     child.ask()
     wait_until(lambda: not child.running, within=seconds)

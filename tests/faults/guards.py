@@ -271,7 +271,7 @@ def ended_is_claimed(scene: Scene) -> None:
 
 
 def stale_release(scene: Scene) -> None:
-    """Try to release a lease of a follow-up that another worker has taken over."""
+    """Try to release the old lease of a follow-up that another worker has taken over."""
     scene.world.follow_up()
     old = scene.lease()
     scene.leased_anew(old)

@@ -99,7 +99,7 @@ class Clients:
 
 
 def command(rig: Rig, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """Run a command in the environment that the system's processes have."""
+    """Run a command in the same environment as the system's processes."""
     environment = os.environ | rig.environment()
     return subprocess.run(
         [COMMAND, *arguments], env=environment, capture_output=True, text=True, timeout=60, check=False

@@ -56,7 +56,7 @@ def deliver(engine: Engine, settings: Settings, outcome: Outcome) -> None:
 
 
 def test_stale_row_is_saved(world: World, engine: Engine, settings: Settings) -> None:
-    """If a row was read before its follow-up was sent, saving it is refused, and the row stays sent."""
+    """A row that was read before its follow-up was sent cannot be saved, and its state remains sent."""
     follow_up = world.follow_up()
     with Session(engine) as session:
         assert session.get_one(FollowUp, follow_up).status == "pending"

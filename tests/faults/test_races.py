@@ -93,7 +93,7 @@ def test_reply_against_create(rig: Rig, figures: Figures) -> None:
 
 @pytest.mark.faults_long
 def test_many_cancels_against_deliver(rig: Rig, figures: Figures) -> None:
-    """Of ten thousand follow-ups cancelled near their due time, none is sent after a 200, all after a 409."""
+    """Ten thousand follow-ups are cancelled near their due time: those that got 409 are sent, no others."""
     cancel_against_deliver(rig, figures, pairs=10_000, spread=150.0)
 
 

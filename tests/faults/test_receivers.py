@@ -197,7 +197,7 @@ def test_storm_of_429(rig: Rig, figures: Figures) -> None:
 
 
 def test_outage(rig: Rig, figures: Figures) -> None:
-    """A receiver that was unreachable gets every message once when it is back, and not all in one burst."""
+    """A receiver that was unreachable gets every message once after it recovers, and not all in one burst."""
     outage(rig, figures, rate=60, seconds=2)
 
 

@@ -89,7 +89,7 @@ def ask_as_limiter(settings: Settings, _engine: Engine) -> None:
 
 
 def ask_as_api(settings: Settings, _engine: Engine) -> None:
-    """Connect to the broker as the rate limit of API keys does."""
+    """Connect to the broker in the same way as the rate limiter for API keys."""
 
     async def ask() -> bool:
         limit = KeyRateLimit(settings)

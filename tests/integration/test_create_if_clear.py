@@ -68,7 +68,7 @@ def test_a_chat_that_is_not_clear(world: World, columns: dict[str, object]) -> N
 
 
 def test_keys_quotas_and_workspaces(world: World) -> None:
-    """The single statement leaves an invalid key, a quota and a workspace being deleted to the transaction."""
+    """Invalid keys, quotas and workspaces being deleted are handled in a transaction, not one statement."""
     chat_id = world.chat()
     for change in ("revoked_at = now()", "expires_at = now()"):
         key_id = key_of(world)[0]

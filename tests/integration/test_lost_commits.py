@@ -140,7 +140,7 @@ def test_an_answer_is_lost_after_the_commit(place: DeliverySteps, name: str, mon
 
 @pytest.mark.parametrize("name", STEPS)
 def test_a_commit_is_lost(place: DeliverySteps, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A delivery step whose commit never reached the server fails at once and can be repeated."""
+    """A delivery step whose commit never reached the server fails immediately and can be repeated."""
     step = STEPS[name](place)
     before = place.rows()
     break_once(monkeypatch, lambda _: None)

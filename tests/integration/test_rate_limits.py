@@ -143,7 +143,7 @@ def due_in_turn(world: World, count: int, ago: timedelta = SECOND) -> list[UUID]
 
 
 def test_a_burst_goes_at_the_rate(world: World, bench: Bench) -> None:
-    """Sixty follow-ups due at the same time are sent at the limit's rate, those due earliest first.
+    """Sixty follow-ups due in a burst are sent at the limit's rate, those due earliest first.
 
     No follow-up waits for longer than the limit requires.
     """

@@ -67,7 +67,7 @@ def test_changes_name_their_fields(world: World) -> None:
 
 
 def test_what_is_refused_leaves_none(world: World) -> None:
-    """A rejected change of a follow-up in flight leaves no audit event."""
+    """A rejected change to a follow-up in flight leaves no audit event."""
     follow_up = world.follow_up()
     world.put_in_flight(follow_up)
     with Session(world.engine) as session, session.begin(), pytest.raises(DeliveryInProgressError):

@@ -219,7 +219,7 @@ class TestLateness:
         assert begun(claim_and_begin(engine, brief)) == {night}
 
     def test_a_hold_that_meets_a_lock(self, world: World, engine: Engine, settings: Settings) -> None:
-        """While its sending hours are locked, a late follow-up that should be held is retried, not ended."""
+        """A late follow-up that should be held is retried, not ended, while its sending hours are locked."""
         brief = settings.model_copy(update={"max_lateness": HOUR})
         put(world, hours_from(-30 * MINUTE, 3 * HOUR))
         night = world.follow_up(due=-5 * HOUR, scheduled_at=text("now() - interval '9 h'"))

@@ -254,7 +254,7 @@ class TestCallersOwnSession:
 
     @pytest.mark.parametrize("level", ["REPEATABLE READ", "SERIALIZABLE", "AUTOCOMMIT"])
     def test_another_isolation_is_refused(self, base: Engine, world: World, level: Any) -> None:
-        """`schedule` and `cancel` reject every other isolation level with an error that gives the remedy.
+        """`schedule` and `cancel` reject isolation levels other than READ COMMITTED and name the remedy.
 
         A transaction at a stricter isolation level would read from an old snapshot.
         """

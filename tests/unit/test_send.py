@@ -1,4 +1,4 @@
-"""A single call of the transport, which is limited in time and always ends in an outcome."""
+"""A single call to the transport. The call has a time limit and always ends in an outcome."""
 
 from __future__ import annotations
 

@@ -102,7 +102,8 @@ class Exposition:
     def collect(self) -> Iterator[Metric]:
         """Yield the counters summed over all processes.
 
-        Yield nothing if the database is unreachable, because sums of fewer processes would look like a counter reset.
+        Yield nothing if the database is unreachable, because sums over only some of the processes would look like a
+        counter reset.
         """
         try:
             self._totals.add()

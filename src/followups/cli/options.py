@@ -38,7 +38,7 @@ class Due:
     NOW: ClassVar[Due]
 
     def resolve(self, now: datetime) -> datetime:
-        """Return the due date as a time. Raises `typer.BadParameter` if it is outside the calendar."""
+        """Return the due date as a time. Raises `typer.BadParameter` if the due date is outside the calendar."""
         try:
             return self.given if isinstance(self.given, datetime) else now + self.given
         except OverflowError:

@@ -33,7 +33,7 @@ class ClaimInterval:
     """The time of a dispatcher's next claim. Other dispatchers may be running with ticks of their own."""
 
     def __init__(self, window: int) -> None:
-        """Store ``window``, the limit of follow-ups in flight."""
+        """Store ``window``, the limit on follow-ups in flight."""
         self._window = window
         self._taken = 0
         """Number of follow-ups claimed since the window was last full, at ``_full_at``."""

@@ -45,8 +45,8 @@ _outages: dict[str, Outage] = {}
 """The current outages by step; several threads begin and end them."""
 
 WRITING = frozenset({"claim", "begin", "settle", "release"})
-"""Steps that write to the database. If such a step succeeds, no outage remains. Other steps succeed even on a read-only
-server.
+"""Steps that write to the database. If such a step succeeds, no outage remains. A step that does not write to the
+database succeeds even on a read-only server.
 """
 
 

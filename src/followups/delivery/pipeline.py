@@ -3,7 +3,7 @@
     submit -> due queue -> slot -> begin -> send -> settle
 
 Begin and settle each form batches: while one statement runs, the next batch gathers. A call in flight occupies a slot,
-and a follow-up begins only if a slot is free. So a slow chat occupies one slot, and never delays a batch.
+and a follow-up begins only if a slot is free. A slow chat occupies one slot, and never delays a batch.
 """
 
 from __future__ import annotations
@@ -207,7 +207,7 @@ class Pipeline:
     async def _send(self, begun: Begun, started: float) -> None:
         """Send one follow-up at its due time, and pass the outcome on to be settled."""
         # The latest start of a call is the end of its lease minus the call's time limit. The lease is measured from
-        # before begin. A call that starts later might end after the lease.
+        # before begin. A call that starts later might end after its lease has expired.
         latest = started + self._settings.lease.total_seconds() - self._timeout.seconds
         attempt = None
         try:

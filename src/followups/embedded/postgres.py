@@ -37,12 +37,12 @@ missing, it is created.
 """
 
 START_WITHIN = timedelta(seconds=60)
-"""The longest time that the server's start may take. A start normally takes half a second; recovery of a data directory
-after a crash takes longer.
+"""The longest time that the server may take to start. A start normally takes half a second; recovery of a data
+directory after a crash takes longer.
 """
 
 STOP_WITHIN = timedelta(seconds=30)
-"""Maximum duration of a fast shutdown. It ends the sessions and writes a checkpoint."""
+"""Maximum duration of a fast shutdown. A fast shutdown ends the sessions and writes a checkpoint."""
 
 SETTINGS = {
     # TCP is disabled, because the operating system allows only the owner (and root) to enter the socket's directory. So
@@ -60,10 +60,10 @@ SETTINGS = {
 }
 
 TEMPORARY_SETTINGS = {
-    # The data is deleted with the server, so it need not survive a crash of the machine. The data must survive only the
-    # kills of the server in the fault tests. Therefore synchronous_commit stays on; without it, a killed server would
-    # lose confirmed transactions. Without fsync, synchronous_commit costs only one write into the page cache for each
-    # commit.
+    # The data is deleted with the server, so it need not survive a crash of the machine. The only crashes that the data
+    # must survive are those in the fault tests, which kill the server. Therefore synchronous_commit stays on; without
+    # it, a killed server would lose confirmed transactions. Without fsync, synchronous_commit costs only one write into
+    # the page cache for each commit.
     "fsync": "off",
     "full_page_writes": "off",
     # these files are in the data directory, so that a killed server leaves nothing behind

@@ -33,8 +33,8 @@ if TYPE_CHECKING:
     from followups.settings import Settings
 
 READY_WITHIN = timedelta(seconds=90)
-"""The longest time that the server's start may take. A start takes about five seconds on two idle cores, more on a busy
-machine.
+"""The longest time that the server may take to start. A start takes about five seconds on two idle cores, more on a
+busy machine.
 """
 
 GRACE = timedelta(seconds=6)

@@ -20,7 +20,7 @@ DATABASES = 64
 """Number of logical databases, so that each process of a test run can use a database of its own."""
 
 START_WITHIN = timedelta(seconds=30)
-"""The longest time that the server's start may take. A start takes some 50 ms, or more if much data is kept."""
+"""The longest time that the server may take to start. A start takes some 50 ms, or more if much data is kept."""
 
 STOP_WITHIN = timedelta(seconds=10)
 

@@ -151,7 +151,7 @@ def remove(directory: str) -> None:
 def main() -> None:
     """Read the processes and directories to guard; when the owner ends, stop and remove them.
 
-    The processes and directories that were added last are handled first.
+    The processes and directories that were added last are stopped and removed first.
     """
     processes: dict[int, tuple[int, float]] = {}
     directories: set[str] = set()

@@ -33,8 +33,8 @@ GIVE_WAY = 1.0
 proceed.
 """
 
-# The key is not a bind parameter, because PostgreSQL keeps the snapshot of a statement with parameters until the next
-# statement. An index that is created concurrently would wait for that snapshot.
+# The advisory lock's key is not a bind parameter, because PostgreSQL keeps the snapshot of a statement with parameters
+# until the next statement. An index that is created concurrently would wait for that snapshot.
 _TRY_LOCK = text(f"SELECT pg_try_advisory_xact_lock({LOCK})")
 _HOLDER = text("""
     SELECT a.pid, a.application_name, a.state, date_trunc('second', now() - a.state_change) AS since

@@ -56,7 +56,7 @@ class Explained:
     now: datetime
     around: Circumstances
     explanation: Sentence
-    """Why the follow-up is in its state."""
+    """Why the follow-up is in its current state."""
 
 
 def explained(session: Session, follow_up_id: UUID, settings: Settings) -> Explained:

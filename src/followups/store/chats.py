@@ -54,7 +54,7 @@ class RecordedMessage:
 
     @property
     def cancelled_follow_up_ids(self) -> tuple[UUID, ...]:
-        """Ids of the follow-ups that the message cancelled, under the name that the API uses."""
+        """Ids of the follow-ups that the message cancelled; the API uses the same name for this field."""
         return self.cancelled
 
 
@@ -176,7 +176,7 @@ _CHANGE = Statement(
 
 @Rule
 def put_chat(workspace_id: UUID, chat_id: UUID, channel: Channel, external_id: str | None) -> Steps[tuple[Chat, bool]]:
-    """Create or update the chat; return the chat and whether it is new. A removed chat counts as a new chat."""
+    """Create or update the chat; return the chat and whether it is new. A removed chat becomes a new chat."""
     name: dict[str, Any] = {"workspace_id": workspace_id, "chat_id": chat_id}
     values = name | {"channel": channel.value, "external_id": external_id}
     # Only while the chat is locked is it certain whether the chat is removed and which message is its last one.

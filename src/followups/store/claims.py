@@ -9,8 +9,8 @@ Each claim is one guarded statement, which skips rows that another transaction h
 
 The planner's statistics are updated here because the claim needs them first. Autovacuum updates them within minutes.
 Until autovacuum has run, the planner estimates one row for a table that was emptied, vacuumed, and then filled in a
-burst. The planner then rates any index that contains the id as highly as the primary key, although some of these
-indexes are scanned completely for each row. With 50,000 due follow-ups in such a table, the claim, begin and settle of
+burst. The planner then rates any index that contains the id as highly as the primary key, although with some of these
+indexes each look-up scans the whole index. With 50,000 due follow-ups in such a table, the claim, begin and settle of
 one batch took seconds each.
 """
 

@@ -30,7 +30,7 @@ NEVER = datetime(9998, 12, 31, tzinfo=UTC)
 
 @dataclass(frozen=True, slots=True)
 class WorkspaceHours:
-    """A workspace's sending hours, and the current sending period, with which the database compares the time."""
+    """A workspace's sending hours, and its current sending period for the database to check."""
 
     workspace_id: UUID
     hours: SendingHours

@@ -64,7 +64,7 @@ _STANDING = text("""
 
 
 def pause(connection: Connection, scope: PauseScope) -> bool:
-    """Pause this scope; return whether the scope was not paused before."""
+    """Pause this scope; return False if it was already paused."""
     return connection.execute(_PAUSE, scope.parameters).rowcount == 1
 
 

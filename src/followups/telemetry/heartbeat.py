@@ -3,7 +3,7 @@
 Each process keeps one small file in the runtime directory, and rewrites the file every second. The file lists the
 components that must make progress (the consumer, the dispatcher, ...), each with the time by which it must report
 again. Reading the file requires neither Celery nor the broker, so a check costs little more than starting a Python
-interpreter. Supervisors do not restart the processes because of a broker outage, which a restart cannot fix.
+interpreter. A broker outage does not make supervisors restart the processes, because a restart cannot fix it.
 
 - Times are on the monotonic clock, which all processes of a machine share. So setting the wall clock raises no alarm,
   and after a machine has slept, its processes do not count as dead.

@@ -63,7 +63,7 @@ class Sockets:
         self._known.clear()
 
     def begin(self, address: Address) -> None:
-        """Count a call in flight on this connection. Only HTTP/2 allows more than one at a time."""
+        """Count a call in flight on this connection. Only HTTP/2 allows more than one call in flight at a time."""
         self._calls[address] = self._calls.get(address, 0) + 1
 
     def end(self, address: Address) -> None:
@@ -176,7 +176,7 @@ class Exchange:
         self._sockets.distrust(self._address)
 
     def answer(self, code: int) -> Answer:
-        """Return the answer after its head has arrived; ``code`` is libcurl's result for its body."""
+        """Return the response once its headers have arrived; ``code`` is libcurl's result for its body."""
         headers = {} if self._status // 100 == 2 else _headers(self._head)  # noqa: PLR2004 - 2xx, of which none is read
         return Answer(self._status, headers, b"".join(self._parts), _flaw(code))
 

@@ -302,7 +302,7 @@ READ_ONLY_COMMANDS = frozenset(
 )
 """Read-only commands, whose results `celery inspect` and Flower's pages show.
 
-Any other command stops a worker, changes it, or writes files on its host.
+Any command that is not listed here stops a worker, changes it, or writes files on its host.
 """
 
 COMMAND_REFUSED = "this worker takes no such commands: FOLLOWUPS_REMOTE_CONTROL=true allows them"

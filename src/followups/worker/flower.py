@@ -25,7 +25,9 @@ LOOPBACK = "127.0.0.1"
 
 FLOWERS_COLUMNS = "name,uuid,state,received,runtime,worker"
 COLUMNS = "name,args,state,received,runtime,worker,uuid"
-"""Columns of Flower's task list. Unlike Flower's default columns, they show how many follow-ups a task contains."""
+"""Columns of Flower's task list. Unlike Flower's default columns, these columns show how many follow-ups a task
+contains.
+"""
 
 REFUSAL = (
     "Flower on the address {address} needs a password: set FLOWER_BASIC_AUTH=user:password, "

@@ -62,7 +62,7 @@ log = get_logger(__name__)
 _hearts: dict[int, Heartbeat | None] = {}
 """The heartbeats by process id, since each forked child has its own heartbeat.
 
-The value is None if the heartbeat could not be written, which was logged once.
+The value is None if the heartbeat could not be written; that failure has been logged once.
 """
 
 

@@ -35,7 +35,7 @@ def web_url(web_settings: Settings) -> Iterator[str]:
 
 @pytest.fixture(scope="session")
 def web_engine(web_settings: Settings) -> Iterator[Engine]:
-    """Return an engine on the web process's database."""
+    """Return an engine for the web process's database."""
     engine = make_engine(web_settings.database_url.get_secret_value())
     yield engine
     engine.dispose()

@@ -31,7 +31,7 @@ DAY = timedelta(days=1)
 
 @pytest.fixture
 def engine(web_engine: Engine) -> Engine:
-    """Return an engine on the web process's database."""
+    """Return an engine for the web process's database."""
     return web_engine
 
 

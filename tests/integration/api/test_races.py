@@ -73,7 +73,7 @@ def in_background(pool: ThreadPoolExecutor, api: Api, work: Callable[[], T]) -> 
 
 @pytest.fixture
 def engine(web_engine: Engine) -> Engine:
-    """Return an engine on the web process's database."""
+    """Return an engine for the web process's database."""
     return web_engine
 
 

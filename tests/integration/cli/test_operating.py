@@ -34,7 +34,7 @@ FAILED = {"status": "failed", "reason": "rejected: HTTP 403 no", "finished_at": 
 
 @pytest.fixture(autouse=True)
 def nudges(monkeypatch: pytest.MonkeyPatch) -> list[datetime]:
-    """Return a list of the due dates for which commands would have requested a tick; none is requested."""
+    """Return a list of the due dates for which commands would have requested a tick; no tick is requested."""
     told: list[datetime] = []
     monkeypatch.setattr(connection, "nudge_if_soon", lambda due, _now: told.append(due))
     return told

@@ -46,7 +46,7 @@ class TestMigrate:
         assert (again.code, again.stdout) == (0, f"The schema is {newest}, as it was\n")
 
     def test_a_role_that_may_not_migrate(self, run: Run, database_url: str) -> None:
-        """If the database role may not create tables, `migrate` says which role is needed."""
+        """If the database role may not create tables, `migrate` names the role that is needed."""
         downgrade(url_as(database_url, OWNER), "base")
         ran = run("migrate")
         assert ran.code == 1

@@ -1,4 +1,4 @@
-"""Tests of times as operators enter them, and as they are shown."""
+"""Tests for times as operators enter them, and as they are shown."""
 
 from __future__ import annotations
 

@@ -151,7 +151,7 @@ async def test_what_happened_can_be_read_and_cleared(http: aiohttp.ClientSession
 
 
 async def test_requests_can_be_read_page_by_page(http: aiohttp.ClientSession) -> None:
-    """Requests are numbered, and a page of them starts after a given number."""
+    """Requests are numbered; a page contains the requests after a given number."""
     for attempt in (1, 2, 3):
         await fetch(http, "POST", "/messages", BODY | {"attempt": attempt})
     _, page = await fetch(http, "GET", "/sandbox/requests?after=1&limit=1")

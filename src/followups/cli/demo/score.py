@@ -117,7 +117,7 @@ class Score:
 
 
 def score(standings: Sequence[FollowUpState], receipts: Mapping[str, object]) -> Score:
-    """Count the outcomes, and compare them with the script's and with the receiver's counts."""
+    """Count the outcomes, and compare them with those in the script and with the receiver's counts."""
     by_status = {status: sum(each.status == status for each in standings) for status in Status}
     duplicates = int(str(receipts["duplicates"]))
     return Score(
