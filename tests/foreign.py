@@ -76,7 +76,7 @@ def whatever_it_is(database_url: str) -> str:
 
 
 async def refused_once(engine: AsyncEngine, write: Callable[[Engine], object], sessions: int) -> DBAPIError:
-    """Check that only the first write fails, although the pool has ``sessions`` sessions; return its error."""
+    """Check that only the first write of the pool's ``sessions`` sessions fails, and return the error."""
     with pytest.raises(DBAPIError) as refused:
         await in_loop(engine, write)
     for _ in range(sessions):

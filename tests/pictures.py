@@ -51,7 +51,7 @@ SECONDS = 120
 MEAN, WAVE, PERIOD = 20, 14, 24.0
 """Mean follow-ups per second, the amplitude of the rate's wave, and its period in seconds."""
 LEAD = 15.0
-"""The number of seconds in which all follow-ups are created before the first is due."""
+"""The number of seconds before the first due date within which all follow-ups are created."""
 FAILING, REFUSED, REPLYING = 12, 2, 12
 """The numbers of chats that fail twice, that refuse messages, and whose users reply."""
 

@@ -548,7 +548,7 @@ class ConsoleSession(Base):
     It is the name of the API key, the name of the link's creator, or the name that the proxy sent.
     """
     api_key_id: Mapped[UUID | None] = mapped_column(ForeignKey("api_keys.id", ondelete="CASCADE"), index=True)
-    """The API key with which the person signed in. The session becomes invalid when this key does."""
+    """The API key with which the person signed in. The session is valid only while this API key is valid."""
     created_at: Mapped[datetime] = mapped_column(server_default=func.now())
     seen_at: Mapped[datetime] = mapped_column(server_default=func.now())
     expires_at: Mapped[datetime]

@@ -362,7 +362,7 @@ def hide_password(url: str) -> str:
 FROM_FILES = ("database_url", "broker_url", "transport_url", "transport_secret")
 """Settings that can be read from a file instead of the environment: secrets and URLs.
 
-The path of the file is in the setting's variable with ``_FILE`` appended to its name.
+The setting's variable, with ``_FILE`` appended to its name, contains the path of the file.
 """
 
 

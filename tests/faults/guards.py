@@ -393,7 +393,7 @@ def stale_park(scene: Scene) -> None:
 
 
 def parked_behind_an_end(scene: Scene) -> None:
-    """Park a follow-up behind one that is just ending, after that end has searched for parked follow-ups."""
+    """Park a follow-up behind an earlier one that is ending, too late for that ending to unblock it."""
     earlier, later = two_in_a_chat(scene)
     with Session(scene.engine) as session:
         followups.cancel(session, earlier)
@@ -419,7 +419,7 @@ def stale_defer(scene: Scene) -> None:
 
 
 def ended_lease_deferred(scene: Scene) -> None:
-    """Try to defer a follow-up by an expired lease, while a concurrent tick may claim the follow-up."""
+    """Try to defer a follow-up with an expired lease, while a concurrent tick may claim the follow-up."""
     scene.world.follow_up()
     lease = scene.lease()
     scene.world.expire(lease.id)

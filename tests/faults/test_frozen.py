@@ -26,7 +26,7 @@ def frozen_at(
     """Freeze one of two workers at this step until its lease has expired, then resume the worker."""
     frozen, other = workers
     name = frozen.command.name
-    time.sleep(0.5)  # earlier refusals are counted by now
+    time.sleep(0.5)  # earlier refusals have been counted by now
     before = refused(rig, name)
     other.signal(signal.SIGSTOP)  # so that this worker executes the step first
     rig.failpoints.arm(point, "stop")

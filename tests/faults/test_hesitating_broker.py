@@ -1,4 +1,4 @@
-"""A broker that is silent for slightly longer than the limit loses no connection."""
+"""If a broker is silent for slightly longer than the limit, no connection is lost."""
 
 from __future__ import annotations
 

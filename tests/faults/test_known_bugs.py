@@ -136,7 +136,7 @@ def test_cancel_reaches_what_is_claimed(world: World, engine: Engine, settings: 
 
 
 def test_stopped_in_mid_commit(rig: Rig, figures: Figures) -> None:
-    """SIGTERM during a settle lets it commit: the worker exits cleanly, and no message is sent again."""
+    """If SIGTERM arrives during a settle, the settle commits, the worker exits, and no message is sent again."""
     rig.options |= {"FOLLOWUPS_LEASE": "60", "FOLLOWUPS_TRANSPORT_TIMEOUT": "20"}
     rig.beat()
     rig.sandbox()

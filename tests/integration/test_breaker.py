@@ -339,7 +339,7 @@ class Failing:
         self.outcome = outcome
         self.calls = 0
         self.well: UUID | None = None
-        """The workspace whose messages the transport accepts; it fails all others."""
+        """The only workspace whose messages the transport accepts."""
 
     async def open(self) -> None: ...
 

@@ -1,4 +1,4 @@
-"""Follow-ups that the breaker holds do not delay other follow-ups, and are eventually sent."""
+"""Follow-ups that the breaker defers do not delay other follow-ups, and are eventually sent."""
 
 from __future__ import annotations
 

@@ -195,7 +195,8 @@ async def test_given_back(place: LimiterUnderTest) -> None:
     await place.limiter.give_back([first, second], answer.moment)
     await place.limiter.give_back([first, second], answer.moment)
     waits = await place.ask(*(request(since, limit) for since in range(2, 5)))
-    # Part of a token was added meanwhile and cannot be returned, so only one of the two tokens is whole.
+    # The bucket refilled slightly in the meantime and holds at most its size, so only one of the two returned tokens is
+    # still whole.
     assert [wait == GO for wait in waits].count(True) <= 2
     assert waits[0] == GO
 

@@ -347,7 +347,7 @@ def test_somebody_holds_the_row(world: World, bench: Bench) -> None:
 
 
 def test_a_row_that_cannot_be_written(world: World, bench: Bench) -> None:
-    """If one follow-up's row cannot be written to defer it, other follow-ups are still deferred or sent."""
+    """If one follow-up's row cannot be written, other follow-ups are still deferred or sent."""
     limit(world, NONE_COMES_IN)
     first, bad, third = due_in_turn(world, 3)
     free = World(world.engine).follow_up()

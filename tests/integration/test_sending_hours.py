@@ -178,7 +178,7 @@ def test_changed_while_it_is_being_held(world: World, engine: Engine, settings: 
 
 
 def test_changed_before_it_is_held(world: World, engine: Engine, settings: Settings) -> None:
-    """If the sending hours have changed since they were read, they hold no follow-up."""
+    """Sending hours that have changed since they were read do not hold a follow-up."""
     put(world, CLOSED)
     world.follow_up()
     (lease,) = claim(engine, settings).leases

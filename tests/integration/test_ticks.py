@@ -231,7 +231,7 @@ class TestOneAtATime:
         assert claims_of_first_tick == 1
 
     def test_comes_back(self, world: World, engine: Engine, settings: Settings) -> None:
-        """A dispatcher waits while another one is claiming, and then claims without another tick."""
+        """If another dispatcher is claiming, a dispatcher waits, and then claims without a further tick."""
         rare = settings.model_copy(update={"tick_interval": MINUTE})
         world.follow_up()
         hints: list[Hint] = []
@@ -294,7 +294,7 @@ class TestToken:
         assert again.token > unblocked.token
 
     def test_exact_in_json(self, world: World, engine: Engine, settings: Settings) -> None:
-        """A token is an integer that JSON readers represent exactly, and is greater than any earlier token."""
+        """A fencing token is exact as a number in JSON, and is greater than any earlier token."""
         ahead = 2**53 - 3
         world.follow_up()
         tokens = {claim(engine, settings).leases[0].token}

@@ -168,7 +168,7 @@ def test_sent_in_the_end(world: World, settings: Settings, doubtful: tuple[UUID,
 
 
 def test_failure_that_is_known(world: World, settings: Settings) -> None:
-    """If the attempt is known to have failed, the reason mentions no unknown outcome."""
+    """If the attempt is known to have failed, the reason does not mention an unknown outcome."""
     follow_up = world.follow_up()
     attempted(world, settings, Retry("HTTP 500", None, 500), follow_up)
     attempted(world, settings, Rejected("HTTP 403", 403), follow_up)

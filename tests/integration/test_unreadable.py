@@ -135,7 +135,7 @@ def test_one_that_cannot_begin(
 
 
 def test_one_that_cannot_even_be_deferred(world: World, engine: Engine, settings: Settings) -> None:
-    """A follow-up whose row cannot be written is claimed again once its lease has expired; others begin."""
+    """A follow-up whose row cannot be written is claimed again after its lease expires; the others begin."""
     bad, good = world.follow_up(), world.follow_up()
     leases = claim(engine, settings).leases
     world.alter(f"ALTER TABLE follow_ups ADD CHECK (id <> '{bad}') NOT VALID")
@@ -162,7 +162,7 @@ def lost_twice(world: World, chat: UUID | None = None) -> UUID:
 
 
 def blocked_for_nothing(world: World) -> UUID:
-    """Insert a follow-up that still waits for one that has ended."""
+    """Insert a follow-up that still waits for a follow-up that has already ended."""
     chat = world.chat()
     first = world.follow_up(chat, -2 * SECOND)
     second = world.follow_up(chat, -SECOND, waits_for=first)
@@ -444,7 +444,7 @@ def test_the_next_of_a_chat_at_a_time_before_all_times(world: World, engine: Eng
 
 
 def test_begun_by_hand(world: World, engine: Engine, settings: Settings) -> None:
-    """A lost attempt that was never counted does not stop a claim."""
+    """A lost attempt that was never counted does not prevent a claim."""
     lost = world.follow_up(begun_at=text("now()"), lease_until=text("now() - interval '1 s'"), attempts=0)
     claimed = claim(engine, settings)
     assert ([lease.id for lease in claimed.leases], world.row(lost).attempts) == ([lost], 0)

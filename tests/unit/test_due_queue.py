@@ -20,7 +20,7 @@ NOON = datetime(2026, 6, 1, 12, tzinfo=UTC)
     ("due", "taken"), [(datetime.min.replace(tzinfo=UTC), 1), (datetime.max.replace(tzinfo=UTC), 0)]
 )
 def test_moments_at_the_edge_of_the_calendar(due: datetime, taken: int) -> None:
-    """A lease due at the earliest possible time is taken immediately; one at the latest possible time waits."""
+    """A lease due at the earliest possible time is taken immediately; a lease due at the latest waits."""
     clock = DatabaseClock()
     clock.observe(datetime.now(UTC), uptime(), uptime())
     queue = DueQueue(clock, timedelta(seconds=60), Slots(10))

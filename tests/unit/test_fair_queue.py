@@ -54,7 +54,7 @@ def test_turns_go_on_from_one_free_slot_to_the_next() -> None:
 
 
 def test_nobody_is_told_their_workspace() -> None:
-    """Leases without a workspace number, as from an older worker in an upgrade, are taken in due order."""
+    """Leases without a workspace key (from an older worker, during an upgrade) are taken in due order."""
     queue = queue_of()
     given_leases = overdue(0, 3, 1, 2)
     queue.add(given_leases)

@@ -198,7 +198,7 @@ def test_configuring_twice_logs_once(capsys: pytest.CaptureFixture[str]) -> None
 
 @pytest.mark.parametrize("stderr", [Full(), TerminalStream()])
 def test_a_stderr_that_takes_nothing_ends_no_work(stderr: io.StringIO, monkeypatch: pytest.MonkeyPatch) -> None:
-    """If stderr is full or closed, log lines are lost without an error."""
+    """If stderr is full or closed, log lines are lost, but no error is raised."""
     configure_logging("json", "info")
     if isinstance(stderr, TerminalStream):
         stderr.close()

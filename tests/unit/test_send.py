@@ -83,7 +83,7 @@ async def test_a_call_in_time() -> None:
 
 
 async def test_an_outcome_in_spite_of_the_limit() -> None:
-    """If a transport returns an outcome while it is being stopped, the outcome counts."""
+    """If a transport returns an outcome while it is being stopped, this outcome is recorded."""
 
     async def insist() -> Outcome:
         try:

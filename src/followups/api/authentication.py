@@ -2,7 +2,7 @@
 
 The first statement of the request's transaction also looks up the key. A revocation therefore takes effect as soon as
 it is committed, and the check needs no additional round trip. FastAPI validates the body before it runs dependencies.
-But an invalid body without a valid key must get a 401 rather than a 422: see `AuthenticatedRoute`.
+However, a request with an invalid body and without a valid key must get 401 rather than 422: see `AuthenticatedRoute`.
 """
 
 from __future__ import annotations

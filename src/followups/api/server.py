@@ -119,7 +119,7 @@ class Crowd:
 
 
 class MessagePart(Enum):
-    """The part of its current message that a connection has reached."""
+    """The part of the current message that a connection is now reading."""
 
     BETWEEN = "between two messages"
     HEAD = "head"

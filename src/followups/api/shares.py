@@ -66,7 +66,7 @@ class Shares:
         self._turns: WeakValueDictionary[UUID, Turns] = WeakValueDictionary()
 
     def of(self, workspace_id: UUID) -> Turns:
-        """Return the workspace's limit, which is a context manager for each of its requests."""
+        """Return the workspace's limit, which is used as a context manager for each of its requests."""
         turns = self._turns.get(workspace_id)
         if turns is None:
             turns = self._turns[workspace_id] = Turns()

@@ -71,7 +71,7 @@ class Live:
         self._ending = False
 
     def end(self) -> None:
-        """End all streams within a second, and refuse new ones. This may be called from a signal handler."""
+        """End all streams within a second, and refuse new ones. This function may be called from a signal handler."""
         self._ending = True
 
     def has_room(self, session_id: UUID, workspace_id: UUID | None) -> bool:

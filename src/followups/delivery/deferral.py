@@ -54,7 +54,9 @@ Without the pause, begin statements of other workers would have to wait for the 
 """
 SOONEST = LONGEST / 2
 SPREAD = 10_000
-"""Number of simultaneous deferrals by one worker that fill two thirds of the time from `SOONEST` to `LONGEST`."""
+"""The number of simultaneous deferrals, by one worker, that are spread over two thirds of the time from `SOONEST` to
+`LONGEST`.
+"""
 COMING = 0.25
 """Seconds that released follow-ups may take to reach a worker; until then no more follow-ups are released."""
 BACKOFF = 1.0

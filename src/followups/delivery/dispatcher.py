@@ -255,10 +255,10 @@ class Dispatcher:
     def _claim(self) -> tuple[Claim, float]:
         """Claim from the low-water mark on, and occasionally from the beginning.
 
-        Claims from the beginning find follow-ups with due dates before the mark that were inserted later. If a claim
-        leaves due follow-ups, the next claims start with the workspaces that have the fewest follow-ups in flight.
-        While a long transaction keeps a snapshot, the index entries of follow-ups sent since then stay in front of the
-        entries of pending follow-ups. Reading past 36,000 index entries of sent follow-ups took 34 ms.
+        Claims from the beginning also find follow-ups that were inserted later, with due dates before the mark. If a
+        claim leaves due follow-ups, the next claims start with the workspaces that have the fewest follow-ups in
+        flight. While a long transaction keeps a snapshot, the index entries of follow-ups sent since then stay in front
+        of the entries of pending follow-ups. Reading past 36,000 index entries of sent follow-ups took 34 ms.
         """
         started = time.monotonic()
         look_at_all = started >= self._next_whole

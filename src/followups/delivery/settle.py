@@ -76,7 +76,7 @@ class Settler:
     def __init__(
         self, settings: Settings, engine: AsyncEngine, settled: Callable[[BatchResult, Sequence[Attempt]], None]
     ) -> None:
-        """After each batch, ``settled`` is called with its result and the attempts whose recording is finished."""
+        """After each batch, call ``settled`` with its result and the attempts whose recording is finished."""
         self._settings = settings
         self._engine = engine
         self._settled = settled

@@ -33,7 +33,7 @@ class Watchdog:
     """The owner's end of the watchdog: the guarded processes and directories, and the pipe to the watchdog process."""
 
     def __init__(self) -> None:
-        """Create the watchdog, which guards nothing yet.
+        """Create a watchdog that does not guard anything yet.
 
         The watchdog process starts with the first `guard_process` or `guard_directory`.
         """

@@ -43,14 +43,14 @@ CLOSED = "closed"
 RECOVERING = "recovering"
 
 REFUSING = {401, 403}
-"""Status codes that mean that a receiver rejects the caller and not the message.
+"""Status codes with which a receiver rejects the caller rather than the message.
 
 For example, every message is rejected with one of these codes after a secret has expired.
 """
 
 LOOK = 1.0
-"""Seconds between two reads of the shared state while the breaker is closed. A change of the state is noticed after
-this time at the latest.
+"""Seconds between two reads of the shared state while the breaker is closed. A change to the state is noticed within
+this time.
 """
 LOOK_WHILE_OPEN = 0.1
 """Seconds between two reads of the shared state while follow-ups wait for the breaker."""
@@ -256,7 +256,7 @@ class Breaker:
     async def run(self, wanted: Callable[[], int], changed: Callable[[], None]) -> None:
         """Report outcomes to the store and read the shared state, until cancelled.
 
-        ``wanted`` is a function that returns the number of follow-ups that are due and wait for the breaker.
+        ``wanted`` returns the number of due follow-ups that wait for the breaker.
         """
         if self._store is None:
             return

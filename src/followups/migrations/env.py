@@ -34,7 +34,7 @@ proceed.
 """
 
 # The advisory lock's key is not a bind parameter, because PostgreSQL keeps the snapshot of a statement with parameters
-# until the next statement. An index that is created concurrently would wait for that snapshot.
+# until the next statement. Creating an index concurrently would wait for that snapshot to end.
 _TRY_LOCK = text(f"SELECT pg_try_advisory_xact_lock({LOCK})")
 _HOLDER = text("""
     SELECT a.pid, a.application_name, a.state, date_trunc('second', now() - a.state_change) AS since

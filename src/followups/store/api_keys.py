@@ -135,8 +135,8 @@ def authenticate(key: str) -> Steps[Identity | None]:
 def with_key(select: str) -> str:
     """Return the given SELECT, extended to look up the API key whose id is ``this_key``.
 
-    If the combined query returns no row, the key is not valid. With a valid key it returns at least one row; ``is_row``
-    is null if the given SELECT returns no row. ``key_now`` is the start time of the transaction.
+    If the combined query returns no row, the key is not valid. If the key is valid, the query returns at least one row;
+    ``is_row`` is null if the given SELECT returns no row. ``key_now`` is the start time of the transaction.
     """
     return f"""
         SELECT k.id AS key_id, now() AS key_now, this.*

@@ -121,7 +121,7 @@ class Counts:
     final: Mapping[str, int]
     """The number of finished follow-ups by status."""
     estimated: frozenset[str]
-    """The final states whose follow-ups are estimated rather than counted."""
+    """The final states for which the number of follow-ups is estimated rather than counted."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -256,8 +256,8 @@ def within(
             previous = connection.scalar(_PREVIOUS)
             connection.execute(_LIMIT, {"limit": milliseconds})
             rows = connection.execute(query, parameters).all()
-            # Releasing the savepoint does not reset this setting. Only a rollback of the savepoint or the end of the
-            # transaction resets it.
+            # Releasing the savepoint does not reset this setting. This setting is reset only by a rollback to the
+            # savepoint or by the end of the transaction.
             connection.execute(_LIMIT, {"limit": previous})
     except OperationalError as error:
         if getattr(error.orig, "sqlstate", None) != _CANCELLED_BY_TIMEOUT:

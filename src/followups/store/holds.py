@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from followups.store.leases import Lease
 
 NEVER = datetime(9998, 12, 31, tzinfo=UTC)
-"""The next attempt's time of a paused follow-up, later than any claim and any realistic due date."""
+"""The time stored as a paused follow-up's next attempt, later than any claim and any realistic due date."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,8 +59,8 @@ class Hold:
 
 
 # The locks on the pause and on the sending hours keep both in force until this transaction commits. A resume or a
-# change of the hours therefore commits after this transaction, and then releases these follow-ups. Rows that are locked
-# or were changed in the meantime are checked again shortly.
+# change to the sending hours therefore commits after this transaction, and then releases the follow-ups held here. Rows
+# that are locked or were changed in the meantime are checked again shortly.
 _HOLD = text(f"""
     WITH standing AS MATERIALIZED (
         SELECT id FROM pauses WHERE id = ANY(CAST(:pauses AS uuid[])) AND ended_at IS NULL
@@ -125,7 +125,7 @@ _OPEN_NEXT = text("""
 
 
 def open_next(connection: Connection, hours: WorkspaceHours, span: tuple[datetime, datetime]) -> None:
-    """Store this sending period; the database then compares its time with the stored period."""
+    """Store this sending period, with which the database then compares its current time."""
     parameters = columns_of(hours.hours) | {"workspace_id": hours.workspace_id, "open_until": hours.open_until}
     connection.execute(_OPEN_NEXT, parameters | {"new_from": span[0], "new_until": span[1]})
 

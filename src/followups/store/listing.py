@@ -52,7 +52,7 @@ class ListFilter:
 
 @dataclass(frozen=True, slots=True)
 class Start:
-    """The key of a list's row, and the number of rows before it in the list."""
+    """The key of a row in a list, and the number of rows before that row."""
 
     offset: int
     created_at: datetime

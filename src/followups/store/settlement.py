@@ -47,8 +47,8 @@ class Settlement(NamedTuple):
     yields: bool = True
     """Whether a cancel that was requested during the attempt takes precedence over this outcome."""
     cancel_detail: str = ""
-    """If the reason of a cancel requested during the attempt is only a code, this text is appended: ': ...' or an empty
-    string.
+    """If the cancel requested during the attempt has only a code as its reason, this text is appended to the code: ':
+    ...' or an empty string.
     """
 
 

@@ -218,7 +218,8 @@ class Life:
 def look(directory: Path, role: str, name: str = "") -> list[Life]:
     """Return the state of each process of a role on this machine, or only of the process called ``name``.
 
-    A name is the name of a Celery node, or its part before the ``@``. Processes that have ended are not included.
+    ``name`` is the name of a Celery node, or the part of that name before the ``@``. Processes that have ended are not
+    included.
     """
     documents = [document for path in _files(directory, role) if (document := _read(path)) is not None]
     return [

@@ -65,7 +65,7 @@ def _second(seconds: int) -> str:
 
 
 class _Configured:
-    """The arguments of the latest call of `configure_logging`, which `Lines` uses."""
+    """The arguments of the latest call to `configure_logging`, which `Lines` uses."""
 
     level = logging.INFO
     console_steps: ClassVar[list[Processor]] = []

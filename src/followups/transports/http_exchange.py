@@ -151,7 +151,7 @@ class Exchange:
             self.curl.setopt(option, value)
 
     def prepare(self, url: str, headers: Sequence[bytes], body: bytes, until: float) -> None:
-        """Set the request; it must not be sent after ``until``, a time of `uptime`."""
+        """Set the request, which must not be sent after ``until``, a time of the `uptime` clock."""
         if url != self._url:
             self._url = url
             self.curl.setopt(pycurl.URL, url)

@@ -56,7 +56,7 @@ before.
 """
 
 LASTS = 5.0
-"""Seconds after which a connection counts as good if its reads are answered.
+"""A connection counts as good after this many seconds if its reads are answered.
 
 One read may be answered and another rejected, because an ACL may allow the queues and forbid the subscriptions.
 """

@@ -1,4 +1,4 @@
-"""Changes of follow-ups through the API of a running web process."""
+"""Changes to follow-ups through the API of a running web process."""
 
 from __future__ import annotations
 
@@ -115,7 +115,7 @@ class TestChange:
         assert api.read(before) == before
 
     def test_not_there(self, api: Api) -> None:
-        """A change of an unknown follow-up, or to an unknown chat, is rejected with 404."""
+        """A change to an unknown follow-up, or a move to an unknown chat, is rejected with 404."""
         nobody = {"id": str(uuid4())}
         for changes in ({}, {"message": "x"}, {"chatMessageId": None}, {"dueDate": in_days(1)}):
             is_problem(api.patch(nobody, **changes), 404, "not-found")

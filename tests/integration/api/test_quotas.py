@@ -1,4 +1,4 @@
-"""Quotas of a workspace's pending follow-ups and chats."""
+"""Quotas for a workspace's pending follow-ups and chats."""
 
 from __future__ import annotations
 

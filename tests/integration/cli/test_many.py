@@ -236,7 +236,7 @@ class TestRetry:
     def test_one_by_its_id_and_then_all(self, run: Run, world: World) -> None:
         """A bulk retry skips a follow-up that an operator has already retried by its id.
 
-        A second retry by id of the same failed follow-up is possible.
+        A failed follow-up can be retried again by its id.
         """
         original = failed(world)
         assert run("retry", original).code == 0

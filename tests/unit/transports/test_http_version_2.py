@@ -282,7 +282,7 @@ async def stay_silent(_stream: Stream) -> None:
 async def test_silence_costs_its_own_call_and_the_connection(server: Http2Server) -> None:
     """If one call gets no response, other calls in flight are answered.
 
-    The call after an unanswered one uses a new connection.
+    After a call without a response, the next call uses a new connection.
     """
     async with opened(HttpTransport(settings_for(server.url, transport_timeout=1))) as transport:
         assert await transport.send(a_delivery()) == OK

@@ -86,7 +86,7 @@ def _refusals(client: redis.Redis, prefix: str) -> dict[str, str]:
 
 
 def broker_commands(key: str) -> tuple[tuple[str, ...], ...]:
-    """Return every command that the processes send or that their scripts call, applied to ``key``."""
+    """Return every command, with ``key`` as its key, that the processes send or their scripts call."""
     channel = f"{key}*"
     sha = "0" * 40
     return (
