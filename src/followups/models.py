@@ -170,7 +170,7 @@ class Pause(Base):
     ended_at: Mapped[datetime | None]
     """The time at which the pause ended.
 
-    The row is kept only until all held follow-ups have been released.
+    The row of an ended pause is kept only until all held follow-ups have been released.
     """
 
 
@@ -448,8 +448,8 @@ class FollowUp(Base):
     sendable_from: Mapped[datetime | None]
     """The first time at which the sending hours allow the message to be sent, or None if they never held it.
 
-    A future time is derived from the current sending hours. A past time is kept even if the sending hours change.
-    Lateness is counted from this time.
+    A time in the future is derived from the current sending hours. A past time is kept even if the sending hours
+    change. Lateness is counted from this time.
     """
     limited_until: Mapped[datetime | None]
     """The time of the next attempt as set by a rate limit or the breaker.
@@ -462,7 +462,7 @@ class FollowUp(Base):
     While the follow-up is held, its next attempt is far in the future, so the claim ignores it.
     """
     retry_of: Mapped[UUID | None]
-    """The failed follow-up that this follow-up retries. Each follow-up is retried at most once."""
+    """The failed follow-up that this follow-up retries. A failed follow-up is retried in this way at most once."""
 
     @property
     def in_flight(self) -> bool:

@@ -126,7 +126,7 @@ def test_a_search_that_is_out_of_time_goes_on_by_a_link(
 ) -> None:
     """A page says how far back it has searched, and its link continues the search from that point."""
     calls = count()
-    # The second step of each page exceeds the time limit, so that each page covers ten minutes.
+    # The second step of each page exceeds the time limit, so each page covers ten minutes.
     monkeypatch.setattr(browse, "within", lambda *given: None if next(calls) % 2 else within(*given))
     ids = [own.follow_up(due=HOUR, created_at=text(f"now() - interval '{age} min'")) for age in (5, 15, 35)]
     one = person("viewer", own)

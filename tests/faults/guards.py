@@ -235,7 +235,7 @@ def token_stays(scene: Scene) -> None:
 
 
 def token_repeats(scene: Scene) -> None:
-    """Claim a follow-up again after a failover in which the first claim was lost."""
+    """Claim a follow-up a second time, after a failover that lost the first claim."""
     follow_up = scene.world.follow_up()
     lease = scene.lease()
     scene.world.sql("UPDATE follow_ups SET lease_token = 0, lease_until = NULL WHERE id = :id", id=follow_up)

@@ -67,7 +67,7 @@ def run(own: Settings, script: Callable[[BreakerStore], Awaitable[None]], policy
 async def told(store: BreakerStore, failed: list[UUID], wanted: int, *, succeeded: bool, key: int = KEY) -> Reading:
     """Report outcomes of one workspace and return the state of the breaker.
 
-    The workspaces that the breaker holds are checked in this function and left out of the returned state.
+    The function checks which workspaces the breaker holds, and leaves them out of the returned state.
     """
     runs = (Run(key, len(failed), anew=succeeded),) if failed or succeeded else ()
     reading = await store.report(News(tuple(failed), succeeded, runs), wanted)

@@ -227,7 +227,7 @@ async def test_who_does_not_come_back_holds_up_nobody(place: LimiterUnderTest) -
 
 
 async def test_many_cancelled_hold_up_nobody_for_long(place: LimiterUnderTest) -> None:
-    """A waiting request for a token is repeated within five minutes.
+    """A request that waits for a token is repeated within five minutes.
 
     A request that is not repeated delays other requests for at most five minutes.
     """
@@ -313,7 +313,7 @@ async def test_it_leaves_nothing_behind(place: LimiterUnderTest) -> None:
 
 
 async def test_the_line_has_an_end(place: LimiterUnderTest) -> None:
-    """If a hundred thousand requests are queued, further requests get an estimated wait and no place.
+    """With a hundred thousand requests queued, further ones get an estimated wait but no place.
 
     Requests that are already in the queue keep their positions.
     """

@@ -283,7 +283,7 @@ def test_cancelled_while_it_waits(world: World, bench: Bench) -> None:
     receiver = Receiver()
     bench.start(receiver)
     wait_until(lambda: receiver.received)
-    # As in the API, the lease is revoked, so the entry in the worker's due queue becomes stale.
+    # The lease is revoked, as in the API, so the entry in the worker's due queue becomes stale.
     world.sql(
         "UPDATE follow_ups SET status = 'cancelled', reason = 'x', finished_at = now(), lease_until = NULL"
         " WHERE id = ANY(:ids) AND status = 'pending' AND begun_at IS NULL",

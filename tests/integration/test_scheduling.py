@@ -213,7 +213,7 @@ def test_no_row_joins_two_workspaces(world: World) -> None:
 
 
 class TestAmend:
-    """Tests in which operators, who see all workspaces, and the API change follow-ups."""
+    """Tests of changes to follow-ups by the API and by operators, who see all workspaces."""
 
     def test_operator(self, caller: Caller) -> None:
         """An operator, who has no workspace, sees every follow-up; another workspace sees none of them."""

@@ -380,7 +380,7 @@ def test_a_time_zone_that_a_machine_does_not_know(world: World, engine: Engine, 
 def test_a_machine_that_knows_other_time_zones(world: World, engine: Engine, settings: Settings) -> None:
     """If sending hours have begun according to this machine's time zones only, the follow-up is held.
 
-    It is held until the sending hours begin according to the database, and is not checked repeatedly.
+    The follow-up is held until the sending hours begin according to the database, and is not checked repeatedly.
     """
     put(world, OPEN)
     world.sql("UPDATE sending_hours SET open_from = now() + interval '1 h'")

@@ -36,7 +36,7 @@ def matching(limits: list[Limit], where: Limitable) -> set[int]:
 def test_all_that_match_apply() -> None:
     """A follow-up is subject to the overall limit and to those of its workspace, its channel and the pair.
 
-    Limits of other workspaces and of other channels do not apply to it.
+    Limits of other workspaces and of other channels do not apply to the follow-up.
     """
     limits = [
         limit(1),

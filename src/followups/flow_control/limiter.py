@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from followups.store.rate_limits import Limit, Limitable
 
     Scope = tuple[UUID | None, str | None]
-    """A workspace and a channel, where None means all of them."""
+    """A workspace and a channel; None means all workspaces or all channels."""
 
 IN_QUEUE = timedelta(seconds=1)
 """The longest wait for which a follow-up keeps its lease and its place in the worker's due queue."""
@@ -293,8 +293,8 @@ class RateLimits:
         """Return for how long a follow-up is deferred.
 
         The deferral ends at the latest when the follow-up expires, so that the follow-up is ended on time. The due
-        queue releases follow-ups slightly before their due time, so this lead is added to the wait. Without the lead, a
-        follow-up would ask for a token before its turn.
+        queue releases follow-ups slightly before their due time, so this lead is added to the wait. If the lead were
+        not added, a follow-up would ask for a token before its turn.
         """
         wait = min(max(wait, SHORTEST) + self._lead, LONGEST)
         return wait if one.left is None else min(wait, one.left + SHORTEST + self._lead)

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from sqlalchemy import Engine
 
 Topic = tuple[str, UUID | None]
-"""A pair of ``workspace`` and its id (None means all workspaces), or of ``follow_up`` and its id."""
+"""A pair: ``workspace`` and its id (None means all workspaces), or ``follow_up`` and its id."""
 
 Seen = dict[Topic, str]
 

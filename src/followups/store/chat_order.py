@@ -2,7 +2,7 @@
 
 The column ``waits_for`` of a waiting follow-up contains the id of its immediate predecessor. A waiting follow-up is not
 in the claim's index. Each follow-up waits only for its immediate predecessor, so the end of a follow-up unblocks only
-one other. If a hundred thousand follow-ups are queued behind one stuck chat, each of them is refused only once.
+one other. If a hundred thousand follow-ups are queued behind one stuck chat, each is refused only once.
 """
 
 from __future__ import annotations

@@ -67,7 +67,7 @@ class Claim:
     A claim after the grace period takes over the leases that were left to their workers.
     """
     busy: bool = False
-    """Whether another dispatcher was claiming, so that this claim read nothing."""
+    """Whether this claim read nothing because another dispatcher was claiming."""
 
 
 @dataclass(frozen=True, slots=True)

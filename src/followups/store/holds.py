@@ -136,8 +136,8 @@ def columns_of(hours: SendingHours) -> dict[str, object]:
     return {"time_zone": hours.time_zone, "opening": hours.opening, "closing": hours.closing, "days": days}
 
 
-# If `sendable_from` is in the past, it is kept. A past `sendable_from` is kept. Any other is replaced by the opening of
-# the current sending hours, or by the current time if the hours are open or were removed.
+# A `sendable_from` in the past is kept. A past `sendable_from` is kept. Any other is replaced by the opening of the
+# current sending hours, or by the current time if the hours are open or were removed.
 _RELEASE_HELD = text("""
     WITH held AS MATERIALIZED (
         SELECT id FROM follow_ups
@@ -168,7 +168,7 @@ _LONGEST = timedelta(days=1)
 
 
 def back_at(opening: datetime, due_date: datetime) -> datetime:
-    """Return when a follow-up that is held until ``opening`` is tried again.
+    """Return when to retry a follow-up that is held until ``opening``.
 
     A follow-up with an earlier due date is tried earlier. The times are spread so that the follow-ups do not all fall
     due together.

@@ -1,8 +1,8 @@
 """Responses by Idempotency-Key, stored for a day in the same transaction as the request's changes.
 
 A crash cannot leave the changes without the stored response, because both are committed together. While a request is
-running, its transaction has an advisory lock on the idempotency key. Another request with the same key does not wait
-for this lock.
+running, its transaction has an advisory lock on the idempotency key. Another request with the same idempotency key does
+not wait for the advisory lock.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ def recall(workspace_id: UUID, key: str, request_hash: bytes) -> Steps[StoredRes
     return StoredResponse(known.status, known.location, known.body)
 
 
-# If a stored response is found at this point, it has expired; otherwise `recall` would have returned it.
+# A stored response that is found at this point has expired, since `recall` would have returned a valid one.
 _REMEMBER = Statement("""
     INSERT INTO idempotency_keys (workspace_id, key, request_hash, status, location, body, created_at)
     VALUES (:workspace_id, :key, :request_hash, :status, CAST(:location AS text), :body, now())

@@ -375,8 +375,8 @@ def _warm_up(sender: Any = None, **_: object) -> None:  # noqa: ANN401 - the wor
 def _stop_beat_in_order(**_: object) -> None:
     # Celery's own handler closes the producer while the signal is being handled. If the signal interrupted a publish,
     # the publish and the handler would wait for the same lock forever. In a test with ten ticks a second, two of about
-    # thirty beats never ended. An exception instead makes the interrupted publish release its locks. Beat closes the
-    # producer afterwards.
+    # thirty beats never ended. If the handler raises an exception instead, the interrupted publish releases its locks.
+    # Beat closes the producer afterwards.
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: sys.exit(0))
 

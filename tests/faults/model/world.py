@@ -99,7 +99,7 @@ class Protocol:
     """The maximum number of claims of each follow-up: two by default, and three in the long form."""
     most_attempts: int = 2
     creates_late: bool = False
-    """Whether the second follow-up is created later, instead of existing at the start."""
+    """Whether the second follow-up is created later; otherwise it exists from the start."""
 
     def guards(self, name: str) -> bool:
         """Return whether the model includes the given guard."""

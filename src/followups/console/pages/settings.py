@@ -1,6 +1,6 @@
 """The settings page of a workspace: API keys, sending hours, rate limits, pauses and sessions.
 
-People who may see all workspaces select one, or view the rate limits and pauses that apply to every workspace.
+A person who may see all workspaces can select one, or view the rate limits and pauses that apply to every workspace.
 """
 
 from __future__ import annotations

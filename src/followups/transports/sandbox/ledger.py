@@ -49,7 +49,7 @@ class LedgerEntry:
     accepted: bool
     """Whether this request, not an earlier one, added a message to the chat."""
     duplicate: bool
-    """Whether an earlier request with the same key had been accepted."""
+    """Whether the sandbox had already accepted an earlier request with the same key."""
 
     @property
     def lag(self) -> float:
