@@ -183,7 +183,7 @@ def test_a_commit_takes_its_time(
 
 
 def test_taken_over_meanwhile(place: DeliverySteps, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A worker does not count an attempt as its own if another worker has begun it from the same hint."""
+    """A worker does not treat an attempt as its own if another worker has begun it from the same hint."""
     leases = place.leases()
     engine = place.world.engine
 

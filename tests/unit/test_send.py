@@ -126,7 +126,7 @@ async def test_cancelled_from_outside() -> None:
 
 
 async def test_cancelled_from_outside_as_the_limit_ends() -> None:
-    """Cancelling the task just as the time limit ends gives no outcome."""
+    """If the task is cancelled just as the time limit ends, there is no outcome."""
 
     async def block() -> Outcome:
         # the time limit ends while `time.sleep` blocks the event loop

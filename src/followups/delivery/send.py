@@ -38,8 +38,8 @@ OUTCOME_NAMES: dict[type, str] = {
 """The outcomes' names in logs, metrics, traces and the table of failed attempts."""
 
 GRACE = timedelta(seconds=1)
-"""How far a hanging call may exceed the transport's own timeout. `GRACE` is less than the margin between timeout and
-lease that the settings require.
+"""How far a hanging call may exceed the transport's own timeout. The settings require a margin between timeout and
+lease that is greater than `GRACE`.
 """
 
 TIMER = 0.001

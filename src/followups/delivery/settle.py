@@ -42,8 +42,8 @@ GATHER = timedelta(milliseconds=30)
 """How long to wait for more results before a statement records them.
 
 This wait delays only the next follow-up of a chat. If the process is killed before it records the results of its calls,
-those messages are sent again under the same key. This wait is therefore no longer than a quick call to the receiver,
-whose outcome would also be lost in a kill.
+those messages are sent again under the same key. It is therefore no longer than a quick call to the receiver, because a
+kill would lose the outcome of that call too.
 """
 SHORT_GATHER = timedelta(milliseconds=5)
 """How long to wait for enough results if the receiver cannot deduplicate. If such a process were killed, the outcome of
@@ -54,7 +54,7 @@ SETTLE_RETRY_DELAY = timedelta(milliseconds=50)
 BACKOFF = timedelta(seconds=0.5)
 """First pause before an unreachable database is tried again; each further pause doubles."""
 LONGEST_BACKOFF = timedelta(seconds=1)
-"""Longest pause before an unreachable database is tried again. This pause is short enough for results to be recorded
+"""Longest pause before an unreachable database is tried again. This pause is short enough that results are recorded
 before a tick treats their leases as lost.
 """
 

@@ -1,7 +1,7 @@
 """Stops the children of a process that ended without stopping them itself.
 
 The watchdog reads from a pipe, and its owner holds the other end open. The kernel closes the owner's end of the pipe
-however the owner process ends (return, signal, SIGKILL). This works on every Unix and from every thread, whereas
+whichever way the owner process ends (return, signal, SIGKILL). This works on every Unix and from every thread, whereas
 Linux's parent-death signal is bound to the thread that started the child and is not sent to grandchildren.
 
 The owner imports this module. The watchdog process runs this file as a script, which uses only the standard library and

@@ -2,7 +2,7 @@
 
 The column ``waits_for`` of a waiting follow-up contains the id of its immediate predecessor. A waiting follow-up is not
 in the claim's index. Each follow-up waits only for its immediate predecessor, so the end of a follow-up unblocks only
-one other. If a hundred thousand follow-ups are queued behind one stuck chat, each is refused only once.
+one other follow-up. If a hundred thousand follow-ups are queued behind one stuck chat, each is refused only once.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ if TYPE_CHECKING:
     Refused = Callable[[UUID, Exception], None]
 
 # Because of the lock, the earlier follow-up can end only after this transaction has committed. When the earlier
-# follow-up ends, it unblocks the parked follow-up. If another transaction is about to end the earlier follow-up, that
-# follow-up's row is skipped, and the caller tries again shortly.
+# follow-up ends, it unblocks the parked follow-up. If another transaction is about to end the earlier follow-up, the
+# row of the earlier follow-up is skipped, and the caller tries again shortly.
 _LOCK_EARLIER = text(f"""
     SELECT f.id FROM follow_ups f
      WHERE f.id = ANY(CAST(:ids AS uuid[])) AND {OPEN}

@@ -118,7 +118,7 @@ class Heartbeat:
         self._thread.start()
 
     def probe(self, look: Callable[[], None]) -> None:
-        """Call ``look`` before each write of the file, to report for a component that cannot report itself."""
+        """Call ``look`` before each write of the file, for a component that cannot report its own progress."""
         self._probes.append(look)
 
     def sign(self, part: str, within: timedelta, otherwise: str, at: float | None = None) -> None:

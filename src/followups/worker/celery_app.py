@@ -226,8 +226,8 @@ def current_process() -> Process:
 
 def _collect_seldom() -> None:
     # All objects that exist by now are kept, so the garbage collector need not scan them. Objects that deliveries
-    # allocate contain no cycles, and are freed by reference counting. With its default thresholds, the garbage
-    # collector took a fifth of the worker's time under load.
+    # allocate contain no cycles, and are freed by reference counting. With the default thresholds of the garbage
+    # collector, collections took a fifth of the worker's time under load.
     gc.collect()
     gc.freeze()
     gc.set_threshold(50_000, 20, 50)

@@ -160,7 +160,7 @@ def test_what_is_due_soon_asks_for_a_tick(environment: pytest.MonkeyPatch, world
 
 @pytest.mark.usefixtures("environment")
 def test_what_is_due_later_asks_for_none(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A change requests no tick if the changed follow-up is due only after the next regular tick."""
+    """A change to a follow-up requests no tick if the follow-up is due only after the next regular tick."""
     asked: list[str] = []
     monkeypatch.setattr(connection, "ask_for_tick", lambda: asked.append("tick"))
     now = datetime.now(UTC)

@@ -63,7 +63,7 @@ def test_paused_listed_and_resumed(run: Run, world: World, engine: Engine, setti
 
 
 def test_resuming_goes_on_where_it_was_broken_off(run: Run, world: World, engine: Engine, settings: Settings) -> None:
-    """If `resume` is interrupted after ending the pause, the next run releases the remaining follow-ups."""
+    """If `resume` is interrupted after it has ended the pause, its next run releases the remaining follow-ups."""
     name = str(world.workspace_id)
     run("pause", "--workspace", name)
     world.follow_up()

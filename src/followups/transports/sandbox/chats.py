@@ -65,7 +65,7 @@ class Conversation:
 
     chat_id: str
     changed: int = 0
-    """A number that increases with every change of any chat, so the most recently changed chat has the greatest number.
+    """A number that increases with every change to any chat, so the most recently changed chat has the greatest number.
     """
     total: int = 0
     """Number of all messages so far, including messages that are no longer kept."""
