@@ -55,7 +55,7 @@ class PgBouncer(EmbeddedServer):
         self._port = free_port()
 
     def url(self, database: str | None = None) -> str:
-        """Return a database's URL through PgBouncer; None means the database of the server's URL."""
+        """Return the URL of a database through PgBouncer; None means the database in the server's URL."""
         name = database or self._url.database
         url = self._url.set(host="127.0.0.1", port=self._port, database=name, query={})
         return url.render_as_string(hide_password=False)

@@ -160,7 +160,7 @@ def _refusal(check: Callable[[Planned], None], planned: Planned) -> FollowUpsErr
 
 
 def cancel(session: Session, follow_up_id: UUID, *, reason: str | None = None, actor: Actor | None = None) -> FollowUp:
-    """Cancel a pending follow-up. It is never sent once the transaction has committed.
+    """Cancel a pending follow-up. After the transaction has committed, the follow-up is never sent.
 
     ``reason`` is stored as given; the default is ``cancelled_by_api``. If the follow-up is already cancelled, the call
     changes nothing. If a transaction cancels in several chats, it must process them in the same order as for

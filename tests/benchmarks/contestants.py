@@ -30,7 +30,7 @@ CHATS = """
 
 @dataclass
 class Contestant:
-    """A contestant whose rows are in the table that all rivals share."""
+    """A contestant whose rows are in a table that it shares with its rivals."""
 
     arena: Arena
     name: str = ""

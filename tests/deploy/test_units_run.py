@@ -30,7 +30,7 @@ os.execvp(sys.argv[1], sys.argv[1:])
 """
 """Python code that applies MemoryDenyWriteExecute= and then runs the command.
 
-It uses PR_SET_MDWE, which exists from Linux 6.3 on.
+The code uses PR_SET_MDWE, which is available since Linux 6.3.
 """
 
 

@@ -99,7 +99,7 @@ class Server(EmbeddedPostgres):
 
 
 class Replicated:
-    """A primary and its standby behind one address, which are killed and restarted like one server.
+    """A primary and its standby behind one address; both are killed and restarted like a single server.
 
     On a restart, the standby takes over. If ``synchronous``, every commit is also on the standby, so a failover loses
     nothing; otherwise a failover may lose commits.

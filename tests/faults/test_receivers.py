@@ -177,7 +177,7 @@ def away(rig: Rig, figures: Figures, rate: float, seconds: float, limit: int | N
 
 
 def left_alone(rig: Rig, figures: Figures, rate: float, seconds: float, limit: int | None = None) -> None:
-    """Check that an outage uses up an attempt of only a few follow-ups, and never a last attempt."""
+    """Check that an outage uses up attempts of only a few follow-ups, and never a last attempt."""
     failed = away(rig, figures, rate, seconds, limit)
     assert rig.world.scalar("SELECT count(*) FROM follow_ups WHERE status <> 'sent'") == 0
     assert [line["state"] for line in rig.events("breaker")][:2] == ["open", "probing"]

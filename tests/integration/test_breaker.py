@@ -182,7 +182,7 @@ async def tripped(store: BreakerStore) -> frozenset[int]:
 def test_which_are_tripped(own: Settings) -> None:
     """The breaker holds the workspaces whose last attempts failed.
 
-    When the breaker opens again, it no longer holds a workspace that has succeeded since then.
+    When the breaker opens again, workspaces that have succeeded since then are no longer held.
     """
 
     async def script(store: BreakerStore) -> None:

@@ -1,4 +1,4 @@
-"""The project's child processes: they are started, watched and stopped, if need be by the watchdog."""
+"""The project's child processes, which are started, watched and stopped, by the watchdog if necessary."""
 
 from __future__ import annotations
 

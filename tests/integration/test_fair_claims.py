@@ -110,7 +110,7 @@ def test_many_light_ones_beside_one(engine: Engine, settings: Settings, monkeypa
 
 
 def test_many_with_much(engine: Engine, settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
-    """If more workspaces wait than slots are free, no workspace gets two slots."""
+    """If more workspaces are waiting than slots are free, no workspace gets two slots."""
     monkeypatch.setattr(claims, "FEW", 1)
     worlds = worlds_of(engine, *[3] * 30)
     few = bounded(settings, 20)

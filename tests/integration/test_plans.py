@@ -196,7 +196,7 @@ def test_plan_of_a_fair_claim(world: World, engine: Engine, settings: Settings, 
 
 @pytest.mark.parametrize("each", [0, 1], ids=["nothing pending", "one for later"])
 def test_idle_workspaces_cost_a_fair_claim_no_search(engine: Engine, settings: Settings, each: int) -> None:
-    """A fair claim does not search every one of 300 idle workspaces, so it needs few index scans."""
+    """Idle workspaces are not searched by a fair claim: with 300 of them, it needs few index scans."""
     for _ in range(2):
         World(engine).burst([timedelta(0)] * 3)
     with engine.begin() as connection:

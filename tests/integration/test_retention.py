@@ -106,7 +106,7 @@ def test_many_go_in_batches(world: World, engine: Engine, settings: Settings, mo
     chat_id = world.chat()
     for n in range(10):
         ended(world, 31 * DAY + n * HOUR, chat_id=chat_id)
-        receive(world, uuid4(), 31 * DAY + n * HOUR)  # this is the last message of its chat
+        receive(world, uuid4(), 31 * DAY + n * HOUR)  # this message is the last one in its chat
         receive(world, chat_id, 31 * DAY + n * HOUR)  # older than the last message of its chat
     removed = pruner_of(engine, settings).prune()
     assert (removed["follow_ups"], removed["chat_messages"]) == (10, 10)
@@ -128,7 +128,7 @@ def test_a_run_goes_on_where_the_last_one_ended(
 
 
 def test_what_somebody_holds_is_passed_over(world: World, engine: Engine, settings: Settings) -> None:
-    """Pruning skips a locked row."""
+    """Pruning skips locked rows."""
     held, free = ended(world, 31 * DAY), ended(world, 31 * DAY)
     with engine.connect() as other:
         other.execute(text("SELECT FROM follow_ups WHERE id = :id FOR SHARE"), {"id": held})

@@ -239,7 +239,7 @@ class TestCancelAgainstDeliver:
 
 
 def test_release(world: World, steps: Steps, engine: Engine) -> None:
-    """A worker that drains releases its follow-ups for an immediate claim, except those already begun."""
+    """A draining worker releases its follow-ups for an immediate claim, except those that have begun."""
     begun, waiting = world.follow_up(), world.follow_up()
     batch = steps.claim().leases
     steps.begin([lease for lease in batch if lease.id == begun])

@@ -1,4 +1,4 @@
-"""Tests of unknown outcomes: the reason of a follow-up mentions an unknown outcome, however the follow-up ends."""
+"""Tests for unknown outcomes: the reason of a follow-up mentions an unknown outcome, however the follow-up ends."""
 
 from __future__ import annotations
 

@@ -363,7 +363,7 @@ def test_the_next_of_a_chat_whose_first_ends(world: World, engine: Engine, setti
 
 
 def test_one_far_behind_in_the_chat(world: World, engine: Engine, settings: Settings) -> None:
-    """A follow-up waits for an earlier one of its chat, even if the row of a later one cannot be written."""
+    """A follow-up waits for an earlier one in its chat, even if a later one's row cannot be written."""
     chat = world.chat()
     first = world.follow_up(chat, -3 * SECOND, next_attempt_at=text("now() + interval '1 h'"))
     second = world.follow_up(chat, -2 * SECOND)
@@ -373,7 +373,7 @@ def test_one_far_behind_in_the_chat(world: World, engine: Engine, settings: Sett
 
 
 def test_a_reply(world: World, engine: Engine, settings: Settings) -> None:
-    """A reply is recorded and cancels the chat's follow-ups, except one that cannot be written."""
+    """A reply is recorded and cancels the chat's follow-ups, except one whose row cannot be written."""
     chat = world.chat()
     good = world.follow_up(chat, -SECOND)
     unwritable(world, world.follow_up(chat, timedelta(hours=1)))

@@ -37,7 +37,7 @@ def test_until_half_is_free(taken: int, seconds: float, window: int, expected: f
 def test_it_settles(rate: float, window: int, pause: float) -> None:
     """At a steady rate, the claim interval approaches the time in which half the window becomes free.
 
-    This holds whatever the first interval was.
+    The first interval does not matter.
     """
     for _ in range(10):
         pause = until_half_is_free(min(window, int(rate * pause)), pause, window)

@@ -66,7 +66,7 @@ def test_nobody_is_told_their_workspace() -> None:
 def test_not_all_slots_for_one() -> None:
     """If other workspaces are active, a workspace occupies at most seven eighths of the slots.
 
-    A workspace may use the slots that it has released again.
+    Slots that a workspace has released can be used by it again.
     """
     queue = queue_of(slots=16)
     queue.add(overdue(QUIET, 1))

@@ -83,8 +83,8 @@ SLICE = 16 * 1024
 class Crowd:
     """The state that all connections of a server share.
 
-    The state includes the connections that can be closed to make room. The connection that has been idle or unread
-    longest is first.
+    The state includes the connections that can be closed to make room. The first is the connection that has been idle
+    or unread longest.
     """
 
     def __init__(self) -> None:
@@ -344,7 +344,8 @@ def config_of(app: ASGIApp) -> uvicorn.Config:
         log_config=None,  # the project's own logging uses one format for every line
         access_log=False,
         server_header=False,
-        forwarded_allow_ips="127.0.0.1,::1",  # without this argument, uvicorn would use an environment variable
+        # without this argument, uvicorn would read an environment variable instead
+        forwarded_allow_ips="127.0.0.1,::1",
         timeout_keep_alive=KEEP_ALIVE,
         timeout_graceful_shutdown=GRACE,
     )

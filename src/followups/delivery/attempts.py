@@ -32,7 +32,7 @@ class Attempt(NamedTuple):
     duration: timedelta
     answered: float
     answered_at: datetime
-    """The time of the transport's answer by the database's clock."""
+    """The time at which the transport answered, on the database's clock."""
 
 
 @dataclass(frozen=True, slots=True)

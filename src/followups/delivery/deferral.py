@@ -60,7 +60,7 @@ SPREAD = 10_000
 COMING = 0.25
 """Seconds that released follow-ups may take to reach a worker; until then no more follow-ups are released."""
 BACKOFF = 1.0
-"""Seconds to wait if the database does not answer. No pause is longer."""
+"""Seconds to wait if the database does not answer. No wait is longer than this."""
 
 
 class Returns:
@@ -142,7 +142,7 @@ class Deferral:
     async def balance(self) -> float | None:
         """Defer a batch of excess leases from the due queue, and release deferred follow-ups.
 
-        A follow-up is released if the due queue has room for it, or if its workspace is no longer tripped. Returns the
+        A follow-up is released if the due queue has room for it, or if its workspace is no longer tripped. Return the
         seconds until the next call, or None if there is nothing more to do for now.
         """
         tripped = self._breaker.tripped_for_all

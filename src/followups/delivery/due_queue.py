@@ -32,7 +32,7 @@ BEGIN_BATCH = 200
 """The largest number of leases in one batch. A statement for more leases would take longer and save no time per row."""
 GATHER = timedelta(milliseconds=5)
 """How long to wait for more free slots or more due follow-ups while there are only a few. A statement for five rows
-costs almost as much as a statement for fifty. The wait is a third of `LEAD`.
+costs almost as much as a statement for fifty. This wait is a third of `LEAD`.
 """
 ENOUGH_SLOTS = 0.4
 """If at least this share of the slots is free, the next batch does not wait for more slots."""
@@ -149,7 +149,7 @@ class DueQueue:
         """
         if self._fair.has_turn(tripped):
             return -LEAD.total_seconds()
-        # Anyone with access to the broker can write a hint with the earliest possible due time, from which no lead can
+        # Anyone with access to the broker can write a hint with the earliest time that exists, from which no lead can
         # be subtracted.
         return self._clock.until(self._heap[0][0]) - LEAD.total_seconds() if self._heap else None
 

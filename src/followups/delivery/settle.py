@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     Unblock = Callable[[Connection, Collection[UUID], timedelta], tuple[list[Lease], list[UUID]]]
 
 SETTLE_BATCH = 500
-"""The largest number of rows in one statement. A larger statement takes long, and its cost per row is no lower."""
+"""The largest number of rows in one statement. A larger statement takes a long time, and costs no less per row."""
 ENOUGH = 100
 """Number of results that are recorded without waiting for more."""
 GATHER = timedelta(milliseconds=30)
@@ -179,8 +179,8 @@ def settle(engine: Engine, settings: Settings, attempts: Sequence[Attempt]) -> B
     except Exception as error:
         if not concerns_a_row(error):
             raise
-        # The rejected row may belong to the next follow-up of the same chat. This row must not keep the accepted
-        # follow-up from being recorded.
+        # The rejected row may belong to the next follow-up of the same chat. A row that cannot be written must not
+        # prevent the accepted follow-up from being recorded.
         return transact(engine, partial(record, chat_order.unblock_writable))
 
 

@@ -129,7 +129,7 @@ def is_alive(pid: int) -> bool:
 
 
 def stop(pid: int, stop_signal: int, grace: float) -> None:
-    """Send the signal to the process, then SIGKILL to its group, at its end or after ``grace`` seconds."""
+    """Send the signal to the process, and SIGKILL to its group when it ends or after ``grace`` seconds."""
     with contextlib.suppress(ProcessLookupError):
         os.kill(pid, stop_signal)
     deadline = time.monotonic() + grace

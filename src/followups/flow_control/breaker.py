@@ -76,7 +76,7 @@ class Run(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class News:
-    """Outcomes since the last report to the shared state.
+    """Outcomes that have been recorded since the last report to the shared state.
 
     While the breaker is not closed, only outcomes of tripped workspaces count.
     """

@@ -1,6 +1,6 @@
 """Change detection for a workspace or a follow-up, which is cheap enough for one query per second.
 
-After a change to a topic, `look` returns a different value for it. If very many follow-ups exist, a change may be
+After a change to a topic, `look` returns a different value for it. If there are very many follow-ups, a change may be
 missed unless it moves a follow-up to another state. Because a change may be missed, the console's pages also reload
 their contents from time to time.
 """

@@ -1,8 +1,8 @@
 """Responses by Idempotency-Key, stored for a day in the same transaction as the request's changes.
 
-A crash cannot leave the changes without the stored response, because both are committed together. While a request is
-running, its transaction has an advisory lock on the idempotency key. Another request with the same idempotency key does
-not wait for the advisory lock.
+The changes and the stored response are committed together, so a crash cannot separate them. While a request is running,
+its transaction has an advisory lock on the idempotency key. Another request with the same idempotency key does not wait
+for the advisory lock.
 """
 
 from __future__ import annotations

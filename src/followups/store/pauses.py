@@ -71,7 +71,7 @@ def pause(connection: Connection, scope: PauseScope) -> bool:
 def resume(connection: Connection, scope: PauseScope) -> bool:
     """End the pause of this scope; return whether there was one.
 
-    `release_forgotten` then releases the follow-ups that the pause held.
+    Afterwards, `release_forgotten` releases the follow-ups that the pause held.
     """
     return connection.execute(_RESUME, scope.parameters).rowcount == 1
 

@@ -128,7 +128,7 @@ _SETTLE_SENT = Statement(f"""
 def settle_if_in_flight(connection: Connection, settlements: Sequence[Settlement]) -> list[Settled]:
     """Record the outcomes of attempts in flight, and return the settled follow-ups.
 
-    A row that is not returned is locked, or another worker has leased it.
+    If a follow-up is not returned, its row is locked or another worker has leased it.
     """
     sent = [one for one in settlements if one.status == Status.SENT]
     others = [one for one in settlements if one.status != Status.SENT]

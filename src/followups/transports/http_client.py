@@ -96,8 +96,8 @@ class HttpClient:
         self._endpoint = settings.transport_url or ""
         self._sockets = Sockets(speak_first=self._endpoint.startswith("https:"))
         # If the receiver cannot deduplicate, each connection is used only once. A kept connection may break after the
-        # request was sent, and the follow-up would then fail needlessly as outcome_unknown. A stale connection breaks
-        # after the request was sent, and the follow-up would needlessly fail as outcome_unknown.
+        # request was sent, and the follow-up would needlessly fail as outcome_unknown. A stale connection breaks after
+        # the request was sent, and the follow-up would needlessly fail as outcome_unknown.
         kept = settings.transport_deduplicates
         every = HEADERS | dict(headers or {}) | ({} if kept else {"connection": "close"})
         self._headers = _lines(every)
@@ -202,8 +202,8 @@ class HttpClient:
         return Unknown(f"the connection broke before an answer came ({reason})")
 
     # These methods manage the connections. After some seconds without a call, connections are replaced, since libcurl
-    # closes an idle connection only at the next call. They are also replaced if libcurl repeatedly selects an unusable
-    # connection. In both cases, the old connections only finish their calls in flight.
+    # closes an idle connection only at the next call. Connections are also replaced if libcurl repeatedly selects one
+    # that is unusable. The replaced connections only finish their calls in flight.
 
     def _connections(self) -> CurlLoop:
         if not self._is_open:

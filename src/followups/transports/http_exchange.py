@@ -2,7 +2,7 @@
 
 This module decides which calls may be repeated. libcurl requests the body after it has established the connection and
 before it sends the first byte. Nothing has therefore been sent before libcurl requests the body, which it gets only
-once. If a kept connection ends without an answer, or if an HTTP/2 server refuses a stream, libcurl itself tries again
+once. If a kept connection ends without a response, or if an HTTP/2 server refuses a stream, libcurl itself tries again
 on another connection. To repeat a request on another connection, libcurl would have to rewind the body. Since the body
 cannot be rewound, libcurl gives up (CURLE_SEND_FAIL_REWIND). libcurl reports a refused stream (REFUSED_STREAM, GOAWAY)
 exactly like a lost stream, so the outcome is unknown in both cases.

@@ -99,7 +99,7 @@ class Transport(Protocol):
     """The name of the transport in the settings and in the metrics' labels."""
 
     def __init__(self, settings: Settings) -> None:
-        """Check the settings, without I/O. Raises `TransportConfigurationError` if they are insufficient."""
+        """Check the settings, without I/O. Raises `TransportConfigurationError` if the settings are insufficient."""
 
     async def open(self) -> None:
         """Open long-lived resources, such as an HTTP session, in the event loop that will use them."""

@@ -58,7 +58,7 @@ before.
 LASTS = 5.0
 """A connection counts as good after this many seconds if its reads are answered.
 
-One read may be answered and another rejected, because an ACL may allow the queues and forbid the subscriptions.
+An ACL may allow the queues and forbid the subscriptions, so one read may be answered while another is rejected.
 """
 
 

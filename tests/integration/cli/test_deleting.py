@@ -75,7 +75,7 @@ def test_without_a_terminal_it_needs_yes(run: Run, world: World) -> None:
 def test_it_asks_for_the_name(run: Run, world: World, typed: str, code: int) -> None:
     """On a terminal, the workspace's name must be typed to confirm its deletion.
 
-    If anything else is typed, nothing is deleted.
+    If anything other than the workspace's name is typed, nothing is deleted.
     """
     name = str(world.workspace_id)
     main, terminal = pty.openpty()

@@ -153,7 +153,7 @@ class TestRetry:
     """Tests of the command `followups retry --failed --since`."""
 
     def test_all_that_failed_since(self, run: Run, world: World) -> None:
-        """Each follow-up that failed since the given time is retried now, with its message and chat.
+        """Each follow-up that has failed since the given time is retried now, with its message and chat.
 
         Follow-ups that failed earlier are not retried.
         """

@@ -32,7 +32,7 @@ def ended(part: ScenarioStep) -> FollowUpState:
 
 
 def pending(part: ScenarioStep) -> FollowUpState:
-    """Return the state of a scenario step before its due time."""
+    """Return the state that a step of a scenario has before its due time."""
     return FollowUpState(_scheduled(part), Status.PENDING, 0, None, None, None)
 
 

@@ -1,4 +1,4 @@
-"""HTTP/2 where the server offers it: the outcomes of HTTP/1.1, with independent streams."""
+"""HTTP/2, where the server offers it: the outcomes are those of HTTP/1.1, and the streams are independent."""
 
 from __future__ import annotations
 
