@@ -330,7 +330,7 @@ class FollowUp(Base):
         CheckConstraint("attempts >= 0 AND losses >= 0 AND snoozes >= 0", name="budgets_are_counts"),
         CheckConstraint("begun_at IS NULL OR lease_until IS NOT NULL", name="begun_holds_lease"),
         CheckConstraint("waits_for IS NULL OR status = 'pending'", name="waiting_is_pending"),
-        # The claim's index contains due follow-ups, oldest first. Follow-ups that wait for an earlier follow-up of
+        # The claim's index contains due follow-ups, oldest first. Follow-ups that wait for an earlier follow-up in
         # their chat are not in the index, because each claim would lease them and begin would refuse them.
         Index(
             "ix_follow_ups_due",

@@ -253,7 +253,7 @@ def test_an_error_shows_an_operator_only_what_was_typed(person: Callable[..., Pe
 
 
 def test_a_message_with_other_line_ends_stays_as_it_is(person: Callable[..., Person], own: World) -> None:
-    """A message with other line ends is not changed when only the due date is saved.
+    """Saving only a new due date leaves a message with other line ends unchanged.
 
     Browsers send CRLF for every line end.
     """

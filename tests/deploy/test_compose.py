@@ -76,7 +76,7 @@ def test_what_it_asks_for_is_in_the_example() -> None:
 def test_flower_stays_on_this_host() -> None:
     """Flower, which can stop workers, is published only on the loopback interface.
 
-    By default, `web` is also published only there.
+    By default, `web` is also published only on the loopback interface.
     """
     assert all(port.startswith("127.0.0.1:") for port in SERVICES["flower"]["ports"])
     assert SERVICES["web"]["ports"] == ["${WEB_BIND:-127.0.0.1:8000}:8000"]

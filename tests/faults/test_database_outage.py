@@ -127,7 +127,7 @@ def test_sessions_ended(rig: Rig, figures: Figures) -> None:
 
 @pytest.mark.faults_long
 def test_sessions_ended_for_minutes(rig: Rig, figures: Figures) -> None:
-    """If database sessions are terminated four times per second for minutes, this only causes reconnects."""
+    """If database sessions are ended four times a second for minutes, the processes simply reconnect."""
     sessions_ended(rig, figures, times=400)
 
 

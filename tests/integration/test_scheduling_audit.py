@@ -1,4 +1,4 @@
-"""Each manual change of a follow-up is an audit event in the caller's transaction; a reply is not."""
+"""Each manual change to a follow-up is an audit event in the caller's transaction; a reply is not."""
 
 from __future__ import annotations
 

@@ -280,7 +280,7 @@ class TestLateness:
         assert {one for one, _ in claim_and_begin(engine, brief).ended} == {mine, often}
 
     def test_a_new_due_date(self, world: World, engine: Engine, settings: Settings) -> None:
-        """Lateness counts anew from a new due date, but not after the follow-up is moved to another chat."""
+        """Lateness is counted anew from a new due date, but not if the follow-up is moved to another chat."""
         put(world, CLOSED)
         moved, elsewhere = world.follow_up(), world.follow_up()
         claim_and_begin(engine, settings)
@@ -378,7 +378,7 @@ def test_a_time_zone_that_a_machine_does_not_know(world: World, engine: Engine, 
 
 
 def test_a_machine_that_knows_other_time_zones(world: World, engine: Engine, settings: Settings) -> None:
-    """If sending hours have begun according to this machine's time zones only, the follow-up is held.
+    """A follow-up is held if its sending hours have begun only by this machine's time-zone data.
 
     The follow-up is held until the sending hours begin according to the database, and is not checked repeatedly.
     """

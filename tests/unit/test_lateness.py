@@ -111,7 +111,7 @@ def test_a_time_zone_that_this_machine_does_not_know(known: datetime | None) -> 
 
 
 def test_sending_hours_go_before_a_pause() -> None:
-    """A paused follow-up outside sending hours is held until they begin, and after that by the pause."""
+    """A paused follow-up outside sending hours is held by the hours until they begin, then by the pause."""
     pause = uuid4()
     outside = replace(found(MORNING, NOON, NOON), pause_id=pause)
     held = decide(blocked(outside, HOUR), HOUR)

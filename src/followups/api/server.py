@@ -54,7 +54,7 @@ READ_WITHIN = 20.0
 LEAST_READ = 64 * 1024
 """Minimum number of bytes of a response that its client must read within `READ_WITHIN` seconds.
 
-If less than that is left of the response, the client must read all of it.
+If the rest of the response is shorter than this minimum, the client must read all of it.
 """
 
 MAX_UNSENT = 32 * 1024 * 1024
@@ -127,7 +127,7 @@ class MessagePart(Enum):
 
 
 class LimitedProtocol(HttpToolsProtocol):
-    """uvicorn's HTTP protocol with limits. Its errors are problem+json instead of plain text."""
+    """uvicorn's HTTP protocol with limits. The protocol's errors are problem+json instead of plain text."""
 
     def __init__(self, crowd: Crowd, *given: Any, **named: Any) -> None:  # noqa: ANN401 - as uvicorn's
         """Store the state that all connections of the server share."""

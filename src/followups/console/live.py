@@ -27,7 +27,7 @@ EVERY = 1.0
 """Seconds between two queries of the database."""
 
 STEP = 0.25
-"""Seconds between two checks for whether the process is stopping. Streams must close within a second."""
+"""Seconds between two checks of whether the process is stopping. Streams must close within a second."""
 
 CHECKED_EVERY = 15.0
 """Seconds between two checks of whether a stream's session is still valid.

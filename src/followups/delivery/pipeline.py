@@ -141,8 +141,8 @@ class Pipeline:
             self._loop.run_until_complete(self.run())
         except BaseException:  # a SystemExit raised by a plug-in must not end this thread unnoticed
             log.exception("pipeline_died")
-            # The process ends with an error, so that a supervisor restarts it. Its leases expire, and other workers
-            # take them over.
+            # The process ends with an error, so that a supervisor restarts it. The leases of the process expire, and
+            # other workers take them over.
             os.kill(os.getpid(), signal.SIGTERM)
         finally:
             events.lines.flush()

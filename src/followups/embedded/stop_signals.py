@@ -1,8 +1,9 @@
 """Ctrl-C, SIGTERM and a closed terminal: recorded when they arrive, handled between two steps.
 
 If a signal handler raised an exception, a process might already be started but not yet recorded. Therefore the first
-signal is only recorded, and `StopSignals.check` turns it into KeyboardInterrupt. If a second signal arrives before that
-check, it raises KeyboardInterrupt immediately, and the watchdog of `followups.embedded` stops the remaining processes.
+signal is only recorded, and `StopSignals.check` turns it into KeyboardInterrupt. If a second signal arrives before
+`StopSignals.check` is called, it raises KeyboardInterrupt immediately, and the watchdog of `followups.embedded` stops
+the remaining processes.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Rate limits and the breaker: state in the broker's Redis that all workers share and that may be lost.
+"""Rate limits and the breaker: all workers share their state in the broker's Redis, which may be lost.
 
 No guarantee depends on these limits and the breaker. If Redis is unreachable, deliveries continue without rate limits
 and breaker, and the failure is counted and logged. After such a failure, Redis is not queried for a while, because each

@@ -109,7 +109,7 @@ class BulkRunner(BackgroundThread):
 def run_batch(engine: Engine, without: Collection[UUID] = ()) -> bool:
     """Carry out one batch of the oldest action, ignoring the actions in ``without``.
 
-    Return whether there was such an action. Raises `BatchError` if the batch fails.
+    Return whether there was an action to carry out. Raises `BatchError` if the batch fails.
     """
     action_id = None
     try:

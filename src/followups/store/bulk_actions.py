@@ -30,7 +30,9 @@ LISTED = 50
 """Number of bulk actions that the console's history shows."""
 
 IN_FLIGHT = "in flight"
-"""The reason for skipping a follow-up in flight. A bulk action can prevent its retry, but cannot cancel it."""
+"""The reason for skipping a follow-up in flight. A bulk action can prevent a retry of that follow-up, but cannot cancel
+the attempt in flight.
+"""
 
 NOT_WRITABLE = "cannot be written"
 """The reason given for a follow-up that is skipped because the database rejects its row."""

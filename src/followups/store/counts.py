@@ -109,7 +109,7 @@ class Counts:
 
     pending: int
     waiting: int
-    """Number of pending follow-ups that wait for an earlier follow-up of their chat."""
+    """Number of pending follow-ups that wait for an earlier follow-up in their chat."""
     paused: int
     """Number of pending follow-ups that are due but paused."""
     quiet: int

@@ -33,8 +33,8 @@ if TYPE_CHECKING:
 
 
 MOST_PENDING = 10_000
-"""The largest number of pending follow-ups in a chat. A reply cancels all of a chat's pending follow-ups in one
-transaction, which takes half a second for this number.
+"""The largest number of pending follow-ups in a chat. A reply cancels all pending follow-ups of a chat in one
+transaction, which takes half a second if the chat has this many.
 """
 
 FIELDS = (
@@ -369,7 +369,7 @@ def name_chat_message_if_unnamed(follow_up_id: UUID, chat_message_id: UUID) -> S
 def cancelled_or_asked_to(reason: str) -> str:
     """Return SQL that cancels a row of ``follow_ups``; ``reason`` is SQL for the reason.
 
-    An attempt in flight cannot be recalled. In that case the request to cancel is stored, and settle does not retry the
+    An attempt in flight cannot be recalled. Instead, the request to cancel is stored, and settle does not retry the
     follow-up.
     """
     return f"""

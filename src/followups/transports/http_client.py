@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 KEEPALIVE = 3
 """Seconds for which an idle connection is kept. Most servers, by default, keep an idle connection for longer: 4 or 5 s.
-If a request is sent on a connection that the server is just closing, its outcome is unknown.
+The outcome of a request is unknown if it is sent on a connection that the server is closing.
 """
 
 STREAMS = 10

@@ -1,11 +1,11 @@
 """The components that report to worker's and beat's heartbeats, and how long each may be silent.
 
 A worker that has stopped consuming must be detected. A canary message in the shared queues would not help, because any
-worker could consume it. A canary in a separate queue would leave keys in the broker for each killed worker. A free
-proof of life exists: the consumer polls the broker continuously, and the broker answers each poll within a second, even
-when the queues are empty (`followups.worker.broker.Consumer`). An idle worker among fifty therefore reports as often as
-a busy worker. The pipeline's event loop reports while it is running. The dispatcher's thread reports while it is idle,
-and while it is busy for no longer than a tick can take.
+worker could consume it. A canary in a separate queue would leave keys in the broker for each killed worker. No extra
+message is needed, because the consumer polls the broker continuously, and the broker answers each poll within a second,
+even when the queues are empty (`followups.worker.broker.Consumer`). An idle worker among fifty therefore reports as
+often as a busy worker. The pipeline's event loop reports while it is running. The dispatcher's thread reports while it
+is idle, and while it is busy for no longer than a tick can take.
 
 While the broker or the database is unreachable, or the database is read-only, all components keep retrying. Retrying
 also counts as progress. A process fails its liveness check only because of failures that a restart would fix. During an

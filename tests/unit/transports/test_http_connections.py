@@ -143,7 +143,7 @@ async def test_the_receiver_says_whether_a_connection_is_kept(reply: bytes, conn
 
 
 async def test_a_body_that_ends_with_the_connection_leaves_none_behind() -> None:
-    """After a response whose end is the end of its connection, the next call uses a new connection."""
+    """After a response that ends with its connection, the next call uses a new connection."""
 
     async def until_the_end(writer: asyncio.StreamWriter, _request: Request) -> None:
         writer.write(b"HTTP/1.1 200 OK\r\n\r\n")

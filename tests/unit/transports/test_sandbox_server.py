@@ -44,7 +44,7 @@ async def http(chats: SandboxChats) -> AsyncIterator[aiohttp.ClientSession]:
 
 
 async def test_a_delivery_is_answered_with_the_messages_id(http: aiohttp.ClientSession, chats: SandboxChats) -> None:
-    """``POST /messages`` accepts a delivery; its key is the header's, or the follow-up's id without a header."""
+    """A delivery to ``POST /messages`` has the key in its header, or the follow-up's id if there is none."""
     status, answer = await fetch(http, "POST", "/messages", BODY)
     assert (status, list(answer)) == (200, ["chatMessageId"])
     assert chats.ledger.records()[0].idempotency_key == BODY["followUpId"]

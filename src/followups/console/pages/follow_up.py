@@ -1,4 +1,4 @@
-"""The page of one follow-up: why it is in its state, its history, and the possible actions."""
+"""The page of one follow-up: why it is in its current state, its history, and the possible actions."""
 
 from __future__ import annotations
 

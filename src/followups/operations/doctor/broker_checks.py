@@ -40,7 +40,7 @@ UNREAD_TICKS = 100
 
 
 def broker_client(settings: Settings, patience: timedelta = PATIENCE) -> redis.Redis:
-    """Return a client of the broker that does not retry. The caller must close it."""
+    """Return a client of the broker that does not retry. The caller must close the client."""
     url, seconds = settings.broker_url.get_secret_value(), patience.total_seconds()
     return redis.Redis.from_url(url, socket_timeout=seconds, socket_connect_timeout=seconds, retry=None)
 
