@@ -298,7 +298,7 @@ def _note_set_up(_connection: object, record: ConnectionPoolEntry) -> None:
 def is_read_committed(connection: Connection) -> bool:
     """Return whether the connection still has the isolation level READ COMMITTED.
 
-    Also return False if the connection was not opened by this module's engine.
+    The result is also False if the connection was not opened by this module's engine.
     """
     driver = connection.connection.driver_connection
     if _OURS not in connection.info or driver is None or driver.autocommit:

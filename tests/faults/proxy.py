@@ -68,7 +68,7 @@ class Proxy:
         self._call(self._abort)
 
     def lead_to(self, server_url: str) -> None:
-        """Route new connections to another server; open connections stay with the server they have."""
+        """Route new connections to another server; open connections stay connected to their current server."""
         self._url = server_url
 
     def freeze(self) -> None:

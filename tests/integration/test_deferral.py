@@ -158,7 +158,7 @@ def test_it_gives_its_places_back(world: World, engine: Engine, own: Settings) -
         ("pending", 0, row.limited_until) for row in rows
     }
     moments = sorted(row.limited_until for row in rows)
-    # the follow-ups are sent in time, but not simultaneously
+    # the follow-ups are sent on time, but not all in the same moment
     assert len(rows) * 0.01 * SECOND < moments[-1] - moments[0] < LONGEST / 2
     assert world.row(rows[0].id).reason == "over"
 

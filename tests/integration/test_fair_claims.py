@@ -140,7 +140,7 @@ def test_half_of_the_window_at_once(engine: Engine, settings: Settings, monkeypa
 
 
 def test_window_with_earlier_ones_behind(world: World, engine: Engine, settings: Settings) -> None:
-    """Follow-ups in flight count towards the limit, even if other follow-ups are due earlier."""
+    """Follow-ups in flight count towards the limit, even if other follow-ups have earlier due dates."""
     other = World(engine)
     for group in range(1, 3):
         other.burst([-group * SECOND] * 3)

@@ -184,7 +184,7 @@ async def test_a_long_wait_is_told_shorter(place: LimiterUnderTest) -> None:
 
 
 async def test_given_back(place: LimiterUnderTest) -> None:
-    """If a follow-up does not begin, the next request gets its token.
+    """If a follow-up does not begin after all, the next request gets its token.
 
     A token bucket never holds more than its size.
     """

@@ -277,7 +277,7 @@ def test_it_ends_in_time(world: World, bench: Bench) -> None:
 
 
 def test_cancelled_while_it_waits(world: World, bench: Bench) -> None:
-    """A follow-up cancelled while waiting for a rate limit never begins and delays no other follow-up."""
+    """If a follow-up is cancelled while it waits for a rate limit, it never begins and delays no others."""
     limit(world, 4)
     ids = due_in_turn(world, 12)
     receiver = Receiver()

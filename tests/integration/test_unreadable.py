@@ -468,7 +468,7 @@ class TestRecords:
     def test_a_settlement(self, world: World, engine: Engine, settings: Settings) -> None:
         """All results are settled, and a failed attempt that cannot be recorded is logged.
 
-        All other failed attempts are recorded.
+        All failed attempts that can be recorded are recorded.
         """
         ids = [world.follow_up() for _ in range(4)]
         attempts = [attempt(one, Retry("busy")) for one in claim_and_begin(engine, settings).begun]

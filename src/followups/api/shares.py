@@ -60,7 +60,7 @@ class Shares:
     """The limits of each workspace: `SHARE` requests run at a time, and `WAITING_SHARE` run or wait."""
 
     def __init__(self) -> None:
-        """Create the limits, without any workspaces yet."""
+        """Create the limits; no workspace has an entry yet."""
         self.strangers = Turns(STRANGERS_SHARE, TOO_MANY_STRANGERS)
         self.turnstile = Turnstile()
         self._turns: WeakValueDictionary[UUID, Turns] = WeakValueDictionary()

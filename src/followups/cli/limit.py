@@ -82,7 +82,7 @@ def set_(
     burst: Burst = None,
     json: Json = False,
 ) -> None:
-    """Set a rate limit, or change the limit with the same options. Workers apply it within seconds."""
+    """Set a rate limit, or change the limit with the same options. Workers apply the new limit within seconds."""
     at_once = burst or default_burst(rate)
     with connection.engine() as engine:
         with Session(engine) as session, session.begin():

@@ -64,8 +64,8 @@ async def begin_within_limits(
 def begin(engine: Engine, settings: Settings, batch: Sequence[Lease]) -> BatchResult:
     """Begin the follow-ups that may be sent, end those that must not be sent, and hold or park all others.
 
-    The function uses one transaction. If a row makes the transaction fail, its follow-up is deferred, and all other
-    follow-ups begin.
+    Begin uses one transaction for the whole batch. If a row makes the transaction fail, its follow-up is deferred, and
+    all other follow-ups begin.
     """
     halved = halve(batch, lambda part: transact(engine, partial(_begin, settings, part)))
     for lease, error in halved.refused:

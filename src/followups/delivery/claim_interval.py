@@ -47,7 +47,7 @@ class ClaimInterval:
         """The earliest time of the next claim, in monotonic seconds."""
 
     def begin(self) -> None:
-        """Start a tick with an unknown rate of claims.
+        """Start a tick; the rate of claims is not known yet.
 
         Other dispatchers may have claimed since the last tick, so the current number of free places is no basis for a
         prediction. The first pause of a tick is the most recent known pause. Starting with the shortest pause would

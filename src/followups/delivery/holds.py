@@ -31,7 +31,7 @@ log = get_logger(__name__)
 def hold(
     connection: Connection, settings: Settings, obstacles: Sequence[Obstacle]
 ) -> tuple[set[UUID], set[UUID], dict[UUID, Final]]:
-    """Hold the leases to which only a pause or sending hours are an obstacle.
+    """Hold the leases that are blocked only by a pause or by sending hours.
 
     Returns the held leases, the leases to check again, and the final states of follow-ups whose hold would be too long.
     A lease has to be checked again if its pause or sending hours are locked or have changed.

@@ -2,8 +2,8 @@
 
     submit -> due queue -> slot -> begin -> send -> settle
 
-Begin and settle each form batches: while one statement runs, the next batch gathers. A call in flight occupies a slot,
-and a follow-up begins only if a slot is free. A slow chat occupies one slot, and never delays a batch.
+Begins and settles are batched: while one statement runs, the next batch gathers. A call in flight occupies a slot, and
+a follow-up begins only if a slot is free. A slow chat occupies one slot, and never delays a batch.
 """
 
 from __future__ import annotations
@@ -97,7 +97,7 @@ class Pipeline:
         self._loop = uvloop.new_event_loop()
         self._thread = threading.Thread(target=self._run_loop, name="pipeline", daemon=True)
 
-    # These methods may be called from any thread.
+    # The following methods may be called from any thread.
 
     def start(self) -> None:
         """Start the event loop.

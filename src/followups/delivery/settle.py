@@ -50,7 +50,7 @@ SHORT_GATHER = timedelta(milliseconds=5)
 each unrecorded result would be unknown.
 """
 SETTLE_RETRY_DELAY = timedelta(milliseconds=50)
-"""Pause before the next try to settle a row that another transaction has locked."""
+"""Pause before another attempt to settle a row that is locked by another transaction."""
 BACKOFF = timedelta(seconds=0.5)
 """First pause before an unreachable database is tried again; each further pause doubles."""
 LONGEST_BACKOFF = timedelta(seconds=1)

@@ -46,7 +46,7 @@ class Upkeep:
     async def start(self, stopping: Callable[[], bool]) -> bool:
         """Read the clock and the rate limits for the first time; return whether both were read.
 
-        The result is false only if ``stopping`` returns true before the database can be reached.
+        The result is false only if ``stopping`` returned true before the database could be reached.
         """
         return await insist(
             self._engine, lambda engine: self._clock.ask(engine, times=FIRST_SAMPLES), "clock", stopping

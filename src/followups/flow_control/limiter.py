@@ -310,7 +310,7 @@ def _limitable(engine: Engine, settings: Settings, leases: Sequence[Lease]) -> l
 
 
 def release_deferred(engine: Engine, scope: Scope) -> None:
-    """Make all follow-ups that wait under a limit due now, except rows that cannot be written."""
+    """Let all follow-ups deferred by a limit fall due now, except rows that cannot be written."""
     refused: list[UUID] = []
     while True:
         with engine.begin() as connection:

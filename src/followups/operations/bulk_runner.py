@@ -71,7 +71,7 @@ class BatchError(Exception):
 
 
 class BulkRunner(BackgroundThread):
-    """Carries out waiting bulk actions in a thread of a worker process. Other workers can continue them."""
+    """Carries out waiting bulk actions in a thread of a worker process. Other workers can continue a bulk action."""
 
     name = "bulk"
 

@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
 
 class Lost(NamedTuple):
-    """A follow-up claimed again after a lost lease; the interrupted attempt had the number ``attempts + 1``."""
+    """A follow-up claimed again after a lost lease; its interrupted attempt had the number ``attempts + 1``."""
 
     lease: Lease
     attempts: int

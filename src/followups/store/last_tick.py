@@ -77,7 +77,7 @@ _LAST = text("SELECT COALESCE(EXTRACT(EPOCH FROM last_tick_at), 0) FROM dispatch
 
 
 def begin(connection: Connection, rhythm: Rhythm) -> Tick | None:
-    """Record a tick and keep other dispatchers from claiming until the end of the transaction.
+    """Record a tick, and prevent other dispatchers from claiming until the end of the transaction.
 
     Returns None if another dispatcher is claiming. The caller must then not claim, but try to begin a tick again
     shortly.

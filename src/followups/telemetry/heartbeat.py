@@ -62,7 +62,7 @@ def default_directory() -> Path:
 
     Each user has a separate directory, since the directory of another user could be a trap. The directory is not below
     ``XDG_RUNTIME_DIR``, which exists in a login session but not in a service. A process in a login session would
-    therefore look for another process's files in a different directory than a service does.
+    otherwise look for another process's files in a different directory than a service does.
     """
     try:
         parent = tempfile.gettempdir()

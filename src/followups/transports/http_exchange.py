@@ -5,7 +5,7 @@ before it sends the first byte. Nothing has therefore been sent before libcurl r
 once. If a kept connection ends without a response, or if an HTTP/2 server refuses a stream, libcurl itself tries again
 on another connection. To repeat a request on another connection, libcurl would have to rewind the body. Since the body
 cannot be rewound, libcurl gives up (CURLE_SEND_FAIL_REWIND). libcurl reports a refused stream (REFUSED_STREAM, GOAWAY)
-exactly like a lost stream, so the outcome is unknown in both cases.
+exactly like a lost stream, so both have an unknown outcome.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ class Sockets:
         self._known.clear()
 
     def begin(self, address: Address) -> None:
-        """Count a call in flight on this connection. Only HTTP/2 allows more than one call in flight at a time."""
+        """Count another call on this connection. Only HTTP/2 allows more than one call in flight at a time."""
         self._calls[address] = self._calls.get(address, 0) + 1
 
     def end(self, address: Address) -> None:
@@ -188,8 +188,8 @@ class Exchange:
 
     def _connected(self, _ip: str, own_ip: str, _port: int, own_port: int) -> int:
         # Without these checks, a process that was frozen while connecting could send a request after its time limit. By
-        # then, the follow-up may have been cancelled, or sent by another process. Also, a request on a connection that
-        # has already ended would have an unknown outcome.
+        # then, the follow-up may have been cancelled, or sent by another process. A request on a connection that has
+        # already ended would also have an unknown outcome.
         if uptime() > self._until:
             self.late = True
             return _ABORT

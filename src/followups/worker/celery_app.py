@@ -294,7 +294,7 @@ def publish(hint: Hint) -> None:
 
 
 class Nudger:
-    """Requests a tick soon: a call returns immediately, never raises, and is limited in rate."""
+    """Requests a tick soon; a call returns immediately, never raises, and is rate-limited."""
 
     INTERVAL = 0.01
     """The minimum number of seconds between two nudges from one process."""
@@ -376,7 +376,7 @@ def _stop_beat_in_order(**_: object) -> None:
     # Celery's own handler closes the producer while the signal is being handled. If the signal interrupted a publish,
     # the publish and the handler would wait for the same lock forever. In a test with ten ticks a second, two of about
     # thirty beats never ended. If the handler raises an exception instead, the interrupted publish releases its locks.
-    # Beat closes the producer afterwards.
+    # After the exception, beat closes the producer.
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: sys.exit(0))
 

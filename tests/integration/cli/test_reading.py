@@ -196,7 +196,7 @@ class TestShow:
 
 
 def test_a_new_user_finds_out_why(run: Run, world: World) -> None:
-    """The top-level help leads a new user to the reason why a follow-up was not sent.
+    """The top-level help shows a new user how to find out why a follow-up was not sent.
 
     The help names the command that finds a follow-up and the command that explains it.
     """

@@ -1,4 +1,4 @@
-"""Tests of the end of a command: its exit codes, and its output for help and errors."""
+"""How a command ends: its exit codes, and its output for help and errors."""
 
 from __future__ import annotations
 
