@@ -141,7 +141,7 @@ class WorkspaceSendingHours(Base):
     """A bit mask of weekdays, in which bit 0 is Monday."""
     open_from: Mapped[datetime]
     open_until: Mapped[datetime]
-    """The end of the current or next sending period. The database compares it with the current time.
+    """The end of the current or next sending period. The database compares this end with the current time.
 
     When that period is over, the first worker whose attempt is refused computes the next one. Therefore workers need
     time zone data, but the database does not.

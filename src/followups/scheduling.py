@@ -59,8 +59,8 @@ def schedule(session: Session, *, workspace_id: UUID, chat_id: UUID, message: st
     A follow-up with a due date in the past is sent immediately. A transaction that schedules into several chats must do
     so in ascending order of the chats' ids (``sorted(chat_ids)``); otherwise it may deadlock with another transaction
     on the same chats. This order cannot prevent every deadlock if the workspace has a quota of pending follow-ups,
-    because the quota stays locked between two calls. In that case use `schedule_many`, which locks all chats before the
-    quota.
+    because the quota stays locked between two calls. If the workspace has a quota of pending follow-ups, use
+    `schedule_many`, which locks all chats before the quota.
 
     Raises `InvalidRequestError` (message not of 1..65,536 characters or with a NUL, due date without an offset),
     `ChatNotFoundError`, `NothingToFollowUpError` (no messages, or the last message is the user's),

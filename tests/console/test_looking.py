@@ -224,7 +224,7 @@ def test_strangers_words_are_text(person: Callable[..., Person], own: World) -> 
 def test_the_timeline_tells_what_happened(person: Callable[..., Person], own: World) -> None:
     """The timeline shows the creation, the acceptance, the end, and each attempt.
 
-    For each attempt it shows the outcome, the code and the duration.
+    For each attempt, the timeline shows the outcome, the code and the duration.
     """
     key_id, key = key_of(own)
     sent = {"status": "sent", "finished_at": NOW, "accepted_at": NOW, "accepted_duration": timedelta(milliseconds=85)}

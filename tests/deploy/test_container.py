@@ -14,7 +14,7 @@ STAGES = re.split(r"^FROM .*$", RECIPE, flags=re.MULTILINE)[1:]
 
 
 def test_hadolint_finds_nothing() -> None:
-    """Hadolint reports no problem in the recipe."""
+    """Hadolint reports no problem in the Containerfile."""
     hadolint = Path(sys.executable).with_name("hadolint")
     ran = subprocess.run([hadolint, DEPLOY / "Containerfile"], capture_output=True, text=True, check=False)
     assert (ran.returncode, ran.stdout) == (0, "")

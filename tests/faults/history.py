@@ -1,4 +1,4 @@
-"""The database's history: a trigger, installed only by fault tests, records all changes of follow-ups."""
+"""The database's history: a trigger, installed only by fault tests, records all changes to follow-ups."""
 
 from __future__ import annotations
 

@@ -19,7 +19,7 @@ ESTABLISHED = 1
 
 
 class Proxy:
-    """Forwards a loopback port to a server. Its methods may be called from the test's thread.
+    """Forwards a loopback port to a server. The proxy's methods may be called from the test's thread.
 
     ``stall`` simulates half-open connections: the kernel keeps acknowledging data, but no answer arrives.
     """

@@ -238,7 +238,7 @@ def begun_of(lease: Lease) -> Begun:
 async def sent_by(clock: DatabaseClock, engine: Engine, begun: Begun, latest: float) -> list[timedelta]:
     """Send a follow-up, timed by the given clock; return the lateness of the transport call.
 
-    The lateness counts from the due date, according to the database's clock.
+    Lateness is measured from the due date, using the database's clock.
     """
     clock.ask(engine)
     transport = Telling(clock)

@@ -1,6 +1,6 @@
 """Tests of half-open connections, on which no data arrives although the network keeps acknowledging.
 
-Neither TCP keepalives nor TCP's user timeout detect such connections; only the service's own limits do.
+Only the service's own limits detect half-open connections; TCP keepalives and TCP's user timeout do not.
 """
 
 from __future__ import annotations

@@ -75,5 +75,5 @@ def test_open_snapshot(rig: Rig, figures: Figures) -> None:
 
 @pytest.mark.faults_long
 def test_long_open_snapshot(rig: Rig, figures: Figures) -> None:
-    """With a snapshot open, all follow-ups of a quarter of an hour of load are sent, each once."""
+    """While a snapshot is open, every follow-up from a quarter of an hour of load is sent exactly once."""
     under_snapshot(rig, figures, rate=40, seconds=900)

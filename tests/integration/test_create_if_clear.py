@@ -61,7 +61,7 @@ def test_a_clear_case(world: World) -> None:
     ids=["reply", "no messages", "removed", "whatsapp", "instagram"],
 )
 def test_a_chat_that_is_not_clear(world: World, columns: dict[str, object]) -> None:
-    """If a chat is removed, has a window, or its last message is not the agent's, a transaction decides."""
+    """A chat that is removed, has a window or does not end with an agent's message needs a transaction."""
     assert create(world, world.chat(**columns)) is None
     assert create(world, uuid4()) is None
     assert pending(world) == 0

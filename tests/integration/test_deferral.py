@@ -49,7 +49,7 @@ LEASED = "SELECT count(*) FROM follow_ups WHERE lease_until > now()"
 
 @pytest.fixture
 def own(settings: Settings) -> Settings:
-    """Return settings with a small in-flight limit, long leases, and broker keys of their own."""
+    """Return settings with a small in-flight limit, long leases, and separate broker keys."""
     changes = {
         "breaker_failures": 5,
         "broker_prefix": f"test-{uuid4().hex}:",

@@ -48,7 +48,7 @@ def locked_when_the_earlier_one_was_cancelled(world: World, settings: Settings) 
 
 
 def paused_by_a_pause_that_was_deleted(world: World, settings: Settings) -> UUID:
-    """Return a follow-up that is held by a pause, after the pause's row was deleted manually."""
+    """Return a follow-up that is still held by a pause whose row was deleted manually."""
     follow_up = world.follow_up()
     with world.engine.begin() as connection:
         pauses.pause(connection, PauseScope(world.workspace_id, None))

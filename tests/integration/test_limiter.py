@@ -139,7 +139,7 @@ async def test_who_was_due_first_goes_first(place: LimiterUnderTest) -> None:
 
 
 async def test_nobody_overtakes(place: LimiterUnderTest) -> None:
-    """A free token belongs to the first request in the queue, even if another request arrives."""
+    """A free token goes to the first request in the queue, even if another request arrives."""
     limit = bucket(rate=5, burst=1)
     first, second, third = (request(since, limit) for since in (1, 2, 3))
     assert await place.ask(first) == [GO]

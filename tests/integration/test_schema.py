@@ -132,7 +132,7 @@ def test_24_o_clock(world: World, column: str) -> None:
 
 
 def test_rows_that_cannot_be_read_break_no_migration(world: World, database_url: str) -> None:
-    """If existing rows violate a new constraint, a migration leaves it out and keeps the rows.
+    """If existing rows violate a new constraint, a migration omits the constraint and keeps the rows.
 
     All other new constraints are added by the migration.
     """

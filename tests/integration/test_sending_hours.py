@@ -58,7 +58,7 @@ def put(world: World, hours: SendingHours) -> None:
 
 
 def replace_hours(world: World, hours: SendingHours | None) -> None:
-    """Set or clear the sending hours as the command does.
+    """Set or clear the sending hours in the same way as the command line.
 
     Held follow-ups are released, so that their sending hours are checked again.
     """
@@ -247,7 +247,7 @@ class TestLateness:
     def test_hours_that_are_moved(self, world: World, engine: Engine, settings: Settings) -> None:
         """Held follow-ups become sendable when the new sending hours begin.
 
-        Follow-ups that were already sendable keep the recorded time from which they are sendable.
+        Follow-ups that were already sendable keep the recorded time at which they became sendable.
         """
         held, earlier = world.follow_up(**self.OLD), text("now() - interval '9 min'")
         put(world, CLOSED)

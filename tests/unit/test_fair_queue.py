@@ -198,7 +198,7 @@ def test_shedding() -> None:
 def test_a_workspace_queue_that_is_shed_has_no_turn() -> None:
     """If fewer leases may be kept than there are workspace queues, some queues are emptied.
 
-    A workspace queue that was emptied later behaves like a new queue.
+    An emptied workspace queue later behaves like a new queue.
     """
     queue = queue_of()
     queue.add([lease for key in range(1, 6) for lease in overdue(key, 1)])

@@ -26,7 +26,7 @@ MOST_LISTS, MOST_STARTS = 1_000, 64
 class Starts:
     """Remembered starting points, from which deep pages are read by key.
 
-    Without such a starting point, the database took 30 ms to count the 15,000 rows before a page.
+    Without a remembered starting point, the database took 30 ms to count the 15,000 rows before a page.
     """
 
     def __init__(self) -> None:

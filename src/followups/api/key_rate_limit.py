@@ -77,8 +77,8 @@ class KeyRateLimit:
             socket_timeout=TIMEOUT.total_seconds(),
             socket_connect_timeout=TIMEOUT.total_seconds(),
             retry=Retry(NoBackoff(), 0),
-            # This setting causes no retry. It makes the client close a connection that received such an error, because
-            # after a failover the address leads to a different server.
+            # Despite its name, this setting causes no retry. It makes the client close a connection that received such
+            # an error, because after a failover the address leads to a different server.
             retry_on_error=[ReadOnlyError],
         )
         # Connections are opened to the pool's address. The URL given here is only parsed, and must contain a port.

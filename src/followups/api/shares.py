@@ -1,4 +1,4 @@
-"""Limits on how much a workspace, or all clients without a known API key, may use of shared resources.
+"""Limits on the shared resources used by one workspace, or by all clients without a known API key.
 
 The shared resources are the database connections and the event loop.
 """
@@ -27,7 +27,7 @@ WAITING_SHARE = 128
 """Maximum number of one workspace's requests that are running or waiting: half of the process's limit."""
 
 BUSY = 32
-"""At this number of requests of one workspace, running or waiting, further ones use a turnstile."""
+"""Once a workspace has this many requests running or waiting, its further requests use a turnstile."""
 
 STRANGERS_SHARE = 2
 """Maximum number of database connections for looking up API keys that this process does not know yet."""

@@ -42,7 +42,7 @@ Each pause is twice as long as the previous one.
 """
 
 LOOK = 0.2
-"""Seconds between two checks whether a stop signal has arrived."""
+"""Seconds between two checks for a stop signal."""
 
 ANCESTORS = 4
 """Maximum number of ancestor processes to examine.

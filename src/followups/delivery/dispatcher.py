@@ -36,7 +36,9 @@ NEXT_STATISTICS = 60.0
 """Seconds between two checks of the planner's statistics."""
 
 QUICK = 0.01
-"""If a claim that reads the index from its beginning takes at most this many seconds, the next claim does so too."""
+"""If a claim that reads the index from its beginning takes at most this many seconds, the next claim also reads from
+the beginning.
+"""
 LOOKING_SHARE = 0.1
 """The maximum share of the dispatcher's time for slow claims, which search the index from its beginning."""
 
@@ -116,7 +118,7 @@ class Dispatcher:
     def stop(self) -> None:
         """Stop claiming, and wait until the current claim is published.
 
-        After that, the dispatcher no longer uses the engine.
+        Once this function has returned, the dispatcher no longer uses the engine.
         """
         self.claim_no_more()
         self._wanted.set()
@@ -246,7 +248,7 @@ class Dispatcher:
         try:
             if took > SLOW or claims.planner_expects_fewer_than(self._engine, leased):
                 claims.refresh_planner_statistics(self._engine)
-                # If the estimate is still too low, another session is refreshing the statistics.
+                # If the estimate is still too low after that, another session is refreshing the statistics.
                 if not claims.planner_expects_fewer_than(self._engine, leased):
                     events.statistics_refreshed(took)
         except Exception as error:  # noqa: BLE001 - a minute later it is tried again, whatever it was

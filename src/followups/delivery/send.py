@@ -150,8 +150,8 @@ class CallTimeout:
         """Set the longest duration of a call to ``limit``."""
         self.seconds = limit.total_seconds()
         self._ends: dict[Task, float] = {}
-        """The time by which each task's call must have ended, by the event loop's clock. All calls have the same time
-        limit, so the call that began first also reaches its limit first.
+        """The time by which each task's call must have ended, measured by the event loop's clock. All calls have the
+        same time limit, so the call that began first also reaches its limit first.
         """
         self._timer: asyncio.TimerHandle | None = None
 

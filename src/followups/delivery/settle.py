@@ -179,7 +179,7 @@ def settle(engine: Engine, settings: Settings, attempts: Sequence[Attempt]) -> B
     except Exception as error:
         if not concerns_a_row(error):
             raise
-        # The rejected row may belong to the next follow-up of the same chat. A row that cannot be written must not
+        # The rejected row may belong to the next follow-up in the same chat. A row that cannot be written must not
         # prevent the accepted follow-up from being recorded.
         return transact(engine, partial(record, chat_order.unblock_writable))
 

@@ -285,7 +285,7 @@ class RateLimits:
             await self._limiter.close()
 
     def _log(self) -> None:
-        if self._unlogged:  # a line for each batch would be too many
+        if self._unlogged:  # a line for each batch would be too much
             log.info("limited", count=self._unlogged)
             self._unlogged = 0
 

@@ -45,7 +45,7 @@ class ListFilter:
     statuses: tuple[Status, ...] = ()
     trigger_chat_message_ids: tuple[UUID, ...] = ()
     codes: tuple[ReasonCode, ...] = ()
-    """Codes of the reasons. Only operators can filter by ``codes``, ``due_after`` and ``due_before``."""
+    """The reason codes to filter by. Only operators can filter by ``codes``, ``due_after`` and ``due_before``."""
     due_after: datetime | None = None
     due_before: datetime | None = None
 

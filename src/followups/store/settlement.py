@@ -43,7 +43,7 @@ class Settlement(NamedTuple):
     duration: timedelta | None = None
     """How long the attempt of a sent follow-up took."""
     refunded: bool = False
-    """Whether the attempt is not counted, because the receiver asked for it to be repeated later."""
+    """Whether the attempt is left uncounted because the receiver asked for it to be repeated later."""
     yields: bool = True
     """Whether a cancel that was requested during the attempt takes precedence over this outcome."""
     cancel_detail: str = ""

@@ -35,7 +35,7 @@ class ModelRow(NamedTuple):
 
 
 class Job(NamedTuple):
-    """A worker's job, which is a hint, then an attempt in flight, and finally the outcome of the attempt."""
+    """A worker's job: first a hint, then an attempt in flight, and finally the outcome of that attempt."""
 
     row: int
     token: int

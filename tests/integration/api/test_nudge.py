@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from world import World
 
 SOON = 0.1 / 86_400
-"""A time that is within the next two ticks, as a number of days from now."""
+"""A time within the next two ticks, in days from now."""
 
 
 def test_nudge(settings: Settings, world: World) -> None:

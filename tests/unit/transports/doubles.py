@@ -212,7 +212,7 @@ def _matrix_body(body: str) -> bytes:
 
 
 async def fetch(http: ClientSession, method: str, path: str, body: object = None) -> tuple[int, Any]:
-    """Return the status and the JSON body, or None without a body."""
+    """Return the status and the JSON body (None if there is no body)."""
     async with http.request(method, path, json=body) as response:
         text = await response.text()
         return response.status, json.loads(text) if text else None

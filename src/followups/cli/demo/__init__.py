@@ -105,7 +105,7 @@ def _draw(stack: Stack) -> Score:
 
 
 class EventLines:
-    """Prints a line for each change of a follow-up."""
+    """Prints a line for each change to a follow-up."""
 
     def __init__(self) -> None:
         """Create the demo's state, in which every follow-up is pending."""

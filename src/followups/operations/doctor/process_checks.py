@@ -29,7 +29,7 @@ PATIENCE = 3.0
 def workers(ask: Callable[[], Replies]) -> Finding:
     """Check the state of all workers, as reported by ``ask``.
 
-    A worker that has stopped consuming still replies.
+    A worker that has stopped consuming still replies to the query.
     """
     try:
         replies = ask()
