@@ -142,7 +142,7 @@ class Stack:
         return sum(row.status == "pending" for row in self.world.rows(*ids))
 
     def wait_until_done(self, *ids: UUID, within: float = 20) -> None:
-        """Wait until none of the given follow-ups is pending; by default, none of all follow-ups."""
+        """Wait until none of the given follow-ups (by default, of all follow-ups) is pending."""
         wait_until(lambda: self.pending(*ids) == 0, within, every=0.1)
 
     def broker(self) -> redis.Redis:

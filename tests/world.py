@@ -136,7 +136,7 @@ class World:
         return [one["id"] for one in follow_ups]
 
     def failures(self, follow_up_id: UUID) -> list[tuple[int, str, str]]:
-        """Return number, outcome and detail of a follow-up's failed attempts, oldest first."""
+        """Return the number, outcome and detail of each failed attempt of a follow-up, oldest first."""
         table = FailedAttempt
         query = select(table.number, table.outcome, table.detail).where(table.follow_up_id == follow_up_id)
         with self.engine.connect() as connection:

@@ -40,7 +40,7 @@ SILENCE_MARGIN = timedelta(seconds=5)
 A connection that is silent for so long is half-open, or its server hangs and will never report the timeout.
 """
 NO_CONNECT_TIMEOUT = 130
-"""Seconds that psycopg waits if the URL's `connect_timeout` is 0, which means no limit."""
+"""Seconds that psycopg waits if the URL sets `connect_timeout` to 0, which libpq takes to mean no limit."""
 
 ENCODING = "UTF8"
 MAKE_ANOTHER = "make one with ENCODING 'UTF8' (from template0), move the data, and set FOLLOWUPS_DATABASE_URL to it"
@@ -245,7 +245,7 @@ def _check_encoding(row: Sequence[Any] | None) -> None:
 class _Pooler:
     """Detects, once per engine, a pooler that gives each transaction a different server session.
 
-    Such a pooler loses the settings of `_SET_UP`, prepared statements and session locks.
+    A pooler in transaction mode loses the settings of `_SET_UP`, prepared statements and session locks.
     """
 
     def __init__(self) -> None:

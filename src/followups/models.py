@@ -3,11 +3,11 @@
 A chat's key consists of the workspace's id and the chat's id, so that no workspace can reach another workspace's chat
 by guessing ids. The foreign keys that refer to this key make PostgreSQL refuse a row that would mix two workspaces.
 
-Row-level security was tried and rejected. It costs little: 6 % of the SQL time of a create and 16 % of a list (2 cores,
-20,000 rows). But row-level security does not apply to the tables' owner, and the only configured URL is the owner's.
-Row-level security would therefore need a second role, which many hosted databases do not let you create. The
-alternative is FORCE, but then the owner's own pg_dump fails. Reads are protected by the predicate of each query, and by
-a test that calls every documented endpoint with another workspace's key and ids.
+Row-level security was tried and rejected. Row-level security costs little: 6 % of the SQL time of a create and 16 % of
+a list (2 cores, 20,000 rows). But row-level security does not apply to the tables' owner, and the only configured URL
+is the owner's. Row-level security would therefore need a second role, which many hosted databases do not let you
+create. The alternative is FORCE, but then the owner's own pg_dump fails. Reads are protected by the predicate of each
+query, and by a test that calls every documented endpoint with another workspace's key and ids.
 
 A follow-up's ``status`` is written only by guarded UPDATE statements in `followups.store`, never by assigning to an
 object. In another system, saving a full row changed a sent message back to pending (zulip#39521).
@@ -407,8 +407,8 @@ class FollowUp(Base):
     scheduled_at: Mapped[datetime] = mapped_column(server_default=func.now())
     """The time at which the due date or the chat was last set.
 
-    Lateness is counted from this time or from the due date, whichever is later. So a follow-up with a due date in the
-    past is due immediately, but is not late yet.
+    Lateness is counted from this time or from the due date, whichever is later. A follow-up whose due date was already
+    past when it was set is due immediately, but is not late yet.
     """
     next_attempt_at: Mapped[datetime | None]
     """The time of the next attempt after a retry or a deferral, or None if the due date determines the time."""

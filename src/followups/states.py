@@ -26,7 +26,7 @@ MAX_REASON_LENGTH = 2_000
 
 
 class Status(StrEnum):
-    """The state of a follow-up. The last three states are final."""
+    """The state of a follow-up. The states `sent`, `failed` and `cancelled` are final."""
 
     PENDING = "pending"
     """The follow-up has been accepted and has not ended. A follow-up becomes pending by schedule or retry; it leaves

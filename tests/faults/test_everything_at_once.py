@@ -62,7 +62,7 @@ class Disorder:
         self._rig.behave(kind="accept")
 
     def kill_worker(self) -> None:
-        """Kill a worker and start another, like a supervisor."""
+        """Kill a worker and start another, as a supervisor would."""
         number = self._rig.rng.randrange(len(self.workers))
         self._frozen.pop(self.workers[number], None)
         self.workers[number].signal(signal.SIGKILL)

@@ -85,7 +85,7 @@ def attempt(url: str, errors: list[Exception], patience: float) -> None:
 
 
 def beside(url: str, holder: str, patience: float, refusals: list[str]) -> Others:
-    """Migrate while another transaction holds its locks until the migration fails; return the `Others`."""
+    """Migrate while another transaction keeps its locks; return the `Others` once the migration has failed."""
     others = Others(url, holder)
     others.start()
     errors: list[Any] = []

@@ -130,7 +130,7 @@ class TestProcesses:
 def test_nothing_outlives_an_owner_that_cleans_nothing_up(end: signal.Signals | None) -> None:
     """Servers, processes and directories are removed soon after their owner exits, even if it is killed by SIGKILL.
 
-    They also disappear if a forked child of the owner survives.
+    Servers, processes and directories are removed even if a forked child of the owner survives.
     """
     with subprocess.Popen(
         [sys.executable, "-c", OWNER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL

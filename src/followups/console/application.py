@@ -41,7 +41,7 @@ T = TypeVar("T")
 Ts = TypeVarTuple("Ts")
 
 THREADS = 6
-"""Maximum number of console requests served at a time. The API's limit is separate."""
+"""Maximum number of console requests served at a time. API requests have a separate limit."""
 
 STRANGERS_BODY = 16 * 1024
 """Maximum size, in bytes, of a request body that is sent without a valid session.

@@ -125,7 +125,7 @@ class Pipeline:
     def drain(self, limit: timedelta) -> int:
         """Begin no further follow-ups, wait for calls in flight, settle them, and release the unused leases.
 
-        Returns the number of results that could not be recorded within ``limit``; the leases of these follow-ups will
+        Returns the number of results that could not be recorded within ``limit``; the leases of their follow-ups will
         expire.
         """
         if not self._thread.is_alive():

@@ -46,7 +46,7 @@ those messages are sent again under the same key. It is therefore no longer than
 kill would lose the outcome of that call too.
 """
 SHORT_GATHER = timedelta(milliseconds=5)
-"""How long to wait for enough results if the receiver cannot deduplicate. If such a process were killed, the outcome of
+"""How long to wait for enough results if the receiver cannot deduplicate. If the process were killed, the outcome of
 each unrecorded result would be unknown.
 """
 SETTLE_RETRY_DELAY = timedelta(milliseconds=50)

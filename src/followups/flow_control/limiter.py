@@ -323,7 +323,7 @@ def release_deferred(engine: Engine, scope: Scope) -> None:
 def defer(engine: Engine, waits: Sequence[tuple[Lease, timedelta]]) -> set[UUID]:
     """Defer each leased follow-up by its own delay; return the follow-ups that are now deferred.
 
-    Rows that cannot be written are left out.
+    Follow-ups whose rows cannot be written are not returned.
     """
     work = rate_limits.defer_if_leased
     return set().union(*halve(waits, lambda part: transact(engine, partial(work, waits=part))).done)

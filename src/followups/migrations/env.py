@@ -22,7 +22,7 @@ ASK_AGAIN = 0.2
 """Seconds between two attempts to acquire the lock while another migration is running."""
 
 LOCK_TIMEOUT = "2s"
-"""How long a table's change waits for the lock on the table.
+"""How long a change to a table waits for the lock on that table.
 
 All other transactions on the table queue behind a waiting change, so a migration delays each of them by less than three
 seconds.

@@ -48,8 +48,8 @@ class Tick:
 
 # A tick is recorded at most five times a second, since each update leaves a dead row behind. A recorded time in the
 # future means that the clock was set back. A small difference is ignored, since two transactions may simply have begun
-# in the other order. A short gap that begins within a grace period does not start another grace period. If it did, no
-# lease would ever be taken over on a starved machine where every tick is late.
+# in the opposite order. A short gap that begins within a grace period does not start another grace period. If every
+# short gap started a grace period, no lease would ever be taken over on a starved machine where every tick is late.
 _BEGIN = text("""
     WITH state AS MATERIALIZED (
         SELECT id, last_tick_at,

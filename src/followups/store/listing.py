@@ -1,10 +1,10 @@
 """Pages of follow-ups, newest first.
 
 Each page is read from an index in the order of the list. The cost of a page depends only on the rows up to its end, not
-on the number of follow-ups. An index returns rows in that order only if its leading columns are restricted to single
-values. The first rows are therefore read separately for each value of one filter (and for each workspace), and then
-merged. If no filter is given, the rows are read for each of the four states, which saves an index that every write
-would have to maintain.
+on the number of follow-ups. An index returns rows in the order of the list only if its leading columns are restricted
+to single values. The first rows are therefore read separately for each value of one filter (and for each workspace),
+and then merged. If no filter is given, the rows are read for each of the four states, which saves an index that every
+write would have to maintain.
 """
 
 from __future__ import annotations

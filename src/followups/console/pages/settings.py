@@ -160,7 +160,7 @@ def set_hours(visit: Visit) -> Response:
 
 
 def _release_held(visit: Visit, workspace_id: UUID) -> Iterator[None]:
-    """Release the follow-ups that are held by the former sending hours. Each batch is a short transaction."""
+    """Release the follow-ups that were held by the former sending hours. Each batch is a short transaction."""
     released = 1
     while released:
         with visit.services.engine.begin() as connection:
