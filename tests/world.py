@@ -167,7 +167,7 @@ class World:
         )
 
     def close_gap(self) -> None:
-        """Record a tick now, because a slow machine takes longer between two steps of a test than ticks may."""
+        """Record a tick now; on a slow machine, the time between two steps of a test may exceed the limit."""
         self.sql("UPDATE dispatcher_state SET last_tick_at = now(), grace_until = NULL")
 
 

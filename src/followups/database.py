@@ -249,7 +249,7 @@ class _Pooler:
     """
 
     def __init__(self) -> None:
-        """Create the object; the pooler is not checked until later."""
+        """Create the object; the pooler is checked later."""
         self._checked = False
 
     def is_before(self, connection: Bounded, row: Sequence[Any] | None) -> bool:

@@ -1,4 +1,4 @@
-"""Tests of Flower: it listens only on this machine or requires a password, and shows readable tasks."""
+"""Tests for Flower: it listens only on this machine or requires a password, and shows readable tasks."""
 
 from __future__ import annotations
 

@@ -330,7 +330,7 @@ def test_switched_off_there_is_no_console(console_settings: Settings) -> None:
 
 
 def test_the_language_follows_the_browser_and_the_choice(person: Callable[..., Person], own: World) -> None:
-    """The page is in the browser's language until the person chooses another language.
+    """The page uses the browser's language until the person chooses another one.
 
     After the person has chosen a language, the same page is shown.
     """

@@ -445,7 +445,7 @@ def deferred_in_flight(scene: Scene) -> None:
 
 
 def forgotten(scene: Scene) -> None:
-    """Search for follow-ups that are still parked although the follow-up before them has ended."""
+    """Search for follow-ups that are still parked although their predecessor has ended."""
     earlier, later = two_in_a_chat(scene)
     scene.cancel(earlier)
     scene.world.sql("UPDATE follow_ups SET waits_for = :earlier WHERE id = :id", earlier=earlier, id=later.id)

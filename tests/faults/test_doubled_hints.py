@@ -1,4 +1,4 @@
-"""Tests in which all broker messages are duplicated and shuffled, without effect on sends."""
+"""Tests in which all broker messages are duplicated and shuffled, with no effect on what is sent."""
 
 from __future__ import annotations
 

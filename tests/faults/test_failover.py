@@ -217,8 +217,8 @@ def test_what_an_asynchronous_failover_took_back_is_not_believed(
 ) -> None:
     """A begin whose answer was lost counts as failed immediately if the new primary does not have it.
 
-    The worker does not wait for the lost begin, and does not confuse it with another transaction that has the same id
-    on the new primary.
+    The worker does not wait for the lost begin, and does not confuse the lost transaction with a transaction that has
+    the same id on the new primary.
     """
     with Replicated(synchronous=False) as postgres:
         make_roles(postgres.url())

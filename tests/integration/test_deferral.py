@@ -164,7 +164,7 @@ def test_it_gives_its_places_back(world: World, engine: Engine, own: Settings) -
 
 
 def test_many_workers_leave_most_of_the_window(world: World, engine: Engine, own: Settings) -> None:
-    """For a held workspace, each worker uses less than a hundredth of the in-flight limit.
+    """For a held workspace, each worker leases less than a hundredth of the in-flight limit.
 
     This share does not depend on the number of slots of the worker.
     """

@@ -1,4 +1,4 @@
-"""Tests of lost commits: delivery steps continue, whether the commit succeeded, failed or is slow."""
+"""Tests for lost commits: delivery steps continue, whether the commit succeeded, failed or is slow."""
 
 from __future__ import annotations
 

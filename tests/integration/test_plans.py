@@ -74,7 +74,7 @@ def statements(engine: Engine) -> Iterator[list[tuple[str, Any]]]:
 def read(plan: dict[str, Any]) -> Iterator[tuple[str, float]]:
     """Yield, for each plan node that reads follow-ups or chats, how it reads them.
 
-    For an executed plan, yield also how many rows were read.
+    For an executed plan, also yield the number of rows read.
     """
     if plan.get("Relation Name") in {"follow_ups", "chats"} and "Scan" in plan["Node Type"]:
         looked_at = plan.get("Actual Rows", 0) + plan.get("Rows Removed by Filter", 0)

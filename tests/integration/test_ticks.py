@@ -282,7 +282,7 @@ class TestToken:
         assert world.row(follow_up).status == "sent"
 
     def test_unblocked_lease_is_forgotten(self, world: World, engine: Engine, settings: Settings) -> None:
-        """If a failover loses an unblocked follow-up's lease, the next lease has a greater token."""
+        """If a failover loses the lease of an unblocked follow-up, the next lease has a greater token."""
         chat = world.chat()
         earlier = world.follow_up(chat, -MINUTE)
         later = world.follow_up(chat, waits_for=earlier)

@@ -92,7 +92,7 @@ def test_pending_for_ever(hours: SendingHours, wanted: datetime, most: timedelta
 def test_the_time_of_sending_that_the_database_knows_decides(now: datetime, off: timedelta) -> None:
     """A machine with different time zone data waits until the opening time that is stored in the database.
 
-    It does not check the follow-up again and again in the meantime.
+    Until then, it does not check the follow-up repeatedly.
     """
     hours = SendingHours("UTC", time(0), time(0))
     opening = now + off

@@ -56,7 +56,7 @@ Further requests are refused immediately, with a Retry-After header.
 MAX_CONSOLE_WAITING = 32
 """Maximum number of console requests that are running or waiting: five for each console thread.
 
-Console requests use none of the API's slots.
+Console requests do not use the API's slots.
 """
 
 
@@ -69,7 +69,7 @@ AT_MOST_ONCE = (b"host", b"authorization", b"idempotency-key", b"content-type", 
 
 
 class Budget:
-    """The memory shared by all request bodies. Each body uses memory from its arrival until its response."""
+    """The memory shared by all request bodies. Memory for a body is reserved from its arrival until its response."""
 
     def __init__(self) -> None:
         """Start with no memory reserved."""

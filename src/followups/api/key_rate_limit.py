@@ -77,8 +77,8 @@ class KeyRateLimit:
             socket_timeout=TIMEOUT.total_seconds(),
             socket_connect_timeout=TIMEOUT.total_seconds(),
             retry=Retry(NoBackoff(), 0),
-            # Despite its name, this setting causes no retry. It makes the client close a connection that received such
-            # an error, because after a failover the address leads to a different server.
+            # Despite its name, this setting causes no retry. With this setting, the client closes a connection that
+            # received such an error, because after a failover the address leads to a different server.
             retry_on_error=[ReadOnlyError],
         )
         # Connections are opened to the pool's address. The URL given here is only parsed, and must contain a port.
@@ -110,7 +110,7 @@ class KeyRateLimit:
         await self._pool.disconnect()
 
     def _spend(self, key_id: UUID) -> bool:
-        """Use one of the requests that were counted in advance. Return False if no such request is left."""
+        """Use one of the requests that were counted in advance. Return False if no counted request is left."""
         allowance = self._allowances.get(key_id)
         if allowance is None or not allowance.left or time.monotonic() >= allowance.until:
             return False

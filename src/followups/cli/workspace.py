@@ -158,7 +158,7 @@ def _wanted(time_zone: str | None, opening: time | None, closing: time | None, d
 
 
 def _look_again(engine: Engine, workspace_id: UUID) -> None:
-    """Release held follow-ups to be checked against the new sending hours.
+    """Release held follow-ups so that they are checked against the new sending hours.
 
     The follow-ups are released in batches, so that other transactions do not wait for long.
     """

@@ -66,8 +66,8 @@ BACKOFF = 1.0
 class Returns:
     """The times at which deferred follow-ups fall due again, spread over minutes in the order of deferral.
 
-    At first, these times are 15 ms apart. The gaps become smaller as more follow-ups are deferred, so that none is
-    deferred for longer than `LONGEST`.
+    At first, these times are 15 ms apart. As more follow-ups are deferred, the intervals between these times become
+    shorter, so that no follow-up is deferred for longer than `LONGEST`.
 
     >>> returns = Returns()
     >>> [round(returns.next(now=0.0), 3) for _ in range(3)]
@@ -77,7 +77,7 @@ class Returns:
     """
 
     def __init__(self) -> None:
-        """Start with no deferred follow-ups."""
+        """Start without deferred follow-ups."""
         self._last = -inf
 
     def next(self, now: float) -> float:

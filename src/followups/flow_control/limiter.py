@@ -72,7 +72,7 @@ class Bucket:
 class TokenRequest:
     """A follow-up that needs one token from each of its buckets.
 
-    Requests are served in the order of ``since``, and in the order of their ids if ``since`` is equal.
+    Requests are served in the order of ``since``; requests with equal ``since`` are served in the order of their ids.
     """
 
     id: UUID

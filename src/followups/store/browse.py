@@ -242,8 +242,8 @@ def search(
     """Return up to ``size`` matching follow-ups after ``after``, or fewer if ``limit`` is reached.
 
     Return None if the time limit is reached during the first step back in time. The length of each step is chosen so
-    that the step probably ends in the time that is left. A search by an id needs no steps, since the index of that id
-    yields few rows.
+    that the step probably ends in the time that is left. A search by an id is not divided into steps, since the index
+    of that id yields few rows.
     """
     deadline = time.monotonic() + limit.total_seconds()
     step = None if wanted.ids or wanted.any_id or wanted.external_id or wanted.chat_id else FIRST_STEP

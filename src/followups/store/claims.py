@@ -204,7 +204,7 @@ def _claim_of(connection: Connection, rows: Sequence[Any], look: ClaimSearch) ->
     )
 
 
-# If VACUUM or a similar command has locked the table, that command updates the statistics.
+# If VACUUM or a similar command has locked the table, the statistics are updated by that command instead.
 _ANALYZE = text("ANALYZE (SKIP_LOCKED) follow_ups")
 _COUNTED = text("SELECT reltuples FROM pg_class WHERE oid = 'follow_ups'::regclass")
 

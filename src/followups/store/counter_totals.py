@@ -29,7 +29,7 @@ Sample = tuple[str, str]
 """The name and the labels of a sample; the labels are a JSON object with sorted keys."""
 
 INTERVAL = timedelta(seconds=1)
-"""The longest time for which a count is only in the memory of its process, where a crash would lose it."""
+"""The longest time for which a count exists only in its process's memory and would be lost in a crash."""
 
 log = get_logger(__name__)
 
@@ -97,7 +97,7 @@ class CounterTotals:
         self._thread.start()
 
     def stop(self) -> None:
-        """Add the remaining counts and stop the thread."""
+        """Add the remaining counts to the totals and stop the thread."""
         self._stopping.set()
         if self._thread.is_alive():
             self._thread.join()

@@ -120,7 +120,7 @@ def in_force(connection: Connection, workspace_id: UUID | None, most: int) -> li
 
 _HELD = "f.pause_id IS NOT NULL AND f.status = 'pending'"
 # The query reads one index entry for each pause that still holds follow-ups, regardless of the number of these
-# follow-ups. A pause has ended if it was lifted, or if its row was deleted manually.
+# follow-ups. A pause has ended if an operator lifted it, or if its row was deleted manually.
 _NOT_STANDING = f"""
     WITH RECURSIVE holding AS (
         (SELECT f.pause_id AS id FROM follow_ups f WHERE {_HELD} ORDER BY f.pause_id LIMIT 1)

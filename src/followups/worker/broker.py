@@ -45,7 +45,7 @@ TRANSPORT_ALIASES.update(
 )
 
 LONGEST_PAUSE = 3.0
-"""The largest number of seconds between two tries to reach the broker.
+"""The longest time in seconds between two tries to reach the broker.
 
 Celery's own pauses grow to thirty seconds.
 """
@@ -194,7 +194,7 @@ class BrokerTransport(kombu_redis.Transport):
 
     Channel = BrokerChannel
     connection_errors = (*kombu_redis.Transport.connection_errors, RedisError)
-    """The errors after which Celery opens a new connection.
+    """The errors on which Celery opens a new connection.
 
     An error reported by Redis may be temporary, or a failover may have made another server the primary.
     """

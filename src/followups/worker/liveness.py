@@ -99,7 +99,7 @@ def stop() -> None:
 def watch_consumer(heart: Heartbeat, silence: timedelta, wanted: Callable[[], Collection[str]]) -> None:
     """Make the heartbeat monitor the consumer, too.
 
-    ``wanted`` returns the consumer's queues, and ``silence`` is the longest time without an answer from the broker.
+    ``wanted`` returns the consumer's queues. ``silence`` is the longest time that the broker may take to answer.
     """
     heart.sign("consumer", STARTING, "has not begun to consume")
     heart.probe(partial(_sign_for_consumer, heart, silence * 3 + CONSUMING, wanted))

@@ -126,7 +126,7 @@ def _begun(world: ModelWorld, job: Job, protocol: Protocol) -> ModelWorld:
     if (final := end_before_begin(replied=world.replied)) and protocol.guards("silence at begin"):
         return done.with_row(job.row, ended(row, final))
     if job.row == 1 and world.rows[0].pending and protocol.guards("order at begin"):
-        # the second follow-up stays parked until the first one ends
+        # the second follow-up stays parked until the first follow-up has ended
         return done.with_row(1, row._replace(leased=False))
     _check_write(row, job)
     if row.status is Status.CANCELLED:

@@ -1,6 +1,6 @@
 """Hooks for schemathesis, for valid requests that are rejected because of the current state.
 
-The rules behind these rejections cannot be expressed in the OpenAPI document. `valid_requests_are_accepted` replaces
+The OpenAPI document cannot express the rules behind these rejections. `valid_requests_are_accepted` replaces
 `positive_data_acceptance` of schemathesis. The replacement makes the same check, but accepts 422 responses that are due
 to these rules. Separate tests cover those responses.
 """

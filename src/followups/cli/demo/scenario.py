@@ -1,4 +1,4 @@
-"""The demo's script: its chats, each follow-up's due date, and the expected endings; and its performance.
+"""The demo's script: its chats, each follow-up's due date and the expected endings. `Stage` performs it.
 
 `Stage` plays the script through the REST API, as a chat platform would.
 """
@@ -56,7 +56,7 @@ class Scenario:
 
     parts: tuple[ScenarioStep, ...]
     failures: dict[str, int]
-    """How many times the receiver responds with 500 in each chat before it accepts a message."""
+    """The number of times that the receiver responds with 500 in each chat before it accepts a message."""
     refused: frozenset[str]
     """The chats in which the receiver responds with 403."""
     replies: dict[str, float]

@@ -100,7 +100,8 @@ def cancel(visit: Visit) -> Response:
         changes: dict[str, Any] = {"status": Status.CANCELLED}
         if typed.reason:
             changes["reason"] = typed.reason
-        # Without this check, cancelling a cancelled follow-up again with another reason would appear as a conflict.
+        # Without this check, cancelling an already cancelled follow-up with a different reason would be shown as a
+        # conflict.
         if found.status == Status.CANCELLED:
             raise AlreadyFinishedError
         changed = _amend(visit, session, found, changes)
