@@ -15,7 +15,7 @@ import redis
 import trustme
 
 from followups.api.key_rate_limit import KeyRateLimit
-from followups.api.readiness import ReadinessChecks
+from followups.api.routes.health import ReadinessChecks
 from followups.flow_control import connect
 from followups.operations.doctor import broker_checks, connection_checks
 from followups.operations.doctor.broker_checks import broker_client

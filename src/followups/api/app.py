@@ -18,16 +18,16 @@ from pydantic_core import to_json
 from starlette.exceptions import HTTPException
 from starlette.routing import Match
 
-from followups.api import documentation, openapi, problems
+from followups.api import documentation, problems
 from followups.api.access_log import Access
 from followups.api.authentication import ApiServices, KnownKeys, LastUse
-from followups.api.deep_pages import Starts
 from followups.api.gate import CONSOLE, Gate
 from followups.api.key_rate_limit import KeyRateLimit
 from followups.api.listening import MetricsPort
 from followups.api.metrics import Exposition
-from followups.api.readiness import ReadinessChecks
-from followups.api.routes import chats, console_links, follow_ups, service
+from followups.api.pagination import Starts
+from followups.api.routes import chats, console_links, follow_ups, health
+from followups.api.routes.health import ReadinessChecks
 from followups.api.shares import SharedResult, Shares
 from followups.console.application import Console
 from followups.database import make_engine
@@ -65,7 +65,7 @@ ROUTERS = (
     follow_ups.router,
     chats.router,
     console_links.router,
-    service.router,
+    health.router,
     documentation.router,
 )
 
@@ -151,7 +151,7 @@ class Application(FastAPI):
 
     def openapi(self) -> dict[str, Any]:
         """Return the OpenAPI document, which is generated only once."""
-        self.openapi_schema = self.openapi_schema or openapi.describe(self)
+        self.openapi_schema = self.openapi_schema or documentation.describe(self)
         return self.openapi_schema
 
     def build_middleware_stack(self) -> ASGIApp:
@@ -165,7 +165,7 @@ class Application(FastAPI):
 
 def _routes() -> FastAPI:
     app = Application(
-        title=openapi.TITLE,
+        title=documentation.TITLE,
         openapi_url=None,
         docs_url=None,
         redoc_url=None,

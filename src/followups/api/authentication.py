@@ -40,8 +40,8 @@ if TYPE_CHECKING:
     from starlette.types import Scope
 
     from followups.api.access_log import Seen
-    from followups.api.deep_pages import Starts
     from followups.api.key_rate_limit import KeyRateLimit
+    from followups.api.pagination import Starts
     from followups.api.shares import Shares
     from followups.event_loop import Connection, Database
     from followups.models import FollowUp

@@ -1,19 +1,70 @@
-"""The interactive documentation at ``/docs``: Swagger UI from a Python package, with a content security policy."""
+"""The OpenAPI 3.1 document, and the interactive documentation at ``/docs``.
+
+The document is FastAPI's own, with this API's error responses and security schemes. The documentation is Swagger UI
+from a Python package, with a content security policy.
+"""
 
 from __future__ import annotations
 
 from functools import lru_cache
+from importlib.metadata import version
 from importlib.resources import files
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from fastapi import APIRouter, Request
+from fastapi.openapi.utils import get_openapi
 from fastapi.responses import HTMLResponse, Response
 
-from followups.api import json_responses
+from followups.api import responses
+from followups.api.problems import Problem
 
 if TYPE_CHECKING:
+    from fastapi import FastAPI
+
     from followups.api.shares import SharedResult
+
+
+TITLE = "Chat follow-ups"
+DESCRIPTION = """\
+Messages that are sent into chats at their due date, unless something cancels them first.
+
+Times are RFC 3339 in UTC, ids UUIDs, errors `application/problem+json` (RFC 9457).
+Every answer has an `x-request-id`, the request's own if it has one; the logs name it.
+"""
+
+SECURITY_SCHEMES = {
+    "apiKey": {"type": "apiKey", "in": "header", "name": "authorization", "description": "The API key, raw."},
+    "bearer": {"type": "http", "scheme": "bearer", "description": "The API key as a bearer token."},
+}
+SECURITY: list[dict[str, list[str]]] = [{name: []} for name in SECURITY_SCHEMES]
+
+TAGS = [
+    {"name": "Chat Message Follow Ups", "description": "Follow-ups of the workspace that the API key belongs to."},
+    {"name": "Chats", "description": "What the chat platform tells about its chats."},
+    {"name": "Service", "description": "For operators; without a key."},
+]
+
+
+def describe(app: FastAPI) -> dict[str, Any]:
+    """Return the OpenAPI document for the application's routes."""
+    document = get_openapi(
+        title=TITLE,
+        version=version("chat-followups"),
+        openapi_version="3.1.0",
+        description=DESCRIPTION,
+        routes=app.routes,
+        tags=TAGS,
+    )
+    components = document.setdefault("components", {})
+    components["securitySchemes"] = SECURITY_SCHEMES
+    problem = Problem.model_json_schema(ref_template="#/components/schemas/{model}")
+    components.setdefault("schemas", {}).update(problem.pop("$defs"), Problem=problem)
+    for path, operations in document["paths"].items():
+        for operation in operations.values():
+            operation["security"] = SECURITY if path.startswith("/api/") else []
+    return document
+
 
 STATIC = Path(str(files("fastapi_offline"))) / "static"
 CACHED = {"cache-control": "public, max-age=86400"}
@@ -72,7 +123,7 @@ async def style() -> Response:
 async def document(request: Request) -> Response:
     """Return the OpenAPI document."""
     result: SharedResult[bytes] = request.app.state.document
-    return json_responses.answer(await result.get())
+    return responses.answer(await result.get())
 
 
 @lru_cache

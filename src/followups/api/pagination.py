@@ -1,43 +1,16 @@
-"""Links to the previous and the next page (RFC 8288), which contain all filters."""
+"""Links to the previous and the next page (RFC 8288), and the starting points from which deep pages are read by key."""
 
 from __future__ import annotations
 
-import re
-from typing import TYPE_CHECKING, Any
+import time
+from typing import TYPE_CHECKING
 from urllib.parse import urlencode
 
-from followups.api.authentication import AuthenticatedRoute
-
 if TYPE_CHECKING:
-    from collections.abc import Callable, Coroutine
-
-    from fastapi import Request
-    from fastapi.responses import Response
+    from collections.abc import Hashable
 
     from followups.api.schemas import FollowUpQuery
-
-_BRACKETS = re.compile(
-    rb"(^|&)(chatIds|chatMessageIds|statuses|triggerChatMessageIds)(?:\[\]|%5B%5D)(?:=|(?=&|$))", re.IGNORECASE
-)
-"""Pattern of filter names with brackets.
-
-A filter name with brackets matches even without ``=``, because the filter would otherwise be ignored and all rows
-listed.
-"""
-
-
-class ListRoute(AuthenticatedRoute):
-    """A route whose multi-value parameters may have ``[]`` after their names."""
-
-    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
-        """Return a handler that renames each parameter to the spelling without brackets."""
-        handle = super().get_route_handler()
-
-        async def without_brackets(request: Request) -> Response:
-            request.scope["query_string"] = _BRACKETS.sub(rb"\1\2=", request.scope["query_string"])
-            return await handle(request)
-
-        return without_brackets
+    from followups.store.listing import Start
 
 
 def link_header(query: FollowUpQuery, *, has_next: bool, has_previous: bool) -> dict[str, str]:
@@ -59,3 +32,51 @@ def _reference(query: FollowUpQuery, page_number: int) -> str:
         mode="json", by_alias=True, exclude_unset=True
     )
     return "?" + urlencode({**fields, "pageNumber": page_number}, doseq=True)
+
+
+DEEP = 1_000
+"""A page counts as deep if at least this many rows precede it.
+
+For a page before this offset, the preceding rows are counted each time, which takes a few milliseconds.
+"""
+
+KNOWN_FOR = 60.0
+"""Seconds for which a deep page starts at the same row, even if rows are added before that row."""
+
+MOST_LISTS, MOST_STARTS = 1_000, 64
+"""The maximum number of remembered lists, and of starting points remembered for each list."""
+
+
+class Starts:
+    """Remembered starting points, from which deep pages are read by key.
+
+    Without a remembered starting point, the database took 30 ms to count the 15,000 rows before a page.
+    """
+
+    def __init__(self) -> None:
+        """Start with an empty list of starting points for page scans."""
+        self._known: dict[Hashable, dict[int, tuple[float, Start]]] = {}
+
+    def nearest(self, of: Hashable, offset: int) -> Start | None:
+        """Return the last known starting point that is not after the offset.
+
+        Return None if the page is not deep or if no starting point is known.
+        """
+        if offset < DEEP:
+            return None
+        now = time.monotonic()
+        known = [start for until, start in self._known.get(of, {}).values() if now < until and start.offset <= offset]
+        return max(known, key=lambda start: start.offset, default=None)
+
+    def note(self, of: Hashable, start: Start) -> None:
+        """Store a starting point. If there are too many starting points, drop the oldest one."""
+        if start.offset < DEEP:
+            return
+        starts = self._known.pop(of, {})
+        self._known[of] = starts
+        starts.pop(start.offset, None)
+        starts[start.offset] = time.monotonic() + KNOWN_FOR, start
+        if len(starts) > MOST_STARTS:
+            del starts[next(iter(starts))]
+        if len(self._known) > MOST_LISTS:
+            del self._known[next(iter(self._known))]

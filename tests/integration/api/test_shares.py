@@ -16,8 +16,8 @@ from uuid import uuid4
 import pytest
 from sqlalchemy import text
 
-from followups.api import deep_pages, shares
-from followups.api.deep_pages import Starts
+from followups.api import pagination, shares
+from followups.api.pagination import Starts
 from followups.store.listing import Start
 from stack import wait_until
 from web import FOLLOW_UPS, Api, in_days, is_problem, served
@@ -115,7 +115,7 @@ def test_deep_pages_beside_anothers_list(pair: tuple[Api, Api]) -> None:
 
 def test_deep_pages_go_on_where_they_began(pair: tuple[Api, Api], monkeypatch: pytest.MonkeyPatch) -> None:
     """For a while, a deep page starts at the same row, even if new follow-ups are created."""
-    monkeypatch.setattr(deep_pages, "DEEP", 4)
+    monkeypatch.setattr(pagination, "DEEP", 4)
     api = pair[0]
     chat_id = api.chat()
     created = [api.create(chat_id, in_days(1))["id"] for _ in range(11)][::-1]
@@ -137,10 +137,10 @@ def test_beginnings_are_bounded_and_forgotten(monkeypatch: pytest.MonkeyPatch) -
     Each starting point expires. If there are too many starting points, the oldest are discarded.
     """
     starts, moment = Starts(), in_a_list(0).created_at
-    for number in range(deep_pages.MOST_STARTS + 1):
-        starts.note("list", in_a_list(deep_pages.DEEP + 10 * number))
-    assert starts.nearest("list", deep_pages.DEEP + 25) == Start(deep_pages.DEEP + 20, moment, ID)
-    assert starts.nearest("list", deep_pages.DEEP + 5) is None
+    for number in range(pagination.MOST_STARTS + 1):
+        starts.note("list", in_a_list(pagination.DEEP + 10 * number))
+    assert starts.nearest("list", pagination.DEEP + 25) == Start(pagination.DEEP + 20, moment, ID)
+    assert starts.nearest("list", pagination.DEEP + 5) is None
     assert starts.nearest("another", 10**6) is None
     monkeypatch.setattr(time, "monotonic", lambda: 10.0**9)
     assert starts.nearest("list", 10**6) is None

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from followups.api.readiness import ReadinessChecks
+from followups.api.routes.health import ReadinessChecks
 from followups.cli import main
 from followups.database import make_engine
 from followups.operations.doctor import database_checks

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 from fastapi import APIRouter, Path, Request
 from fastapi.responses import Response
 
-from followups.api import json_responses, response_docs
+from followups.api import responses
 from followups.api.authentication import AuthenticatedRoute, Caller, Work
 from followups.api.fields import Id  # noqa: TC001 - FastAPI reads the annotations
 from followups.api.schemas import Chat, ChatMessage, ChatPut, NewChatMessage
@@ -23,13 +23,13 @@ if TYPE_CHECKING:
 router = APIRouter(prefix="/api/v1", tags=["Chats"], route_class=AuthenticatedRoute)
 
 
-@router.put("/chats/{chatId}", operation_id="putChat", response_model=Chat, responses=response_docs.PUT_CHAT)
+@router.put("/chats/{chatId}", operation_id="putChat", response_model=Chat, responses=responses.PUT_CHAT)
 async def put_chat(chat_id: Annotated[Id, Path(alias="chatId")], body: ChatPut, request: Request) -> Response:
     """Create or update a chat. A PUT for a removed chat creates a new chat."""
     caller = Caller(request)
     exclusive = caller.exclusive_external_ids
     chat, new = await caller.change(lambda work: _put(work.workspace_id, chat_id, body, exclusive=exclusive))
-    return json_responses.answer(json_responses.one(Chat, chat), 201 if new else 200)
+    return responses.answer(responses.one(Chat, chat), 201 if new else 200)
 
 
 def _put(workspace_id: UUID, chat_id: UUID, body: ChatPut, *, exclusive: bool) -> Steps[tuple[object, bool]]:
@@ -38,7 +38,7 @@ def _put(workspace_id: UUID, chat_id: UUID, body: ChatPut, *, exclusive: bool) -
     return (yield from chats.put_chat.steps(workspace_id, chat_id, body.channel, body.external_id))
 
 
-@router.delete("/chats/{chatId}", operation_id="removeChat", status_code=204, responses=response_docs.REMOVE_CHAT)
+@router.delete("/chats/{chatId}", operation_id="removeChat", status_code=204, responses=responses.REMOVE_CHAT)
 async def remove_chat(chat_id: Annotated[Id, Path(alias="chatId")], request: Request) -> Response:
     """Remove a chat and cancel its pending follow-ups."""
     await Caller(request).change(lambda work: _remove(work, chat_id))
@@ -59,12 +59,12 @@ def _remove(work: Work, chat_id: UUID) -> Steps[None]:
     operation_id="receiveChatMessage",
     status_code=201,
     response_model=ChatMessage,
-    responses=response_docs.RECEIVE,
+    responses=responses.RECEIVE,
 )
 async def receive_chat_message(body: NewChatMessage, request: Request) -> Response:
     """Record a chat message; a message from the user or an operator cancels the chat's pending follow-ups."""
     received = await Caller(request).change(lambda work: _receive(work, body))
-    return json_responses.answer(json_responses.one(ChatMessage, received), 201 if received.new else 200)
+    return responses.answer(responses.one(ChatMessage, received), 201 if received.new else 200)
 
 
 def _receive(work: Work, body: NewChatMessage) -> Steps[chats.RecordedMessage]:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from fastapi import APIRouter, Request
 from fastapi.responses import Response  # noqa: TC002 - FastAPI reads the annotations
 
-from followups.api import json_responses, response_docs
+from followups.api import responses
 from followups.api.authentication import AuthenticatedRoute, Caller
 from followups.api.schemas import ConsoleLink, NewConsoleLink
 from followups.errors import ChatNotFoundError, ConsoleOffError
@@ -34,7 +34,7 @@ router = APIRouter(prefix="/api/v1", tags=["Console"], route_class=Authenticated
     operation_id="createConsoleLink",
     status_code=201,
     response_model=ConsoleLink,
-    responses=response_docs.LINK,
+    responses=responses.LINK,
 )
 async def create_console_link(body: NewConsoleLink, request: Request) -> Response:
     """Create a link that signs a person in to the console once, as viewer or agent of the workspace."""
@@ -43,7 +43,7 @@ async def create_console_link(body: NewConsoleLink, request: Request) -> Respons
     caller = Caller(request)
     token, expires_at = await caller.change(lambda work: _make(work.workspace_id, caller.key_id, body))
     link: dict[str, Any] = {"url": f"{_address(request)}/console/login#token={token}", "expires_at": expires_at}
-    return json_responses.answer(json_responses.one(ConsoleLink, SimpleNamespace(**link)), 201)
+    return responses.answer(responses.one(ConsoleLink, SimpleNamespace(**link)), 201)
 
 
 _NAME = Statement("SELECT COALESCE(NULLIF(name, ''), prefix || '…') AS name FROM api_keys WHERE id = :id")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Annotated
@@ -13,10 +14,10 @@ from fastapi.responses import Response, StreamingResponse
 from pydantic_core import to_json
 
 from followups import scheduling
-from followups.api import json_responses, problems, response_docs
+from followups.api import problems, responses
 from followups.api.authentication import AuthenticatedRoute, Caller, Work
 from followups.api.fields import Id, IdempotencyKey  # noqa: TC001 - FastAPI reads the annotations
-from followups.api.pagination import ListRoute, link_header
+from followups.api.pagination import link_header
 from followups.api.schemas import FollowUp, FollowUpChanges, FollowUpQuery, NewFollowUp
 from followups.errors import (
     AlreadyFinishedError,
@@ -31,21 +32,45 @@ from followups.store import follow_ups, idempotency, listing
 from followups.store.audit import Actor, Way
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+    from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Mapping, Sequence
     from typing import Any
     from uuid import UUID
 
-    from followups.api.deep_pages import Starts
+    from followups.api.pagination import Starts
     from followups.models import FollowUp as StoredFollowUp
     from followups.statements import Steps
 
 PATH = "/api/v1/chat-message-follow-ups"
 
+_BRACKETS = re.compile(
+    rb"(^|&)(chatIds|chatMessageIds|statuses|triggerChatMessageIds)(?:\[\]|%5B%5D)(?:=|(?=&|$))", re.IGNORECASE
+)
+"""Pattern of filter names with brackets.
+
+A filter name with brackets matches even without ``=``, because the filter would otherwise be ignored and all rows
+listed.
+"""
+
+
+class ListRoute(AuthenticatedRoute):
+    """A route whose multi-value parameters may have ``[]`` after their names."""
+
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        """Return a handler that renames each parameter to the spelling without brackets."""
+        handle = super().get_route_handler()
+
+        async def without_brackets(request: Request) -> Response:
+            request.scope["query_string"] = _BRACKETS.sub(rb"\1\2=", request.scope["query_string"])
+            return await handle(request)
+
+        return without_brackets
+
+
 lists = APIRouter(prefix=PATH, tags=["Chat Message Follow Ups"], route_class=ListRoute)
 router = APIRouter(prefix=PATH, tags=["Chat Message Follow Ups"], route_class=AuthenticatedRoute)
 
 
-@lists.get("", operation_id="listFollowUps", response_model=list[FollowUp], responses=response_docs.LIST)
+@lists.get("", operation_id="listFollowUps", response_model=list[FollowUp], responses=responses.LIST)
 async def list_follow_ups(query: Annotated[FollowUpQuery, Query()], request: Request) -> Response:
     """List follow-ups, newest first."""
     wanted = listing.ListFilter(query.chat_ids, query.chat_message_ids, query.statuses, query.trigger_chat_message_ids)
@@ -54,8 +79,8 @@ async def list_follow_ups(query: Annotated[FollowUpQuery, Query()], request: Req
     rows, has_next, has_previous = await caller.read(lambda work: _list(starts, work.workspace_id, wanted, query))
     links = link_header(query, has_next=has_next, has_previous=has_previous)
     if all(row.message is not None for row in rows):
-        return json_responses.answer(json_responses.many(FollowUp, rows), 200, links)
-    return StreamingResponse(_in_pieces(caller, rows), 200, links, json_responses.MEDIA_TYPE)
+        return responses.answer(responses.many(FollowUp, rows), 200, links)
+    return StreamingResponse(_in_pieces(caller, rows), 200, links, responses.MEDIA_TYPE)
 
 
 async def _in_pieces(caller: Caller, rows: Sequence[Any]) -> AsyncIterator[bytes]:
@@ -71,7 +96,7 @@ async def _in_pieces(caller: Caller, rows: Sequence[Any]) -> AsyncIterator[bytes
                 texts = await caller.read_more(partial(_messages, missing))
             piece = [row._replace(message=texts[row.id]) for row in piece if row.id in texts]  # noqa: PLW2901
         for row in piece:
-            yield before + json_responses.one(FollowUp, row)
+            yield before + responses.one(FollowUp, row)
             before = b","
     yield b"]" if before == b"," else b"[]"
 
@@ -109,9 +134,7 @@ def _list(
     return rows[:size], len(rows) > size, offset > 0
 
 
-@router.post(
-    "", operation_id="createFollowUp", status_code=201, response_model=FollowUp, responses=response_docs.CREATE
-)
+@router.post("", operation_id="createFollowUp", status_code=201, response_model=FollowUp, responses=responses.CREATE)
 async def create_follow_up(
     body: NewFollowUp,
     request: Request,
@@ -175,25 +198,25 @@ def _create_alone(work: Work, body: NewFollowUp) -> Steps[idempotency.StoredResp
 
 def _created(work: Work, created: StoredFollowUp) -> idempotency.StoredResponse:
     work.report(created)
-    return idempotency.StoredResponse(201, f"{PATH}/{created.id}", json_responses.one(FollowUp, created))
+    return idempotency.StoredResponse(201, f"{PATH}/{created.id}", responses.one(FollowUp, created))
 
 
 def _response(answer: idempotency.StoredResponse) -> Response:
-    media_type = json_responses.MEDIA_TYPE if answer.location else problems.MEDIA_TYPE
+    media_type = responses.MEDIA_TYPE if answer.location else problems.MEDIA_TYPE
     headers = {"location": answer.location} if answer.location else None
     return Response(answer.body, answer.status, headers, media_type)
 
 
-@router.get("/{id}", operation_id="getFollowUp", response_model=FollowUp, responses=response_docs.GET)
+@router.get("/{id}", operation_id="getFollowUp", response_model=FollowUp, responses=responses.GET)
 async def get_follow_up(id: Id, request: Request) -> Response:  # noqa: A002 - the parameter's name in the document
     """Return one follow-up."""
     found = await Caller(request).read(lambda work: follow_ups.find.steps(id, work.workspace_id))
     if found is None:
         raise FollowUpNotFoundError
-    return json_responses.answer(json_responses.one(FollowUp, found))
+    return responses.answer(responses.one(FollowUp, found))
 
 
-@router.patch("/{id}", operation_id="changeFollowUp", response_model=FollowUp, responses=response_docs.CHANGE)
+@router.patch("/{id}", operation_id="changeFollowUp", response_model=FollowUp, responses=responses.CHANGE)
 async def change_follow_up(
     id: Id,  # noqa: A002 - the parameter's name in the document
     body: FollowUpChanges,
@@ -202,7 +225,7 @@ async def change_follow_up(
     """Change fields of a follow-up, reschedule it, or end it with a final status."""
     given = {name: getattr(body, name) for name in body.model_fields_set}
     changed = await Caller(request).change(lambda work: _change(work, id, given))
-    return json_responses.answer(json_responses.one(FollowUp, changed))
+    return responses.answer(responses.one(FollowUp, changed))
 
 
 def _change(work: Work, follow_up_id: UUID, given: Mapping[str, Any]) -> Steps[object]:

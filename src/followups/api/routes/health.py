@@ -1,4 +1,4 @@
-"""Readiness: named checks of everything that this service needs to work."""
+"""Endpoints for operators, without an API key: liveness, readiness with its checks, and metrics."""
 
 from __future__ import annotations
 
@@ -8,12 +8,17 @@ from typing import TYPE_CHECKING
 
 from alembic.runtime.migration import MigrationContext
 from alembic.script import ScriptDirectory
+from fastapi import APIRouter, Request
+from fastapi.responses import PlainTextResponse, Response
+from prometheus_client import CONTENT_TYPE_LATEST
 from redis import Redis, RedisError
 from redis.backoff import NoBackoff
 from redis.retry import Retry
 from sqlalchemy.exc import SQLAlchemyError
 
-from followups.api.schemas import Check
+from followups.api import responses
+from followups.api.problems import ProblemAnswer
+from followups.api.schemas import Check, Health, Readiness
 from followups.database_errors import IS_READ_ONLY, takes_changes, unfit
 from followups.schema import alembic_config, is_ready
 from followups.store import last_tick
@@ -21,7 +26,9 @@ from followups.store import last_tick
 if TYPE_CHECKING:
     from sqlalchemy import Connection, Engine
 
+    from followups.api.shares import SharedResult
     from followups.settings import Settings
+
 
 TIMEOUT = timedelta(seconds=1)
 """How long to wait for the broker to answer."""
@@ -96,3 +103,32 @@ _is_ready = lru_cache(maxsize=8)(is_ready)
 @lru_cache(maxsize=1)
 def _newest_revision() -> str | None:
     return ScriptDirectory.from_config(alembic_config()).get_current_head()
+
+
+router = APIRouter(tags=["Service"])
+
+
+@router.get("/healthz", operation_id="health", response_model=Health, responses=responses.HEALTH)
+async def health() -> Response:
+    """Report that the process is running, without checking anything else."""
+    return responses.answer(b'{"status":"up"}')
+
+
+@router.get("/readyz", operation_id="readiness", response_model=Readiness, responses=responses.READINESS)
+async def readiness(request: Request) -> Response:
+    """Check the database, its migrations, the age of the last tick, and the broker."""
+    result: SharedResult[dict[str, Check]] = request.app.state.readiness
+    checks = await result.get()
+    failing = [f"{name} ({check.detail})" for name, check in checks.items() if not check.ok]
+    if not failing:
+        return responses.answer(Readiness(status="ready", checks=checks).model_dump_json().encode())
+    told = {name: check.model_dump() for name, check in checks.items()}
+    detail = f"Not ready: {', '.join(failing)}."
+    return ProblemAnswer(503, "not-ready", detail, {"retry-after": "5"}, {"checks": told}).response()
+
+
+@router.get("/metrics", operation_id="metrics", response_class=PlainTextResponse, responses=responses.METRICS)
+async def metrics(request: Request) -> Response:
+    """Return the counters of all processes and the gauges of the backlog in Prometheus text format."""
+    result: SharedResult[bytes] = request.app.state.metrics
+    return Response(await result.get(), media_type=CONTENT_TYPE_LATEST)
