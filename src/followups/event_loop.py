@@ -42,7 +42,7 @@ class Database:
     def __init__(
         self, database_url: str, *, pool_size: int, application_name: str, statement_timeout: timedelta
     ) -> None:
-        """Store the connection parameters. The first use opens a connection."""
+        """Store the connection parameters. The connection is opened at its first use."""
         self._engine = make_async_engine(
             database_url,
             pool_size=pool_size,

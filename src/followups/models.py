@@ -449,7 +449,7 @@ class FollowUp(Base):
     """The first time at which the sending hours allow the message to be sent, or None if they never held it.
 
     A time in the future is derived from the current sending hours. A past time is kept even if the sending hours
-    change. Lateness is counted from this time.
+    change. A follow-up's lateness is counted from this time.
     """
     limited_until: Mapped[datetime | None]
     """The time of the next attempt as set by a rate limit or the breaker.

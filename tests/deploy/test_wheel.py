@@ -1,4 +1,4 @@
-"""Tests of the wheel and the sdist: built, installed into an empty environment, and run there."""
+"""Tests for the wheel and the sdist: built, installed into an empty environment, and run there."""
 
 from __future__ import annotations
 

@@ -215,7 +215,7 @@ async def test_unreachable() -> None:
 async def test_rows_are_as_a_session_reads_them(world: World, database_url: str) -> None:
     """The rules of a workspace are the same whether the event loop's engine or SQLAlchemy reads them.
 
-    The rule in this test is that the workspace has no sending hours.
+    The only rule that this test reads is that the workspace has no sending hours.
     """
     async with database(database_url) as mine, mine.reading() as connection:
         assert await event_loop.run(connection, sending_hours.find.steps(world.workspace_id)) is None

@@ -90,7 +90,7 @@ def ending(place: DeliverySteps) -> Callable[[], set[UUID]]:
 
 
 def unblocking(place: DeliverySteps) -> Callable[[], set[UUID]]:
-    """Return a function that unblocks follow-ups whose chats' earlier follow-ups have already ended."""
+    """Return a function that unblocks follow-ups whose predecessors in the chat have already ended."""
     world = place.world
     world.sql(
         "INSERT INTO follow_ups (workspace_id, chat_id, message, due_date, trigger_chat_message_id, status, reason,"

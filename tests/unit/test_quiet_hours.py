@@ -62,7 +62,7 @@ def is_shown_twice(zone: str, moment: datetime) -> bool:
 
 @given(HOURS, MOMENTS | NEAR_TRANSITIONS)
 def test_what_is_open_is_allowed_by_the_clock(hours: SendingHours, moment: datetime) -> None:
-    """From the start of sending hours until just before their end, the local time is within them."""
+    """The local time is within the sending hours from their start until just before their end."""
     opening, closing = span_of(hours, moment)
     assert opening < closing
     assert moment < closing

@@ -62,7 +62,7 @@ class Allowance:
 class KeyRateLimit:
     """A sliding-window rate limit for each API key.
 
-    For a busy key, a process reserves a number of requests in advance, and each time doubles this number. If Redis were
+    For a busy key, a process reserves a number of requests in advance, and doubles this number each time. If Redis were
     queried for each request, this would take a tenth of the time of a create request. For an idle key or a small limit,
     every request is counted when it arrives. An instance belongs to one event loop.
     """

@@ -81,7 +81,7 @@ class Turns:
     """
 
     def __init__(self, share: int = SHARE, refusal: str = TOO_MANY_WAIT) -> None:
-        """Store the number of database connections, and the error message to raise if too many requests wait."""
+        """Store the number of database connections, and the error message for too many waiting requests."""
         self._semaphore = asyncio.Semaphore(share)
         self._turnstile = Turnstile()
         self._refusal = refusal

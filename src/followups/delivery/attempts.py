@@ -50,7 +50,7 @@ class BatchResult:
     stale: int = 0
     """Number of outcomes that were not recorded, since another worker had taken over their leases."""
     locked: tuple[Lease, ...] = ()
-    """Follow-ups to try again shortly, because another transaction has locked their rows."""
+    """Follow-ups to be tried again shortly, because another transaction has locked their rows."""
     deferred: tuple[tuple[Lease, timedelta], ...] = ()
     """Follow-ups that remain leased, each with the time until a rate limit allows the follow-up to begin."""
     unblocked: tuple[Lease, ...] = ()

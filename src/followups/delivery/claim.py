@@ -45,7 +45,7 @@ LARGEST_CLAIM = 10_000
 
 
 SETTLE_MARGIN = timedelta(seconds=2)
-"""Time needed to record an outcome once the database answers.
+"""Time that is needed to record an outcome once the database responds.
 
 This time covers the statement and the longest pause before the statement is tried again.
 """

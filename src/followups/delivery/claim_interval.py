@@ -49,8 +49,8 @@ class ClaimInterval:
     def begin(self) -> None:
         """Start a tick; the rate of claims is not known yet.
 
-        Other dispatchers may have claimed since the last tick, so the current number of free places is no basis for a
-        prediction. The first pause of a tick is the most recent known pause. Starting with the shortest pause would
+        Other dispatchers may have claimed since the last tick, so a prediction cannot be based on the current number of
+        free places. The first pause of a tick is the most recent known pause. Starting with the shortest pause would
         double the number of claims.
         """
         self._full_at = None

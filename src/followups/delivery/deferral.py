@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from followups.store.leases import Lease
 
 SHARE = 1024
-"""Divisor of the window: a worker requests one 1024th of it at a time, but at most one lease per slot.
+"""Divisor of the in-flight limit: a worker requests 1/1024 of the limit each time, but at most a lease per slot.
 
 A worker keeps at most the leases of two such requests, so a hundred workers keep at most a fifth of the window. A probe
 needs only three follow-ups from all workers together.

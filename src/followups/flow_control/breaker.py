@@ -46,7 +46,7 @@ RECOVERING = "recovering"
 REFUSING = {401, 403}
 """Status codes with which a receiver rejects the caller rather than the message.
 
-For example, every message is rejected with one of these codes after a secret has expired.
+For example, after a secret has expired, every message is rejected with one of these codes.
 """
 
 LOOK = 1.0

@@ -242,7 +242,7 @@ class RateLimits:
         """Acquire tokens for those leases whose turn it is.
 
         Yields the wait of each lease that got no token, and an empty set, to which the caller's block adds the
-        follow-ups that begin. The tokens of the follow-ups that did not begin are returned to their buckets.
+        follow-ups that begin. Tokens of follow-ups that did not begin are returned to their buckets.
         """
         limitable = {one.id: one for one in await in_loop(self._engine, _limitable, self._settings, leases)}
         requests = [request for one in limitable.values() if (request := self._limits.request(one)).buckets]
@@ -305,7 +305,7 @@ def _limitable(engine: Engine, settings: Settings, leases: Sequence[Lease]) -> l
         with engine.connect() as connection:
             return rate_limits.limitable(connection, part, settings.max_lateness)
 
-    # Rows that cannot be read are passed to `begin`, which logs them.
+    # `begin` receives the rows that cannot be read, and logs them.
     return list(chain.from_iterable(halve(leases, read).done))
 
 

@@ -115,7 +115,7 @@ _COLUMNS = tuple(column for column in FollowUp.__table__.columns if column.name 
 
 
 def _branches(wanted: BrowseFilter) -> tuple[str, ...]:
-    """Return the conditions that an index covers, one for each index scan."""
+    """Return the conditions that an index can serve, one for each index scan."""
     if wanted.ids:
         return ("f.id = ANY(CAST(:ids AS uuid[]))",)
     if wanted.any_id:

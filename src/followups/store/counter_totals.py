@@ -42,8 +42,8 @@ _ADD = text("""
     ON CONFLICT (sample, labels) DO UPDATE SET value = t.value + excluded.value
     RETURNING sample, labels, value
 """)
-# Counts only grow, so our transaction must have been committed if the totals are at least as high as ours. Our counts
-# are lost only if another process has meanwhile added at least as much to each total.
+# Counts only grow, so our transaction must have been committed if the totals are at least as high as ours. The result
+# is wrong only if our counts were lost and another process has meanwhile added at least as much to each total.
 _ADDED = text("""
     SELECT count(t.value) = count(*) AND bool_and(t.value >= b.value)
       FROM unnest(CAST(:samples AS text[]), CAST(:labels AS text[]), CAST(:values AS double precision[]))

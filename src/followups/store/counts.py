@@ -63,8 +63,8 @@ _PENDING_ROWS = "FROM follow_ups WHERE status = 'pending'"
 
 # The query reads only the start of the claim's index, to just past the current time. No follow-up due after the end of
 # this range has begun, so the range includes all follow-ups in flight. A follow-up that waits for an earlier follow-up
-# in its chat does not count as overdue, but the earlier follow-up does. The query is ordered so that the index is read
-# no further than needed. Without the ORDER BY, the planner would read the whole table, because it estimates that a
+# in its chat does not count as overdue, but the earlier follow-up does. The query has an ORDER BY so that the index is
+# read no further than needed. Without the ORDER BY, the planner would read the whole table, because it estimates that a
 # third of all pending rows are overdue. One read of the index has to suffice, because the index begins with the entries
 # of rows that were sent but not yet vacuumed.
 _COUNT = text(f"""

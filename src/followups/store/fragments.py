@@ -28,7 +28,7 @@ due time that an operator has written into the table.
 """
 
 LATENESS_FROM = "COALESCE(f.sendable_from, GREATEST(f.due_date, f.scheduled_at, f.held_until))"
-"""The time from which a follow-up's lateness counts. A follow-up that sending hours never held has no
+"""The time from which a follow-up's lateness counts. If sending hours have never held a follow-up, it has no
 ``sendable_from``. A follow-up that was held by a process of an older version has only ``held_until``.
 """
 
@@ -69,8 +69,8 @@ CHAT = """CROSS JOIN LATERAL (
 
 OUTCOME_UNKNOWN = "the outcome of an attempt is unknown"
 """The text added to a reason if the outcome of an attempt was unknown. A follow-up with an attempt of unknown outcome
-is retried under the same key, and usually ends as sent. If the follow-up ends in another way (a reply, a refusal, the
-last attempt), its reason would be misleading without this text.
+is retried under the same key, and usually ends as sent. If the follow-up ends in another way than as sent (a reply, a
+refusal, the last attempt), its reason would be misleading without this text.
 """
 
 

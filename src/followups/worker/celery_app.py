@@ -58,8 +58,8 @@ into one.
 """
 
 STATEMENT_TIMEOUT = timedelta(seconds=10)
-"""Time limit of a worker's SQL statements, which normally take milliseconds. The limit is at most half a lease, since
-follow-ups behind a hanging statement could not begin in time.
+"""Time limit of a worker's SQL statements, which normally take milliseconds. The limit is at most half a lease;
+otherwise follow-ups behind a hanging statement could not begin in time.
 """
 
 BROKER_SILENCE = timedelta(seconds=5)
@@ -69,8 +69,8 @@ limit is at most half a lease, because the follow-ups of a hint that is delayed 
 
 SWITCH_INTERVAL = 0.0005
 """Longest time, in seconds, that a Python thread runs while another thread waits for the interpreter. With Python's
-default of 0.005, several steps of a due follow-up would each have to wait while the dispatcher claims the next thousand
-follow-ups and publishes their hints.
+default of 0.005, each of several steps of a due follow-up would have to wait for the dispatcher, which is claiming the
+next thousand follow-ups and publishing their hints.
 """
 
 DRAIN_MARGIN = timedelta(seconds=5)

@@ -176,7 +176,7 @@ class TestFinished:
         assert api.read(created) == created
 
     def test_earlier_end_wakes_the_later(self, api: Api) -> None:
-        """When a chat's earlier follow-up is cancelled, its next follow-up can be claimed."""
+        """When an earlier follow-up in a chat is cancelled, the next follow-up can be claimed."""
         chat_id = api.chat()
         first, second = api.create(chat_id), api.create(chat_id)
         api.world.sql(

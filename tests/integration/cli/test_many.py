@@ -37,7 +37,7 @@ DAY = timedelta(days=1)
 
 @pytest.fixture(autouse=True)
 def _no_tick(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Keep the command from requesting a tick."""
+    """Prevent the command from requesting a tick."""
     monkeypatch.setattr(connection, "ask_for_tick", lambda: None)
 
 

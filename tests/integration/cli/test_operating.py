@@ -146,7 +146,7 @@ def _reschedule_in_a_process(follow_up: UUID) -> None:
 
 
 def test_what_is_due_soon_asks_for_a_tick(environment: pytest.MonkeyPatch, world: World, broker_url: str) -> None:
-    """A change after which a follow-up is due before the next tick requests a tick.
+    """A change that makes a follow-up due before the next tick requests a tick.
 
     The command succeeds even if the broker is unreachable.
     """

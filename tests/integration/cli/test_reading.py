@@ -169,7 +169,7 @@ class TestShow:
         assert ran.stderr == "followups: The follow-up was not found; followups list shows which there are.\n"
 
     def test_what_holds_it_is_told(self, run: Run, world: World, engine: Engine, settings: Settings) -> None:
-        """`show` explains how a pause, sending hours or an earlier follow-up of the chat delay the follow-up."""
+        """`show` explains how a pause, sending hours or an earlier follow-up in the chat delays the follow-up."""
         name = str(world.workspace_id)
         chat = world.chat()
         first, second = world.follow_ups_at_once([(chat, -2 * HOUR), (chat, -HOUR)])

@@ -212,7 +212,7 @@ class TestHours:
 
     @pytest.fixture(autouse=True)
     def _no_tick(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        """Keep the command from requesting a tick."""
+        """Prevent the command from requesting a tick."""
         monkeypatch.setattr(connection, "ask_for_tick", lambda: None)
 
     def test_set_shown_and_cleared(self, run: Run) -> None:

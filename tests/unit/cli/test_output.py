@@ -99,7 +99,7 @@ def test_others_words_are_shown_as_words(write: Callable[[str], None], text: str
 
 @given(text=TEXTS, encoding=ENCODINGS)
 def test_json_is_readable_in_every_encoding(text: str, encoding: str) -> None:
-    """In every terminal encoding, JSON output parses back and has no control characters but line feeds."""
+    """In every terminal encoding, JSON output can be parsed and has no control characters but line feeds."""
     with terminal(encoding) as made:
         print_json({"text": text})
         assert json.loads(made.written) == {"text": text}

@@ -1,4 +1,4 @@
-"""Add rate limits of deliveries, and the time until which a follow-up waits for a rate limit."""
+"""Add rate limits for deliveries, and the time until which a follow-up waits for a rate limit."""
 
 from __future__ import annotations
 
