@@ -49,7 +49,7 @@ CHATS = 150
 SECONDS = 120
 """The seconds during which follow-ups fall due; the picture is taken halfway through."""
 MEAN, WAVE, PERIOD = 20, 14, 24.0
-"""Mean follow-ups per second, the amplitude of the rate's wave, and its period in seconds."""
+"""The mean number of follow-ups per second, and the amplitude and the period (in seconds) of the wave in this rate."""
 LEAD = 15.0
 """The number of seconds before the first due date within which all follow-ups are created."""
 FAILING, REFUSED, REPLYING = 12, 2, 12

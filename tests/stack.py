@@ -159,6 +159,6 @@ class Stack:
 
 
 def kill(child: Child) -> None:
-    """End a process with SIGKILL, like a crash of its machine."""
+    """End a process with SIGKILL, as if its machine had crashed."""
     os.kill(child.pid, signal.SIGKILL)
     wait_until(lambda: child.exit_code is not None)

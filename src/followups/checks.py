@@ -1,4 +1,4 @@
-"""Validation of callers' values and of what a chat allows, with the same rules for every caller."""
+"""Validation of values from callers and of what a chat allows, with the same rules for every caller."""
 
 from __future__ import annotations
 

@@ -312,7 +312,7 @@ _dropped_at: WeakKeyDictionary[Engine, float] = WeakKeyDictionary()
 def drop_all(engine: Engine) -> None:
     """Make the engine of an event loop replace all open connections.
 
-    This is called when the server of these connections is unreachable or read-only.
+    Call this if the server of these connections is unreachable or read-only.
     """
     _dropped_at[engine] = time.monotonic()
 

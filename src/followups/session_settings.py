@@ -1,6 +1,6 @@
 """The settings of every database session.
 
-These settings apply regardless of the settings of the server, the database, the role or the environment.
+Settings of the server, the database, the role or the environment do not override these settings.
 """
 
 from __future__ import annotations

@@ -142,7 +142,7 @@ class Connection:
         return cls(load, *await asyncio.open_connection(place.hostname, place.port))
 
     async def send(self) -> None:
-        """Send one request and read its answer."""
+        """Send one request and read its response."""
         self.writer.write(self.load.make())
         head = await self.reader.readuntil(b"\r\n\r\n")
         length = int(head.lower().partition(b"content-length: ")[2].partition(b"\r\n")[0])

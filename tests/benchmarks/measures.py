@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 PATIENCE = 300.0
 """A turn is aborted after this many seconds."""
 PORTION = 500_000
-"""The number of other rows inserted by one statement."""
+"""The number of unrelated rows that one statement inserts."""
 Figures = dict[str, float]
 
 

@@ -1,4 +1,4 @@
-"""Tests of event streams: their viewers, their maximum number, and how they end."""
+"""Tests for event streams: their viewers, their maximum number, and how they end."""
 
 from __future__ import annotations
 

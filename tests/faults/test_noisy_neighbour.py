@@ -72,7 +72,7 @@ class Seen(NamedTuple):
     beside: list[UUID]
     noise: list[UUID]
     left: int
-    """The share of the backlog that was still pending when the other workspaces' last follow-up was sent."""
+    """The share of the backlog that was still pending when the last follow-up of the other workspaces was sent."""
 
 
 def backlog(rig: Rig, overdue: int, each: int, spread: float, call: float = 0.0) -> Seen:

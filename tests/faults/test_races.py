@@ -19,7 +19,8 @@ if TYPE_CHECKING:
 
 CLIENTS = 8
 NEAR = 0.03
-"""Cancels are sent up to this many seconds before and after the due time; begin happens 15 ms before it."""
+"""Each cancel is sent at most this many seconds before or after the due time; begin happens 15 ms before the due time.
+"""
 
 
 def cancel_against_deliver(rig: Rig, figures: Figures, pairs: int, spread: float) -> None:

@@ -230,7 +230,7 @@ def test_a_lone_follow_up_keeps_its_last_attempt(own: Settings) -> None:
 
 
 def test_it_is_not_open_for_nobody(own: Settings) -> None:
-    """A breaker that holds no workspace stays closed or closes, since no success could close it later."""
+    """A breaker that holds no workspace closes or stays closed, since no success could close it later."""
 
     async def script(store: BreakerStore) -> None:
         for key, one in enumerate(ids(FAILURES * 2)):

@@ -45,7 +45,7 @@ class LimiterUnderTest:
 
 @pytest.fixture
 def place_settings(broker_url: str) -> Settings:
-    """Return settings for a limiter; only the broker is reachable with them."""
+    """Return settings for a limiter, in which only the broker is reachable."""
     return load_settings(
         database_url="postgresql://nobody@127.0.0.1:9/none", broker_url=broker_url, broker_prefix=f"{uuid4().hex}:"
     )
@@ -212,7 +212,7 @@ async def test_a_cancelled_one_leaves_the_line(place: LimiterUnderTest) -> None:
 
 
 async def test_who_does_not_come_back_holds_up_nobody(place: LimiterUnderTest) -> None:
-    """If a token request is not repeated in time, it loses its place in the queue, and may queue up again."""
+    """A token request that is not repeated in time loses its place in the queue, and may join it again."""
     limit = bucket(rate=10, burst=1)
     lost, second = request(1, limit), request(2, limit)
     await place.ask(request(0, limit))

@@ -212,7 +212,7 @@ def test_idle_workspaces_cost_a_fair_claim_no_search(engine: Engine, settings: S
 
 
 def scans(plan: dict[str, Any]) -> Iterator[int]:
-    """Yield how often each plan node scans a table."""
+    """For each plan node that scans a table, yield the number of scans."""
     if "Relation Name" in plan and plan["Node Type"] != "ModifyTable":
         yield plan["Actual Loops"]
     for child in plan.get("Plans", []):

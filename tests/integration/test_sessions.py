@@ -244,7 +244,7 @@ class TestCallersOwnSession:
 
     @pytest.fixture(params=["theirs", "ours"])
     def base(self, request: pytest.FixtureRequest, world: World, database_url: str) -> Iterator[Engine]:
-        """Return an engine that a caller created or one that the project created, as the parameter says."""
+        """Return an engine created by the caller or by the project, depending on the parameter."""
         if request.param == "ours":
             yield world.engine
             return

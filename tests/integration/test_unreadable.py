@@ -386,7 +386,7 @@ def test_a_reply(world: World, engine: Engine, settings: Settings) -> None:
 
 
 def test_a_cancel(world: World, engine: Engine) -> None:
-    """A follow-up is cancelled even if the next one of its chat cannot be unblocked."""
+    """A follow-up is cancelled even if the next follow-up in its chat cannot be unblocked."""
     chat = world.chat()
     first = world.follow_up(chat)
     unwritable(world, world.follow_up(chat, waits_for=first))

@@ -13,8 +13,9 @@ from followups.delivery.claim_interval import LONGEST, SHORTEST, ClaimInterval, 
 @pytest.mark.parametrize(
     ("taken", "seconds", "window", "expected"),
     [
-        (2350, 0.5, 5000, LONGEST),  # 4,700 a second: 0.53 s
-        (1000, 0.1, 5000, 0.2),  # 10,000 a second after a pause that was too short; the pause at most doubles
+        (2350, 0.5, 5000, LONGEST),  # 4,700 per second: 0.53 s
+        # 10,000 per second after a pause that was too short; the next pause is at most twice as long
+        (1000, 0.1, 5000, 0.2),
         (4000, 0.5, 5000, 0.3125),  # 8,000 a second
         (2500, 0.03, 5000, SHORTEST),  # immediately after a claim that filled the window
         (100, 0.5, 100, SHORTEST),  # the whole window became free

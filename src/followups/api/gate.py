@@ -197,7 +197,7 @@ class Gate:
         turns: Turns = scope["app"].state.services.shares.of(scope[IDENTITY].workspace_id)
         wire.charge(turns)
         body = await _read_body(receive, wire)
-        await turns.acquire()  # acquired first, so that one workspace cannot take every slot
+        await turns.acquire()  # acquired before a shared slot, so that one workspace cannot take every slot
         try:
             self._slots.acquire(MAX_WAITING, _FULL)
         except Refusal:

@@ -160,7 +160,7 @@ RATE = re.compile(r"(\d+(?:\.\d+)?)/(s|min|h|d)", re.ASCII)
 MOST = 1_000_000
 """Largest accepted rate, in follow-ups per second, and largest accepted bucket.
 
-This system could not send at such a rate, nor so many follow-ups in one burst.
+Neither such a rate nor so large a burst is possible in this system.
 """
 LEAST = 0.01 / SECONDS["d"]
 """Smallest accepted rate, in follow-ups per second.

@@ -140,7 +140,7 @@ def stop(pid: int, stop_signal: int, grace: float) -> None:
 
 
 def remove(directory: str) -> None:
-    """Remove the directory, and retry while a program still writes into it."""
+    """Remove the directory; retry if a program is still writing into it."""
     for _ in range(REMOVAL_TRIES):
         shutil.rmtree(directory, ignore_errors=True)
         if not Path(directory).exists():

@@ -29,7 +29,7 @@ due time that an operator has written into the table.
 
 LATENESS_FROM = "COALESCE(f.sendable_from, GREATEST(f.due_date, f.scheduled_at, f.held_until))"
 """The time from which a follow-up's lateness counts. If sending hours have never held a follow-up, it has no
-``sendable_from``. A follow-up that was held by a process of an older version has only ``held_until``.
+``sendable_from``. If a process of an older version held the follow-up, it has only ``held_until``.
 """
 
 WINDOWED = ", ".join(f"'{channel.value}'" for channel in sorted(WINDOWED_CHANNELS))
@@ -59,9 +59,9 @@ LOOKED_UP = f"""
 LEASED = f"CROSS JOIN LATERAL ({LOOKED_UP} FOR NO KEY UPDATE SKIP LOCKED) f"
 """SQL that locks the follow-ups of `LOOKED_UP`, and skips rows that another transaction has locked."""
 
-# OFFSET 0 makes the planner look up the chat for each row. A plan made while the table of chats was estimated to be
-# empty scanned all chats and locked the whole batch again for each chat. With 1,650 chats, it took more than 8 s to
-# begin a hundred follow-ups.
+# OFFSET 0 makes the planner look up the chat for each row. A plan that was made while the table of chats was estimated
+# to be empty scanned all chats, and locked the whole batch again for each chat. With 1,650 chats, it took more than 8 s
+# to begin a hundred follow-ups.
 CHAT = """CROSS JOIN LATERAL (
              SELECT c.* FROM chats c WHERE c.workspace_id = f.workspace_id AND c.id = f.chat_id OFFSET 0
          ) c"""

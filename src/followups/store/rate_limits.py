@@ -1,6 +1,6 @@
 """Rate limits that operators set, their scopes, and the deferral of follow-ups over a limit.
 
-The follow-ups that the circuit breaker defers are deferred here too.
+Follow-ups that the circuit breaker defers are also deferred by this module.
 """
 
 from __future__ import annotations

@@ -53,7 +53,7 @@ class Settlement(NamedTuple):
 
 
 class Settled(NamedTuple):
-    """A settled follow-up. If it was sent, ``lag`` is the time from its due date to its acceptance."""
+    """A settled follow-up. For a sent follow-up, ``lag`` is the time from its due date to its acceptance."""
 
     id: UUID
     status: Status

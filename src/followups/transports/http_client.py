@@ -46,8 +46,8 @@ HEADERS = {
     "content-type": "application/json",
     "expect": "",
 }
-"""Headers of every request. The empty Expect header keeps libcurl from waiting for the server's permission before it
-sends a body of more than 1 MiB.
+"""Headers of every request. Without the empty Expect header, libcurl would wait for the server's permission before
+sending a body of more than 1 MiB.
 """
 
 _REASONS = {
@@ -201,9 +201,9 @@ class HttpClient:
         reason = "its head is longer than 64 KiB" if code in TOO_LARGE else _reason(exchange.curl, code)
         return Unknown(f"the connection broke before an answer came ({reason})")
 
-    # These methods manage the connections. After some seconds without a call, connections are replaced, since libcurl
-    # closes an idle connection only at the next call. Connections are also replaced if libcurl repeatedly selects one
-    # that is unusable. The replaced connections only finish their calls in flight.
+    # These methods manage the connections. If there has been no call for some seconds, connections are replaced, since
+    # libcurl closes an idle connection only at the next call. Connections are also replaced if libcurl repeatedly
+    # selects one that is unusable. The replaced connections only finish their calls in flight.
 
     def _connections(self) -> CurlLoop:
         if not self._is_open:
@@ -246,7 +246,7 @@ def _lines(headers: Mapping[str, str]) -> list[bytes]:
 
 
 def _reason(curl: pycurl.Curl, code: int) -> str:
-    """Return a short reason why there was no connection or no answer.
+    """Return a short reason why there was no connection or no response.
 
     The reason contains no address, and nothing from an answer.
     """

@@ -75,7 +75,7 @@ class Scheduler(CelerysScheduler):
     def _heed_the_clock(self) -> None:
         """Restart the schedule if the host's clock was set back.
 
-        Otherwise Celery would send nothing until the clock has reached the earlier time again.
+        Otherwise Celery would send nothing until the clock reached the earlier time again.
         """
         before, self._booted_at = self._booted_at, time.time() - uptime()
         if before is None or self._booted_at > before - SET_BACK:

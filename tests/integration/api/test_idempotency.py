@@ -63,7 +63,7 @@ def test_same_body_otherwise_written(api: Api) -> None:
 
 
 def test_other_body(api: Api) -> None:
-    """The reuse of an idempotency key with a different body is rejected with 422 and creates nothing."""
+    """A request that reuses an idempotency key with a different body gets 422 and creates nothing."""
     body = body_of(api)
     keyed(api, body, "key")
     problem = is_problem(keyed(api, body | {"message": "!"}, "key"), 422, "idempotency-key-reused")

@@ -1,4 +1,4 @@
-"""Tests of pages with long messages, which are sent in pieces, and of how message texts are stored."""
+"""Tests for pages with long messages, which are sent in pieces, and for how message texts are stored."""
 
 from __future__ import annotations
 

@@ -211,7 +211,7 @@ def is_cut(connection: socket.socket) -> bool:
 
 
 def test_a_client_must_read(small: tuple[str, int], world: World) -> None:
-    """A client that does not read the response is disconnected; a slow reader gets the whole response."""
+    """A client that does not read its response is disconnected, but a slow reader gets the whole response."""
     page = big_page(world)
     with unread(small, page) as silent:
         time.sleep(3)

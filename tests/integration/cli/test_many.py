@@ -150,7 +150,7 @@ class TestCancel:
 
 
 class TestRetry:
-    """Tests of the command `followups retry --failed --since`."""
+    """Tests for the command `followups retry --failed --since`."""
 
     def test_all_that_failed_since(self, run: Run, world: World) -> None:
         """Each follow-up that has failed since the given time is retried now, with its message and chat.

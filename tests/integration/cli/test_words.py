@@ -30,7 +30,7 @@ FAILED = {"status": "failed", "reason": NASTY, "finished_at": datetime.now(UTC)}
 def follow_up(world: World) -> UUID:
     """Fill every text column that other systems can write, and return the failed follow-up.
 
-    The text is written directly, without validation.
+    The text is written directly to the database, without validation.
     """
     chat = world.chat(external_id=NASTY)
     failed = world.follow_up(chat, -HOUR, message=NASTY, **FAILED)

@@ -128,7 +128,7 @@ def test_no_header_breaks_anything(value: str, date: str) -> None:
 @QUICK
 @given(st.text(alphabet=string.digits + string.ascii_letters + " ,:+-.", max_size=40))
 def test_nothing_that_looks_like_a_date_breaks_anything(value: str) -> None:
-    """An almost valid date gives either no delay or a delay within the limits."""
+    """An almost valid date results either in no delay or in a delay within the limits."""
     wished = retry_after({"retry-after": value}, NOW)
     assert wished is None or timedelta(seconds=1) <= wished <= timedelta(hours=24)
 
