@@ -311,7 +311,7 @@ class Settings(BaseSettings):
         return files | {environment_name(name): _plain(value) for name, value in self if value is not None}
 
     def shown(self) -> dict[str, str]:
-        """Return every setting for display, by its environment variable. Secrets and passwords are hidden."""
+        """Return every setting for display, keyed by its environment variable. Secrets and passwords are hidden."""
         return {environment_name(name): _hidden(name, value) for name, value in self}
 
 

@@ -71,7 +71,7 @@ def test_systemd_finds_nothing(analyze: str, installed: Path, name: str) -> None
 
 
 def test_systemd_would_find_something(analyze: str, installed: Path) -> None:
-    """The check by systemd finds a misspelled assignment and a missing command, which proves that it can fail."""
+    """The systemd check finds a misspelled assignment and a missing command, so the check can fail."""
     unit = installed / "etc/systemd/system/followups-web.service"
     unit.write_text(unit.read_text().replace("RestartSec", "RestartSecs").replace("bin/python", "bin/pyton"))
     said = verify(analyze, installed, unit.name).stderr

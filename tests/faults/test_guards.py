@@ -230,7 +230,7 @@ class Hasty(DatabaseClock):
 
 
 def begun_of(lease: Lease) -> Begun:
-    """Return a lease as an attempt that has begun."""
+    """Return an attempt that has begun under the given lease."""
     delivery = Delivery(lease.id, uuid4(), uuid4(), "api", None, uuid4(), "Still there?", lease.due, 1)
     return Begun(lease, delivery, 0)
 

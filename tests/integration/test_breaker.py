@@ -135,8 +135,7 @@ def test_comes_back_gently(own: Settings) -> None:
             reading = await told(store, [], 1000, succeeded=False)
             granted += reading.permits
             elapsed = time.monotonic() - started
-            # The breaker doubles its rate every second, so one second has at most twice the attempts of the second
-            # before.
+            # Since the breaker doubles its rate every second, attempts at most double from second to second.
             assert granted <= 20 * 2 ** (elapsed + 1) / 0.69
             await asyncio.sleep(0.02)
         assert reading == Reading(CLOSED, 0, changed=True)

@@ -112,7 +112,7 @@ class TestOrder:
         assert [lease.id for lease in steps.begin([early]).unblocked] == [second]
 
     def test_many_behind_one_stuck(self, world: World, steps: Steps) -> None:
-        """If a follow-up of a chat is stuck, each later one is parked once and is not scanned again.
+        """If a follow-up is stuck, each later follow-up in its chat is parked once and not scanned again.
 
         Each of these follow-ups waits for the one before it in the chat.
         """

@@ -107,7 +107,7 @@ def test_plans(world: World, engine: Engine, settings: Settings, others: int, *,
 def test_plans_when_nothing_was_pending(world: World, engine: Engine, settings: Settings) -> None:
     """No plan searches for follow-ups in an index of pending rows, even if the planner thinks the index is empty.
 
-    The planner assumes this after a vacuum that ran while no row was pending.
+    The planner considers the index empty after a vacuum that ran while no row was pending.
     """
     world.burst([timedelta(0)] * 2000)
     world.sql("UPDATE follow_ups SET status = 'sent', finished_at = now()")

@@ -312,7 +312,7 @@ def test_set_and_lifted_while_it_runs(world: World, bench: Bench) -> None:
 
 
 def test_only_those_under_it_ask_again(world: World, bench: Bench) -> None:
-    """If a channel's limit is raised, follow-ups under that limit continue.
+    """If a channel's limit is raised, the follow-ups deferred under that limit continue.
 
     Follow-ups over other limits stay deferred.
     """

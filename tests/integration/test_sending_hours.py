@@ -97,7 +97,7 @@ def test_sent_within_the_hours(world: World, engine: Engine, settings: Settings)
 
 
 def test_after_the_opening(world: World, engine: Engine, settings: Settings) -> None:
-    """When sending hours begin, the follow-ups that were held until then begin."""
+    """Follow-ups held by sending hours begin once the hours have begun."""
     put(world, CLOSED)
     follow_up = world.follow_up()
     claim_and_begin(engine, settings)

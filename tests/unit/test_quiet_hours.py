@@ -104,7 +104,7 @@ def test_opening_is_where_it_opens(hours: SendingHours, moment: datetime) -> Non
         ("22:00", "06:00", "2030-01-31T12:00Z", "2030-01-31T21:00Z"),
         ("22:00", "06:00", "2030-01-31T02:00Z", "2030-01-31T02:00Z"),  # within the night that began on the day before
         ("00:00", "00:00", "2030-01-31T02:00Z", "2030-01-31T02:00Z"),
-        # When 02:00 becomes 03:00, sending hours begin and end at the jump.
+        # When the clocks go forward from 02:00 to 03:00, sending hours begin and end at that jump.
         ("02:30", "20:00", "2030-03-31T00:00Z", "2030-03-31T01:00Z"),
         ("00:30", "02:30", "2030-03-31T01:00Z", "2030-03-31T22:30Z"),
         ("02:10", "02:40", "2030-03-31T00:00Z", "2030-04-01T00:10Z"),

@@ -86,9 +86,9 @@ class KnownKeys:
     """API keys that were valid at their last use.
 
     If a request has one of these keys, its body is read before the key is looked up in the database. The transaction of
-    each request checks the key again. A revocation therefore takes effect immediately, and the key is then forgotten. A
-    key in use is looked up only once. A flood of requests with unknown keys therefore cannot delay requests with known
-    keys. An instance belongs to one event loop.
+    each request checks the key again. A revocation therefore takes effect immediately, and the key is removed from the
+    known keys. A key in use is looked up only once. A flood of requests with unknown keys therefore cannot delay
+    requests with known keys. An instance belongs to one event loop.
     """
 
     def __init__(self) -> None:
@@ -128,7 +128,7 @@ class ApiServices:
     exclusive_external_ids: bool
     """Whether each external id belongs to a single workspace.
 
-    This is required if the external id alone identifies the workspace of a chat.
+    This must be true if the external id alone identifies the workspace of a chat.
     """
 
 

@@ -46,8 +46,8 @@ MAX_PIPELINED = 16
 MAX_CONNECTIONS = 2_000
 """Maximum number of open connections.
 
-Above this number, the connection that has been idle longest is closed. If none is idle, the connection whose client has
-been slowest to read is closed. If every client is reading, the new connection is closed.
+Above this number, the connection that has been idle longest is closed. If no connection is idle, the connection whose
+client has been slowest to read is closed. If every client is reading, the new connection is closed.
 """
 
 READ_WITHIN = 20.0

@@ -159,7 +159,7 @@ class Visit:
         audit.record(session.connection(), Event(self.actor, action, workspace_id, target_id, details=details))
 
     def id(self, name: str = "id") -> UUID:
-        """Return the id in the path. Raises `NotFoundError` if it is not a UUID."""
+        """Return the id in the path. Raises `NotFoundError` if this id is not a UUID."""
         found = uuid_or_none(self.parameters[name])
         if found is None:
             raise NotFoundError

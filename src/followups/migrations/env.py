@@ -46,7 +46,7 @@ _HOLDER = text("""
 
 def _bound_locks(connection: Connection) -> None:
     # The timeout is set in each transaction, whatever the previous transaction has set. An index that is created
-    # concurrently is created outside a transaction. Creating such an index may wait as long as the whole migration,
+    # concurrently is created outside a transaction. A concurrent index build may wait as long as the whole migration,
     # because no query waits behind it.
     if connection.get_execution_options().get("isolation_level") != "AUTOCOMMIT":
         connection.exec_driver_sql(f"SET LOCAL lock_timeout = '{LOCK_TIMEOUT}'")

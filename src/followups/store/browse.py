@@ -3,7 +3,7 @@
 As in `followups.store.listing`, a page is merged from the first rows of each workspace and of each value of one column.
 These rows are read in the order of an index. Conditions without an index are checked row by row. The search therefore
 works backwards one time interval after another, and stops when the caller's time limit expires. The next search
-continues at that point.
+continues where this one stopped.
 """
 
 from __future__ import annotations

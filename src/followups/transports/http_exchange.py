@@ -1,4 +1,4 @@
-"""One HTTP request and its answer, through the callbacks of libcurl.
+"""One HTTP request and its response, through the callbacks of libcurl.
 
 This module decides which calls may be repeated. libcurl requests the body after it has established the connection and
 before it sends the first byte. Nothing has therefore been sent before libcurl requests the body, which it gets only

@@ -32,7 +32,7 @@ OK = answer(200)
 class ThreadedServer:
     """A server that responds to one-segment requests from threads.
 
-    A test may therefore block its event loop.
+    The threads allow a test to block its event loop.
     """
 
     def __init__(self) -> None:

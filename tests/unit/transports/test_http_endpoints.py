@@ -331,7 +331,7 @@ async def test_a_host_of_two_families_is_reached_by_the_one_that_answers(
         assert server.connections == 1
 
 
-# Tests of short keep-alive.
+# Tests of servers that close idle connections early.
 
 
 @pytest.mark.parametrize("kept", [0.1, 1, 4])

@@ -1,8 +1,8 @@
 """Add the start of lateness after a hold by sending hours, and constraints against unreadable times.
 
-If existing rows violate a constraint, the constraint is not added. With the constraint, every change of such a row
-would fail, and so would any claim that includes the row. ``followups doctor`` lists these rows and shows the statement
-that adds the constraint.
+If existing rows violate a constraint, the constraint is not added. With the constraint, every change to a row that
+violates it would fail, and so would any claim that includes the row. ``followups doctor`` lists these rows and shows
+the statement that adds the constraint.
 """
 
 from __future__ import annotations
