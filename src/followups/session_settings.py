@@ -30,7 +30,7 @@ CONNECTION: Mapping[str, str | int] = {
 
 SESSION: Mapping[str, str] = {
     # A statement must see everything that was committed before the statement began. If the transaction used a single
-    # snapshot, a reply that waited for the chat's lock would not see the follow-up it has to cancel.
+    # snapshot, a reply that waited for the chat's lock would not see the follow-up that it has to cancel.
     "default_transaction_isolation": "read committed",
     # psycopg reads and writes these formats.
     "client_encoding": "UTF8",

@@ -1,4 +1,4 @@
-"""The system as OPERATIONS.md installs it, on Debian's PostgreSQL and Redis with TLS, roles, users and secret files."""
+"""An installation as in OPERATIONS.md, with Debian's PostgreSQL and Redis, TLS, roles and secret files."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tests that cancel and schedule in one transaction during replies: no reply is lost to a deadlock."""
+"""A reply concurrent with a transaction that cancels and schedules is never lost to a deadlock."""
 
 from __future__ import annotations
 

@@ -92,7 +92,7 @@ class TestOrder:
         assert [lease.id for lease in steps.claim().leases] == [second]
 
     def test_deferral_unblocks(self, world: World, steps: Steps, engine: Engine) -> None:
-        """When the earlier follow-up is deferred past the later one, the later one is sent first."""
+        """If the earlier follow-up is deferred past the due time of the later one, the later one is sent first."""
         chat = world.chat()
         first, second = world.follow_up(chat, -2 * SECOND), world.follow_up(chat, -SECOND)
         batch = steps.claim().leases
@@ -129,7 +129,7 @@ class TestOrder:
         lease = next(one for one in steps.claim().leases if one.id == second)
         with Session(engine) as session, session.begin():
             amend(session, first, {"due_date": datetime.now(UTC) + timedelta(hours=1)})
-        with engine.begin() as connection:  # like begin, this transaction read the rows before the change
+        with engine.begin() as connection:  # like begin, this transaction read the rows before they were changed
             assert chat_order.park_if_leased(connection, [(lease, first)]) == set()
 
 

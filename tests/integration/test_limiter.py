@@ -153,7 +153,7 @@ async def test_nobody_overtakes(place: LimiterUnderTest) -> None:
 async def test_who_waits_elsewhere_holds_up_nobody(place: LimiterUnderTest) -> None:
     """A follow-up that waits for its chat's limit takes no token from its workspace's bucket.
 
-    It does not delay other follow-ups of the workspace.
+    Such a follow-up does not delay other follow-ups of its workspace.
     """
     workspace, chat = bucket(burst=2), bucket()
     assert await place.ask(request(0, workspace, chat)) == [GO]

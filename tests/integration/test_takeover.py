@@ -82,7 +82,7 @@ def test_scheduled_after(world: World, engine: Engine, settings: Settings, late:
 
 
 def test_scheduled_after_by_a_transaction_that_began_before(world: World, engine: Engine, settings: Settings) -> None:
-    """A transaction that began before an operator's message may schedule a follow-up after it.
+    """A transaction that began before an operator's message can schedule a follow-up after the message.
 
     A follow-up scheduled in this way is sent.
     """

@@ -43,7 +43,7 @@ class Turnstile:
     """Lets one request pass in each iteration of the event loop, in the order of arrival.
 
     All requests without a known API key share one turnstile, and so do the requests of each busy workspace. All other
-    requests run in every iteration, however many of these requests arrive together.
+    requests pass in every iteration, however many requests wait at the turnstiles.
     """
 
     def __init__(self) -> None:

@@ -56,7 +56,7 @@ def actor() -> Actor:
 def nudge_if_soon(due: datetime, now: datetime) -> None:
     """Request a tick if ``due`` is before the next regular tick.
 
-    Errors are ignored, because beat keeps sending regular ticks.
+    Errors are ignored, because beat sends regular ticks anyway.
     """
     if due - now <= get_settings().tick_interval:
         ask_for_tick()

@@ -37,7 +37,7 @@ costs almost as much as a statement for fifty. This wait is a third of `LEAD`.
 ENOUGH_SLOTS = 0.4
 """If at least this share of the slots is free, the next batch does not wait for more slots."""
 RETRY_DELAY = timedelta(milliseconds=50)
-"""Delay before another try to begin or settle a follow-up; after each failed begin the delay doubles."""
+"""Delay before begin or settle is tried again for a follow-up; after each failed begin the delay doubles."""
 LONGEST_RETRY_DELAY = timedelta(milliseconds=800)
 
 
@@ -166,7 +166,7 @@ class DueQueue:
     async def _gather(self) -> None:
         """Wait for a batch that is large enough for a statement.
 
-        It waits for at most `GATHER` if few slots are free, or if the earliest lease has only just become due.
+        The wait is at most `GATHER` if few slots are free, or if the earliest lease has only just become due.
         """
         if not self.is_due():
             return

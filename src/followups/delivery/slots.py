@@ -48,7 +48,7 @@ class Slots:
         return True
 
     def release(self, lease: Lease) -> None:
-        """Release the slot of a lease. Call this once for each acquired slot."""
+        """Release the slot of a lease. Call this method once for each acquired slot."""
         self.free += 1
         if self._of_workspace[lease.key] > 1:
             self._of_workspace[lease.key] -= 1

@@ -48,7 +48,9 @@ class Command:
     directory: Path | None = None
     stdin: bytes = b""
     run_as: tuple[int, int] | None = None
-    """The user and group ids to run the command as, if this process is root. None keeps this process's ids."""
+    """The user and group ids to run the command as, if this process is root. If None, the command keeps the ids of this
+    process.
+    """
     stop_signal: signal.Signals = signal.SIGTERM
     grace: timedelta = timedelta(seconds=10)
     echo: Callable[[str], None] | None = None

@@ -61,7 +61,7 @@ log = get_logger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Bucket:
-    """A token bucket: ``rate`` tokens are added per second, up to ``burst``; each begun follow-up uses one token."""
+    """A token bucket: it gains ``rate`` tokens per second, up to ``burst``; each follow-up that begins uses one."""
 
     key: str
     rate: float
@@ -170,7 +170,7 @@ class Limits:
         return bool(self._of)
 
     def request(self, one: Limitable) -> TokenRequest:
-        """Return a follow-up's request for tokens from all limits that apply to it, which may be none."""
+        """Return a follow-up's request for tokens, from every limit that applies to it; there may be none."""
         scopes = product((None, one.workspace_id), (None, one.channel))
         matching = (limit for scope in scopes for limit in self._of.get(scope, ()))
         return TokenRequest(one.id, one.since, tuple(bucket_of(limit, one) for limit in matching))

@@ -109,7 +109,7 @@ _PARK_PILE = text("""
 def park_pile(connection: Connection, parked: Collection[UUID]) -> int:
     """Park due follow-ups behind those already parked in the same chat, in order; return how many were parked.
 
-    Any lease of such a follow-up becomes invalid, because begin would refuse the follow-up anyway. Call this after
+    Any lease of a parked follow-up becomes invalid, because begin would refuse the follow-up anyway. Call this after
     `park_if_leased`, in the same transaction.
     """
     return connection.execute(_PARK_PILE, {"ids": list(parked), "most": PILE}).rowcount

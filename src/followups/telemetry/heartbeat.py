@@ -99,7 +99,7 @@ class Heartbeat:
         self._parts: dict[str, dict[str, Any]] = {}
         self._waits: dict[str, Any] | None = None
         self._probes: list[Callable[[], None]] = []
-        self._lock = threading.RLock()  # a signal handler may call `sign` while its own thread is executing it
+        self._lock = threading.RLock()  # a signal handler may call `sign` while the same thread is already executing it
         self._ending = False
         self._stopping = threading.Event()
         self._file = -1

@@ -202,7 +202,7 @@ class BrokerTransport(kombu_redis.Transport):
     delivering = False
     """Whether an entry was decoded and passed to the consumer."""
     _stopping = False
-    """Whether shutdown has begun; connections made after that are needed to drain the worker."""
+    """Whether shutdown has begun; connections opened during shutdown are needed to drain the worker."""
 
     def establish_connection(self) -> Any:  # noqa: ANN401 - kombu's own
         """Connect to the broker.

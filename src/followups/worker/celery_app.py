@@ -146,8 +146,8 @@ def make_app(settings: Settings) -> Celery:
             # retries, a publish to a silent broker took 51 s; without redis-py's retries, it takes 26 s.
             "retry_on_timeout": False,
         },
-        # While the broker is unreachable, a publish takes at most two seconds before it fails. The leases are then
-        # released.
+        # While the broker is unreachable, a publish takes at most two seconds before it fails. After the failure, the
+        # leases are released.
         task_publish_retry_policy={"max_retries": 3, "interval_start": 0.1, "interval_step": 0.3, "interval_max": 1},
         beat_scheduler="followups.worker.schedule:Scheduler",
         beat_max_loop_interval=min(settings.tick_interval.total_seconds(), 1.0),

@@ -30,7 +30,7 @@ class ModelRow(NamedTuple):
 
     @property
     def pending(self) -> bool:
-        """Whether the follow-up exists and has not ended."""
+        """Whether the follow-up exists and is still pending."""
         return self.exists and self.status is Status.PENDING
 
 

@@ -169,7 +169,7 @@ def test_a_stranger_s_body_is_not_read(api: Api) -> None:
 def test_a_body_that_nothing_needs_is_not_read(api: Api, path: str, head: str) -> None:
     """Outside the API and the console, requests are answered before their body is read.
 
-    The server then closes the connection.
+    After the response, the server closes the connection.
     """
     answer = raw(api, f"POST {path} HTTP/1.1\r\nhost: a\r\n{head}\r\n\r\n".encode())
     assert answer.startswith((b"HTTP/1.1 405", b"HTTP/1.1 404"))

@@ -133,7 +133,7 @@ class TestStats:
         assert "due, and held until the sending hours" in shown
 
     def test_watching_a_pipe_is_one_line_a_look(self, environment: pytest.MonkeyPatch, world: World) -> None:
-        """In a pipe, `stats --watch` prints a line or JSON object per sample until Ctrl-C, which is no error."""
+        """In a pipe, `stats --watch` prints one line or JSON object per sample; Ctrl-C ends it without an error."""
         del environment
         fill(world)
         command = [sys.executable, "-m", "followups.cli", "stats", "--watch", "--interval", "0.2", "--json"]

@@ -44,7 +44,7 @@ def test_every_status_means_what_the_contract_says(status: int) -> None:
 
 
 def test_503_is_a_rate_limit_only_with_a_retry_after_that_can_be_read() -> None:
-    """A 503 with a valid Retry-After is `Snoozed`, and otherwise a plain `Retry`."""
+    """A 503 is `Snoozed` if it has a valid Retry-After, and otherwise a plain `Retry`."""
     assert outcome_of(Answer(503, {"retry-after": "5"}), HTTP) == Snoozed("HTTP 503", timedelta(seconds=5), 503)
     assert outcome_of(Answer(503, {"retry-after": "soon"}), HTTP) == Retry("HTTP 503", None, 503)
     assert outcome_of(Answer(503), HTTP) == Retry("HTTP 503", None, 503)

@@ -15,7 +15,7 @@ from unit.transports.doubles import TOKEN, settings_for
 
 
 class NoTransport:
-    """A class without the methods of a transport, which a plug-in might register by mistake."""
+    """A class that lacks a transport's methods; a plug-in might register such a class by mistake."""
 
     name = "half"
 
