@@ -55,7 +55,7 @@ def create_database(server_url: str, name: str, template: str = "template1") -> 
 
 
 def drop_database(server_url: str, name: str) -> None:
-    """Drop a database and end its sessions. Does nothing if it does not exist."""
+    """Drop a database and end its sessions. If the database does not exist, nothing happens."""
     _execute(server_url, sql.SQL("DROP DATABASE IF EXISTS {} WITH (FORCE)").format(sql.Identifier(name)))
 
 

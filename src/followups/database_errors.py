@@ -16,7 +16,7 @@ READ_ONLY = "25006"
 """SQLSTATE of a write that was rejected because the server is read-only."""
 
 READ_ONLY_SESSION = ("session is read-only", "server is in hot standby mode")
-"""libpq's error messages if a server does not match ``target_session_attrs``.
+"""libpq's messages for a server that does not match ``target_session_attrs``.
 
 An error with one of these messages has no SQLSTATE.
 """

@@ -143,8 +143,8 @@ class WorkspaceSendingHours(Base):
     open_until: Mapped[datetime]
     """The end of the current or next sending period. The database compares this end with the current time.
 
-    When the sending period is over, the first worker whose attempt is refused computes the next period. Therefore
-    workers need time zone data, but the database does not.
+    When the sending period is over, the first worker whose attempt is refused computes the next period. Workers
+    therefore need time zone data, but the database does not.
     """
 
 

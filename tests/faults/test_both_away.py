@@ -1,4 +1,4 @@
-"""Tests in which the database and the ticks are gone for longer than a lease, and no outcome is lost."""
+"""The database and the ticks are unavailable for longer than a lease, and no outcome is lost."""
 
 from __future__ import annotations
 

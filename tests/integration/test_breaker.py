@@ -202,7 +202,7 @@ def test_which_are_tripped(own: Settings) -> None:
 def test_few_in_a_row_trip_no_workspace(own: Settings) -> None:
     """The breaker holds a workspace after five failures in a row, which any success interrupts.
 
-    Failures count the same before and after the breaker opens.
+    Failures are counted in the same way before and after the breaker opens.
     """
 
     async def script(store: BreakerStore) -> None:

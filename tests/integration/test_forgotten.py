@@ -65,7 +65,7 @@ def test_the_next_tick_finds_it(
     forget: Callable[[World, Settings], UUID],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """A cheap search finds a forgotten follow-up within two ticks, however long leases are."""
+    """A cheap search finds a forgotten follow-up within two ticks, even if leases are long."""
     # on a busy machine, even a single search may seem expensive
     monkeypatch.setattr(dispatcher, "FORGOTTEN_SHARE", 1.0)
     patient = settings.model_copy(update={"lease": timedelta(hours=1)})

@@ -352,7 +352,7 @@ class TestChats:
         assert caller.schedule(chat_id)
 
     def test_answer_at_once(self, caller: Caller) -> None:
-        """An agent's immediate answer is later than the user's message, whose time is never in the future."""
+        """A user's message is never dated in the future, so an agent's immediate answer is always later."""
         chat_id = uuid4()
         now = caller.session.execute(text("SELECT now()")).scalar_one()
         caller.receive(chat_id, Role.USER, now.replace(microsecond=0))

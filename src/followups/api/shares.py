@@ -106,7 +106,7 @@ class Turns:
         await self._semaphore.acquire()
 
     async def __aexit__(self, *_: object) -> None:
-        """Release the database connection to the next waiting request."""
+        """Release the database connection, for the next waiting request."""
         self._semaphore.release()
 
 

@@ -165,7 +165,7 @@ def _line(look: Stats) -> str:
 
 @dataclass
 class Workers:
-    """The workers that reply.
+    """The workers that reply to a status query.
 
     Workers are queried in a thread, because waiting for replies and importing Celery take a second each.
     """

@@ -40,7 +40,8 @@ AHEAD_TICKS = 2
 CLAIM_SIZE = 1000
 """Number of rows that a claim may always lease, however many follow-ups are in flight."""
 LARGEST_CLAIM = 10_000
-"""The largest number of rows in one claim, which takes up to 0.2 s. The first rows are sent while the next claim runs.
+"""The largest number of rows in one claim, which takes up to 0.2 s. The first rows of a claim are sent while the next
+claim runs.
 """
 
 

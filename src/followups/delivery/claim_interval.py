@@ -30,7 +30,7 @@ def until_half_is_free(taken: int, seconds: float, window: int) -> float:
 
 
 class ClaimInterval:
-    """The time of a dispatcher's next claim. Other dispatchers may be running with ticks of their own."""
+    """The time of a dispatcher's next claim. Other dispatchers may be running, each with its own ticks."""
 
     def __init__(self, window: int) -> None:
         """Store ``window``, the limit on follow-ups in flight."""

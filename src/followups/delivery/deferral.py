@@ -58,7 +58,7 @@ SPREAD = 10_000
 `LONGEST`.
 """
 COMING = 0.25
-"""Seconds that released follow-ups may take to reach a worker; until then no more follow-ups are released."""
+"""Seconds that released follow-ups may take to reach a worker; no others are released in this time."""
 BACKOFF = 1.0
 """Seconds to wait if the database does not answer. No wait is longer than this."""
 

@@ -45,7 +45,8 @@ LOOKING_SHARE = 0.1
 FORGOTTEN_SHARE = 0.01
 """Largest share of its time that the dispatcher spends on checking blocked and paused follow-ups.
 
-Even if checking takes longer than this share, such follow-ups are checked at least once per lease time.
+Even if their checks take longer than this share, blocked and paused follow-ups are checked at least once per lease
+time.
 """
 
 PASSED_OVER = 60.0

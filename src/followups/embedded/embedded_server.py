@@ -77,7 +77,7 @@ class EmbeddedServer(ABC):
     def restart(self) -> None:
         """Stop the server if it is running, and start it again with the same URL.
 
-        Only data in a data directory is kept.
+        Data is kept only if the server has a data directory.
         """
         self.child.stop()
         self._run(self.child)

@@ -32,8 +32,8 @@ VERSION = 18
 BINARIES: Path = POSTGRES_VERSIONS[VERSION]
 
 SYSTEM_USER = "pgserver"
-"""The user that runs PostgreSQL if this process is root, since PostgreSQL refuses to run as root. If the user is
-missing, it is created.
+"""The user that runs PostgreSQL if this process is root, since PostgreSQL refuses to run as root. If this user does not
+exist, it is created.
 """
 
 START_WITHIN = timedelta(seconds=60)
@@ -184,7 +184,7 @@ def _reachable_binaries(directory: Path, run_as: tuple[int, int] | None) -> Path
 def _system_user() -> tuple[int, int]:
     """Return the ids of the user that runs PostgreSQL if this process is root.
 
-    If the user is missing, it is created. Raises `EmbeddedError`.
+    If this user does not exist, it is created. Raises `EmbeddedError`.
     """
     try:
         user = ensure_user_exists(SYSTEM_USER)

@@ -43,7 +43,7 @@ if TYPE_CHECKING:
 
 PASSES = 5
 PAUSE = 0.2
-"""Seconds between two attempts to lock a row that is locked, and the maximum number of these attempts."""
+"""Maximum number of attempts to lock a locked row, and the seconds between two attempts."""
 
 RETRIES = 500
 """Number of follow-ups fetched in one batch.

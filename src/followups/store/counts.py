@@ -9,10 +9,10 @@ The backlog is measured for metrics, which are read every few seconds. Counting 
 If a trigger maintained counters, each follow-up's insert and end would have to update one shared row. Rows are counted
 one by one only up to `BACKLOG_EXACT_UP_TO`, which exceeds the number of overdue follow-ups in a healthy system. Beyond
 that limit the numbers are the planner's estimates. The estimates are as exact as the last ANALYZE (which runs after 2 %
-of the rows have changed), and never below the number of rows already counted. Measured on two busy cores with half a
-million rows pending, 36,000 of them overdue: 16 ms (an exact count of pending rows takes 83 ms, and grows with their
-number). If 60,000 rows have just been sent and not yet vacuumed, the first measurement takes 287 ms, and later ones 13
-to 16 ms. The duration of the backlog's measurement does not depend on the number of rows.
+of the rows have changed), and never below the number of rows already counted. On two busy cores with half a million
+rows pending, 36,000 of them overdue, the measurement took 16 ms. An exact count of pending rows takes 83 ms, and grows
+with their number. If 60,000 rows have just been sent and not yet vacuumed, the first measurement takes 287 ms, and
+later ones 13 to 16 ms. The duration of the backlog's measurement does not depend on the number of rows.
 """
 
 from __future__ import annotations
@@ -115,7 +115,7 @@ class Counts:
     quiet: int
     """Number of pending follow-ups that are due but outside sending hours."""
     overdue: int
-    """Number of overdue pending follow-ups, not counting those that wait for an earlier one of their chat."""
+    """Number of overdue pending follow-ups, without those that wait for an earlier one in their chat."""
     oldest_overdue: timedelta | None
     in_flight: int
     final: Mapping[str, int]
@@ -153,7 +153,7 @@ _PENDING = text(f"""
            (SELECT count(*) FROM follow_ups
              WHERE status = 'pending' AND waits_for IS NULL AND {_DUE} <= now()) AS overdue
 """)  # noqa: S608 - no input, only the constant above
-# This query uses the index that serves the lists of follow-ups and begins with the workspace.
+# This query uses the index for the lists of follow-ups, whose first column is the workspace.
 _COUNT_FINAL = text("""
     SELECT s.status, (
            SELECT count(*) FROM (

@@ -66,7 +66,7 @@ _DELETE_KEYS = text("DELETE FROM api_keys WHERE workspace_id = :workspace_id")
 def begin(session: Session, whole: Whole) -> None:
     """Stop all scheduling and sending for the workspace or chat; a second call changes nothing.
 
-    For a workspace, its API keys are deleted, and it is paused until it is deleted. A chat is removed.
+    The API keys of a workspace are deleted, and it stays paused until its deletion is complete. A chat is removed.
     """
     if whole.chat_id is not None:
         with suppress(ChatNotFoundError):  # the chat has already been removed
@@ -151,7 +151,7 @@ _WORKSPACE = text("DELETE FROM workspaces WHERE id = :workspace_id")
 def complete(connection: Connection, whole: Whole) -> None:
     """Delete the workspace or chat itself.
 
-    Raises `IntegrityError` if a follow-up or a message still refers to it.
+    Raises `IntegrityError` if a follow-up or a message still refers to the workspace or chat.
     """
     for table in _AT_ONCE:
         if whole.chat_id is None or "chat_id" in table.columns:

@@ -96,8 +96,7 @@ class HttpClient:
         self._endpoint = settings.transport_url or ""
         self._sockets = Sockets(speak_first=self._endpoint.startswith("https:"))
         # If the receiver cannot deduplicate, each connection is used only once. A kept connection may break after the
-        # request was sent, and the follow-up would needlessly fail as outcome_unknown. A stale connection breaks after
-        # the request was sent, and the follow-up would needlessly fail as outcome_unknown.
+        # request was sent, and the follow-up would needlessly fail as outcome_unknown.
         kept = settings.transport_deduplicates
         every = HEADERS | dict(headers or {}) | ({} if kept else {"connection": "close"})
         self._headers = _lines(every)

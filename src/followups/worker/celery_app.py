@@ -51,8 +51,8 @@ if TYPE_CHECKING:
 log = get_logger(__name__)
 
 UNREAD = 1000
-"""Number of unread messages in the tick queue at which no further ticks are added. Beat and nudges can therefore not
-fill the broker while no worker is running. Ticks do not expire, because Celery would have to compare the clocks of two
+"""Number of unread messages in the tick queue at which no further ticks are added. While no worker is running, beat and
+nudges can therefore not fill the broker. Ticks do not expire, because Celery would have to compare the clocks of two
 hosts. If the clock of one host were an hour ahead, all ticks would be dropped. The dispatcher merges all waiting ticks
 into one.
 """

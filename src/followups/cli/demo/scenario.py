@@ -146,7 +146,7 @@ class Rest:
     """An HTTP client for one host, for use in one thread."""
 
     def __init__(self, address: str, key: str = "") -> None:
-        """Store ``http://host:port`` and an optional API key. The connection is opened by the first call."""
+        """Store the URL, ``http://host:port``, and an optional API key. The connection is opened by the first call."""
         self._connection = http.client.HTTPConnection(urlsplit(address).netloc, timeout=TIMEOUT)
         self._headers = {"content-type": "application/json"} | ({"authorization": f"Bearer {key}"} if key else {})
 

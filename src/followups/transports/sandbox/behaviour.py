@@ -46,7 +46,7 @@ class Reply:
 
     @property
     def headers(self) -> dict[str, str]:
-        """Headers in addition to those that every HTTP answer has."""
+        """Additional headers, besides those that every HTTP response has."""
         return {} if self.retry_after is None else {"retry-after": f"{self.retry_after:g}"}
 
 
@@ -82,7 +82,7 @@ class Behaviour(WireModel):
     status: Annotated[int, Field(ge=200, le=599)] | None = None
     """HTTP status of the answer. The default is 200, or 500 (fail), 403 (reject) or 429 (rate_limit)."""
     times: Annotated[int, Field(ge=1)] | None = None
-    """Number of requests to which the behaviour applies. None means that it applies until it is changed."""
+    """Number of requests to which the behaviour applies. None means that the behaviour applies until it is changed."""
     delay: Seconds | None = None
     """Seconds before the answer; by default 5 for ``slow``, and 0 for all other behaviours."""
     retry_after: Seconds | None = None
