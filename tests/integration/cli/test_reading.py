@@ -203,6 +203,7 @@ def test_a_new_user_finds_out_why(run: Run, world: World) -> None:
     chat = world.chat()
     failed = world.follow_up(chat, **FAILED)
     shown = " ".join(run("--help").stdout.replace("│", " ").split())
-    assert "Why was a follow-up not sent? Find it with list, by its chat or state; show ID explains it." in shown
+    assert "Why was a follow-up not sent? Find the follow-up with list, by its chat or state" in shown
+    assert "then run show ID, which explains the reason." in shown
     assert str(failed) in run("list", "--chat", chat).stdout
     assert "The transport refused it for good" in run("show", failed).stdout
