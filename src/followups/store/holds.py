@@ -136,8 +136,8 @@ def columns_of(hours: SendingHours) -> dict[str, object]:
     return {"time_zone": hours.time_zone, "opening": hours.opening, "closing": hours.closing, "days": days}
 
 
-# A `sendable_from` in the past is kept. A `sendable_from` in the past is kept. Any other value is replaced by the
-# opening of the current sending hours, or by the current time if the hours are open or were removed.
+# A `sendable_from` in the past is kept. Any other value is replaced by the opening of the current sending hours, or by
+# the current time if the hours are open or were removed.
 _RELEASE_HELD = text("""
     WITH held AS MATERIALIZED (
         SELECT id FROM follow_ups
