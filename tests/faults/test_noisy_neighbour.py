@@ -1,4 +1,4 @@
-"""Tests in which one workspace has a hundred times the load, or a backlog, without delaying the others."""
+"""Tests in which one workspace has a hundred times the load, or a backlog, and does not delay others."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def quiet(rig: Rig, worlds: list[World], each: int, spread: float, notice: timed
 
 
 def neighbour(rig: Rig, figures: Figures, each: int, spread: float, seconds: float) -> None:
-    """Measure five workspaces with ``each`` follow-ups apiece, with and without a workspace that has 100 times as many.
+    """Measure five workspaces with ``each`` follow-ups apiece, with and without one that has 100 times more.
 
     All follow-ups are inserted in the ``seconds`` seconds before the first one is due.
     """
@@ -72,7 +72,7 @@ class Seen(NamedTuple):
     beside: list[UUID]
     noise: list[UUID]
     left: int
-    """The share of the backlog that was still pending when the last follow-up of the other workspaces was sent."""
+    """The share of the backlog still pending when the other workspaces' last follow-up was sent."""
 
 
 def backlog(rig: Rig, overdue: int, each: int, spread: float, call: float = 0.0) -> Seen:

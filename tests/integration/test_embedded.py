@@ -204,7 +204,7 @@ class TestValkey:
             assert client.dbsize() == 0
 
     def test_kept_data_is_there_again(self, tmp_path: Path) -> None:
-        """Data in a data directory survives a restart of the server, even if the directory's name contains a space."""
+        """Data in a data directory survives a server restart, even if the directory's name contains a space."""
         kept = tmp_path / "kept here"
         with EmbeddedValkey(kept) as server, redis.Redis.from_url(server.url()) as client:
             client.set("key", "value")

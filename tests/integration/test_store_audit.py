@@ -1,4 +1,4 @@
-"""Tests for audit events on PostgreSQL: recorded with their change, summed per bulk command, listed newest first."""
+"""Audit events on PostgreSQL: recorded with their change, summed per bulk command, listed newest first."""
 
 from __future__ import annotations
 

@@ -53,7 +53,7 @@ def test_nothing_to_ask(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_nothing_is_asked_without_need(engine: Engine) -> None:
-    """If the server answers the commit, the transaction has cost no round trips beyond those of its own statements."""
+    """A transaction whose commit is answered costs no round trips beyond those of its own statements."""
     said: list[str] = []
     event.listen(engine, "before_cursor_execute", lambda *arguments: said.append(arguments[2]))
     transact(engine, insert_workspace)

@@ -83,7 +83,7 @@ def hours_of_24(world: World) -> None:
 
 
 def endless_window(world: World) -> None:
-    """Put the workspace outside its sending hours, and set every chat's last user message to infinity."""
+    """Put the workspace outside its sending hours, and set the time of every chat's last user message to infinity."""
     unchecked(world, "chats")
     world.sql(
         "UPDATE chats SET channel = 'whatsapp', last_user_message_at = 'infinity' WHERE workspace_id = :id",

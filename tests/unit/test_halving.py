@@ -43,7 +43,7 @@ def test_the_others_go_on(bad: list[bool]) -> None:
 
 @pytest.mark.parametrize("error", [AWAY, ProgrammingError("", None, psycopg.ProgrammingError("no such column"))])
 def test_what_is_no_rows_fault(error: Exception) -> None:
-    """If the database is unreachable or the statement is wrong, the batch is not halved, and the error is raised."""
+    """If the database is unreachable or the statement is wrong, the error is raised without halving."""
     steps = 0
 
     def work(_: Sequence[int]) -> None:

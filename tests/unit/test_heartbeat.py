@@ -121,7 +121,7 @@ def test_probes_sign_for_others(tmp_path: Path) -> None:
 
 
 def test_where(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """The heartbeat directory is the configured one; the default is the user's, below the temporary directory."""
+    """The heartbeat directory is the configured one, by default a per-user one in the temporary directory."""
     assert directory_of(str(tmp_path)) == tmp_path
     monkeypatch.setattr(heartbeat.tempfile, "gettempdir", lambda: str(tmp_path))
     assert directory_of("") == directory_of(None) == tmp_path / f"followups-{os.getuid()}"

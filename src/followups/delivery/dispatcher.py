@@ -149,7 +149,7 @@ class Dispatcher:
                 self._backoff = min(self._backoff * 2, LONGEST_BACKOFF)
 
     def _pass_over(self, error: Exception) -> bool:
-        """Find the rows that caused a claim to fail, so that later claims skip them; return whether any were found."""
+        """Find the rows that made a claim fail, so that later claims skip them; return whether any were found."""
         if not concerns_a_row(error):
             return False
         with suppress(SQLAlchemyError):

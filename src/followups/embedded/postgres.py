@@ -150,7 +150,7 @@ def make_data_directory(path: Path) -> None:
 
 
 def _give_up_root(directory: Path, *owned: Path) -> tuple[int, int]:
-    """Make the system user the owner of the files in the embedded server's directory; return the user's ids.
+    """Make the system user the owner of the embedded server's directory and files; return the user's ids.
 
     Files in other directories keep their owner.
     """

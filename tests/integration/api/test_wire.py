@@ -181,7 +181,7 @@ def small(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple
 
 
 def unread(address: tuple[str, int], sent: bytes) -> socket.socket:
-    """Send bytes on a new connection with a small receive window; return the connection without reading from it."""
+    """Send bytes on a new connection with a small receive window; return the connection without reading."""
     connection = socket.socket()
     connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
     connection.settimeout(10)

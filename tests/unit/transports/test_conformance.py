@@ -220,7 +220,7 @@ async def test_a_cancelled_call_is_cancelled(rig: TransportRig) -> None:
 
 
 async def test_check_says_one_sentence_and_sends_nothing(rig: TransportRig) -> None:
-    """`check` connects to the receiver without delivering a message and reports the result in one sentence."""
+    """`check` connects to the receiver without delivering a message and returns a one-sentence result."""
     assert (await rig.transport.check()).endswith(".")
     assert rig.chats.ledger.summary()["requests"] == 0
 

@@ -1,4 +1,4 @@
-"""HTTP/2, where the server offers it: the outcomes are those of HTTP/1.1, and the streams are independent."""
+"""HTTP/2 where the server offers it: outcomes are the same as with HTTP/1.1; streams are independent."""
 
 from __future__ import annotations
 
