@@ -166,7 +166,7 @@ def test_it_gives_its_places_back(world: World, engine: Engine, own: Settings) -
 def test_many_workers_leave_most_of_the_window(world: World, engine: Engine, own: Settings) -> None:
     """For a held workspace, each worker leases less than a hundredth of the in-flight limit.
 
-    This share does not depend on the number of slots of the worker.
+    This share does not depend on the worker's number of slots.
     """
     window = 1024
     world.burst([-SECOND] * OVERDUE)

@@ -102,7 +102,7 @@ def test_earliest_of_each_first(world: World, engine: Engine, settings: Settings
 def test_many_light_ones_beside_one(engine: Engine, settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
     """A workspace with many due follow-ups gets all slots that many small workspaces do not need.
 
-    All slots are used, although a claim reads only a few rows of each workspace.
+    All slots are used, even though a claim reads only a few rows of each workspace.
     """
     monkeypatch.setattr(claims, "FEW", 1)
     worlds = worlds_of(engine, 90, *[1] * 30)

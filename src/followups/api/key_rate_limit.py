@@ -1,8 +1,8 @@
 """The API's rate limit: requests per API key and minute, counted in Redis for all `web` processes.
 
 The limit keeps a burst of one key from slowing down other keys. Correctness does not depend on the limit: if Redis is
-unreachable, requests are allowed, counted in a metric and logged. Redis is then not queried for a while, because each
-query would have to wait for the timeout.
+unreachable, requests are allowed, counted in a metric and logged. After a failed query, Redis is not queried for a
+while, because each query would have to wait for the timeout.
 """
 
 from __future__ import annotations

@@ -166,7 +166,7 @@ class Dispatcher:
         return tuple(self._passed_over)
 
     def _until_next_look(self) -> float | None:
-        """Return the seconds until the next claim without a tick, or None if only a tick starts a claim."""
+        """Return the seconds until a claim that needs no tick, or None if the next claim needs a tick."""
         if self._in_grace:
             return IN_GRACE
         # A possible reason for the requested tick is that a row was inserted below the low-water mark.

@@ -175,7 +175,7 @@ def _matching(branches: tuple[str, ...], conditions: tuple[str, ...], *, one: bo
     workspaces = "(SELECT CAST(:workspace_id AS uuid) AS id)" if one else "workspaces"
     narrowed = "".join(f" AND {condition}" for condition in conditions)
     # Several ids of one follow-up may match the search, so duplicates are removed. The branches, one for each state,
-    # cannot overlap, so UNION ALL is enough for them.
+    # cannot return the same row twice, so UNION ALL is enough for them.
     union = " UNION " if any(":any_id" in branch for branch in branches) else " UNION ALL "
     ways = union.join(
         f"""(SELECT f.id, f.created_at FROM follow_ups f
@@ -218,7 +218,7 @@ def _page(
 
 NIL = UUID(int=0)
 FIRST_STEP = timedelta(minutes=10)
-"""The length of a search's first step back in time."""
+"""How far back in time the first step of a search goes."""
 
 LONGEST_STEP = timedelta(days=3650)
 """If a search step covers at least this period, the next step covers everything back to the oldest follow-up."""

@@ -12,7 +12,7 @@ that limit the numbers are the planner's estimates. The estimates are as exact a
 of the rows have changed), and never below the number of rows already counted. On two busy cores with half a million
 rows pending, 36,000 of them overdue, the measurement took 16 ms. An exact count of pending rows takes 83 ms, and grows
 with their number. If 60,000 rows have just been sent and not yet vacuumed, the first measurement takes 287 ms, and
-later ones 13 to 16 ms. The duration of the backlog's measurement does not depend on the number of rows.
+later ones 13 to 16 ms. The time that the backlog's measurement takes does not depend on the number of rows.
 """
 
 from __future__ import annotations

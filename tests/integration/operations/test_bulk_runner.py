@@ -75,7 +75,7 @@ def state(world: World, action_id: UUID) -> tuple[Any, ...]:
 def test_a_retry_over_the_quota_is_passed_over(world: World) -> None:
     """A bulk action in the console creates retries up to the quota; it skips and counts the remaining ones.
 
-    The next bulk action is performed afterwards.
+    The runner then performs the next bulk action.
     """
     limit(world, 2)
     one = action(world, "retry", [failed(world) for _ in range(5)])

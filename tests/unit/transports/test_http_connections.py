@@ -1,4 +1,4 @@
-"""Tests of the connection reuse between two calls of the transport ``http``."""
+"""Tests of connection reuse between two calls of the ``http`` transport."""
 
 from __future__ import annotations
 

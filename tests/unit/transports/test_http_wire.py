@@ -119,7 +119,7 @@ async def test_a_head_that_is_too_long_is_none(size: int) -> None:
 
 
 async def test_a_long_head_is_read() -> None:
-    """A response head within 64 KiB is read, whatever the length of its body."""
+    """A response head of up to 64 KiB is read, however long the body."""
     reply = answer(200, NAMED.ljust(65_536), x_long="x" * (HEAD_LIMIT - 100))
     assert names(await outcome_of(reply))
 
