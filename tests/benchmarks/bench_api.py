@@ -281,7 +281,7 @@ def report(loads: list[ApiLoad]) -> None:
 
 
 def lag_beside(arena: Arena, load: ApiLoad, rate: float) -> Figures:
-    """Return the lag of 100 follow-ups per second while API requests of this load arrive at the given rate."""
+    """Return the lag of follow-ups sent at 100/s while this load's requests arrive at the given rate."""
     with ThreadPoolExecutor(1) as pool:
         loading = pool.submit(asyncio.run, paced(load, rate, PACED_SECONDS + 2 * AHEAD))
         figures = lag(Ours(arena), 100, PACED_SECONDS, ahead=AHEAD)
