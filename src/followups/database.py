@@ -40,7 +40,7 @@ SILENCE_MARGIN = timedelta(seconds=5)
 A connection that is silent for this long is half-open, or its server hangs and will never report the timeout.
 """
 NO_CONNECT_TIMEOUT = 130
-"""Seconds that psycopg waits if the URL sets `connect_timeout` to 0, which libpq takes to mean no limit."""
+"""Seconds that psycopg waits if the URL sets `connect_timeout` to 0, which means no limit to libpq."""
 
 ENCODING = "UTF8"
 MAKE_ANOTHER = "make one with ENCODING 'UTF8' (from template0), move the data, and set FOLLOWUPS_DATABASE_URL to it"

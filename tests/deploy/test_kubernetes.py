@@ -84,7 +84,7 @@ def test_a_pod_has_time_to_drain(name: str, seconds: int) -> None:
 
 @pytest.mark.parametrize("name", ["web", "worker", "beat"])
 def test_what_runs_is_probed_spread_and_protected(name: str) -> None:
-    """Pods have startup and liveness probes, are spread over machines, and survive the draining of a machine."""
+    """Pods have startup and liveness probes, are spread over machines, and survive a machine's draining."""
     assert container(name)["startupProbe"]
     assert container(name)["livenessProbe"]
     assert PODS[name]["topologySpreadConstraints"]

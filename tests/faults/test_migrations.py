@@ -85,7 +85,7 @@ def attempt(url: str, errors: list[Exception], patience: float) -> None:
 
 
 def beside(url: str, holder: str, patience: float, refusals: list[str]) -> Others:
-    """Migrate while another transaction keeps its locks; return the `Others` once the migration has failed."""
+    """Migrate while another transaction keeps its locks; return the `Others` after the migration failed."""
     others = Others(url, holder)
     others.start()
     errors: list[Any] = []

@@ -268,7 +268,7 @@ def test_message_nowhere_in_what_a_raising_transport_leaves(
 
 
 def test_drain_gives_back(world: World, engine: Engine, settings: Settings, started: Callable[..., Pipeline]) -> None:
-    """A drained pipeline settles attempts that have begun; its other follow-ups can be claimed immediately."""
+    """A drained pipeline settles begun attempts; its other follow-ups can be claimed again immediately."""
     for _ in range(20):
         world.follow_up()
     transport = Scripted(lambda _: Sent(), 0.2)

@@ -432,7 +432,7 @@ def test_a_time_before_all_times(
 
 
 def test_the_next_of_a_chat_at_a_time_before_all_times(world: World, engine: Engine, settings: Settings) -> None:
-    """A follow-up due before Python's calendar begins is sent once its chat's earlier follow-up is settled."""
+    """A follow-up due before Python's calendar begins is sent once the earlier one in its chat is settled."""
     unchecked(world, "follow_ups")
     chat = world.chat()
     world.follow_up(chat, -2 * SECOND)

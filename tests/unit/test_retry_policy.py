@@ -44,7 +44,7 @@ def test_the_last_attempt_has_no_next(policy: RetryPolicy, attempt: int) -> None
 
 
 def test_the_ceiling_grows_by_the_factor_up_to_the_cap() -> None:
-    """The ceiling is the base times the factor to the power of the number of earlier attempts, and at most the cap."""
+    """The ceiling is the base times the factor raised to the number of earlier attempts, up to the cap."""
     policy = RetryPolicy(timedelta(seconds=5), 2.0, HOUR, max_attempts=1000)
     assert [policy.ceiling(attempt).total_seconds() for attempt in (1, 2, 3, 10, 11, 12)] == [
         5,
