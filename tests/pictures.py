@@ -27,11 +27,10 @@ from followups.cli.demo import perform, plan_of
 from followups.cli.demo.picture import Picture
 from followups.cli.demo.scenario import Rest
 from followups.cli.demo.score import summary_panel
+from followups.cli.stats import DASHBOARD_SECONDS, measure_by_second
 from followups.database import make_engine
 from followups.embedded.stop_signals import StopSignals
 from followups.embedded.system import running
-from followups.operations.statistics import SECONDS as SECONDS_SHOWN
-from followups.operations.statistics import measure_by_second
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -114,7 +113,7 @@ def photograph_dashboard(stack: Stack) -> None:
     workers, attempts = stats.Workers(), stats.Attempts()
     workers.start()
     api = Rest(stack.api, stack.create_key("pictures", "replies")[1])
-    for _ in range(round((LEAD + SECONDS_SHOWN) / 2)):
+    for _ in range(round((LEAD + DASHBOARD_SECONDS) / 2)):
         look = measure_by_second(engine, timedelta(minutes=5))
         attempts.see(look.attempts, time.monotonic())
         if replying:

@@ -11,14 +11,7 @@ from followups.cli import connection
 from followups.cli.entry import examples
 from followups.cli.failures import FAILED
 from followups.cli.output import Json, cell, console, print_json
-from followups.operations.doctor import (
-    Finding,
-    broker_checks,
-    connection_checks,
-    database_checks,
-    process_checks,
-    transport_checks,
-)
+from followups.operations.doctor import Finding, broker_checks, connection_checks, database_checks, process_checks
 from followups.settings import get_settings
 
 if TYPE_CHECKING:
@@ -48,7 +41,7 @@ def doctor(*, json: Json = False) -> None:
 
 
 def _findings(settings: Settings) -> Iterator[Finding]:
-    yield transport_checks.timeouts(settings)
+    yield connection_checks.timeouts(settings)
     with connection.engine() as engine:
         yield from database_checks.databases(settings, engine)
         yield from database_checks.of_server(engine)
@@ -62,7 +55,7 @@ def _findings(settings: Settings) -> Iterator[Finding]:
     if reachable:
         yield from connection_checks.of_broker(settings)
         yield from broker_checks.of_broker(settings)
-    yield transport_checks.transport(settings)
+    yield connection_checks.transport(settings)
     if reachable:
         yield process_checks.workers(connection.ask_workers)
     else:

@@ -1,11 +1,11 @@
-"""``followups stats`` and its live dashboard."""
+"""``followups stats``: counts by state, lag, throughput, attempts, and a live dashboard of them."""
 
 from __future__ import annotations
 
 import json as json_module
 import threading
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -15,24 +15,60 @@ from rich.live import Live
 from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
+from sqlalchemy import func, select
 
 from followups.cli import connection
 from followups.cli.entry import examples
 from followups.cli.output import Json, cell, console, print_json
 from followups.operations.doctor import process_checks
 from followups.operations.explain import STALE_TICK
-from followups.operations.statistics import measure, measure_by_second
+from followups.settings import get_settings
 from followups.store import counts as store
+from followups.store import last_tick
 from followups.wording import readable, rfc3339, span
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
+    from datetime import datetime
 
     from rich.console import Console, RenderableType
     from sqlalchemy import Engine
 
-    from followups.operations.statistics import Stats
     from followups.store.counts import Counts, Pace
+
+
+DASHBOARD_SECONDS = 60
+"""Seconds of sending history in the dashboard."""
+
+
+@dataclass(frozen=True, slots=True)
+class Stats:
+    """A snapshot of the system. A snapshot of the system. ``pace`` is None if measuring it took too long."""
+
+    at: datetime
+    counts: Counts
+    pace: Pace | None
+    attempts: Mapping[str, int]
+    """The number of all attempts so far, by outcome."""
+    tick_age: timedelta | None
+    per_second: Sequence[int] | None = None
+    """Number of follow-ups sent in each of the last seconds, for the dashboard."""
+
+
+def measure(engine: Engine, window: timedelta) -> Stats:
+    """Return a snapshot, with lag and throughput over the last ``window``."""
+    with engine.begin() as opened:
+        at = opened.execute(select(func.now())).scalar_one()
+        counts = store.count(opened, window=get_settings().max_in_flight)
+        return Stats(at, counts, store.pace(opened, window), store.attempts(opened), last_tick.last_tick_age(opened))
+
+
+def measure_by_second(engine: Engine, window: timedelta) -> Stats:
+    """Return a snapshot with the number of follow-ups sent in each of the last `DASHBOARD_SECONDS` seconds."""
+    look = measure(engine, window)
+    with engine.begin() as opened:
+        return replace(look, per_second=store.per_second(opened, DASHBOARD_SECONDS))
+
 
 app = typer.Typer(add_completion=False, rich_markup_mode="markdown")
 

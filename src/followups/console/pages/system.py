@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from followups.operations.doctor import Finding, broker_checks, database_checks, process_checks, transport_checks
+from followups.operations.doctor import Finding, broker_checks, connection_checks, database_checks, process_checks
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -28,7 +28,7 @@ def show(visit: Visit) -> Response:
 
 def _findings(services: ConsoleServices, *, asks: bool) -> Iterator[Finding]:
     settings = services.settings
-    yield transport_checks.timeouts(settings)
+    yield connection_checks.timeouts(settings)
     yield from database_checks.databases(settings, services.engine)
     yield from database_checks.of_server(services.engine)
     yield from database_checks.of_database(settings, services.engine)

@@ -1,7 +1,8 @@
-"""Checks whether the connections to the database and the broker use TLS and verify the server."""
+"""Checks of the connections: whether database and broker use verified TLS, and whether the transport is reachable."""
 
 from __future__ import annotations
 
+import asyncio
 import ssl
 from typing import TYPE_CHECKING, Any
 
@@ -10,8 +11,12 @@ import redis
 from sqlalchemy import text
 from sqlalchemy.exc import SQLAlchemyError
 
+from followups.errors import FollowUpsError, named
 from followups.operations.doctor import Finding
 from followups.operations.doctor.broker_checks import broker_client
+from followups.settings import LEASE_MARGIN
+from followups.transports.registry import load_transport
+from followups.wording import span
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -19,6 +24,7 @@ if TYPE_CHECKING:
     from sqlalchemy import Connection, Engine
 
     from followups.settings import Settings
+
 
 VERIFIED = {"verify-full": "certificate and host name verified", "verify-ca": "certificate verified, host name not"}
 """What each `sslmode` verifies. An `sslmode` that is not listed verifies nothing."""
@@ -71,3 +77,35 @@ def _broker(connection: Any) -> str:  # noqa: ANN401 - redis-py has several clas
     if connection.cert_reqs == ssl.CERT_NONE:
         return f"{version}, not verified (ssl_cert_reqs is none)"
     return f"{version}, {VERIFIED['verify-full' if connection.check_hostname else 'verify-ca']}"
+
+
+def timeouts(settings: Settings) -> Finding:
+    """Report the sum of the timeouts of a call.
+
+    A lease is at least as long as this sum, so it cannot expire during a call.
+    """
+    detail = (
+        f"transport timeout {span(settings.transport_timeout)} + margin {span(LEASE_MARGIN)}"
+        f" <= lease {span(settings.lease)}"
+    )
+    return Finding("timeouts", detail)  # the settings reject a lease that is shorter than the timeouts
+
+
+def transport(settings: Settings) -> Finding:
+    """Use the transport to check whether its endpoint is reachable."""
+    try:
+        detail = asyncio.run(_checked(settings))
+    except FollowUpsError as error:
+        return Finding("transport", f"{settings.transport}: {error}", "Correct the FOLLOWUPS_TRANSPORT settings.")
+    except Exception as error:  # noqa: BLE001 - a plug-in may raise anything
+        return Finding("transport", f"{settings.transport}: {named(error)}", "Report it to the transport's author.")
+    return Finding("transport", f"{settings.transport}: {detail}")
+
+
+async def _checked(settings: Settings) -> str:
+    made = load_transport(settings)
+    await made.open()
+    try:
+        return await made.check()
+    finally:
+        await made.close()
