@@ -10,8 +10,8 @@ import shutil
 import signal
 import subprocess
 import sys
-import tarfile
 import time
+import zipfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -68,9 +68,9 @@ def old_code(tmp_path: Path) -> str:
     before = next((commit for commit in commits if not output("ls-tree", commit, "--", path)), None)
     if not before:
         pytest.skip("the history does not reach back to the code before the newest migration")
-    archive = output("archive", before, "src")
-    with tarfile.open(fileobj=io.BytesIO(archive)) as files:
-        files.extractall(tmp_path, filter="data")
+    archive = output("archive", "--format=zip", before, "src")
+    with zipfile.ZipFile(io.BytesIO(archive)) as files:
+        files.extractall(tmp_path)
     assert not list((tmp_path / "src/followups/migrations/versions").glob(f"*{NEWEST.revision}*"))
     return str(tmp_path / "src")
 
