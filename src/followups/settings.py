@@ -61,7 +61,7 @@ def _parsed(value: SecretStr, parse: Callable[[str], T]) -> T:
     try:
         return parse(value.get_secret_value())
     except ValueError as error:
-        message = f"should be a URL that can be read: {error}"
+        message = f"should be a valid URL: {error}"
         raise ValueError(message) from None
 
 
@@ -86,86 +86,99 @@ class Settings(BaseSettings):
         description="Redis 6.2 or newer, or Valkey, redis://host:6379/0",
     )
     broker_prefix: str = Field(
-        "followups:", min_length=1, description="before every key in the broker, so that others may use it too"
+        "followups:", min_length=1, description="prefix of every key, so that other programs can use the same broker"
     )
     transport: str = Field("http", min_length=1, description="http, matrix, or the entry-point name of a plug-in")
-    transport_url: str | None = Field(None, description="where the transport delivers to")
+    transport_url: str | None = Field(None, description="address to which the transport delivers")
     transport_secret: SecretStr | None = Field(
-        None, description="signs deliveries (Standard Webhooks); several, separated by spaces, sign each"
+        None, description="secret that signs deliveries (Standard Webhooks), or several, separated by spaces"
     )
     transport_client_cert: str | None = Field(
-        None, description="PEM file of the certificate (with its chain) that the endpoint asks for"
+        None, description="PEM file of the client certificate and its chain, if the endpoint requires one"
     )
     transport_client_key: str | None = Field(
-        None, description="PEM file of its key, without a password; default: in the file of the certificate"
+        None,
+        description="PEM file of the client certificate's key, without a password; default: the certificate's file",
     )
-    transport_timeout: Duration = Field(timedelta(seconds=10), gt=ZERO, description="for one call, in all")
+    transport_timeout: Duration = Field(
+        timedelta(seconds=10), gt=ZERO, description="maximum duration of one transport call"
+    )
     transport_deduplicates: bool = Field(
         default=True, description="the transport recognises a repeated idempotency-key"
     )
     tick_interval: Duration = Field(
-        timedelta(seconds=1), ge=timedelta(milliseconds=100), le=timedelta(minutes=5), description="between ticks"
+        timedelta(seconds=1), ge=timedelta(milliseconds=100), le=timedelta(minutes=5), description="time between ticks"
     )
     lease: Duration = Field(
         timedelta(seconds=60),
         gt=ZERO,
         lt=LONGEST_LEASE,
-        description="how long a claim, and an attempt, may take before another worker takes over",
+        description="how long a claim or an attempt may take until another worker takes over",
     )
-    max_attempts: int = Field(8, ge=1, le=1000, description="transport calls for one follow-up")
-    retry_base: Duration = Field(timedelta(seconds=5), gt=ZERO, description="the ceiling of the first backoff")
-    retry_factor: float = Field(2.0, ge=1.0, le=100.0, allow_inf_nan=False, description="its growth")
-    retry_cap: Duration = Field(timedelta(hours=1), gt=ZERO, le=timedelta(days=30), description="its upper limit")
+    max_attempts: int = Field(8, ge=1, le=1000, description="maximum number of attempts for one follow-up")
+    retry_base: Duration = Field(timedelta(seconds=5), gt=ZERO, description="upper limit of the first backoff")
+    retry_factor: float = Field(
+        2.0, ge=1.0, le=100.0, allow_inf_nan=False, description="growth of the backoff with each attempt"
+    )
+    retry_cap: Duration = Field(
+        timedelta(hours=1), gt=ZERO, le=timedelta(days=30), description="upper limit of every backoff"
+    )
     max_lateness: Duration = Field(
-        timedelta(days=1), ge=ZERO, le=timedelta(days=36_500), description="after the due date; 0 = none"
+        timedelta(days=1),
+        ge=ZERO,
+        le=timedelta(days=36_500),
+        description="how long after its due date a message may be sent; 0 = without limit",
     )
     retention: Duration = Field(
         ZERO,
         le=timedelta(days=36_500),
-        description="finished follow-ups are deleted so long after their end, at least a day; 0 = they are kept",
+        description="how long finished follow-ups are kept, at least a day; 0 = forever",
     )
     audit_retention: Duration = Field(
         timedelta(days=365),
         le=timedelta(days=36_500),
-        description="audit events are deleted so long after they happened, at least a day; 0 = they are kept",
+        description="how long audit events are kept, at least a day; 0 = forever",
     )
-    max_in_flight: int = Field(5000, ge=1, le=1_000_000, description="claimed and unfinished, in all")
-    batch_size: int = Field(100, ge=1, le=10_000, description="follow-ups in one deliver task at most")
-    concurrency: int = Field(100, ge=1, le=10_000, description="transport calls at once in one worker process")
+    max_in_flight: int = Field(5000, ge=1, le=1_000_000, description="maximum number of claimed, unfinished follow-ups")
+    batch_size: int = Field(100, ge=1, le=10_000, description="maximum number of follow-ups in one deliver task")
+    concurrency: int = Field(
+        100, ge=1, le=10_000, description="maximum number of concurrent calls in one worker process"
+    )
     breaker_failures: int = Field(
         50,
         ge=0,
         le=1_000_000,
-        description="different follow-ups that fail in a row until the transport is left alone; 0 = it never is",
+        description="the breaker opens after this many different follow-ups have failed in a row; 0 = never",
     )
     api_rate_limit: int = Field(
         60_000,
         ge=0,
         le=100_000_000,
         validation_alias=AliasChoices("FOLLOWUPS_API_RATE_LIMIT", "FOLLOWUPS_RATE_LIMIT"),
-        description="requests that one API key may make in a minute; 0 = no limit",
+        description="API requests per minute for each key; 0 = no limit",
     )
     remote_control: bool = Field(
-        default=False, description="workers obey Flower and celery control: they may be stopped and changed"
+        default=False, description="whether Flower and celery control may stop and change workers"
     )
     metrics_port: int | None = Field(
-        None, ge=1, le=HIGHEST_PORT, description="port of web on which /metrics, and nothing else, is; default: PORT"
+        None, ge=1, le=HIGHEST_PORT, description="separate port of web that serves only /metrics; default: PORT"
     )
-    console: bool = Field(default=True, description="the console, at /console of the process web")
+    console: bool = Field(default=True, description="whether web serves the console at /console")
     public_url: str | None = Field(
-        None, description="where people reach this system: origin and path prefix, as in https://chat.example/followups"
+        None,
+        description="address at which people reach web, with any path prefix, as in https://chat.example/followups",
     )
     console_proxy_header: str | None = Field(
-        None, description="header in which a proxy names the person that it has signed in"
+        None, description="header in which an authenticating proxy names the person"
     )
     console_proxy_addresses: str | None = Field(
-        None, description="addresses and networks of that proxy, separated by commas; no other is believed"
+        None, description="addresses and networks from which the header is trusted, separated by commas"
     )
     console_proxy_role: Literal["viewer", "agent", "admin", "operator"] | None = Field(
-        None, description="role of the people whom the proxy has signed in, over all workspaces"
+        None, description="role, in all workspaces, of people whom the proxy has authenticated"
     )
     runtime_dir: str | None = Field(
-        None, description="directory of the signs of life that followups health reads; default: one in the temporary"
+        None, description="directory of the heartbeat files for followups health; default: in the temporary directory"
     )
     log_format: Literal["json", "console"] | None = Field(
         None, description="json or console; default: console on a terminal, json elsewhere"
@@ -212,7 +225,7 @@ class Settings(BaseSettings):
     def _is_an_address(cls, value: str | None) -> str | None:
         value = (value or "").rstrip("/")
         if value and not PUBLIC_URL.fullmatch(value):
-            message = "should be an origin and perhaps a path, as in https://chat.example/followups"
+            message = "should be an origin, optionally with a path, as in https://chat.example/followups"
             raise ValueError(message)
         return value or None
 
@@ -403,7 +416,7 @@ def read_file_of(name: str) -> str | None:
         return Path(path).read_text().strip()
     except (OSError, UnicodeDecodeError) as error:
         why = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
-        message = f"{name}_FILE should name a file that can be read ({why})."
+        message = f"{name}_FILE should name a readable file ({why})."
         raise SettingsError(message) from None
 
 

@@ -56,7 +56,7 @@ _CERTIFICATE, _CHECK_HOST = "ssl_cert_reqs", "ssl_check_hostname"
 _FILES = frozenset({"ssl_ca_certs", "ssl_ca_path", "ssl_certfile", "ssl_keyfile"})
 _TLS = _FILES | {_CERTIFICATE, _CHECK_HOST, "ssl_ca_data", "ssl_ciphers", "ssl_password"}
 
-ESCAPE = "its user, password or a parameter holds an @, which should be written as %40"
+ESCAPE = "its user, password or a parameter contains an @, which should be written as %40"
 NO_PORT = f"its port should be a number from 1 to {HIGHEST_PORT}"
 
 
@@ -230,5 +230,5 @@ def _check_readable(parameter: str, path: str) -> None:
     except OSError:
         readable = False
     if not readable:
-        message = f"its parameter {parameter} should name a file that can be read"
+        message = f"its parameter {parameter} should name a readable file"
         raise ValueError(message)

@@ -117,7 +117,7 @@ def everything_says_read_only(rig: Rig, clients: Clients) -> None:
     readiness = clients.api.client.get("/readyz")
     assert readiness.status_code == 503
     assert "database (it is read-only" in readiness.json()["detail"]
-    assert "takes no changes" in clients.api.message(str(clients.chat), "agent").json()["detail"]
+    assert "accepts no changes" in clients.api.message(str(clients.chat), "agent").json()["detail"]
 
     def doctor_says() -> bool:
         findings = {each["name"]: each for each in json.loads(command(rig, "doctor", "--json").stdout)["checks"]}

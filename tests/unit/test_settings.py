@@ -110,7 +110,7 @@ def test_a_file_that_cannot_be_used(monkeypatch: pytest.MonkeyPatch, tmp_path: P
     Startup also fails if both a variable and its file are given.
     """
     monkeypatch.setenv("FOLLOWUPS_TRANSPORT_SECRET_FILE", str(tmp_path / "s3cret"))
-    with pytest.raises(SettingsError, match=r"^FOLLOWUPS_TRANSPORT_SECRET_FILE should name a file") as error:
+    with pytest.raises(SettingsError, match=r"^FOLLOWUPS_TRANSPORT_SECRET_FILE should name a readable file") as error:
         load_settings()
     assert "s3cret" not in str(error.value)
     monkeypatch.setenv("FOLLOWUPS_DATABASE_URL_FILE", str(tmp_path))

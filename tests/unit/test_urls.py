@@ -72,9 +72,7 @@ def test_escaped_characters(hosts: str) -> None:
 )
 def test_a_database_url_that_cannot_be_read(text: str) -> None:
     """An invalid database URL is rejected in one sentence that shows no part of the URL."""
-    with pytest.raises(
-        SettingsError, match=r"^FOLLOWUPS_DATABASE_URL should be a URL that can be read: .*\.$"
-    ) as raised:
+    with pytest.raises(SettingsError, match=r"^FOLLOWUPS_DATABASE_URL should be a valid URL: .*\.$") as raised:
         load_settings(database_url=text, broker_url=BROKER)
     assert not [word for word in ("pa55", "chats", "app", "no_such") if word in str(raised.value)]
 
@@ -104,7 +102,7 @@ def test_a_database_url_that_cannot_be_read(text: str) -> None:
 )
 def test_a_broker_url_that_cannot_be_read(text: str) -> None:
     """An invalid broker URL is rejected in one sentence that shows no part of the URL."""
-    with pytest.raises(SettingsError, match=r"^FOLLOWUPS_BROKER_URL should be a URL that can be read: .*\.$") as raised:
+    with pytest.raises(SettingsError, match=r"^FOLLOWUPS_BROKER_URL should be a valid URL: .*\.$") as raised:
         load_settings(database_url=DATABASE, broker_url=text)
     assert not [word for word in ("pa55", "broker", "zero", "long") if word in str(raised.value)]
 

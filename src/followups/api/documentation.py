@@ -30,19 +30,24 @@ DESCRIPTION = """\
 Messages that are sent into chats at their due date, unless something cancels them first.
 
 Times are RFC 3339 in UTC, ids UUIDs, errors `application/problem+json` (RFC 9457).
-Every answer has an `x-request-id`, the request's own if it has one; the logs name it.
+Every response has an `x-request-id`: the request's, if it has one. The logs contain this id too.
 """
 
 SECURITY_SCHEMES = {
-    "apiKey": {"type": "apiKey", "in": "header", "name": "authorization", "description": "The API key, raw."},
+    "apiKey": {
+        "type": "apiKey",
+        "in": "header",
+        "name": "authorization",
+        "description": "The API key alone, without a scheme.",
+    },
     "bearer": {"type": "http", "scheme": "bearer", "description": "The API key as a bearer token."},
 }
 SECURITY: list[dict[str, list[str]]] = [{name: []} for name in SECURITY_SCHEMES]
 
 TAGS = [
     {"name": "Chat Message Follow Ups", "description": "Follow-ups of the workspace that the API key belongs to."},
-    {"name": "Chats", "description": "What the chat platform tells about its chats."},
-    {"name": "Service", "description": "For operators; without a key."},
+    {"name": "Chats", "description": "What the chat platform reports about its chats."},
+    {"name": "Service", "description": "Endpoints for operators; they require no key."},
 ]
 
 

@@ -261,15 +261,15 @@ def _check_head(scope: Scope) -> None:
         raise Refusal(TOO_LONG_A_HEADER)
     headers = dict(scope["headers"])
     if scope["http_version"] not in {"1.0", "1.1"}:
-        raise Refusal(malformed("The server speaks HTTP/1.1."))
+        raise Refusal(malformed("The server supports only HTTP/1.1 and HTTP/1.0."))
     if b"host" not in headers and scope["http_version"] == "1.1":  # RFC 9112, 3.2
         raise Refusal(malformed("A request must have a Host header."))
     if len(headers) < len(scope["headers"]) and (repeated := _repeated(scope)):
         raise Refusal(malformed(f"A request must have at most one {repeated} header."))
     if headers.get(b"transfer-encoding", b"chunked").strip().lower() != b"chunked":
-        raise Refusal(malformed("The only Transfer-Encoding is chunked."))
+        raise Refusal(malformed("The only supported Transfer-Encoding is chunked."))
     if b"transfer-encoding" in headers and scope["http_version"] == "1.0":  # RFC 9112, 6.1
-        raise Refusal(malformed("HTTP/1.0 has no Transfer-Encoding."))
+        raise Refusal(malformed("An HTTP/1.0 request must not have a Transfer-Encoding."))
     # the server has already checked that the value is a number
     if int(headers.get(b"content-length", b"0")) > MAX_BODY_SIZE:
         raise Refusal(TOO_LARGE)
@@ -348,7 +348,7 @@ TOO_LARGE = problems.of_status(
 )
 _COMPRESSED = problems.of_status(
     HTTPStatus.UNSUPPORTED_MEDIA_TYPE,
-    "The body is compressed (Content-Encoding); send it as it is.",
+    "The body is compressed (Content-Encoding); send it uncompressed.",
     {**_CLOSE, "accept-encoding": "identity"},
 )
 _FULL = problems.of_status(
@@ -358,7 +358,7 @@ _FULL = problems.of_status(
 _CONSOLE_FULL = replace(_FULL, headers={**_CLOSE, **_FULL.headers})
 _NO_ROOM = problems.of_status(
     HTTPStatus.SERVICE_UNAVAILABLE,
-    "Too many large bodies are on their way; try again shortly.",
+    "Too many large request bodies are being received; try again shortly.",
     {**_CLOSE, "retry-after": "1"},
 )
 _TOO_SLOW = problems.of_status(

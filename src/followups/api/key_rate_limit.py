@@ -40,7 +40,10 @@ TIMEOUT = timedelta(milliseconds=200)
 PAUSE = timedelta(seconds=5)
 """How long Redis is not queried after a failure."""
 
-UNLIMITED = Counter("followups_rate_limit_unavailable_total", "Requests let through uncounted, because Redis was away.")
+UNLIMITED = Counter(
+    "followups_rate_limit_unavailable_total",
+    "Requests that were not counted against the limit, because Redis was unavailable.",
+)
 
 
 AHEAD_FOR = timedelta(seconds=1)

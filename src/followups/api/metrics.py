@@ -30,7 +30,7 @@ KEPT = timedelta(seconds=2)
 """How long a database result is reused, so that several scrapers cost no more than a single scraper."""
 
 
-ESTIMATED = f"beyond {counts.BACKLOG_EXACT_UP_TO:,} the planner's estimate."
+ESTIMATED = f"above {counts.BACKLOG_EXACT_UP_TO:,}, PostgreSQL's estimate."
 
 
 class BacklogCollector(Collector):
@@ -56,16 +56,18 @@ class BacklogCollector(Collector):
         yield GaugeMetricFamily("followups_pending", f"Follow-ups that have not ended; {ESTIMATED}", found.pending)
         yield GaugeMetricFamily(
             "followups_overdue",
-            f"Pending follow-ups whose moment has passed, in flight or not; {ESTIMATED}",
+            f"Pending follow-ups whose due date has passed, in flight or not; {ESTIMATED}",
             found.overdue,
         )
         yield GaugeMetricFamily(
-            "followups_oldest_overdue_seconds", "How long ago the first of them was due; 0: none.", found.oldest_overdue
+            "followups_oldest_overdue_seconds",
+            "Seconds since the oldest overdue follow-up was due, or 0 if there is none.",
+            found.oldest_overdue,
         )
         yield GaugeMetricFamily("followups_in_flight", "Attempts whose outcome is not yet recorded.", found.in_flight)
         yield GaugeMetricFamily(
             "followups_last_tick_timestamp_seconds",
-            "When the last tick ran, in seconds since 1970; 0: none ever did.",
+            "Time of the last tick, in seconds since 1970, or 0 if no tick has run.",
             self._last_tick,
         )
 

@@ -63,12 +63,13 @@ class Problem(BaseModel):
     """The JSON body of an RFC 9457 error response."""
 
     type: str = Field(
-        description="Identifies the kind of problem by its last part", json_schema_extra={"format": "uri-reference"}
+        description="The last path segment identifies the kind of problem",
+        json_schema_extra={"format": "uri-reference"},
     )
     title: str
     status: int
     detail: str
-    errors: list[FieldProblem] | None = Field(None, description="With status 422: what is wrong, field by field")
+    errors: list[FieldProblem] | None = Field(None, description="The invalid fields, with status 422")
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,11 +168,13 @@ def _pointer(path: list[str]) -> str:
     return pointer[:MAX_POINTER_LENGTH]
 
 
-INTERNAL = ProblemAnswer(HTTPStatus.INTERNAL_SERVER_ERROR, "internal", "Something went wrong here; it has been logged.")
+INTERNAL = ProblemAnswer(
+    HTTPStatus.INTERNAL_SERVER_ERROR, "internal", "An internal error occurred and has been logged."
+)
 UNAVAILABLE = ProblemAnswer(
     HTTPStatus.SERVICE_UNAVAILABLE,
     "unavailable",
     "The database cannot be reached at this moment; try again shortly.",
     {"retry-after": str(RETRY_AFTER_OUTAGE)},
 )
-READ_ONLY = replace(UNAVAILABLE, detail="The database takes no changes at this moment; try again shortly.")
+READ_ONLY = replace(UNAVAILABLE, detail="The database accepts no changes at this moment; try again shortly.")

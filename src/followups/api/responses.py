@@ -43,7 +43,7 @@ if TYPE_CHECKING:
 
 Responses = dict[int | str, dict[str, Any]]
 
-_SECONDS = {"schema": {"type": "integer", "minimum": 1}, "description": "Seconds until trying again makes sense."}
+_SECONDS = {"schema": {"type": "integer", "minimum": 1}, "description": "Seconds to wait before another request."}
 _HEADERS: dict[str, tuple[str, dict[str, Any]]] = {
     "retry-after": ("Retry-After", _SECONDS),
     "www-authenticate": ("WWW-Authenticate", {"schema": {"type": "string"}, "description": "How to authenticate."}),
@@ -79,11 +79,11 @@ def _invalid(pointer: str, detail: str, *errors: FollowUpsError) -> dict[str, An
 _ANYWHERE: Responses = {
     401: _error(UnauthorizedError()),
     429: _error(TooManyRequestsError()),
-    500: _problem("Something went wrong here.", internal=problems.INTERNAL),
+    500: _problem("An internal error occurred.", internal=problems.INTERNAL),
     503: _problem("The database cannot be reached.", unavailable=problems.UNAVAILABLE),
 }
 _WITH_BODY: Responses = {
-    408: _problem("The body came too slowly.", slow=problems.of_status(408)),
+    408: _problem("The body did not arrive in time.", slow=problems.of_status(408)),
     413: _problem("The body is too large.", large=problems.of_status(413)),
     415: _problem("The body is compressed.", compressed=problems.of_status(415)),
 }
@@ -93,12 +93,12 @@ _BAD_DATE = ("dueDate", "should carry an offset, as in 2030-01-31T09:00:00Z")
 _LINK = {
     "schema": {"type": "string"},
     "required": False,
-    "description": 'RFC 8288: the pages `rel="next"` and `rel="prev"`, where there are such.',
+    "description": 'Links (RFC 8288) to the pages `rel="next"` and `rel="prev"`, if they exist.',
 }
 _LOCATION = {
     "schema": {"type": "string", "format": "uri-reference"},
     "required": True,
-    "description": "The follow-up's own path.",
+    "description": "The path of the new follow-up.",
 }
 _ID = {"id": "$response.body#/id"}
 _LINKS = {
@@ -131,7 +131,7 @@ CREATE: Responses = {
     **_ANYWHERE,
 }
 CHANGE: Responses = {
-    200: _json("The follow-up as it is now.", examples.CANCELLED_FOLLOW_UP),
+    200: _json("The follow-up after the change.", examples.CANCELLED_FOLLOW_UP),
     404: _error(FollowUpNotFoundError()),
     409: _error(AlreadyFinishedError(), DeliveryInProgressError(), NothingToFollowUpError(), TooManyPendingError()),
     422: _invalid(*_BAD_DATE, OutsideMessagingWindowError(field="due_date")),
@@ -156,7 +156,7 @@ REMOVE_CHAT: Responses = {
 }
 RECEIVE: Responses = {
     200: _json(
-        "The message was known already; nothing changed.",
+        "The message was already recorded; nothing changed.",
         examples.CHAT_MESSAGE | {"cancelledFollowUpIds": []},
         model=ChatMessage,
     ),
@@ -175,9 +175,9 @@ LINK: Responses = {
 }
 HEALTH: Responses = {200: _json("The process is up.", examples.HEALTH)}
 READINESS: Responses = {
-    200: _json("Everything is well.", examples.READINESS),
+    200: _json("All checks pass.", examples.READINESS),
     503: _problem(
-        "Something is not well.",
+        "At least one check fails.",
         unready=problems.ProblemAnswer(
             503,
             "not-ready",
@@ -192,7 +192,7 @@ READINESS: Responses = {
 }
 METRICS: Responses = {
     200: {
-        "description": "Prometheus' text format.",
+        "description": "The metrics in Prometheus text format.",
         "content": {"text/plain": {"schema": {"type": "string"}, "example": examples.METRICS}},
     }
 }

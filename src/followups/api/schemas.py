@@ -44,13 +44,17 @@ class FollowUp(ResponseModel):
     created_at: datetime
     updated_at: datetime
     chat_id: UUID
-    chat_message_id: UUID | None = Field(description="The message that the transport created when it was sent.")
+    chat_message_id: UUID | None = Field(
+        description="The chat message that the transport created when the follow-up was sent."
+    )
     due_date: datetime
-    finished_at: datetime | None = Field(description="When it became sent, failed or cancelled.")
+    finished_at: datetime | None = Field(description="When the follow-up was sent, failed or was cancelled.")
     message: str
-    reason: str | None = Field(description="Why it failed or was cancelled: `code` or `code: detail`, or a caller's.")
+    reason: str | None = Field(
+        description="Why the follow-up failed or was cancelled: `code`, `code: detail`, or the caller's own words."
+    )
     status: Status
-    trigger_chat_message_id: UUID = Field(description="The chat's last message when it was created.")
+    trigger_chat_message_id: UUID = Field(description="The chat's last message when the follow-up was created.")
 
 
 class Body(BaseModel):
@@ -71,7 +75,7 @@ class NewFollowUp(Body):
     model_config = ConfigDict(alias_generator=to_camel, json_schema_extra={"examples": [examples.NEW_FOLLOW_UP]})
 
     chat_id: Id
-    due_date: Time = Field(description="With an offset; one in the past means at once.")
+    due_date: Time = Field(description="A time with an offset. If it is in the past, the follow-up is due immediately.")
     message: Message
 
 
@@ -87,17 +91,21 @@ class FollowUpChanges(Body):
         json_schema_extra=_optional_without_default,
     )
 
-    chat_id: Id = Field(None, description="Another chat, whose last message is not the user's.")  # type: ignore[assignment]
-    chat_message_id: Id | None = Field(None, description="Of a finished follow-up: only of a sent one that has none.")
-    due_date: Time = Field(None, description="Reschedules.")  # type: ignore[assignment]
-    finished_at: Time | None = Field(None, description="Only with a final status; default: now.")
+    chat_id: Id = Field(None, description="Another chat, whose last message must not be from the user.")  # type: ignore[assignment]
+    chat_message_id: Id | None = Field(
+        None, description="If the follow-up has finished, it must be sent and must not have a `chatMessageId` yet."
+    )
+    due_date: Time = Field(None, description="Reschedules the follow-up.")  # type: ignore[assignment]
+    finished_at: Time | None = Field(None, description="Allowed only with a final status; default: now.")
     message: Message = Field(None)  # type: ignore[assignment]
-    reason: Reason | None = Field(None, description="Only with failed or cancelled; stored as given.")
+    reason: Reason | None = Field(
+        None, description="Allowed only with the status failed or cancelled; stored as given."
+    )
     status: Status = Field(None, description="A final status ends the follow-up.")  # type: ignore[assignment]
     trigger_chat_message_id: Id = Field(None)  # type: ignore[assignment]
 
 
-_MANY = "One value or many: repeated, or with `[]` after the name. None: no filter."
+_MANY = "One value, or several in a repeated parameter, with or without `[]` after its name. Default: no filter."
 
 
 class FollowUpQuery(BaseModel):
@@ -112,7 +120,7 @@ class FollowUpQuery(BaseModel):
     chat_message_ids: tuple[Id, ...] = Field((), description=_MANY)
     statuses: tuple[Status, ...] = Field((), description=_MANY)
     trigger_chat_message_ids: tuple[Id, ...] = Field((), description=_MANY)
-    page_number: Digits = Field(1, ge=1, description="From 1.")
+    page_number: Digits = Field(1, ge=1, description="The number of the page, starting at 1.")
     page_size: Digits = Field(10, ge=1, le=MAX_PAGE_SIZE)
 
 
@@ -125,7 +133,7 @@ class ChatPut(Body):
     model_config = ConfigDict(alias_generator=to_camel, json_schema_extra={"examples": [examples.CHAT_PUT]})
 
     channel: Channel
-    external_id: ExternalId | None = Field(None, description="The transport's own name of the chat.")
+    external_id: ExternalId | None = Field(None, description="The id of the chat in the transport's own system.")
 
 
 class Chat(ResponseModel):
@@ -148,7 +156,9 @@ class NewChatMessage(Body):
     id: Id
     chat_id: Id
     role: Role
-    created_at: Time | None = Field(None, description="Default: now. In whole seconds: the end of that second.")
+    created_at: Time | None = Field(
+        None, description="Default: now. A time in whole seconds counts as the end of that second."
+    )
 
 
 class ChatMessage(ResponseModel):
@@ -169,9 +179,9 @@ class NewConsoleLink(Body):
     model_config = ConfigDict(alias_generator=to_camel, json_schema_extra={"examples": [examples.NEW_CONSOLE_LINK]})
 
     role: Literal["viewer", "agent"]
-    chat_id: Id | None = Field(None, description="The one chat that the person sees; default: the whole workspace.")
+    chat_id: Id | None = Field(None, description="The only chat that the person sees; default: the whole workspace.")
     expires_in: LinkLife = Field(
-        LINK, description="Until when the link can be used: seconds or ISO 8601, from 10 seconds to 7 days."
+        LINK, description="How long the link can be used: seconds or an ISO 8601 duration, from 10 seconds to 7 days."
     )
 
 
@@ -180,7 +190,7 @@ class ConsoleLink(ResponseModel):
 
     model_config = ConfigDict(json_schema_extra={"examples": [examples.CONSOLE_LINK]})
 
-    url: str = Field(description="With the token in its fragment, which browsers send to no server.")
+    url: str = Field(description="The link. The token is in its fragment, which browsers send to no server.")
     expires_at: datetime
 
 

@@ -195,7 +195,7 @@ class LimitedProtocol(HttpToolsProtocol):
         self._unset_keepalive_if_required()
         self._head_size = 0
         if len(self.pipeline) >= MAX_PIPELINED:
-            message = "Too many requests wait on this connection."
+            message = "Too many requests are waiting on this connection."
             raise ValueError(message)
         # The parser would otherwise treat the body of an upgrade request as the next request.
         if self.parser.should_upgrade() and any(name in LENGTHS for name, _ in self.headers):

@@ -36,7 +36,7 @@ KEPT = 1.0
 """Seconds for which the result of a probe or scrape is reused."""
 
 TOO_MANY_WAIT = "Too many requests of this workspace are waiting; try again shortly."
-TOO_MANY_STRANGERS = "Too many requests with keys that are not known yet are waiting; try again shortly."
+TOO_MANY_STRANGERS = "Too many requests whose keys are not yet checked are waiting; try again shortly."
 
 
 class Turnstile:

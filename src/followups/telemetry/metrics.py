@@ -22,13 +22,13 @@ ATTEMPTS = Counter(
 )
 ATTEMPT_DURATION = Histogram(
     "followups_attempt_duration_seconds",
-    "How long a call of the transport took.",
+    "Duration of a transport call.",
     buckets=(0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60),
     registry=COUNTED,
 )
 LAG = Histogram(
     "followups_lag_seconds",
-    "Accepted by the transport minus due date.",
+    "Time of acceptance by the transport minus the due date.",
     # The buckets range from a millisecond, which is normal in a healthy system, to a day, after which a follow-up is
     # too late.
     buckets=(
@@ -55,33 +55,35 @@ LAG = Histogram(
     ),
     registry=COUNTED,
 )
-CLAIMED = Counter("followups_claimed_total", "Leases given out by ticks.", registry=COUNTED)
+CLAIMED = Counter("followups_claimed_total", "Follow-ups claimed by ticks.", registry=COUNTED)
 STALE_WRITES = Counter(
-    "followups_stale_writes_total", "Outcomes that came after their lease was taken over.", registry=COUNTED
+    "followups_stale_writes_total",
+    "Outcomes that were refused because another worker had taken over the lease.",
+    registry=COUNTED,
 )
 LEASES_EXPIRED = Counter(
-    "followups_leases_expired_total", "Leases that ran out before an outcome was recorded.", registry=COUNTED
+    "followups_leases_expired_total", "Leases that expired before an outcome was recorded.", registry=COUNTED
 )
 BREAKER_OPENED = Counter(
     "followups_breaker_opened_total",
-    "Times that a transport was left alone, because it failed for everybody.",
+    "Times that the breaker opened because the transport failed for all workspaces.",
     ["transport"],
     registry=COUNTED,
 )
 BREAKER_UNAVAILABLE = Counter(
     "followups_breaker_unavailable_total",
-    "Times that the breaker's state could not be asked for, and deliveries went on without it.",
+    "Times that the breaker's state could not be read, so that deliveries continued without the breaker.",
     registry=COUNTED,
 )
 TICK_DURATION = Histogram(
     "followups_tick_duration_seconds",
-    "How long a tick took.",
+    "Duration of a tick.",
     buckets=(0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10),
     registry=COUNTED,
 )
 LIMITED = Counter("followups_limited_total", "Times that a rate limit deferred a follow-up.", registry=COUNTED)
 LIMITER_UNAVAILABLE = Counter(
     "followups_limiter_unavailable_total",
-    "Follow-ups that no rate limit was asked about, because Redis was away.",
+    "Follow-ups delivered without rate limits, because Redis was unavailable.",
     registry=COUNTED,
 )

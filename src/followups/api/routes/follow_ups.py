@@ -255,6 +255,6 @@ def _without_nulls(workspace_id: UUID, follow_up_id: UUID, given: Mapping[str, A
         raise AlreadyFinishedError
     for name in taken_away:
         if name != "chat_message_id":
-            message = f"The {name.replace('_', ' ')} has a value, which cannot be taken away."
+            message = f"The {name.replace('_', ' ')} has a value, which cannot be removed."
             raise InvalidRequestError(message, field=name)
     return kept | dict.fromkeys(taken_away)

@@ -57,7 +57,7 @@ class ReadinessChecks:
         self._broker.close()
 
     def _database(self) -> dict[str, Check]:
-        unknown = Check(ok=False, detail="unknown: the database cannot be asked")
+        unknown = Check(ok=False, detail="unknown: the database cannot be queried")
         checks = {"database": unknown, "migrations": unknown, "tick": unknown}
         try:
             with self._engine.connect() as connection:
@@ -93,7 +93,7 @@ def _migrations(connection: Connection) -> Check:
     if found == newest:
         return Check(ok=True, detail=str(found))
     if _is_ready(found):
-        return Check(ok=True, detail=f"at {found}, newer than {newest}: replace this process by the newer version")
+        return Check(ok=True, detail=f"at {found}, newer than {newest}: replace this process with the newer version")
     return Check(ok=False, detail=f"at {found or 'none'}, wants {newest}: run followups migrate")
 
 
