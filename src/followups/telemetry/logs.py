@@ -46,14 +46,6 @@ SHARED: list[Processor] = [
 ]
 
 
-def _json_line(logger: str, event: EventDict) -> str:
-    # in processes that serve HTTP, these values are bound by the request
-    bound = structlog.contextvars.get_contextvars()
-    if bound:
-        event = {"event": event["event"], **bound, **event}
-    return encode_json({"timestamp": _now(), "level": "info", "logger": logger, **event}).decode()
-
-
 def _now() -> str:
     seconds, microseconds = divmod(time.time_ns() // 1000, 1_000_000)
     return f"{_second(seconds)}.{microseconds:06d}Z"
@@ -119,19 +111,29 @@ class Lines:
         """Store the logger's name."""
         self.name = name
         self._finished: deque[str] = deque()
+        self._starts: dict[str, str] = {}
+        """For each event, the JSON of the keys that are the same in each of its lines."""
 
     def info(self, event: str, **fields: object) -> None:
         """Collect a line."""
         if _Configured.level > logging.INFO:
             return
-        line: Any = {"event": event, **fields}
         if not _Configured.console_steps:
-            self._finished.append(_json_line(self.name, line))
+            self._finished.append(self._json_line(event, fields))
             return
+        line: Any = {"event": event, **fields}
         line = {name: str(value) if isinstance(value, UUID) else value for name, value in line.items()}
         for step in _Configured.console_steps:
             line = step(self, "info", line)
         self._finished.append(line)
+
+    def _json_line(self, event: str, fields: dict[str, object]) -> str:
+        start = self._starts.get(event)
+        if start is None:
+            keys = encode_json({"level": "info", "logger": self.name, "event": event}).decode()
+            start = self._starts[event] = keys[1:-1]
+        end = f",{encode_json(fields).decode()[1:]}" if fields else "}"
+        return f'{{"timestamp":"{_now()}",{start}{end}'
 
     def flush(self) -> None:
         """Write all collected log lines."""
