@@ -161,14 +161,14 @@ def written(engine: Engine, statement: Statement, **parameters: Any) -> list[tup
     If possible, the statement is executed by the driver itself.
     """
     with engine.begin() as connection:
-        return [tuple(row) for row in event_loop.rows_in_greenlet(connection, statement, parameters)]
+        return [tuple(row) for row in event_loop.driver_rows(connection, statement, parameters)]
 
 
 def open_sessions(engine: Engine) -> None:
     """Open as many sessions as the pool holds, and use each of them once."""
     with ExitStack() as stack:
         for connection in [stack.enter_context(engine.connect()) for _ in range(SESSIONS)]:
-            event_loop.rows_in_greenlet(connection, ONE, {})
+            event_loop.driver_rows(connection, ONE, {})
 
 
 async def test_in_a_greenlet(world: World, engine: Engine, database_url: str) -> None:

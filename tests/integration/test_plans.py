@@ -10,8 +10,9 @@ import threading
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
+import psycopg
 import pytest
 from sqlalchemy import event, text
 
@@ -62,13 +63,26 @@ def statements(engine: Engine) -> Iterator[list[tuple[str, Any]]]:
     """Record every statement that touches follow-ups, with its parameters."""
     seen: list[tuple[str, Any]] = []
 
-    def note(_connection: object, _cursor: object, statement: str, parameters: Any, *_: object) -> None:
-        if "follow_ups" in statement and not statement.startswith("EXPLAIN"):
-            seen.append((statement, parameters))
+    class RecordingCursor(psycopg.Cursor[Any]):
+        """A cursor that records its statements, whether SQLAlchemy or psycopg itself executes them."""
 
-    event.listen(engine, "before_cursor_execute", note)
+        def execute(self, query: Any, params: Any = None, **options: Any) -> Self:
+            statement = query.decode() if isinstance(query, bytes) else query
+            if "follow_ups" in statement and not statement.startswith("EXPLAIN"):
+                seen.append((statement, params))
+            return super().execute(query, params, **options)
+
+    def record(connection: Any, *_: object) -> None:
+        connection.cursor_factory = RecordingCursor
+
+    def stop(connection: Any, *_: object) -> None:
+        connection.cursor_factory = psycopg.Cursor
+
+    event.listen(engine, "checkout", record)
+    event.listen(engine, "checkin", stop)
     yield seen
-    event.remove(engine, "before_cursor_execute", note)
+    event.remove(engine, "checkout", record)
+    event.remove(engine, "checkin", stop)
 
 
 def read(plan: dict[str, Any]) -> Iterator[tuple[str, float]]:

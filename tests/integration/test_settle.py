@@ -38,7 +38,7 @@ class TestSettle:
         (settled,) = steps.settle([attempt(steps.begun(), Sent(message_id))]).settled
         row = world.row(follow_up)
         assert (row.status, row.chat_message_id, row.reason, row.lease_until) == ("sent", message_id, None, None)
-        assert settled.lag == row.accepted_at - row.due_date
+        assert settled.lag == (row.accepted_at - row.due_date).total_seconds()
         assert row.due_date <= row.accepted_at <= row.finished_at + SECOND
         assert row.accepted_duration == timedelta(milliseconds=1)
 

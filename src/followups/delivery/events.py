@@ -98,7 +98,7 @@ def settled(step: BatchResult) -> None:
         log.warning("stale_writes", count=step.stale)
     for one in step.settled:
         if one.lag is not None:
-            metrics.LAG.observe(max(one.lag.total_seconds(), 0.0))
+            metrics.LAG.observe(max(one.lag, 0.0))
         if one.status in FINAL:
             _transition(one.id, one.status, one.reason)
     lines.flush()

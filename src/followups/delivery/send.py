@@ -102,15 +102,9 @@ def checked(outcome: object) -> Outcome:
     >>> checked("sent")
     Unknown(detail='the transport gave no outcome but str', status_code=None)
     """
-    # Almost every outcome is a valid `Sent`, for which matching and copying would take 2 us.
-    if type(outcome) is Sent and type(outcome.chat_message_id) is UUID and not outcome.detail:
-        if type(outcome.status_code) is int and 0 <= outcome.status_code < HIGHEST_STATUS_CODE:
-            return outcome
     match outcome:
-        case Sent(chat_message_id, status_code, detail):
-            named = chat_message_id if isinstance(chat_message_id, UUID) else None
-            odd = "its name for the message is no UUID" if chat_message_id and not named else _text(detail)
-            return Sent(named, _status_code(status_code), odd)
+        case Sent():
+            return _checked_sent(outcome)
         case Retry(detail, after, status_code):
             return Retry(_text(detail), _delay(after), _status_code(status_code))
         case Snoozed(detail, after, status_code):
@@ -121,6 +115,15 @@ def checked(outcome: object) -> Outcome:
             return Unknown(_text(detail), _status_code(status_code))
         case _:
             return Unknown(f"the transport gave no outcome but {type(outcome).__name__}")
+
+
+def _checked_sent(sent: Sent) -> Sent:
+    named = sent.chat_message_id if isinstance(sent.chat_message_id, UUID) else None
+    code = _status_code(sent.status_code)
+    if named is sent.chat_message_id and code is sent.status_code and not sent.detail:
+        return sent  # almost every outcome; a copy takes 2 us
+    odd = "its name for the message is no UUID" if sent.chat_message_id and not named else _text(sent.detail)
+    return Sent(named, code, odd)
 
 
 def _text(detail: object) -> str:

@@ -217,13 +217,12 @@ def decide(attempt: Attempt, policy: RetryPolicy, *, deduplicates: bool) -> Sett
     lease = attempt.begun.lease
     match attempt.outcome:
         case Sent(chat_message_id):
-            accepted_ago = timedelta(seconds=uptime() - attempt.answered)
             return Settlement(
                 lease,
                 Status.SENT,
                 chat_message_id=chat_message_id,
-                accepted_ago=accepted_ago,
-                duration=attempt.duration,
+                accepted_ago=uptime() - attempt.answered,
+                seconds=attempt.duration.total_seconds(),
                 yields=False,
             )
         case Rejected(detail):

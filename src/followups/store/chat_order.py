@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from sqlalchemy import text
 
-from followups.event_loop import rows_in_greenlet
+from followups.event_loop import driver_rows
 from followups.halving import halve_within, halving_steps
 from followups.statements import Rule, Statement, run
 from followups.store import marks
@@ -214,7 +214,7 @@ def unblock_and_lease(
     """
     if not ended:
         return [], []
-    rows = rows_in_greenlet(connection, _UNBLOCK_AND_LEASE, {"ids": uuid_array(ended), "lease": lease})
+    rows = driver_rows(connection, _UNBLOCK_AND_LEASE, {"ids": uuid_array(ended), "lease": lease})
     leases = [
         Lease(id_, token, due, losses, key_of(workspace_id))
         for blocked, id_, token, due, losses, workspace_id in rows

@@ -22,6 +22,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from sqlalchemy import text
 
+from followups.event_loop import driver_rows
+from followups.statements import Statement
 from followups.store import marks
 from followups.store.fragments import DUE_READ, NEXT_TOKEN, read_sql
 from followups.store.leases import Lease, key_of, uuid_array
@@ -89,6 +91,18 @@ class ClaimSearch:
     """Whether the workers still have time to record the outcomes of lost leases (`followups.store.last_tick`)."""
 
 
+class Totals(NamedTuple):
+    """What a claim found: the last columns of the first row that lease.sql returns."""
+
+    leased: int
+    """Number of follow-ups in flight."""
+    unseen: bool
+    """Whether the claim did not read all rows that are due, so that a fair claim is needed."""
+    low_water: datetime | None
+    taken: int
+    """Number of rows that the claim could lease."""
+
+
 LOW_WATER_MARGIN = timedelta(seconds=10)
 """Margin below the low-water mark for rows that are already due but whose transaction commits a little later."""
 
@@ -100,7 +114,8 @@ workspaces with few rows share a step. A workspace with a single row that is not
 with a stride of 1). A workspace without pending rows costs nothing.
 """
 
-_IN_ORDER, _FAIRLY = (text(read_sql(name) + read_sql("lease")) for name in ("claim", "fair_claim"))
+_IN_ORDER, _FAIRLY = (read_sql(name) + read_sql("lease") for name in ("claim", "fair_claim"))
+_CLAIM, _CLAIM_FAIRLY = Statement(_IN_ORDER), Statement(_FAIRLY)
 
 WITHOUT_SORTING = text(
     "SELECT set_config('enable_sort', 'off', true), set_config('enable_incremental_sort', 'off', true)"
@@ -112,9 +127,7 @@ all pending rows for each workspace, although an index has this order. Measured 
 
 _NAME = " SELECT f.id FROM taken JOIN follow_ups f ON f.ctid = taken.place"
 # Each of these queries only returns the ids of the follow-ups that a claim would lease.
-_CANDIDATES, _CANDIDATES_FAIRLY = (
-    text(query.text.partition(", claimed AS")[0] + _NAME) for query in (_IN_ORDER, _FAIRLY)
-)
+_CANDIDATES, _CANDIDATES_FAIRLY = (text(sql.partition(", claimed AS")[0] + _NAME) for sql in (_IN_ORDER, _FAIRLY))
 _TRY = text(f"""
     WITH taken AS MATERIALIZED (
         SELECT f.id, f.begun_at IS NOT NULL AS lost FROM follow_ups f
@@ -161,8 +174,10 @@ def claim(connection: Connection, look: ClaimSearch) -> Claim:
 
     If the result has ``more``, the next claim should be a `claim_fairly`.
     """
-    rows = connection.execute(_IN_ORDER, _parameters(look) | {"seen_most": look.window + look.most}).all()
-    return claim_fairly(connection, look) if rows[0].unseen else _claim_of(connection, rows, look)
+    parameters = _parameters(look) | {"seen_most": look.window + look.most}
+    totals, *claimed = driver_rows(connection, _CLAIM, parameters)
+    found = Totals(*totals[-4:])
+    return claim_fairly(connection, look) if found.unseen else _claim_of(connection, found, claimed, look)
 
 
 def claim_fairly(connection: Connection, look: ClaimSearch) -> Claim:
@@ -171,19 +186,18 @@ def claim_fairly(connection: Connection, look: ClaimSearch) -> Claim:
     Within each workspace, the follow-ups with the earliest due dates are leased first.
     """
     connection.execute(WITHOUT_SORTING)
-    return _claim_of(
-        connection, connection.execute(_FAIRLY, _parameters(look) | {"few": FEW, "stride": STRIDE}).all(), look
-    )
+    parameters = _parameters(look) | {"few": FEW, "stride": STRIDE}
+    totals, *claimed = driver_rows(connection, _CLAIM_FAIRLY, parameters)
+    return _claim_of(connection, Totals(*totals[-4:]), claimed, look)
 
 
 def _parameters(look: ClaimSearch) -> dict[str, object]:
     return asdict(look) | {"margin": LOW_WATER_MARGIN, "without": list(look.without)}
 
 
-def _claim_of(connection: Connection, rows: Sequence[Any], look: ClaimSearch) -> Claim:
-    looked, *claimed = rows
+def _claim_of(connection: Connection, found: Totals, claimed: Sequence[tuple[Any, ...]], look: ClaimSearch) -> Claim:
     if claimed:
-        marks.leased(connection, ((row.id, row.lease_token) for row in claimed))
+        marks.leased(connection, ((id_, token) for id_, token, *_ in claimed))
     leases, lost, traced = [], [], []
     for id_, token, due, losses, workspace_id, traceparent, was_lost, attempts, cancel_requested, *_ in claimed:
         lease = Lease(id_, token, due, losses, key_of(workspace_id))
@@ -192,15 +206,15 @@ def _claim_of(connection: Connection, rows: Sequence[Any], look: ClaimSearch) ->
             lost.append(Lost(lease, attempts, cancel_requested))
         if traceparent:
             traced.append((id_, traceparent))
-    room = max(0, look.window - looked.leased)
+    room = max(0, look.window - found.leased)
     return Claim(
         tuple(leases),
         tuple(lost),
         tuple(traced),
         # A row that was updated concurrently has a new physical position (ctid), and is therefore not leased.
-        more=looked.taken >= min(look.most, room) or looked.unseen,
-        cut_short=looked.taken == look.most < room,
-        low_water=looked.low_water,
+        more=found.taken >= min(look.most, room) or found.unseen,
+        cut_short=found.taken == look.most < room,
+        low_water=found.low_water,
     )
 
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from sqlalchemy import text
 
 from followups.channels import WINDOW, WINDOWED_CHANNELS
-from followups.event_loop import rows_in_greenlet
+from followups.event_loop import driver_rows
 from followups.statements import Statement
 from followups.store import marks
 from followups.store.fragments import LEASED, honest, read_sql
@@ -102,7 +102,7 @@ def begin_if_leased(connection: Connection, leases: Sequence[Lease], rules: Rule
 
     Each row returned begins with the follow-up's id and the time of begin; the other columns are listed in begin.sql.
     """
-    rows = rows_in_greenlet(connection, _BEGIN, batch_of(leases) | rules.parameters)
+    rows = driver_rows(connection, _BEGIN, batch_of(leases) | rules.parameters)
     if rows:
         marks.written(connection, ((id_, begun_at) for id_, begun_at, *_ in rows))
     return rows

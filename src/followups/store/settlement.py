@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from datetime import timedelta
 from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
 from sqlalchemy import text
 
-from followups.event_loop import rows_in_greenlet
+from followups.event_loop import driver_rows
 from followups.halving import halve_within
 from followups.statements import Statement
 from followups.states import CANCEL_CODES, Status
@@ -19,7 +18,7 @@ from followups.store.leases import int_array, uuid_array
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
-    from datetime import datetime
+    from datetime import datetime, timedelta
     from uuid import UUID
 
     from sqlalchemy import Connection
@@ -38,10 +37,10 @@ class Settlement(NamedTuple):
     reason: str | None = None
     delay: timedelta | None = None
     chat_message_id: UUID | None = None
-    accepted_ago: timedelta | None = None
-    """For a sent follow-up, the time since the transport accepted it."""
-    duration: timedelta | None = None
-    """How long the attempt of a sent follow-up took."""
+    accepted_ago: float = 0.0
+    """For a sent follow-up, the seconds since the transport accepted it."""
+    seconds: float = 0.0
+    """How many seconds the attempt of a sent follow-up took."""
     refunded: bool = False
     """Whether the attempt is left uncounted because the receiver asked for it to be repeated later."""
     yields: bool = True
@@ -53,12 +52,12 @@ class Settlement(NamedTuple):
 
 
 class Settled(NamedTuple):
-    """A settled follow-up. For a sent follow-up, ``lag`` is the time from its due date to its acceptance."""
+    """A settled follow-up. If it was sent, ``lag`` is the number of seconds from its due date to its acceptance."""
 
     id: UUID
     status: Status
     reason: str | None
-    lag: timedelta | None
+    lag: float | None
     next_attempt_at: datetime | None
 
 
@@ -121,7 +120,7 @@ _SETTLE_SENT = Statement(f"""
            accepted_duration = make_interval(secs => r.took)
       FROM r
      WHERE f.id = r.id
-    RETURNING f.id, f.accepted_at - f.due_date AS lag, f.finished_at
+    RETURNING f.id, date_part('epoch', f.accepted_at - f.due_date) AS lag, f.finished_at
 """)  # noqa: S608 - no input, only the constant above
 
 
@@ -140,16 +139,13 @@ def _settle_sent(connection: Connection, settlements: Sequence[Settlement]) -> l
         "ids": uuid_array(s.lease.id for s in settlements),
         "tokens": int_array(s.lease.token for s in settlements),
         "chat_message_ids": f"{{{','.join([_hex_or_null(s.chat_message_id) for s in settlements])}}}",
-        "accepted_ago": f"{{{','.join([repr((s.accepted_ago or _NOW).total_seconds()) for s in settlements])}}}",
-        "took": f"{{{','.join([repr((s.duration or _NOW).total_seconds()) for s in settlements])}}}",
+        "accepted_ago": f"{{{','.join([repr(s.accepted_ago) for s in settlements])}}}",
+        "took": f"{{{','.join([repr(s.seconds) for s in settlements])}}}",
     }
-    rows = rows_in_greenlet(connection, _SETTLE_SENT, parameters)
+    rows = driver_rows(connection, _SETTLE_SENT, parameters)
     if rows:
         marks.written(connection, ((row_id, finished_at) for row_id, _, finished_at in rows))
     return [Settled(row_id, Status.SENT, None, lag, None) for row_id, lag, _ in rows]
-
-
-_NOW = timedelta(0)
 
 
 def _hex_or_null(one: UUID | None) -> str:

@@ -13,7 +13,7 @@ from followups.json_encoding import encode_json
 from followups.telemetry.traces import current_traceparent
 from followups.transports.answers import Dialect, Document
 from followups.transports.endpoint import required_url
-from followups.transports.http_client import Call, HttpClient
+from followups.transports.http_client import HttpClient
 from followups.transports.signing import Signer
 
 if TYPE_CHECKING:
@@ -41,8 +41,7 @@ class HttpTransport:
         """Post the message once; the outcome depends on the response, or is unknown if none arrives."""
         key = str(delivery.follow_up_id)
         body = _body(delivery)
-        call = Call(self._url, self._headers(key, delivery.made_at, body), body)
-        return await self._client.deliver(call, DIALECT)
+        return await self._client.deliver(self._url, self._headers(key, delivery.made_at, body), body, DIALECT)
 
     async def check(self) -> str:
         """Connect to the endpoint's host without sending a message."""
@@ -52,15 +51,15 @@ class HttpTransport:
         """Close the connections."""
         await self._client.close()
 
-    def _headers(self, key: str, made_at: datetime | None, body: bytes) -> dict[str, str]:
-        headers = {"idempotency-key": key, "webhook-id": key}
+    def _headers(self, key: str, made_at: datetime | None, body: bytes) -> list[bytes]:
+        headers = [f"idempotency-key: {key}", f"webhook-id: {key}"]
         if traceparent := current_traceparent():
-            headers["traceparent"] = traceparent
+            headers.append(f"traceparent: {traceparent}")
         if self._signer:
             now = made_at or datetime.now(UTC)
-            headers["webhook-timestamp"] = str(int(now.timestamp()))
-            headers["webhook-signature"] = self._signer.sign(key, now, body.decode())
-        return headers
+            headers.append(f"webhook-timestamp: {int(now.timestamp())}")
+            headers.append(f"webhook-signature: {self._signer.sign(key, now, body.decode())}")
+        return [header.encode() for header in headers]
 
 
 def _body(delivery: Delivery) -> bytes:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import asyncio
 import os
 import re
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import pycurl
@@ -25,7 +24,7 @@ from followups.transports.port import Outcome, Retry, Unknown
 from followups.uptime import uptime
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
     from followups.settings import Settings
 
@@ -67,18 +66,6 @@ _TLS = {
     pycurl.E_SSL_ISSUER_ERROR,
 }
 _TLS_REASON = re.compile(r"[^:]*: (?:error:\w+:[^:]*:[^:]*:)?([^']*)")
-
-
-@dataclass(frozen=True, slots=True)
-class Call:
-    """One request to the endpoint's host.
-
-    ``url`` is absolute, ``headers`` contains only the headers of this request, and ``body`` is JSON in UTF-8.
-    """
-
-    url: str
-    headers: Mapping[str, str]
-    body: bytes
 
 
 class HttpClient:
@@ -133,13 +120,15 @@ class HttpClient:
         self._is_open = False
         self._close_connections()
 
-    async def deliver(self, call: Call, dialect: Dialect) -> Outcome:
-        """Call the receiver and return the outcome of the call.
+    async def deliver(self, url: str, headers: Sequence[bytes], body: bytes, dialect: Dialect) -> Outcome:
+        """Make one request to the receiver and return its outcome.
+
+        ``url`` is absolute, ``headers`` are the header lines of this request only, and ``body`` is JSON in UTF-8.
 
         Whatever the receiver answers, no error is raised. Raises `RuntimeError` if the transport was not opened.
         """
         exchange = self._spare.pop() if self._spare else Exchange(self._options, self._sockets)
-        exchange.prepare(call.url, self._headers + _lines(call.headers), call.body, uptime() + self._timeout)
+        exchange.prepare(url, [*self._headers, *headers], body, uptime() + self._timeout)
         try:
             code = await self._perform(exchange)
             if code == pycurl.E_OPERATION_TIMEDOUT and exchange.asked and not exchange.answered:

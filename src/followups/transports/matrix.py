@@ -17,7 +17,7 @@ from followups.json_encoding import encode_json
 from followups.retry_policy import MAX_RETRY_AFTER
 from followups.transports.answers import Dialect, Document
 from followups.transports.endpoint import required_url
-from followups.transports.http_client import Call, HttpClient
+from followups.transports.http_client import HttpClient
 from followups.transports.port import Delivery, Outcome, Rejected
 
 if TYPE_CHECKING:
@@ -58,7 +58,7 @@ class MatrixTransport:
         path = f"rooms/{quote(room, safe='')}/send/m.room.message/{delivery.follow_up_id}"
         content = {"msgtype": "m.text", "body": delivery.message}
         body = encode_json(content)
-        return await self._client.deliver(Call(f"{self._base}/_matrix/client/v3/{path}", {}, body), DIALECT)
+        return await self._client.deliver(f"{self._base}/_matrix/client/v3/{path}", [], body, DIALECT)
 
     async def check(self) -> str:
         """Connect to the homeserver without sending an event."""

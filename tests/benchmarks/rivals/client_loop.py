@@ -9,7 +9,7 @@ import uvloop
 from followups.json_encoding import encode_json
 from followups.settings import load_settings
 from followups.transports.http import DIALECT
-from followups.transports.http_client import Call, HttpClient
+from followups.transports.http_client import HttpClient
 from followups.transports.port import Sent
 from rivals.asyncio_loop import IN_FLIGHT, run
 from rivals.place import RECEIVER
@@ -25,7 +25,7 @@ async def main() -> None:
 
     async def post(row_id: UUID, message: str) -> UUID:
         body = encode_json({"followUpId": str(row_id), "message": message})
-        outcome = await client.deliver(Call(RECEIVER, {}, body), DIALECT)
+        outcome = await client.deliver(RECEIVER, [], body, DIALECT)
         if not isinstance(outcome, Sent) or outcome.chat_message_id is None:
             raise RuntimeError(outcome)
         return outcome.chat_message_id

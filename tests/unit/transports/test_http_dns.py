@@ -18,7 +18,7 @@ import asyncio, fcntl, socket, struct, time
 import uvloop
 from followups.settings import load_settings
 from followups.transports.http import DIALECT
-from followups.transports.http_client import Call, HttpClient
+from followups.transports.http_client import HttpClient
 
 UP = struct.pack("16sh14s", b"lo", 0x1 | 0x8 | 0x40, b"")
 with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as any_socket:
@@ -40,9 +40,9 @@ async def main():
     )
     turning = asyncio.create_task(turn())
     await client.open()
-    calls = [asyncio.create_task(client.deliver(Call(url, {}, b"{}"), DIALECT)) for _ in range(3)]
+    calls = [asyncio.create_task(client.deliver(url, [], b"{}", DIALECT)) for _ in range(3)]
     print(*[type(outcome).__name__ for outcome in await asyncio.gather(*calls)])
-    calls = [asyncio.create_task(client.deliver(Call(url, {}, b"{}"), DIALECT)) for _ in range(3)]
+    calls = [asyncio.create_task(client.deliver(url, [], b"{}", DIALECT)) for _ in range(3)]
     await asyncio.sleep(0.1)
     calls[0].cancel()
     await client.close()
