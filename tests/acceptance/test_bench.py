@@ -36,7 +36,7 @@ def start(settings: Settings, tmp_path: Path, *options: str) -> subprocess.Popen
     return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
-def test_it_measures_and_leaves_nothing(settings: Settings, world: World, tmp_path: Path) -> None:
+def test_bench_measures_and_changes_no_data(settings: Settings, world: World, tmp_path: Path) -> None:
     """A benchmark reports throughput, lag and duplicates, and changes no existing data.
 
     The rows that the benchmark inserts are deleted.
@@ -57,7 +57,7 @@ def test_it_measures_and_leaves_nothing(settings: Settings, world: World, tmp_pa
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
-def test_broken_off(settings: Settings, world: World, engine: Engine, tmp_path: Path, number: int) -> None:
+def test_interrupted(settings: Settings, world: World, engine: Engine, tmp_path: Path, number: int) -> None:
     """Ctrl-C removes a benchmark's data; after SIGKILL, the next run removes the data if it is not in use."""
     bench = start(settings, tmp_path, "--count", "50000", "--delay", "0.2")
     wait_until(lambda: world.scalar(SCHEMAS) == 1, within=60)

@@ -57,7 +57,7 @@ def permissions(stack: Stack) -> dict[str, Any]:
     return found
 
 
-def test_everything_stays_under_the_prefix(guarded: tuple[Stack, redis.Redis]) -> None:
+def test_all_keys_have_the_prefix(guarded: tuple[Stack, redis.Redis]) -> None:
     """Deliveries, rate limits, breaker, API rate limit and remote control use only keys under the prefix."""
     stack, admin = guarded
     stack.start()
@@ -82,7 +82,7 @@ def test_everything_stays_under_the_prefix(guarded: tuple[Stack, redis.Redis]) -
     assert {name.partition("|")[0] for name in sent} - known <= HANDSHAKE
 
 
-def test_what_an_acl_forbids_is_said(guarded: tuple[Stack, redis.Redis]) -> None:
+def test_doctor_names_forbidden_commands(guarded: tuple[Stack, redis.Redis]) -> None:
     """Doctor names each forbidden broker command, executes none of them, and shows what to set."""
     stack, admin = guarded
     for rule, commands in (("-brpop", "BRPOP"), ("-@scripting", "BRPOP, EVALSHA, SCRIPT")):
@@ -97,7 +97,7 @@ def test_what_an_acl_forbids_is_said(guarded: tuple[Stack, redis.Redis]) -> None
     assert not admin.exists(f"{PREFIX}doctor")
 
 
-def test_a_server_that_refuses_writes_is_told_of(guarded: tuple[Stack, redis.Redis]) -> None:
+def test_doctor_reports_refused_writes(guarded: tuple[Stack, redis.Redis]) -> None:
     """Doctor reports a broker that is a replica, or that refuses writes because its memory is full."""
     stack, admin = guarded
     admin.config_set("maxmemory", 1)

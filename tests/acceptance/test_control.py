@@ -31,7 +31,7 @@ def command(stack: Stack, *arguments: str) -> str:
     return ran.stdout
 
 
-def test_nothing_of_a_paused_workspace_begins(stack: Stack) -> None:
+def test_no_attempt_begins_while_paused(stack: Stack) -> None:
     """After the pause command no attempt begins; after the resume all follow-ups are sent once, in order.
 
     A pause uses up no attempt.
@@ -61,7 +61,7 @@ def test_nothing_of_a_paused_workspace_begins(stack: Stack) -> None:
         assert [one for one in accepted if one in in_order] == in_order
 
 
-def test_a_worker_that_starts_while_it_is_paused(stack: Stack) -> None:
+def test_a_worker_that_starts_during_a_pause(stack: Stack) -> None:
     """A worker that starts during a pause respects the pause."""
     stack.sandbox()
     stack.beat()
@@ -77,7 +77,7 @@ def test_a_worker_that_starts_while_it_is_paused(stack: Stack) -> None:
     assert stack.accepted() == [str(kept), str(follow_up)]
 
 
-def test_held_until_the_hours_open(stack: Stack) -> None:
+def test_held_until_sending_hours_begin(stack: Stack) -> None:
     """Nothing is sent before the sending hours begin. When the hours begin, all follow-ups are sent once."""
     stack.start()
     now = stack.world.scalar("SELECT now()")
@@ -93,7 +93,7 @@ def test_held_until_the_hours_open(stack: Stack) -> None:
     assert {stack.world.row(one).attempts for one in ids} == {1}
 
 
-def test_what_is_old_is_removed_beside_the_work(stack: Stack) -> None:
+def test_old_rows_are_pruned_during_deliveries(stack: Stack) -> None:
     """On beat's schedule, a worker prunes old rows while follow-ups are sent on time."""
     stack.options["FOLLOWUPS_RETENTION"] = "P30D"
     stack.start()
@@ -118,7 +118,7 @@ def test_what_is_old_is_removed_beside_the_work(stack: Stack) -> None:
     assert line["follow_ups"] == 5000
 
 
-def test_beat_asks_for_it_once_an_hour(stack: Stack) -> None:
+def test_beat_schedules_pruning_once_an_hour(stack: Stack) -> None:
     """Beat schedules pruning once per hour in addition to ticks; both tasks use the queue dispatch."""
     code = (
         "import json; from followups.worker import app; schedule = app.conf.beat_schedule;"

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 SECOND = timedelta(seconds=1)
 
 
-def test_each_at_its_moment(running: Stack) -> None:
+def test_each_at_its_due_date(running: Stack) -> None:
     """Follow-ups are sent on time, exactly once, and end as sent with the chat's message id."""
     ids = running.world.burst([timedelta(seconds=1 + n / 20) for n in range(40)])
     running.wait_until_done(*ids)
@@ -186,7 +186,7 @@ def test_forged_hints(running: Stack) -> None:
     assert running.world.row(later).attempts == 0
 
 
-def test_remote_control_only_asks(running: Stack) -> None:
+def test_remote_control_is_read_only(running: Stack) -> None:
     """Remote commands that stop or change a worker are refused, because any broker client can send them."""
     control = celery_app(running).control
     commands: dict[str, dict[str, object]] = {

@@ -24,7 +24,7 @@ def bare_environment() -> dict[str, str]:
 
 @pytest.mark.faults_long
 @needs_proc
-def test_a_stopped_demo_leaves_nothing_behind() -> None:
+def test_a_stopped_demo_leaves_no_process() -> None:
     """SIGTERM stops all processes of an unfinished demo, which exits with code 1."""
     with subprocess.Popen(DEMO, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=bare_environment()) as demo:
         assert demo.stdout

@@ -54,7 +54,7 @@ def status(url: str, authorization: str = "") -> int:
         (["--address=0.0.0.0", "--basic-auth=me:"], {}),
     ],
 )
-def test_no_flower_without_a_password(stack: Stack, arguments: list[str], environment: dict[str, str]) -> None:
+def test_a_public_address_requires_a_password(stack: Stack, arguments: list[str], environment: dict[str, str]) -> None:
     """On a public address without a password, Flower exits with an error that says what to set."""
     command = [*CELERY, "flower", f"--port={free_port()}", *arguments]
     own = os.environ | stack.environment() | environment
@@ -99,7 +99,7 @@ def test_a_file_without_flowers_password(stack: Stack, tmp_path: Path, content: 
     assert ran.stderr.startswith("followups: FLOWER_BASIC_AUTH_FILE should name a file")
 
 
-def test_flower_by_itself_stays_here(stack: Stack) -> None:
+def test_flower_listens_on_loopback_by_default(stack: Stack) -> None:
     """Without an address and a password, Flower listens only on this machine."""
     url = start_flower(stack)
     port = int(url.rpartition(":")[2])

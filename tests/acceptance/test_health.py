@@ -90,7 +90,7 @@ def test_a_stopped_worker(observed: Stack) -> None:
     says(observed, "worker", 0)
 
 
-def test_a_killed_worker_leaves_no_one_who_hangs(observed: Stack) -> None:
+def test_a_killed_workers_heartbeat_is_ignored(observed: Stack) -> None:
     """The heartbeat file of a killed worker is ignored, and the next worker removes it at its start."""
     first = observed.worker("first")
     kill(first)
@@ -100,7 +100,7 @@ def test_a_killed_worker_leaves_no_one_who_hangs(observed: Stack) -> None:
     assert len(list(Path(observed.options["FOLLOWUPS_RUNTIME_DIR"]).iterdir())) == 1
 
 
-def test_a_worker_that_answers_ping_and_consumes_nothing(observed: Stack, tmp_path: Path) -> None:
+def test_a_worker_that_answers_ping_but_consumes_nothing(observed: Stack, tmp_path: Path) -> None:
     """A worker that no longer reads its queues is unhealthy, although it answers Celery's ping."""
     (tmp_path / "deaf.py").write_text(DEAF)
     trigger = tmp_path / "now"
@@ -123,7 +123,7 @@ def test_a_worker_that_answers_ping_and_consumes_nothing(observed: Stack, tmp_pa
     says(observed, "worker", 0)
 
 
-def test_an_idle_worker_among_others(observed: Stack) -> None:
+def test_an_idle_worker_is_healthy(observed: Stack) -> None:
     """A worker that receives no task, or reads only one queue, is healthy."""
     environment = observed.environment()
     observed.processes.spawn("idle", [*CELERY, "worker", "-n", "idle@%h", "-Q", "deliver"], environment=environment)
@@ -133,7 +133,7 @@ def test_an_idle_worker_among_others(observed: Stack) -> None:
 
 
 @pytest.mark.parametrize("frozen", [False, True])
-def test_an_outage_of_the_broker_restarts_nobody(observed: Stack, *, frozen: bool) -> None:
+def test_a_broker_outage_causes_no_restart(observed: Stack, *, frozen: bool) -> None:
     """Worker and beat stay healthy while the broker is unreachable, because a restart could not help."""
     with EmbeddedValkey() as valkey, Processes() as processes:
         settings = observed.settings.model_dump() | {"broker_url": valkey.url()}

@@ -16,7 +16,7 @@ from followups.schema import migrate
 DEPLOY = Path(__file__).parents[2] / "deploy"
 
 
-def test_the_administrator_of_a_managed_server_makes_the_roles() -> None:
+def test_the_roles_need_no_superuser() -> None:
     """roles.sql needs no superuser; its database works, and the administrator owns nothing in it."""
     with EmbeddedPostgres(parent=memory_directory()) as server:
         with psycopg.connect(server.url(), autocommit=True) as connection:
@@ -61,7 +61,7 @@ def test_the_role_of_the_service_changes_no_table(database_url: str, statement: 
         ("worker", ("SET", "others", "x")),
     ],
 )
-def test_a_user_of_the_broker_does_its_own_work_only(broker_url: str, user: str, command: tuple[str, ...]) -> None:
+def test_a_broker_user_has_only_the_commands_it_needs(broker_url: str, user: str, command: tuple[str, ...]) -> None:
     """A broker user is denied every command that its process does not need."""
     with redis.Redis.from_url(broker_url) as admin:
         name = f"test-{uuid4().hex}"

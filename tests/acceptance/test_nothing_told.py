@@ -185,7 +185,7 @@ def play(stack: Stack, api: web.Api, hidden: Secrets) -> dict[str, str]:
 
 
 @pytest.mark.parametrize("level", ["info", "debug"])
-def test_nothing_secret_is_told(stack: Stack, level: str) -> None:
+def test_no_text_or_secret_is_revealed(stack: Stack, level: str) -> None:
     """A run with every type of ending, retry, error and refusal reveals no text, key or password.
 
     The test searches every log line, broker command, message and event, and all pages of Flower.

@@ -90,7 +90,7 @@ def test_honcho_runs_every_process(
 
 
 @needs_proc
-def test_a_release_by_itself_ends(stack: Stack) -> None:
+def test_a_release_without_honcho_ends(stack: Stack) -> None:
     """If `release` is started alone, it migrates and exits; under honcho, its exit would stop the others."""
     command = honcho_start("release")
     ran = subprocess.run(command, env=os.environ | environment_of(stack), capture_output=True, timeout=120, check=False)

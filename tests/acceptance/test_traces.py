@@ -134,7 +134,7 @@ def test_one_trace_from_the_post_to_the_transport(traced: Stack, received: Recei
     assert TEXT.encode() not in b"".join(received.exports)
 
 
-def test_what_was_created_outside_of_a_trace(traced: Stack, received: Received) -> None:
+def test_created_outside_a_trace(traced: Stack, received: Received) -> None:
     """Each attempt of a follow-up created outside a trace starts a trace. A failed attempt is an error span."""
     received.status = 500
     follow_up = traced.world.follow_up(message=TEXT)
@@ -148,7 +148,7 @@ def test_what_was_created_outside_of_a_trace(traced: Stack, received: Received) 
     assert TEXT.encode() not in b"".join(received.exports)
 
 
-def test_off(stack: Stack, received: Received) -> None:
+def test_tracing_is_off_by_default(stack: Stack, received: Received) -> None:
     """Without a collector in the environment, nothing is traced and requests have no traceparent."""
     stack.options["FOLLOWUPS_TRANSPORT_URL"] = f"{received.url}/messages"
     stack.beat()
@@ -181,7 +181,7 @@ print(traces.current_traceparent())
     assert "pip install chat-followups[otel]" in ran.stderr
 
 
-def test_a_collector_that_is_away(traced: Stack, received: Received) -> None:
+def test_an_unreachable_collector(traced: Stack, received: Received) -> None:
     """If the trace collector is unreachable, no delivery is lost and no shutdown is delayed."""
     traced.options["OTEL_EXPORTER_OTLP_ENDPOINT"] = "http://127.0.0.1:9"
     traced.beat()

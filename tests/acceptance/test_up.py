@@ -96,7 +96,7 @@ def get(url: str) -> Any:
         return json.loads(answer.read())
 
 
-def test_the_printed_request_is_delivered_and_ctrl_c_ends_it_all() -> None:
+def test_the_printed_request_is_delivered_and_ctrl_c_stops_all_processes() -> None:
     """The printed request and exports of `followups up` work, and Ctrl-C leaves no process."""
     with up() as system:
         system.wait_until_ready()
@@ -124,7 +124,7 @@ def test_the_printed_request_is_delivered_and_ctrl_c_ends_it_all() -> None:
     assert_gone(children)
 
 
-def test_a_process_that_dies_is_named_and_ends_the_rest(open_directory: Path) -> None:
+def test_a_crashed_process_is_named_and_stops_the_others(open_directory: Path) -> None:
     """If a process crashes, `followups up` prints the end of its log and exits; --data keeps its data."""
     with up("--data", str(open_directory / "kept")) as system:
         system.wait_until_ready()
@@ -154,7 +154,7 @@ def test_stopped_while_it_starts() -> None:
     assert_gone(children)
 
 
-def test_a_taken_port_is_a_sentence() -> None:
+def test_a_port_in_use_is_an_error_of_one_sentence() -> None:
     """If a port is in use, `followups up` exits with an error before it starts any process."""
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]

@@ -44,7 +44,7 @@ def start(stack: Stack, name: str, more: str = "", **environment: str) -> Child:
     )
 
 
-def test_urls_that_cannot_be_read(stack: Stack) -> None:
+def test_invalid_urls(stack: Stack) -> None:
     """With invalid URLs, each process exits with code 2; the error names both settings but no secrets."""
     started = {name: start(stack, name, **WRONG) for name in COMMANDS}
     for name, child in started.items():
@@ -56,7 +56,7 @@ def test_urls_that_cannot_be_read(stack: Stack) -> None:
         assert "pa55" not in said
 
 
-def test_a_worker_that_cannot_be_made(stack: Stack, tmp_path: Path) -> None:
+def test_a_worker_whose_components_cannot_start(stack: Stack, tmp_path: Path) -> None:
     """A worker whose components cannot start exits, and does not appear healthy."""
     (tmp_path / "broken.py").write_text(BROKEN)
     worker = start(stack, "worker", "-I broken", PYTHONPATH=str(tmp_path))

@@ -30,7 +30,7 @@ def called(person: Person, route: Route, ids: dict[str, str]) -> int:
 
 
 @pytest.mark.parametrize("role", list(ALLOWED))
-def test_each_role_gets_what_it_may_and_403_for_the_rest(role: str, person: Callable[..., Person], own: World) -> None:
+def test_each_route_answers_403_without_its_permission(role: str, person: Callable[..., Person], own: World) -> None:
     """Every route responds with 403 to roles that lack its permission, and to no other role."""
     one = person(role, None if role == "operator" else own)
     for route in GUARDED:
@@ -46,7 +46,7 @@ def test_without_a_session_nothing_is_shown_or_changed(person: Callable[..., Per
         assert called(one, route, {"id": str(uuid4())}) == (303 if route.method == "GET" else 401), route
 
 
-def test_what_does_not_exist_leads_strangers_to_the_sign_in(person: Callable[..., Person]) -> None:
+def test_unknown_pages_redirect_to_the_sign_in_without_a_session(person: Callable[..., Person]) -> None:
     """A client without a session cannot find out which pages exist."""
     assert person().get("/nothing").status_code == 303
     assert person("operator").get("/nothing").status_code == 404

@@ -92,7 +92,7 @@ def test_every_page_is_accessible(options: dict[str, object], desk: Callable[...
     assert {path: each for path, each in found.items() if each} == {}
 
 
-def test_a_links_token_leaves_no_trace_in_the_address(desk: Callable[..., Desk], own: World) -> None:
+def test_a_links_token_is_removed_from_the_url(desk: Callable[..., Desk], own: World) -> None:
     """The sign-in page removes the token from the URL's fragment before it makes any other request."""
     sitting = desk()
     asked: list[str] = []
@@ -167,7 +167,7 @@ def test_times_are_in_the_browsers_zone(desk: Callable[..., Desk], own: World) -
     assert "Time in America/Sao_Paulo." in page.inner_text("main")
 
 
-def test_an_open_page_follows_and_leaves_alone_what_is_typed(desk: Callable[..., Desk], own: World) -> None:
+def test_an_open_page_updates_and_keeps_typed_text(desk: Callable[..., Desk], own: World) -> None:
     """If a follow-up is sent while its form is open, the page shows this and keeps the typed text.
 
     An attempt to save the form of the sent follow-up is refused.
@@ -193,7 +193,7 @@ def test_an_open_page_follows_and_leaves_alone_what_is_typed(desk: Callable[...,
     sitting.complaints.clear()  # the browser reports the 409 response as an error
 
 
-def test_new_rows_are_offered_and_ticks_stay(desk: Callable[..., Desk], own: World) -> None:
+def test_the_rows_of_a_list_in_use_do_not_move(desk: Callable[..., Desk], own: World) -> None:
     """The rows of a list do not move while the page is in use.
 
     While updates are paused, nothing on the page changes.
@@ -216,7 +216,7 @@ def test_new_rows_are_offered_and_ticks_stay(desk: Callable[..., Desk], own: Wor
     assert page.get_by_text("Paused", exact=True).is_visible()
 
 
-def test_a_page_says_that_the_person_was_signed_out(desk: Callable[..., Desk], own: World) -> None:
+def test_an_open_page_shows_that_its_session_was_revoked(desk: Callable[..., Desk], own: World) -> None:
     """An open page shows that its session was revoked."""
     sitting = desk()
     sitting.sign_in("agent", own.workspace_id)
@@ -228,7 +228,7 @@ def test_a_page_says_that_the_person_was_signed_out(desk: Callable[..., Desk], o
     sitting.complaints.clear()
 
 
-def test_the_stream_is_lost_and_comes_back(desk: Callable[..., Desk], own: World) -> None:
+def test_a_lost_event_stream_shows_stale_content(desk: Callable[..., Desk], own: World) -> None:
     """After the event stream is lost, the page shows for how long its content has been stale."""
     sitting = desk()
     sitting.sign_in("agent", own.workspace_id)

@@ -55,7 +55,9 @@ def start(one: Person, **fields: object) -> httpx.Response:
     return one.get(done.headers["location"].removeprefix("/console"))
 
 
-def test_ticked_ones_are_cancelled_after_a_preview(person: Callable[..., Person], own: World, foreign: World) -> None:
+def test_selected_follow_ups_are_cancelled_after_a_preview(
+    person: Callable[..., Person], own: World, foreign: World
+) -> None:
     """A bulk cancel skips follow-ups that are in flight, finished or of another workspace.
 
     The preview of the bulk cancel changes nothing.
@@ -84,7 +86,7 @@ def test_ticked_ones_are_cancelled_after_a_preview(person: Callable[..., Person]
     assert own.scalar(events) == "follow_ups.cancelled3test agent"
 
 
-def test_all_that_match_are_cancelled_and_nothing_created_later(person: Callable[..., Person], own: World) -> None:
+def test_all_matching_follow_ups_are_cancelled_except_later_ones(person: Callable[..., Person], own: World) -> None:
     """A bulk cancel applies to all follow-ups that match the list's filter, except those created later."""
     own.burst([HOUR] * 30)
     other = own.follow_up(own.chat(channel="whatsapp", last_user_message_at=NOW), due=HOUR)
@@ -102,7 +104,7 @@ def test_all_that_match_are_cancelled_and_nothing_created_later(person: Callable
     assert counted(own, "status = 'cancelled'") == 30
 
 
-def test_failed_ones_are_retried_once_however_often_it_is_asked(person: Callable[..., Person], own: World) -> None:
+def test_failed_follow_ups_are_retried_once_per_request(person: Callable[..., Person], own: World) -> None:
     """A repeated request does not start a second action, and no follow-up is retried twice."""
     ids = [str(failed(own)) for _ in range(3)]
     one = person("agent", own)
@@ -138,7 +140,7 @@ def test_an_action_is_stopped_after_its_batch(
     assert "Stop" not in said.replace("stopped", "")
 
 
-def test_anothers_action_is_not_there(person: Callable[..., Person], own: World, foreign: World) -> None:
+def test_another_workspaces_action_is_not_found(person: Callable[..., Person], own: World, foreign: World) -> None:
     """An action of another workspace cannot be stopped.
 
     A session limited to one chat sees only the actions on that chat.
@@ -155,7 +157,7 @@ def test_anothers_action_is_not_there(person: Callable[..., Person], own: World,
     carry_out(own)
 
 
-def test_what_cannot_be_started_is_told(person: Callable[..., Person], own: World) -> None:
+def test_invalid_actions_are_refused(person: Callable[..., Person], own: World) -> None:
     """An action is refused without a selection, without a preview, or with a filter for another state."""
     one = person("agent", own)
     for fields in (

@@ -62,7 +62,7 @@ def used() -> set[str]:
     return {*sentences(), *(found[1] or found[2] for each in templates for found in IN_TEMPLATES.finditer(each))}
 
 
-def test_the_catalogues_have_every_text_and_nothing_else() -> None:
+def test_the_catalogues_have_exactly_the_texts_in_use() -> None:
     """Every text of the console has a translation with the same placeholders.
 
     Every translation belongs to an existing text.

@@ -77,7 +77,7 @@ def test_a_form_that_is_submitted_twice_schedules_one(person: Callable[..., Pers
         ({"due": "0001-01-01T00:00"}, 422, "years"),
     ],
 )
-def test_what_cannot_be_scheduled_is_told_and_nothing_typed_is_lost(
+def test_a_refused_schedule_keeps_the_typed_values(
     fields: dict[str, str], status: int, told: str, person: Callable[..., Person], own: World
 ) -> None:
     """If a follow-up cannot be scheduled, the form is shown again and keeps the values that the user typed."""
@@ -90,7 +90,7 @@ def test_what_cannot_be_scheduled_is_told_and_nothing_typed_is_lost(
     assert own.scalar(f"SELECT count(*) FROM follow_ups WHERE workspace_id = '{own.workspace_id}'") == 0  # noqa: S608 - a test
 
 
-def test_a_chat_whose_last_word_is_the_users_is_a_conflict(person: Callable[..., Person], own: World) -> None:
+def test_a_chat_whose_last_message_is_the_users_is_a_conflict(person: Callable[..., Person], own: World) -> None:
     """Scheduling into a chat whose last message is the user's is answered with 409, as in the API."""
     chat_id = own.chat(last_message_role="user")
     answer = person("agent", own).post("/follow-ups/new", chat=chat_id, message="Kept", due="2100-01-31T09:00")
@@ -98,7 +98,7 @@ def test_a_chat_whose_last_word_is_the_users_is_a_conflict(person: Callable[...,
     assert "Kept" in answer.text
 
 
-def test_the_consequences_are_told_before_saving(person: Callable[..., Person], own: World) -> None:
+def test_the_consequences_are_shown_before_saving(person: Callable[..., Person], own: World) -> None:
     """Checking a due date shows its time in UTC, the sending hours and the pause, and stores nothing."""
     own.sql(
         "INSERT INTO sending_hours (workspace_id, time_zone, opening, closing, days, open_from, open_until)"
@@ -118,7 +118,9 @@ def test_the_consequences_are_told_before_saving(person: Callable[..., Person], 
     assert own.scalar(f"SELECT count(*) FROM follow_ups WHERE workspace_id = '{own.workspace_id}'") == 0  # noqa: S608 - a test
 
 
-def test_a_skipped_time_is_refused_and_a_repeated_one_is_asked(person: Callable[..., Person], own: World) -> None:
+def test_a_skipped_time_is_refused_and_a_repeated_time_needs_a_choice(
+    person: Callable[..., Person], own: World
+) -> None:
     """A local time that the clock skips is refused. For a local time that occurs twice, the form offers a choice."""
     one = person("agent", own)
     one.post("/preferences", zone="Europe/Berlin", next="/")
@@ -173,9 +175,7 @@ def test_two_people_edit_one_follow_up(person: Callable[..., Person], own: World
 
 
 @pytest.mark.parametrize("doing", ["", "/cancel", "/send"])
-def test_in_flight_and_finished_are_told_and_nothing_typed_is_lost(
-    doing: str, person: Callable[..., Person], own: World
-) -> None:
+def test_a_conflict_keeps_the_typed_values(doing: str, person: Callable[..., Person], own: World) -> None:
     """Changing a follow-up that is in flight or finished returns 409, and the form keeps the typed values."""
     one_id = own.follow_up(due=HOUR)
     one = person("agent", own)
@@ -206,7 +206,7 @@ def test_cancelling_is_final_and_keeps_the_reason(person: Callable[..., Person],
         assert events(own, one_id) == ["follow_up.ended test agent console"]
 
 
-def test_send_now_makes_it_due(person: Callable[..., Person], own: World) -> None:
+def test_send_now_makes_a_follow_up_due(person: Callable[..., Person], own: World) -> None:
     """A follow-up that waits for its next attempt can be made due immediately."""
     one_id = own.follow_up(due=HOUR)
     one = person("agent", own)
@@ -215,7 +215,7 @@ def test_send_now_makes_it_due(person: Callable[..., Person], own: World) -> Non
     assert events(own, one_id) == ["follow_up.changed test agent console"]
 
 
-def test_a_failed_one_is_retried_once(person: Callable[..., Person], own: World) -> None:
+def test_a_failed_follow_up_is_retried_once(person: Callable[..., Person], own: World) -> None:
     """A failed follow-up can be retried only once, and the retry opens the new follow-up's page.
 
     Repeating the request creates no second follow-up.
@@ -252,7 +252,7 @@ def test_an_error_shows_an_operator_only_what_was_typed(person: Callable[..., Pe
     assert "Private words" not in told.text
 
 
-def test_a_message_with_other_line_ends_stays_as_it_is(person: Callable[..., Person], own: World) -> None:
+def test_a_message_with_other_line_ends_is_kept(person: Callable[..., Person], own: World) -> None:
     """Saving only a new due date leaves a message with other line ends unchanged.
 
     Browsers send CRLF for every line end.
@@ -264,7 +264,7 @@ def test_a_message_with_other_line_ends_stays_as_it_is(person: Callable[..., Per
     assert own.row(one_id).message == "a\r\nb\rc"
 
 
-def test_a_retry_in_a_removed_chat_is_told_on_the_page(person: Callable[..., Person], own: World) -> None:
+def test_a_retry_in_a_removed_chat_shows_its_error(person: Callable[..., Person], own: World) -> None:
     """A retry in a removed chat shows its error on the follow-up's page."""
     one_id = own.follow_up(due=-HOUR, status="failed", reason="rejected", finished_at=NOW)
     own.sql("UPDATE chats SET removed_at = now() WHERE id = (SELECT chat_id FROM follow_ups WHERE id = :id)", id=one_id)
@@ -291,13 +291,13 @@ def test_the_edge_of_the_calendar_is_refused(due: str, person: Callable[..., Per
             assert one.get("/follow-ups", due_from=moment).status_code in {200, 422}
 
 
-def test_a_due_date_with_an_offset_is_told_in_utc(person: Callable[..., Person], own: World) -> None:
+def test_a_due_date_with_an_offset_is_shown_in_utc(person: Callable[..., Person], own: World) -> None:
     """A due date with another offset is converted to UTC in the preview of its consequences."""
     fields = {"chat": str(own.chat()), "message": "Hello", "due": "2100-01-30T08:00+02:00", "do": "check"}
     assert "is 2100-01-30 06:00:00 UTC." in words(person("agent", own).post("/follow-ups/new", **fields))
 
 
-def test_hours_with_an_offset_and_a_number_of_thousands_of_digits(person: Callable[..., Person], own: World) -> None:
+def test_extreme_hours_and_numbers_cause_no_server_error(person: Callable[..., Person], own: World) -> None:
     """Neither sending hours with a UTC offset nor a number with thousands of digits causes a server error."""
     hours = {"time_zone": "UTC", "from": "08:00+02:00", "to": "20:00", "day": "0", "do": "save"}
     told = person("admin", own).post("/settings/hours", **hours)

@@ -78,7 +78,7 @@ def come(console_settings: Settings, own: World) -> Iterator[Callable[..., Perso
             each.client.close()
 
 
-def test_a_change_nudges_those_who_see_it(come: Callable[..., Person], own: World, foreign: World) -> None:
+def test_a_change_sends_an_event_to_open_pages(come: Callable[..., Person], own: World, foreign: World) -> None:
     """A new follow-up sends an event to open lists, and a changed follow-up sends an event to its open page.
 
     A stream never reports another workspace's follow-ups, even if its client requests them.
@@ -139,9 +139,7 @@ def test_streams_end_within_a_second_when_the_process_ends(console_settings: Set
     assert time.monotonic() - begun < 3  # a second, plus a margin for a busy machine
 
 
-def test_nothing_is_asked_of_the_database_without_viewers(
-    come: Callable[..., Person], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_without_viewers_there_are_no_queries(come: Callable[..., Person], monkeypatch: pytest.MonkeyPatch) -> None:
     """All viewers share one database query per second, and without viewers there are no queries."""
     looks: list[float] = []
     looked = live.changes.look

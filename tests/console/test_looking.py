@@ -39,7 +39,7 @@ def failed(world: World, reason: str = "rejected: HTTP 403 no", **columns: objec
     return world.follow_up(due=-HOUR, status="failed", reason=reason, finished_at=NOW, **columns)
 
 
-def test_each_row_says_why(person: Callable[..., Person], own: World) -> None:
+def test_each_row_has_an_explanation(person: Callable[..., Person], own: World) -> None:
     """Every row of a list has the explanation of `followups show`, including what happens next."""
     chat_id = own.chat(channel="whatsapp", external_id="5511987654321", last_user_message_at=NOW)
     ids = {
@@ -75,7 +75,7 @@ def test_each_row_says_why(person: Callable[..., Person], own: World) -> None:
         ({}, {"near", "far", "failed"}),
     ],
 )
-def test_the_list_is_filtered_by_its_address(
+def test_the_list_is_filtered_by_its_url(
     query: dict[str, str], expected: set[str], person: Callable[..., Person], own: World, foreign: World
 ) -> None:
     """The list can be filtered by state, reason, channel, due range and any id.
@@ -101,12 +101,12 @@ def test_the_list_is_filtered_by_its_address(
 @pytest.mark.parametrize(
     "query", [{"state": "x"}, {"reason": "x"}, {"channel": "x"}, {"due_from": "x"}, {"id": "a\x00"}]
 )
-def test_a_filter_that_does_not_exist_is_told(query: dict[str, str], person: Callable[..., Person], own: World) -> None:
+def test_an_invalid_filter_is_reported(query: dict[str, str], person: Callable[..., Person], own: World) -> None:
     """The list reports an invalid filter and keeps the value that was typed."""
     assert person("viewer", own).get("/follow-ups", **query).status_code == 422
 
 
-def test_pages_follow_one_another_without_a_gap(person: Callable[..., Person], own: World) -> None:
+def test_paging_skips_no_follow_up(person: Callable[..., Person], own: World) -> None:
     """Paging skips no follow-up, even if many were created simultaneously, and links keep the filter."""
     own.burst([HOUR] * 60)
     failed(own)
@@ -121,7 +121,7 @@ def test_pages_follow_one_another_without_a_gap(person: Callable[..., Person], o
     assert len(seen) == len(set(seen)) == 60
 
 
-def test_a_search_that_is_out_of_time_goes_on_by_a_link(
+def test_a_search_out_of_time_continues_by_a_link(
     person: Callable[..., Person], own: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A page says how far back it has searched, and its link continues the search from that point."""
@@ -166,9 +166,7 @@ def test_operators_see_all_workspaces_and_no_texts(person: Callable[..., Person]
     assert secret not in own.scalar("SELECT COALESCE(string_agg(CAST(e AS text), ''), '') FROM audit_events e")
 
 
-def test_what_belongs_to_another_workspace_is_not_there(
-    person: Callable[..., Person], own: World, foreign: World
-) -> None:
+def test_ids_of_another_workspace_are_not_found(person: Callable[..., Person], own: World, foreign: World) -> None:
     """Every page responds with 404 to ids of another workspace, both for reading and for changing."""
     chat_id = foreign.chat()
     follow_up_id = foreign.follow_up(chat_id, due=HOUR)
@@ -183,7 +181,7 @@ def test_what_belongs_to_another_workspace_is_not_there(
     assert foreign.scalar("SELECT count(*) FROM follow_ups WHERE message = 'x'") == 0
 
 
-def test_a_link_to_one_chat_shows_that_chat_alone(person: Callable[..., Person], own: World) -> None:
+def test_a_session_for_one_chat_sees_only_that_chat(person: Callable[..., Person], own: World) -> None:
     """A session limited to one chat sees only that chat, and its overview redirects there."""
     chat_id = own.chat()
     mine, others = own.follow_up(chat_id, due=HOUR), own.follow_up(due=HOUR)
@@ -200,7 +198,7 @@ def test_a_link_to_one_chat_shows_that_chat_alone(person: Callable[..., Person],
     assert refused.status_code == 422
 
 
-def test_strangers_words_are_text(person: Callable[..., Person], own: World) -> None:
+def test_untrusted_text_is_escaped(person: Callable[..., Person], own: World) -> None:
     """Messages, reasons, external ids and transport errors are escaped on every page."""
     chat_id = own.chat(external_id=EVIL)
     one = person("agent", own)
@@ -221,7 +219,7 @@ def test_strangers_words_are_text(person: Callable[..., Person], own: World) -> 
     assert "<script>alert" not in found.text
 
 
-def test_the_timeline_tells_what_happened(person: Callable[..., Person], own: World) -> None:
+def test_the_timeline_shows_each_event(person: Callable[..., Person], own: World) -> None:
     """The timeline shows the creation, the acceptance, the end, and each attempt.
 
     For each attempt, the timeline shows the outcome, the code and the duration.
@@ -244,7 +242,7 @@ def test_the_timeline_tells_what_happened(person: Callable[..., Person], own: Wo
     assert "Ended: sent" in said
 
 
-def test_each_row_forecasts_what_will_happen(person: Callable[..., Person], own: World) -> None:
+def test_each_row_shows_position_and_messaging_window(person: Callable[..., Person], own: World) -> None:
     """A row shows the follow-up's position in its chat, and whether its messaging window closes too early."""
     chat_id = own.chat(channel="whatsapp", last_user_message_at=text("now() - interval '20 hours'"))
     ids = [own.follow_up(chat_id, due=each * HOUR) for each in (1, 2, 5)]
@@ -281,7 +279,7 @@ def test_explanations_are_in_the_persons_language_and_zone(person: Callable[...,
         assert "(08:00 às 20:00, seg-sex, America/Sao_Paulo): ficará retido até 2100-02-01 08:00:00." in said
 
 
-def test_a_chat_shows_who_wrote_when_and_its_follow_ups(person: Callable[..., Person], own: World) -> None:
+def test_a_chat_shows_its_messages_and_follow_ups(person: Callable[..., Person], own: World) -> None:
     """The page of a chat shows its messages without their text, its follow-ups, and the messaging window."""
     chat_id = own.chat(channel="whatsapp", last_user_message_at=NOW)
     own.sql(
@@ -296,7 +294,7 @@ def test_a_chat_shows_who_wrote_when_and_its_follow_ups(person: Callable[..., Pe
         assert part in said
 
 
-def test_times_are_in_the_viewers_zone_with_the_workspaces_beside_it(person: Callable[..., Person], own: World) -> None:
+def test_times_are_in_the_chosen_and_the_workspaces_zone(person: Callable[..., Person], own: World) -> None:
     """Times are shown in the workspace's time zone, unless the person chooses another."""
     send_by_day(own, days=127)
     one_id = own.follow_up(due_date=text("'2100-01-31T12:00:00Z'"))

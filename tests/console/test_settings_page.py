@@ -31,7 +31,7 @@ def section(page: httpx.Response, name: str) -> str:
     return " ".join(re.sub(r"<[^>]*>", " ", part).split())
 
 
-def test_a_key_is_shown_once_works_and_is_revoked_after_a_question(person: Callable[..., Person], own: World) -> None:
+def test_a_key_is_shown_once_and_revoked_after_a_confirmation(person: Callable[..., Person], own: World) -> None:
     """A new key is shown once, works, and can be revoked after a confirmation that shows its last use.
 
     Only a hash of the key is stored.
@@ -61,7 +61,9 @@ def test_a_key_is_shown_once_works_and_is_revoked_after_a_question(person: Calla
     assert own.scalar(f"{actions} = '{own.workspace_id}'") == "api_key.created api_key.revoked"
 
 
-def test_anothers_key_and_session_are_not_there(person: Callable[..., Person], own: World, foreign: World) -> None:
+def test_another_workspaces_key_and_session_are_not_found(
+    person: Callable[..., Person], own: World, foreign: World
+) -> None:
     """A key or session of another workspace cannot be shown, revoked or ended."""
     key_id, _ = key_of(foreign)
     other = person("viewer", foreign)
@@ -124,7 +126,7 @@ def test_rate_limits_are_set_and_removed(person: Callable[..., Person], own: Wor
     assert "There is none." in section(one.get("/settings"), "rate-limits")
 
 
-def test_a_workspace_is_paused_and_goes_on(person: Callable[..., Person], own: World) -> None:
+def test_a_workspace_is_paused_and_resumed(person: Callable[..., Person], own: World) -> None:
     """The console shows how many follow-ups a pause holds, and resuming releases them."""
     one = person("admin", own)
     assert one.submit(one.get("/settings"), "/settings/pauses", channel="").status_code == 303
@@ -158,7 +160,7 @@ def test_operators_choose_a_workspace_or_pause_a_channel_of_all(person: Callable
     assert own.scalar(f"SELECT count(*) FROM api_keys WHERE workspace_id = '{own.workspace_id}'") == 1  # noqa: S608 - a test
 
 
-def test_the_audit_log_is_the_workspaces_own(person: Callable[..., Person], own: World, foreign: World) -> None:
+def test_the_audit_log_is_filtered_and_paged(person: Callable[..., Person], own: World, foreign: World) -> None:
     """The audit log shows who did what and when, can be filtered by action, and has pages."""
     name = f"key {uuid4()}"
     person("admin", own).post("/settings/keys", name=name)

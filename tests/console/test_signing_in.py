@@ -74,9 +74,7 @@ def test_a_link_works_once(person: Callable[..., Person], own: World) -> None:
 
 
 @pytest.mark.parametrize("column", ["expires_at", "seen_at"])
-def test_a_session_ends_when_its_time_is_over_and_when_it_is_not_used(
-    column: str, person: Callable[..., Person], own: World
-) -> None:
+def test_a_session_has_a_maximum_age_and_idle_time(column: str, person: Callable[..., Person], own: World) -> None:
     """A session has a maximum age and a maximum idle time."""
     one = person("viewer", own)
     assert one.get("/").status_code == 200
@@ -108,7 +106,7 @@ def test_signing_out_ends_the_session_itself(person: Callable[..., Person], own:
         ({}, 303),
     ],
 )
-def test_what_changes_something_must_come_from_a_page_of_ours(
+def test_a_change_from_another_origin_is_refused(
     headers: dict[str, str], status: int, person: Callable[..., Person], own: World
 ) -> None:
     """A change that comes from another origin is refused, with the name of the setting that may be wrong."""
@@ -216,7 +214,7 @@ def test_a_form_is_parsed_after_origin_session_and_role(
     assert agent.post("/follow-ups/new", **fields).status_code == 303
 
 
-def test_the_console_has_slots_of_its_own(
+def test_console_and_api_have_separate_slots(
     person: Callable[..., Person], own: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Console and API have separate slots: if either has no free slot, the other still serves requests."""
@@ -232,7 +230,7 @@ def test_the_console_has_slots_of_its_own(
         assert one.get("/").status_code == 200
 
 
-def test_a_referer_that_is_no_address_is_ignored(person: Callable[..., Person]) -> None:
+def test_an_invalid_referer_is_ignored(person: Callable[..., Person]) -> None:
     """An invalid Referer is ignored, and the client is redirected to the sign-in page."""
     assert person().client.post("/console/bulk", headers={"referer": "http://["}).status_code == 401
 
@@ -306,7 +304,7 @@ def _cookie_of(answer: httpx.Response) -> str:
     return answer.headers["set-cookie"].partition(";")[0]
 
 
-def test_the_header_is_believed_from_the_proxy_only(console_settings: Settings, own: World) -> None:
+def test_the_header_is_accepted_only_from_the_proxy(console_settings: Settings, own: World) -> None:
     """The proxy's header is ignored if the request does not come from the proxy's address."""
     update = {
         "console_proxy_header": "x-forwarded-email",
@@ -320,7 +318,7 @@ def test_the_header_is_believed_from_the_proxy_only(console_settings: Settings, 
         one.client.close()
 
 
-def test_switched_off_there_is_no_console(console_settings: Settings) -> None:
+def test_a_disabled_console_answers_404(console_settings: Settings) -> None:
     """With FOLLOWUPS_CONSOLE=false, the console's paths answer 404."""
     with served(console_settings.model_copy(update={"console": False})) as (host, port):
         one = Person(f"http://{host}:{port}", None)  # type: ignore[arg-type] # nothing is asked of the database
@@ -348,7 +346,7 @@ def test_the_language_follows_the_browser_and_the_choice(person: Callable[..., P
     assert uuid4()
 
 
-def test_a_platform_makes_links_by_the_api(console_url: str, person: Callable[..., Person], own: World) -> None:
+def test_the_api_creates_sign_in_links(console_url: str, person: Callable[..., Person], own: World) -> None:
     """A link created through the API signs a person in to the API key's workspace, with the requested role.
 
     The session ends when the key is revoked.
@@ -380,9 +378,7 @@ def test_a_platform_makes_links_by_the_api(console_url: str, person: Callable[..
         ({"role": "agent", "expiresIn": "600"}, 201),
     ],
 )
-def test_a_link_by_the_api_is_of_a_viewer_or_an_agent(
-    body: dict[str, object], status: int, console_url: str, own: World
-) -> None:
+def test_a_link_of_the_api_is_limited(body: dict[str, object], status: int, console_url: str, own: World) -> None:
     """A link's lifetime is limited, and a link can be limited only to a chat of the workspace."""
     api = Api(console_url, own)
     answer = api.post("/api/v1/console-links", body)
@@ -390,7 +386,7 @@ def test_a_link_by_the_api_is_of_a_viewer_or_an_agent(
     api.client.close()
 
 
-def test_the_command_prints_a_link_alone_on_stdout(
+def test_the_command_prints_only_the_link_on_stdout(
     console_settings: Settings, person: Callable[..., Person], own: World, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The command prints a link for an operator, or with --workspace for an admin.

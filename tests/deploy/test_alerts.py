@@ -48,7 +48,7 @@ def promtool(*arguments: object) -> subprocess.CompletedProcess[str]:
     return subprocess.run([found, *map(str, arguments)], cwd=PROMETHEUS, capture_output=True, text=True, check=False)
 
 
-def test_prometheus_takes_the_rules() -> None:
+def test_prometheus_accepts_the_rules() -> None:
     """Prometheus accepts the configuration and its rules."""
     ran = promtool("check", "config", "prometheus.yaml")
     assert ran.returncode == 0, ran.stdout + ran.stderr
@@ -61,7 +61,7 @@ def test_each_alert_fires_for_its_fault_alone() -> None:
 
 
 @pytest.mark.parametrize("name", ALERTS)
-def test_an_alert_is_caused_and_silent(name: str) -> None:
+def test_each_alert_is_tested_firing_and_not_firing(name: str) -> None:
     """The promtool tests cover each alert, both when it fires and when it does not."""
     (suite,) = documents(PROMETHEUS / "alerts.test.yaml")
     expected = [
@@ -80,7 +80,7 @@ def anchors(text: str) -> set[str]:
 
 
 @pytest.mark.parametrize("name", ALERTS)
-def test_an_alert_says_what_to_do(name: str) -> None:
+def test_each_alert_has_advice(name: str) -> None:
     """Each alert has a severity, a text, and an entry in OPERATIONS.md."""
     rule = ALERTS[name]
     assert rule["labels"]["severity"] in {"critical", "warning"}
@@ -91,13 +91,13 @@ def test_an_alert_says_what_to_do(name: str) -> None:
     assert anchor in anchors((DEPLOY.parent / path).read_text())
 
 
-def test_no_alert_is_forgotten_or_invented() -> None:
+def test_operations_explains_exactly_the_existing_alerts() -> None:
     """OPERATIONS.md explains every existing alert and no other alerts."""
     explained = re.findall(r"^#+ (FollowUps\w+)$", (DEPLOY / "OPERATIONS.md").read_text(), re.MULTILINE)
     assert sorted(explained) == sorted(ALERTS)
 
 
-def test_what_they_ask_for_is_counted(shown: set[str]) -> None:
+def test_every_queried_series_is_exposed(shown: set[str]) -> None:
     """Every series in an alert, recording rule or dashboard is exposed by `web` or recorded by a rule."""
     asked = {name for one in EXPRESSIONS for name in re.findall(r"\bfollowups_[a-z_]+|\bprocess_[a-z_]+", one)}
     recorded = {name for one in EXPRESSIONS for name in re.findall(r"\bfollowups:[a-z0-9_:]+", one)}
@@ -139,7 +139,7 @@ def test_no_count_is_summed_over_web_processes() -> None:
     assert all(RECORDED[name].startswith("max") for name in RECORDED if not name.startswith("followups:failed"))
 
 
-def test_the_dashboard_is_whole() -> None:
+def test_the_dashboard_is_complete() -> None:
     """Every panel has a unique number, a description, a grid position, and the selected datasource."""
     panels: list[Any] = DASHBOARD["panels"]
     assert len({panel["id"] for panel in panels}) == len(panels)

@@ -151,7 +151,7 @@ FAULTS: list[tuple[Callable[[Stack], None], set[str], set[str]]] = [
 
 
 @pytest.mark.parametrize(("fault", "woken", "besides"), FAULTS, ids=[fault.__name__ for fault, _, _ in FAULTS])
-def test_a_fault_wakes_its_alerts(
+def test_a_fault_fires_its_alerts(
     stack: Stack, prometheus: Prometheus, fault: Callable[[Stack], None], woken: set[str], besides: set[str]
 ) -> None:
     """Before the fault no alert fires; after it, the alerts for this fault fire, and no others."""

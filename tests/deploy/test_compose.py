@@ -25,14 +25,14 @@ COMMANDS = {
 }
 
 
-def test_it_is_valid() -> None:
+def test_the_file_is_valid() -> None:
     """The compose file conforms to the schema of the Compose specification."""
     check = [Path(sys.executable).with_name("check-jsonschema"), "--builtin-schema", "vendor.compose-spec"]
     ran = subprocess.run([*check, DEPLOY / "compose.yaml"], capture_output=True, text=True, check=False)
     assert ran.returncode == 0, ran.stdout
 
 
-def test_docker_compose_takes_it(tmp_path: Path) -> None:
+def test_docker_compose_accepts_the_file(tmp_path: Path) -> None:
     """Docker Compose accepts the file. The test runs if Compose is installed, and needs no container engine."""
     docker = shutil.which("docker")
     if not docker or subprocess.run([docker, "compose", "version"], capture_output=True, check=False).returncode:
@@ -46,13 +46,13 @@ def test_docker_compose_takes_it(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", OURS)
-def test_it_runs_what_the_procfile_runs(name: str) -> None:
+def test_each_service_runs_the_procfiles_command(name: str) -> None:
     """Each service runs exactly the Procfile's command."""
     assert SERVICES[name]["command"] == COMMANDS[name]
 
 
 @pytest.mark.parametrize("name", OURS)
-def test_a_process_may_do_little(name: str) -> None:
+def test_containers_have_few_privileges(name: str) -> None:
     """Containers have a read-only root, no capabilities or new privileges, and a signal-forwarding init."""
     service: dict[str, Any] = SERVICES[name]
     assert service["read_only"] is True
@@ -63,7 +63,7 @@ def test_a_process_may_do_little(name: str) -> None:
     assert service["environment"].keys() <= SETTINGS | ({"FLOWER_BASIC_AUTH"} if name == "flower" else set())
 
 
-def test_what_it_asks_for_is_in_the_example() -> None:
+def test_the_example_has_every_variable() -> None:
     """Every variable without a default has a line in compose.env.example, and every line there is used."""
     text = (DEPLOY / "compose.yaml").read_text()
     asked = set(re.findall(r"(?<!\$)\$\{(\w+)", text))
@@ -73,7 +73,7 @@ def test_what_it_asks_for_is_in_the_example() -> None:
     assert asked - with_default <= shown
 
 
-def test_flower_stays_on_this_host() -> None:
+def test_flower_is_published_on_loopback_only() -> None:
     """Flower, which can stop workers, is published only on the loopback interface.
 
     By default, `web` is also published only on the loopback interface.
@@ -82,7 +82,7 @@ def test_flower_stays_on_this_host() -> None:
     assert SERVICES["web"]["ports"] == ["${WEB_BIND:-127.0.0.1:8000}:8000"]
 
 
-def test_nobody_starts_on_an_old_schema() -> None:
+def test_every_process_waits_for_the_migration() -> None:
     """Every process waits for the migration, which waits for PostgreSQL.
 
     The servers' ports are not published.

@@ -40,7 +40,7 @@ def mounted(service: dict[str, Any], root: Path) -> None:
         (root / config["target"][1:]).write_text(content.replace(" /", f" {root}/"))
 
 
-def test_postgres_makes_the_roles(tmp_path: Path) -> None:
+def test_postgres_creates_the_roles(tmp_path: Path) -> None:
     """PostgreSQL's image creates the two roles and their database by running our files with psql."""
     service = SERVICES["postgres"]
     mounted(service, tmp_path)
@@ -62,7 +62,7 @@ def test_postgres_makes_the_roles(tmp_path: Path) -> None:
                 assert connection.execute("SELECT has_schema_privilege('public', 'CREATE')").fetchone() == (False,)
 
 
-def test_the_broker_knows_its_users(tmp_path: Path) -> None:
+def test_the_broker_creates_its_users(tmp_path: Path) -> None:
     """Valkey's command line creates the users with their passwords and disables the default user."""
     service = SERVICES["valkey"]
     mounted(service, tmp_path)

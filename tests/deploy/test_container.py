@@ -20,7 +20,7 @@ def test_hadolint_finds_nothing() -> None:
     assert (ran.returncode, ran.stdout) == (0, "")
 
 
-def test_what_runs_is_not_what_builds() -> None:
+def test_the_last_stage_contains_no_build_tools() -> None:
     """The last stage copies only installed files: no compiler, build-time pip or sources."""
     assert len(STAGES) == 2
     copied = re.findall(r"^COPY (.*)$", STAGES[-1], re.MULTILINE)
@@ -28,13 +28,13 @@ def test_what_runs_is_not_what_builds() -> None:
     assert "RUN" not in STAGES[-1]
 
 
-def test_it_is_not_root() -> None:
+def test_the_user_is_not_root() -> None:
     """The user is a numeric id other than 0, so that Kubernetes can verify `runAsNonRoot`."""
     (user,) = re.findall(r"^USER (\d+):(\d+)$", RECIPE, re.MULTILINE)
     assert all(int(number) >= 1000 for number in user)
 
 
-def test_all_that_is_installed_is_hashed() -> None:
+def test_each_installed_package_has_a_hash() -> None:
     """Each pip install uses requirements with hashes, or the locally built wheel without dependencies."""
     installs = re.findall(r"\binstall\b(?:[^&\n\\]|\\\n)*", RECIPE)
     assert len(installs) == 3
@@ -42,7 +42,7 @@ def test_all_that_is_installed_is_hashed() -> None:
         assert "--require-hashes" in install or ("--no-deps" in install and "wheels/*.whl" in install)
 
 
-def test_each_file_it_copies_is_let_through() -> None:
+def test_dockerignore_allows_exactly_the_copied_files() -> None:
     """Every file that the recipe copies exists, and .dockerignore allows exactly these files."""
     ignored, *let_through = [
         line for line in (ROOT / ".dockerignore").read_text().splitlines() if line and not line.startswith(("#", "**"))

@@ -142,7 +142,7 @@ def test_each_metric_and_log_line_exists(name: str) -> None:
         assert f'"{event}"' in CODE
 
 
-def test_no_host_and_no_place_of_one_machine_is_named() -> None:
+def test_no_real_host_or_home_directory_is_named() -> None:
     """The documents contain no real host names and no path of a home directory."""
     committed = [ROOT / "README.md", ROOT / "pyproject.toml", ROOT / "Procfile", *DEPLOY.rglob("*")]
     for path in (path for path in committed if path.is_file() and path.name != ".env" and path.suffix != ".png"):
@@ -153,7 +153,7 @@ def test_no_host_and_no_place_of_one_machine_is_named() -> None:
         assert not re.search(r"(?<![\w.])/(?:work|root|home|Users)/", text), path
 
 
-def test_the_pictures_are_small_and_whole() -> None:
+def test_the_pictures_load_nothing_else() -> None:
     """The README shows every picture, and no picture loads anything from another host."""
     pictures = sorted((DEPLOY / "pictures").glob("*.svg"))
     assert pictures

@@ -29,12 +29,12 @@ def container(name: str) -> Any:
 
 @pytest.mark.parametrize("version", VERSIONS)
 @pytest.mark.parametrize("name", OBJECTS)
-def test_it_is_valid(name: str, version: str) -> None:
+def test_the_objects_are_valid(name: str, version: str) -> None:
     """Each object conforms to the Kubernetes schema of the oldest supported and the newest known version."""
     kubernetes_validate.validate(OBJECTS[name], version, strict=True)
 
 
-def test_kustomize_takes_them() -> None:
+def test_kubectl_accepts_the_manifests() -> None:
     """The manifests as a whole are accepted by kubectl.
 
     The test runs only if kubectl is installed, and needs no cluster.
@@ -57,13 +57,13 @@ def test_kustomize_names_every_file() -> None:
 
 
 @pytest.mark.parametrize("name", PROCESSES)
-def test_it_runs_what_the_procfile_runs(name: str) -> None:
+def test_each_container_runs_the_procfiles_command(name: str) -> None:
     """Each container runs exactly the Procfile's command."""
     assert container(name)["command"] == procfile(PROCESSES[name])
 
 
 @pytest.mark.parametrize("name", PODS)
-def test_a_pod_may_do_little(name: str) -> None:
+def test_containers_have_few_privileges(name: str) -> None:
     """Containers run without root, capabilities or a cluster token, read-only and with limited memory."""
     pod, context = PODS[name], container(name)["securityContext"]
     assert pod["securityContext"]["runAsNonRoot"] is True
@@ -83,7 +83,7 @@ def test_a_pod_has_time_to_drain(name: str, seconds: int) -> None:
 
 
 @pytest.mark.parametrize("name", ["web", "worker", "beat"])
-def test_what_runs_is_probed_spread_and_protected(name: str) -> None:
+def test_pods_have_probes_and_are_spread(name: str) -> None:
     """Pods have startup and liveness probes, are spread over machines, and survive a machine's draining."""
     assert container(name)["startupProbe"]
     assert container(name)["livenessProbe"]
@@ -94,7 +94,7 @@ def test_what_runs_is_probed_spread_and_protected(name: str) -> None:
     assert OBJECTS[f"Deployment/followups-{name}"]["spec"]["selector"]["matchLabels"] == labels
 
 
-def test_readiness_is_webs_own() -> None:
+def test_readiness_does_not_depend_on_shared_servers() -> None:
     """An outage of a shared server does not make all `web` pods unready simultaneously."""
     assert container("web")["readinessProbe"]["httpGet"]["path"] == "/healthz"
 
@@ -104,7 +104,7 @@ def test_two_beats() -> None:
     assert OBJECTS["Deployment/followups-beat"]["spec"]["replicas"] == 2
 
 
-def test_workers_are_scaled_by_what_is_overdue() -> None:
+def test_workers_are_scaled_by_overdue_follow_ups() -> None:
     """Only the autoscaler sets the number of workers, and it uses the metric of the adapter."""
     autoscaler = OBJECTS["HorizontalPodAutoscaler/followups-worker"]["spec"]
     (metric,) = autoscaler["metrics"]

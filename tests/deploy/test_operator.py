@@ -77,7 +77,7 @@ def followups(environment: Mapping[str, str], *arguments: str) -> str:
     return ran.stdout.strip()
 
 
-def test_an_operator_brings_it_up(servers: dict[str, str], tmp_path: Path) -> None:
+def test_an_installation_with_tls_and_broker_users_delivers(servers: dict[str, str], tmp_path: Path) -> None:
     """With a certificate, a role, a user and a secret file for each process, a scheduled follow-up is sent.
 
     Doctor has no findings, the broker refuses no command, the delivery is signed, and no log contains a secret.

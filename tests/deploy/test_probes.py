@@ -31,7 +31,7 @@ def probes() -> dict[str, list[str]]:
 
 
 @pytest.mark.parametrize(("place", "command"), probes().items(), ids=probes())
-def test_it_asks_after_its_own_process(place: str, command: list[str]) -> None:
+def test_each_probe_checks_its_own_process(place: str, command: list[str]) -> None:
     """Each probe runs `followups health` for its own process."""
     assert command == ["followups", "health", place.rpartition(" ")[2]]
 

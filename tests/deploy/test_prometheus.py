@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from stack import Stack
 
 
-def test_the_dashboard_has_answers(stack: Stack, prometheus: Prometheus) -> None:
+def test_each_panel_has_data(stack: Stack, prometheus: Prometheus) -> None:
     """After some sends and one rejection, each panel's query returns data, and no alert fires."""
     stack.wait_until_done(*[stack.world.follow_up() for _ in range(20)])
     wait_until(lambda: prometheus.ask('followups:attempts:total{outcome="sent"} >= 20'), within=30)
@@ -33,7 +33,7 @@ def test_the_dashboard_has_answers(stack: Stack, prometheus: Prometheus) -> None
 
 
 @pytest.mark.faults_long
-def test_faults_wake_the_alerts(stack: Stack, prometheus: Prometheus) -> None:
+def test_faults_fire_their_alerts(stack: Stack, prometheus: Prometheus) -> None:
     """A failing chat, stopped workers and a stopped `web` each trigger their own alerts.
 
     The alerts are resolved when the fault ends.

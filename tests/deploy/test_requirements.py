@@ -44,7 +44,7 @@ def test_each_is_pinned_and_hashed(name: str) -> None:
     assert not re.search(r"://|--index|--find-links|\bfile:", (DEPLOY / name).read_text())
 
 
-def test_they_cover_what_the_project_needs() -> None:
+def test_every_dependency_is_pinned() -> None:
     """Every direct and indirect dependency is pinned at an allowed version.
 
     A package's dependencies are only checked if its pinned version is installed.
@@ -64,7 +64,7 @@ def test_they_cover_what_the_project_needs() -> None:
             seen.add((name, extra))
 
 
-def test_they_cover_what_builds_it() -> None:
+def test_every_build_dependency_is_pinned() -> None:
     """Every dependency of the build backend is pinned at an allowed version."""
     have = entries("requirements-build.txt")
     for wanted in map(Requirement, pyproject()["build-system"]["requires"]):

@@ -40,7 +40,9 @@ def restored(postgres_url: str) -> Iterator[tuple[str, Engine]]:
     drop_database(postgres_url, name)
 
 
-def test_what_a_restore_means(stack: Stack, restored: tuple[str, Engine], tmp_path: Path) -> None:
+def test_messages_sent_again_after_a_restore_are_recognised(
+    stack: Stack, restored: tuple[str, Engine], tmp_path: Path
+) -> None:
     """The chat server recognises messages that are sent again after a restore.
 
     A cancellation made after the backup is lost.

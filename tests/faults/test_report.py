@@ -14,7 +14,7 @@ def run(test: str, form: str, *, at: str = "2026-01-31 09:00", **broken: int) ->
     return [figures | {"broken": broken}, whole]
 
 
-def test_what_an_earlier_run_broke_is_still_said() -> None:
+def test_a_broken_promise_stays_until_the_next_run() -> None:
     """A long form whose last result broke a promise counts as broken until it is run again."""
     first = report([*run("one", "long", lost=2), *run("two", "long")], "")
     second = report(run("two", "long"), first)
@@ -36,7 +36,7 @@ def test_each_row_has_the_date_of_its_run() -> None:
     assert second.count("PostgreSQL restarted under load") == 2
 
 
-def test_long_forms_alone_leave_the_short_ones() -> None:
+def test_long_forms_do_not_change_the_short_ones() -> None:
     """If only the long forms of the tests are run, the table and the seeds of the short forms stay unchanged."""
     first = report([*run("one", "short", lost=1), *run("two", "long")], "")
     second = report(run("two", "long"), first)

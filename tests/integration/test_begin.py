@@ -85,7 +85,9 @@ class TestBegin:
             ),
         ],
     )
-    def test_world(self, world: World, steps: Steps, columns: dict[str, object], status: str, code: str) -> None:
+    def test_changes_since_scheduling(
+        self, world: World, steps: Steps, columns: dict[str, object], status: str, code: str
+    ) -> None:
         """Begin ends a follow-up if its chat was removed, the user has replied or the window has closed."""
         follow_up = world.follow_up(world.chat(**columns))
         beginning = steps.begin([steps.lease()])
@@ -105,7 +107,7 @@ class TestBegin:
         assert len(steps.begin([steps.lease()]).begun) == begun
         assert world.row(follow_up).reason == (None if begun else "too_late")
 
-    def test_no_limit_of_lateness(self, world: World, steps: Steps, settings: Settings) -> None:
+    def test_no_maximum_lateness(self, world: World, steps: Steps, settings: Settings) -> None:
         """If the maximum lateness is 0, no follow-up is ever too late."""
         world.follow_up(due=timedelta(days=-400), scheduled_at=text("now() - interval '400 days'"))
         patient = settings.model_copy(update={"max_lateness": timedelta(0)})

@@ -124,7 +124,7 @@ def test_probes_then_recovers(own: Settings) -> None:
     run(own, script)
 
 
-def test_comes_back_gently(own: Settings) -> None:
+def test_recovers_at_a_growing_rate(own: Settings) -> None:
     """A recovering breaker permits attempts at a growing rate until all attempts are permitted."""
 
     async def script(store: BreakerStore) -> None:
@@ -178,7 +178,7 @@ async def tripped(store: BreakerStore) -> frozenset[int]:
     return (await store.report(News(), 0)).tripped
 
 
-def test_which_are_tripped(own: Settings) -> None:
+def test_which_workspaces_are_tripped(own: Settings) -> None:
     """The breaker holds the workspaces whose last attempts failed.
 
     When the breaker opens again, workspaces that have succeeded since then are no longer held.
@@ -218,7 +218,7 @@ def test_few_in_a_row_trip_no_workspace(own: Settings) -> None:
     run(own, script)
 
 
-def test_a_lone_follow_up_keeps_its_last_attempt(own: Settings) -> None:
+def test_few_attempts_trip_earlier(own: Settings) -> None:
     """If the settings allow only a few attempts, a workspace is tripped after fewer consecutive failures."""
 
     async def script(store: BreakerStore) -> None:
@@ -228,7 +228,7 @@ def test_a_lone_follow_up_keeps_its_last_attempt(own: Settings) -> None:
     run(own.model_copy(update={"max_attempts": 3}), script)
 
 
-def test_it_is_not_open_for_nobody(own: Settings) -> None:
+def test_without_a_held_workspace_the_breaker_closes(own: Settings) -> None:
     """A breaker that holds no workspace closes or stays closed, since no success could close it later."""
 
     async def script(store: BreakerStore) -> None:
@@ -256,7 +256,7 @@ DAY = 86_400.0
 
 
 @pytest.mark.parametrize("step", [-DAY, -60.0, 60.0, DAY])
-def test_the_clock_is_set_while_it_is_open(own: Settings, clock: ServerClock, step: float) -> None:
+def test_the_clock_is_set_while_open(own: Settings, clock: ServerClock, step: float) -> None:
     """If the clock of Redis is set back or forward, the next probe follows within the longest pause."""
 
     async def script(store: BreakerStore) -> None:
@@ -279,7 +279,7 @@ def test_the_clock_is_set_while_it_is_open(own: Settings, clock: ServerClock, st
 
 
 @pytest.mark.parametrize("step", [-DAY, -1.0, 1.0, DAY])
-def test_the_clock_is_set_while_it_recovers(own: Settings, clock: ServerClock, step: float) -> None:
+def test_the_clock_is_set_while_recovering(own: Settings, clock: ServerClock, step: float) -> None:
     """If the clock of the Redis server is changed, the breaker's recovery becomes neither shorter nor longer."""
     policy = replace(QUICK, first_rate=10, last_rate=10_000)
 
@@ -305,7 +305,7 @@ def client(own: Settings) -> redis.Redis:
     return redis.Redis.from_url(own.broker_url.get_secret_value())
 
 
-def test_what_begins_when_it_has_opened(own: Settings) -> None:
+def test_attempts_in_flight_use_no_permits(own: Settings) -> None:
     """Attempts in flight when the breaker opens do not use up the permits for probes."""
 
     class Open:
@@ -375,7 +375,7 @@ SLOWLY = RecoveryPolicy(first_pause=600, longest_pause=600)
 
 
 @pytest.mark.parametrize("outcome", [Retry("HTTP 500", status_code=500), Unknown("no answer within 10 s")])
-def test_burns_no_attempts(
+def test_an_outage_uses_up_few_attempts(
     world: World, engine: Engine, own: Settings, started: Callable[..., Pipeline], outcome: Outcome
 ) -> None:
     """If the transport fails for every chat, follow-ups use up attempts only until the breaker opens."""
@@ -393,7 +393,7 @@ def test_burns_no_attempts(
 
 
 @pytest.mark.parametrize("status", [401, 403])
-def test_a_receiver_that_refuses_every_message_is_left_alone(
+def test_rejections_of_every_message_open_the_breaker(
     world: World, engine: Engine, own: Settings, started: Callable[..., Pipeline], status: int
 ) -> None:
     """If a receiver rejects every message, for example because a secret expired, few follow-ups fail.
@@ -425,7 +425,7 @@ def test_stays_closed(
     assert read(client(own), own).state == CLOSED
 
 
-def test_all_are_sent_when_it_is_back(
+def test_all_are_sent_after_the_recovery(
     world: World, engine: Engine, own: Settings, started: Callable[..., Pipeline]
 ) -> None:
     """Once the transport has recovered, all waiting follow-ups are sent without an operator's action."""
@@ -506,7 +506,7 @@ def test_occasional_failures_are_not_delayed(opened_breaker: OpenedBreaker) -> N
     assert opened_breaker.state == "open"
 
 
-def test_deliveries_go_on_without_redis(
+def test_deliveries_continue_without_redis(
     world: World,
     engine: Engine,
     own: Settings,

@@ -65,7 +65,7 @@ def test_publishers(place: tuple[Settings, redis.Redis]) -> None:
 
 
 @pytest.mark.parametrize("kind", ["limiter", "breaker"])
-async def test_what_workers_share(place: tuple[Settings, redis.Redis], kind: str) -> None:
+async def test_limiter_and_breaker(place: tuple[Settings, redis.Redis], kind: str) -> None:
     """The rate limiter and the breaker reconnect after a broker failover."""
     settings, admin = place
     client: Limiter | BreakerStore = Limiter(settings) if kind == "limiter" else BreakerStore(settings, "http")

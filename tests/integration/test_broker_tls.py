@@ -135,7 +135,7 @@ def impostor() -> Iterator[Impostor]:
 
 
 @pytest.mark.parametrize("ask", CLIENTS)
-def test_an_impostor_learns_nothing(
+def test_an_untrusted_server_receives_no_data(
     ask: Callable[[Settings, Engine], None], settings: Settings, engine: Engine, impostor: Impostor, tmp_path: Path
 ) -> None:
     """If an unknown authority certified the server, no client sends it any data, not even a password."""
@@ -178,16 +178,14 @@ def told(settings: Settings) -> str:
         ("&ssl_cert_reqs=none", "not verified (ssl_cert_reqs is none)"),
     ],
 )
-def test_doctor_tells_what_the_connection_is(
-    settings: Settings, redis_server: RedisServer, query: str, detail: str
-) -> None:
+def test_doctor_reports_the_connection(settings: Settings, redis_server: RedisServer, query: str, detail: str) -> None:
     """For the broker, doctor shows the TLS version and what was verified, or that there is no TLS."""
     assert told(at(settings, redis_server.url(query))) == f"TLSv1.3, {detail}"
     assert told(settings).startswith("without TLS (rediss://")
 
 
 @pytest.mark.skipif(PROGRAM is None, reason=MISSING)
-def test_a_certificate_for_another_host(settings: Settings, engine: Engine) -> None:
+def test_a_certificate_of_another_host(settings: Settings, engine: Engine) -> None:
     """A trusted certificate for another host name is rejected, unless the URL disables the name check."""
     with RedisServer(trustme.CA(), "broker.example") as server:
         for ask in CLIENTS:

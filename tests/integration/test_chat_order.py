@@ -111,7 +111,7 @@ class TestOrder:
         steps.begin([late])
         assert [lease.id for lease in steps.begin([early]).unblocked] == [second]
 
-    def test_many_behind_one_stuck(self, world: World, steps: Steps) -> None:
+    def test_many_behind_one_stuck_follow_up(self, world: World, steps: Steps) -> None:
         """If a follow-up is stuck, each later follow-up in its chat is parked once and not scanned again.
 
         Each of these follow-ups waits for the one before it in the chat.
@@ -122,7 +122,7 @@ class TestOrder:
         assert [world.row(one).waits_for for one in ids] == [None, *ids[:-1]]
         assert steps.claim().leases == ()
 
-    def test_no_longer_before_it(self, world: World, steps: Steps, engine: Engine) -> None:
+    def test_an_earlier_follow_up_is_rescheduled(self, world: World, steps: Steps, engine: Engine) -> None:
         """A follow-up does not wait for an earlier one that is rescheduled while the chat's order is checked."""
         chat = world.chat()
         first, second = world.follow_up(chat, -2 * SECOND), world.follow_up(chat, -SECOND)
@@ -133,7 +133,7 @@ class TestOrder:
             assert chat_order.park_if_leased(connection, [(lease, first)]) == set()
 
 
-def test_losses_of_an_unblocked_one(world: World, steps: Steps) -> None:
+def test_lost_leases_of_an_unblocked_follow_up(world: World, steps: Steps) -> None:
     """The count of a follow-up's lost leases does not change while the follow-up is parked in its chat."""
     chat = world.chat()
     earlier = world.follow_up(chat, -SECOND)

@@ -31,7 +31,7 @@ SECOND = timedelta(seconds=1)
 class TestClaim:
     """A claim leases all follow-ups that are due, and no others."""
 
-    def test_look_ahead(self, world: World, steps: Steps, settings: Settings) -> None:
+    def test_claims_look_two_intervals_ahead(self, world: World, steps: Steps, settings: Settings) -> None:
         """A tick claims, in due order, only the follow-ups that are due within two intervals."""
         second = world.follow_up(due=settings.tick_interval)
         first = world.follow_up(due=-SECOND)
@@ -51,7 +51,7 @@ class TestClaim:
         row = world.row(follow_up)
         assert (row.attempts, row.losses, row.snoozes) == (0, 0, 0)
 
-    def test_window_bounds_what_is_in_flight(self, world: World, steps: Steps, settings: Settings) -> None:
+    def test_the_window_limits_follow_ups_in_flight(self, world: World, steps: Steps, settings: Settings) -> None:
         """Ticks claim at most MAX_IN_FLIGHT follow-ups in total and report that more are due."""
         bounded = settings.model_copy(update={"max_in_flight": 3})
         for _ in range(5):
@@ -60,7 +60,7 @@ class TestClaim:
         assert (len(first.leases), first.more) == (3, True)
         assert (len(second.leases), second.more) == (0, True)
 
-    def test_two_at_once_share(self, world: World, steps: Steps) -> None:
+    def test_concurrent_claims_share(self, world: World, steps: Steps) -> None:
         """Of two concurrent claims, only one leases a given follow-up."""
         for _ in range(40):
             world.follow_up()
@@ -85,7 +85,7 @@ class TestClaim:
         ids = [world.follow_up(due=one) for one in due]
         assert [lease.id for lease in steps.claim().leases] == [ids[1], ids[2], ids[0]]
 
-    def test_window_with_earlier_ones_behind(self, world: World, steps: Steps, settings: Settings) -> None:
+    def test_window_with_earlier_due_dates(self, world: World, steps: Steps, settings: Settings) -> None:
         """Even if follow-ups with earlier due dates are inserted, claims do not exceed MAX_IN_FLIGHT."""
         bounded = settings.model_copy(update={"max_in_flight": 3})
         for group in range(1, 3):
@@ -110,7 +110,7 @@ class TestRecovery:
         steps.begun(settings)
         world.expire(follow_up)
 
-    def test_sent_again_where_the_transport_deduplicates(self, world: World, steps: Steps) -> None:
+    def test_sent_again_with_deduplication(self, world: World, steps: Steps) -> None:
         """If the transport deduplicates, a lost attempt is repeated with the same attempt number.
 
         A lost attempt counts as a lost lease, not as a further attempt.
@@ -121,7 +121,7 @@ class TestRecovery:
         assert (begun.delivery.attempt, world.row(follow_up).losses) == (1, 1)
         assert [(number, outcome) for number, outcome, _ in world.failures(follow_up)] == [(1, "lost")]
 
-    def test_named_where_it_does_not(self, world: World, steps: Steps, settings: Settings) -> None:
+    def test_outcome_unknown_without_deduplication(self, world: World, steps: Steps, settings: Settings) -> None:
         """If the transport cannot deduplicate, a lost attempt ends as outcome_unknown and is not retried."""
         plain = settings.model_copy(update={"transport_deduplicates": False})
         follow_up = world.follow_up()
@@ -151,7 +151,7 @@ class TestRecovery:
         assert (row.status, row.reason.partition(":")[0]) == ("cancelled", "user_replied")
 
 
-def test_losses_are_carried(world: World, steps: Steps) -> None:
+def test_lost_leases_are_counted_in_the_lease(world: World, steps: Steps) -> None:
     """A lease carries the number of leases lost so far, so that the worker runs the last attempt alone."""
     follow_up = world.follow_up()
     told = []
@@ -178,7 +178,7 @@ class TestLowWater:
         low = steps.claim().low_water
         assert timedelta(0) < datetime.now(UTC) - low - claims.LOW_WATER_MARGIN < timedelta(minutes=1)
 
-    def test_what_came_in_behind(self, world: World, steps: Steps) -> None:
+    def test_rows_inserted_before_the_mark(self, world: World, steps: Steps) -> None:
         """If a row is inserted before the low-water mark, a claim that starts at the mark misses it.
 
         A full claim finds this row.
@@ -188,7 +188,7 @@ class TestLowWater:
         assert not steps.claim(since=low).leases
         assert len(steps.claim().leases) == 1
 
-    def test_dispatcher_looks_behind(
+    def test_dispatcher_claims_before_the_mark(
         self, world: World, engine: Engine, settings: Settings, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """Even if full claims are slow, one tick suffices to claim a row inserted before the low-water mark."""

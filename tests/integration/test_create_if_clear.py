@@ -36,7 +36,7 @@ def pending(world: World) -> int:
         return connection.execute(text("SELECT count(*) FROM follow_ups WHERE status = 'pending'")).scalar_one()
 
 
-def test_a_clear_case(world: World) -> None:
+def test_a_chat_in_order(world: World) -> None:
     """The single statement inserts the same row as `schedule` in a transaction."""
     chat_id, (key_id, _) = world.chat(), key_of(world)
     alone = create(world, chat_id, key_id)
@@ -60,7 +60,7 @@ def test_a_clear_case(world: World) -> None:
     ],
     ids=["reply", "no messages", "removed", "whatsapp", "instagram"],
 )
-def test_a_chat_that_is_not_clear(world: World, columns: dict[str, object]) -> None:
+def test_a_chat_that_needs_a_transaction(world: World, columns: dict[str, object]) -> None:
     """A chat that is removed, has a window or does not end with an agent's message needs a transaction."""
     assert create(world, world.chat(**columns)) is None
     assert create(world, uuid4()) is None

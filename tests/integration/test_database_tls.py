@@ -50,7 +50,7 @@ def detail(engine: Engine) -> str:
         ("sslmode=disable", "without TLS (sslmode=verify-full in FOLLOWUPS_DATABASE_URL requires and verifies it)"),
     ],
 )
-def test_doctor_tells_what_the_connection_is(place: tuple[SecureServer, str], query: str, said: str) -> None:
+def test_doctor_reports_the_connection(place: tuple[SecureServer, str], query: str, said: str) -> None:
     """For the database, doctor shows the TLS version and what was verified, or that there is no TLS."""
     server, trusted = place
     engine = make_engine(server.secure_url("localhost", query.format(trusted)))
@@ -62,7 +62,7 @@ def test_doctor_tells_what_the_connection_is(place: tuple[SecureServer, str], qu
 
 
 @pytest.mark.parametrize("host", ["localhost", "127.0.0.1"])
-async def test_an_impostor_is_refused(place: tuple[SecureServer, str], tmp_path: Path, host: str) -> None:
+async def test_an_untrusted_server_is_refused(place: tuple[SecureServer, str], tmp_path: Path, host: str) -> None:
     """With verify-full, a certificate of an unknown authority or for another name is rejected."""
     server, trusted = place
     if host == "localhost":

@@ -131,7 +131,7 @@ def is_open(own: Settings) -> bool:
         return read(client, own).state == "open"
 
 
-def test_it_is_in_nobodys_way(world: World, engine: Engine, own: Settings) -> None:
+def test_a_held_workspace_does_not_block_others(world: World, engine: Engine, own: Settings) -> None:
     """If a held workspace has more due follow-ups than may be in flight, other workspaces are not blocked."""
     theirs = World(engine)
     chat = Chat(theirs)
@@ -144,7 +144,7 @@ def test_it_is_in_nobodys_way(world: World, engine: Engine, own: Settings) -> No
         assert is_open(own)
 
 
-def test_it_gives_its_places_back(world: World, engine: Engine, own: Settings) -> None:
+def test_held_follow_ups_release_their_leases(world: World, engine: Engine, own: Settings) -> None:
     """Except for a few probes, held follow-ups have no lease, use no attempt and can be cancelled."""
     world.burst([-SECOND] * OVERDUE)
     with worker(own, engine, Chat(), FOR_LONG):
@@ -163,7 +163,7 @@ def test_it_gives_its_places_back(world: World, engine: Engine, own: Settings) -
     assert world.row(rows[0].id).reason == "over"
 
 
-def test_many_workers_leave_most_of_the_window(world: World, engine: Engine, own: Settings) -> None:
+def test_many_workers_lease_few_held_follow_ups(world: World, engine: Engine, own: Settings) -> None:
     """For a held workspace, each worker leases less than a hundredth of the in-flight limit.
 
     This share does not depend on the worker's number of slots.
@@ -175,7 +175,7 @@ def test_many_workers_leave_most_of_the_window(world: World, engine: Engine, own
         wait_until(lambda: world.scalar(LEASED) < window / 100)
 
 
-def test_it_goes_out_when_it_is_held_no_more(world: World, engine: Engine, own: Settings) -> None:
+def test_deferred_follow_ups_are_sent_after_the_recovery(world: World, engine: Engine, own: Settings) -> None:
     """Once the transport recovers, deferred follow-ups are sent long before the time to which they were deferred.
 
     The follow-ups due earliest are sent first.
@@ -234,7 +234,7 @@ class TestFreeing:
             rate_limits.defer_if_leased(connection, list(waits))
         return [lease.id for lease in leases]
 
-    def test_the_first_first(self, world: World, engine: Engine, settings: Settings) -> None:
+    def test_released_in_the_order_of_deferral(self, world: World, engine: Engine, settings: Settings) -> None:
         """Over all given workspaces, follow-ups are released in the order of their deferral, up to the given number."""
         other, third = World(engine), World(engine)
         mine = self.deferred(world, engine, settings, 10, 40)
@@ -246,7 +246,7 @@ class TestFreeing:
         assert self.free(engine, 3, world, other) == 1
         assert self.free(engine, 3, world, other) == 0
 
-    def test_nothing_else(self, world: World, engine: Engine, settings: Settings) -> None:
+    def test_release_leaves_other_rows_unchanged(self, world: World, engine: Engine, settings: Settings) -> None:
         """The release of deferred follow-ups leaves retries unchanged and skips rows locked by other transactions."""
         retry = world.follow_up(next_attempt_at=text("now() + interval '1 minute'"), attempts=1)
         locked, other = self.deferred(world, engine, settings, 10, 20)

@@ -47,7 +47,7 @@ def valkey() -> Iterator[EmbeddedValkey]:
 class TestPostgres:
     """The `EmbeddedPostgres` server."""
 
-    def test_its_url_works_everywhere(self, postgres: EmbeddedPostgres) -> None:
+    def test_the_url_works_with_every_driver(self, postgres: EmbeddedPostgres) -> None:
         """The embedded server's URL works with psycopg and, with the driver's name added, with SQLAlchemy.
 
         The embedded server is configured for speed.
@@ -61,7 +61,7 @@ class TestPostgres:
             assert connection.scalar(text("SELECT 1")) == 1
         engine.dispose()
 
-    def test_only_its_owner_reaches_it(self, postgres: EmbeddedPostgres) -> None:
+    def test_only_the_owner_can_connect(self, postgres: EmbeddedPostgres) -> None:
         """The embedded PostgreSQL listens on a socket in a private directory and on no TCP port."""
         socket_directory = _directory_of(postgres) / "socket"
         assert stat.S_IMODE(socket_directory.stat().st_mode) == 0o700
@@ -100,7 +100,7 @@ class TestPostgres:
         with psycopg.connect(url) as connection:
             assert connection.execute("SELECT count(*) FROM survivor").fetchone() == (200,)
 
-    def test_nothing_is_left_of_a_temporary_one(self) -> None:
+    def test_a_temporary_server_leaves_nothing(self) -> None:
         """A temporary server leaves nothing behind when its `with` block ends, even with an exception.
 
         Its processes and its directory are removed.
@@ -122,7 +122,7 @@ class TestPostgres:
         with pytest.raises(EmbeddedError, match="not started"):
             server.url()
 
-    def test_kept_data_is_durable_and_there_again(self, open_directory: Path) -> None:
+    def test_kept_data_is_durable(self, open_directory: Path) -> None:
         """Data in a given directory is durable, and the next server for this directory uses it.
 
         While a server runs, a second server for the same directory is rejected.
@@ -176,7 +176,7 @@ class TestPostgres:
 class TestValkey:
     """The `EmbeddedValkey` server."""
 
-    def test_it_wants_its_password(self, valkey: EmbeddedValkey) -> None:
+    def test_the_password_is_required(self, valkey: EmbeddedValkey) -> None:
         """The embedded Valkey's URL works for every database number, but only with the password."""
         with redis.Redis.from_url(valkey.url(63)) as client:
             assert client.ping()
@@ -189,7 +189,7 @@ class TestValkey:
             stranger.ping()
 
     @pytest.mark.parametrize("end", [EmbeddedValkey.restart, EmbeddedValkey.kill])
-    def test_it_comes_back_empty_at_the_same_url(
+    def test_a_restarted_temporary_server_is_empty(
         self, valkey: EmbeddedValkey, end: Callable[[EmbeddedValkey], None]
     ) -> None:
         """A temporary server is empty after a restart or a kill, and keeps its URL."""
@@ -203,7 +203,7 @@ class TestValkey:
         with redis.Redis.from_url(url) as client:
             assert client.dbsize() == 0
 
-    def test_kept_data_is_there_again(self, tmp_path: Path) -> None:
+    def test_kept_data_survives_a_restart(self, tmp_path: Path) -> None:
         """Data in a data directory survives a server restart, even if the directory's name contains a space."""
         kept = tmp_path / "kept here"
         with EmbeddedValkey(kept) as server, redis.Redis.from_url(server.url()) as client:
@@ -213,7 +213,7 @@ class TestValkey:
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
-def test_an_ordinary_user_needs_no_other() -> None:
+def test_servers_run_as_the_current_user() -> None:
     """Both embedded servers run as the current user, unless that user is root."""
     script = (
         "from followups.embedded import EmbeddedPostgres, EmbeddedValkey\n"

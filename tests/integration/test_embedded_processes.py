@@ -52,7 +52,7 @@ def _until(condition: Callable[[], bool], within: timedelta = SOON) -> bool:
 class TestProcesses:
     """The `Processes` supervisor."""
 
-    def test_it_waits_until_a_process_is_ready(self, tmp_path: Path) -> None:
+    def test_start_waits_until_ready(self, tmp_path: Path) -> None:
         """A process counts as started once its check passes, and its output goes to a log of its own."""
         (tmp_path / "index.html").write_text("hello")
         port = free_port()
@@ -67,7 +67,7 @@ class TestProcesses:
         assert not server.running
         assert "GET / HTTP/1.1" in (tmp_path / "web.log").read_text()
 
-    def test_an_early_death_shows_the_end_of_the_log(self) -> None:
+    def test_an_early_exit_shows_the_end_of_the_log(self) -> None:
         """If a process ends before it is ready, the error shows its exit code and the end of its log."""
         with Processes() as processes, pytest.raises(EmbeddedError, match=r"(?s)beat ended with code 3\..*no broker"):
             processes.spawn("beat", ["sh", "-c", "echo no broker >&2; exit 3"], ready=lambda: False)
@@ -84,7 +84,7 @@ class TestProcesses:
         with Processes() as processes, pytest.raises(EmbeddedError, match=r"flower could not be started.*no-such"):
             processes.spawn("flower", ["no-such-program"])
 
-    def test_the_stubborn_are_killed_with_all_they_started(self) -> None:
+    def test_ignored_sigterm_ends_in_sigkill_of_the_group(self) -> None:
         """A process that ignores SIGTERM is killed after the grace period, together with the rest of its group."""
         script = "trap '' TERM; sleep 600 & echo $!; wait; sleep 600"
         with Processes() as processes:
@@ -95,7 +95,7 @@ class TestProcesses:
         assert not is_alive(pid)
         assert _until(lambda: not is_alive(started))
 
-    def test_a_pool_s_parent_drains_alone(self, tmp_path: Path) -> None:
+    def test_only_a_pools_parent_gets_sigterm(self, tmp_path: Path) -> None:
         """SIGTERM is sent only to a pool's parent process, so that the parent can drain its child processes.
 
         A process that exits by itself is reported.
@@ -110,7 +110,7 @@ class TestProcesses:
             assert processes.ended() == [pool]
         assert done.exists()
 
-    def test_lines_are_told_as_they_come(self) -> None:
+    def test_output_lines_are_passed_on(self) -> None:
         """With an echo, each line of output is both logged and passed on, with the process's name."""
         lines: list[tuple[str, str]] = []
         with Processes(echo=lambda name, line: lines.append((name, line))) as processes:
@@ -127,7 +127,7 @@ class TestProcesses:
 
 
 @pytest.mark.parametrize("end", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT, None], ids=str)
-def test_nothing_outlives_an_owner_that_cleans_nothing_up(end: signal.Signals | None) -> None:
+def test_nothing_outlives_a_killed_owner(end: signal.Signals | None) -> None:
     """Servers, processes and directories are removed soon after their owner exits, even if it is killed by SIGKILL.
 
     Servers, processes and directories are removed even if a forked child of the owner survives.
@@ -177,7 +177,7 @@ def test_a_killed_watchdog_is_replaced() -> None:
     assert second.poll() == 0 or WATCHDOG._process is second  # noqa: SLF001 - it may watch other tests' servers
 
 
-def test_what_a_user_may_not_enter(open_directory: Path) -> None:
+def test_the_topmost_closed_directory(open_directory: Path) -> None:
     """For a path below directories that a user may not enter, the topmost of these directories is returned.
 
     The owner of such a directory may enter it.

@@ -212,7 +212,7 @@ async def test_unreachable() -> None:
         assert is_passing(unreachable.value)
 
 
-async def test_rows_are_as_a_session_reads_them(world: World, database_url: str) -> None:
+async def test_rows_equal_those_of_a_session(world: World, database_url: str) -> None:
     """The rules of a workspace are the same whether the event loop's engine or SQLAlchemy reads them.
 
     The only rule that this test reads is that the workspace has no sending hours.

@@ -99,7 +99,9 @@ def test_earliest_of_each_first(world: World, engine: Engine, settings: Settings
     assert (first.more, second.more) == (True, False)
 
 
-def test_many_light_ones_beside_one(engine: Engine, settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_busy_workspace_gets_the_remaining_slots(
+    engine: Engine, settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A workspace with many due follow-ups gets all slots that many small workspaces do not need.
 
     All slots are used, even though a claim reads only a few rows of each workspace.
@@ -109,7 +111,7 @@ def test_many_light_ones_beside_one(engine: Engine, settings: Settings, monkeypa
     assert shares(claim_fairly(engine, bounded(settings, 60)), worlds) == [30, *[1] * 30]
 
 
-def test_many_with_much(engine: Engine, settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_more_workspaces_than_slots(engine: Engine, settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
     """If more workspaces are waiting than slots are free, no workspace gets two slots."""
     monkeypatch.setattr(claims, "FEW", 1)
     worlds = worlds_of(engine, *[3] * 30)
@@ -127,7 +129,9 @@ def test_many_with_much(engine: Engine, settings: Settings, monkeypatch: pytest.
     assert max(second) == 1
 
 
-def test_half_of_the_window_at_once(engine: Engine, settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_claim_takes_half_of_the_window(
+    engine: Engine, settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A claim takes half of a large in-flight limit and returns whether another claim would find more."""
     monkeypatch.setattr(claiming, "CLAIM_SIZE", 2)
     worlds_of(engine, 20)
@@ -139,7 +143,7 @@ def test_half_of_the_window_at_once(engine: Engine, settings: Settings, monkeypa
     ]
 
 
-def test_window_with_earlier_ones_behind(world: World, engine: Engine, settings: Settings) -> None:
+def test_window_with_earlier_due_dates(world: World, engine: Engine, settings: Settings) -> None:
     """Follow-ups in flight count towards the limit, even if other follow-ups have earlier due dates."""
     other = World(engine)
     for group in range(1, 3):
@@ -150,7 +154,7 @@ def test_window_with_earlier_ones_behind(world: World, engine: Engine, settings:
     assert world.scalar(LEASED) == 6
 
 
-def test_claim_in_order_sees_that_it_sees_too_little(engine: Engine, settings: Settings) -> None:
+def test_claim_in_order_detects_a_backlog(engine: Engine, settings: Settings) -> None:
     """A claim in due order detects a backlog, and does not exceed an in-flight limit that is used up."""
     worlds = worlds_of(engine, 90, 5)
     few = bounded(settings, 10)
@@ -174,7 +178,7 @@ def test_ended_leases_are_recovered(engine: Engine, settings: Settings) -> None:
     assert noisy.scalar(LEASED) == 6
 
 
-def test_lost_for_good(world: World, engine: Engine, settings: Settings) -> None:
+def test_lost_with_an_unknown_outcome(world: World, engine: Engine, settings: Settings) -> None:
     """A fair claim, like any other claim, ends a follow-up whose lost lease has an unknown outcome."""
     follow_up = world.follow_up()
     begin(engine, settings, claim_fairly(engine, settings).leases)
@@ -184,7 +188,7 @@ def test_lost_for_good(world: World, engine: Engine, settings: Settings) -> None
     assert world.row(follow_up).reason.partition(":")[0] == "outcome_unknown"
 
 
-def test_at_once(engine: Engine, settings: Settings) -> None:
+def test_concurrent_claims(engine: Engine, settings: Settings) -> None:
     """Concurrent fair and ordered claims together lease each follow-up exactly once."""
     worlds_of(engine, 40, 5, 5)
     taken: list[UUID] = []
@@ -203,7 +207,7 @@ def test_at_once(engine: Engine, settings: Settings) -> None:
     assert len(taken) == len(set(taken)) == 50
 
 
-def test_held_by_somebody(engine: Engine, settings: Settings) -> None:
+def test_locked_rows(engine: Engine, settings: Settings) -> None:
     """A fair claim skips locked rows and still finds the rows after them."""
     noisy, quiet = worlds_of(engine, 20, 2)
     with engine.connect() as connection:
@@ -225,7 +229,7 @@ class TestLowWater:
         noisy.expire(*[row.id for row in noisy.rows()])
         assert len(claim_fairly(engine, settings, low).leases) == 43
 
-    def test_from_the_mark_on(self, world: World, engine: Engine, settings: Settings) -> None:
+    def test_no_rows_before_the_mark(self, world: World, engine: Engine, settings: Settings) -> None:
         """A fair claim reads no rows due before the low-water mark, in any workspace."""
         worlds_of(engine, 3, due=-timedelta(minutes=5))
         later = world.follow_up()
@@ -240,7 +244,7 @@ class TestLowWater:
         assert timedelta(0) < datetime.now(UTC) - claimed.low_water - claims.LOW_WATER_MARGIN < timedelta(minutes=1)
 
 
-def test_dispatcher_shares_out_what_it_left(
+def test_dispatcher_continues_with_a_fair_claim(
     engine: Engine, settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """After a full claim, the dispatcher's next claim is a fair claim, so no workspace waits long."""
@@ -260,7 +264,7 @@ def test_dispatcher_shares_out_what_it_left(
     assert [keys[key_of(world.workspace_id)] for world in worlds] == [50, 10]
 
 
-def test_a_small_window_that_comes_free_is_filled_at_once(
+def test_a_small_free_window_is_filled_without_growing_pauses(
     world: World, engine: Engine, settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """When all slots become free in time, the dispatcher's pauses do not grow, even with very few slots."""

@@ -58,7 +58,7 @@ def paused_by_a_pause_that_was_deleted(world: World, settings: Settings) -> UUID
 
 
 @pytest.mark.parametrize("forget", [locked_when_the_earlier_one_was_cancelled, paused_by_a_pause_that_was_deleted])
-def test_the_next_tick_finds_it(
+def test_the_next_ticks_find_an_orphan(
     world: World,
     engine: Engine,
     settings: Settings,
@@ -86,7 +86,7 @@ def test_the_next_tick_finds_it(
         ticking.stop()
 
 
-def test_a_look_that_costs_much(engine: Engine, settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_expensive_search_runs_rarely(engine: Engine, settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
     """An expensive search for forgotten follow-ups runs rarely, and does not stop claims."""
     monkeypatch.setattr(dispatcher, "FORGOTTEN_SHARE", 1e-9)
     seen: Counter[str] = Counter()

@@ -81,7 +81,7 @@ def assert_never_faster(moments: list[int], limit: Bucket) -> None:
 
 
 @pytest.mark.parametrize(("rate", "burst"), [(100, 5), (300, 1), (40, 20)])
-async def test_never_faster_than_its_rate(place: LimiterUnderTest, rate: float, burst: int) -> None:
+async def test_grants_never_exceed_the_rate(place: LimiterUnderTest, rate: float, burst: int) -> None:
     """Grants in any period never exceed the burst plus the tokens added in the period.
 
     Requests are granted in the order of their follow-ups' due dates.
@@ -98,7 +98,7 @@ async def test_never_faster_than_its_rate(place: LimiterUnderTest, rate: float, 
     assert_never_faster(place.gone, limit)
 
 
-async def test_several_at_once(place: LimiterUnderTest, place_settings: Settings) -> None:
+async def test_several_workers(place: LimiterUnderTest, place_settings: Settings) -> None:
     """Workers that request and return tokens concurrently do not exceed the rate together."""
     limit = bucket(200, 4)
     others = [Limiter(place_settings, PATIENCE) for _ in range(3)]
@@ -124,7 +124,7 @@ async def test_several_at_once(place: LimiterUnderTest, place_settings: Settings
     assert_never_faster(used, limit)
 
 
-async def test_who_was_due_first_goes_first(place: LimiterUnderTest) -> None:
+async def test_earliest_due_first(place: LimiterUnderTest) -> None:
     """The token request with the earlier due date is granted first; if the dates are equal, the lower id is first."""
     limit = bucket(rate=1 / 60, burst=1)
     await place.ask(request(0, limit))
@@ -138,7 +138,7 @@ async def test_who_was_due_first_goes_first(place: LimiterUnderTest) -> None:
     assert len(set(waits)) == 4
 
 
-async def test_nobody_overtakes(place: LimiterUnderTest) -> None:
+async def test_a_later_request_does_not_overtake(place: LimiterUnderTest) -> None:
     """A free token goes to the first request in the queue, even if another request arrives."""
     limit = bucket(rate=5, burst=1)
     first, second, third = (request(since, limit) for since in (1, 2, 3))
@@ -150,7 +150,7 @@ async def test_nobody_overtakes(place: LimiterUnderTest) -> None:
     assert await place.ask(second) == [GO]
 
 
-async def test_who_waits_elsewhere_holds_up_nobody(place: LimiterUnderTest) -> None:
+async def test_waiting_for_one_bucket_takes_no_other_token(place: LimiterUnderTest) -> None:
     """A follow-up that waits for its chat's limit takes no token from its workspace's bucket.
 
     Such a follow-up does not delay other follow-ups of its workspace.
@@ -162,7 +162,7 @@ async def test_who_waits_elsewhere_holds_up_nobody(place: LimiterUnderTest) -> N
     assert (await place.ask(request(3, workspace)))[0] > GO
 
 
-async def test_it_waits_for_the_slowest(place: LimiterUnderTest) -> None:
+async def test_the_strictest_limit_decides(place: LimiterUnderTest) -> None:
     """A follow-up over two rate limits waits as long as the stricter limit requires."""
     fast, slow = bucket(rate=1), bucket(rate=0.01)
     await place.ask(request(0, fast, slow))
@@ -170,7 +170,7 @@ async def test_it_waits_for_the_slowest(place: LimiterUnderTest) -> None:
     assert wait > timedelta(seconds=10)
 
 
-async def test_a_long_wait_is_told_shorter(place: LimiterUnderTest) -> None:
+async def test_a_long_wait_is_understated(place: LimiterUnderTest) -> None:
     """A short wait is reported exactly; a long one is understated, because requests may be dropped."""
     limit = bucket(rate=0.01, burst=1)
     await place.ask(request(0, limit))
@@ -183,7 +183,7 @@ async def test_a_long_wait_is_told_shorter(place: LimiterUnderTest) -> None:
     assert wait <= timedelta(seconds=0.5)
 
 
-async def test_given_back(place: LimiterUnderTest) -> None:
+async def test_a_returned_token(place: LimiterUnderTest) -> None:
     """If a follow-up does not begin after all, the next request gets its token.
 
     A token bucket never holds more than its size.
@@ -201,7 +201,7 @@ async def test_given_back(place: LimiterUnderTest) -> None:
     assert waits[0] == GO
 
 
-async def test_a_cancelled_one_leaves_the_line(place: LimiterUnderTest) -> None:
+async def test_an_ended_follow_up_leaves_the_queue(place: LimiterUnderTest) -> None:
     """When a follow-up in the limiter's queue has ended, it is removed, and the next follow-up takes its position."""
     limit = bucket(rate=1 / 60, burst=1)
     await place.ask(request(0, limit))
@@ -211,7 +211,7 @@ async def test_a_cancelled_one_leaves_the_line(place: LimiterUnderTest) -> None:
     assert after < before - timedelta(seconds=20)
 
 
-async def test_who_does_not_come_back_holds_up_nobody(place: LimiterUnderTest) -> None:
+async def test_an_abandoned_request_leaves_the_queue(place: LimiterUnderTest) -> None:
     """A token request that is not repeated in time loses its place in the queue, and may join it again."""
     limit = bucket(rate=10, burst=1)
     lost, second = request(1, limit), request(2, limit)
@@ -226,7 +226,7 @@ async def test_who_does_not_come_back_holds_up_nobody(place: LimiterUnderTest) -
     assert (await place.ask(lost))[0] <= timedelta(seconds=0.1)
 
 
-async def test_many_cancelled_hold_up_nobody_for_long(place: LimiterUnderTest) -> None:
+async def test_many_cancelled_requests_delay_others_briefly(place: LimiterUnderTest) -> None:
     """A request that waits for a token is repeated within five minutes.
 
     A request that is not repeated delays other requests for at most five minutes.
@@ -273,7 +273,7 @@ async def test_the_clock_is_set(clock: ServerClock, place_settings: Settings, st
 
 
 @pytest.mark.parametrize("step", STEPS, ids=str)
-async def test_who_does_not_come_back_when_the_clock_is_set(
+async def test_an_abandoned_request_when_the_clock_is_set(
     clock: ServerClock, place_settings: Settings, step: timedelta
 ) -> None:
     """A cancelled token request delays the next one by at most the longest wait, even if Redis's clock is set."""
@@ -302,7 +302,7 @@ async def test_flushed(place: LimiterUnderTest) -> None:
     assert [wait == GO for wait in waits] == [True, True, True, False]
 
 
-async def test_it_leaves_nothing_behind(place: LimiterUnderTest) -> None:
+async def test_unused_keys_expire(place: LimiterUnderTest) -> None:
     """The limiter's keys expire soon after its bucket is full and its queue is empty."""
     limit = bucket(rate=2, burst=4)
     await place.ask(*(request(since, limit) for since in range(9)))
@@ -312,7 +312,7 @@ async def test_it_leaves_nothing_behind(place: LimiterUnderTest) -> None:
         assert 2_000 < await place.redis.pttl(key) < 10_000
 
 
-async def test_the_line_has_an_end(place: LimiterUnderTest) -> None:
+async def test_the_queue_is_bounded(place: LimiterUnderTest) -> None:
     """With a hundred thousand requests queued, further ones get an estimated wait but no place.
 
     Requests that are already in the queue keep their positions.
@@ -327,7 +327,7 @@ async def test_the_line_has_an_end(place: LimiterUnderTest) -> None:
     assert await place.redis.zcard(key) == 100_000
 
 
-async def test_redis_away(place_settings: Settings, capfd: pytest.CaptureFixture[str]) -> None:
+async def test_redis_unreachable(place_settings: Settings, capfd: pytest.CaptureFixture[str]) -> None:
     """While Redis is unreachable, every follow-up may begin and is counted as unlimited.
 
     One log line reports the outage, and the limiter does not query Redis again for a while.

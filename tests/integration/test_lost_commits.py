@@ -129,7 +129,7 @@ def place(world: World, settings: Settings) -> DeliverySteps:
 
 
 @pytest.mark.parametrize("name", STEPS)
-def test_an_answer_is_lost_after_the_commit(place: DeliverySteps, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_answer_lost_after_the_commit(place: DeliverySteps, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A delivery step counts as done if its commit succeeded, even if the response to the commit is lost."""
     step = STEPS[name](place)
     break_once(monkeypatch, psycopg.Connection.commit)
@@ -139,7 +139,7 @@ def test_an_answer_is_lost_after_the_commit(place: DeliverySteps, name: str, mon
 
 
 @pytest.mark.parametrize("name", STEPS)
-def test_a_commit_is_lost(place: DeliverySteps, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_commit_lost(place: DeliverySteps, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A delivery step whose commit never reached the server fails immediately and can be repeated."""
     step = STEPS[name](place)
     before = place.rows()
@@ -154,9 +154,7 @@ def test_a_commit_is_lost(place: DeliverySteps, name: str, monkeypatch: pytest.M
 
 @pytest.mark.parametrize("name", STEPS)
 @pytest.mark.parametrize("committed", [True, False])
-def test_a_commit_takes_its_time(
-    place: DeliverySteps, name: str, monkeypatch: pytest.MonkeyPatch, *, committed: bool
-) -> None:
+def test_slow_commit(place: DeliverySteps, name: str, monkeypatch: pytest.MonkeyPatch, *, committed: bool) -> None:
     """No result is assumed while the server may still be committing; afterwards the database is queried."""
     step = STEPS[name](place)
     commit, rollback = psycopg.Connection.commit, psycopg.Connection.rollback

@@ -87,7 +87,7 @@ def test_two_pauses_overlap(world: World, engine: Engine, settings: Settings) ->
     assert begun(claim_and_begin(engine, settings)) == {follow_up}
 
 
-def test_what_is_not_due_is_left_alone(world: World, engine: Engine, settings: Settings) -> None:
+def test_follow_ups_not_due_stay_unchanged(world: World, engine: Engine, settings: Settings) -> None:
     """The end of a pause does not affect follow-ups that did not become due during the pause."""
     later = world.follow_up(due=HOUR)
     scope = pause(world)
@@ -96,7 +96,7 @@ def test_what_is_not_due_is_left_alone(world: World, engine: Engine, settings: S
     assert world.row(later).next_attempt_at is None
 
 
-def test_order_within_the_chat_holds(world: World, engine: Engine, settings: Settings) -> None:
+def test_order_within_the_chat_is_kept(world: World, engine: Engine, settings: Settings) -> None:
     """If a chat's earlier follow-up is paused, the later one waits for it and is sent after it."""
     chat = world.chat()
     first, second = world.follow_ups_at_once([(chat, -2 * SECOND), (chat, -SECOND)])
@@ -110,7 +110,7 @@ def test_order_within_the_chat_holds(world: World, engine: Engine, settings: Set
     assert world.row(second).waits_for == first
 
 
-def test_held_ones_can_be_cancelled_and_rescheduled(world: World, engine: Engine, settings: Settings) -> None:
+def test_paused_follow_ups_can_be_cancelled_and_rescheduled(world: World, engine: Engine, settings: Settings) -> None:
     """A paused follow-up can be cancelled, or rescheduled, which releases it until the new due date."""
     cancelled, moved = world.follow_up(), world.follow_up()
     scope = pause(world)
@@ -125,7 +125,7 @@ def test_held_ones_can_be_cancelled_and_rescheduled(world: World, engine: Engine
     assert resume(world, scope) == 0
 
 
-def test_what_must_not_be_sent_ends_though_paused(world: World, engine: Engine, settings: Settings) -> None:
+def test_paused_follow_ups_can_end(world: World, engine: Engine, settings: Settings) -> None:
     """A paused follow-up ends when it may no longer be sent."""
     late = world.follow_up(due=-HOUR, scheduled_at=text("now() - interval '1 h'"))
     pause(world)
@@ -152,7 +152,7 @@ def test_interrupted_while_resuming(world: World, engine: Engine, settings: Sett
     assert world.row(theirs).pause_id is not None
 
 
-def test_resumed_while_it_is_being_held(world: World, engine: Engine, settings: Settings) -> None:
+def test_resumed_during_the_hold(world: World, engine: Engine, settings: Settings) -> None:
     """A resume waits for a concurrent pause of a follow-up, so that no follow-up stays paused forever."""
     follow_up = world.follow_up()
     scope = pause(world)
@@ -171,7 +171,7 @@ def test_resumed_while_it_is_being_held(world: World, engine: Engine, settings: 
     assert begun(claim_and_begin(engine, settings)) == {follow_up}
 
 
-def test_many_are_freed_in_batches(
+def test_many_are_released_in_batches(
     world: World, engine: Engine, settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Ending a pause releases its follow-ups in batches."""

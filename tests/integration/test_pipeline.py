@@ -98,7 +98,7 @@ def started(database_url: str, settings: Settings) -> Iterator[Callable[..., Pip
         assert pipeline.drain(timedelta(seconds=10)) == 0
 
 
-def test_calls_at_once(world: World, engine: Engine, settings: Settings, started: Callable[..., Pipeline]) -> None:
+def test_concurrent_calls(world: World, engine: Engine, settings: Settings, started: Callable[..., Pipeline]) -> None:
     """At most CONCURRENCY calls are in progress, and follow-ups that wait for a slot have not begun."""
     transport = Scripted(lambda _: Sent(), 0.05)
     ids = [world.follow_up() for _ in range(30)]
@@ -134,7 +134,7 @@ def test_the_next_of_a_chat_is_locked(
     wait_until(lambda: world.row(second).status == "sent")
 
 
-def test_what_has_begun_is_under_way(
+def test_nothing_begins_without_a_slot(
     world: World, engine: Engine, settings: Settings, started: Callable[..., Pipeline]
 ) -> None:
     """No follow-up begins without a slot, even when calls finish quickly.
@@ -248,7 +248,7 @@ def test_bad_transport(
     assert row.status == "sent" or world.failures(bad)
 
 
-def test_message_nowhere_in_what_a_raising_transport_leaves(
+def test_a_plug_ins_error_reveals_no_message(
     world: World,
     engine: Engine,
     settings: Settings,
@@ -267,7 +267,9 @@ def test_message_nowhere_in_what_a_raising_transport_leaves(
     assert "secret between us" not in "".join(capfd.readouterr())
 
 
-def test_drain_gives_back(world: World, engine: Engine, settings: Settings, started: Callable[..., Pipeline]) -> None:
+def test_drain_releases_leases(
+    world: World, engine: Engine, settings: Settings, started: Callable[..., Pipeline]
+) -> None:
     """A drained pipeline settles begun attempts; its other follow-ups can be claimed again immediately."""
     for _ in range(20):
         world.follow_up()
@@ -302,7 +304,7 @@ def test_full_disk(
     assert world.scalar("SELECT count(*) FROM follow_ups WHERE status = 'sent'") == 10
 
 
-def test_drain_while_slots_gather(
+def test_drain_while_begin_waits_for_slots(
     world: World,
     engine: Engine,
     settings: Settings,
@@ -359,7 +361,7 @@ def _raise_passing(*_: object) -> None:
 @pytest.mark.parametrize(
     ("count_once", "count_twice", "most"), [(0, 4, 1), (40, 0, POISON_PILLS), (20, 2, POISON_PILLS)]
 )
-def test_suspects_apart(  # noqa: PLR0913 - fixtures and three parameters
+def test_poison_pills_are_sent_alone(  # noqa: PLR0913 - fixtures and three parameters
     world: World,
     engine: Engine,
     settings: Settings,
@@ -385,7 +387,7 @@ def test_suspects_apart(  # noqa: PLR0913 - fixtures and three parameters
     assert len(transport.calls) == len(suspects) + len(others)
 
 
-def test_leases_that_run_out_in_the_line(
+def test_leases_that_expire_in_the_due_queue(
     world: World, engine: Engine, settings: Settings, started: Callable[..., Pipeline]
 ) -> None:
     """If leases expire in the due queue, no query is needed, and delivery continues with new leases."""
@@ -402,7 +404,7 @@ def test_leases_that_run_out_in_the_line(
     assert max(transport.calls.values()) == 1
 
 
-def test_read_only_for_a_moment(
+def test_briefly_read_only(
     world: World, engine: Engine, settings: Settings, started: Callable[..., Pipeline], database_url: str
 ) -> None:
     """If the database is briefly read-only, as during a failover, no result is lost."""

@@ -209,7 +209,7 @@ def test_plan_of_a_fair_claim(world: World, engine: Engine, settings: Settings, 
 
 
 @pytest.mark.parametrize("each", [0, 1], ids=["nothing pending", "one for later"])
-def test_idle_workspaces_cost_a_fair_claim_no_search(engine: Engine, settings: Settings, each: int) -> None:
+def test_idle_workspaces_are_not_searched(engine: Engine, settings: Settings, each: int) -> None:
     """Idle workspaces are not searched by a fair claim: with 300 of them, it needs few index scans."""
     for _ in range(2):
         World(engine).burst([timedelta(0)] * 3)
@@ -285,7 +285,7 @@ def _by_key_whatever_the_batch(engine: Engine, statement: str) -> None:
     assert set(looked_up(plan)) <= {"pk_follow_ups"}, statement
 
 
-def test_begin_by_a_plan_of_before(world: World, database_url: str, engine: Engine, settings: Settings) -> None:
+def test_begin_with_an_old_plan(world: World, database_url: str, engine: Engine, settings: Settings) -> None:
     """A plan made for nearly empty tables still looks up each chat only once when the tables are full."""
     patient = settings.model_copy(update={"lease": timedelta(minutes=1)})
     rules = leases.Rules(patient.lease, patient.max_lateness, early=timedelta(seconds=1))
@@ -304,7 +304,7 @@ def test_begin_by_a_plan_of_before(world: World, database_url: str, engine: Engi
 
 
 @pytest.mark.parametrize(("slow", "many"), [(0.0, DUE + 1), (60.0, DUE)], ids=["slow", "many"])
-def test_a_burst_into_a_table_that_counts_as_empty(
+def test_a_burst_into_a_table_estimated_as_empty(
     world: World, engine: Engine, settings: Settings, monkeypatch: pytest.MonkeyPatch, slow: float, many: int
 ) -> None:
     """A slow or large claim is followed by an update of the planner's statistics; plans then use indexes."""
@@ -321,7 +321,7 @@ def test_a_burst_into_a_table_that_counts_as_empty(
     beaten.stop()
 
 
-def test_a_stopped_dispatcher_asks_nothing_more(
+def test_stop_waits_for_the_update_of_statistics(
     world: World, engine: Engine, settings: Settings, database_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Stopping a dispatcher waits for a running update of the planner's statistics.

@@ -27,7 +27,7 @@ with celery_app.app.producer_pool.acquire() as producer:
 """
 
 
-def test_a_connection_that_was_lost(settings: Settings) -> None:
+def test_a_lost_connection(settings: Settings) -> None:
     """Beat sends a tick even if the channel of its long-lived producer has been closed."""
     environment = os.environ | settings.environment()
     ran = subprocess.run(

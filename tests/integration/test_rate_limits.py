@@ -142,7 +142,7 @@ def due_in_turn(world: World, count: int, ago: timedelta = SECOND) -> list[UUID]
     ]
 
 
-def test_a_burst_goes_at_the_rate(world: World, bench: Bench) -> None:
+def test_a_burst_is_sent_at_the_rate(world: World, bench: Bench) -> None:
     """Sixty follow-ups due in a burst are sent at the limit's rate, those due earliest first.
 
     No follow-up waits for longer than the limit requires.
@@ -161,7 +161,7 @@ def test_a_burst_goes_at_the_rate(world: World, bench: Bench) -> None:
     assert not any(world.failures(one) for one in ids)
 
 
-def test_a_place_that_cannot_be_read(world: World, bench: Bench) -> None:
+def test_an_unreadable_due_date(world: World, bench: Bench) -> None:
     """If the due date of one rate-limited follow-up cannot be read, no other follow-up is delayed.
 
     All other follow-ups still count towards the limit.
@@ -190,7 +190,7 @@ def test_two_workers_share_a_limit(world: World, bench: Bench) -> None:
         assert number <= 4 + 40 * (moment - started)
 
 
-def test_the_others_do_not_wait(world: World, bench: Bench) -> None:
+def test_unlimited_follow_ups_do_not_wait(world: World, bench: Bench) -> None:
     """A follow-up to which no limit applies is sent immediately, without a request to Redis."""
     limit(world, NONE_COMES_IN, channel="widget")
     held = [world.follow_up(world.chat(channel="widget")) for _ in range(3)]
@@ -204,7 +204,7 @@ def test_the_others_do_not_wait(world: World, bench: Bench) -> None:
     assert bench.limiters[0].asked == 3
 
 
-def test_each_chat_for_itself(world: World, bench: Bench) -> None:
+def test_each_chat_has_its_own_limit(world: World, bench: Bench) -> None:
     """A chat over its rate limit waits without a lease or a slot; other chats of the workspace are not delayed."""
     limit(world, NONE_COMES_IN, per="chat")
     limit(world, NONE_COMES_IN, burst=3)
@@ -221,7 +221,7 @@ def test_each_chat_for_itself(world: World, bench: Bench) -> None:
     assert row.next_attempt_at == row.limited_until > datetime.now(UTC)
 
 
-def test_what_does_not_begin_gives_back(world: World, bench: Bench) -> None:
+def test_a_paused_follow_up_returns_its_token(world: World, bench: Bench) -> None:
     """A paused follow-up does not use up a token."""
     limit(world, NONE_COMES_IN, burst=5)
     scope = pauses.PauseScope(world.workspace_id, None)
@@ -238,7 +238,7 @@ def test_what_does_not_begin_gives_back(world: World, bench: Bench) -> None:
     wait_until(lambda: set(receiver.received) == set(ids))
 
 
-def test_a_later_one_of_a_chat_takes_nothing(world: World, bench: Bench) -> None:
+def test_a_parked_follow_up_returns_its_token(world: World, bench: Bench) -> None:
     """A follow-up that must wait for an earlier follow-up of its chat returns its token, and is sent later."""
     limit(world, NONE_COMES_IN, burst=3)
     chat = world.chat()
@@ -249,7 +249,7 @@ def test_a_later_one_of_a_chat_takes_nothing(world: World, bench: Bench) -> None
     assert receiver.received == ids
 
 
-def test_an_attempt_is_what_counts(world: World, bench: Bench) -> None:
+def test_each_attempt_takes_a_token(world: World, bench: Bench) -> None:
     """Each attempt, including a retry, takes a token; waiting for a retry's token uses up no attempt."""
     limit(world, 5)
     follow_up = world.follow_up()
@@ -262,7 +262,7 @@ def test_an_attempt_is_what_counts(world: World, bench: Bench) -> None:
         assert number <= 1 + 5 * (moment - started)
 
 
-def test_it_ends_in_time(world: World, bench: Bench) -> None:
+def test_a_waiting_follow_up_ends_at_its_limit(world: World, bench: Bench) -> None:
     """A follow-up that would wait beyond its maximum lateness or messaging window ends at that limit."""
     limit(world, NONE_COMES_IN)
     world.follow_up()
@@ -276,7 +276,7 @@ def test_it_ends_in_time(world: World, bench: Bench) -> None:
     assert (world.row(window).reason, world.row(late).reason) == ("window_closed", "too_late")
 
 
-def test_cancelled_while_it_waits(world: World, bench: Bench) -> None:
+def test_cancelled_while_waiting(world: World, bench: Bench) -> None:
     """If a follow-up is cancelled while it waits for a rate limit, it never begins and delays no others."""
     limit(world, 4)
     ids = due_in_turn(world, 12)
@@ -294,7 +294,7 @@ def test_cancelled_while_it_waits(world: World, bench: Bench) -> None:
     assert set(ids[:4]) | set(ids[8:]) <= set(receiver.received)
 
 
-def test_set_and_lifted_while_it_runs(world: World, bench: Bench) -> None:
+def test_set_and_removed_while_running(world: World, bench: Bench) -> None:
     """A worker soon applies a new rate limit, and sends the deferred follow-ups soon after the limit is removed."""
     receiver = Receiver()
     pipeline = bench.start(receiver)
@@ -311,7 +311,7 @@ def test_set_and_lifted_while_it_runs(world: World, bench: Bench) -> None:
     assert set(ids) <= set(receiver.received)
 
 
-def test_only_those_under_it_ask_again(world: World, bench: Bench) -> None:
+def test_a_raised_limit_releases_its_follow_ups(world: World, bench: Bench) -> None:
     """If a channel's limit is raised, the follow-ups deferred under that limit continue.
 
     Follow-ups over other limits stay deferred.
@@ -331,7 +331,7 @@ def test_only_those_under_it_ask_again(world: World, bench: Bench) -> None:
     assert len(set(others) & set(receiver.received)) == 1
 
 
-def test_somebody_holds_the_row(world: World, bench: Bench) -> None:
+def test_a_locked_row(world: World, bench: Bench) -> None:
     """A locked follow-up that exceeds a rate limit is deferred soon after its row is unlocked."""
     limit(world, NONE_COMES_IN)
     _, second = due_in_turn(world, 2)
@@ -346,7 +346,7 @@ def test_somebody_holds_the_row(world: World, bench: Bench) -> None:
     assert len(receiver.received) == 1
 
 
-def test_a_row_that_cannot_be_written(world: World, bench: Bench) -> None:
+def test_an_unwritable_row(world: World, bench: Bench) -> None:
     """If one follow-up's row cannot be written, other follow-ups are still deferred or sent."""
     limit(world, NONE_COMES_IN)
     first, bad, third = due_in_turn(world, 3)
@@ -359,7 +359,7 @@ def test_a_row_that_cannot_be_written(world: World, bench: Bench) -> None:
     assert bad not in receiver.received
 
 
-def test_redis_away(world: World, bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_redis_unreachable(world: World, bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     """If Redis is unreachable, all follow-ups are sent, whatever the limit."""
     monkeypatch.setattr(f"{__name__}.PATIENCE", timedelta(seconds=0.2))
     limit(world, NONE_COMES_IN)

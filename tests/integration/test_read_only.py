@@ -54,7 +54,7 @@ def test_sessions_opened_on_a_read_only_server_are_dropped(
     engine.dispose()
 
 
-async def test_so_are_those_of_an_event_loop(world: World, database_url: str) -> None:
+async def test_an_event_loop_drops_its_sessions_too(world: World, database_url: str) -> None:
     """A worker's event loop also drops its read-only sessions, even those that it has used recently."""
     assert world
     engine = make_async_engine(whatever_it_is(database_url), pool_size=SESSIONS)

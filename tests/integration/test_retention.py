@@ -51,7 +51,7 @@ def receive(world: World, chat_id: UUID, ago: timedelta) -> UUID:
     return message_id
 
 
-def test_what_finished_long_ago_goes(world: World, engine: Engine, settings: Settings) -> None:
+def test_old_finished_follow_ups_are_deleted(world: World, engine: Engine, settings: Settings) -> None:
     """A finished follow-up is deleted after its retention, with its failed attempts.
 
     Younger and pending follow-ups are kept.
@@ -72,7 +72,7 @@ def test_what_finished_long_ago_goes(world: World, engine: Engine, settings: Set
     assert world.scalar("SELECT count(*) FROM failed_attempts") == 1
 
 
-def test_without_retention_nothing_goes_but_expired_keys(world: World, engine: Engine, settings: Settings) -> None:
+def test_without_retention_only_expired_keys_are_deleted(world: World, engine: Engine, settings: Settings) -> None:
     """By default every follow-up is kept, and an idempotency key is deleted after a day."""
     ended(world, 3000 * DAY)
     for key, hours in (("old", 25), ("young", 23)):
@@ -88,7 +88,7 @@ def test_without_retention_nothing_goes_but_expired_keys(world: World, engine: E
     assert len(world.rows()) == 1
 
 
-def test_chat_messages_of_the_same_age_go(world: World, engine: Engine, settings: Settings) -> None:
+def test_old_chat_messages_are_deleted(world: World, engine: Engine, settings: Settings) -> None:
     """Old chat messages are deleted, except each chat's last message, which is needed to recognise a repeat."""
     chat_id, other = uuid4(), uuid4()
     receive(world, chat_id, 50 * DAY)
@@ -100,7 +100,9 @@ def test_chat_messages_of_the_same_age_go(world: World, engine: Engine, settings
         assert set(connection.scalars(text("SELECT id FROM chat_messages"))) == {young, last}
 
 
-def test_many_go_in_batches(world: World, engine: Engine, settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_many_rows_are_deleted_in_batches(
+    world: World, engine: Engine, settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """All old rows are deleted in as many batches as necessary, even with kept messages in between."""
     monkeypatch.setattr(pruning, "BATCH", 3)
     chat_id = world.chat()
@@ -113,7 +115,7 @@ def test_many_go_in_batches(world: World, engine: Engine, settings: Settings, mo
     assert world.scalar("SELECT count(*) FROM chat_messages") == 10
 
 
-def test_a_run_goes_on_where_the_last_one_ended(
+def test_the_next_run_continues(
     world: World, engine: Engine, settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A pruning run over its time limit ends between two batches, and the next run completes the work."""
@@ -127,7 +129,7 @@ def test_a_run_goes_on_where_the_last_one_ended(
     assert one.prune()["follow_ups"] == 2
 
 
-def test_what_somebody_holds_is_passed_over(world: World, engine: Engine, settings: Settings) -> None:
+def test_locked_rows_are_skipped(world: World, engine: Engine, settings: Settings) -> None:
     """Pruning skips locked rows."""
     held, free = ended(world, 31 * DAY), ended(world, 31 * DAY)
     with engine.connect() as other:
@@ -137,7 +139,7 @@ def test_what_somebody_holds_is_passed_over(world: World, engine: Engine, settin
     assert world.rows(free) == []
 
 
-def test_only_one_tidies_up(world: World, engine: Engine, settings: Settings) -> None:
+def test_one_worker_prunes_at_a_time(world: World, engine: Engine, settings: Settings) -> None:
     """Only one worker prunes at a time, and releases the pruning lock when it has finished."""
     ended(world, 31 * DAY)
     with engine.connect() as other:
@@ -154,7 +156,7 @@ def test_only_one_tidies_up(world: World, engine: Engine, settings: Settings) ->
     )
 
 
-def test_a_stop_ends_it(world: World, engine: Engine, settings: Settings) -> None:
+def test_a_stop_ends_the_run(world: World, engine: Engine, settings: Settings) -> None:
     """A stopped pruner ends with its current batch; starting a running pruner again has no effect."""
     ended(world, 31 * DAY)
     one = pruner_of(engine, settings)
@@ -164,7 +166,7 @@ def test_a_stop_ends_it(world: World, engine: Engine, settings: Settings) -> Non
     assert one.prune() == {"idempotency_keys": 0, "audit_events": 0, "follow_ups": 0, "chat_messages": 0}
 
 
-def test_audit_events_have_a_retention_of_their_own(world: World, engine: Engine, settings: Settings) -> None:
+def test_audit_events_have_a_separate_retention(world: World, engine: Engine, settings: Settings) -> None:
     """Audit events have a separate retention, after which they are deleted; 0 keeps them forever."""
     ended(world, 3000 * DAY)
     for days in (31, 29):

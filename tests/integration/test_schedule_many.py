@@ -120,7 +120,7 @@ def test_another_workspaces_chat(world: World) -> None:
     assert type(refused.value.refused[0]) is ChatNotFoundError
 
 
-def test_one_statement_a_kind(world: World) -> None:
+def test_the_number_of_statements_is_constant(world: World) -> None:
     """Scheduling a thousand follow-ups takes as many statements as scheduling one, and under a second."""
     targets = [world.chat() for _ in range(20)]
     statements: list[str] = []
@@ -161,7 +161,7 @@ def test_locks_in_ascending_order(world: World) -> None:
     assert errors == []
 
 
-def test_beside_a_reply(world: World) -> None:
+def test_a_concurrent_reply(world: World) -> None:
     """A reply that arrives during a transaction of `schedule_many` waits, and then cancels the new follow-ups."""
     chat_id = world.chat()
     replies: list[chats.RecordedMessage] = []

@@ -105,7 +105,7 @@ class TestSchedule:
         assert (row.status, row.message, row.trigger_chat_message_id) == ("pending", "Still there?", last)
         assert (row.lease_token, row.attempts, row.begun_at, row.next_attempt_at) == (0, 0, None, None)
 
-    def test_a_caller_s_own_trace(self, caller: Caller) -> None:
+    def test_a_callers_trace(self, caller: Caller) -> None:
         """A follow-up scheduled inside a caller's trace stores the trace's context, whatever the tracer."""
         tracer = TracerProvider().get_tracer("a caller")
         with tracer.start_as_current_span("work") as span:
@@ -176,7 +176,7 @@ class TestSchedule:
 class TestFullChat:
     """Tests of the limit of pending follow-ups per chat, so that one reply can cancel all of them."""
 
-    def test_one_more_is_refused(self, caller: Caller) -> None:
+    def test_a_full_chat_accepts_no_more(self, caller: Caller) -> None:
         """A full chat accepts no new or moved follow-up until one of its follow-ups has ended."""
         full, created = caller.world.full_chat(), caller.schedule(caller.world.chat())
         with pytest.raises(TooManyPendingError):
@@ -246,7 +246,7 @@ class TestAmend:
         assert row.scheduled_at == row.updated_at
         assert row.created_at <= row.scheduled_at
 
-    def test_lease_alone_is_no_obstacle(self, caller: Caller) -> None:
+    def test_a_lease_does_not_prevent_a_cancel(self, caller: Caller) -> None:
         """Cancelling a claimed follow-up that has not begun takes effect immediately and ends its lease."""
         follow_up = caller.world.follow_up(lease_token=3, lease_until=text("now() + interval '1 min'"))
         assert scheduling.cancel(caller.session, follow_up).status == "cancelled"
@@ -264,7 +264,7 @@ class TestAmend:
 class TestRetry:
     """Manual retries of failed follow-ups by an operator."""
 
-    def test_new_one(self, caller: Caller) -> None:
+    def test_a_retry_creates_a_new_follow_up(self, caller: Caller) -> None:
         """A retry creates a new follow-up, due now or at a given time, and leaves the failed one unchanged."""
         chat_id = caller.world.chat()
         failed = caller.world.follow_up(chat_id, status="failed", reason="too_late", finished_at=NOW, message="Hey")
@@ -313,7 +313,7 @@ class TestChats:
         chat = chats.lock_chat(caller.session, caller.world.workspace_id, chat_id)
         assert (chat.last_message_id, chat.last_user_message_at) == (agent.id, user.created_at)
 
-    def test_same_moment(self, caller: Caller) -> None:
+    def test_same_timestamp(self, caller: Caller) -> None:
         """If two messages have equal timestamps, the message that arrived later counts as the last."""
         chat_id, at = uuid4(), soon(-1)
         caller.receive(chat_id, Role.USER, at)
@@ -351,7 +351,7 @@ class TestChats:
         caller.receive(chat_id, Role.AGENT, second + timedelta(seconds=answer))
         assert caller.schedule(chat_id)
 
-    def test_answer_at_once(self, caller: Caller) -> None:
+    def test_immediate_answer(self, caller: Caller) -> None:
         """A user's message is never dated in the future, so an agent's immediate answer is always later."""
         chat_id = uuid4()
         now = caller.session.execute(text("SELECT now()")).scalar_one()
@@ -390,7 +390,7 @@ class TestChats:
         with pytest.raises(ChatNotFoundError):
             caller.receive(chat_id, Role.USER)
 
-    def test_reply_cancels_what_waits_and_what_is_leased(self, caller: Caller) -> None:
+    def test_reply_cancels_waiting_and_claimed_follow_ups(self, caller: Caller) -> None:
         """A reply cancels every pending follow-up of the chat, claimed and waiting ones included.
 
         Finished follow-ups are unchanged.

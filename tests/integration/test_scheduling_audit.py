@@ -66,7 +66,7 @@ def test_changes_name_their_fields(world: World) -> None:
     assert events(world, follow_up) == [("follow_up.changed", "api", details)]
 
 
-def test_what_is_refused_leaves_none(world: World) -> None:
+def test_a_rejected_change_is_not_audited(world: World) -> None:
     """A rejected change to a follow-up in flight leaves no audit event."""
     follow_up = world.follow_up()
     world.put_in_flight(follow_up)
@@ -75,7 +75,7 @@ def test_what_is_refused_leaves_none(world: World) -> None:
     assert events(world, follow_up) == []
 
 
-def test_a_retry_names_the_new_one(world: World) -> None:
+def test_a_retry_names_the_new_follow_up(world: World) -> None:
     """The audit event of a retry belongs to the failed follow-up and names the new follow-up."""
     failed = world.follow_up(status="failed", reason="rejected: HTTP 403", finished_at=datetime.now(UTC))
     with Session(world.engine) as session, session.begin():
@@ -84,7 +84,7 @@ def test_a_retry_names_the_new_one(world: World) -> None:
     assert events(world, new) == []
 
 
-def test_replies_and_removals_leave_none(world: World) -> None:
+def test_replies_and_removals_are_not_audited(world: World) -> None:
     """Follow-ups cancelled by a user's reply or a removed chat leave no audit event of a manual change."""
     chat, other = world.chat(), world.chat()
     ids = [world.follow_up(chat, HOUR), world.follow_up(other, HOUR)]

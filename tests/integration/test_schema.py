@@ -96,7 +96,7 @@ def test_down_and_up_again(empty_engine: Engine) -> None:
         "chat_id = gen_random_uuid()",
     ],
 )
-def test_what_must_never_be_otherwise(world: World, change: str) -> None:
+def test_contradictory_rows_are_rejected(world: World, change: str) -> None:
     """The database rejects a row with a contradictory state."""
     follow_up = world.follow_up()
     with pytest.raises(IntegrityError):
@@ -115,7 +115,7 @@ def test_what_must_never_be_otherwise(world: World, change: str) -> None:
         ("sending_hours", "open_until"),
     ],
 )
-def test_times_that_cannot_be_read(world: World, table: str, column: str, moment: str) -> None:
+def test_unreadable_times_are_rejected(world: World, table: str, column: str, moment: str) -> None:
     """The database rejects a time that Python cannot represent, since no reader could load it."""
     world.follow_up()
     world.sql(HOURS, id=world.workspace_id)
@@ -131,7 +131,7 @@ def test_24_o_clock(world: World, column: str) -> None:
         world.sql(f"UPDATE sending_hours SET {column} = '24:00'")  # noqa: S608 - constants of this file
 
 
-def test_rows_that_cannot_be_read_break_no_migration(world: World, database_url: str) -> None:
+def test_existing_invalid_rows_stop_no_migration(world: World, database_url: str) -> None:
     """If existing rows violate a new constraint, a migration omits the constraint and keeps the rows.
 
     All other new constraints are added by the migration.
@@ -185,7 +185,7 @@ def test_a_migration_may_take_long(empty_engine: Engine) -> None:
     assert limits[-1] == ("30s", 35.0)
 
 
-def test_a_migration_gives_way(empty_engine: Engine) -> None:
+def test_a_waiting_migration_blocks_nothing(empty_engine: Engine) -> None:
     """A migration that waits for a long transaction lets other statements run and completes afterwards."""
     url = empty_engine.url.render_as_string(hide_password=False)
     migrate(url, "0003")

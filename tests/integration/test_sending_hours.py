@@ -76,7 +76,7 @@ def opening_of(world: World, hours: SendingHours) -> datetime:
     return opens_at(hours, world.scalar("SELECT now()"))
 
 
-def test_held_until_they_open(world: World, engine: Engine, settings: Settings) -> None:
+def test_held_until_sending_hours_begin(world: World, engine: Engine, settings: Settings) -> None:
     """Outside sending hours no follow-up begins or uses an attempt; other workspaces continue."""
     others = type(world)(engine)
     put(world, CLOSED)
@@ -96,7 +96,7 @@ def test_sent_within_the_hours(world: World, engine: Engine, settings: Settings)
     assert begun(claim_and_begin(engine, settings)) == {follow_up}
 
 
-def test_after_the_opening(world: World, engine: Engine, settings: Settings) -> None:
+def test_begins_after_the_opening(world: World, engine: Engine, settings: Settings) -> None:
     """Follow-ups held by sending hours begin once the hours have begun."""
     put(world, CLOSED)
     follow_up = world.follow_up()
@@ -107,7 +107,7 @@ def test_after_the_opening(world: World, engine: Engine, settings: Settings) -> 
     assert begun(claim_and_begin(engine, settings)) == {follow_up}
 
 
-def test_the_database_learns_of_the_next_hours(world: World, engine: Engine, settings: Settings) -> None:
+def test_the_next_sending_period_is_stored(world: World, engine: Engine, settings: Settings) -> None:
     """When the stored sending period has ended, the first worker that notices this stores the next period."""
     put(world, OPEN)
     world.sql("UPDATE sending_hours SET open_from = now() - interval '2 day', open_until = now() - interval '1 day'")
@@ -135,7 +135,7 @@ def test_the_first_due_comes_back_first(world: World) -> None:
     assert all(opening <= one <= opening + SPREAD for one in back)
 
 
-def test_order_within_the_chat_holds(world: World, engine: Engine, settings: Settings) -> None:
+def test_order_within_the_chat_is_kept(world: World, engine: Engine, settings: Settings) -> None:
     """If two follow-ups in one chat are held until the same opening, they begin one after the other."""
     put(world, CLOSED)
     chat = world.chat()
@@ -151,7 +151,7 @@ def test_order_within_the_chat_holds(world: World, engine: Engine, settings: Set
         assert chat_order.unblock_forgotten(connection) == 0
 
 
-def test_changed_while_it_is_being_held(world: World, engine: Engine, settings: Settings) -> None:
+def test_changed_during_the_hold(world: World, engine: Engine, settings: Settings) -> None:
     """If a follow-up is being held when the sending hours are cleared, clearing waits for it and then releases it."""
     put(world, CLOSED)
     follow_up = world.follow_up()
@@ -177,7 +177,7 @@ def test_changed_while_it_is_being_held(world: World, engine: Engine, settings: 
     assert begun(claim_and_begin(engine, settings)) == {follow_up}
 
 
-def test_changed_before_it_is_held(world: World, engine: Engine, settings: Settings) -> None:
+def test_changed_before_the_hold(world: World, engine: Engine, settings: Settings) -> None:
     """Sending hours that have changed since they were read do not hold a follow-up."""
     put(world, CLOSED)
     world.follow_up()
@@ -193,7 +193,7 @@ class TestLateness:
 
     OLD: ClassVar = {"due": -5 * HOUR, "scheduled_at": text("now() - interval '5 h'")}
 
-    def test_the_time_of_the_hold_is_no_lateness(self, world: World, engine: Engine, settings: Settings) -> None:
+    def test_held_time_is_not_lateness(self, world: World, engine: Engine, settings: Settings) -> None:
         """A follow-up that was held for longer than MAX_LATENESS is sent when sending hours begin.
 
         The follow-up fails as too late only if it is delayed further.
@@ -207,7 +207,7 @@ class TestLateness:
         assert begun(beginning) == {kept}
         assert [(one, final.reason) for one, final in beginning.ended] == [(late, "too_late")]
 
-    def test_what_nobody_could_hold(self, world: World, engine: Engine, settings: Settings) -> None:
+    def test_due_outside_sending_hours_without_a_worker(self, world: World, engine: Engine, settings: Settings) -> None:
         """A follow-up that fell due outside sending hours counts as held, even if no worker ran at that time."""
         brief = settings.model_copy(update={"max_lateness": HOUR})
         put(world, hours_from(-30 * MINUTE, 3 * HOUR))
@@ -218,7 +218,7 @@ class TestLateness:
         assert [one for one, _ in beginning.ended] == [yesterday]
         assert begun(claim_and_begin(engine, brief)) == {night}
 
-    def test_a_hold_that_meets_a_lock(self, world: World, engine: Engine, settings: Settings) -> None:
+    def test_sending_hours_locked_during_a_hold(self, world: World, engine: Engine, settings: Settings) -> None:
         """A late follow-up that should be held is retried, not ended, while its sending hours are locked."""
         brief = settings.model_copy(update={"max_lateness": HOUR})
         put(world, hours_from(-30 * MINUTE, 3 * HOUR))
@@ -263,7 +263,7 @@ class TestLateness:
         assert world.row(held).sendable_from == opening_of(world, later)
         assert world.row(snoozed).sendable_from == was
 
-    def test_held_evening_after_evening(self, world: World, engine: Engine, settings: Settings) -> None:
+    def test_held_repeatedly(self, world: World, engine: Engine, settings: Settings) -> None:
         """If a follow-up could already be sent before it was held, its lateness does not restart."""
         brief = settings.model_copy(update={"max_lateness": 3 * HOUR})
         put(world, hours_from(-2 * HOUR, HOUR))
@@ -311,7 +311,7 @@ class TestWindow:
         assert world.row(missed).reason == "window_closed: it ends before the workspace's sending hours open"
         assert world.row(fits).held_until is not None
 
-    def test_told_beforehand(self, world: World) -> None:
+    def test_rejected_when_scheduled(self, world: World) -> None:
         """A due date is rejected with the reason if sending hours begin only after the messaging window.
 
         A due date is accepted if sending hours begin within the messaging window.
@@ -330,7 +330,7 @@ class TestWindow:
             # Without a messaging window, any due date is accepted.
             followups.schedule(session, chat_id=world.chat(), **kept)
 
-    def test_a_zone_that_this_host_does_not_know(self, world: World, capsys: pytest.CaptureFixture[str]) -> None:
+    def test_a_time_zone_unknown_to_this_host(self, world: World, capsys: pytest.CaptureFixture[str]) -> None:
         """A create request is accepted even if this host lacks the time zone; only the messaging window is checked.
 
         One log line reports the unreadable sending hours.
@@ -350,7 +350,7 @@ class TestWindow:
         assert str(world.workspace_id) in line
 
 
-def test_held_ones_can_be_cancelled_and_rescheduled(world: World, engine: Engine, settings: Settings) -> None:
+def test_held_follow_ups_can_be_cancelled_and_rescheduled(world: World, engine: Engine, settings: Settings) -> None:
     """A held follow-up can be cancelled; a new due date releases it until that date."""
     put(world, CLOSED)
     cancelled, moved = world.follow_up(), world.follow_up()
@@ -364,7 +364,7 @@ def test_held_ones_can_be_cancelled_and_rescheduled(world: World, engine: Engine
     assert (row.due_date, row.next_attempt_at, row.held_until) == (due, None, None)
 
 
-def test_a_time_zone_that_a_machine_does_not_know(world: World, engine: Engine, settings: Settings) -> None:
+def test_an_unknown_time_zone(world: World, engine: Engine, settings: Settings) -> None:
     """If the time zone is unknown, a follow-up is held for a minute and checked again.
 
     A follow-up with an unknown time zone is never sent at a wrong hour.
@@ -377,7 +377,7 @@ def test_a_time_zone_that_a_machine_does_not_know(world: World, engine: Engine, 
     assert timedelta(0) < row.next_attempt_at - world.scalar("SELECT now()") <= MINUTE + SPREAD
 
 
-def test_a_machine_that_knows_other_time_zones(world: World, engine: Engine, settings: Settings) -> None:
+def test_other_time_zone_data(world: World, engine: Engine, settings: Settings) -> None:
     """A follow-up is held if its sending hours have begun only by this machine's time-zone data.
 
     The follow-up is held until the sending hours begin according to the database, and is not checked repeatedly.

@@ -47,9 +47,7 @@ def settings_of(engine: Engine, *names: str) -> dict[str, str]:
 class TestSettings:
     """Tests of the settings that are applied to every database session."""
 
-    def test_whatever_server_database_role_and_environment_say(
-        self, database_url: str, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
+    def test_settings_override_all_defaults(self, database_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
         """Role and database defaults, the URL and the environment do not change the session settings."""
         set_defaults(database_url, HOSTILE)
         for name, value in {"PGTZ": "Asia/Kolkata", "PGDATESTYLE": "German", "PGCLIENTENCODING": "LATIN1"}.items():
@@ -96,7 +94,7 @@ class TestSettings:
         engine.dispose()
         await in_a_loop.dispose()
 
-    async def test_of_an_event_loop(self, database_url: str) -> None:
+    async def test_settings_of_an_event_loop(self, database_url: str) -> None:
         """Sessions of an event loop have the common settings plus the options of the pipeline."""
         set_defaults(database_url, HOSTILE)
         engine = make_async_engine(database_url, pool_size=1, options=ONCE_PLANNED)
@@ -150,7 +148,7 @@ class TestPoolers:
                 engine.dispose()
                 await in_a_loop.dispose()
 
-    def test_a_pool_that_is_full(self, database_url: str) -> None:
+    def test_a_pooler_with_one_session(self, database_url: str) -> None:
         """An engine works with a pooler that has a single session, and checks the pooler within the timeout."""
         with PgBouncer(database_url, pool_size=1) as pooler:
             engine = make_engine(f"{pooler.url()}?connect_timeout=2", pool_size=1)
@@ -194,7 +192,7 @@ class TestEncoding:
 class TestConnectionParameters:
     """Connection parameters: values in the URL override the project's defaults."""
 
-    def test_of_the_url(self, database_url: str) -> None:
+    def test_connect_timeout_of_the_url(self, database_url: str) -> None:
         """If the URL sets a connect timeout, it is kept, and the pool's timeout is longer than that."""
         engine = make_engine(f"{database_url}&connect_timeout=30&keepalives_idle=77&tcp_user_timeout=99000")
         with engine.connect() as connection:
@@ -207,7 +205,7 @@ class TestConnectionParameters:
         engine.dispose()
 
     @pytest.mark.parametrize(("said", "seconds"), [("", CONNECT_TIMEOUT), ("&connect_timeout=0", 120)])
-    def test_without_a_limit(self, database_url: str, said: str, seconds: float) -> None:
+    def test_default_connect_timeout(self, database_url: str, said: str, seconds: float) -> None:
         """A URL without a connect timeout gets the default timeout.
 
         If the URL disables the connect timeout, the pool waits exactly as long as the driver.
@@ -217,7 +215,7 @@ class TestConnectionParameters:
         engine.dispose()
 
     @pytest.mark.skipif(PROGRAM is None, reason=MISSING)
-    async def test_a_pooler_that_is_full(self, database_url: str) -> None:
+    async def test_a_silent_server(self, database_url: str) -> None:
         """A server that accepts a connection but stays silent counts as unreachable after the connect timeout."""
         with PgBouncer(database_url, pool_size=1) as pooler, psycopg.connect(pooler.url()) as other:
             other.execute("SELECT 1")  # occupies the pooler's only session until it is closed
@@ -270,7 +268,7 @@ class TestCallersOwnSession:
         assert [(row.id, row.status) for row in world.rows()] == [(planned, "pending")]
 
     @pytest.mark.parametrize("level", ["READ COMMITTED", "READ UNCOMMITTED"])
-    def test_the_isolation_that_is_needed(self, base: Engine, world: World, database_url: str, level: Any) -> None:
+    def test_read_committed_is_accepted(self, base: Engine, world: World, database_url: str, level: Any) -> None:
         """At READ COMMITTED, `schedule` and `cancel` take effect at the commit, whatever the server's default."""
         set_defaults(database_url, {"default_transaction_isolation": "serializable"})
         chat, planned = world.chat(), world.follow_up(due=timedelta(days=1))

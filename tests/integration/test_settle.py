@@ -68,7 +68,7 @@ class TestSettle:
         steps.settle([attempt(steps.begun(), Retry("HTTP 502"))])
         assert world.row(follow_up).reason == "retries_exhausted: HTTP 502"
 
-    def test_snooze_uses_up_no_attempt(self, world: World, steps: Steps, settings: Settings) -> None:
+    def test_snoozed_uses_up_no_attempt(self, world: World, steps: Steps, settings: Settings) -> None:
         """A rate-limited follow-up is deferred and uses up no attempt."""
         follow_up = world.follow_up(attempts=settings.max_attempts - 1)
         steps.settle([attempt(steps.begun(), Snoozed("HTTP 429", SECOND))])
@@ -148,7 +148,7 @@ class TestSettle:
         steps.settle([one for one in results if one.begun.lease in settling.locked])
         assert world.row(held).status == "sent"
 
-    def test_refused_cancel_holds_nothing(self, world: World, steps: Steps, engine: Engine) -> None:
+    def test_a_refused_cancel_delays_nothing(self, world: World, steps: Steps, engine: Engine) -> None:
         """A caller that keeps its transaction open after a 409 does not delay settling."""
         follow_up = world.follow_up()
         begun = steps.begun()
@@ -158,7 +158,7 @@ class TestSettle:
             steps.settle([attempt(begun, Sent())])
         assert world.row(follow_up).status == "sent"
 
-    def test_next_of_its_chat_is_held(self, world: World, steps: Steps, engine: Engine) -> None:
+    def test_the_next_follow_up_of_the_chat_is_locked(self, world: World, steps: Steps, engine: Engine) -> None:
         """If the chat's next follow-up is locked, settle completes, and that follow-up is unblocked later."""
         chat = world.chat()
         first, second = world.follow_up(chat, -2 * SECOND), world.follow_up(chat, -SECOND)
@@ -173,7 +173,9 @@ class TestSettle:
             assert chat_order.unblock_forgotten(connection) == 1
         assert steps.begun().lease.id == second
 
-    def test_what_waits_rightly_stays_blocked(self, world: World, steps: Steps, engine: Engine) -> None:
+    def test_the_search_skips_blocked_follow_ups_of_pending_ones(
+        self, world: World, steps: Steps, engine: Engine
+    ) -> None:
         """The search for forgotten follow-ups skips those that wait for a pending follow-up."""
         chat = world.chat()
         world.follow_up(chat, -2 * SECOND)
@@ -248,7 +250,7 @@ def test_release(world: World, steps: Steps, engine: Engine) -> None:
     assert [lease.id for lease in steps.claim().leases] == [waiting]
 
 
-def test_lag_of_a_result_that_waited(world: World, steps: Steps) -> None:
+def test_lag_of_a_delayed_result(world: World, steps: Steps) -> None:
     """Lag ends when the transport accepts the message, however long its result waits to be settled."""
     follow_up = world.follow_up()
     result = attempt(steps.begun(), Sent())

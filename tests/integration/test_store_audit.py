@@ -29,7 +29,7 @@ def events(engine: Engine, wanted: AuditFilter | None = None, limit: int = 100) 
         return audit.newest(session, wanted or AuditFilter(), limit)
 
 
-def test_names_the_key_and_the_workspace(world: World) -> None:
+def test_events_name_the_key_and_the_workspace(world: World) -> None:
     """The audit records an API key by its name and prefix, or by its prefix alone, and a workspace by its name."""
     with Session(world.engine) as session, session.begin():
         named, _ = api_keys.create(session, world.workspace_id, "website")
@@ -46,7 +46,7 @@ def test_names_the_key_and_the_workspace(world: World) -> None:
     assert {(each.way, each.number) for each in found} == {("api", 1)}
 
 
-def test_rolls_back_with_its_change(world: World) -> None:
+def test_events_are_rolled_back_with_their_change(world: World) -> None:
     """A rolled-back action leaves no audit event."""
     with world.engine.connect() as connection:
         audit.record(connection, Event(audit.SERVICE, Action.WORKSPACE_CREATED))
@@ -92,7 +92,7 @@ def test_filters(world: World) -> None:
 
 
 @pytest.mark.parametrize("column", ["way = 'magic'", "number = -1"])
-def test_refuses_what_no_event_has(world: World, column: str) -> None:
+def test_invalid_events_are_rejected(world: World, column: str) -> None:
     """The audit table rejects unknown sources and negative counts."""
     with world.engine.begin() as connection:
         audit.record(connection, Event(audit.SERVICE, Action.PAUSE_BEGUN))

@@ -77,7 +77,7 @@ def examined(engine: Engine, workspace_id: UUID | None, wanted: ListFilter, most
 INDEX_SCANS = {"Index Scan", "Index Only Scan"}
 
 
-def test_every_list_walks_an_index(filled: Engine) -> None:
+def test_every_list_uses_an_index(filled: Engine) -> None:
     """Every combination of filters uses an index and reads about as many follow-ups as the page shows."""
     largest = "SELECT workspace_id FROM follow_ups GROUP BY 1 ORDER BY count(*) DESC LIMIT 1"
     with filled.connect() as connection:
@@ -119,7 +119,7 @@ def filters_of(row: Any) -> list[ListFilter]:
     ]
 
 
-def test_pages_hold_everything_once(database_url: str) -> None:
+def test_pages_contain_everything_once(database_url: str) -> None:
     """The pages of a list together contain every follow-up once, in order.
 
     An operator sees the follow-ups of all workspaces.

@@ -56,7 +56,7 @@ class TestWorkspaces:
 class TestApiKeys:
     """API keys are shown once and stored as a hash."""
 
-    def test_made(self, session: Session) -> None:
+    def test_created_key(self, session: Session) -> None:
         """An API key is recognisable and has 256 random bits; its row stores only the hash and the prefix."""
         workspace, _ = workspaces.create(session, "Acme")
         row, key = api_keys.create(session, workspace.id, "laptop")
@@ -86,7 +86,7 @@ class TestApiKeys:
         for wrong in ("", "fup_", key[:-1], f"{key}x", key.upper(), f"fup_{'A' * 43}", f"fup_{'é' * 43}", "\x00" * 47):
             assert api_keys.authenticate(session, wrong) is None
 
-    def test_a_mistyped_key_costs_no_look_up(self, session: Session, engine: Engine) -> None:
+    def test_a_mistyped_key_needs_no_query(self, session: Session, engine: Engine) -> None:
         """A key's checksum reveals a typing error without a query; keys without a checksum stay valid."""
         workspace, _ = workspaces.create(session, "Acme")
         row, key = api_keys.create(session, workspace.id)

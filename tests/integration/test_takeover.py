@@ -106,7 +106,7 @@ def test_moved_and_renamed_after(world: World, engine: Engine, settings: Setting
     assert begun(claim_and_begin(engine, settings)) == {moved, renamed}
 
 
-def test_an_agent_goes_on(world: World, engine: Engine, settings: Settings) -> None:
+def test_an_agent_writes_after_the_takeover(world: World, engine: Engine, settings: Settings) -> None:
     """A follow-up scheduled after an operator's message is sent even if an agent has written since."""
     chat_id = world.chat()
     with Session(engine) as session, session.begin():

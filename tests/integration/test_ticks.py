@@ -85,7 +85,7 @@ class TestGap:
         assert claimed(engine, settings) == [follow_up]
         assert world.row(follow_up).losses == 1
 
-    def test_ticks_went_on(self, world: World, engine: Engine, settings: Settings) -> None:
+    def test_ticks_continued(self, world: World, engine: Engine, settings: Settings) -> None:
         """While any dispatcher ticks, a lease that expires in flight is taken over immediately."""
         follow_up = world.follow_up()
         in_flight(engine, settings)
@@ -161,7 +161,7 @@ class TestGap:
         ({"transport_timeout": timedelta(seconds=1)}, 3, 7),
     ],
 )
-def test_rhythm(settings: Settings, changed: dict[str, timedelta], gap: float, grace: float) -> None:
+def test_length_of_a_gap(settings: Settings, changed: dict[str, timedelta], gap: float, grace: float) -> None:
     """A gap is longer than two intervals and a second, or than half a lease.
 
     The grace period is as long as the longest call or connection attempt.
@@ -181,7 +181,7 @@ def test_a_slow_connection(settings: Settings) -> None:
 class TestOneAtATime:
     """Tests of exclusive claims: only one dispatcher at a time counts the follow-ups in flight."""
 
-    def test_window_of_several(self, world: World, engine: Engine, settings: Settings) -> None:
+    def test_window_of_several_dispatchers(self, world: World, engine: Engine, settings: Settings) -> None:
         """However many dispatchers claim concurrently, at most MAX_IN_FLIGHT follow-ups are in flight."""
         bounded = settings.model_copy(update={"max_in_flight": 100})
         world.burst([-MINUTE] * 300)
@@ -210,7 +210,7 @@ class TestOneAtATime:
         assert (busy.busy, busy.leases) == (True, ())
         assert claimed(engine, settings) == [follow_up]
 
-    def test_nothing_after_its_tick(
+    def test_no_claim_after_the_tick(
         self, world: World, engine: Engine, settings: Settings, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """After its tick, a dispatcher claims nothing more, because another dispatcher may run the next tick."""
@@ -230,7 +230,7 @@ class TestOneAtATime:
         dispatcher.stop()
         assert claims_of_first_tick == 1
 
-    def test_comes_back(self, world: World, engine: Engine, settings: Settings) -> None:
+    def test_waits_and_claims_without_another_tick(self, world: World, engine: Engine, settings: Settings) -> None:
         """If another dispatcher is claiming, a dispatcher waits, and then claims without a further tick."""
         rare = settings.model_copy(update={"tick_interval": MINUTE})
         world.follow_up()
@@ -270,7 +270,7 @@ class TestOneAtATime:
 class TestToken:
     """Lease tokens, which are never reused, even if the database loses a commit."""
 
-    def test_lease_is_forgotten(self, world: World, engine: Engine, settings: Settings) -> None:
+    def test_claim_lost_in_a_failover(self, world: World, engine: Engine, settings: Settings) -> None:
         """If a failover loses a claim, the result of that claim's attempt does not settle the next attempt."""
         follow_up = world.follow_up()
         before = in_flight(engine, settings)
@@ -281,7 +281,7 @@ class TestToken:
         assert settle(engine, settings, [outcome_of(after, Sent())]).stale == 0
         assert world.row(follow_up).status == "sent"
 
-    def test_unblocked_lease_is_forgotten(self, world: World, engine: Engine, settings: Settings) -> None:
+    def test_unblocked_lease_lost_in_a_failover(self, world: World, engine: Engine, settings: Settings) -> None:
         """If a failover loses the lease of an unblocked follow-up, the next lease has a greater token."""
         chat = world.chat()
         earlier = world.follow_up(chat, -MINUTE)

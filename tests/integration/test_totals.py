@@ -21,7 +21,7 @@ def sums(engine: Engine) -> dict[Sample, float]:
         return read(connection)
 
 
-def test_processes_add_up(engine: Engine) -> None:
+def test_counts_of_processes_are_summed(engine: Engine) -> None:
     """Each process adds its new counts, so that the sum covers all processes."""
     first, second = CounterTotals(engine), CounterTotals(engine)
     before = counted()[CLAIMED]

@@ -45,14 +45,14 @@ def test_connection_lost_before_the_commit(world: World, engine: Engine, monkeyp
     assert world.scalar("SELECT count(*) FROM workspaces WHERE name = 'acme'") == 0
 
 
-def test_nothing_to_ask(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_written_row_to_check(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     """If a transaction wrote no row, a failed commit is an error, since no row shows whether it succeeded."""
     break_once(monkeypatch, psycopg.Connection.commit)
     with pytest.raises(OperationalError):
         transact(engine, lambda connection: connection.scalar(text("SELECT 1")))
 
 
-def test_nothing_is_asked_without_need(engine: Engine) -> None:
+def test_no_extra_round_trip(engine: Engine) -> None:
     """A transaction whose commit is answered costs no round trips beyond those of its own statements."""
     said: list[str] = []
     event.listen(engine, "before_cursor_execute", lambda *arguments: said.append(arguments[2]))
@@ -60,7 +60,7 @@ def test_nothing_is_asked_without_need(engine: Engine) -> None:
     assert len(said) == 1
 
 
-def test_the_question_of_a_transaction_that_failed_is_forgotten(
+def test_the_commit_check_of_a_failed_transaction_is_dropped(
     world: World, engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The commit check of a failed transaction does not run for the connection's next transaction."""
@@ -85,7 +85,7 @@ def test_refused(world: World, engine: Engine) -> None:
         assert connection.scalar(text("SELECT 1")) == 1
 
 
-def test_database_stays_away(world: World, engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_database_stays_unreachable(world: World, engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     """If the database stays unreachable, the error is raised after `PATIENCE`."""
 
     def gone(*_: object, **__: object) -> None:
@@ -109,7 +109,7 @@ def server_process(engine: Engine) -> int:
 
 
 @pytest.mark.parametrize("recently", [0.0, 60.0])
-async def test_a_connection_that_lay_idle_is_tested_first(
+async def test_an_idle_connection_is_tested_first(
     world: World, database_url: str, monkeypatch: pytest.MonkeyPatch, recently: float
 ) -> None:
     """A broken connection is replaced silently if it was idle; if it was just used, one statement fails."""
@@ -124,7 +124,7 @@ async def test_a_connection_that_lay_idle_is_tested_first(
     await engine.dispose()
 
 
-async def test_a_connection_comes_back_without_what_was_not_committed(world: World, database_url: str) -> None:
+async def test_a_failed_transaction_is_rolled_back(world: World, database_url: str) -> None:
     """A failed transaction is rolled back before the next one uses its connection."""
 
     def insert_and_fail(engine: Engine) -> None:

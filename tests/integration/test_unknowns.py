@@ -71,7 +71,7 @@ def test_cancel(world: World, doubtful: tuple[UUID, UUID]) -> None:
 
 
 @pytest.mark.parametrize("words", ["user_replied by phone", "cancelled_by_api: on behalf of Jo", "too_late"])
-def test_words_that_begin_as_a_code(world: World, doubtful: tuple[UUID, UUID], words: str) -> None:
+def test_a_reason_that_begins_like_a_code(world: World, doubtful: tuple[UUID, UUID], words: str) -> None:
     """A caller's reason is stored unchanged, even if it begins like a reason code."""
     follow_up, _ = doubtful
     with Session(world.engine) as session, session.begin():
@@ -95,7 +95,7 @@ def cancel_chat(world: World, chat_id: UUID, words: str | None) -> bulk_cancel.C
         ("too_late", "too_late"),
     ],
 )
-def test_cancel_of_many(world: World, doubtful: tuple[UUID, UUID], words: str | None, reason: str) -> None:
+def test_bulk_cancel(world: World, doubtful: tuple[UUID, UUID], words: str | None, reason: str) -> None:
     """If an operator cancels a whole chat, the stored reasons are the same as for single cancels."""
     follow_up, chat_id = doubtful
     cancel_chat(world, chat_id, words)
@@ -160,14 +160,14 @@ def test_last_attempt(world: World, settings: Settings) -> None:
     )
 
 
-def test_sent_in_the_end(world: World, settings: Settings, doubtful: tuple[UUID, UUID]) -> None:
+def test_eventually_sent(world: World, settings: Settings, doubtful: tuple[UUID, UUID]) -> None:
     """A follow-up that is eventually sent has no reason."""
     attempted(world, settings, Sent(None), doubtful[0])
     row = world.row(doubtful[0])
     assert (row.status, row.reason) == ("sent", None)
 
 
-def test_failure_that_is_known(world: World, settings: Settings) -> None:
+def test_known_failure(world: World, settings: Settings) -> None:
     """If the attempt is known to have failed, the reason does not mention an unknown outcome."""
     follow_up = world.follow_up()
     attempted(world, settings, Retry("HTTP 500", None, 500), follow_up)

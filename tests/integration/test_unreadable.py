@@ -47,7 +47,7 @@ if TYPE_CHECKING:
 SECOND = timedelta(seconds=1)
 
 
-def test_what_has_begun_is_kept(
+def test_begun_attempts_are_returned(
     world: World, engine: Engine, settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The attempts that a batch has begun are returned, even if deferring the rejected row fails too."""
@@ -112,7 +112,7 @@ def refused_by_a_trigger(world: World) -> None:
 
 
 @pytest.mark.parametrize("spoil", [hours_of_24, endless_window, as_many_attempts_as_there_can_be, refused_by_a_trigger])
-def test_one_that_cannot_begin(
+def test_a_follow_up_that_cannot_begin(
     world: World, engine: Engine, settings: Settings, spoil: Callable[[World], None]
 ) -> None:
     """A follow-up that cannot begin stays pending, is logged and is deferred for a minute.
@@ -134,7 +134,7 @@ def test_one_that_cannot_begin(
     assert timedelta(0) < row.next_attempt_at - world.scalar("SELECT now()") <= REFUSED_PAUSE
 
 
-def test_one_that_cannot_even_be_deferred(world: World, engine: Engine, settings: Settings) -> None:
+def test_a_row_that_cannot_be_deferred(world: World, engine: Engine, settings: Settings) -> None:
     """A follow-up whose row cannot be written is claimed again after its lease expires; the others begin."""
     bad, good = world.follow_up(), world.follow_up()
     leases = claim(engine, settings).leases
@@ -199,7 +199,7 @@ def ticking(settings: Settings, engine: Engine) -> Iterator[Callable[[], set[UUI
 
 
 @pytest.mark.parametrize("insert", [blocked_for_nothing, paused_by_nothing, behind_a_third_loss])
-def test_one_that_cannot_be_released(
+def test_a_row_that_cannot_be_released(
     world: World, engine: Engine, settings: Settings, insert: Callable[[World], UUID]
 ) -> None:
     """A blocked or paused follow-up that cannot be released is logged.
@@ -219,7 +219,7 @@ def test_one_that_cannot_be_released(
 
 
 @pytest.mark.parametrize(("insert", "store"), [(blocked_for_nothing, chat_order), (paused_by_nothing, pauses)])
-def test_more_than_one_search_finds(
+def test_more_unwritable_rows_than_one_search(
     world: World,
     engine: Engine,
     settings: Settings,
@@ -239,7 +239,7 @@ def test_more_than_one_search_finds(
         wait_until(lambda: good <= claimed())
 
 
-def test_one_whose_lease_cannot_be_released(world: World, engine: Engine, settings: Settings) -> None:
+def test_a_lease_that_cannot_be_released(world: World, engine: Engine, settings: Settings) -> None:
     """If hints cannot be published and one of the leases cannot be released, the others are released.
 
     The follow-ups of the released leases can be claimed again immediately.
@@ -262,7 +262,7 @@ def test_one_whose_lease_cannot_be_released(world: World, engine: Engine, settin
     assert [world.row(one).lease_until is None for one in (bad, good)] == [False, True]
 
 
-def test_one_that_cannot_be_cancelled(world: World, engine: Engine) -> None:
+def test_a_row_that_cannot_be_cancelled(world: World, engine: Engine) -> None:
     """A bulk cancellation skips a row that cannot be written and cancels the others."""
     bad, good = world.follow_up(), {world.follow_up() for _ in range(5)}
     unwritable(world, bad)
@@ -275,7 +275,7 @@ def test_one_that_cannot_be_cancelled(world: World, engine: Engine) -> None:
 
 
 @pytest.mark.parametrize("scope", ["limit", "breaker"])
-def test_one_that_stays_deferred(
+def test_a_row_that_stays_deferred(
     world: World, engine: Engine, settings: Settings, monkeypatch: pytest.MonkeyPatch, scope: str
 ) -> None:
     """When a limit is removed or a workspace recovers, a follow-up with an unwritable row stays deferred.
@@ -298,7 +298,7 @@ def test_one_that_stays_deferred(
     assert {one for one in ids if world.row(one).next_attempt_at is None} == {lease.id for lease in good}
 
 
-def test_one_that_cannot_end(world: World, engine: Engine, settings: Settings) -> None:
+def test_a_row_that_cannot_end(world: World, engine: Engine, settings: Settings) -> None:
     """A follow-up with three lost leases is never sent again, even if its failure cannot be recorded.
 
     Other follow-ups are claimed.
@@ -312,7 +312,7 @@ def test_one_that_cannot_end(world: World, engine: Engine, settings: Settings) -
     assert (world.row(bad).losses, world.row(bad).begun_at is None) == (2, False)
 
 
-def test_more_than_one_claim_takes(world: World, engine: Engine, settings: Settings) -> None:
+def test_more_unwritable_rows_than_one_claim(world: World, engine: Engine, settings: Settings) -> None:
     """Rows that cannot be written do not stop claims, even if there are more of them than may be in flight."""
     others = type(world)(engine)
     world.burst([-10 * SECOND] * 30)
@@ -323,7 +323,7 @@ def test_more_than_one_claim_takes(world: World, engine: Engine, settings: Setti
         wait_until(lambda: good <= claimed())
 
 
-def test_beside_a_backlog(world: World, engine: Engine, settings: Settings) -> None:
+def test_fair_claim_skips_an_unwritable_row(world: World, engine: Engine, settings: Settings) -> None:
     """A fair claim skips an unwritable row, including one that an ordered claim would not have reached."""
     others = type(world)(engine)
     world.burst([-10 * SECOND] * 25)
@@ -336,7 +336,7 @@ def test_beside_a_backlog(world: World, engine: Engine, settings: Settings) -> N
         wait_until(lambda: len(claimed()) == 20)
 
 
-def test_the_next_of_a_chat_cannot_be_written(world: World, engine: Engine, settings: Settings) -> None:
+def test_the_chats_next_follow_up_cannot_be_written(world: World, engine: Engine, settings: Settings) -> None:
     """An accepted follow-up is settled even if the chat's next follow-up cannot be unblocked.
 
     All other follow-ups are unblocked.
@@ -354,7 +354,7 @@ def test_the_next_of_a_chat_cannot_be_written(world: World, engine: Engine, sett
     assert {lease.id for lease in settling.unblocked} == {second for _, second in pairs[1:]}
 
 
-def test_the_next_of_a_chat_whose_first_ends(world: World, engine: Engine, settings: Settings) -> None:
+def test_the_chats_next_follow_up_when_begin_ends_the_first(world: World, engine: Engine, settings: Settings) -> None:
     """A follow-up ended by begin stays ended, even if the next follow-up in its chat cannot be unblocked."""
     chat = world.chat(removed_at=text("now()"))
     first = world.follow_up(chat, -2 * SECOND)
@@ -362,7 +362,7 @@ def test_the_next_of_a_chat_whose_first_ends(world: World, engine: Engine, setti
     assert [one for one, _ in claim_and_begin(engine, settings).ended] == [first]
 
 
-def test_one_far_behind_in_the_chat(world: World, engine: Engine, settings: Settings) -> None:
+def test_a_later_row_of_the_chat_cannot_be_written(world: World, engine: Engine, settings: Settings) -> None:
     """A follow-up waits for an earlier one in its chat, even if a later one's row cannot be written."""
     chat = world.chat()
     first = world.follow_up(chat, -3 * SECOND, next_attempt_at=text("now() + interval '1 h'"))
@@ -396,7 +396,7 @@ def test_a_cancel(world: World, engine: Engine) -> None:
 
 
 @pytest.mark.parametrize("window", [100, 6])
-def test_one_that_cannot_be_claimed(world: World, engine: Engine, settings: Settings, window: int) -> None:
+def test_a_row_that_cannot_be_claimed(world: World, engine: Engine, settings: Settings, window: int) -> None:
     """Ordered and fair claims skip a row that cannot be written; the row stays pending and is logged."""
     others = type(world)(engine)
     bad, good = world.follow_up(due=-SECOND), {others.follow_up() for _ in range(5)}
@@ -422,7 +422,7 @@ def test_one_that_cannot_be_claimed(world: World, engine: Engine, settings: Sett
 
 @pytest.mark.parametrize("take", [claim, claim_fairly])
 @pytest.mark.parametrize("moment", ["-infinity", "0044-03-15 BC", "0001-01-01"])
-def test_a_time_before_all_times(
+def test_a_time_before_the_calendar(
     world: World, engine: Engine, settings: Settings, moment: str, take: Callable[..., Claim]
 ) -> None:
     """A next attempt dated before Python's first year counts as due; it begins and does not stop claims."""
@@ -431,7 +431,7 @@ def test_a_time_before_all_times(
     assert begun(begin(engine, settings, take(engine, settings).leases)) == ids
 
 
-def test_the_next_of_a_chat_at_a_time_before_all_times(world: World, engine: Engine, settings: Settings) -> None:
+def test_the_chats_next_follow_up_before_the_calendar(world: World, engine: Engine, settings: Settings) -> None:
     """A follow-up due before Python's calendar begins is sent once the earlier one in its chat is settled."""
     unchecked(world, "follow_ups")
     chat = world.chat()
@@ -443,7 +443,7 @@ def test_the_next_of_a_chat_at_a_time_before_all_times(world: World, engine: Eng
     assert begun(begin(engine, settings, settling.unblocked)) == {second}
 
 
-def test_begun_by_hand(world: World, engine: Engine, settings: Settings) -> None:
+def test_begun_manually(world: World, engine: Engine, settings: Settings) -> None:
     """A lost attempt that was never counted does not prevent a claim."""
     lost = world.follow_up(begun_at=text("now()"), lease_until=text("now() - interval '1 s'"), attempts=0)
     claimed = claim(engine, settings)

@@ -35,7 +35,7 @@ def test_until_half_is_free(taken: int, seconds: float, window: int, expected: f
 
 
 @given(st.floats(1, 200_000), st.integers(100, 1_000_000), st.floats(SHORTEST, LONGEST))
-def test_it_settles(rate: float, window: int, pause: float) -> None:
+def test_the_interval_converges(rate: float, window: int, pause: float) -> None:
     """At a steady rate, the claim interval approaches the time in which half the window becomes free.
 
     The first interval does not matter.
@@ -88,7 +88,7 @@ def sent(dispatchers: int, rate: int, seconds: int, window: int = 5000) -> tuple
 
 @pytest.mark.parametrize("dispatchers", [1, 2, 4])
 @pytest.mark.parametrize("rate", [2000, 10_000, 30_000])
-def test_nobody_runs_dry(dispatchers: int, rate: int) -> None:
+def test_the_window_is_refilled_in_time(dispatchers: int, rate: int) -> None:
     """The window is refilled before it is empty, regardless of the number of dispatchers that share the ticks."""
     total, _ = sent(dispatchers, rate, seconds=20)
     assert total >= 0.98 * rate * 20

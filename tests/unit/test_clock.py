@@ -28,7 +28,7 @@ def moment(seconds: float) -> datetime:
     return EPOCH + timedelta(seconds=seconds)
 
 
-def test_unasked() -> None:
+def test_no_samples() -> None:
     """If a clock has no samples yet, it raises an error instead of guessing."""
     with pytest.raises(RuntimeError, match="not been asked"):
         DatabaseClock().now()
@@ -55,7 +55,7 @@ def test_never_ahead(samples: list[tuple[float, float, float]], offset: float) -
         assert -1e-4 < behind <= back + 1e-4
 
 
-def test_quickest_answer_counts() -> None:
+def test_quickest_sample_counts() -> None:
     """A quick answer from the database determines the clock estimate, even if a slow answer follows."""
     monotonic = Monotonic()
     clock = DatabaseClock(monotonic)

@@ -19,7 +19,7 @@ NOON = datetime(2026, 6, 1, 12, tzinfo=UTC)
 @pytest.mark.parametrize(
     ("due", "taken"), [(datetime.min.replace(tzinfo=UTC), 1), (datetime.max.replace(tzinfo=UTC), 0)]
 )
-def test_moments_at_the_edge_of_the_calendar(due: datetime, taken: int) -> None:
+def test_times_at_the_edge_of_the_calendar(due: datetime, taken: int) -> None:
     """A lease due at the earliest possible time is taken immediately; a lease due at the latest waits."""
     clock = DatabaseClock()
     clock.observe(datetime.now(UTC), uptime(), uptime())
@@ -31,7 +31,7 @@ def test_moments_at_the_edge_of_the_calendar(due: datetime, taken: int) -> None:
     assert len(queue.take(10)) == taken
 
 
-def test_what_cannot_begin_again_and_again() -> None:
+def test_repeated_deferrals_grow() -> None:
     """If a follow-up repeatedly cannot begin, each deferral is longer than the one before, up to a limit."""
     seconds = 0.0
     clock = DatabaseClock(lambda: seconds)

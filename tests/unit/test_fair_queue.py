@@ -34,7 +34,7 @@ def overdue(key: int, *seconds: float, losses: int = 0) -> list[Lease]:
     return [Lease(uuid4(), 1, datetime.now(UTC) - ago * SECOND, losses, key) for ago in seconds]
 
 
-def test_turns() -> None:
+def test_workspaces_take_turns() -> None:
     """Workspaces take turns regardless of queue length, and each workspace's leases are taken in due order."""
     queue = queue_of()
     queue.add(overdue(NOISY, *range(10, 60)))
@@ -46,14 +46,14 @@ def test_turns() -> None:
         assert moments == sorted(moments)
 
 
-def test_turns_go_on_from_one_free_slot_to_the_next() -> None:
+def test_turns_continue_with_single_slots() -> None:
     """Workspaces take turns even if slots become free one at a time."""
     queue = queue_of()
     queue.add(overdue(NOISY, *range(50)) + overdue(QUIET, *range(3)))
     assert Counter(queue.take(1)[0].key for _ in range(6)) == {NOISY: 3, QUIET: 3}
 
 
-def test_nobody_is_told_their_workspace() -> None:
+def test_leases_without_a_workspace_key() -> None:
     """Leases without a workspace key (from an older worker, during an upgrade) are taken in due order."""
     queue = queue_of()
     given_leases = overdue(0, 3, 1, 2)
@@ -63,7 +63,7 @@ def test_nobody_is_told_their_workspace() -> None:
     ]
 
 
-def test_not_all_slots_for_one() -> None:
+def test_one_workspace_does_not_get_all_slots() -> None:
     """If other workspaces are active, a workspace occupies at most seven eighths of the slots.
 
     Slots that a workspace has released can be used by it again.
@@ -86,14 +86,14 @@ def test_not_all_slots_for_one() -> None:
     assert not [lease for lease in queue.take(1) if lease.key == NOISY]
 
 
-def test_all_slots_for_a_lone_one() -> None:
+def test_a_single_workspace_gets_all_slots() -> None:
     """A workspace uses all slots if no other workspace is active."""
     queue = queue_of(slots=16)
     queue.add(overdue(NOISY, *range(50)))
     assert len(queue.take(16)) == 16
 
 
-def test_all_slots_when_the_others_have_gone(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_all_slots_after_the_others_are_inactive(monkeypatch: pytest.MonkeyPatch) -> None:
     """If the other workspaces have been inactive for long, no slots are reserved for them."""
     queue = queue_of(slots=16)
     queue.add(overdue(QUIET, 1))
@@ -116,7 +116,7 @@ def test_few_slots(slots: int) -> None:
             queue.slots.release(lease)
 
 
-def test_what_is_given_back() -> None:
+def test_emptying_returns_every_lease() -> None:
     """When the queue is emptied, it returns every lease that waits for its due time, its turn or a slot."""
     queue = queue_of(slots=2)
     waiting = overdue(NOISY, 1, 2, 3) + overdue(QUIET, -30)
@@ -160,7 +160,7 @@ def test_each_is_taken_once(steps: list[tuple[str, int, int]], slots: int) -> No
     assert taken.total() + len(rest) == come
 
 
-def test_nobody_is_kept_whose_lease_has_run_out(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_expired_leases_are_removed(monkeypatch: pytest.MonkeyPatch) -> None:
     """While no lease can be taken, expired leases are removed from the queue to make room for new leases."""
     queue = queue_of()
     queue.add(overdue(NOISY, *range(50)) + overdue(QUIET, 1))
@@ -195,7 +195,7 @@ def test_shedding() -> None:
         assert max(one.due for one in left if one.key == key) < min(one.due for one in shed if one.key == key)
 
 
-def test_a_workspace_queue_that_is_shed_has_no_turn() -> None:
+def test_a_shed_workspace_queue_is_empty() -> None:
     """If fewer leases may be kept than there are workspace queues, some queues are emptied.
 
     An emptied workspace queue later behaves like a new queue.

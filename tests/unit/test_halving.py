@@ -20,7 +20,7 @@ AWAY = OperationalError("", None, psycopg.OperationalError("away"))
 
 
 @given(st.lists(st.booleans(), min_size=1, max_size=200))
-def test_the_others_go_on(bad: list[bool]) -> None:
+def test_other_rows_are_processed(bad: list[bool]) -> None:
     """Each good row of a batch is processed once, in order, and each bad row is isolated.
 
     The batch is halved as few times as possible.
@@ -42,7 +42,7 @@ def test_the_others_go_on(bad: list[bool]) -> None:
 
 
 @pytest.mark.parametrize("error", [AWAY, ProgrammingError("", None, psycopg.ProgrammingError("no such column"))])
-def test_what_is_no_rows_fault(error: Exception) -> None:
+def test_errors_of_no_single_row(error: Exception) -> None:
     """If the database is unreachable or the statement is wrong, the error is raised without halving."""
     steps = 0
 
@@ -56,7 +56,7 @@ def test_what_is_no_rows_fault(error: Exception) -> None:
     assert steps == 1
 
 
-def test_away_in_the_middle() -> None:
+def test_unreachable_within_a_batch() -> None:
     """If the database becomes unreachable within a batch, the completed and the remaining items are returned."""
 
     def work(part: Sequence[int]) -> list[int]:
@@ -68,7 +68,7 @@ def test_away_in_the_middle() -> None:
     assert (halved.done, halved.left, halved.refused) == ([[0, 1], [2]], [3, 4, 5, 6, 7], [])
 
 
-def test_a_fault_of_our_own() -> None:
+def test_errors_of_the_projects_code() -> None:
     """If a row's content causes an error in the project's own code, the row is isolated as well."""
 
     def work(part: Sequence[int]) -> float:

@@ -64,7 +64,7 @@ def living(tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
         process.kill()
 
 
-def test_a_part_that_does_not_sign(living: subprocess.Popen[str], tmp_path: Path) -> None:
+def test_an_overdue_component(living: subprocess.Popen[str], tmp_path: Path) -> None:
     """A process is healthy until a report of one of its components is overdue.
 
     A killed process leaves no heartbeat.
@@ -80,7 +80,7 @@ def test_a_part_that_does_not_sign(living: subprocess.Popen[str], tmp_path: Path
     assert look(tmp_path, "worker") == []
 
 
-def test_what_the_dead_left_is_swept(living: subprocess.Popen[str], tmp_path: Path) -> None:
+def test_files_of_ended_processes_are_removed(living: subprocess.Popen[str], tmp_path: Path) -> None:
     """A starting process removes the heartbeat files of ended processes and no other files."""
     dead = tmp_path / next(tmp_path.iterdir()).name.replace(str(living.pid), "1")
     dead.write_text("{}")
@@ -104,7 +104,7 @@ def test_a_process_that_waits(living: subprocess.Popen[str], tmp_path: Path) -> 
     assert heart.waits() == ""
 
 
-def test_probes_sign_for_others(tmp_path: Path) -> None:
+def test_probes_run_before_each_write(tmp_path: Path) -> None:
     """A probe runs before each write of the heartbeat.
 
     Once the process is stopping, only the report of its end is expected.
@@ -120,7 +120,7 @@ def test_probes_sign_for_others(tmp_path: Path) -> None:
     heart.stop()
 
 
-def test_where(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_the_directory(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """The heartbeat directory is the configured one, by default a per-user one in the temporary directory."""
     assert directory_of(str(tmp_path)) == tmp_path
     monkeypatch.setattr(heartbeat.tempfile, "gettempdir", lambda: str(tmp_path))
@@ -131,7 +131,7 @@ def test_where(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     heart.stop()
 
 
-def test_a_trap_is_not_used(tmp_path: Path) -> None:
+def test_a_link_or_file_is_rejected(tmp_path: Path) -> None:
     """If the heartbeat directory is a link or a file, it is rejected with a one-sentence error."""
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "link").symlink_to(tmp_path / "elsewhere")
@@ -141,7 +141,7 @@ def test_a_trap_is_not_used(tmp_path: Path) -> None:
             Heartbeat(tmp_path / name, "beat", "b").start()
 
 
-def test_a_look_loads_next_to_nothing() -> None:
+def test_health_imports_few_modules() -> None:
     """`followups health` does not import Celery, FastAPI, SQLAlchemy, pydantic or a broker client."""
     script = """
 import sys

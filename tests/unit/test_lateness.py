@@ -46,7 +46,7 @@ def blocked(obstacle: Obstacle, max_lateness: timedelta) -> Obstacle:
 
 
 @given(HOURS, MOMENTS, GAPS)
-def test_however_often_it_is_held(hours: SendingHours, wanted: datetime, gaps: list[timedelta]) -> None:
+def test_repeated_holds(hours: SendingHours, wanted: datetime, gaps: list[timedelta]) -> None:
     """Lateness counts from the first sending hours at or after the due date, however often the follow-up is checked."""
     now, known = wanted, None
     for gap in gaps:
@@ -72,7 +72,7 @@ def test_hours_that_change(changes: list[tuple[SendingHours, timedelta]], wanted
 
 
 @given(HOURS, MOMENTS, st.timedeltas(HOUR, timedelta(days=4)), GAPS)
-def test_pending_for_ever(hours: SendingHours, wanted: datetime, most: timedelta, gaps: list[timedelta]) -> None:
+def test_too_late_is_final(hours: SendingHours, wanted: datetime, most: timedelta, gaps: list[timedelta]) -> None:
     """A follow-up is too late once the maximum lateness has passed, not earlier. It is then never held again."""
     now, known = wanted, None
     for gap in gaps:
@@ -89,7 +89,7 @@ def test_pending_for_ever(hours: SendingHours, wanted: datetime, most: timedelta
 
 
 @given(MOMENTS, st.timedeltas(-HOUR, 3 * HOUR))
-def test_the_time_of_sending_that_the_database_knows_decides(now: datetime, off: timedelta) -> None:
+def test_the_stored_opening_time_decides(now: datetime, off: timedelta) -> None:
     """A machine with different time zone data waits until the opening time that is stored in the database.
 
     Until then, it does not check the follow-up repeatedly.
@@ -102,7 +102,7 @@ def test_the_time_of_sending_that_the_database_knows_decides(now: datetime, off:
 
 
 @pytest.mark.parametrize("known", [None, NOON - HOUR])
-def test_a_time_zone_that_this_machine_does_not_know(known: datetime | None) -> None:
+def test_a_time_zone_unknown_to_this_machine(known: datetime | None) -> None:
     """A machine that cannot read the sending hours keeps the recorded time and checks again in a minute."""
     hours = WorkspaceHours(uuid4(), replace(MORNING, time_zone="Mars/Olympus"), NOON - 9 * HOUR, NOON - HOUR)
     obstacle = replace(found(None, NOON, NOON, known), hours=hours)
@@ -110,7 +110,7 @@ def test_a_time_zone_that_this_machine_does_not_know(known: datetime | None) -> 
     assert closed_until(obstacle) == NOON + UNREADABLE
 
 
-def test_sending_hours_go_before_a_pause() -> None:
+def test_sending_hours_take_precedence_over_a_pause() -> None:
     """A paused follow-up outside sending hours is held by the hours until they begin, then by the pause."""
     pause = uuid4()
     outside = replace(found(MORNING, NOON, NOON), pause_id=pause)

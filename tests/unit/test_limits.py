@@ -54,7 +54,7 @@ def test_all_that_match_apply() -> None:
 
 
 @pytest.mark.parametrize(("per", "buckets"), [("all", 1), ("workspace", 2), ("chat", 3)])
-def test_who_shares_a_bucket(per: str, buckets: int) -> None:
+def test_follow_ups_that_share_a_bucket(per: str, buckets: int) -> None:
     """A bucket is shared by all follow-ups, or is separate for each workspace or each chat.
 
     Chats of two workspaces may have equal ids.
@@ -64,7 +64,7 @@ def test_who_shares_a_bucket(per: str, buckets: int) -> None:
     assert len({limits.request(one).buckets for one in places}) == buckets
 
 
-def test_what_was_loosened() -> None:
+def test_removed_and_raised_limits() -> None:
     """A removed or raised limit releases its deferred follow-ups; a new or lower limit releases none."""
     before = [limit(1), limit(2, ACME), limit(3, channel="waha"), limit(4, OTHER), limit(5, ACME, "api")]
     after = [
@@ -98,12 +98,12 @@ def test_rates_with_fractions() -> None:
             parse_rate(text)
 
 
-def test_at_once() -> None:
+def test_default_burst() -> None:
     """By default, the burst is one second's worth of messages, and at least one message."""
     assert [default_burst(rate) for rate in (50, 1.9, 0.001)] == [50, 1, 1]
 
 
-def test_what_is_over_is_not_asked_for() -> None:
+def test_ended_follow_ups_take_no_token() -> None:
     """A follow-up that has ended, or would end at begin, does not wait for a token."""
     soon = timedelta(microseconds=1)
     fields = (UUID(int=1), False, ACME, ACME, "waha", NOW)

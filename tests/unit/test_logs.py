@@ -109,7 +109,7 @@ def test_libraries_log_in_the_same_format(capsys: pytest.CaptureFixture[str], na
     assert line == {"level": "warning", "logger": name, "event": "lost one of 3\nconnections"}
 
 
-def test_warnings_are_lines_too(capsys: pytest.CaptureFixture[str]) -> None:
+def test_warnings_are_logged(capsys: pytest.CaptureFixture[str]) -> None:
     """A Python warning is logged as a line instead of being printed as plain text."""
     configure_logging("json", "info")
     with warnings.catch_warnings():
@@ -159,7 +159,7 @@ def test_a_terminal_gets_columns_in_colour(monkeypatch: pytest.MonkeyPatch) -> N
     assert "private" not in terminal.getvalue()
 
 
-def test_the_format_can_be_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_json_can_be_selected(monkeypatch: pytest.MonkeyPatch) -> None:
     """JSON can be selected as the log format on a terminal."""
     terminal = TerminalStream()
     monkeypatch.setattr(sys, "stderr", terminal)
@@ -197,7 +197,7 @@ def test_configuring_twice_logs_once(capsys: pytest.CaptureFixture[str]) -> None
 
 
 @pytest.mark.parametrize("stderr", [Full(), TerminalStream()])
-def test_a_stderr_that_takes_nothing_ends_no_work(stderr: io.StringIO, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_stderr_raises_no_error(stderr: io.StringIO, monkeypatch: pytest.MonkeyPatch) -> None:
     """If stderr is full or closed, log lines are lost, but no error is raised."""
     configure_logging("json", "info")
     if isinstance(stderr, TerminalStream):
@@ -210,7 +210,7 @@ def test_a_stderr_that_takes_nothing_ends_no_work(stderr: io.StringIO, monkeypat
 
 
 @pytest.mark.parametrize("form", ["json", "console"])
-def test_gathered_lines_are_like_all_others(capsys: pytest.CaptureFixture[str], form: Any) -> None:
+def test_buffered_lines_have_the_usual_format(capsys: pytest.CaptureFixture[str], form: Any) -> None:
     """Buffered log lines have the usual format, and `flush` writes only those at or above the configured level."""
     lines = Lines("x")
     configure_logging(form, "warning")
@@ -225,7 +225,7 @@ def test_gathered_lines_are_like_all_others(capsys: pytest.CaptureFixture[str], 
     assert gathered.count("\n") == 1
 
 
-def test_what_was_bound_is_in_every_line(capsys: pytest.CaptureFixture[str]) -> None:
+def test_context_variables_are_in_every_line(capsys: pytest.CaptureFixture[str]) -> None:
     """Context variables appear in the log lines of this package and of libraries."""
     configure_logging("json", "info")
     with structlog.contextvars.bound_contextvars(task_id="7"):
@@ -253,7 +253,7 @@ def test_secrets_are_hidden_wherever_they_are(key: str, value: object) -> None:
     assert event == {"event": "e", key: HIDDEN, "headers": {key: HIDDEN}, "all": [{"in": [{key: HIDDEN}]}]}
 
 
-def test_what_is_no_secret_stays() -> None:
+def test_other_values_are_unchanged() -> None:
     """Ids, numbers, null values, and fields whose names only resemble a secret's are logged unchanged."""
     event = {"event": "e", "chat_message_id": "1", "message_count": 2, "password": None, "ok": True, "lag_ms": 0.5}
     assert redact(None, "info", dict(event)) == event
@@ -277,7 +277,7 @@ def test_passwords_in_texts_are_hidden(text: str, cleaned: str) -> None:
 @pytest.mark.parametrize(
     "body", [b'{"ok": false, "why": "secret"}', b"<!doctype html><title>secret</title>", b'{"chatMessageId": "secret"}']
 )
-def test_an_odd_answer_that_counts_is_told_and_not_quoted(body: bytes, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_invalid_body_is_not_quoted(body: bytes, capsys: pytest.CaptureFixture[str]) -> None:
     """If a 2xx response has an invalid body, the log line describes the flaw without quoting the body."""
     configure_logging("json", "info")
     now = datetime.now(UTC)
@@ -293,7 +293,7 @@ def test_an_odd_answer_that_counts_is_told_and_not_quoted(body: bytes, capsys: p
 
 
 @pytest.mark.parametrize("text", ["\x1b]8;;http://evil\x07", "a\x9b31m", "left \u202e", "a\nb", "see [/b]"])
-def test_the_console_shows_controls_as_escapes(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_console_format_escapes_control_characters(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The console format prints any event on one line without control characters, except colour codes."""
     for terminal in (io.StringIO(), TerminalStream()):
         monkeypatch.setattr(sys, "stderr", terminal)
@@ -310,7 +310,7 @@ def test_the_console_shows_controls_as_escapes(text: str, monkeypatch: pytest.Mo
         assert written.count("\n") == 4 + 1 + text.count("\n")  # four events and one exception
 
 
-def test_json_lines_hold_no_raw_controls(capsys: pytest.CaptureFixture[str]) -> None:
+def test_json_lines_have_no_raw_control_characters(capsys: pytest.CaptureFixture[str]) -> None:
     """C1 and bidirectional controls, allowed unescaped in JSON, are escaped; the value stays the same."""
     configure_logging("json", "info")
     get_logger("x").info("a", reason="\x9b31m \u202e \x7f")
@@ -320,7 +320,7 @@ def test_json_lines_hold_no_raw_controls(capsys: pytest.CaptureFixture[str]) -> 
 
 
 @pytest.mark.parametrize("value", ['say "no"\\\n\x00', "é\u200b", "", None, True, 7, 0.25, uuid4(), {"a": [1]}])
-def test_a_collected_line_is_json_whatever_its_fields_hold(value: object, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_buffered_line_is_valid_json(value: object, capsys: pytest.CaptureFixture[str]) -> None:
     """A buffered line contains each field unchanged, or as text if JSON cannot represent the field."""
     configure_logging("json", "info")
     lines = Lines("y")

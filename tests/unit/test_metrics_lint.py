@@ -31,7 +31,7 @@ def test_a_flaw_is_found(text: str, flaw: str) -> None:
         assert flaws(text) == []
 
 
-def test_a_good_page_has_none() -> None:
+def test_a_valid_page_has_no_flaws() -> None:
     """A metrics page with a valid gauge, counter and histogram has no flaws."""
     page = HEAD.format("a", "gauge") + "a 1\n" + HEAD.format("b_total", "counter") + 'b_total{code="x"} 1\n'
     page += HEAD.format("c_seconds", "histogram")

@@ -10,12 +10,12 @@ import pytest
 import followups
 
 
-def test_everything_offered_is_there() -> None:
+def test_exported_names_exist() -> None:
     """Every name in ``__all__`` can be imported from the package."""
     assert all(getattr(followups, name).__name__ == name for name in followups.__all__)
 
 
-def test_nothing_else_is() -> None:
+def test_unknown_names_raise_attribute_error() -> None:
     """An unknown name of the package raises AttributeError, as in any module."""
     with pytest.raises(AttributeError, match="no attribute 'send'"):
         _ = followups.send  # type: ignore[attr-defined]

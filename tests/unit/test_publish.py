@@ -36,7 +36,7 @@ def test_round_trip(given_leases: list[Lease], size: int) -> None:
 
 
 @pytest.mark.parametrize("keys", [None, [], [1], [1, 2, 3], [1, "2"], [1, True], [1, 2.5], {"0": 1, "1": 2}, "12"])
-def test_keys_that_are_none(keys: object) -> None:
+def test_invalid_workspace_keys(keys: object) -> None:
     """A hint with missing or invalid workspace numbers is accepted, and its leases share one queue."""
     given_leases = [Lease(uuid4(), 1, datetime.now(UTC), 0, key) for key in (1, 2)]
     (hint,) = batches(given_leases, 2)
@@ -50,7 +50,7 @@ def test_the_number_of_a_workspace_is_small(workspace_id: UUID) -> None:
 
 
 @given(json_values, json_values)
-def test_foreign(value: object, keys: object) -> None:
+def test_any_json(value: object, keys: object) -> None:
     """Any JSON in a broker message is either a valid hint or raises ValueError, never another exception."""
     try:
         leases_of(value, keys)

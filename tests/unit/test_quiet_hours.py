@@ -61,7 +61,7 @@ def is_shown_twice(zone: str, moment: datetime) -> bool:
 
 
 @given(HOURS, MOMENTS | NEAR_TRANSITIONS)
-def test_what_is_open_is_allowed_by_the_clock(hours: SendingHours, moment: datetime) -> None:
+def test_open_times_are_within_the_hours(hours: SendingHours, moment: datetime) -> None:
     """The local time is within the sending hours from their start until just before their end."""
     opening, closing = span_of(hours, moment)
     assert opening < closing
@@ -74,7 +74,7 @@ def test_what_is_open_is_allowed_by_the_clock(hours: SendingHours, moment: datet
 
 
 @given(HOURS, MOMENTS | NEAR_TRANSITIONS)
-def test_nothing_that_is_allowed_is_left_out(hours: SendingHours, moment: datetime) -> None:
+def test_times_before_the_next_opening_are_closed(hours: SendingHours, moment: datetime) -> None:
     """Until the next opening, every local time is outside sending hours, except a time that occurs twice."""
     opening = opens_at(hours, moment)
     assert opening >= moment
@@ -85,7 +85,7 @@ def test_nothing_that_is_allowed_is_left_out(hours: SendingHours, moment: dateti
 
 
 @given(HOURS, MOMENTS | NEAR_TRANSITIONS)
-def test_opening_is_where_it_opens(hours: SendingHours, moment: datetime) -> None:
+def test_the_first_moment_is_open(hours: SendingHours, moment: datetime) -> None:
     """Sending hours include their first moment, and a later time never has an earlier next start."""
     opening = opens_at(hours, moment)
     assert opens_at(hours, opening) == opening
@@ -114,7 +114,7 @@ def test_opening_is_where_it_opens(hours: SendingHours, moment: datetime) -> Non
         ("01:00", "02:30", "2030-10-27T00:30Z", "2030-10-28T00:00Z"),
     ],
 )
-def test_moments_in_berlin(opening: str, closing: str, moment: str, expected: str) -> None:
+def test_times_in_berlin(opening: str, closing: str, moment: str, expected: str) -> None:
     """Sending hours follow the local clock, across midnight and daylight-saving changes."""
     hours = SendingHours(BERLIN, time.fromisoformat(opening), time.fromisoformat(closing))
     assert opens_at(hours, datetime.fromisoformat(moment)) == datetime.fromisoformat(expected)
@@ -130,13 +130,13 @@ def test_days() -> None:
 
 
 @given(st.frozensets(st.integers(0, 6), min_size=1))
-def test_days_are_read_as_they_are_written(days: frozenset[int]) -> None:
+def test_days_round_trip(days: frozenset[int]) -> None:
     """Days formatted as text are parsed back to the same days."""
     assert read_days(written_days(days)) == days
 
 
 @pytest.mark.parametrize("text", ["", "monday", "mon-", "-", "mon,,fri", "0-6"])
-def test_what_are_no_days(text: str) -> None:
+def test_invalid_days(text: str) -> None:
     """Text that names no valid days is rejected."""
     with pytest.raises(ValueError, match=r".*"):
         read_days(text)
@@ -146,7 +146,7 @@ def test_what_are_no_days(text: str) -> None:
 @pytest.mark.parametrize(
     "name", ["", "Nowhere", "Europe", "../etc/passwd", "/etc/localtime", "a\x00", "\ud800", "x" * 300]
 )
-def test_what_is_no_time_zone(name: str) -> None:
+def test_invalid_time_zones(name: str) -> None:
     """A name missing from the time zone database is rejected."""
     assert zone_of(name) is None
     with pytest.raises(LookupError):

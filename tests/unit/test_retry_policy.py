@@ -57,7 +57,7 @@ def test_the_ceiling_grows_by_the_factor_up_to_the_cap() -> None:
     assert policy.ceiling(1000) == HOUR
 
 
-def test_a_slow_growth_goes_on() -> None:
+def test_slow_growth_continues() -> None:
     """With a factor near one, the ceiling still grows after many attempts."""
     policy = RetryPolicy(timedelta(seconds=1), 1.01, HOUR, max_attempts=1000)
     assert policy.ceiling(201).total_seconds() == pytest.approx(1.01**200, abs=1e-5)
@@ -72,7 +72,7 @@ def test_the_jitter_is_full() -> None:
 
 
 @given(st.timedeltas(timedelta(days=-400), timedelta(days=400)))
-def test_a_wish_is_kept_within_reason(wished: timedelta) -> None:
+def test_a_requested_delay_is_clamped(wished: timedelta) -> None:
     """A delay requested by the transport is clamped to between one second and one day."""
     kept = clamp_retry_after(wished)
     assert MIN_RETRY_AFTER <= kept <= MAX_RETRY_AFTER
@@ -80,7 +80,7 @@ def test_a_wish_is_kept_within_reason(wished: timedelta) -> None:
 
 
 @given(st.timedeltas(MIN_RETRY_AFTER, MAX_RETRY_AFTER), st.floats(0, 1, exclude_max=True))
-def test_a_wish_is_spread(wished: timedelta, fraction: float) -> None:
+def test_a_requested_delay_is_spread(wished: timedelta, fraction: float) -> None:
     """A retry starts up to a tenth later than the transport requested, never earlier, within a day."""
     waited = spread(wished, lambda: fraction)
     assert wished <= waited <= min(wished * (1 + SPREAD), MAX_RETRY_AFTER)

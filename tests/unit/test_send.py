@@ -67,7 +67,7 @@ async def hang() -> Outcome:
     return Sent()
 
 
-async def test_a_call_that_hangs_is_given_up() -> None:
+async def test_a_hanging_call_is_stopped() -> None:
     """A call that exceeds the time limit is stopped, and its outcome is unknown."""
     assert await outcome(hang) == Unknown("no outcome within 0.05 s")
 
@@ -82,7 +82,7 @@ async def test_a_call_in_time() -> None:
     assert await outcome(answer) == Sent(status_code=200)
 
 
-async def test_an_outcome_in_spite_of_the_limit() -> None:
+async def test_an_outcome_while_being_stopped() -> None:
     """If a transport returns an outcome while it is being stopped, this outcome is recorded."""
 
     async def insist() -> Outcome:
@@ -107,7 +107,7 @@ async def test_an_error_when_stopped() -> None:
 
 
 @pytest.mark.parametrize("error", [TimeoutError, asyncio.CancelledError, SystemExit, KeyError])
-async def test_whatever_a_transport_raises(error: type[BaseException]) -> None:
+async def test_exceptions_of_a_transport(error: type[BaseException]) -> None:
     """The class of an exception that a transport raises is reported, and the process continues."""
 
     async def fail() -> Outcome:

@@ -118,7 +118,7 @@ def test_a_file_that_cannot_be_used(monkeypatch: pytest.MonkeyPatch, tmp_path: P
         load_settings()
 
 
-def test_every_setting_says_what_it_is_for() -> None:
+def test_every_setting_has_a_description() -> None:
     """Every setting has a description, which the documentation and the errors quote."""
     assert all(field.description for field in Settings.model_fields.values())
 
@@ -169,7 +169,7 @@ def test_the_platforms_usual_names_are_read_too(
 
 
 @pytest.mark.parametrize("field", ["database_url", "broker_url"])
-def test_what_is_required_is_named(monkeypatch: pytest.MonkeyPatch, field: str) -> None:
+def test_a_missing_required_setting_is_named(monkeypatch: pytest.MonkeyPatch, field: str) -> None:
     """If a required URL is missing, startup fails with an error that names the setting and gives an example."""
     monkeypatch.delenv(environment_name(field))
     with pytest.raises(SettingsError, match=rf"^{environment_name(field)} is required: set it to .*\w+://.*\.$"):
@@ -215,7 +215,7 @@ def test_a_wrong_value_stops_the_start_with_its_name(monkeypatch: pytest.MonkeyP
     assert caught.value.__cause__ is None
 
 
-def test_all_wrong_values_are_named_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_all_wrong_values_are_named_together(monkeypatch: pytest.MonkeyPatch) -> None:
     """The error names all invalid settings together."""
     monkeypatch.setenv("FOLLOWUPS_MAX_ATTEMPTS", "0")
     monkeypatch.setenv("FOLLOWUPS_LOG_LEVEL", "loud")

@@ -63,7 +63,7 @@ def test_every_transition_is_in_the_contract_or_refused(current: Status, to: Sta
     detail=st.text(max_size=40),
     words=st.text(max_size=40),
 )
-def test_whatever_is_asked_ends_well_or_is_refused(
+def test_no_transition_leaves_a_final_state(
     current: Status, to: Status, code: ReasonCode | None, detail: str, words: str
 ) -> None:
     """No transition leaves a final state or leads to pending; every final state except `sent` has a reason."""
@@ -103,7 +103,7 @@ def test_the_documented_table_is_the_code() -> None:
 
 
 @given(code=st.sampled_from(ReasonCode), detail=st.text(st.characters(), max_size=3 * MAX_REASON_LENGTH))
-def test_a_reason_gives_its_code_back_and_can_be_stored(code: ReasonCode, detail: str) -> None:
+def test_a_reason_begins_with_its_code(code: ReasonCode, detail: str) -> None:
     """Every reason begins with its code and a colon, has a limited length, and can be stored."""
     reason = explain(code, detail)
     assert code_of(reason) == code
@@ -133,6 +133,6 @@ def test_the_code_of_a_stored_reason(reason: str | None, code: str) -> None:
     assert code_of(reason) == code
 
 
-def test_words_are_stored_as_given() -> None:
+def test_a_callers_reason_is_stored_unchanged() -> None:
     """A caller's reason is stored unchanged, without a code."""
     assert finish(Status.CANCELLED, words="the customer called") == Final(Status.CANCELLED, "the customer called")

@@ -12,7 +12,7 @@ from followups.uptime import uptime
 KERNELS = Path("/proc/uptime")
 
 
-def test_never_back() -> None:
+def test_the_clock_never_goes_back() -> None:
     """The uptime clock advances and never goes back."""
     first = uptime()
     time.sleep(0.001)
@@ -20,7 +20,7 @@ def test_never_back() -> None:
 
 
 @pytest.mark.skipif(not KERNELS.exists(), reason="only Linux tells its uptime in a file")
-def test_counts_sleep() -> None:
+def test_the_clock_counts_suspension() -> None:
     """The uptime clock is the kernel's; it also counts the time during which the machine is suspended."""
     before = uptime()
     told = float(KERNELS.read_text().split()[0])

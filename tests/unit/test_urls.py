@@ -38,7 +38,7 @@ def test_hosts_of_a_database(text: str, host: str, port: str) -> None:
     assert options["dbname"] == "chats"
 
 
-def test_what_stands_beside_the_hosts_stays() -> None:
+def test_other_parts_of_the_url_are_kept() -> None:
     """User, password, database and parameters of the URL are kept, even with several hosts."""
     url = database_url("postgresql://me:s%40crs@one,two:1/chats?target_session_attrs=read-write&sslmode=disable")
     assert (url.username, url.password, url.database) == ("me", "s@crs", "chats")
@@ -70,7 +70,7 @@ def test_escaped_characters(hosts: str) -> None:
         "postgresql://app:pa55@db/chats?target_session_attrs=pa55",
     ],
 )
-def test_a_database_url_that_cannot_be_read(text: str) -> None:
+def test_an_invalid_database_url(text: str) -> None:
     """An invalid database URL is rejected in one sentence that shows no part of the URL."""
     with pytest.raises(SettingsError, match=r"^FOLLOWUPS_DATABASE_URL should be a valid URL: .*\.$") as raised:
         load_settings(database_url=text, broker_url=BROKER)
@@ -100,7 +100,7 @@ def test_a_database_url_that_cannot_be_read(text: str) -> None:
         "redis://:pa55@broker?socket_timeout=long",
     ],
 )
-def test_a_broker_url_that_cannot_be_read(text: str) -> None:
+def test_an_invalid_broker_url(text: str) -> None:
     """An invalid broker URL is rejected in one sentence that shows no part of the URL."""
     with pytest.raises(SettingsError, match=r"^FOLLOWUPS_BROKER_URL should be a valid URL: .*\.$") as raised:
         load_settings(database_url=DATABASE, broker_url=text)
@@ -130,7 +130,7 @@ def test_broker_urls(text: str) -> None:
         ),
     ],
 )
-def test_a_broker_url_is_brought_into_one_form(text: str, read: str) -> None:
+def test_a_broker_url_is_normalised(text: str, read: str) -> None:
     """Special characters, TLS parameters and the database number are read alike by redis-py and kombu."""
     assert broker_url(text) == broker_url(read) == read
     ours, theirs = redis.connection.parse_url(read), kombu_url.parse_url(read)

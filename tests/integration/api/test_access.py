@@ -35,7 +35,7 @@ def lines(stack: Stack, event: str, **fields: Any) -> list[dict[str, Any]]:
     )
 
 
-def test_one_line_a_request(stack: Stack, logged: Api) -> None:
+def test_one_line_per_request(stack: Stack, logged: Api) -> None:
     """A request logs one line, without its query string and API key.
 
     The line contains the request's id, method, path, status, duration, client, workspace and API key id.
@@ -67,7 +67,7 @@ def test_the_request_s_own_id(api: Api, given: str, *, taken: bool) -> None:
     assert answered
 
 
-def test_what_a_request_causes_bears_its_id(stack: Stack, logged: Api) -> None:
+def test_transitions_have_the_requests_id(stack: Stack, logged: Api) -> None:
     """A state transition caused by a request is logged with that request's id and workspace."""
     created = logged.create()
     request_id = logged.patch(created, status="cancelled").headers["x-request-id"]
@@ -75,7 +75,7 @@ def test_what_a_request_causes_bears_its_id(stack: Stack, logged: Api) -> None:
     assert (line["request_id"], line["workspace_id"]) == (request_id, str(stack.world.workspace_id))
 
 
-def test_nothing_is_left_for_the_next_request(stack: Stack, logged: Api) -> None:
+def test_a_request_without_a_key_has_no_workspace(stack: Stack, logged: Api) -> None:
     """A request without a key is logged without a workspace, even after keyed requests on its connection."""
     url = httpx.URL(logged.url)
     with socket.create_connection((url.host, url.port or 80)) as connection:
@@ -91,7 +91,7 @@ def test_nothing_is_left_for_the_next_request(stack: Stack, logged: Api) -> None
     assert (line["status"], line["workspace_id"]) == (401, None)
 
 
-def test_probes_are_quiet(stack: Stack, logged: Api) -> None:
+def test_successful_probes_are_logged_at_debug(stack: Stack, logged: Api) -> None:
     """A successful probe is logged at level debug, and a failing probe at info."""
     request_id = logged.client.get("/healthz").headers["x-request-id"]
     assert lines(stack, "request", request_id=request_id)[0]["level"] == "debug"
@@ -100,7 +100,7 @@ def test_probes_are_quiet(stack: Stack, logged: Api) -> None:
     assert (line["level"], line["status"]) == ("info", 503)  # `/readyz` fails because no tick has run yet
 
 
-def test_what_the_gate_refuses_has_a_line(stack: Stack, logged: Api) -> None:
+def test_refused_requests_are_logged(stack: Stack, logged: Api) -> None:
     """A request with an oversized body or an unknown path is logged in the same way as any other request."""
     answer = logged.client.post(FOLLOW_UPS, content=b"x" * (1024 * 1024 + 1))
     (line,) = lines(stack, "request", request_id=answer.headers["x-request-id"])
@@ -110,7 +110,7 @@ def test_what_the_gate_refuses_has_a_line(stack: Stack, logged: Api) -> None:
     assert (line["status"], len(line["path"])) == (404, 200)
 
 
-def test_a_client_that_leaves_has_a_line(stack: Stack, logged: Api) -> None:
+def test_a_disconnected_clients_request_is_logged(stack: Stack, logged: Api) -> None:
     """A request whose client disconnects before the response begins is logged without a status."""
     url = httpx.URL(logged.url)
     request_id = os.urandom(8).hex()

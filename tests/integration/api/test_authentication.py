@@ -48,7 +48,7 @@ def document(web_url: str) -> dict[str, Any]:
     return found
 
 
-def test_every_endpoint_wants_a_key(api: Api, document: dict[str, Any]) -> None:
+def test_every_endpoint_requires_a_key(api: Api, document: dict[str, Any]) -> None:
     """Without a valid API key, every endpoint answers 401 and changes nothing.
 
     The key may be missing, malformed, unknown, expired or revoked.
@@ -69,7 +69,7 @@ def test_every_endpoint_wants_a_key(api: Api, document: dict[str, Any]) -> None:
     assert api.read(mine) == mine
 
 
-def test_stranger_learns_nothing_else(api: Api) -> None:
+def test_an_error_without_a_key_reveals_nothing(api: Api) -> None:
     """An invalid request without a key is rejected with 401, not 422, and reveals no detail."""
     for path in (FOLLOW_UPS, CHAT_MESSAGES):
         for content in (b"{", b"\xff", b"{}"):

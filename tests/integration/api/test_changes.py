@@ -44,7 +44,7 @@ class TestChange:
         for changes in ({}, same, {"reason": None, "finishedAt": None, "chatMessageId": None}):
             assert api.patch(before, **changes).json() == before
 
-    def test_new_due_date_takes_the_lease_back(self, api: Api) -> None:
+    def test_a_new_due_date_invalidates_the_lease(self, api: Api) -> None:
         """Rescheduling a follow-up invalidates every hint sent for it before."""
         before = api.create()
         api.world.sql(
@@ -114,7 +114,7 @@ class TestChange:
         assert pointers(is_problem(api.patch(before, **changes), 422, "invalid-request")) == [pointer]
         assert api.read(before) == before
 
-    def test_not_there(self, api: Api) -> None:
+    def test_unknown_ids(self, api: Api) -> None:
         """A change to an unknown follow-up, or a move to an unknown chat, is rejected with 404."""
         nobody = {"id": str(uuid4())}
         for changes in ({}, {"message": "x"}, {"chatMessageId": None}, {"dueDate": in_days(1)}):
@@ -152,7 +152,7 @@ class TestFinished:
             is_problem(api.patch(created, **changes), 409, "already-finished")
         assert api.read(created) == ended
 
-    def test_chat_message_may_be_named_once(self, api: Api) -> None:
+    def test_chat_message_id_is_added_once(self, api: Api) -> None:
         """The chat message id of a sent follow-up can be added later, but only once.
 
         A chat message id is rejected for a follow-up that failed or was cancelled.
@@ -175,7 +175,7 @@ class TestFinished:
             assert int(answer.headers["retry-after"]) >= 1
         assert api.read(created) == created
 
-    def test_earlier_end_wakes_the_later(self, api: Api) -> None:
+    def test_an_earlier_end_unblocks_the_later(self, api: Api) -> None:
         """When an earlier follow-up in a chat is cancelled, the next follow-up can be claimed."""
         chat_id = api.chat()
         first, second = api.create(chat_id), api.create(chat_id)

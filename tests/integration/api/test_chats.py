@@ -118,7 +118,7 @@ class TestMessages:
         assert answer.json() == body | {"createdAt": "2030-01-01T00:00:00Z", "cancelledFollowUpIds": []}
         assert api.create(body["chatId"])["triggerChatMessageId"] == body["id"]
 
-    def test_again(self, api: Api) -> None:
+    def test_repeated_message(self, api: Api) -> None:
         """A chat message with a known id returns 200 and has no effect, even if other fields differ."""
         chat_id, stranger = api.chat(), str(uuid4())
         first = api.message(chat_id, "user")

@@ -72,12 +72,12 @@ def test_a_removed_chat_has_no_room(pair: tuple[Api, Api]) -> None:
     assert put(one, room, chat) == 409
 
 
-def test_chats_without_a_room_take_none(pair: tuple[Api, Api]) -> None:
+def test_chats_without_a_room_never_conflict(pair: tuple[Api, Api]) -> None:
     """Chats without an external id never conflict, however many workspaces have such chats."""
     assert [put(each, None) for each in pair] == [201, 201]
 
 
-def test_two_that_ask_at_once(pair: tuple[Api, Api]) -> None:
+def test_two_concurrent_requests(pair: tuple[Api, Api]) -> None:
     """If two workspaces request a Matrix room concurrently, exactly one of them receives it."""
     with ThreadPoolExecutor(2) as pool:
         for _ in range(25):
@@ -85,7 +85,7 @@ def test_two_that_ask_at_once(pair: tuple[Api, Api]) -> None:
             assert sorted(pool.map(lambda api, room=room: put(api, room), pair)) == [201, 409]
 
 
-def test_with_another_transport_an_external_id_is_the_workspaces_own_word(api: Api, other: Api) -> None:
+def test_other_transports_external_ids_are_separate_for_each_workspace(api: Api, other: Api) -> None:
     """If the transport's requests name the workspace, two workspaces may use the same external id."""
     room = f"!{uuid4()}:host"
     assert [put(each, room) for each in (api, other)] == [201, 201]

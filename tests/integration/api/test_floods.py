@@ -264,7 +264,7 @@ def beside_400_connections(web: Web, paths: Sequence[str], key: str | None) -> f
 
 
 @pytest.mark.parametrize("paths", [pytest.param([each], marks=pytest.mark.large) for each in STRANGERS] + [STRANGERS])
-def test_strangers_on_400_connections(web: Web, paths: Sequence[str]) -> None:
+def test_clients_without_a_key_on_400_connections(web: Web, paths: Sequence[str]) -> None:
     """While clients without a key send requests on 400 connections, another workspace is still served."""
     assert beside_400_connections(web, paths, None) < 0.25
 

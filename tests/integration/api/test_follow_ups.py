@@ -157,7 +157,7 @@ class TestCreate:
 class TestGet:
     """GET returns a single follow-up."""
 
-    def test_not_there(self, api: Api) -> None:
+    def test_unknown_id(self, api: Api) -> None:
         """A request for a follow-up with an unknown id returns 404."""
         is_problem(api.get(f"{FOLLOW_UPS}/{uuid4()}"), 404, "not-found")
 

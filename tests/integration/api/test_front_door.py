@@ -70,7 +70,7 @@ def test_headers_of_every_answer(api: Api, method: str, path: str) -> None:
     assert (headers["x-content-type-options"], headers["cache-control"]) == ("nosniff", "no-store")
 
 
-def test_headers_of_what_is_no_http(api: Api) -> None:
+def test_headers_of_the_response_to_malformed_http(api: Api) -> None:
     """The server's response to malformed HTTP also forbids content sniffing and caching."""
     answer = raw(api, b"nonsense\r\n\r\n").lower()
     assert b"x-content-type-options: nosniff" in answer
@@ -93,7 +93,7 @@ def test_documentation(api: Api) -> None:
     assert api.client.get("/docs/secrets.txt").status_code == 404
 
 
-def test_links_repeat_nothing_of_a_client(api: Api) -> None:
+def test_links_contain_no_client_headers(api: Api) -> None:
     """Pagination links are relative, do not use client or proxy headers, and repeat only known filters."""
     chat = api.chat()
     for _ in range(3):
@@ -115,7 +115,7 @@ def test_unknown_parameter(api: Api, query: str) -> None:
     assert pointers(problem) == [f"#/{query.partition('=')[0]}"]
 
 
-def test_few_errors_are_told(api: Api) -> None:
+def test_few_errors_are_listed(api: Api) -> None:
     """A response lists at most 20 errors in at most 20 kB, even if more fields are invalid."""
     path = f"{FOLLOW_UPS}/{api.create()['id']}"
     for body in ({f"unknown{number}": 1 for number in range(80)}, {f"unknown{number}": 1 for number in range(50_000)}):
@@ -155,7 +155,7 @@ def test_two_lengths(api: Api) -> None:
     assert answer.count(b"HTTP/1.1") == 1
 
 
-def test_a_stranger_s_body_is_not_read(api: Api) -> None:
+def test_a_body_without_a_valid_key_is_not_read(api: Api) -> None:
     """A request without a valid API key is answered before its body is read, and its connection is closed."""
     for key in (b"", b"authorization: nonsense\r\n", b"authorization: " + b"fup_" + b"x" * 43 + b"\r\n"):
         request = b"POST /api/v1/chat-messages HTTP/1.1\r\nhost: a\r\ncontent-length: 1000000\r\n" + key + b"\r\n{"
@@ -166,7 +166,7 @@ def test_a_stranger_s_body_is_not_read(api: Api) -> None:
 
 @pytest.mark.parametrize("path", ["/healthz", "/docs", "/nothing"])
 @pytest.mark.parametrize("head", ["content-length: 1000000", "transfer-encoding: chunked"])
-def test_a_body_that_nothing_needs_is_not_read(api: Api, path: str, head: str) -> None:
+def test_a_body_of_another_path_is_not_read(api: Api, path: str, head: str) -> None:
     """Outside the API and the console, requests are answered before their body is read.
 
     After the response, the server closes the connection.
@@ -225,7 +225,7 @@ def test_bodies_have_a_budget(settings: Settings, world: World, monkeypatch: pyt
         wait_until(lambda: client.post(CHAT_MESSAGES, content=b" " * 200_000).status_code == 422, within=20)
 
 
-def test_the_idlest_connection_makes_room(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_longest_idle_connection_is_closed(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
     """At the connection limit, a new connection is served, and the one idle for longest is closed."""
     monkeypatch.setattr(server, "MAX_CONNECTIONS", 3)
     request = b"GET /healthz HTTP/1.1\r\nhost: a\r\n\r\n"
@@ -246,7 +246,7 @@ def test_the_idlest_connection_makes_room(settings: Settings, monkeypatch: pytes
             one.close()
 
 
-def test_strangers_have_a_share_of_the_database(settings: Settings, world: World) -> None:
+def test_unknown_keys_are_looked_up_with_a_limit(settings: Settings, world: World) -> None:
     """Only a few unknown API keys are looked up concurrently, however many requests arrive.
 
     If too many look-ups are already waiting, further requests get 429.

@@ -42,7 +42,7 @@ def same(first: httpx.Response, second: httpx.Response) -> bool:
     )
 
 
-def test_again(api: Api) -> None:
+def test_repeated_request(api: Api) -> None:
     """Repeating a create request with its idempotency key returns the first response, byte for byte.
 
     The first response is replayed even if the follow-up has been cancelled since.
@@ -55,7 +55,7 @@ def test_again(api: Api) -> None:
     assert api.ids() == [first.json()["id"]]
 
 
-def test_same_body_otherwise_written(api: Api) -> None:
+def test_same_content_in_other_bytes(api: Api) -> None:
     """If an idempotency key is used again, request bodies are compared by content, not by bytes."""
     body, key = body_of(api, dueDate="2035-01-01T00:00:00Z"), "k" * 255
     first = keyed(api, body, key)
@@ -71,7 +71,7 @@ def test_other_body(api: Api) -> None:
     assert len(api.ids()) == 1
 
 
-def test_refusal_is_an_answer(api: Api) -> None:
+def test_a_rejection_is_repeated(api: Api) -> None:
     """A create request rejected by the rules is rejected again when its idempotency key is repeated.
 
     The rejection is replayed even if the chat would now allow the follow-up. A rejection because of an invalid body is
@@ -92,7 +92,7 @@ def test_other_workspace(api: Api, other: Api) -> None:
     assert keyed(other, body_of(other), "key").status_code == 201
 
 
-def test_forgotten_after_a_day(api: Api) -> None:
+def test_keys_expire_after_a_day(api: Api) -> None:
     """After 24 hours an idempotency key can be reused.
 
     Expired stored responses are deleted when new responses are stored.
@@ -153,7 +153,7 @@ def test_crash(api: Api, web_settings: Settings, step: str) -> None:
     assert len(api.ids()) == 1
 
 
-def test_many_at_once(api: Api) -> None:
+def test_many_concurrent_requests(api: Api) -> None:
     """Of many concurrent requests with one idempotency key, exactly one creates a follow-up.
 
     All other requests get 409 or the response to the request that created the follow-up.

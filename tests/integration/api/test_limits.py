@@ -41,7 +41,7 @@ def test_no_limit(settings: Settings, world: World) -> None:
         assert {client.get(FOLLOW_UPS).status_code for _ in range(20)} == {200}
 
 
-def test_error_tells_nothing(
+def test_an_error_reveals_nothing(
     settings: Settings, world: World, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """After an unexpected error, the 500 response does not contain the error's text.

@@ -55,7 +55,7 @@ FIRST: dict[str, Callable[[Session, UUID], Any]] = {
 
 
 @pytest.mark.parametrize("change", FIRST)
-def test_change_then_schedule_beside_a_reply(api: Api, engine: Engine, change: str) -> None:
+def test_change_then_schedule_during_a_reply(api: Api, engine: Engine, change: str) -> None:
     """A reply waits for a transaction that changes and schedules follow-ups, then cancels them."""
     created = api.create()
     chat_id = created["chatId"]
@@ -68,7 +68,7 @@ def test_change_then_schedule_beside_a_reply(api: Api, engine: Engine, change: s
     assert api.ids(chatIds=chat_id, statuses="pending") == []
 
 
-def test_moved_beside_a_reply(api: Api, engine: Engine) -> None:
+def test_moved_during_a_reply(api: Api, engine: Engine) -> None:
     """Moving a follow-up locks the old and the new chat, so that a reply in either waits for the move."""
     created, target = api.create(), api.chat()
     for chat_id, left in ((created["chatId"], [created["id"]]), (target, [])):
@@ -80,7 +80,7 @@ def test_moved_beside_a_reply(api: Api, engine: Engine) -> None:
         assert api.ids(chatIds=target, statuses="pending") == left
 
 
-def test_moved_while_its_cancel_waits(api: Api, engine: Engine) -> None:
+def test_moved_while_a_cancel_waits(api: Api, engine: Engine) -> None:
     """A cancel that has waited for a move locks the follow-up's new chat before it ends the follow-up."""
     created, target = api.create(), api.chat()
     with ThreadPoolExecutor(1) as pool, Session(engine) as moving:

@@ -47,7 +47,7 @@ def test_in_flight_in_a_removed_chat(api: Api) -> None:
     is_problem(api.patch(before, dueDate=in_days(2)), 409, "delivery-in-progress")
 
 
-def test_null_on_a_finished_one(api: Api) -> None:
+def test_null_on_a_finished_follow_up(api: Api) -> None:
     """Clearing a field of a finished follow-up counts as a change and is therefore rejected."""
     before = api.create()
     api.patch(before, status="sent", chatMessageId=str(uuid4()))
@@ -55,7 +55,7 @@ def test_null_on_a_finished_one(api: Api) -> None:
         is_problem(api.patch(before, **{name: None}), 409, "already-finished")
 
 
-def test_chat_message_id_can_be_taken_away(api: Api) -> None:
+def test_chat_message_id_can_be_cleared(api: Api) -> None:
     """While a follow-up is pending, its chat message id can be set and cleared."""
     before = api.create()
     api.patch(before, chatMessageId=str(uuid4()))
@@ -73,7 +73,7 @@ def test_links_lead_to_pages(api: Api) -> None:
 @pytest.mark.parametrize(
     "query", ["pageNumber=1_0", "pageNumber=1.0", "pageNumber=%2B1", "pageSize=1e1", "chatIds[]", "chatIds%5B%5D&x=1"]
 )
-def test_odd_queries(api: Api, query: str) -> None:
+def test_invalid_queries(api: Api, query: str) -> None:
     """An invalid number, or a filter without a value, is rejected with 422.
 
     A list request with an invalid filter is never answered with all follow-ups.
@@ -81,7 +81,7 @@ def test_odd_queries(api: Api, query: str) -> None:
     is_problem(api.client.get(f"{FOLLOW_UPS}?{query}"), 422, "invalid-request")
 
 
-def test_message_of_a_chat_stays_known(api: Api) -> None:
+def test_a_known_message_of_a_removed_chat(api: Api) -> None:
     """A repeated chat message gets the first response again, even after its chat was removed."""
     message_id = str(uuid4())
     body = {"id": message_id, "chatId": str(uuid4()), "role": "agent"}

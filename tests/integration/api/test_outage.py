@@ -50,7 +50,7 @@ def test_nothing_reachable() -> None:
         assert not any("hunter2" in text or nobody in text for text in told)
 
 
-def test_broker_away(settings: Settings, world: World) -> None:
+def test_broker_unreachable(settings: Settings, world: World) -> None:
     """While the broker is unreachable, requests are served quickly; the web process counts and logs the outage."""
     options = {"FOLLOWUPS_BROKER_URL": f"redis://127.0.0.1:{free_port()}/0"}
     with Processes() as processes:

@@ -15,7 +15,7 @@ LONG = "\N{GRINNING FACE}" * 65_536
 """The length of the longest allowed message in bytes."""
 
 
-def test_a_page_of_long_messages_is_whole(api: Api) -> None:
+def test_a_page_of_long_messages_is_complete(api: Api) -> None:
     """A page sent in pieces has the same content and order as the responses for single follow-ups.
 
     A page that is sent in pieces still contains the link to the next page.
@@ -33,7 +33,7 @@ def test_a_page_of_long_messages_is_whole(api: Api) -> None:
     assert sum(len(text.encode()) for text in texts) > 2 * listing.PIECE
 
 
-def test_no_text_is_kept_for_a_repeated_request(api: Api) -> None:
+def test_no_message_is_stored_for_a_repeated_request(api: Api) -> None:
     """The response that is stored for an idempotency key does not contain the message.
 
     Repeating the request still returns the complete first response.

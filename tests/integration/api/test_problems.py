@@ -49,7 +49,7 @@ def test_unknown_method(api: Api) -> None:
     is_problem(api.client.request("BREW", FOLLOW_UPS), 400, "bad-request")
 
 
-def test_every_error_at_once(api: Api) -> None:
+def test_all_errors_are_listed(api: Api) -> None:
     """A 422 response points at every invalid field, not only at the first."""
     problem = is_problem(api.post(FOLLOW_UPS, {"chatId": 1, "dueDate": "soon"}), 422, "invalid-request")
     assert sorted(pointers(problem)) == ["#/chatId", "#/dueDate", "#/message"]
@@ -101,7 +101,7 @@ def test_endless_header(api: Api) -> None:
 
 
 @pytest.mark.parametrize("line", [b"nonsense\r\n\r\n", b"GET / HTTP/1.1\r\n\r\n", b"\x16\x03\x01\x00\xf8\r\n\r\n"])
-def test_no_http(api: Api, line: bytes) -> None:
+def test_data_that_is_not_http(api: Api, line: bytes) -> None:
     """Data that is not HTTP is rejected with a 400, which is also an RFC 9457 problem."""
     with connect(api) as connection:
         connection.sendall(line)

@@ -59,7 +59,7 @@ def test_pending_follow_ups(api: Api, other: Api) -> None:
     assert len(api.ids(statuses="pending")) == 3
 
 
-def test_two_creates_do_not_take_the_last_place(api: Api) -> None:
+def test_concurrent_creates_do_not_exceed_the_quota(api: Api) -> None:
     """Of many concurrent create requests, exactly as many succeed as the quota allows."""
     chats = [api.chat() for _ in range(20)]
     allow(api, Kind.PENDING, 5)
@@ -68,7 +68,7 @@ def test_two_creates_do_not_take_the_last_place(api: Api) -> None:
     assert sorted(statuses) == [201] * 5 + [422] * 15
 
 
-def test_a_refusal_is_not_remembered(api: Api) -> None:
+def test_a_quota_rejection_is_not_stored(api: Api) -> None:
     """A create request rejected by a quota can succeed later with the same Idempotency-Key."""
     chat = api.chat()
     allow(api, Kind.PENDING, 0)
@@ -125,7 +125,7 @@ def test_several_calls_in_one_transaction(api: Api) -> None:
         assert len(created()) == 2
 
 
-def test_without_a_quota_it_costs_nothing(api: Api) -> None:
+def test_without_a_quota_there_is_no_extra_statement(api: Api) -> None:
     """Without a quota, a create request executes no additional statement."""
     world, chat = api.world, UUID(api.chat())
     statements: list[str] = []

@@ -127,7 +127,7 @@ def test_metrics(api: Api) -> None:
     )
 
 
-def test_metrics_are_written_as_prometheus_wants_them(api: Api) -> None:
+def test_metrics_pass_the_lint_check(api: Api) -> None:
     """The metrics page passes the project's lint check, and `promtool check metrics` if installed."""
     api.patch(api.create(), status="cancelled")
     text = api.get("/metrics").text
@@ -164,7 +164,7 @@ def test_gauges(api: Api) -> None:
     api.world.sql("DELETE FROM follow_ups WHERE workspace_id = :id", id=api.world.workspace_id)
 
 
-def test_many_scrapes_cost_one(api: Api) -> None:
+def test_many_scrapes_need_one_query(api: Api) -> None:
     """Metrics requests within one second get the same response, so that many scrapes cost one query."""
     begun = time.monotonic()
     texts = {api.get("/metrics").text for _ in range(30)}

@@ -56,7 +56,7 @@ def test_a_workspace_has_a_share_of_the_connections(pair: tuple[Api, Api]) -> No
         assert {answer.result().status_code for answer in answers} == {201}
 
 
-def test_too_many_of_a_workspace(pair: tuple[Api, Api], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_too_many_requests_of_a_workspace(pair: tuple[Api, Api], monkeypatch: pytest.MonkeyPatch) -> None:
     """A workspace with too many waiting requests is rejected with Retry-After; others are still served."""
     one, other = pair
     monkeypatch.setattr(shares, "WAITING_SHARE", 1)
@@ -73,7 +73,7 @@ def test_too_many_of_a_workspace(pair: tuple[Api, Api], monkeypatch: pytest.Monk
         assert answer.result().status_code == 201
 
 
-def test_deep_pages_beside_anothers_list(pair: tuple[Api, Api]) -> None:
+def test_deep_pages_do_not_delay_another_workspace(pair: tuple[Api, Api]) -> None:
     """While 20 clients of one workspace request page 1,490, another workspace's list takes under 250 ms."""
     one, other = pair
     chat_id = one.world.chat()
@@ -113,7 +113,7 @@ def test_deep_pages_beside_anothers_list(pair: tuple[Api, Api]) -> None:
             each.result()
 
 
-def test_deep_pages_go_on_where_they_began(pair: tuple[Api, Api], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_deep_pages_keep_their_starting_points(pair: tuple[Api, Api], monkeypatch: pytest.MonkeyPatch) -> None:
     """For a while, a deep page starts at the same row, even if new follow-ups are created."""
     monkeypatch.setattr(pagination, "DEEP", 4)
     api = pair[0]
@@ -131,7 +131,7 @@ def test_deep_pages_go_on_where_they_began(pair: tuple[Api, Api], monkeypatch: p
     assert 'rel="prev"' in last.headers["link"]
 
 
-def test_beginnings_are_bounded_and_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_starting_points_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     """A deep page is read from the nearest stored starting point in front of it.
 
     Each starting point expires. If there are too many starting points, the oldest are discarded.

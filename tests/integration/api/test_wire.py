@@ -114,7 +114,7 @@ CHUNKED = b"transfer-encoding: chunked"
         (b"GET /healthz HTTP/1.1\r\nhost: a\r\nconnection: close\r\n\r\n" + HEALTH, [200]),
     ],
 )
-def test_requests_as_sent(api: Api, sent: bytes, statuses: list[int]) -> None:
+def test_malformed_requests(api: Api, sent: bytes, statuses: list[int]) -> None:
     """A malformed or ambiguous HTTP/1.1 request gets a 400, and the connection is closed."""
     method = "POST" if sent.startswith(b"POST") else "GET"
     assert answers(address_of(api), sent, [method], api.key, len(statuses)) == statuses
@@ -128,7 +128,7 @@ def test_answers_without_a_body(api: Api) -> None:
     assert answers(address_of(api), sent, ["HEAD", "DELETE", "GET"], api.key, 3) == [200, 204, 200]
 
 
-def test_a_trailer_is_no_header(api: Api) -> None:
+def test_a_trailer_is_ignored(api: Api) -> None:
     """A header field after the request body is ignored, because the headers are checked before the body arrives."""
     chat = api.chat()
     for text in ("one", "two"):
@@ -139,7 +139,7 @@ def test_a_trailer_is_no_header(api: Api) -> None:
         ) == [201]
 
 
-def test_pipelined_requests_are_few(api: Api) -> None:
+def test_pipelined_requests_are_limited(api: Api) -> None:
     """A connection may pipeline a few requests; too many pipelined requests end it with 400."""
     statuses = answers(address_of(api), HEALTH * 2_000, ["GET"], most=server.MAX_PIPELINED)
     assert statuses[-1] == 400
@@ -163,7 +163,7 @@ def test_an_endless_head(api: Api, start: bytes) -> None:
     assert b" 431 " in received or not received  # the response can be lost if the client was still sending
 
 
-def test_what_a_body_takes_on_the_wire_is_counted(api: Api) -> None:
+def test_chunk_overhead_counts_towards_the_body(api: Api) -> None:
     """A body with too many chunks, or with an endless chunk extension, is rejected as too large."""
     assert answers(address_of(api), posted(CHUNKED, b"1\r\n \r\n" * 230_000), ["POST"], api.key) == [413]
     assert answers(address_of(api), posted(CHUNKED, b"1\r\n \r\n" * 50_000), ["POST"], api.key) == [413]
@@ -210,7 +210,7 @@ def is_cut(connection: socket.socket) -> bool:
     return not received.endswith(b"]\r\n0\r\n\r\n")
 
 
-def test_a_client_must_read(small: tuple[str, int], world: World) -> None:
+def test_a_client_that_does_not_read_is_disconnected(small: tuple[str, int], world: World) -> None:
     """A client that does not read its response is disconnected, but a slow reader gets the whole response."""
     page = big_page(world)
     with unread(small, page) as silent:
@@ -232,7 +232,9 @@ def test_unread_answers_have_a_budget(settings: Settings, world: World, monkeypa
             assert is_cut(first) or is_cut(second)
 
 
-def test_unread_connections_make_room(settings: Settings, world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unread_connections_are_closed_at_the_limit(
+    settings: Settings, world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """If no connection is idle, one whose client does not read is closed to admit a new connection."""
     page = big_page(world)
     monkeypatch.setattr(server, "MAX_CONNECTIONS", 3)

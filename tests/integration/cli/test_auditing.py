@@ -76,7 +76,7 @@ def test_each_command_is_recorded(run: Run) -> None:
     assert key["key"] not in str(events)
 
 
-def test_filters_and_words(run: Run, world: World) -> None:
+def test_filters_and_table(run: Run, world: World) -> None:
     """`audit` filters by workspace, time, action and follow-up, and prints one table line per event."""
     follow_up = world.follow_up(due=HOUR)
     other = type(world)(world.engine)

@@ -12,13 +12,13 @@ if TYPE_CHECKING:
     from world import World
 
 
-def test_all_well(world: World, engine: Engine) -> None:
+def test_no_findings(world: World, engine: Engine) -> None:
     """Doctor has no findings if every constraint is valid and no sequence is behind the ids in its table."""
     assert world
     assert list(of_tables(engine)) == []
 
 
-def test_rows_that_cannot_be_read(world: World, engine: Engine) -> None:
+def test_unreadable_rows(world: World, engine: Engine) -> None:
     """Doctor reports an unreadable row; once it is corrected, the advised SQL restores the constraint."""
     bad = world.follow_up()
     world.alter("ALTER TABLE follow_ups DROP CONSTRAINT ck_follow_ups_times_are_readable")
@@ -46,7 +46,7 @@ def test_a_constraint_that_was_never_validated(world: World, engine: Engine) -> 
     assert [finding.name for finding in of_tables(engine)] == ["rows"]
 
 
-def test_ids_that_are_used(world: World, engine: Engine) -> None:
+def test_ids_already_in_use(world: World, engine: Engine) -> None:
     """Doctor reports a sequence that is behind its table, and the advised SQL corrects the sequence."""
     follow_up = world.follow_up()
     record = "INSERT INTO failed_attempts (follow_up_id, number, outcome, detail) VALUES (:id, 1, 'retry', '')"

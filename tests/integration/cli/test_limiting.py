@@ -38,7 +38,7 @@ def test_set_listed_changed_and_cleared(run: Run, world: World) -> None:
     assert run("limit", "list", "--json").document == []
 
 
-def test_of_everything(run: Run) -> None:
+def test_a_limit_without_a_target(run: Run) -> None:
     """`limit set` without a target limits all messages, either in total or per workspace."""
     assert run("limit", "set", "2000/s").stdout == "Everything: 2000/s, 2,000 at once.\n"
     assert run("limit", "set", "100/s", "--each", "workspace").stdout == "Each workspace: 100/s, 100 at once.\n"
@@ -70,7 +70,7 @@ def test_wrong_choices(run: Run, arguments: tuple[str, ...]) -> None:
     assert ran.stderr.count("\n") == 1
 
 
-def test_shown_of_what_waits(run: Run, world: World) -> None:
+def test_show_names_the_limits(run: Run, world: World) -> None:
     """For a follow-up deferred by rate limits, `show` names these limits; otherwise it names none."""
     run("limit", "set", "50/s", "--workspace", world.workspace_id)
     run("limit", "set", "1/min", "--each", "chat")

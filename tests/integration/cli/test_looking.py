@@ -87,7 +87,7 @@ class TestStats:
         nothing = run("stats", "--minutes", 10, "--json").document
         assert (nothing["sentInWindow"], nothing["lagMs"]["p99"]) == (0, None)
 
-    def test_it_is_readable(self, run: Run, world: World) -> None:
+    def test_text_output(self, run: Run, world: World) -> None:
         """Without --json, `stats` prints one line per number, without colour in a pipe."""
         assert "pending         0" in run("stats").stdout
         fill(world)
@@ -112,7 +112,7 @@ class TestStats:
         assert abs(counts.final["sent"] - 100) <= 1
         assert run("stats", "--json").document["estimated"] == []
 
-    def test_lag_is_given_up_when_it_takes_too_long(self, world: World, engine: Engine) -> None:
+    def test_lag_is_omitted_when_it_takes_too_long(self, world: World, engine: Engine) -> None:
         """If reading the sent rows takes too long, `stats` shows no lag, but its transaction continues."""
         fill(world)
         world.sql(SENT, workspace=world.workspace_id, chat=world.chat(), number=20_000)
@@ -120,7 +120,7 @@ class TestStats:
             assert store.pace(connection, MINUTE, timedelta(milliseconds=1)) is None
             assert store.pace(connection, MINUTE) is not None
 
-    def test_what_is_held_is_counted_apart(self, run: Run, world: World) -> None:
+    def test_held_follow_ups_are_counted_separately(self, run: Run, world: World) -> None:
         """`stats` counts follow-ups that are paused or outside sending hours separately, not as overdue."""
         later = datetime.now(UTC) + 60 * MINUTE
         world.follow_up(due=-MINUTE, pause_id=uuid4(), next_attempt_at=datetime(9998, 12, 31, tzinfo=UTC))
@@ -132,7 +132,7 @@ class TestStats:
         assert "due, and held: followups pause --list" in shown
         assert "due, and held until the sending hours" in shown
 
-    def test_watching_a_pipe_is_one_line_a_look(self, environment: pytest.MonkeyPatch, world: World) -> None:
+    def test_watching_in_a_pipe_prints_one_line_per_sample(self, environment: pytest.MonkeyPatch, world: World) -> None:
         """In a pipe, `stats --watch` prints one line or JSON object per sample; Ctrl-C ends it without an error."""
         del environment
         fill(world)
@@ -178,7 +178,7 @@ def test_the_dashboard(running: Stack) -> None:
     assert "Still there?" not in shown
 
 
-def test_attempts_since_the_first_look() -> None:
+def test_attempts_since_the_first_sample() -> None:
     """The dashboard counts attempts since its first sample, and computes their rate from its last two samples."""
     attempts = stats.Attempts()
     attempts.see({"sent": 100, "retry": 3}, 10.0)
@@ -203,7 +203,7 @@ class TestDoctor:
     """The command `followups doctor`."""
 
     @pytest.mark.xdist_group("running")
-    def test_a_system_that_runs_is_well(self, running: Stack) -> None:
+    def test_a_running_system_passes(self, running: Stack) -> None:
         """On a running system, every check of doctor passes with exit code 0, and no secret is shown."""
         ran = doctor("--json", **running.environment(), **SIGNED)
         report = json.loads(ran.stdout)
@@ -217,7 +217,7 @@ class TestDoctor:
         assert "c2VjcmV0" not in ran.stdout
 
     @pytest.mark.usefixtures("environment")
-    def test_what_does_not_run_is_named_with_what_to_do(self, world: World) -> None:
+    def test_missing_processes_are_named_with_advice(self, world: World) -> None:
         """If no worker, beat or receiver is running, `doctor` exits with 1 and gives advice for each failed check."""
         world.sql("UPDATE dispatcher_state SET last_tick_at = now() - interval '1 hour'")
         ran = doctor()
@@ -230,7 +230,7 @@ class TestDoctor:
         for said in ("the last tick ran 1 h ago", "honcho start beat worker", "3 of 19 checks failed."):
             assert said in ran.stdout
 
-    def test_servers_that_are_away(self, run: Run, environment: pytest.MonkeyPatch) -> None:
+    def test_unreachable_servers(self, run: Run, environment: pytest.MonkeyPatch) -> None:
         """Doctor names an unreachable database and broker without passwords, and skips dependent checks."""
         environment.setenv("FOLLOWUPS_DATABASE_URL", "postgresql://me:hidden@127.0.0.1:9/chats")
         environment.setenv("FOLLOWUPS_BROKER_URL", "redis://:hidden@127.0.0.1:9/0")

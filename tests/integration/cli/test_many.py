@@ -97,7 +97,7 @@ class TestCancel:
         assert world.row(kept).status == "pending"
         assert run("cancel", "--workspace", world.workspace_id, "--yes", "--json").document["matched"] == 0
 
-    def test_what_is_in_flight_is_only_kept_from_another_try(self, run: Run, world: World) -> None:
+    def test_in_flight_follow_ups_are_only_not_retried(self, run: Run, world: World) -> None:
         """A bulk cancel does not end a follow-up in flight, but prevents its retry and reports this."""
         later = datetime.now(UTC) + HOUR
         in_flight = world.follow_up(begun_at=later, lease_until=later)
@@ -108,7 +108,7 @@ class TestCancel:
         assert (row.status, row.cancel_requested, row.begun_at) == ("pending", "stop", later)
         assert world.row(waiting).status == "cancelled"
 
-    def test_what_somebody_holds_is_come_back_to(self, run: Run, world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_locked_rows_are_skipped_and_counted(self, run: Run, world: World, monkeypatch: pytest.MonkeyPatch) -> None:
         """A bulk cancel skips and counts a row that stays locked by another transaction.
 
         All rows that are not locked are cancelled.
@@ -121,7 +121,7 @@ class TestCancel:
         assert ran.stdout == "1 of 2 follow-ups cancelled; 1 held by others\n"
         assert (world.row(held).status, world.row(free).status) == ("pending", "cancelled")
 
-    def test_nobody_to_ask(self, run: Run, world: World) -> None:
+    def test_without_a_terminal_yes_is_required(self, run: Run, world: World) -> None:
         """A bulk cancel without a terminal and without --yes is a usage error of one sentence."""
         follow_up = world.follow_up(due=HOUR)
         ran = run("cancel", "--workspace", world.workspace_id)
@@ -197,7 +197,7 @@ class TestRetry:
         assert run("retry", "--failed", *arguments).stdout == "1 of 1 follow-up retried\n"
         assert [len(copies(world, one)) for one in (wanted, other, theirs)] == [1, 0, 0]
 
-    def test_what_the_rules_refuse_is_counted(self, run: Run, world: World) -> None:
+    def test_rejected_retries_are_counted(self, run: Run, world: World) -> None:
         """A bulk retry skips follow-ups that the rules reject, and counts them by reason."""
         failed(world)
         failed(world, chat=world.chat(last_message_role="user"))
@@ -209,7 +209,7 @@ class TestRetry:
         counts |= {"tooManyPending": 1}
         assert found == {"dryRun": False, "matched": 5, "interrupted": False} | counts
 
-    def test_those_over_the_quota_are_counted(self, run: Run, world: World) -> None:
+    def test_retries_over_the_quota_are_counted(self, run: Run, world: World) -> None:
         """If the quota rejects some retries, a bulk retry counts them and continues."""
         with world.engine.begin() as opened:
             quotas.put(opened, world.workspace_id, quotas.Kind.PENDING, 2)
@@ -218,9 +218,7 @@ class TestRetry:
         found = run("retry", "--failed", "--since", "2h", "--yes", "--json").document
         assert (found["retried"], found["quotaExceeded"]) == (2, 3)
 
-    def test_one_that_is_deleted_meanwhile_is_counted(
-        self, run: Run, world: World, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
+    def test_a_pruned_follow_up_is_counted(self, run: Run, world: World, monkeypatch: pytest.MonkeyPatch) -> None:
         """A bulk retry skips and counts a follow-up that was pruned after it was found."""
         gone = failed(world)
         failed(world)
@@ -233,7 +231,7 @@ class TestRetry:
         found = run("retry", "--failed", "--since", "2h", "--yes", "--json").document
         assert (found["retried"], found["notFound"]) == (1, 1)
 
-    def test_one_by_its_id_and_then_all(self, run: Run, world: World) -> None:
+    def test_a_follow_up_retried_by_id_is_skipped(self, run: Run, world: World) -> None:
         """A bulk retry skips a follow-up that an operator has already retried by its id.
 
         A failed follow-up can be retried again by its id.
@@ -293,7 +291,7 @@ def test_list_by_reason_and_due_date(run: Run, world: World) -> None:
         assert run("list", *wrong).code == 2
 
 
-def test_killed_halfway(environment: pytest.MonkeyPatch, world: World) -> None:
+def test_killed_during_a_bulk_cancel(environment: pytest.MonkeyPatch, world: World) -> None:
     """A killed bulk cancel leaves no follow-up half cancelled; running it again cancels what is left."""
     del environment
     with world.engine.begin() as connection:
@@ -336,7 +334,7 @@ def typed(command: list[str], answer: bytes) -> tuple[int, str]:
     return running.returncode, shown.decode()
 
 
-def test_somebody_to_ask(environment: pytest.MonkeyPatch, world: World) -> None:
+def test_confirmation_on_a_terminal(environment: pytest.MonkeyPatch, world: World) -> None:
     """On a terminal, a bulk command shows the count and some ids and asks for confirmation.
 
     The answer "no" changes nothing; the answer "yes" runs the command.

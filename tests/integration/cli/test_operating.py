@@ -53,13 +53,13 @@ class TestCancel:
         assert run("cancel", follow_up, "--reason", "the customer called").code == 0
         assert world.row(follow_up) == row
 
-    def test_without_a_reason_the_code_stands_for_it(self, run: Run, world: World) -> None:
+    def test_without_a_reason_the_default_code_is_stored(self, run: Run, world: World) -> None:
         """A follow-up that is cancelled without a reason ends as cancelled_by_api, as through the API."""
         cancelled = run("cancel", world.follow_up(due=HOUR), "--json").document
         assert list(cancelled) == FIELDS
         assert (cancelled["status"], cancelled["reason"]) == ("cancelled", "cancelled_by_api")
 
-    def test_what_cannot_be_cancelled_stays_as_it_is(self, run: Run, world: World) -> None:
+    def test_finished_and_in_flight_follow_ups_stay_unchanged(self, run: Run, world: World) -> None:
         """`cancel` leaves a finished or in-flight follow-up unchanged, and the error explains why."""
         failed = world.follow_up(**FAILED)
         later = datetime.now(UTC) + HOUR
@@ -71,7 +71,7 @@ class TestCancel:
             assert said in ran.stderr
             assert world.row(follow_up) == before
 
-    def test_an_unfit_reason_is_wrong_usage(self, run: Run, world: World) -> None:
+    def test_an_empty_reason_is_wrong_usage(self, run: Run, world: World) -> None:
         """`cancel` with an empty reason is a usage error and changes nothing."""
         follow_up = world.follow_up(due=HOUR)
         assert run("cancel", follow_up, "--reason", "").code == 2
@@ -81,7 +81,7 @@ class TestCancel:
 class TestReschedule:
     """The command `followups reschedule`."""
 
-    def test_a_moment(self, run: Run, world: World, nudges: list[datetime]) -> None:
+    def test_due_date_with_an_offset(self, run: Run, world: World, nudges: list[datetime]) -> None:
         """A due date with a UTC offset is stored as the same time."""
         follow_up = world.follow_up(due=HOUR)
         due = datetime(2031, 1, 31, 9, tzinfo=UTC)
@@ -91,7 +91,7 @@ class TestReschedule:
         assert nudges == [due]
 
     @pytest.mark.parametrize(("text", "seconds"), [("now", 0), ("+10m", 600)])
-    def test_so_long_after_now(self, run: Run, world: World, text: str, seconds: int) -> None:
+    def test_relative_due_date(self, run: Run, world: World, text: str, seconds: int) -> None:
         """`now` and relative due dates refer to the database's clock."""
         follow_up = world.follow_up(due=HOUR)
         before = world.scalar("SELECT now()")
@@ -110,7 +110,7 @@ class TestReschedule:
 class TestRetry:
     """The command `followups retry`."""
 
-    def test_a_new_one_is_made(self, run: Run, world: World, nudges: list[datetime]) -> None:
+    def test_a_retry_creates_a_new_follow_up(self, run: Run, world: World, nudges: list[datetime]) -> None:
         """`retry` creates a new follow-up, due now, with the message and chat of the failed one.
 
         The failed follow-up is unchanged, and the id of the new one is printed.
@@ -124,13 +124,13 @@ class TestRetry:
         assert world.row(failed) == before
         assert nudges == [new.due_date]
 
-    def test_later(self, run: Run, world: World) -> None:
+    def test_retry_at_a_later_time(self, run: Run, world: World) -> None:
         """With a given due date, the follow-up that `retry` creates is due at that time."""
         new = run("retry", world.follow_up(**FAILED), "--due", "+1h", "--json").document
         assert list(new) == FIELDS
         assert new["createdAt"] < new["dueDate"]
 
-    def test_only_a_failed_one(self, run: Run, world: World) -> None:
+    def test_only_a_failed_follow_up(self, run: Run, world: World) -> None:
         """`retry` rejects a follow-up that has not failed, and a failed one whose user has replied since."""
         assert "this one is pending" in run("retry", world.follow_up(due=HOUR)).stderr
         answered = world.follow_up(world.chat(last_message_role="user"), **FAILED)
@@ -145,7 +145,7 @@ def _reschedule_in_a_process(follow_up: UUID) -> None:
     subprocess.run(command, check=True, capture_output=True, env=dict(os.environ), timeout=120)
 
 
-def test_what_is_due_soon_asks_for_a_tick(environment: pytest.MonkeyPatch, world: World, broker_url: str) -> None:
+def test_a_change_due_soon_requests_a_tick(environment: pytest.MonkeyPatch, world: World, broker_url: str) -> None:
     """A change that makes a follow-up due before the next tick requests a tick.
 
     The command succeeds even if the broker is unreachable.
@@ -159,7 +159,7 @@ def test_what_is_due_soon_asks_for_a_tick(environment: pytest.MonkeyPatch, world
 
 
 @pytest.mark.usefixtures("environment")
-def test_what_is_due_later_asks_for_none(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_change_due_later_requests_no_tick(monkeypatch: pytest.MonkeyPatch) -> None:
     """A change to a follow-up requests no tick if the follow-up is due only after the next regular tick."""
     asked: list[str] = []
     monkeypatch.setattr(connection, "ask_for_tick", lambda: asked.append("tick"))

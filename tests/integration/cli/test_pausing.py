@@ -62,7 +62,7 @@ def test_paused_listed_and_resumed(run: Run, world: World, engine: Engine, setti
     assert run("pause", "--list").stderr == "Nothing is paused.\n"
 
 
-def test_resuming_goes_on_where_it_was_broken_off(run: Run, world: World, engine: Engine, settings: Settings) -> None:
+def test_an_interrupted_resume_continues(run: Run, world: World, engine: Engine, settings: Settings) -> None:
     """If `resume` is interrupted after it has ended the pause, its next run releases the remaining follow-ups."""
     name = str(world.workspace_id)
     run("pause", "--workspace", name)
@@ -72,7 +72,7 @@ def test_resuming_goes_on_where_it_was_broken_off(run: Run, world: World, engine
     assert run("resume", "--workspace", name, "--json").document == {"resumed": False, "freed": 1, "paused": []}
 
 
-def test_it_waits_for_what_is_beginning(
+def test_pause_waits_for_beginning_attempts(
     run: Run, world: World, settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """`pause` waits until every worker transaction that may have begun before the pause has ended.
@@ -100,7 +100,7 @@ def worker(settings: Settings) -> Iterator[Engine]:
     engine.dispose()
 
 
-def test_it_waits_whichever_its_role(
+def test_pause_waits_with_any_database_role(
     run: Run, world: World, worker: Engine, settings: Settings, unprivileged_url: str, environment: pytest.MonkeyPatch
 ) -> None:
     """`pause` waits for attempts that are beginning, even if the command's database role cannot see other sessions."""

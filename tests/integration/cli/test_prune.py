@@ -89,7 +89,7 @@ def test_archived(run: Run, world: World, tmp_path: Path, monkeypatch: pytest.Mo
     assert world.rows() == []
 
 
-def test_nothing_is_deleted_that_is_not_archived(
+def test_only_archived_rows_are_deleted(
     run: Run, world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """If the disk fills up, the archive contains only complete batches, and unarchived rows are not deleted."""
@@ -110,7 +110,7 @@ def test_nothing_is_deleted_that_is_not_archived(
     assert {row.id for row in world.rows()} == set(ids[2:])
 
 
-def test_an_archive_is_not_written_over(run: Run, world: World, tmp_path: Path) -> None:
+def test_an_archive_is_not_overwritten(run: Run, world: World, tmp_path: Path) -> None:
     """If the archive file already exists, `prune` is a usage error and deletes nothing."""
     ended(world, 91)
     path = tmp_path / "old.jsonl.gz"

@@ -19,7 +19,9 @@ if TYPE_CHECKING:
 
 
 @pytest.mark.parametrize("any_server", [False, True])
-def test_it_is_called_read_only(settings: Settings, world: World, database_url: str, *, any_server: bool) -> None:
+def test_readiness_and_doctor_report_read_only(
+    settings: Settings, world: World, database_url: str, *, any_server: bool
+) -> None:
     """Readiness and doctor report a read-only database, whether or not the URL permits sessions on it.
 
     Doctor never advises the operator to start more workers.
@@ -40,7 +42,7 @@ def test_it_is_called_read_only(settings: Settings, world: World, database_url: 
     engine.dispose()
 
 
-def test_a_command_says_so(
+def test_commands_report_read_only(
     environment: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
     database_url: str,

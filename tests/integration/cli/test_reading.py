@@ -39,7 +39,7 @@ FAILED = {"status": "failed", "reason": "rejected: HTTP 403 no", "finished_at": 
 class TestList:
     """The command `followups list`."""
 
-    def test_the_json_form_is_the_api_s_without_the_text(self, run: Run, world: World) -> None:
+    def test_the_json_form_is_the_apis_without_the_message(self, run: Run, world: World) -> None:
         """Each JSON entry of `list` has exactly the API's fields; without --message the message is null."""
         follow_up = world.follow_up(due=HOUR)
         [entry] = run("list", "--json").document
@@ -63,7 +63,7 @@ class TestList:
         assert listed("--trigger", uuid4()) == []
         assert listed("--limit", 1, "--page", 2) == [second]
 
-    def test_a_pipe_gets_whole_rows_and_no_colour(self, run: Run, world: World) -> None:
+    def test_a_pipe_gets_complete_rows_without_colour(self, run: Run, world: World) -> None:
         """In a pipe, `list` prints each follow-up as one complete plain line, with hints on stderr."""
         chat = world.chat()
         follow_up = world.follow_up(chat, **FAILED)
@@ -87,7 +87,7 @@ class TestList:
 class TestShow:
     """The command `followups show`."""
 
-    def test_it_tells_everything_but_the_text(self, run: Run, world: World) -> None:
+    def test_show_prints_everything_but_the_message(self, run: Run, world: World) -> None:
         """The JSON of `show` contains the API's fields, an explanation and each failed attempt."""
         follow_up = world.follow_up(world.chat(channel="whatsapp", external_id="4917"), **FAILED, attempts=2)
         world.sql(
@@ -111,7 +111,7 @@ class TestShow:
         assert (second["statusCode"], second["durationMs"]) == (None, None)
         assert run("show", follow_up, "--json", "--message").document["message"] == "Still there?"
 
-    def test_it_tells_that_the_transport_is_left_alone(self, run: Run, world: World, settings: Settings) -> None:
+    def test_show_names_the_open_breaker(self, run: Run, world: World, settings: Settings) -> None:
         """`show` names the open breaker as the reason why a due follow-up waits.
 
         For a follow-up that is due later, `show` does not mention the breaker.
@@ -131,16 +131,14 @@ class TestShow:
         assert shown["explanation"].startswith("It is due, and waits without using up attempts: for ")
         assert "is sent in" in run("show", later, "--json").document["explanation"]
 
-    def test_it_tells_the_rest_without_the_broker(
-        self, run: Run, world: World, environment: pytest.MonkeyPatch
-    ) -> None:
+    def test_show_works_without_the_broker(self, run: Run, world: World, environment: pytest.MonkeyPatch) -> None:
         """If the broker is unreachable, `show` reports the breaker's state as unknown and all else as usual."""
         environment.setenv("FOLLOWUPS_BROKER_URL", "redis://127.0.0.1:9/0")
         shown = run("show", world.follow_up(due=HOUR), "--json").document
         assert shown["breaker"] is None
         assert "is sent in" in shown["explanation"]
 
-    def test_it_is_readable(self, run: Run, world: World) -> None:
+    def test_show_prints_text(self, run: Run, world: World) -> None:
         """`show` prints facts, the explanation and failed attempts as text; --message adds the message."""
         follow_up = world.follow_up(
             status="sent",
@@ -162,13 +160,15 @@ class TestShow:
         assert "Still there?" not in shown
         assert "Still there?" in run("show", follow_up, "--message").stdout
 
-    def test_one_that_is_not_there_is_an_error(self, run: Run) -> None:
+    def test_an_unknown_id_is_an_error(self, run: Run) -> None:
         """`show` with an unknown id is a usage error with a message."""
         ran = run("show", uuid4())
         assert (ran.code, ran.stdout) == (2, "")
         assert ran.stderr == "followups: The follow-up was not found; followups list shows which there are.\n"
 
-    def test_what_holds_it_is_told(self, run: Run, world: World, engine: Engine, settings: Settings) -> None:
+    def test_show_names_what_holds_a_follow_up(
+        self, run: Run, world: World, engine: Engine, settings: Settings
+    ) -> None:
         """`show` explains how a pause, sending hours or an earlier follow-up in the chat delays the follow-up."""
         name = str(world.workspace_id)
         chat = world.chat()
@@ -187,7 +187,7 @@ class TestShow:
         hours = {"timeZone": "UTC", "from": "09:00", "to": "10:00"}
         assert run("show", second, "--json").document["sendingHours"].items() >= hours.items()
 
-    def test_what_it_was_retried_as(self, run: Run, world: World) -> None:
+    def test_show_names_the_retry(self, run: Run, world: World) -> None:
         """For a failed follow-up, `show` names its retry; for a retry, `show` names the failed follow-up."""
         failed = world.follow_up(**FAILED)
         new = run("retry", failed, "--due", "+1h").stdout.strip()
@@ -195,7 +195,7 @@ class TestShow:
         assert run("show", new, "--json").document["retryOf"] == str(failed)
 
 
-def test_a_new_user_finds_out_why(run: Run, world: World) -> None:
+def test_the_help_explains_unsent_follow_ups(run: Run, world: World) -> None:
     """The top-level help shows a new user how to find out why a follow-up was not sent.
 
     The help names the command that finds a follow-up and the command that explains it.

@@ -32,7 +32,7 @@ NOBODY = "postgresql://me:secret@127.0.0.1:9/chats"  # the discard port, which r
 class TestMigrate:
     """The command `followups migrate`."""
 
-    def test_it_brings_an_older_schema_to_the_newest(
+    def test_migrate_upgrades_to_the_newest_schema(
         self, run: Run, database_url: str, engine: Engine, environment: pytest.MonkeyPatch
     ) -> None:
         """`migrate` upgrades to the newest schema and names it; running it again changes nothing."""
@@ -45,7 +45,7 @@ class TestMigrate:
         again = run("migrate")
         assert (again.code, again.stdout) == (0, f"The schema is {newest}, as it was\n")
 
-    def test_a_role_that_may_not_migrate(self, run: Run, database_url: str) -> None:
+    def test_a_role_without_the_right_to_migrate(self, run: Run, database_url: str) -> None:
         """If the database role may not create tables, `migrate` names the role that is needed."""
         downgrade(url_as(database_url, OWNER), "base")
         ran = run("migrate")
@@ -54,7 +54,7 @@ class TestMigrate:
         assert needed in ran.stderr
         assert ran.stderr.count("\n") == 1
 
-    def test_it_waits_for_a_database_that_is_not_there_yet(
+    def test_migrate_waits_for_an_unreachable_database(
         self, run: Run, database_url: str, environment: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory
     ) -> None:
         """`migrate` reports that it is waiting for an unreachable database."""
@@ -68,7 +68,7 @@ class TestMigrate:
         assert ran.code == 0
         assert "waiting up to 20 s" in ran.stderr
 
-    def test_what_will_not_pass_is_not_waited_for(
+    def test_a_permanent_error_is_not_waited_for(
         self, run: Run, database_url: str, environment: pytest.MonkeyPatch
     ) -> None:
         """If the server rejects the connection permanently, `migrate` fails immediately."""
@@ -79,7 +79,7 @@ class TestMigrate:
         assert 'database "nowhere" does not exist; start it, or correct FOLLOWUPS_DATABASE_URL' in ran.stderr
         assert "waiting" not in ran.stderr
 
-    def test_a_database_that_stays_away_is_an_error(self, run: Run, environment: pytest.MonkeyPatch) -> None:
+    def test_a_database_that_stays_unreachable_is_an_error(self, run: Run, environment: pytest.MonkeyPatch) -> None:
         """If the database stays unreachable, `migrate` reports what it waits for and then fails."""
         environment.setenv("FOLLOWUPS_DATABASE_URL", NOBODY)
         ran = run("migrate", "--wait", "0.3")
@@ -98,7 +98,7 @@ class TestMigrate:
         assert "9999, which this version does not know" in ran.stderr
         assert ran.stderr.count("\n") == 1
 
-    def test_a_lock_that_was_left_behind_is_named(self, run: Run, database_url: str) -> None:
+    def test_a_stale_lock_is_named(self, run: Run, database_url: str) -> None:
         """`migrate` waits a limited time for a stale lock; the error names the backend that owns the lock."""
         with psycopg.connect(database_url, application_name="left behind", autocommit=True) as connection:
             connection.execute("SELECT pg_advisory_lock(7381237527265899888)")
@@ -121,7 +121,7 @@ class TestWorkspace:
         assert run("workspace", "create", " acme ", "--json").document == created
         assert run("workspace", "list", "--json").document == [created | {"sendingHours": None}]
 
-    def test_results_are_for_people_too(self, run: Run) -> None:
+    def test_results_without_json(self, run: Run) -> None:
         """Without --json, a command prints one result as a line and a list as a table; hints go to stderr."""
         assert run("workspace", "list").stderr.startswith("There is no workspace yet")
         created = run("workspace", "create", "acme")
@@ -142,7 +142,7 @@ class TestWorkspace:
 class TestApiKey:
     """The command `followups api-key`."""
 
-    def test_the_key_stands_alone_on_stdout(self, run: Run) -> None:
+    def test_only_the_key_is_on_stdout(self, run: Run) -> None:
         """`api-key create` prints nothing but the key on stdout, and each key is different."""
         run("workspace", "create", "acme")
         keys = [run("api-key", "create", "--workspace", "acme", "--name", "web").stdout for _ in range(2)]
@@ -188,7 +188,7 @@ class TestApiKey:
         assert run("api-key", "revoke", key_id, "--json").document["revokedAt"] == revoked
         assert run("api-key", "list", "--json").document[0]["revokedAt"] == revoked
 
-    def test_what_is_not_there_is_an_error(self, run: Run) -> None:
+    def test_an_unknown_name_is_an_error(self, run: Run) -> None:
         """An unknown workspace or key is a usage error that says how to list the existing ones."""
         ran = run("api-key", "create", "--workspace", "acme")
         assert (ran.code, ran.stdout) == (2, "")
@@ -229,7 +229,7 @@ class TestHours:
         assert run("workspace", "hours", "acme", "--always", "--json").document["sendingHours"] is None
         assert "always" in run("workspace", "list").stdout
 
-    def test_what_is_held_is_looked_at_again(self, run: Run, world: World) -> None:
+    def test_held_follow_ups_are_checked_again(self, run: Run, world: World) -> None:
         """When sending hours change, follow-ups held by the old hours are checked again immediately."""
         name = str(world.workspace_id)
         later = datetime.now(UTC) + timedelta(hours=9)

@@ -32,7 +32,7 @@ def found(settings: Settings, engine: Engine) -> dict[str, Finding]:
     return {finding.name: finding for finding in of_database(settings, engine)}
 
 
-def test_all_well(settings: Settings, engine: Engine, world: World) -> None:
+def test_no_advice(settings: Settings, engine: Engine, world: World) -> None:
     """If no follow-up is overdue, doctor gives no advice."""
     world.follow_up(due=timedelta(hours=1))
     findings = found(settings, engine)
@@ -41,7 +41,7 @@ def test_all_well(settings: Settings, engine: Engine, world: World) -> None:
     assert findings["attempts"].detail == "failed in the last hour: none"
 
 
-def test_transactions_that_it_may_not_see(settings: Settings, engine: Engine, unprivileged_url: str) -> None:
+def test_hidden_transactions(settings: Settings, engine: Engine, unprivileged_url: str) -> None:
     """If doctor's database role cannot see other roles' transactions, doctor names the missing grant."""
     unprivileged = make_engine(unprivileged_url)
     with engine.connect() as connection:
@@ -142,7 +142,7 @@ def test_pauses(settings: Settings, engine: Engine, world: World) -> None:
     assert found(settings, engine)["pauses"].detail == "1, which hold 1: followups pause --list"
 
 
-def test_servers_away(settings: Settings) -> None:
+def test_unreachable_broker(settings: Settings) -> None:
     """Doctor reports an unreachable broker as a single finding and does not fail."""
     away = settings.model_copy(update={"broker_url": type(settings.broker_url)("redis://127.0.0.1:9/0")})
     assert [finding.advice for finding in of_broker(away)] == ["Repair the broker first."]

@@ -63,7 +63,7 @@ COMMANDS = (
 )  # fmt: skip
 
 
-def test_every_command_shows_words_as_words(run: Run, follow_up: UUID) -> None:
+def test_every_command_escapes_untrusted_text(run: Run, follow_up: UUID) -> None:
     """No command fails on untrusted text or prints its control characters, as text or JSON."""
     for command in COMMANDS:
         for form in ([], ["--json"]):

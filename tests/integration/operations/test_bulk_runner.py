@@ -72,7 +72,7 @@ def state(world: World, action_id: UUID) -> tuple[Any, ...]:
     return row["done"], row["passed_over"], row["finished_at"] is not None
 
 
-def test_a_retry_over_the_quota_is_passed_over(world: World) -> None:
+def test_a_retry_over_the_quota_is_skipped(world: World) -> None:
     """A bulk action in the console creates retries up to the quota; it skips and counts the remaining ones.
 
     The runner then performs the next bulk action.
@@ -84,7 +84,7 @@ def test_a_retry_over_the_quota_is_passed_over(world: World) -> None:
     assert not run_batch(world.engine)
 
 
-def test_a_retry_of_one_that_is_deleted_meanwhile_is_passed_over(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_pruned_follow_up_is_skipped(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     """A bulk action skips and counts a follow-up that is pruned after its batch was read."""
     gone, kept = failed(world), failed(world)
     real = bulk_runner.scheduling.retry_once
@@ -97,7 +97,7 @@ def test_a_retry_of_one_that_is_deleted_meanwhile_is_passed_over(world: World, m
 
 
 @pytest.mark.parametrize("kind", ["cancel", "retry"])
-def test_one_that_cannot_be_written_is_passed_over(world: World, kind: str) -> None:
+def test_an_unwritable_row_is_skipped(world: World, kind: str) -> None:
     """A row that cannot be written is skipped; the other follow-ups of its batch are processed."""
     ids = [world.follow_up(due=HOUR) if kind == "cancel" else failed(world) for _ in range(5)]
     unwritable(world, ids[2], "id" if kind == "cancel" else "retry_of")
@@ -106,7 +106,7 @@ def test_one_that_cannot_be_written_is_passed_over(world: World, kind: str) -> N
     assert state(world, one) == (4, {"cannot be written": 1}, True)
 
 
-def test_those_kept_from_a_retry_are_audited(world: World) -> None:
+def test_prevented_retries_are_audited(world: World) -> None:
     """The audit event of a bulk cancel includes the number of follow-ups whose retry it prevents.
 
     The command line leaves the same audit event.

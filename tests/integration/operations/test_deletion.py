@@ -86,7 +86,7 @@ def counts(world: World) -> dict[str, int]:
 class TestWorkspace:
     """Deletion of a whole workspace."""
 
-    def test_everything_goes_and_one_event_stays(self, world: World) -> None:
+    def test_all_rows_are_deleted_and_one_event_stays(self, world: World) -> None:
         """Deleting a workspace deletes its rows from every table and keeps other workspaces' rows.
 
         The audit event of the deletion counts the deleted follow-ups.
@@ -101,7 +101,7 @@ class TestWorkspace:
         assert counts(other) == before
         assert (sums["cancelled"], sums["deleted"], sums["chats"], sums["chatMessages"]) == (3, 4, 2, 3)
 
-    def test_it_goes_on_after_an_interruption(self, world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_an_interrupted_deletion_continues(self, world: World, monkeypatch: pytest.MonkeyPatch) -> None:
         """After an interrupted deletion, the workspace accepts no new keys or follow-ups.
 
         Running the command again completes the deletion.
@@ -134,7 +134,7 @@ class TestWorkspace:
         with Session(world.engine) as session:
             assert workspaces.create(session, name)[1]
 
-    def test_what_came_in_meanwhile_goes_too(self, world: World) -> None:
+    def test_rows_created_meanwhile_are_deleted(self, world: World) -> None:
         """A follow-up is deleted even if its transaction commits while its workspace is being deleted."""
         chat = filled(world)
         with Session(world.engine) as late:
@@ -148,7 +148,7 @@ class TestWorkspace:
                     late.commit()
         assert counts(world) == {"audit_events": 1}
 
-    def test_what_is_in_flight_ends_first(self, world: World) -> None:
+    def test_attempts_in_flight_end_first(self, world: World) -> None:
         """Deleting a workspace waits for an attempt in flight, and reports an attempt that does not end.
 
         After an incomplete deletion, the command can be run again.
@@ -170,7 +170,7 @@ class TestWorkspace:
         delete(world.engine, Whole(world.workspace_id))
         assert counts(world) == {"audit_events": 1}
 
-    def test_a_key_under_way_is_refused_or_deleted(self, world: World) -> None:
+    def test_a_concurrently_created_key_is_refused_or_deleted(self, world: World) -> None:
         """Deleting a workspace waits for a transaction that creates an API key, and then deletes the new key."""
         with Session(world.engine) as creating:
             api_keys.create(creating, world.workspace_id)
@@ -186,7 +186,7 @@ class TestWorkspace:
 class TestChat:
     """Deletion of a single chat."""
 
-    def test_its_texts_go_and_others_stay(self, world: World) -> None:
+    def test_a_chats_texts_are_deleted(self, world: World) -> None:
         """Deleting a chat deletes its follow-ups, messages and stored responses.
 
         Rows of other chats and all audit events remain.
@@ -207,7 +207,7 @@ class TestChat:
             bodies = connection.scalars(text("SELECT convert_from(body, 'UTF8') FROM idempotency_keys")).all()
         assert all(str(other) in body for body in bodies)
 
-    def test_it_goes_on_after_an_interruption(self, world: World) -> None:
+    def test_an_interrupted_deletion_continues(self, world: World) -> None:
         """After an interrupted deletion, a chat accepts no new rows; deleting it again deletes all rows."""
         chat = filled(world)
         batches = deletion.delete(world.engine, ACTOR, Whole(world.workspace_id, chat), PATIENCE)
@@ -222,7 +222,7 @@ class TestChat:
             assert connection.scalar(text("SELECT count(*) FROM chats WHERE id = :id"), {"id": chat}) == 0
 
 
-def test_nothing_that_belongs_to_a_workspace_is_forgotten() -> None:
+def test_every_table_of_a_workspace_is_known() -> None:
     """Every table that refers to a workspace has a column by which its rows are found for deletion."""
     referring: Sequence[Any] = [
         table

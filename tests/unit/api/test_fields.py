@@ -45,7 +45,7 @@ def test_times(written: str, meant: datetime) -> None:
         "2030-01-31T09:00:00+99:00", "\N{FULLWIDTH DIGIT TWO}030-01-31T09:00:00Z", "2030-01-31T09:00:00Z\n",
     ],
 )  # fmt: skip
-def test_no_times(written: object) -> None:
+def test_invalid_times(written: object) -> None:
     """An invalid or unstorable time is rejected with a validation error."""
     with pytest.raises(ValidationError):
         TIMES.validate_python(written)
@@ -67,7 +67,7 @@ def test_any_id(value: UUID) -> None:
 
 
 @given(st.text())
-def test_no_ids(written: str) -> None:
+def test_invalid_ids(written: str) -> None:
     """Text that is not a UUID is rejected as an id."""
     with pytest.raises(ValidationError):
         IDS.validate_python(written)

@@ -74,7 +74,7 @@ async def test_processes_share_the_limit(limit_of: Callable[[int], KeyRateLimit]
     assert await allowed(limit_of(0), 99) == 99
 
 
-async def test_a_busy_key_is_counted_ahead(limit_of: Callable[[int], KeyRateLimit], server: FakeServer) -> None:
+async def test_a_busy_key_is_counted_in_advance(limit_of: Callable[[int], KeyRateLimit], server: FakeServer) -> None:
     """For a busy API key, the process counts several future requests in Redis at a time.
 
     The rate limit is never exceeded.
@@ -104,7 +104,7 @@ async def values(server: FakeServer) -> list[bytes]:
     return found
 
 
-async def test_a_minute_later(limit_of: Callable[[int], KeyRateLimit]) -> None:
+async def test_the_window_slides(limit_of: Callable[[int], KeyRateLimit]) -> None:
     """The rate limit's window slides: two minutes later a key has the whole limit again."""
     with time_machine.travel("2030-01-31T09:00:00Z", tick=False) as now:
         limit = limit_of(5)
@@ -113,7 +113,7 @@ async def test_a_minute_later(limit_of: Callable[[int], KeyRateLimit]) -> None:
         assert await allowed(limit, 9) == 5
 
 
-async def test_without_the_server_nothing_is_refused(
+async def test_without_redis_nothing_is_refused(
     limit_of: Callable[[int], KeyRateLimit], server: FakeServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """While the rate limit's server is unreachable, requests are allowed and counted as unlimited.

@@ -44,7 +44,7 @@ ALL_ENDED = [ended(part) for part in SCENARIO.parts]
 RECEIPTS = {"accepted": 52, "duplicates": 0}
 
 
-def test_the_script_holds_what_is_promised() -> None:
+def test_the_script_has_at_least_50_follow_ups() -> None:
     """The demo's script sends at least 50 follow-ups at different times.
 
     Three follow-ups are retried, one is rejected and two are cancelled.
@@ -65,7 +65,7 @@ def test_the_reply_comes_before_what_it_cancels() -> None:
     assert all(part.due > REPLY_AT + 1 for part in cancelled)
 
 
-def test_failures_hold_up_no_other_follow_up() -> None:
+def test_failures_delay_no_other_follow_up() -> None:
     """A chat of the demo whose receiver fails has only one follow-up, so that none waits behind retries."""
     assert all(sum(part.chat == chat for part in SCENARIO.parts) == 1 for chat in FAILURES)
 
@@ -78,7 +78,7 @@ def test_failures_hold_up_no_other_follow_up() -> None:
         (0, {"status": Status.FAILED, "reason": "too_late"}, "and is failed after 1 (too_late)"),
     ],
 )
-def test_one_that_ended_otherwise_is_a_problem(number: int, changed: dict[str, object], problem: str) -> None:
+def test_an_unexpected_end_is_a_problem(number: int, changed: dict[str, object], problem: str) -> None:
     """If a follow-up does not end as scripted, the demo fails and names it."""
     standings = [*ALL_ENDED[:number], replace(ALL_ENDED[number], **changed), *ALL_ENDED[number + 1 :]]
     result = score(standings, RECEIPTS)
@@ -108,7 +108,7 @@ def test_lag_is_of_first_attempts_and_nearest_rank() -> None:
 
 
 @given(st.floats(-3, 15), st.integers(1, 60))
-def test_the_rows_are_those_around_now(second: float, count: int) -> None:
+def test_the_rows_are_around_now(second: float, count: int) -> None:
     """The demo shows as many follow-ups as fit, ordered by due date, including late unfinished ones."""
     now = START + timedelta(seconds=second)
     standings = [ended(part) if part.due < second - 1 else pending(part) for part in SCENARIO.parts]
@@ -120,7 +120,7 @@ def test_the_rows_are_those_around_now(second: float, count: int) -> None:
         assert all(each in rows for each in late[:count])
 
 
-def test_at_the_end_the_unusual_ones_are_shown() -> None:
+def test_unusual_follow_ups_are_shown_at_the_end() -> None:
     """At the end of the whole demo, follow-ups that were retried, rejected or cancelled are listed first."""
     rows = around_now(ALL_ENDED, START, 6)
     assert all(each.retried or each.status != Status.SENT for each in rows)
@@ -142,7 +142,7 @@ def test_the_picture_fits_the_terminal(width: int, height: int, second: float) -
     assert "again in 1.0s" in screen.getvalue()
 
 
-def test_a_pipe_hears_each_event_once(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_pipe_gets_each_event_once(capsys: pytest.CaptureFixture[str]) -> None:
     """Without a terminal, the demo prints each change once as a plain line."""
     show = EventLines()
     before, after = [pending(part) for part in SCENARIO.parts], ALL_ENDED
@@ -156,7 +156,7 @@ def test_a_pipe_hears_each_event_once(capsys: pytest.CaptureFixture[str]) -> Non
     ]
 
 
-def test_the_last_words_say_what_happened_and_what_is_next(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_summary_shows_figures_and_the_next_command(capsys: pytest.CaptureFixture[str]) -> None:
     """The demo's summary shows every figure and the next command, or the problems if the demo failed."""
     Console(width=80).print(summary_panel(score(ALL_ENDED, RECEIPTS)))
     said = capsys.readouterr().out

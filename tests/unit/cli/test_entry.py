@@ -34,7 +34,7 @@ PATHS = [[name] for name in CATALOGUE] + [[group, name] for group, names in GROU
 
 
 @pytest.mark.parametrize("path", PATHS, ids=" ".join)
-def test_every_command_explains_itself_with_examples(path: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+def test_every_help_text_ends_with_examples(path: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     """The help of every command is printed on stdout, exits with 0 and ends with examples."""
     assert main([*path, "--help"]) == 0
     shown, remarks = capsys.readouterr()
@@ -44,7 +44,7 @@ def test_every_command_explains_itself_with_examples(path: list[str], capsys: py
 
 
 @pytest.mark.parametrize("name", CATALOGUE)
-def test_the_catalogue_says_what_the_command_says(name: str) -> None:
+def test_every_listed_command_can_be_loaded(name: str) -> None:
     """Every command in the catalogue can be loaded and has the name under which it is listed."""
     assert load(name).name in {name, None, ""}  # a group has the name under which it is registered
 
@@ -111,13 +111,13 @@ def test_missing_settings_are_code_2(capsys: pytest.CaptureFixture[str]) -> None
     assert "FOLLOWUPS_BROKER_URL is required" in remarks
 
 
-def test_the_version_is_a_result(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_version_is_printed_on_stdout(capsys: pytest.CaptureFixture[str]) -> None:
     """`--version` prints the version on stdout."""
     assert main(["--version"]) == 0
     assert capsys.readouterr().out.startswith("followups 0.")
 
 
-def test_debug_shows_the_trace() -> None:
+def test_debug_prints_the_traceback() -> None:
     """With --debug, a command prints an error with its traceback."""
     with pytest.raises(SettingsError):
         main(["--debug", "list"])
@@ -172,7 +172,7 @@ def test_every_error_is_a_sentence(error: Exception, sentence: str, code: int, m
     assert "SELECT" not in said
 
 
-def test_a_reader_that_leaves_is_no_accident() -> None:
+def test_a_closed_pipe_is_no_error() -> None:
     """If the reader of a command's output closes the pipe, the command ends silently."""
     reading, writing = os.pipe()
     os.close(reading)

@@ -49,7 +49,7 @@ def test_every_code_is_explained() -> None:
 
 
 @pytest.mark.parametrize("code", ReasonCode)
-def test_an_explanation_is_whole_sentences(code: ReasonCode) -> None:
+def test_an_explanation_is_complete_sentences(code: ReasonCode) -> None:
     """The explanation of a reason consists of complete sentences that include the configured limits."""
     said = explained(Status.FAILED, reason=f"{code.value}: detail")
     assert said.endswith(".")
@@ -62,7 +62,7 @@ def test_limits_are_named() -> None:
     assert "FOLLOWUPS_MAX_LATENESS (1 d)" in explained(Status.FAILED, reason="too_late")
 
 
-def test_a_caller_s_own_reason_is_left_alone() -> None:
+def test_a_callers_reason_is_shown_unchanged() -> None:
     """A caller's own reason is displayed without interpretation."""
     assert explained(Status.CANCELLED, reason="the customer called") == (
         "It was cancelled with a reason of the caller's own."
@@ -98,7 +98,7 @@ def test_a_caller_s_own_reason_is_left_alone() -> None:
         ),
     ],
 )
-def test_a_pending_one_says_what_it_waits_for(columns: dict[str, Any], said: str) -> None:
+def test_a_pending_follow_up_is_explained(columns: dict[str, Any], said: str) -> None:
     """The explanation of a pending follow-up says why it has not been sent yet, and what will happen next."""
     assert said in explained(**columns)
 
@@ -118,7 +118,7 @@ def test_a_pending_one_says_what_it_waits_for(columns: dict[str, Any], said: str
         ({"attempts": 0, "accepted_at": None}, "It was marked as sent through the API; this service did not send it."),
     ],
 )
-def test_a_sent_one_says_how_punctual_it_was(columns: dict[str, Any], said: str) -> None:
+def test_a_sent_follow_up_is_explained(columns: dict[str, Any], said: str) -> None:
     """The explanation of a sent follow-up includes the time of acceptance and the attempt."""
     accepted = {"accepted_at": NOW + timedelta(milliseconds=2)}
     assert said in explained(Status.SENT, **accepted | columns)
@@ -251,7 +251,7 @@ LIMITED = {"due": -HOUR, "next_attempt_at": NOW + HOUR, "limited_until": NOW + H
         ),
     ],
 )
-def test_what_holds_it_is_named(around: Circumstances, columns: dict[str, Any], said: str) -> None:
+def test_causes_of_delay_are_named(around: Circumstances, columns: dict[str, Any], said: str) -> None:
     """A pause, sending hours, the chat's order or missing processes are named in the explanation.
 
     The explanation also names the event that will end the delay.

@@ -73,7 +73,7 @@ WRITERS = st.sampled_from([table, line, say, remark])
 
 
 @given(text=TEXTS)
-def test_escapes_leave_no_control(text: str) -> None:
+def test_escaped_text_has_no_control_characters(text: str) -> None:
     """Escaped text contains no control characters, and escaped JSON still means the same."""
     shown = escape(text)
     assert escape(shown) == shown
@@ -82,7 +82,7 @@ def test_escapes_leave_no_control(text: str) -> None:
 
 
 @given(write=WRITERS, text=TEXTS, encoding=ENCODINGS)
-def test_no_text_steers_a_terminal(write: Callable[[str], None], text: str, encoding: str) -> None:
+def test_no_text_controls_a_terminal(write: Callable[[str], None], text: str, encoding: str) -> None:
     """Cells, sentences and remarks can print any text in any encoding, without control characters or errors."""
     with terminal(encoding) as made:
         write(text)
@@ -90,7 +90,7 @@ def test_no_text_steers_a_terminal(write: Callable[[str], None], text: str, enco
 
 
 @given(write=WRITERS, text=st.sampled_from(NASTY), encoding=ENCODINGS)
-def test_others_words_are_shown_as_words(write: Callable[[str], None], text: str, encoding: str) -> None:
+def test_untrusted_text_is_escaped(write: Callable[[str], None], text: str, encoding: str) -> None:
     """Markup in untrusted text has no effect, and each control character is printed as an escape."""
     with terminal(encoding) as made:
         write(text)
@@ -106,7 +106,7 @@ def test_json_is_readable_in_every_encoding(text: str, encoding: str) -> None:
         assert escape(made.written, lines=True) == made.written
 
 
-def test_an_error_shows_words_as_words() -> None:
+def test_an_error_escapes_its_input() -> None:
     """An error quotes the input with its control characters escaped."""
     with terminal("ascii") as made:
         assert main(["list\x1b[31m"]) == 2

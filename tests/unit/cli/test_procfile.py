@@ -16,12 +16,12 @@ if TYPE_CHECKING:
 PROCFILE = Path(__file__).parents[3] / "Procfile"
 
 
-def test_the_procfile_holds_the_same_lines() -> None:
+def test_the_procfile_has_the_same_lines() -> None:
     """The Procfile has the same processes and command lines as `up`, in the same order."""
     assert list(parse_procfile(PROCFILE.read_text()).processes.items()) == list(COMMANDS.items())
 
 
-def test_flower_stays_on_this_machine() -> None:
+def test_flower_listens_on_loopback() -> None:
     """Flower listens only on the loopback interface by default; any other address requires a password."""
     assert "--address=${FLOWER_ADDRESS:-127.0.0.1}" in COMMANDS["flower"]
 

@@ -16,7 +16,7 @@ def send(number: signal.Signals) -> None:
 
 
 @pytest.mark.parametrize("number", STOPPING)
-def test_a_signal_is_heeded_between_two_steps(number: signal.Signals) -> None:
+def test_a_signal_is_handled_between_two_steps(number: signal.Signals) -> None:
     """A first signal does not interrupt `up` or `demo` immediately, but at the next check."""
     with StopSignals() as signals:
         signals.check()
@@ -33,7 +33,7 @@ def test_a_second_signal_does_not_wait() -> None:
             send(signal.SIGINT)
 
 
-def test_stopping_is_not_disturbed() -> None:
+def test_a_shutdown_ignores_further_signals() -> None:
     """During shutdown, further signals have no effect."""
     with StopSignals() as signals:
         signals.quieten()
@@ -41,7 +41,7 @@ def test_stopping_is_not_disturbed() -> None:
         send(signal.SIGTERM)
 
 
-def test_the_handlers_come_back() -> None:
+def test_the_handlers_are_restored() -> None:
     """After the `with` block, the previous signal handlers are restored."""
     before = [signal.getsignal(number) for number in STOPPING]
     with StopSignals():

@@ -28,7 +28,7 @@ NOW = datetime(2030, 1, 31, 9, tzinfo=UTC)
         ("2020-01-31T10:00:00.5Z", datetime(2020, 1, 31, 10, 0, 0, 500_000, UTC)),
     ],
 )
-def test_a_due_date_is_a_moment_or_so_long_after_now(text: str, moment: datetime) -> None:
+def test_due_dates(text: str, moment: datetime) -> None:
     """A due date is `now`, a duration from now in s, m, h and d, or ISO 8601 with an offset.
 
     A due date may be in the past.
@@ -40,13 +40,13 @@ def test_a_due_date_is_a_moment_or_so_long_after_now(text: str, moment: datetime
     "text",
     ["", "soon", "+", "+10", "10m", "-10m", "+10x", "+10m ", "+१m", "2030-01-31", "2030-01-31T09:00", "+99999999999d"],
 )
-def test_anything_else_is_wrong_usage(text: str) -> None:
+def test_invalid_due_dates_are_wrong_usage(text: str) -> None:
     """Text that is not a due date, or a time without an offset, is rejected."""
     with pytest.raises(typer.BadParameter):
         parse_due(text)
 
 
-def test_a_due_date_beyond_all_dates_is_wrong_usage() -> None:
+def test_a_due_date_beyond_the_calendar_is_wrong_usage() -> None:
     """A duration is rejected if it puts the due date beyond the last possible date."""
     with pytest.raises(typer.BadParameter, match="too far"):
         Due(timedelta(days=9_999_999)).resolve(NOW)
@@ -61,7 +61,7 @@ def test_a_time_is_written_as_the_api_writes_it(moment: datetime) -> None:
     assert datetime.fromisoformat(written) == moment
 
 
-def test_other_offsets_and_no_time_at_all() -> None:
+def test_other_offsets_and_missing_times() -> None:
     """A time with any offset is shown in UTC; a missing time is null in JSON and a dash in a table."""
     berlin = datetime(2030, 1, 31, 10, tzinfo=timezone(timedelta(hours=1)))
     assert rfc3339(berlin) == "2030-01-31T09:00:00Z"
@@ -84,6 +84,6 @@ def test_other_offsets_and_no_time_at_all() -> None:
         (-90, "1 min 30 s"),
     ],
 )
-def test_a_duration_is_said_with_its_two_largest_units(seconds: float, words: str) -> None:
+def test_a_duration_is_shown_in_its_two_largest_units(seconds: float, words: str) -> None:
     """A duration is shown in its two largest units, or in milliseconds below a second, without a sign."""
     assert span(timedelta(seconds=seconds)) == words

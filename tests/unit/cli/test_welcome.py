@@ -36,7 +36,7 @@ def test_the_request_can_be_pasted() -> None:
     assert timedelta(seconds=2) < left <= timedelta(seconds=5)
 
 
-def test_everything_that_is_needed_is_there() -> None:
+def test_addresses_key_and_settings_are_printed() -> None:
     """The output of `up` contains every address, the API key, and settings for other commands."""
     environment = {name: f"{name.lower()}-value" for name in SHOWN}
     said = welcome(

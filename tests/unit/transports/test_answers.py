@@ -56,14 +56,14 @@ def test_429_is_a_rate_limit_in_any_case() -> None:
 
 
 @pytest.mark.parametrize("status", [401, 403, 404, 410, 301, 307, 308])
-def test_what_is_final_keeps_what_was_said(status: int) -> None:
+def test_final_statuses_are_rejections(status: int) -> None:
     """A 401, 403, 410 or redirect is a rejection, whatever the redirect's target."""
     answer = Answer(status, {"location": "http://elsewhere/", "retry-after": "5"}, b"gone")
     assert outcome_of(answer, HTTP) == Rejected(f"HTTP {status} gone", status)
 
 
 @pytest.mark.parametrize("status", [408, 425, 500, 502, 504])
-def test_retry_after_is_honoured_for_every_failure_that_passes(status: int) -> None:
+def test_retry_after_is_honoured_for_every_retried_failure(status: int) -> None:
     """Retry-After delays the next attempt after any failure that is retried."""
     assert outcome_of(Answer(status, {"retry-after": "60"}), HTTP) == Retry(
         f"HTTP {status}", timedelta(seconds=60), status
@@ -71,7 +71,7 @@ def test_retry_after_is_honoured_for_every_failure_that_passes(status: int) -> N
 
 
 @pytest.mark.parametrize("status", [301, 400, 404])
-def test_retry_after_changes_no_refusal(status: int) -> None:
+def test_retry_after_does_not_change_a_rejection(status: int) -> None:
     """A rejection is final, whatever the response's headers."""
     assert isinstance(outcome_of(Answer(status, {"retry-after": "60"}), HTTP), Rejected)
 
@@ -119,7 +119,7 @@ def test_a_date_is_measured_by_the_receivers_own_clock() -> None:
 
 @QUICK
 @given(st.text(max_size=60), st.text(max_size=60))
-def test_no_header_breaks_anything(value: str, date: str) -> None:
+def test_any_retry_after_is_within_the_limits(value: str, date: str) -> None:
     """Whatever a Retry-After header contains, the resulting delay is within the limits, or there is none."""
     wished = retry_after({"retry-after": value, "date": date}, NOW)
     assert wished is None or timedelta(seconds=1) <= wished <= timedelta(hours=24)
@@ -127,7 +127,7 @@ def test_no_header_breaks_anything(value: str, date: str) -> None:
 
 @QUICK
 @given(st.text(alphabet=string.digits + string.ascii_letters + " ,:+-.", max_size=40))
-def test_nothing_that_looks_like_a_date_breaks_anything(value: str) -> None:
+def test_almost_valid_dates_are_within_the_limits(value: str) -> None:
     """An almost valid date results either in no delay or in a delay within the limits."""
     wished = retry_after({"retry-after": value}, NOW)
     assert wished is None or timedelta(seconds=1) <= wished <= timedelta(hours=24)
@@ -174,7 +174,7 @@ JSON = st.recursive(
 @pytest.mark.parametrize("dialect", [HTTP, MATRIX], ids=["http", "matrix"])
 @QUICK
 @given(body=st.binary(max_size=200) | JSON.map(lambda value: json.dumps(value).encode()))
-def test_no_body_breaks_anything(dialect: Dialect, body: bytes) -> None:
+def test_any_body_is_accepted(dialect: Dialect, body: bytes) -> None:
     """With any body, a 2xx is `Sent` and a 429 is `Snoozed`."""
     assert isinstance(outcome_of(Answer(200, body=body), dialect), Sent)
     outcome = outcome_of(Answer(429, body=body), dialect)
@@ -209,13 +209,13 @@ def test_the_id_of_the_message_is_taken_if_there_is_one(body: bytes, message_id:
     assert outcome_of(Answer(200, body=body), HTTP) == Sent(message_id, 200, detail)
 
 
-def test_a_body_that_broke_off_is_not_read_for_an_id() -> None:
+def test_an_incomplete_body_gives_no_id() -> None:
     """An incomplete response body gives no message id."""
     answer = Answer(200, body=b'{"chatMessageId": "6f1b1f0e-3a53-4f6e-9a5f-1d2b3c4d5e6f"}', flaw="it broke off")
     assert outcome_of(answer, HTTP) == Sent(None, 200, "it broke off")
 
 
-def test_a_matrix_event_has_an_id_that_anybody_can_compute() -> None:
+def test_a_matrix_message_id_is_derived_from_the_event_id() -> None:
     """The chat message id of a Matrix message is derived from the event id."""
     outcome = outcome_of(Answer(200, body=b'{"event_id": "$abc"}'), MATRIX)
     assert outcome == Sent(uuid5(EVENT_NAMESPACE, "$abc"), 200)

@@ -43,7 +43,7 @@ async def test_check_waits_no_longer_than_a_call() -> None:
             await HttpTransport(settings_for(url, transport_timeout=0.2)).check()
 
 
-async def test_check_says_when_tls_fails(no_tls: str) -> None:
+async def test_check_reports_a_failed_tls_handshake(no_tls: str) -> None:
     """For an https URL, `check` also performs the TLS handshake and reports its failure."""
     with pytest.raises(FollowUpsError, match="TLS failed"):
         await HttpTransport(settings_for(no_tls)).check()

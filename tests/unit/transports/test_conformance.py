@@ -38,7 +38,7 @@ async def hasty_rig(request: pytest.FixtureRequest) -> AsyncIterator[TransportRi
         yield made
 
 
-async def test_it_is_a_transport_with_a_name(rig: TransportRig) -> None:
+async def test_the_transport_has_its_entry_points_name(rig: TransportRig) -> None:
     """A transport implements the `Transport` protocol and has the name of its entry point."""
     assert isinstance(rig.transport, Transport)
     assert rig.transport.name in {"http", "matrix", "sandbox"}
@@ -68,7 +68,7 @@ async def test_two_follow_ups_of_a_chat_are_two_messages(rig: TransportRig) -> N
 
 
 @pytest.mark.parametrize("status", [408, 425, 500, 502, 503, 504, 599])
-async def test_a_passing_failure_is_tried_again(rig: TransportRig, status: int) -> None:
+async def test_a_temporary_failure_is_retried(rig: TransportRig, status: int) -> None:
     """408, 425 and 5xx lead to a `Retry` that names the status; the next attempt can succeed."""
     delivery = a_delivery()
     outcome = await rig.send(delivery, kind="fail", status=status, times=1)
@@ -76,7 +76,7 @@ async def test_a_passing_failure_is_tried_again(rig: TransportRig, status: int) 
     assert isinstance(await rig.transport.send(delivery), Sent)
 
 
-async def test_a_failure_may_say_when_to_come_back(rig: TransportRig) -> None:
+async def test_a_failure_may_request_a_delay(rig: TransportRig) -> None:
     """If a call fails with a Retry-After, the `Retry` outcome requests that delay."""
     outcome = await rig.send(a_delivery(), kind="fail", status=500, retry_after=7)
     assert outcome == Retry("HTTP 500", timedelta(seconds=7), 500)
@@ -90,27 +90,27 @@ async def test_a_rate_limit_uses_up_no_attempt(rig: TransportRig, status: int) -
     assert rig.accepted == 0
 
 
-async def test_a_refusal_keeps_the_first_200_characters_of_its_reason(rig: TransportRig) -> None:
+async def test_a_rejection_keeps_the_first_200_characters_of_its_reason(rig: TransportRig) -> None:
     """A rejection is `Rejected`, with the status and the beginning of the receiver's response."""
     reason = "blocked \u00e9 " * 100
     outcome = await rig.send(a_delivery(), kind="reject", body=reason)
     assert outcome == Rejected(f"HTTP 403 {reason[:200]}", 403)
 
 
-async def test_a_refusal_never_carries_a_nul(rig: TransportRig) -> None:
+async def test_a_rejection_contains_no_nul(rig: TransportRig) -> None:
     """Characters that PostgreSQL cannot store are removed from the reason of a rejection."""
     outcome = await rig.send(a_delivery(), kind="reject", status=404, body="no\x00 such\x1b[31m chat\x7f")
     assert outcome == Rejected("HTTP 404 no such[31m chat", 404)
 
 
 @pytest.mark.parametrize("status", [301, 302, 304, 307, 400, 401, 403, 404, 409, 410, 413, 422, 451, 499])
-async def test_whatever_is_no_passing_failure_is_final(rig: TransportRig, status: int) -> None:
+async def test_other_failures_are_final(rig: TransportRig, status: int) -> None:
     """3xx and all other 4xx statuses are `Rejected`."""
     outcome = await rig.send(a_delivery(), kind="reject", status=status, body="")
     assert outcome == Rejected(f"HTTP {status}", status)
 
 
-async def test_a_lost_answer_is_unknown_and_the_next_attempt_finds_out(rig: TransportRig) -> None:
+async def test_a_lost_answer_is_unknown_until_the_next_attempt(rig: TransportRig) -> None:
     """If a connection breaks before the response, the outcome is `Unknown` until the key is sent again."""
     delivery = a_delivery()
     outcome = await rig.send(delivery, kind="drop", times=1)
@@ -120,7 +120,7 @@ async def test_a_lost_answer_is_unknown_and_the_next_attempt_finds_out(rig: Tran
     assert rig.accepted == 1
 
 
-async def test_a_lost_answer_costs_one_request_only(rig: TransportRig) -> None:
+async def test_a_lost_answer_is_not_retried_by_the_transport(rig: TransportRig) -> None:
     """A transport never repeats a request, because the dispatcher decides on retries."""
     await rig.send(a_delivery(), kind="drop")
     assert rig.chats.ledger.summary()["requests"] == 1
@@ -153,7 +153,7 @@ async def test_no_answer_in_time_is_unknown(hasty_rig: TransportRig) -> None:
     ],
     ids=lambda body: body[:12].replace("\x00", "NUL"),
 )
-async def test_a_strange_answer_is_sent_without_an_id(rig: TransportRig, body: str) -> None:
+async def test_an_invalid_body_is_sent_without_an_id(rig: TransportRig, body: str) -> None:
     """A 2xx with an invalid body is `Sent`; the detail describes the flaw without quoting the body."""
     outcome = await rig.send(a_delivery(), kind="accept", body=body)
     assert isinstance(outcome, Sent)
@@ -194,13 +194,13 @@ async def test_any_text_arrives(rig: TransportRig, text: str) -> None:
     assert rig.chats.ledger.records()[0].message_length == len(text)
 
 
-async def test_many_at_once(rig: TransportRig) -> None:
+async def test_concurrent_calls(rig: TransportRig) -> None:
     """Concurrent calls, even more than the settings allow, each receive their own response."""
     outcomes = await asyncio.gather(*(rig.transport.send(a_delivery()) for _ in range(150)))
     assert len({outcome.chat_message_id for outcome in outcomes if isinstance(outcome, Sent)}) == 150
 
 
-async def test_one_slow_chat_holds_up_no_other(rig: TransportRig) -> None:
+async def test_one_slow_chat_delays_no_other(rig: TransportRig) -> None:
     """While one call waits for its response, other calls are made and answered."""
     slow = asyncio.create_task(rig.send(a_delivery(), kind="slow", delay=30))
     await asyncio.sleep(0.02)
@@ -219,7 +219,7 @@ async def test_a_cancelled_call_is_cancelled(rig: TransportRig) -> None:
         await task
 
 
-async def test_check_says_one_sentence_and_sends_nothing(rig: TransportRig) -> None:
+async def test_check_returns_one_sentence_and_sends_nothing(rig: TransportRig) -> None:
     """`check` connects to the receiver without delivering a message and returns a one-sentence result."""
     assert (await rig.transport.check()).endswith(".")
     assert rig.chats.ledger.summary()["requests"] == 0

@@ -87,7 +87,7 @@ async def test_a_connection_that_ended_while_idle_is_not_used() -> None:
         assert (server.connections, len(server.requests)) == (3, 3)
 
 
-async def test_an_end_that_was_not_read_yet_is_seen(threaded: ThreadedServer) -> None:
+async def test_an_unread_close_is_noticed(threaded: ThreadedServer) -> None:
     """No request is sent on a closed connection, even if the event loop had no time to notice the close."""
     async with opened(HttpTransport(settings_for(threaded.url))) as transport:
         assert await transport.send(a_delivery()) == Sent(None, 200)
@@ -96,7 +96,7 @@ async def test_an_end_that_was_not_read_yet_is_seen(threaded: ThreadedServer) ->
         assert len(threaded.connections) == 2
 
 
-async def test_an_answer_to_nothing_that_was_not_read_yet_is_not_the_next_ones(threaded: ThreadedServer) -> None:
+async def test_an_unread_unsolicited_response_is_discarded(threaded: ThreadedServer) -> None:
     """An unsolicited response that is still unread does not answer the next call."""
     async with opened(HttpTransport(settings_for(threaded.url))) as transport:
         assert await transport.send(a_delivery()) == Sent(None, 200)
@@ -106,7 +106,7 @@ async def test_an_answer_to_nothing_that_was_not_read_yet_is_not_the_next_ones(t
 
 
 @pytest.mark.parametrize("behind", [OTHER, OTHER[:1], b"garbage", b"\x00"])
-async def test_what_stands_behind_an_answer_is_not_the_next_ones(behind: bytes) -> None:
+async def test_extra_bytes_after_a_response_close_the_connection(behind: bytes) -> None:
     """If extra bytes follow a response, the connection is closed, and each call gets its own response."""
     async with scripted(OK + behind) as server, opened(HttpTransport(settings_for(server.url))) as transport:
         for _ in range(3):
@@ -114,7 +114,7 @@ async def test_what_stands_behind_an_answer_is_not_the_next_ones(behind: bytes) 
         assert server.connections == 3
 
 
-async def test_line_breaks_behind_an_answer_are_nothing() -> None:
+async def test_line_breaks_after_a_response_are_ignored() -> None:
     """Line breaks that a receiver sends after its response affect neither this call nor the next."""
     async with scripted(OK + b"\r\n") as server, opened(HttpTransport(settings_for(server.url))) as transport:
         for _ in range(3):
@@ -134,7 +134,7 @@ async def test_line_breaks_behind_an_answer_are_nothing() -> None:
         (b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n0\r\n\r\n", 1),
     ],
 )
-async def test_the_receiver_says_whether_a_connection_is_kept(reply: bytes, connections: int) -> None:
+async def test_the_receiver_decides_whether_a_connection_is_kept(reply: bytes, connections: int) -> None:
     """``connection: close`` and HTTP/1.0 close the connection; after any other response it is kept."""
     async with scripted(reply) as server, opened(HttpTransport(settings_for(server.url))) as transport:
         for _ in range(2):
@@ -142,7 +142,7 @@ async def test_the_receiver_says_whether_a_connection_is_kept(reply: bytes, conn
         assert server.connections == connections
 
 
-async def test_a_body_that_ends_with_the_connection_leaves_none_behind() -> None:
+async def test_a_body_that_ends_with_the_connection_closes_it() -> None:
     """After a response that ends with its connection, the next call uses a new connection."""
 
     async def until_the_end(writer: asyncio.StreamWriter, _request: Request) -> None:
@@ -195,7 +195,7 @@ async def test_there_are_never_more_connections_than_calls_at_once(*, deduplicat
         assert most == 2
 
 
-async def test_calls_that_wait_share_the_connections_there_are() -> None:
+async def test_waiting_calls_share_open_connections() -> None:
     """An idle connection is used before a new one is opened, even by calls that waited."""
     async with scripted(OK) as server, opened(HttpTransport(settings_for(server.url, concurrency=2))) as transport:
         for _ in range(3):
@@ -204,7 +204,7 @@ async def test_calls_that_wait_share_the_connections_there_are() -> None:
         assert server.connections == 2
 
 
-async def test_no_call_waits_for_a_connection_longer_than_it_has_time() -> None:
+async def test_waiting_for_a_connection_counts_towards_the_timeout() -> None:
     """A call that times out while it waits for a connection sends nothing and frees its slot."""
 
     async def answer_late(writer: asyncio.StreamWriter, _request: Request) -> None:
@@ -246,7 +246,7 @@ async def test_an_idle_connection_is_closed_in_time(monkeypatch: pytest.MonkeyPa
 
 @pytest.mark.parametrize("steps", range(1, 8))
 @pytest.mark.parametrize("reset", [True, False], ids=["reset", "end"])
-async def test_a_connection_that_ends_as_it_is_made_takes_no_request(steps: int, *, reset: bool) -> None:
+async def test_a_connection_closed_before_any_data_is_retried(steps: int, *, reset: bool) -> None:
     """A call is retried if the receiver closes the new connection before receiving any data."""
     received: list[bytes] = []
 
@@ -275,7 +275,7 @@ async def test_a_connection_that_ends_as_it_is_made_takes_no_request(steps: int,
     assert isinstance(outcome, Unknown if received else Retry)
 
 
-async def test_what_is_left_of_a_request_that_was_given_up_is_not_sent() -> None:
+async def test_the_rest_of_a_timed_out_request_is_not_sent() -> None:
     """If a call times out, the rest of its request is not sent, even if the receiver is still reading."""
     with socket.create_server(("127.0.0.1", 0)) as listening:
         settings = settings_for(
@@ -316,7 +316,7 @@ async def test_a_connection_with_half_a_request_is_not_used_again() -> None:
 
 
 @pytest.mark.parametrize("new_loop", [asyncio.new_event_loop, uvloop.new_event_loop])
-def test_a_loop_that_ends_without_closing_leaves_nothing_open(
+def test_an_ended_event_loop_closes_its_connections(
     new_loop: Callable[[], asyncio.AbstractEventLoop],
 ) -> None:
     """If a process's event loop ends during a call, the call's connection is closed."""
@@ -339,7 +339,7 @@ def test_a_loop_that_ends_without_closing_leaves_nothing_open(
             assert not connection.recv(65_536)
 
 
-async def test_calls_in_flight_end_with_their_answers_when_nothing_new_begins() -> None:
+async def test_calls_in_flight_are_answered_before_closing() -> None:
     """When a worker stops, calls in flight are answered before the connections are closed."""
 
     async def answer_late(writer: asyncio.StreamWriter, _request: Request) -> None:
@@ -351,7 +351,7 @@ async def test_calls_in_flight_end_with_their_answers_when_nothing_new_begins() 
         assert outcomes == [Sent(None, 200)] * 20
 
 
-async def test_a_connection_closed_for_another_breaks_no_turn_of_the_loop() -> None:
+async def test_a_connection_closed_by_libcurl_does_not_stop_the_loop() -> None:
     """If libcurl closes an idle connection that the event loop is about to handle, the loop continues."""
     loop, errors = asyncio.get_running_loop(), []
     loop.set_exception_handler(lambda _, context: errors.append(context))

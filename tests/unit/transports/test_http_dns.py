@@ -57,7 +57,7 @@ uvloop.run(main())
 
 
 @pytest.mark.skipif(not shutil.which("unshare") or os.geteuid(), reason="a name server of its own takes namespaces")
-def test_a_silent_name_server_holds_up_nothing(tmp_path: Path) -> None:
+def test_a_silent_name_server_costs_only_the_timeout(tmp_path: Path) -> None:
     """With an unresponsive name server, calls time out without sending anything.
 
     The event loop, the closing of the client and the end of the process do not wait for the name server.

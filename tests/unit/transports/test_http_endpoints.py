@@ -110,7 +110,7 @@ async def test_a_certificate_of_another_host_is_not_trusted(authority: trustme.C
 
 
 @pytest.mark.parametrize("name", ["SSL_CERT_FILE", "SSL_CERT_DIR"])
-def test_authorities_that_are_not_there_stop_the_start(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_authorities_stop_the_start(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A wrong path to the CA certificates is rejected at startup, unless the endpoint uses no TLS."""
     monkeypatch.setenv(name, "/nowhere")
     with pytest.raises(TransportConfigurationError, match=f"{name} names no (file|directory)"):
@@ -172,7 +172,7 @@ async def test_without_the_certificate_nothing_is_accepted(
 
 
 @pytest.mark.parametrize("content", ["", "no certificate", None])
-def test_a_certificate_that_is_none_stops_the_start(content: str | None, tmp_path: Path) -> None:
+def test_an_invalid_certificate_stops_the_start(content: str | None, tmp_path: Path) -> None:
     """A missing or invalid certificate file is rejected at startup and named in the error."""
     file = tmp_path / "cert.pem"
     if content is not None:
@@ -236,7 +236,7 @@ async def proxy_that(refusal: bytes = b"") -> AsyncIterator[ConnectProxy]:
 
 @pytest.mark.usefixtures("trusted")
 @pytest.mark.parametrize("name", ["HTTPS_PROXY", "https_proxy"])
-async def test_https_goes_through_the_proxy_which_reads_nothing(
+async def test_https_is_tunnelled_through_the_proxy(
     authority: trustme.CA, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Connections through HTTPS_PROXY are kept and tunnelled, so that the proxy sees no plain text."""
@@ -272,20 +272,20 @@ async def test_the_proxy_is_for_https_alone(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 @pytest.mark.parametrize("status", [403, 407, 502, 503])
-async def test_a_proxy_that_refuses_is_no_answer(status: int, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_proxys_error_is_not_the_endpoints(status: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """A proxy's error response is not mistaken for the endpoint's, whatever its status: nothing was sent."""
     async with proxy_that(answer(status, b"proxy", retry_after="7")) as proxy:
         monkeypatch.setenv("HTTPS_PROXY", proxy.url)
         assert await outcome_at("https://127.0.0.1:9") == Retry(f"no connection: the proxy answered HTTP {status}")
 
 
-async def test_a_proxy_that_is_away_is_tried_again(free_port: int, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_an_unreachable_proxy_is_retried(free_port: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """A call through an unreachable proxy is retried, since nothing was sent."""
     monkeypatch.setenv("HTTPS_PROXY", f"http://127.0.0.1:{free_port}")
     assert await outcome_at("https://127.0.0.1:9") == Retry("no connection: Connection refused")
 
 
-async def test_a_proxy_that_hangs_up_or_says_nothing_is_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_proxy_that_fails_before_its_tunnel_is_retried(monkeypatch: pytest.MonkeyPatch) -> None:
     """A call is retried if the proxy fails before its tunnel exists, since nothing was sent."""
     for refusal in (b"HTTP/1.1 200", b"HTTP/1.1 200 OK\r\n\r\nno TLS"):
         async with proxy_that(refusal) as proxy:
@@ -335,7 +335,7 @@ async def test_a_host_of_two_families_is_reached_by_the_one_that_answers(
 
 
 @pytest.mark.parametrize("kept", [0.1, 1, 4])
-async def test_a_server_that_keeps_connections_shortly_costs_nothing(kept: float) -> None:
+async def test_a_closed_idle_connection_is_replaced(kept: float) -> None:
     """If the server has closed an idle connection, the next call uses another one.
 
     If the server closes the connection while a request is being sent, the outcome may be unknown. No message arrives

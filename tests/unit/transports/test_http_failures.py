@@ -38,24 +38,24 @@ async def stay_silent(_writer: asyncio.StreamWriter, _request: Request) -> None:
     await asyncio.sleep(60)
 
 
-async def test_a_refused_connection_is_tried_again(free_port: int) -> None:
+async def test_a_refused_connection_is_retried(free_port: int) -> None:
     """A call to a port without a listener is retried, since nothing was sent."""
     assert await outcome_at(f"http://127.0.0.1:{free_port}") == Retry("no connection: Connection refused")
 
 
-async def test_an_unknown_host_is_tried_again() -> None:
+async def test_an_unknown_host_is_retried() -> None:
     """A call to an unknown host name is retried."""
     assert await outcome_at("http://nowhere.invalid") == Retry("no connection: the host name was not found (DNS)")
 
 
-async def test_a_failed_tls_handshake_is_tried_again(no_tls: str) -> None:
+async def test_a_failed_tls_handshake_is_retried(no_tls: str) -> None:
     """A call to a server without TLS is retried, since nothing was sent."""
     outcome = await outcome_at(no_tls)
     assert isinstance(outcome, Retry)
     assert outcome.detail == "no connection: TLS failed (wrong version number)"
 
 
-async def test_a_connection_that_does_not_come_about_is_tried_again() -> None:
+async def test_a_timeout_while_connecting_is_retried() -> None:
     """A timeout during connecting, such as an unanswered TLS handshake, is retried because nothing was sent."""
     with socket.create_server(("127.0.0.1", 0)) as silent:
         outcome = await outcome_at(f"https://127.0.0.1:{silent.getsockname()[1]}", transport_timeout=0.2)
@@ -182,7 +182,7 @@ async def test_the_status_decides_when_the_body_is_slow() -> None:
     assert outcome == Sent(None, 200, "the body of the answer did not come in time")
 
 
-async def test_a_slow_refusal_keeps_what_came() -> None:
+async def test_a_slow_rejection_keeps_the_received_part() -> None:
     """If a timeout interrupts a rejection, the part of its reason that has arrived is kept."""
 
     async def dawdle(writer: asyncio.StreamWriter, _request: Request) -> None:
@@ -229,25 +229,25 @@ async def test_a_compressed_answer_is_not_asked_for_and_understood() -> None:
         assert server.requests[0].headers["accept-encoding"] == "identity"
 
 
-async def test_a_compressed_answer_that_is_none_is_sent() -> None:
+async def test_an_invalid_compressed_answer_is_sent() -> None:
     """If a 2xx response cannot be decompressed, the message counts as sent; the detail mentions the flaw."""
     async with scripted(answer(200, b"\x1f\x8b\x08garbage", content_encoding="gzip")) as server:
         assert await outcome_at(server.url) == Sent(None, 200, "the body of the answer cannot be decompressed")
 
 
-async def test_a_compressed_answer_is_bounded_as_it_is_inflated() -> None:
+async def test_a_decompressed_answer_is_bounded() -> None:
     """If a few KiB of a compressed answer expand to many MiB, at most 64 KiB are read."""
     async with scripted(answer(200, gzip.compress(bytes(50_000_000)), content_encoding="gzip")) as server:
         assert await outcome_at(server.url) == Sent(None, 200, "the body of the answer is longer than 64 KiB")
 
 
-async def test_an_informational_answer_is_no_answer_yet() -> None:
+async def test_an_informational_answer_is_not_final() -> None:
     """A 103 Early Hints response is followed by the final response, which counts."""
     async with scripted(b"HTTP/1.1 103 Early Hints\r\n\r\n" + answer(200, NAMED)) as server:
         assert isinstance(await outcome_at(server.url), Sent)
 
 
-async def test_a_receiver_that_comes_back_is_found() -> None:
+async def test_the_next_call_succeeds() -> None:
     """After a broken connection, the next call succeeds."""
     broken = True
 
@@ -261,7 +261,7 @@ async def test_a_receiver_that_comes_back_is_found() -> None:
         assert await transport.send(a_delivery()) == Sent(None, 200)
 
 
-async def test_an_answer_to_nothing_is_not_the_next_ones() -> None:
+async def test_an_unsolicited_response_is_discarded() -> None:
     """Unsolicited bytes between two calls affect neither call, and the connection is not reused."""
     async with scripted(answer(200)) as server, opened(HttpTransport(settings_for(server.url))) as transport:
         assert await transport.send(a_delivery()) == Sent(None, 200)
@@ -271,7 +271,7 @@ async def test_an_answer_to_nothing_is_not_the_next_ones() -> None:
         assert (server.connections, len(server.requests)) == (2, 2)
 
 
-async def test_closing_ends_what_is_in_flight_as_unknown() -> None:
+async def test_closing_ends_calls_in_flight_as_unknown() -> None:
     """A call that is interrupted by `close` has an unknown outcome."""
     async with scripted(stay_silent) as server, opened(HttpTransport(settings_for(server.url))) as transport:
         call = asyncio.create_task(transport.send(a_delivery()))
@@ -283,7 +283,7 @@ async def test_closing_ends_what_is_in_flight_as_unknown() -> None:
 
 
 @pytest.mark.parametrize("steps", range(1, 10))
-async def test_a_process_that_was_frozen_sends_nothing_any_more(steps: int) -> None:
+async def test_a_frozen_call_sends_nothing_after_its_deadline(steps: int) -> None:
     """A call that was frozen, at whatever step, sends nothing after its deadline.
 
     After the deadline, another worker may hold the lease.

@@ -83,7 +83,7 @@ async def test_the_key_is_the_follow_ups_id_on_every_attempt() -> None:
         assert request.headers["webhook-id"] == request.headers["idempotency-key"]
 
 
-async def test_it_posts_json_to_the_very_url() -> None:
+async def test_the_request_is_json_posted_to_the_url() -> None:
     """The request is a POST of JSON to the configured URL, including its path and query."""
     request = await requested(a_delivery(), path="/in/box?token=a%2Bb&x=1")
     assert request.target == "/in/box?token=a%2Bb&x=1"
@@ -188,13 +188,13 @@ async def test_no_connection_is_used_twice_where_the_receiver_does_not_deduplica
         assert (server.connections, len(server.requests)) == (5, 5)
 
 
-async def test_sending_before_opening_is_a_mistake_of_the_caller() -> None:
+async def test_sending_before_opening_raises() -> None:
     """Calling `send` before `open` raises an exception, because it is a programming error."""
     with pytest.raises(RuntimeError, match="open"):
         await HttpTransport(settings_for("http://127.0.0.1:9")).send(a_delivery())
 
 
-def test_a_missing_url_says_what_to_set() -> None:
+def test_a_missing_url_names_the_setting() -> None:
     """If the URL is missing, startup fails with an error that names the setting."""
     with pytest.raises(TransportConfigurationError, match=r"needs FOLLOWUPS_TRANSPORT_URL: set it to"):
         HttpTransport(settings_for(None))
@@ -204,7 +204,7 @@ def test_a_missing_url_says_what_to_set() -> None:
     "url",
     ["http://", "https:///path", "http://host:port/", "http://[::1/", "http://host:0/", "http://a..b/", "http://a b/"],
 )
-def test_an_address_that_is_none_stops_the_start(url: str) -> None:
+def test_an_invalid_url_stops_the_start(url: str) -> None:
     """A URL without a host, or with an invalid port, is rejected at startup."""
     with pytest.raises(TransportConfigurationError, match=r"FOLLOWUPS_TRANSPORT_URL .* no valid address"):
         HttpTransport(settings_for(url))
@@ -229,7 +229,7 @@ WRONG = [
 
 
 @pytest.mark.parametrize("secret", WRONG)
-def test_a_secret_that_is_none_is_refused(secret: str) -> None:
+def test_an_invalid_secret_is_refused(secret: str) -> None:
     """If a secret is too short, too long or ambiguous, startup fails without showing the secret."""
     with pytest.raises(TransportConfigurationError, match="FOLLOWUPS_TRANSPORT_SECRET should be base64") as caught:
         HttpTransport(settings_for("http://host", transport_secret=secret))

@@ -279,7 +279,7 @@ async def stay_silent(_stream: Stream) -> None:
     """Wait without ever responding."""
 
 
-async def test_silence_costs_its_own_call_and_the_connection(server: Http2Server) -> None:
+async def test_a_silent_stream_affects_only_its_call(server: Http2Server) -> None:
     """If one call gets no response, other calls in flight are answered.
 
     After a call without a response, the next call uses a new connection.
@@ -333,7 +333,7 @@ async def test_unread_frames_on_an_idle_connection_end_it(server: Http2Server, t
     assert len(server.connections) == 2
 
 
-async def test_frames_beside_calls_end_nothing(server: Http2Server, transport: Transport) -> None:
+async def test_pings_during_calls_keep_the_connection(server: Http2Server, transport: Transport) -> None:
     """A connection on which pings arrive during calls remains in use."""
 
     async def ping_and_answer(stream: Stream) -> None:
@@ -348,7 +348,7 @@ async def test_frames_beside_calls_end_nothing(server: Http2Server, transport: T
     assert len(server.connections) == 1
 
 
-async def test_more_calls_than_the_receiver_takes_at_once_use_more_connections(context: ssl.SSLContext) -> None:
+async def test_more_calls_than_streams_use_more_connections(context: ssl.SSLContext) -> None:
     """Calls beyond the receiver's limit of streams use additional connections."""
 
     async def answer_late(stream: Stream) -> None:

@@ -89,7 +89,7 @@ async def test_an_answer_may_come_in_pieces(reply: bytes, size: int) -> None:
     ],
     ids=["bare LF", "no reason", "odd headers", "spaces after the chunk size"],
 )
-async def test_a_sloppy_answer_is_understood(reply: bytes) -> None:
+async def test_a_slightly_malformed_answer_is_accepted(reply: bytes) -> None:
     """A response with flaws that other clients tolerate is accepted, on each of two calls."""
     async with scripted(reply) as server, opened(HttpTransport(settings_for(server.url))) as transport:
         assert names(await transport.send(a_delivery()))
@@ -110,7 +110,7 @@ async def test_a_body_without_a_length_ends_with_the_connection(version: bytes) 
 
 
 @pytest.mark.parametrize("size", [HEAD_LIMIT, 10_000])
-async def test_a_head_that_is_too_long_is_none(size: int) -> None:
+async def test_a_head_that_is_too_long_is_rejected(size: int) -> None:
     """A response head of more than 64 KiB is rejected, whole or in pieces."""
     reply = b"HTTP/1.1 200 OK\r\nx-long: " + b"x" * HEAD_LIMIT + b"\r\ncontent-length: 0\r\n\r\n"
     expected = Unknown("the connection broke before an answer came (its head is longer than 64 KiB)")
@@ -125,7 +125,7 @@ async def test_a_long_head_is_read() -> None:
 
 
 @pytest.mark.parametrize("start", [b"HTTP/1.1 200 ", b"HTTP/1.1 200 OK\r\nx-long: ", b"HTTP/1.1 103 x\r\n\r\n"])
-async def test_an_endless_head_is_given_up(start: bytes) -> None:
+async def test_reading_of_an_endless_head_stops(start: bytes) -> None:
     """The transport stops reading an endless response head long before the timeout."""
     reply = endless(start, b"HTTP/1.1 103 x\r\n\r\n" if start.endswith(b"\n") else b"x" * 10_000)
     assert await outcome_of(reply) == Unknown(
@@ -137,7 +137,7 @@ async def test_an_endless_head_is_given_up(start: bytes) -> None:
     ("start", "piece"),
     [(b"0\r\nx-trailer: ", b"x" * 10_000), (b"0\r\n", b"x: y\r\n" * 1_000), (b"", b"1;x\r\nx\r\n" * 1_000)],
 )
-async def test_an_endless_frame_is_given_up(start: bytes, piece: bytes) -> None:
+async def test_reading_of_endless_chunks_stops(start: bytes, piece: bytes) -> None:
     """The transport soon stops reading endless trailers or chunks; the outcome depends on the status alone."""
     outcome = await outcome_of(endless(CHUNKED + start, piece))
     assert outcome == Sent(None, 200, "the body of the answer is longer than 64 KiB")
@@ -149,7 +149,7 @@ async def test_an_endless_chunk_size_costs_the_timeout() -> None:
     assert outcome == Sent(None, 200, "the body of the answer did not come in time")
 
 
-async def test_garbage_in_the_body_does_not_unsay_the_status() -> None:
+async def test_garbage_in_the_body_does_not_change_the_status() -> None:
     """The outcome depends on the status alone, even if the response is followed by garbage in the same segment."""
     outcome = await outcome_of(CHUNKED + b"no number\r\n")
     assert isinstance(outcome, Sent)
@@ -157,7 +157,7 @@ async def test_garbage_in_the_body_does_not_unsay_the_status() -> None:
 
 
 @pytest.mark.parametrize("headers", [{}, {"connection": "upgrade", "upgrade": "h2c"}])
-async def test_a_change_of_protocols_is_a_refusal(headers: dict[str, str]) -> None:
+async def test_a_change_of_protocols_is_a_rejection(headers: dict[str, str]) -> None:
     """A 101 response that was not requested ends the call as a rejection and closes its connection."""
     async with (
         scripted(answer(101, **headers) + b"\x00\x01") as server,
@@ -175,7 +175,7 @@ async def test_an_answer_that_has_no_body_is_complete_with_its_head(status: int)
     assert outcome == (Sent(None, 204) if status == 204 else Rejected("HTTP 304", 304))
 
 
-async def test_a_trailer_is_no_header() -> None:
+async def test_a_trailer_is_ignored() -> None:
     """Trailers after a response body have no effect."""
     reply = b"HTTP/1.1 503 No\r\ntransfer-encoding: chunked\r\n\r\n0\r\nretry-after: 7\r\n\r\n"
     outcome = await outcome_of(reply)

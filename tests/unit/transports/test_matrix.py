@@ -18,7 +18,7 @@ def matrix(url: str | None, secret: str | None = TOKEN) -> MatrixTransport:
 
 
 @pytest.mark.parametrize("slash", ["", "/"])
-async def test_it_puts_a_text_event_into_the_chats_room(slash: str) -> None:
+async def test_a_text_event_is_put_into_the_chats_room(slash: str) -> None:
     """The request's path contains the room, and the follow-up's id as the transaction id; the body is ``m.text``."""
     delivery = a_delivery(external_chat_id="!room:example.org")
     async with scripted(answer(200, b'{"event_id": "$1"}')) as server, opened(matrix(server.url + slash)) as transport:
@@ -31,7 +31,7 @@ async def test_it_puts_a_text_event_into_the_chats_room(slash: str) -> None:
     assert json.loads(request.body) == {"msgtype": "m.text", "body": MESSAGE}
 
 
-async def test_a_room_id_cannot_leave_its_place_in_the_path() -> None:
+async def test_a_room_id_is_one_segment_of_the_path() -> None:
     """Any external id is encoded as a single segment of the path."""
     async with scripted(answer(200, b'{"event_id": "$1"}')) as server, opened(matrix(server.url)) as transport:
         await transport.send(a_delivery(external_chat_id="!a/../../b?c#d%2e:example.org"))
@@ -42,7 +42,7 @@ async def test_a_room_id_cannot_leave_its_place_in_the_path() -> None:
 
 
 @pytest.mark.parametrize("room", [None, "", "#alias:example.org", "..", "49301234567"])
-async def test_a_chat_that_is_no_room_is_refused_without_a_call(room: str | None) -> None:
+async def test_a_chat_without_a_room_id_is_rejected_without_a_call(room: str | None) -> None:
     """A follow-up in a chat without a room id is rejected without a call."""
     async with scripted(answer(200)) as server, opened(matrix(server.url)) as transport:
         outcome = await transport.send(a_delivery(external_chat_id=room))
@@ -50,7 +50,7 @@ async def test_a_chat_that_is_no_room_is_refused_without_a_call(room: str | None
         assert server.requests == []
 
 
-async def test_a_wrong_token_is_a_refusal() -> None:
+async def test_a_wrong_token_is_a_rejection() -> None:
     """M_UNKNOWN_TOKEN from the homeserver is a rejection whose text contains this code."""
     async with (
         scripted(answer(401, b'{"errcode":"M_UNKNOWN_TOKEN"}')) as server,
@@ -59,14 +59,14 @@ async def test_a_wrong_token_is_a_refusal() -> None:
         assert await transport.send(a_delivery()) == Rejected('HTTP 401 {"errcode":"M_UNKNOWN_TOKEN"}', 401)
 
 
-def test_a_missing_url_says_what_to_set() -> None:
+def test_a_missing_url_names_the_setting() -> None:
     """If the homeserver's URL is missing, startup fails."""
     with pytest.raises(TransportConfigurationError, match="set it to the homeserver's base URL"):
         matrix(None)
 
 
 @pytest.mark.parametrize("url", ["http://user:hunter2@host", "http://host?x=1", "http://host/#x"])
-def test_a_url_that_is_more_than_a_base_is_refused(url: str) -> None:
+def test_a_url_with_credentials_query_or_fragment_is_refused(url: str) -> None:
     """A URL with credentials, a query or a fragment is rejected, and the error does not show them."""
     with pytest.raises(TransportConfigurationError, match="base URL alone") as caught:
         matrix(url)
@@ -74,7 +74,7 @@ def test_a_url_that_is_more_than_a_base_is_refused(url: str) -> None:
 
 
 @pytest.mark.parametrize("secret", [None, "", " ", "two words", "line\nbreak", "t\u00f6ken"])
-def test_a_missing_or_impossible_token_says_what_to_set(secret: str | None) -> None:
+def test_an_invalid_token_names_the_setting(secret: str | None) -> None:
     """If the access token is missing or cannot be in a header, startup fails."""
     with pytest.raises(TransportConfigurationError, match="FOLLOWUPS_TRANSPORT_SECRET should be the access token"):
         matrix("http://host", secret)

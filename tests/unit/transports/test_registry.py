@@ -34,7 +34,7 @@ def plug_in(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> 
 @pytest.mark.parametrize(
     ("name", "made"), [("http", HttpTransport), ("matrix", MatrixTransport), ("sandbox", SandboxTransport)]
 )
-def test_each_of_our_own_is_found_by_its_name(name: str, made: type) -> None:
+def test_each_built_in_transport_is_found_by_its_name(name: str, made: type) -> None:
     """`FOLLOWUPS_TRANSPORT` selects a transport by the name of its entry point."""
     secret = TOKEN if name == "matrix" else None
     transport = load_transport(settings_for("http://host", transport=name, transport_secret=secret))
@@ -42,12 +42,12 @@ def test_each_of_our_own_is_found_by_its_name(name: str, made: type) -> None:
     assert transport.name == name
 
 
-def test_our_own_are_available() -> None:
+def test_built_in_transports_are_listed() -> None:
     """The names of the built-in transports can be listed."""
     assert {"http", "matrix", "sandbox"} <= set(available_transports())
 
 
-def test_an_unknown_name_is_answered_with_those_that_exist() -> None:
+def test_an_unknown_name_lists_the_possible_names() -> None:
     """The error for an unknown transport names the setting, its value and the possible values."""
     with pytest.raises(TransportConfigurationError) as caught:
         load_transport(settings_for(transport="pigeon"))
@@ -75,7 +75,7 @@ def test_a_plug_in_that_does_not_load_is_named() -> None:
 
 @pytest.mark.parametrize("plug_in", [f"{__name__}:NoTransport"], indirect=True)
 @pytest.mark.usefixtures("plug_in")
-def test_a_plug_in_that_is_no_transport_is_told_what_it_lacks(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_incomplete_plug_in_is_named_with_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     """The error for a plug-in that is not a transport names the missing methods and attributes."""
     monkeypatch.setattr(EntryPoint, "load", lambda _self: NoTransport)
     with pytest.raises(TransportConfigurationError, match=r"'extra' .* is no transport: it lacks send, check, close "):
@@ -84,7 +84,7 @@ def test_a_plug_in_that_is_no_transport_is_told_what_it_lacks(monkeypatch: pytes
 
 @pytest.mark.parametrize("plug_in", ["followups.transports.http:HttpTransport"], indirect=True)
 @pytest.mark.usefixtures("plug_in")
-def test_a_transports_own_sentence_is_passed_on() -> None:
+def test_a_transports_own_error_is_passed_on() -> None:
     """A transport's own error about its settings is passed on unchanged."""
     with pytest.raises(TransportConfigurationError, match=r"^The transport extra needs FOLLOWUPS_TRANSPORT_URL"):
         load_transport(settings_for(transport="extra"))

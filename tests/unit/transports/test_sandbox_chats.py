@@ -55,7 +55,7 @@ def test_without_deduplication_a_repeated_key_is_a_second_message() -> None:
     assert (summary["accepted"], summary["repeats"], summary["duplicates"]) == (3, 2, 1)
 
 
-def test_a_key_that_was_refused_is_no_repeat() -> None:
+def test_a_rejected_key_is_not_a_repeat() -> None:
     """A request with the key of a rejected request does not count as repeated."""
     chats = SandboxChats()
     chats.behave("c1", Behaviour(kind="fail", times=1))
@@ -76,7 +76,7 @@ def test_a_behaviour_for_n_requests_ends_after_them() -> None:
     assert chats.behaviour("c1") == Behaviour(kind="fail", times=2)
 
 
-def test_a_behaviour_is_of_one_chat_unless_it_is_the_default() -> None:
+def test_a_chats_behaviour_precedes_the_default() -> None:
     """A chat's own behaviour takes precedence over the default."""
     chats = SandboxChats()
     chats.default = Behaviour(kind="fail", status=502)
@@ -101,7 +101,7 @@ def test_a_behaviour_is_of_one_chat_unless_it_is_the_default() -> None:
         (Behaviour(kind="drop"), 200, 0, {}, True),
     ],
 )
-def test_a_behaviour_makes_its_reply(
+def test_each_behaviour_has_its_reply(
     behaviour: Behaviour, status: int, delay: float, headers: dict[str, str], *, dropped: bool
 ) -> None:
     """Each sandbox behaviour has a default status, delay and headers, which can be overridden."""
@@ -112,7 +112,7 @@ def test_a_behaviour_makes_its_reply(
 @pytest.mark.parametrize(
     "wrong", [{"kind": "explode"}, {"status": 99}, {"status": 600}, {"times": 0}, {"delay": -1}, {"delai": 1}]
 )
-def test_a_behaviour_that_is_none_is_refused(wrong: dict[str, object]) -> None:
+def test_an_invalid_behaviour_is_refused(wrong: dict[str, object]) -> None:
     """A behaviour with an invalid type, limit or name is rejected."""
     with pytest.raises(ValidationError):
         Behaviour(**wrong)
@@ -143,7 +143,7 @@ def test_nothing_accepted_has_no_lag() -> None:
     assert set(SandboxChats().ledger.summary()["lagMs"].values()) == {None}
 
 
-def test_a_request_is_listed_with_all_that_is_known() -> None:
+def test_a_request_is_listed_with_all_fields() -> None:
     """The list of requests is JSON with all recorded fields, and has times in RFC 3339."""
     chats = SandboxChats()
     chats.receive(incoming(attempt=2), "key", late(1.5))
@@ -189,7 +189,7 @@ def test_the_newest_activity_comes_first() -> None:
     assert [chat["chatId"] for chat in chats.conversations(since=3)] == ["c1"]
 
 
-def test_what_is_kept_is_bounded_and_the_counts_are_exact() -> None:
+def test_stored_data_is_bounded_and_counts_are_exact() -> None:
     """The sandbox limits what it stores (requests, chats, messages, attempts, texts), but counts exactly."""
     chats = SandboxChats(keep=10)
     for n in range(KEEP_CHATS + 5):
@@ -210,7 +210,7 @@ def test_what_is_kept_is_bounded_and_the_counts_are_exact() -> None:
     assert len(messages(chats, f"c{KEEP_CHATS + 4}")[0]["text"]) == KEEP_TEXT
 
 
-def test_the_oldest_key_is_forgotten_first(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_oldest_key_is_discarded_first(monkeypatch: pytest.MonkeyPatch) -> None:
     """Deduplication stores a limited number of keys and discards the oldest first."""
     monkeypatch.setattr(ledger, "KEEP_KEYS", 2)
     chats = SandboxChats()
@@ -219,7 +219,7 @@ def test_the_oldest_key_is_forgotten_first(monkeypatch: pytest.MonkeyPatch) -> N
     assert [record.accepted for record in chats.ledger.records()] == [True, True, True, False, True]
 
 
-def test_clearing_forgets_what_happened_and_keeps_the_behaviours() -> None:
+def test_clearing_keeps_the_behaviours() -> None:
     """After `clear`, a key counts as new again and a chat keeps its behaviour."""
     chats = SandboxChats()
     chats.behave("c2", Behaviour(kind="fail"))

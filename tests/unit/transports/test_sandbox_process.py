@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     import pytest
 
 
-async def test_it_stops_with_a_page_open_and_an_answer_outstanding() -> None:
+async def test_the_process_stops_with_open_requests() -> None:
     """The process prints one line when it is ready, and exits cleanly on SIGTERM at any time."""
     process = await asyncio.create_subprocess_exec(
         sys.executable, "-m", "followups.transports.sandbox.server", "--port", "0", "--no-dedup",
@@ -41,7 +41,7 @@ async def test_it_stops_with_a_page_open_and_an_answer_outstanding() -> None:
     assert (process.returncode, output, errors) == (0, b"", b"")
 
 
-def test_a_port_that_is_taken_stops_the_start(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_port_in_use_stops_the_start(capsys: pytest.CaptureFixture[str]) -> None:
     """If the port is in use, the sandbox exits with code 1 and one sentence on stderr."""
     with socket.create_server(("127.0.0.1", 0)) as taken:
         assert server.main(["--port", str(taken.getsockname()[1])]) == 1
@@ -50,7 +50,7 @@ def test_a_port_that_is_taken_stops_the_start(capsys: pytest.CaptureFixture[str]
     assert (said.err.count("\n"), said.out) == (1, "")
 
 
-def test_a_secret_is_taken_from_the_environment_too(
+def test_a_secret_may_be_in_the_environment(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The sandbox's secret can be set in the environment, which the process list does not show.

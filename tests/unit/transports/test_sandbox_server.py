@@ -55,9 +55,7 @@ async def test_a_delivery_is_answered_with_the_messages_id(http: aiohttp.ClientS
 @pytest.mark.parametrize(
     "body", [None, [], {}, BODY | {"dueDate": "noon"}, BODY | {"dueDate": "2026-03-01T12:00:00"}, BODY | {"attempt": 0}]
 )
-async def test_what_is_no_delivery_is_turned_away(
-    http: aiohttp.ClientSession, chats: SandboxChats, body: object
-) -> None:
+async def test_an_invalid_delivery_is_rejected(http: aiohttp.ClientSession, chats: SandboxChats, body: object) -> None:
     """A delivery with an invalid body is rejected with 400; the error names the field but not the text."""
     status, answer = await fetch(http, "POST", "/messages", body)
     assert status == 400
@@ -85,14 +83,14 @@ async def test_a_signature_is_verified_where_there_is_a_secret(chats: SandboxCha
     assert chats.ledger.summary()["invalid"] == 5
 
 
-async def test_a_body_that_is_no_text_is_turned_away(chats: SandboxChats) -> None:
+async def test_a_body_that_is_not_text_is_rejected(chats: SandboxChats) -> None:
     """A delivery whose body is not UTF-8 is rejected because it cannot be verified."""
     headers = {"webhook-id": "id", "webhook-timestamp": "1", "webhook-signature": "v1,AAAA"}
     async with client(chats, SIGNING_SECRET) as http, http.post("/messages", data=b"\xff", headers=headers) as response:
         assert response.status in {400, 401}
 
 
-def test_a_secret_that_is_none_stops_the_start() -> None:
+def test_an_invalid_secret_stops_the_start() -> None:
     """The sandbox, like the transport, fails at startup if the secret is invalid."""
     with pytest.raises(TransportConfigurationError):
         build_app(secret="not base64!")  # noqa: S106 - an invalid secret
@@ -116,7 +114,7 @@ async def test_behaviours_are_set_read_and_reset(http: aiohttp.ClientSession, ch
 
 
 @pytest.mark.parametrize("path", ["/sandbox/behaviour", "/sandbox/chats/c1/behaviour"])
-async def test_a_behaviour_that_is_none_is_refused(http: aiohttp.ClientSession, path: str) -> None:
+async def test_an_invalid_behaviour_is_refused(http: aiohttp.ClientSession, path: str) -> None:
     """An invalid behaviour is rejected with 422 and an error that names the field."""
     status, answer = await fetch(http, "PUT", path, {"kind": "explode"})
     assert (status, answer["error"].partition(":")[0]) == (422, "kind")
@@ -130,14 +128,14 @@ async def test_a_dropped_request_gets_no_answer(http: aiohttp.ClientSession, cha
     assert chats.ledger.summary()["accepted"] == 1
 
 
-async def test_a_rate_limit_says_for_how_long(http: aiohttp.ClientSession) -> None:
+async def test_a_rate_limit_has_a_retry_after(http: aiohttp.ClientSession) -> None:
     """A chat that simulates a rate limit responds with 429 and Retry-After."""
     await fetch(http, "PUT", "/sandbox/behaviour", {"kind": "rate_limit", "retryAfter": 7})
     async with http.post("/messages", json=BODY) as response:
         assert (response.status, response.headers["retry-after"]) == (429, "7")
 
 
-async def test_what_happened_can_be_read_and_cleared(http: aiohttp.ClientSession) -> None:
+async def test_the_record_can_be_read_and_cleared(http: aiohttp.ClientSession) -> None:
     """The sandbox's requests, summary and conversations can be read as JSON and cleared with DELETE."""
     await fetch(http, "POST", "/messages", BODY)
     status, said = await fetch(http, "POST", "/sandbox/chats/c2/messages", {"role": "user", "text": "hi"})
@@ -162,12 +160,12 @@ async def test_requests_can_be_read_page_by_page(http: aiohttp.ClientSession) ->
 
 
 @pytest.mark.parametrize("body", [{}, {"text": ""}, {"role": "god", "text": "x"}, []])
-async def test_somebody_elses_message_is_checked(http: aiohttp.ClientSession, body: object) -> None:
+async def test_an_invalid_chat_message_is_rejected(http: aiohttp.ClientSession, body: object) -> None:
     """A chat message with an invalid role or text is rejected with 422."""
     assert (await fetch(http, "POST", "/sandbox/chats/c1/messages", body))[0] == 422
 
 
-async def test_the_page_is_one_file_that_loads_nothing(http: aiohttp.ClientSession) -> None:
+async def test_the_page_loads_nothing_from_other_hosts(http: aiohttp.ClientSession) -> None:
     """The page loads only from its own address, escapes data, and has a policy that blocks other sources."""
     async with http.get("/") as response:
         text, policy = await response.text(), response.headers["content-security-policy"]
@@ -189,7 +187,7 @@ async def events(http: aiohttp.ClientSession) -> AsyncIterator[tuple[str, Any]]:
             yield line.removeprefix("event: "), json.loads(data.removeprefix("data: "))
 
 
-async def test_the_stream_brings_everything_then_what_changes(
+async def test_the_stream_starts_with_a_snapshot(
     http: aiohttp.ClientSession, chats: SandboxChats, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The event stream starts with a snapshot and continues with updates of changed chats.
@@ -214,7 +212,7 @@ async def test_the_stream_brings_everything_then_what_changes(
     await stream.aclose()
 
 
-async def test_an_idle_stream_shows_that_it_lives(http: aiohttp.ClientSession, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_an_idle_stream_sends_comments(http: aiohttp.ClientSession, monkeypatch: pytest.MonkeyPatch) -> None:
     """An idle event stream sends a comment now and then, so that a lost connection is noticed."""
     monkeypatch.setattr(server, "INTERVAL", 0.01)
     monkeypatch.setattr(server, "SHARE", 1.0)
