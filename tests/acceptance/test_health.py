@@ -83,9 +83,9 @@ def test_a_stopped_worker(observed: Stack) -> None:
     assert health(observed, "worker", "--name", "first").returncode == 0
     other = health(observed, "worker", "-n", "second")
     assert (other.returncode, other.stdout) == (1, "")
-    assert "No worker second runs here" in other.stderr
+    assert "No worker second has a heartbeat" in other.stderr
     worker.signal(signal.SIGSTOP)
-    says(observed, "worker", 1, "first@", str(worker.pid), "no sign of life")
+    says(observed, "worker", 1, "first@", str(worker.pid), "no heartbeat")
     worker.signal(signal.SIGCONT)
     says(observed, "worker", 0)
 
@@ -94,7 +94,7 @@ def test_a_killed_workers_heartbeat_is_ignored(observed: Stack) -> None:
     """The heartbeat file of a killed worker is ignored, and the next worker removes it at its start."""
     first = observed.worker("first")
     kill(first)
-    says(observed, "worker", 1, "No worker runs here")
+    says(observed, "worker", 1, "No worker has a heartbeat")
     observed.worker("second")
     says(observed, "worker", 0, "1 worker", "second@")
     assert len(list(Path(observed.options["FOLLOWUPS_RUNTIME_DIR"]).iterdir())) == 1
@@ -157,16 +157,16 @@ def test_a_broker_outage_causes_no_restart(observed: Stack, *, frozen: bool) -> 
 
 def test_a_stopped_beat(observed: Stack) -> None:
     """Beat is healthy while it ticks, and unhealthy once it is stopped or has ended."""
-    says(observed, "beat", 1, "No beat runs here")
+    says(observed, "beat", 1, "No beat has a heartbeat")
     beat = observed.beat()
     says(observed, "beat", 0, "1 beat")
     beat.signal(signal.SIGSTOP)
-    says(observed, "beat", 1, "no sign of life")
+    says(observed, "beat", 1, "no heartbeat")
     beat.signal(signal.SIGCONT)
     says(observed, "beat", 0)
     beat.ask()
     wait_until(lambda: beat.exit_code is not None)
-    says(observed, "beat", 1, "No beat runs here")
+    says(observed, "beat", 1, "No beat has a heartbeat")
     assert not list(Path(observed.options["FOLLOWUPS_RUNTIME_DIR"]).iterdir())
 
 

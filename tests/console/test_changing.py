@@ -72,8 +72,8 @@ def test_a_form_that_is_submitted_twice_schedules_one(person: Callable[..., Pers
         ({"chat": "a\x00"}, 422, "NUL"),
         ({"message": ""}, 422, "1 to 65,536"),
         ({"message": "a\x00"}, 422, "NUL"),
-        ({"due": ""}, 422, "is no time"),
-        ({"due": "soon"}, 422, "is no time"),
+        ({"due": ""}, 422, "is not a time"),
+        ({"due": "soon"}, 422, "is not a time"),
         ({"due": "0001-01-01T00:00"}, 422, "years"),
     ],
 )

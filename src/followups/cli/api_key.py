@@ -39,7 +39,9 @@ def group() -> None:
 )
 def create(
     workspace: Annotated[str, typer.Option(help="The workspace's name.", show_default=False)],
-    name: Annotated[str, typer.Option(help="What the key is for, to tell keys apart.", show_default=False)] = "",
+    name: Annotated[
+        str, typer.Option(help="A name that distinguishes the key from other keys.", show_default=False)
+    ] = "",
     *,
     expires: Annotated[
         timedelta | None,
@@ -59,9 +61,9 @@ def create(
         print_json(api_key_document(row, workspace) | {"key": key})
         return
     say(key)
-    remark(f"Keep it now, it cannot be shown again. Send it as the header authorization; its id is {row.id}.")
+    remark(f"Store the key now: it cannot be shown again. Send it in the authorization header. Its id is {row.id}.")
     if row.expires_at:
-        remark(f"It expires at {readable(row.expires_at)}.")
+        remark(f"The key expires at {readable(row.expires_at)}.")
 
 
 @app.command("list", epilog=examples("followups api-key list", "followups api-key list --json"))
@@ -82,13 +84,15 @@ def list_(*, json: Json = False) -> None:
         )
         for key, workspace in found
     ]
-    empty = "There is no API key yet: followups api-key create --workspace NAME makes one."
+    empty = "There is no API key yet; followups api-key create --workspace NAME creates one."
     print_table(("KEY", "WORKSPACE", "NAME", "LAST USED", "EXPIRES", "REVOKED", "ID"), rows, empty=empty)
 
 
 @app.command(epilog=examples("followups api-key revoke 0b0b6e34-0d0f-4d3c-9d5e-3f5a0c6f5a51"))
 def revoke(
-    key_id: Annotated[UUID, typer.Argument(metavar="ID", help="As in followups api-key list.", show_default=False)],
+    key_id: Annotated[
+        UUID, typer.Argument(metavar="ID", help="The key's id, as shown by followups api-key list.", show_default=False)
+    ],
     *,
     json: Json = False,
 ) -> None:
@@ -102,4 +106,4 @@ def revoke(
     if json:
         print_json(api_key_document(row, workspace))
         return
-    say(f"{row.prefix}… is revoked since {readable(row.revoked_at)}")
+    say(f"{row.prefix}… has been revoked since {readable(row.revoked_at)}")

@@ -37,14 +37,16 @@ HEADINGS = ("AT", "BY", "WORKSPACE", "ACTION", "TARGET", "NUMBER", "DETAILS")
 def audit(
     *,
     workspace: Annotated[
-        str | None, typer.Option(help="Only of this workspace, or of one that was deleted.", show_default="all")
+        str | None, typer.Option(help="Only events of this workspace, which may have been deleted.", show_default="all")
     ] = None,
     since: Annotated[
         Since | None, typer.Option(parser=parse_since, metavar="TIME", help=SINCE, show_default="ever")
     ] = None,
-    action: Annotated[list[Action] | None, typer.Option(help="Only this; may be repeated.", show_default="all")] = None,
-    follow_up: Annotated[UUID | None, typer.Option(help="Only of this follow-up.", show_default=False)] = None,
-    limit: Annotated[int, typer.Option(min=1, max=MAX_LIMIT, help="How many at most.")] = 20,
+    action: Annotated[
+        list[Action] | None, typer.Option(help="Only events with this action; may be repeated.", show_default="all")
+    ] = None,
+    follow_up: Annotated[UUID | None, typer.Option(help="Only events of this follow-up.", show_default=False)] = None,
+    limit: Annotated[int, typer.Option(min=1, max=MAX_LIMIT, help="Maximum number of events.")] = 20,
     json: Json = False,
 ) -> None:
     """Show who changed what and when, newest first.
@@ -66,7 +68,7 @@ def audit(
         return
     print_table(HEADINGS, map(_row, shown), empty="There is no such event.")
     if len(found) > limit:
-        remark("There are more: --limit shows more at once, --since only the newest.")
+        remark("There are more events; --limit shows more at once, --since only recent ones.")
 
 
 def _row(event: AuditEvent) -> list[str]:

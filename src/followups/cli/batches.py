@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 SAMPLE = 5
 """Number of affected follow-ups that a bulk command lists before it runs."""
 
-DryRun = Annotated[bool, typer.Option("--dry-run", help="Show how many there are and name some; change nothing.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Show the number and some examples; change nothing.")]
 Yes = Annotated[bool, typer.Option("--yes", "-y", help="Don't ask.")]
 
 
@@ -91,7 +91,7 @@ def confirm(plan: BulkPreview) -> None:
     Raises a usage error if stdin is not a terminal, and `typer.Exit` if the operator declines.
     """
     if not sys.stdin.isatty():
-        message = f"{plan.counted} to {plan.verb}: without a terminal to ask on, confirm with --yes"
+        message = f"{plan.counted} to {plan.verb}: there is no terminal to ask for confirmation, so confirm with --yes"
         raise typer.BadParameter(message, param_hint="--yes")
     if not typer.confirm(f"{plan.verb.capitalize()} {plan.counted}?", err=True):
         remark("Nothing has changed.")
@@ -169,9 +169,9 @@ def _ask(what: str, name: str, counted: str) -> None:
     Raises a usage error if stdin is not a terminal, and `typer.Exit` if anything but the name is typed.
     """
     if not sys.stdin.isatty():
-        message = f"{what} with {counted}: where no name can be asked for, --yes says that the deletion is meant"
+        message = f"{what} with {counted}: there is no terminal to ask for the name, so confirm with --yes"
         raise typer.BadParameter(message, param_hint="--yes")
-    remark(f"This deletes {what} with {counted}, for good.")
+    remark(f"This permanently deletes {what} with {counted}.")
     if typer.prompt(escape(f"Type {name} to delete it"), err=True, default="", show_default=False) != name:
         remark("Nothing has changed.")
         raise typer.Exit(1)

@@ -89,13 +89,11 @@ class Result:
 )
 def bench(
     *,
-    count: Annotated[int, typer.Option(min=1, max=MOST, help="Follow-ups of the backlog.")] = 10_000,
-    rate: Annotated[
-        float, typer.Option(min=1, max=10_000, help="Second phase: follow-ups a second that fall due.")
-    ] = 100,
-    seconds: Annotated[float, typer.Option(min=1, max=LONGEST, help="Seconds of the second phase.")] = 10,
+    count: Annotated[int, typer.Option(min=1, max=MOST, help="Number of follow-ups in the backlog.")] = 10_000,
+    rate: Annotated[float, typer.Option(min=1, max=10_000, help="Second phase: follow-ups due per second.")] = 100,
+    seconds: Annotated[float, typer.Option(min=1, max=LONGEST, help="Duration of the second phase, in seconds.")] = 10,
     workers: Annotated[int, typer.Option(min=1, max=64, help="Worker processes.")] = 1,
-    delay: Annotated[float, typer.Option(min=0, max=60, help="Seconds until the receiver answers.")] = 0,
+    delay: Annotated[float, typer.Option(min=0, max=60, help="Response time of the receiver, in seconds.")] = 0,
     json: Json = False,
 ) -> None:
     """Measure throughput, lag and duplicates on the configured database and broker.
@@ -238,7 +236,7 @@ def prepared(plan: BenchPlan) -> Iterator[BenchEnvironment]:
         stack.callback(_forget, settings)
         stack.enter_context(processes)
         url = settings.database_url.get_secret_value()
-        plan.tell("Making a schema of its own")
+        plan.tell("Creating a separate schema")
         schema.migrate(url)
         engine = make_engine(url, pool_size=2, application_name="followups-bench")
         stack.callback(engine.dispose)

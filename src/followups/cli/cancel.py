@@ -42,10 +42,10 @@ app = typer.Typer(add_completion=False, rich_markup_mode="markdown")
 def cancel(  # noqa: PLR0913 - one for each option
     follow_up_id: OneFollowUp = None,
     *,
-    chat: Annotated[UUID | None, typer.Option(help="All that is pending in this chat.", show_default=False)] = None,
+    chat: Annotated[UUID | None, typer.Option(help="All pending follow-ups of this chat.", show_default=False)] = None,
     workspace: Annotated[
         str | None,
-        typer.Option(help="All that is pending in this workspace.", show_default=False),
+        typer.Option(help="All pending follow-ups of this workspace.", show_default=False),
     ] = None,
     reason: Annotated[
         str | None, typer.Option(help="The reason, in your own words.", show_default="cancelled_by_api")
@@ -91,7 +91,8 @@ def _cancel_many(*, workspace: str | None, chat: UUID | None, reason: str | None
             done="cancelled",
             number=sum(count.number for count in counts),
             sample=sample[: batches.SAMPLE],
-            remark=f"{in_flight:,} of them are in flight; those are only kept from a retry." * bool(in_flight),
+            remark=f"{in_flight:,} of them are in flight; they are not cancelled, but not retried either."
+            * bool(in_flight),
         )
         batches.carry_out(plan, lambda: bulk.cancel(engine, connection.actor(), chosen, final), manner)
 

@@ -47,14 +47,16 @@ def group() -> None:
 )
 def link(
     *,
-    workspace: Annotated[str | None, typer.Option(help="What the person sees.", show_default="all workspaces")] = None,
+    workspace: Annotated[
+        str | None, typer.Option(help="The workspace that the person sees.", show_default="all workspaces")
+    ] = None,
     role: Annotated[
         ConsoleRole | None,
-        typer.Option(help="What the person may do.", show_default="operator; admin with --workspace"),
+        typer.Option(help="The person's role.", show_default="operator; admin with --workspace"),
     ] = None,
     expires: Annotated[
         timedelta | None,
-        typer.Option(parser=parse_age, metavar="TIME", help="Until when it can be used.", show_default="1h"),
+        typer.Option(parser=parse_age, metavar="TIME", help="How long the link can be used.", show_default="1h"),
     ] = None,
     json: Json = False,
 ) -> None:
@@ -86,4 +88,4 @@ def link(
         print_json({"url": url, "role": granted.value, "workspace": workspace, "expiresAt": rfc3339(expires_at)})
         return
     say(url)
-    remark(f"It works once, until {readable(expires_at)}, for one {granted.value} of {workspace or 'all workspaces'}.")
+    remark(f"The link works once, until {readable(expires_at)}, as {granted.value} of {workspace or 'all workspaces'}.")

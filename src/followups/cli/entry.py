@@ -41,25 +41,25 @@ OPERATE = "Operate"
 CATALOGUE = {
     "up": Entry("up", "Run everything on this machine, with a sandbox chat that receives the messages.", TRY),
     "demo": Entry("demo", "Watch follow-ups be sent, retried, rejected and cancelled by a reply.", TRY),
-    "migrate": Entry("migrate", "Bring the database to the newest schema.", SET_UP),
+    "migrate": Entry("migrate", "Upgrade the database to the newest schema.", SET_UP),
     "workspace": Entry("workspace", "Create, list and delete workspaces; set their sending hours.", SET_UP),
     "api-key": Entry("api_key", "Create, list and revoke API keys.", SET_UP),
     "doctor": Entry("doctor", "Check database, broker, transport, beat and workers, and advise what to do.", SET_UP),
     "openapi": Entry("openapi", "Print the OpenAPI document of the REST API.", SET_UP),
     "list": Entry("list", "List follow-ups, newest first.", OPERATE),
     "show": Entry("show", "Explain why one follow-up was sent, was not sent, or is not sent yet.", OPERATE),
-    "cancel": Entry("cancel", "Cancel a pending follow-up, or all of a chat or workspace.", OPERATE),
-    "reschedule": Entry("reschedule", "Give a pending follow-up another due date.", OPERATE),
-    "retry": Entry("retry", "Make a new follow-up from a failed one, or from all that failed.", OPERATE),
+    "cancel": Entry("cancel", "Cancel a pending follow-up, or all that are pending in a chat or workspace.", OPERATE),
+    "reschedule": Entry("reschedule", "Change the due date of a pending follow-up.", OPERATE),
+    "retry": Entry("retry", "Create a new follow-up from a failed one, or from all that have failed.", OPERATE),
     "pause": Entry("pause", "Stop a workspace or channel from sending; --list shows what is paused.", OPERATE),
     "resume": Entry("pause", "End a pause.", OPERATE),
-    "limit": Entry("limit", "Limit how many a second are sent: of a workspace, a channel, each chat.", OPERATE),
+    "limit": Entry("limit", "Limit the follow-ups sent per second: by workspace, by channel, per chat.", OPERATE),
     "audit": Entry("audit", "Show who did what: keys, pauses, limits, hours, changes by hand or in bulk.", OPERATE),
     "chat": Entry("chat", "Delete a chat with everything in it.", OPERATE),
-    "prune": Entry("prune", "Delete follow-ups that finished long ago, into an archive if you like.", OPERATE),
+    "prune": Entry("prune", "Delete follow-ups that finished long ago, optionally into an archive.", OPERATE),
     "health": Entry("health", "Check whether worker, beat or web is alive, for process supervisors.", OPERATE),
-    "bench": Entry("bench", "Measure throughput and lag on the configured servers, apart from your data.", SET_UP),
-    "console": Entry("console", "Make a link that signs a person in to the console.", SET_UP),
+    "bench": Entry("bench", "Measure throughput and lag on the configured servers, without using your data.", SET_UP),
+    "console": Entry("console", "Create a link that signs a person in to the console.", SET_UP),
     "stats": Entry(
         "stats", "Show counts by state, the oldest overdue, lag and throughput; live with --watch.", OPERATE
     ),
@@ -139,7 +139,9 @@ def _print_version(*, wanted: bool) -> None:
 def root(
     ctx: typer.Context,
     *,
-    debug: Annotated[bool, typer.Option("--debug", envvar="FOLLOWUPS_DEBUG", help="Show an error's trace.")] = False,
+    debug: Annotated[
+        bool, typer.Option("--debug", envvar="FOLLOWUPS_DEBUG", help="Show the traceback of an error.")
+    ] = False,
     version: Annotated[  # noqa: ARG001 - its callback does the work
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
     ] = False,

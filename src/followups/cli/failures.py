@@ -30,12 +30,12 @@ FAILED = 1
 WRONG_USAGE = 2
 
 ADVICE: dict[type[FollowUpsError], str] = {
-    FollowUpNotFoundError: "followups list shows which there are",
-    WorkspaceNotFoundError: "followups workspace list shows which there are",
-    ApiKeyNotFoundError: "followups api-key list shows which there are",
-    AlreadyFinishedError: "followups retry makes a new one from a failed one",
-    NothingToFollowUpError: "an agent or operator has to write in it first",
-    OutsideMessagingWindowError: "the user has to write in the chat first, or the due date has to be earlier",
+    FollowUpNotFoundError: "followups list shows the existing ones",
+    WorkspaceNotFoundError: "followups workspace list shows the existing ones",
+    ApiKeyNotFoundError: "followups api-key list shows the existing ones",
+    AlreadyFinishedError: "followups retry creates a new one from a failed one",
+    NothingToFollowUpError: "an agent or operator must write in the chat first",
+    OutsideMessagingWindowError: "the user must write in the chat first, or the due date must be earlier",
 }
 """Advice for errors whose own message gives no advice."""
 
@@ -62,7 +62,7 @@ class UsageError(Protocol):
 def explain(error: BaseException) -> tuple[str, int]:
     """Return the message and the exit code for an error."""
     if isinstance(error, typer.Abort):
-        return "Stopped before it was complete.", FAILED
+        return "Interrupted before completion.", FAILED
     if isinstance(error, UsageError):
         return _usage(error), WRONG_USAGE
     if isinstance(error, FollowUpsError):
@@ -108,5 +108,5 @@ def _database(error: SQLAlchemyError) -> str:
         )
     said = reason_of(cause or error)
     if getattr(cause, "sqlstate", None) == NOT_ALLOWED:
-        said += "; connect as a role that may (migrate and bench need the one that owns the tables)"
-    return f"The database {place} refused: {said}."
+        said += "; connect as a role with this privilege (migrate and bench need the role that owns the tables)"
+    return f"The database {place} refused a statement: {said}."

@@ -35,7 +35,7 @@ def group() -> None:
     """
 
 
-Name = Annotated[str, typer.Option("--name", "-n", help="Only the one with this node name (worker1, worker1@host).")]
+Name = Annotated[str, typer.Option("--name", "-n", help="Only the worker with this node name (worker1, worker1@host).")]
 
 
 @app.command(epilog=examples("followups health worker", "followups health worker --name worker1"))
@@ -56,8 +56,8 @@ def beat(*, name: Name = "") -> None:
 @app.command(epilog=examples("followups health web", "PORT=5000 followups health web"))
 def web(
     *,
-    port: Annotated[str, typer.Option("--port", envvar="PORT", help="Where web listens.")] = WEB_PORT,
-    host: Annotated[str, typer.Option("--host", help="Its address.")] = "127.0.0.1",
+    port: Annotated[str, typer.Option("--port", envvar="PORT", help="The port on which web listens.")] = WEB_PORT,
+    host: Annotated[str, typer.Option("--host", help="The address on which web listens.")] = "127.0.0.1",
 ) -> None:
     """Check that the `web` process answers requests."""
     port = port_of(port, WEB_PORT)
@@ -73,7 +73,7 @@ def _judge(role: str, name: str, command: str) -> None:
     lives = look(directory, role, name)
     if not lives:
         which = f"{role} {name}" if name else role
-        _say(f"No {which} runs here by its sign of life in {directory}: start {command}, or set {SETTING}.", UNHEALTHY)
+        _say(f"No {which} has a heartbeat in {directory}: start {command}, or set {SETTING}.", UNHEALTHY)
     for life in lives:
         if life.trouble:
             _say(f"The {role} {life.name} (process {life.pid}) {life.trouble}: restart it.", UNHEALTHY)

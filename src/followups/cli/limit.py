@@ -42,15 +42,22 @@ class Each(StrEnum):
 
 
 Rate = Annotated[
-    float, typer.Argument(parser=parse_rate, metavar="RATE", show_default=False, help="As in 50/s, 20/min or 1000/h.")
+    float,
+    typer.Argument(
+        parser=parse_rate, metavar="RATE", show_default=False, help="The limit, as in 50/s, 20/min or 1000/h."
+    ),
 ]
 Apart = Annotated[
     Each | None,
-    typer.Option("--each", help="A limit for each of them instead of one for all together.", show_default=False),
+    typer.Option(
+        "--each", help="A separate limit for each chat or workspace, instead of one limit for all.", show_default=False
+    ),
 ]
 Burst = Annotated[
     int | None,
-    typer.Option("--burst", min=1, max=MOST, help="How many may be sent at once.", show_default="one second's worth"),
+    typer.Option(
+        "--burst", min=1, max=MOST, help="How many follow-ups may be sent at once.", show_default="one second's worth"
+    ),
 ]
 
 
@@ -121,17 +128,17 @@ def list_(*, json: Json = False) -> None:
         print_json([limit_document(limit) for limit in standing])
         return
     print_table(
-        ("WORKSPACE", "CHANNEL", "EACH", "RATE", "BURST", "SINCE"), _rows(standing), empty="Nothing is limited."
+        ("WORKSPACE", "CHANNEL", "EACH", "RATE", "BURST", "SINCE"), _rows(standing), empty="There are no rate limits."
     )
 
 
 PendingQuota = Annotated[
     int | None,
-    typer.Option("--pending", parser=parse_quota, metavar="N", show_default=False, help="At most N; or none."),
+    typer.Option("--pending", parser=parse_quota, metavar="N", show_default=False, help="The maximum number, or none."),
 ]
 ChatQuota = Annotated[
     int | None,
-    typer.Option("--chats", parser=parse_quota, metavar="N", show_default=False, help="At most N; or none."),
+    typer.Option("--chats", parser=parse_quota, metavar="N", show_default=False, help="The maximum number, or none."),
 ]
 
 
@@ -169,7 +176,7 @@ def quota(
 
 def _scope(session: Session, workspace: str | None, channel: Channel | None, each: Each | None) -> LimitScope:
     if workspace is not None and each is Each.WORKSPACE:
-        message = "--each workspace goes without --workspace, which is one already."
+        message = "--each workspace cannot be combined with --workspace, which selects one workspace."
         raise typer.BadParameter(message)
     return LimitScope(workspace_id_of(session, workspace), channel and channel.value, each.value if each else "all")
 

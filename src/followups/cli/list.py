@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 app = typer.Typer(add_completion=False, rich_markup_mode="markdown")
 
 MAX_LIMIT = 1000
-AFTER = "Only due then or later, as in 2030-01-31T09:00:00Z."
-BEFORE = "Only due before that."
+AFTER = "Only follow-ups due at this time or later, as in 2030-01-31T09:00:00Z."
+BEFORE = "Only follow-ups due before this time."
 WIDE = 150
 """Terminal width from which the table has a column for the chat."""
 
@@ -41,16 +41,18 @@ WIDE = 150
 )
 def list_(  # noqa: PLR0913 - one for each option
     *,
-    workspace: Annotated[str | None, typer.Option(help="Only of this workspace.", show_default="all")] = None,
-    chat: Annotated[list[UUID] | None, typer.Option(help="Only of this chat; may be repeated.")] = None,
-    status: Annotated[list[Status] | None, typer.Option(help="Only in this state; may be repeated.")] = None,
+    workspace: Annotated[
+        str | None, typer.Option(help="Only follow-ups of this workspace.", show_default="all")
+    ] = None,
+    chat: Annotated[list[UUID] | None, typer.Option(help="Only follow-ups of this chat; may be repeated.")] = None,
+    status: Annotated[list[Status] | None, typer.Option(help="Only follow-ups in this state; may be repeated.")] = None,
     reason: Codes = None,
     due_after: Annotated[datetime | None, typer.Option(parser=parse_moment, metavar="TIME", help=AFTER)] = None,
     due_before: Annotated[datetime | None, typer.Option(parser=parse_moment, metavar="TIME", help=BEFORE)] = None,
-    trigger: Annotated[list[UUID] | None, typer.Option(help="Only created after this chat message.")] = None,
-    limit: Annotated[int, typer.Option(min=1, max=MAX_LIMIT, help="How many at most.")] = 20,
-    page: Annotated[int, typer.Option(min=1, help="Which page of that size.")] = 1,
-    message: Annotated[bool, typer.Option("--message", help="Show the messages' texts too (JSON only).")] = False,
+    trigger: Annotated[list[UUID] | None, typer.Option(help="Only follow-ups created after this chat message.")] = None,
+    limit: Annotated[int, typer.Option(min=1, max=MAX_LIMIT, help="Maximum number of follow-ups.")] = 20,
+    page: Annotated[int, typer.Option(min=1, help="The number of the page.")] = 1,
+    message: Annotated[bool, typer.Option("--message", help="Show the message texts too (JSON only).")] = False,
     json: Json = False,
 ) -> None:
     """List follow-ups, newest first. Run followups show ID to see why a follow-up is in its current state."""
@@ -72,7 +74,7 @@ def list_(  # noqa: PLR0913 - one for each option
     headings = ("ID", "STATUS", "DUE", *(("CHAT",) if wide else ()), "REASON")
     print_table(headings, (_row(each, wide=wide) for each in found), empty="There is no such follow-up.")
     if more:
-        remark(f"There are more: --page {page + 1} shows the next, --limit shows more at once.")
+        remark(f"There are more follow-ups; --page {page + 1} shows the next page, --limit shows more at once.")
 
 
 def _row(follow_up: FollowUp, *, wide: bool) -> list[str]:

@@ -77,13 +77,13 @@ def migrate(
         except CommandError as error:
             message = (
                 f"The database {place_of(url)} has the schema {before}, which this version does not know ({error});"
-                " install the version of followups that made it, or a newer one."
+                " install the version of followups that created it, or a newer one."
             )
             raise FollowUpsError(message) from error
         after = schema.schema_versions(made)[0]
-    say(f"The schema is {after}" + (", as it was" if before == after else f"; it was {before or 'empty'}"))
+    say(f"The schema is {after}" + (", unchanged" if before == after else f"; it was {before or 'empty'}"))
     if _is_started_with_others():
-        remark("Staying, because honcho stops every process as soon as one ends.")
+        remark("Not ending, because honcho stops every process as soon as one ends.")
         _stay()
 
 

@@ -72,7 +72,7 @@ def parse_age(text: str) -> timedelta:
     datetime.timedelta(days=1, seconds=43200)
     """
     if not AGE.fullmatch(text):
-        message = f"{text!r} is no duration; write it as 90d, 12h or 1h30m."
+        message = f"{text!r} is not a duration; write it as 90d, 12h or 1h30m."
         raise typer.BadParameter(message)
     return _duration(text)
 
@@ -113,7 +113,7 @@ def _moment(text: str, forms: str) -> datetime:
     try:
         moment = datetime.fromisoformat(text)
     except ValueError:
-        message = f"{text!r} is no time; write it as {forms}."
+        message = f"{text!r} is not a time; write it as {forms}."
         raise typer.BadParameter(message) from None
     if moment.utcoffset() is None:
         message = f"{text!r} must carry an offset, as in 2030-01-31T09:00:00Z."
@@ -142,7 +142,7 @@ def parse_clock(text: str) -> time:
         return time(0)
     found = CLOCK.fullmatch(text)
     if not found:
-        message = f"{text!r} is no time of the day; write it as 08:00."
+        message = f"{text!r} is not a time of day; write it as 08:00."
         raise typer.BadParameter(message)
     return time(int(found[1]), int(found[2]))
 
@@ -152,7 +152,7 @@ def parse_days(text: str) -> frozenset[int]:
     try:
         return read_days(text)
     except ValueError:
-        message = f"{text!r} are no days; write them as mon-fri or sat,sun."
+        message = f"{text!r} are not days; write them as mon-fri or sat,sun."
         raise typer.BadParameter(message) from None
 
 
@@ -179,11 +179,11 @@ def parse_rate(text: str) -> float:
     """
     found = RATE.fullmatch(text)
     if not found:
-        message = f"{text!r} is no rate; write it as 50/s, 20/min or 1000/h."
+        message = f"{text!r} is not a rate; write it as 50/s, 20/min or 1000/h."
         raise typer.BadParameter(message)
     rate = float(found[1]) / SECONDS[found[2]]
     if not LEAST <= rate <= MOST:
-        message = f"{text!r} should be at least 0.01/d, and at most {MOST}/s; followups pause lets nothing begin."
+        message = f"{text!r} should be at least 0.01/d, and at most {MOST}/s; followups pause stops sending."
         raise typer.BadParameter(message)
     return rate
 
@@ -213,24 +213,27 @@ def parse_quota(text: str) -> int:
     number = text.replace(",", "").replace("_", "")
     if number.isascii() and number.isdigit() and int(number) <= MOST_ROWS:
         return int(number)
-    message = f"{text!r} is no number from 0 to {MOST_ROWS:,}, and not none."
+    message = f"{text!r} is neither a number from 0 to {MOST_ROWS:,} nor none."
     raise typer.BadParameter(message)
 
 
 EXAMPLE_ID = "0b0b6e34-0d0f-4d3c-9d5e-3f5a0c6f5a51"
 EXAMPLE_CHAT = "6a1f3f0e-4f0e-4b39-8f5b-0f6a3f1f7c11"
 
-FollowUpId = Annotated[UUID, typer.Argument(metavar="ID", show_default=False, help="As in followups list.")]
+FollowUpId = Annotated[
+    UUID, typer.Argument(metavar="ID", show_default=False, help="The follow-up's ID, as shown by followups list.")
+]
 OneFollowUp = Annotated[
-    UUID | None, typer.Argument(metavar="[ID]", show_default=False, help="Of one follow-up, as in followups list.")
+    UUID | None,
+    typer.Argument(metavar="[ID]", show_default=False, help="The ID of one follow-up, as shown by followups list."),
 ]
 
 Codes = Annotated[
-    list[ReasonCode] | None, typer.Option("--reason", help="Only with this reason code; may be repeated.")
+    list[ReasonCode] | None, typer.Option("--reason", help="Only follow-ups with this reason code; may be repeated.")
 ]
 
-Workspace = Annotated[str | None, typer.Option("--workspace", help="Of this workspace.", show_default="all")]
-OneChannel = Annotated[Channel | None, typer.Option("--channel", help="On this channel.", show_default="all")]
+Workspace = Annotated[str | None, typer.Option("--workspace", help="Only for this workspace.", show_default="all")]
+OneChannel = Annotated[Channel | None, typer.Option("--channel", help="Only for this channel.", show_default="all")]
 
 
 def workspace_id_of(session: Session, name: str | None) -> UUID | None:
@@ -243,14 +246,14 @@ def workspace_id_of(session: Session, name: str | None) -> UUID | None:
     try:
         return workspaces.find(session, name).id
     except WorkspaceNotFoundError:
-        message = f"there is no workspace {name!r}; followups workspace list shows which there are"
+        message = f"there is no workspace {name!r}; followups workspace list shows the existing ones"
         raise typer.BadParameter(message, param_hint="--workspace") from None
 
 
 def require_either(follow_up_id: UUID | None, many: object, options: str) -> None:
     """Raise a usage error unless the ID of one follow-up or a bulk option is given."""
     if bool(follow_up_id) == bool(many):
-        message = f"name one follow-up by its ID, or many by {options}."
+        message = f"give the ID of one follow-up, or select many with {options}."
         raise typer.BadParameter(message)
 
 
@@ -258,5 +261,5 @@ def refuse_bulk_options(**options: object) -> None:
     """Raise a usage error if a bulk option is combined with the ID of a single follow-up."""
     for name, value in options.items():
         if value:
-            message = "goes with many follow-ups, not with the ID of one."
+            message = "cannot be combined with the ID of one follow-up."
             raise typer.BadParameter(message, param_hint=f"--{name.replace('_', '-')}")

@@ -70,7 +70,7 @@ def pause(
     if json:
         print_json([pause_document(each) for each in standing])
     else:
-        say(f"{_named(workspace, channel)} is paused" + ("." if new else ", as it was."))
+        say(f"{_named(workspace, channel)} is paused" + ("." if new else " already."))
 
 
 @app.command(epilog=examples("followups resume --workspace acme", "followups resume --channel whatsapp"))
@@ -114,7 +114,7 @@ def _wait_for_begins(engine: Engine) -> None:
         transactions = pauses.workers_transactions(opened)
         while pauses.still_open(opened, transactions):
             if time.monotonic() > end:
-                remark("A worker's transaction has been open for long; what it has begun continues.")
+                remark("A worker's transaction has been open for a long time; attempts that it has begun continue.")
                 return
             time.sleep(LOOK)
 

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 app = typer.Typer(add_completion=False, rich_markup_mode="markdown")
 
-ARCHIVE = "Write what is deleted into this new file, a JSON object a line."
+ARCHIVE = "Write the deleted rows to this new file, one JSON object per line."
 
 
 @app.command(
@@ -47,12 +47,17 @@ def prune(
     *,
     older_than: Annotated[
         timedelta,
-        typer.Option(parser=parse_age, metavar="AGE", help="Time since they finished, as in 90d.", show_default=False),
+        typer.Option(
+            parser=parse_age,
+            metavar="AGE",
+            help="Minimum time since the follow-ups finished, as in 90d.",
+            show_default=False,
+        ),
     ],
     archive: Annotated[
         Path | None, typer.Option(metavar="FILE.jsonl.gz", help=ARCHIVE, dir_okay=False, show_default=False)
     ] = None,
-    message: Annotated[bool, typer.Option("--message", help="Archive the messages' texts too.")] = False,
+    message: Annotated[bool, typer.Option("--message", help="Archive the message texts too.")] = False,
     dry_run: DryRun = False,
     yes: Yes = False,
     json: Json = False,

@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 app = typer.Typer(add_completion=False, rich_markup_mode="markdown")
 
 
-SINCE = "2h (ago), or 2030-01-31T09:00:00Z (with an offset): when they failed."
+SINCE = "2h (ago), or 2030-01-31T09:00:00Z (with an offset): the earliest time of the failure."
 
 
 @app.command(
@@ -56,11 +56,15 @@ def retry(  # noqa: PLR0913 - one for each option
         Due | None, typer.Option(parser=parse_due, metavar="TIME", help=DUE_HELP, show_default="now")
     ] = None,
     *,
-    failed: Annotated[bool, typer.Option("--failed", help="All that failed --since then.")] = False,
+    failed: Annotated[
+        bool, typer.Option("--failed", help="All follow-ups that have failed since the time in --since.")
+    ] = False,
     since: Annotated[
         Since | None, typer.Option(parser=parse_since, metavar="TIME", help=SINCE, show_default=False)
     ] = None,
-    workspace: Annotated[str | None, typer.Option(help="Only of this workspace.", show_default="all")] = None,
+    workspace: Annotated[
+        str | None, typer.Option(help="Only follow-ups of this workspace.", show_default="all")
+    ] = None,
     reason: Codes = None,
     dry_run: DryRun = False,
     yes: Yes = False,

@@ -37,9 +37,11 @@ MILLISECOND = timedelta(milliseconds=1)
     )
 )
 def show(
-    follow_up_id: Annotated[UUID, typer.Argument(metavar="ID", show_default=False, help="As in followups list.")],
+    follow_up_id: Annotated[
+        UUID, typer.Argument(metavar="ID", show_default=False, help="The follow-up's ID, as shown by followups list.")
+    ],
     *,
-    message: Annotated[bool, typer.Option("--message", help="Show the message's text too.")] = False,
+    message: Annotated[bool, typer.Option("--message", help="Show the message text too.")] = False,
     json: Json = False,
 ) -> None:
     """Explain why a follow-up was sent, was not sent, or is not sent yet, with all known details.

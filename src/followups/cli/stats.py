@@ -43,7 +43,7 @@ DASHBOARD_SECONDS = 60
 
 @dataclass(frozen=True, slots=True)
 class Stats:
-    """A snapshot of the system. A snapshot of the system. ``pace`` is None if measuring it took too long."""
+    """A snapshot of the system. ``pace`` is None if measuring it took too long."""
 
     at: datetime
     counts: Counts
@@ -83,9 +83,11 @@ ASK_WORKERS = 5.0
 )
 def stats(
     *,
-    minutes: Annotated[float, typer.Option(min=0.1, max=10_080, help="Minutes that lag and throughput cover.")] = 5,
+    minutes: Annotated[
+        float, typer.Option(min=0.1, max=10_080, help="The last minutes, for which lag and throughput are shown.")
+    ] = 5,
     watch: Annotated[bool, typer.Option("--watch", help="Refresh until Ctrl-C.")] = False,
-    interval: Annotated[float, typer.Option(min=0.2, max=3600, help="Seconds between two refreshes of --watch.")] = 2,
+    interval: Annotated[float, typer.Option(min=0.2, max=3600, help="Seconds between refreshes of --watch.")] = 2,
     json: Json = False,
 ) -> None:
     """Count follow-ups by state, and show how late and at what rate they were sent.

@@ -46,10 +46,14 @@ LOOK = timedelta(milliseconds=200)
 @app.command(epilog=examples("followups up", "followups up --port 9000 --data ./followups-data"))
 def up(
     *,
-    port: Annotated[int, typer.Option(min=1, max=HIGHEST_PORT, help="Where the API listens.")] = 8000,
+    port: Annotated[int, typer.Option(min=1, max=HIGHEST_PORT, help="The port on which the API listens.")] = 8000,
     data: Annotated[
         Path | None,
-        typer.Option(file_okay=False, help="Keep database and logs there between runs.", show_default="temporary"),
+        typer.Option(
+            file_okay=False,
+            help="The directory that keeps the database and the logs between runs.",
+            show_default="temporary",
+        ),
     ] = None,
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Show the processes' logs on stderr.")] = False,
 ) -> None:
@@ -119,11 +123,11 @@ Ready.
   Logs           {where.logs}
   Data           {where.data or "temporary; --data DIR keeps it"}
 
-An agent writes in a chat, and a follow-up is due five seconds later. Paste this:
+Paste this: an agent writes in a chat, and a follow-up is due five seconds later.
 
 {request(where.api, key, uuid4(), uuid4())}
 
-To use followups stats --watch, list, show and the others from another terminal, first run
+To use other commands (followups stats --watch, list, show) in another terminal, first run
 
 {exports}
 

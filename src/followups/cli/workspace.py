@@ -28,9 +28,9 @@ if TYPE_CHECKING:
 
     from followups.models import Workspace
 
-FROM = "When they open."
-TO = "When they close; on the next day if not later than --from."
-DAYS = "As in mon-fri or sat,sun."
+FROM = "When the sending hours begin."
+TO = "When the sending hours end; on the next day if not later than --from."
+DAYS = "The days, as in mon-fri or sat,sun."
 
 app = typer.Typer(
     add_completion=False,
@@ -46,7 +46,9 @@ def group() -> None:
 
 @app.command(epilog=examples("followups workspace create acme", "followups workspace create acme --json"))
 def create(
-    name: Annotated[str, typer.Argument(help="Up to 200 characters.", show_default=False)], *, json: Json = False
+    name: Annotated[str, typer.Argument(help="The workspace's name, up to 200 characters.", show_default=False)],
+    *,
+    json: Json = False,
 ) -> None:
     """Create a workspace. If the workspace already exists, nothing changes."""
     with connection.session() as session:
@@ -54,7 +56,7 @@ def create(
     if json:
         print_json(workspace_document(workspace))
         return
-    say(f"{workspace.name} ({workspace.id})" if new else f"{workspace.name} ({workspace.id}) exists already")
+    say(f"{workspace.name} ({workspace.id})" if new else f"{workspace.name} ({workspace.id}) already exists")
     remark(f"Next: followups api-key create --workspace {shlex.quote(workspace.name)}")
 
 
@@ -68,7 +70,7 @@ def list_(*, json: Json = False) -> None:
         print_json([workspace_document(each) | {"sendingHours": hours_document(hours.get(each.id))} for each in found])
         return
     rows = [(each.name, str(each.id), readable(each.created_at), _sends(each, hours.get(each.id))) for each in found]
-    empty = "There is no workspace yet: followups workspace create NAME makes one."
+    empty = "There is no workspace yet; followups workspace create NAME creates one."
     print_table(("NAME", "ID", "CREATED", "SENDS"), rows, empty=empty)
 
 
@@ -103,11 +105,15 @@ def delete(
 def hours(  # noqa: PLR0913 - one for each option
     name: Annotated[str, typer.Argument(help="The workspace.", show_default=False)],
     *,
-    time_zone: Annotated[str | None, typer.Option(help="As in Europe/Berlin.", show_default=False)] = None,
+    time_zone: Annotated[
+        str | None, typer.Option(help="The time zone, as in Europe/Berlin.", show_default=False)
+    ] = None,
     opening: Annotated[time | None, typer.Option("--from", parser=parse_clock, metavar="HH:MM", help=FROM)] = None,
     closing: Annotated[time | None, typer.Option("--to", parser=parse_clock, metavar="HH:MM", help=TO)] = None,
     days: Annotated[str | None, typer.Option("--days", metavar="WEEKDAYS", help=DAYS, show_default="every day")] = None,
-    always: Annotated[bool, typer.Option("--always", help="Send at every hour again.")] = False,
+    always: Annotated[
+        bool, typer.Option("--always", help="Remove the sending hours, so that messages are sent at any time.")
+    ] = False,
     json: Json = False,
 ) -> None:
     """Show, set or clear the sending hours, in which the workspace's messages may be sent.
@@ -125,7 +131,7 @@ def hours(  # noqa: PLR0913 - one for each option
     given = (time_zone, opening, closing)
     wanted = _wanted(time_zone, opening, closing, days) if any(each is not None for each in (*given, days)) else None
     if wanted and always:
-        message = "--always goes without any hours."
+        message = "--always cannot be combined with hours."
         raise typer.BadParameter(message)
     with connection.engine() as engine:
         with Session(engine) as session, session.begin():

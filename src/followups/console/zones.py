@@ -76,7 +76,7 @@ class Zone:
         try:
             local = datetime.fromisoformat(text)
         except ValueError:
-            message = Sentence("The due date is no time; write it as 2030-01-31T09:00.")
+            message = Sentence("The due date is not a time; write it as 2030-01-31T09:00.")
             raise InvalidRequestError(message, field="due_date") from None
         if local.utcoffset() is not None:
             return local

@@ -231,7 +231,7 @@ def look(directory: Path, role: str, name: str = "") -> list[Life]:
 
 def _trouble(document: dict[str, Any], now: float) -> str:
     if now - document["written"] > SILENCE.total_seconds():
-        return f"has given no sign of life for {now - document['written']:.0f} s"
+        return f"has written no heartbeat for {now - document['written']:.0f} s"
     for part in document["parts"].values():
         if now > part["due"]:
             return f"{part['otherwise']} for {now - part['since']:.0f} s"

@@ -34,7 +34,7 @@ def test_set_listed_changed_and_cleared(run: Run, world: World) -> None:
     assert ran.stdout == "Each chat of channel whatsapp: no limit any more.\n"
     ran = run("limit", "clear", "--workspace", name, "--json")
     assert ran.document == {"cleared": True, "limits": []}
-    assert run("limit", "list").stderr == "Nothing is limited.\n"
+    assert run("limit", "list").stderr == "There are no rate limits.\n"
     assert run("limit", "list", "--json").document == []
 
 

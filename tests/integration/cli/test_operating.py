@@ -104,7 +104,7 @@ class TestReschedule:
         chat = world.chat(channel="whatsapp", last_user_message_at=datetime.now(UTC))
         ran = run("reschedule", world.follow_up(chat, HOUR), "--due", "+25h")
         assert ran.code == 1
-        assert "the user has to write in the chat first, or the due date has to be earlier" in ran.stderr
+        assert "the user must write in the chat first, or the due date must be earlier" in ran.stderr
 
 
 class TestRetry:
@@ -136,7 +136,7 @@ class TestRetry:
         answered = world.follow_up(world.chat(last_message_role="user"), **FAILED)
         ran = run("retry", answered)
         assert (ran.code, ran.stdout) == (1, "")
-        assert "an agent or operator has to write in it first" in ran.stderr
+        assert "an agent or operator must write in the chat first" in ran.stderr
 
 
 def _reschedule_in_a_process(follow_up: UUID) -> None:

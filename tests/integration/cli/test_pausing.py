@@ -41,7 +41,7 @@ def test_paused_listed_and_resumed(run: Run, world: World, engine: Engine, setti
     """
     name = str(world.workspace_id)
     assert run("pause", "--workspace", name).stdout == f"Workspace {name} is paused.\n"
-    assert run("pause", "--workspace", name).stdout == f"Workspace {name} is paused, as it was.\n"
+    assert run("pause", "--workspace", name).stdout == f"Workspace {name} is paused already.\n"
     assert run("pause", "--channel", "waha").stdout == "Channel waha, of every workspace, is paused.\n"
     follow_up = world.follow_up()
     begin(engine, settings, claim(engine, settings).leases)
@@ -87,7 +87,7 @@ def test_pause_waits_for_beginning_attempts(
         started = time.monotonic()
         ran = run("pause", "--workspace", world.workspace_id)
         assert time.monotonic() - started >= 0.3
-        assert "what it has begun continues" in ran.stderr
+        assert "attempts that it has begun continue" in ran.stderr
     worker.dispose()
     assert run("pause", "--workspace", world.workspace_id).stderr == ""
 

@@ -164,7 +164,7 @@ class TestShow:
         """`show` with an unknown id is a usage error with a message."""
         ran = run("show", uuid4())
         assert (ran.code, ran.stdout) == (2, "")
-        assert ran.stderr == "followups: The follow-up was not found; followups list shows which there are.\n"
+        assert ran.stderr == "followups: The follow-up was not found; followups list shows the existing ones.\n"
 
     def test_show_names_what_holds_a_follow_up(
         self, run: Run, world: World, engine: Engine, settings: Settings

@@ -43,14 +43,14 @@ class TestMigrate:
         assert current == newest
         assert (first.code, first.stdout) == (0, f"The schema is {newest}; it was empty\n")
         again = run("migrate")
-        assert (again.code, again.stdout) == (0, f"The schema is {newest}, as it was\n")
+        assert (again.code, again.stdout) == (0, f"The schema is {newest}, unchanged\n")
 
     def test_a_role_without_the_right_to_migrate(self, run: Run, database_url: str) -> None:
         """If the database role may not create tables, `migrate` names the role that is needed."""
         downgrade(url_as(database_url, OWNER), "base")
         ran = run("migrate")
         assert ran.code == 1
-        needed = "permission denied for schema public; connect as a role that may (migrate and bench need"
+        needed = "permission denied for schema public; connect as a role with this privilege (migrate and bench"
         assert needed in ran.stderr
         assert ran.stderr.count("\n") == 1
 
@@ -127,7 +127,7 @@ class TestWorkspace:
         created = run("workspace", "create", "acme")
         assert re.fullmatch(r"acme \([0-9a-f-]{36}\)\n", created.stdout)
         assert created.stderr == "Next: followups api-key create --workspace acme\n"
-        assert "exists already" in run("workspace", "create", "acme").stdout
+        assert "already exists" in run("workspace", "create", "acme").stdout
         headings = ["NAME", "ID", "CREATED", "SENDS"]
         assert run("workspace", "list").stdout.split()[:6] == [*headings, "acme", created.stdout[6:42]]
 
@@ -167,7 +167,7 @@ class TestApiKey:
         """A key created with --expires is rejected after that time; a key without --expires has no expiresAt."""
         run("workspace", "create", "acme")
         ran = run("api-key", "create", "--workspace", "acme", "--expires", "90d")
-        assert "It expires at " in ran.stderr
+        assert "The key expires at " in ran.stderr
         [entry] = run("api-key", "list", "--json").document
         created, expires = (datetime.fromisoformat(entry[name]) for name in ("createdAt", "expiresAt"))
         assert expires - created == timedelta(days=90)
@@ -192,7 +192,9 @@ class TestApiKey:
         """An unknown workspace or key is a usage error that says how to list the existing ones."""
         ran = run("api-key", "create", "--workspace", "acme")
         assert (ran.code, ran.stdout) == (2, "")
-        assert ran.stderr == "followups: The workspace was not found; followups workspace list shows which there are.\n"
+        assert (
+            ran.stderr == "followups: The workspace was not found; followups workspace list shows the existing ones.\n"
+        )
         assert "followups api-key list shows" in run("api-key", "revoke", uuid4()).stderr
 
 

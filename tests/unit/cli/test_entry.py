@@ -134,12 +134,12 @@ class RefusedError(Exception):
     [
         (SettingsError("X is wrong."), "X is wrong.", 2),
         (InvalidRequestError("Too long."), "Too long.", 2),
-        (OutsideMessagingWindowError(), "The due date is outside the channel's messaging window; the user has", 1),
-        (FollowUpNotFoundError(), "The follow-up was not found; followups list shows which there are.", 2),
+        (OutsideMessagingWindowError(), "The due date is outside the channel's messaging window; the user must", 1),
+        (FollowUpNotFoundError(), "The follow-up was not found; followups list shows the existing ones.", 2),
         (AlreadyFinishedError(), "The follow-up has already finished", 1),
         (DeliveryInProgressError(), "The follow-up is being delivered at this moment; try again shortly.", 1),
         (FollowUpsError(), "The follow-up dispatcher could not carry out the request.", 1),
-        (typer.Abort(), "Stopped before it was complete.", 1),
+        (typer.Abort(), "Interrupted before completion.", 1),
         (PermissionError(13, "Permission denied", "/data"), "/data: Permission denied; choose another path", 1),
         (ValueError("odd\nmore"), "An unexpected error occurred (ValueError: odd); followups --debug", 1),
         (
@@ -154,7 +154,7 @@ class RefusedError(Exception):
         ),
         (
             ProgrammingError("SELECT secret", {}, Exception("Denied.")),
-            "The database 'chats' at db:1 refused: denied.",
+            "The database 'chats' at db:1 refused a statement: denied.",
             1,
         ),
     ],

@@ -83,7 +83,7 @@ def _present(stack: Stack, *, json: bool) -> Score:
     elif console().is_terminal:
         result = _draw(stack)
     else:
-        say(f"The sandbox page is at {stack.sandbox}/ while this runs; the console, as operator, once, at")
+        say(f"The sandbox page is at {stack.sandbox}/ while this runs. This link signs in to the console, once:")
         say(stack.create_console_link())
         result = perform(stack, EventLines())
         for line in summary_lines(result):
@@ -93,7 +93,7 @@ def _present(stack: Stack, *, json: bool) -> Score:
 
 def _draw(stack: Stack) -> Score:
     target = console()
-    target.print(f"Console, as operator, once: {stack.create_console_link()}", soft_wrap=True, highlight=False)
+    target.print(f"Console (this link works once): {stack.create_console_link()}", soft_wrap=True, highlight=False)
     with Live(console=target, auto_refresh=False, vertical_overflow="crop") as live:
 
         def show(standings: Sequence[FollowUpState], now: datetime, _: Sequence[str]) -> None:

@@ -134,7 +134,7 @@ def score(standings: Sequence[FollowUpState], receipts: Mapping[str, object]) ->
 def _problems(standings: Sequence[FollowUpState], receipts: Mapping[str, object], sent: int) -> list[str]:
     problems = [_difference(each) for each in standings if not each.as_scripted]
     if receipts["duplicates"]:
-        problems.append(f"the receiver took {receipts['duplicates']} messages more than once")
+        problems.append(f"the receiver got {receipts['duplicates']} messages more than once")
     if receipts["accepted"] != sent:
         problems.append(f"{sent} are recorded as sent, and the receiver took {receipts['accepted']}")
     return problems
@@ -156,9 +156,9 @@ def lags(standings: Sequence[FollowUpState]) -> dict[str, float | None]:
 
 
 NEXT = (
-    ("followups up", "the same, to stay: an API to call, and a chat page"),
-    ("", "to watch, to write back and to break things on"),
-    ("followups stats --watch", "looks at it from another terminal"),
+    ("followups up", "the same system, kept running: an API to call, and a chat page"),
+    ("", "on which to watch, to reply and to inject faults"),
+    ("followups stats --watch", "a live dashboard, in another terminal"),
 )
 
 
@@ -166,10 +166,10 @@ def _facts(score: Score) -> list[tuple[str, str]]:
     """Return the figures of the run, each with an explanation."""
     lag = score.lag
     return [
-        (f"{score.sent} sent", "each at its own moment, through web, beat, broker and worker"),
-        (f"{score.retried} retried", "the receiver answered 500; the next try waited in the database"),
+        (f"{score.sent} sent", "each at its due date, through web, beat, broker and worker"),
+        (f"{score.retried} retried", "the receiver answered 500; the next due time was stored in the database"),
         (f"{score.failed} failed", f"the receiver refused {REFUSED}'s with 403: not tried again"),
-        (f"{score.cancelled} cancelled", f"{REPLYING} wrote back before they were due"),
+        (f"{score.cancelled} cancelled", f"{REPLYING} replied before they were due"),
         (f"{score.duplicates} duplicates", "counted by the receiver"),
         (
             "lag",
