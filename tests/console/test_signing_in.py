@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import re
+import subprocess
+import sys
 from typing import TYPE_CHECKING
 from uuid import uuid4
 
@@ -10,7 +13,6 @@ import pytest
 
 from console.person import Person, heading, make_link, words
 from followups.api import gate
-from followups.cli import main
 from followups.console import access, application
 from followups.settings import load_settings
 from web import FOLLOW_UPS, Api, key_of, served
@@ -387,25 +389,26 @@ def test_a_link_of_the_api_is_limited(body: dict[str, object], status: int, cons
 
 
 def test_the_command_prints_only_the_link_on_stdout(
-    console_settings: Settings, person: Callable[..., Person], own: World, capsys: pytest.CaptureFixture[str]
+    console_settings: Settings, person: Callable[..., Person], own: World
 ) -> None:
     """The command prints a link for an operator, or with --workspace for an admin.
 
     An invalid command line creates no link.
     """
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in console_settings.environment().items():
-            patch.setenv(name, value)
-        for arguments, role in (([], "operator"), (["--workspace", str(own.workspace_id)], "admin")):
-            capsys.readouterr()  # the server in this process logs to the same streams
-            assert main(["console", "link", *arguments]) == 0
-            printed = capsys.readouterr().out
-            assert printed.count("\n") == 1
-            one = person()
-            assert one.post("/login", secret=printed.strip()).status_code == 303
-            assert f"· {role} ·" in one.get("/").text
-        assert main(["console", "link", "--role", "operator", "--workspace", str(own.workspace_id)]) == 2
-        assert main(["console", "link", "--workspace", "nothing"]) == 2
-        assert main(["console", "link", "--expires", "30d"]) == 2
+
+    def link(*arguments: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "followups.cli", "console", "link", *arguments]
+        environment = os.environ | console_settings.environment()
+        return subprocess.run(command, env=environment, check=False, capture_output=True, text=True)
+
+    for arguments, role in (([], "operator"), (["--workspace", str(own.workspace_id)], "admin")):
+        printed = link(*arguments)
+        assert (printed.returncode, printed.stdout.count("\n")) == (0, 1)
+        one = person()
+        assert one.post("/login", secret=printed.stdout.strip()).status_code == 303
+        assert f"· {role} ·" in one.get("/").text
+    assert link("--role", "operator", "--workspace", str(own.workspace_id)).returncode == 2
+    assert link("--workspace", "nothing").returncode == 2
+    assert link("--expires", "30d").returncode == 2
     made = own.scalar("SELECT count(*) FROM audit_events WHERE action = 'console_link.created' AND way = 'command'")
     assert made >= 2
