@@ -247,7 +247,7 @@ class TestOneAtATime:
 
     def test_frozen(self, world: World, engine: Engine, settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
         """If a dispatcher freezes in its claim, PostgreSQL ends its session, so that others can claim."""
-        monkeypatch.setattr(last_tick, "FROZEN_AFTER", "50ms")
+        monkeypatch.setattr(last_tick, "FROZEN_AFTER", "1s")
         follow_up = world.follow_up()
         with engine.connect() as frozen:
             assert last_tick.begin(frozen, rhythm_of(settings))
