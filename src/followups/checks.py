@@ -62,8 +62,8 @@ def check_moment(chat: Chat, moment: datetime, hours: SendingHours | None) -> No
     opening = _opening(chat.workspace_id, hours, moment)
     if not is_open(channel, chat.last_user_message_at, opening):
         message = Sentence(
-            "The due date is outside the workspace's sending hours ({hours}), which open at {opening}, outside the"
-            " channel's messaging window.",
+            "The due date is outside the workspace's sending hours ({hours}). When they open, at"
+            " {opening}, the channel's messaging window has closed.",
             hours=hours.in_words,
             opening=opening,
         )
@@ -125,7 +125,7 @@ def check_time(time: datetime, field: str) -> None:
         raise InvalidRequestError(message, field=field)
     if not all(FIRST_YEAR <= year <= LAST_YEAR for year in (time.year, _year_in_utc(time))):
         message = Sentence(
-            "The {field} must lie in the years {first} to {last}.",
+            "The {field} must be in the years {first} to {last}.",
             field=_named(field),
             first=FIRST_YEAR,
             last=LAST_YEAR,

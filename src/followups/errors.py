@@ -104,7 +104,7 @@ class AlreadyFinishedError(ConflictError):
 
 
 class AlreadyRetriedError(ConflictError):
-    """A new follow-up has been made from this one already."""
+    """A new follow-up has already been created from this one."""
 
     slug = "already-retried"
 

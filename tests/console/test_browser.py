@@ -188,7 +188,7 @@ def test_an_open_page_updates_and_keeps_typed_text(desk: Callable[..., Desk], ow
     with page.expect_response(lambda answer: answer.request.method == "POST") as answered:
         page.get_by_role("button", name="Save").click()
     assert answered.value.status == 409
-    assert "It has finished meanwhile" in page.inner_text("main")
+    assert "The follow-up has finished in the meantime" in page.inner_text("main")
     assert "My own words" in page.inner_text("main")
     sitting.complaints.clear()  # the browser reports the 409 response as an error
 

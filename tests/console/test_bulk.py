@@ -70,7 +70,7 @@ def test_selected_follow_ups_are_cancelled_after_a_preview(
     seen = one.post("/bulk/preview", do="cancel", tick=ticks)
     assert heading(seen) == "Bulk action"
     assert "3 follow-ups to cancel." in words(seen)
-    assert "2 of the ticked ones are in another state" in words(seen)
+    assert "2 of the ticked follow-ups are in another state" in words(seen)
     assert {row.status for row in own.rows(*ids)} == {"pending"}
     own.put_in_flight(ids[2])
     page = start(one, do="cancel", tick=ticks)

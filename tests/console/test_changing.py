@@ -113,7 +113,7 @@ def test_the_consequences_are_shown_before_saving(person: Callable[..., Person],
     assert answer.status_code == 200
     assert "2100-01-30 08:00:00 in America/Sao_Paulo is 2100-01-30 11:00:00 UTC." in said
     assert "held until Monday 2100-02-01 08:00." in said
-    assert "It is paused since" in said
+    assert "Sending has been paused since" in said
     assert "Hello" in answer.text
     assert own.scalar(f"SELECT count(*) FROM follow_ups WHERE workspace_id = '{own.workspace_id}'") == 0  # noqa: S608 - a test
 
@@ -166,7 +166,7 @@ def test_two_people_edit_one_follow_up(person: Callable[..., Person], own: World
     assert ann.submit(pages[0], f"/follow-ups/{one_id}", message="Ann's", do="save").status_code == 303
     told = ben.submit(pages[1], f"/follow-ups/{one_id}", message="Ben's", do="save")
     assert told.status_code == 409
-    assert "changed meanwhile" in words(told)
+    assert "changed in the meantime" in words(told)
     assert "Ann&#39;s" in told.text
     assert "Ben&#39;s" in told.text
     assert own.row(one_id).message == "Ann's"
@@ -189,7 +189,7 @@ def test_a_conflict_keeps_the_typed_values(doing: str, person: Callable[..., Per
     own.sql("UPDATE follow_ups SET status = 'sent', finished_at = now(), begun_at = NULL WHERE id = :id", id=one_id)
     finished = one.submit(page, f"/follow-ups/{one_id}{doing}", **typed)
     assert finished.status_code == 409
-    assert "It has finished meanwhile" in words(finished)
+    assert "The follow-up has finished in the meantime" in words(finished)
     assert not typed or "My words" in finished.text
     assert own.row(one_id).status == "sent"
     assert events(own, one_id) == []
@@ -228,7 +228,7 @@ def test_a_failed_follow_up_is_retried_once(person: Callable[..., Person], own: 
     assert str(own.row(done.headers["location"].rpartition("/")[2]).retry_of) == str(one_id)
     again = one.submit(page, f"/follow-ups/{one_id}/retry")
     assert again.status_code == 409
-    assert "retried already" in words(again)
+    assert "already been retried" in words(again)
     assert events(own, one_id) == ["follow_up.retried test agent console"]
 
 

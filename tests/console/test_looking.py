@@ -52,7 +52,12 @@ def test_each_row_has_an_explanation(person: Callable[..., Person], own: World) 
     assert heading(page) == "Follow-ups"
     assert set(listed(page)) == {str(each) for each in ids.values()}
     said = words(page)
-    for sentence in ("It is sent in", "refused it for good", "The transport accepted it", "The user wrote in the chat"):
+    for sentence in (
+        "The follow-up will be sent in",
+        "refused the follow-up for good",
+        "The transport accepted the follow-up",
+        "The user wrote in the chat",
+    ):
         assert sentence in said
     assert "5511987654321" in said
     assert "Still there?" in said

@@ -52,7 +52,7 @@ def test_a_key_is_shown_once_and_revoked_after_a_confirmation(person: Callable[.
     assert place
     asked = one.get(place[1])
     assert heading(asked) == "Revoke key"
-    assert "It was last used" in words(asked)
+    assert "The key was last used" in words(asked)
     assert one.client.get(FOLLOW_UPS, headers={"authorization": key}).status_code == 200
     assert one.submit(asked, f"{place[1]}/revoke").status_code == 303
     assert one.client.get(FOLLOW_UPS, headers={"authorization": key}).status_code == 401

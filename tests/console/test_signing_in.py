@@ -71,7 +71,7 @@ def test_a_link_works_once(person: Callable[..., Person], own: World) -> None:
     for secret in (token, expired, "fcl_" + "A" * 43, "", "x" * 300, "fup_ü"):
         answer = person().post("/login", secret=secret)
         assert answer.status_code == 401
-        assert "no valid API key" in words(answer)
+        assert "neither a valid API key" in words(answer)
         assert "set-cookie" not in answer.headers
 
 

@@ -321,7 +321,9 @@ class TestWindow:
         due = datetime.now(UTC) + HOUR
         with Session(world.engine) as session, session.begin():
             kept = {"workspace_id": world.workspace_id, "message": "?", "due_date": due}
-            with pytest.raises(OutsideMessagingWindowError, match=r"sending hours \(.*\), which open at .*Z, outside"):
+            with pytest.raises(
+                OutsideMessagingWindowError, match=r"sending hours \(.*\)\. When they open, at .*Z, the"
+            ):
                 followups.schedule(session, chat_id=missed, **kept)
             created = followups.schedule(session, chat_id=fits, **kept)
             with pytest.raises(OutsideMessagingWindowError):

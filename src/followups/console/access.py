@@ -99,7 +99,9 @@ def origin_refusal(headers: Mapping[str, str], own: str, *, configured: bool) ->
     """
     site, origin = headers.get("sec-fetch-site"), headers.get("origin")
     if configured:
-        hint = Sentence("FOLLOWUPS_PUBLIC_URL says that the console is at {own}; correct it if that is wrong.", own=own)
+        hint = Sentence(
+            "According to FOLLOWUPS_PUBLIC_URL, the console is at {own}; correct the setting if that is wrong.", own=own
+        )
     else:
         hint = Sentence(
             "The request arrived at {own}; behind a proxy, set FOLLOWUPS_PUBLIC_URL to the address that people use.",

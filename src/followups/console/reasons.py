@@ -84,7 +84,7 @@ def consequences_of(visit: Visit, session: Session, chat: Chat, due: datetime, n
     ]
     moment = due
     if due <= now:
-        said.append(t("That has passed, so it goes out at once."))
+        said.append(t("That time has passed, so the follow-up is sent immediately."))
         moment = now
     channel = Channel(chat.channel)
     hours = sending_hours.find(session, chat.workspace_id)
@@ -96,16 +96,19 @@ def consequences_of(visit: Visit, session: Session, chat: Chat, due: datetime, n
         if opening > moment:
             said.append(
                 t(
-                    "It is outside the sending hours ({hours}): it is held until {opening}.",
+                    "This is outside the sending hours ({hours}), so the follow-up is held until {opening}.",
                     hours=hours.in_words,
                     opening=zone.day(opening),
                 )
             )
             moment = opening
     if not is_open(channel, chat.last_user_message_at, moment):
-        said.append(t("The channel's messaging window has closed by then, so it would fail."))
+        said.append(t("The channel's messaging window has closed by then, so the follow-up would fail."))
     if pause := pauses.of(session.connection(), chat.workspace_id, chat.channel):
         said.append(
-            t("It is paused since {since}: unless that has ended by then, it is held.", since=zone.written(pause.since))
+            t(
+                "Sending has been paused since {since}: unless the pause has ended by then, the follow-up is held.",
+                since=zone.written(pause.since),
+            )
         )
     return said

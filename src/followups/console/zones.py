@@ -83,7 +83,7 @@ class Zone:
         try:
             first, second = (local.replace(tzinfo=self.info, fold=each).astimezone(UTC) for each in (0, 1))
         except OverflowError:
-            message = Sentence("The due date must lie in the years 2 to 9998.")
+            message = Sentence("The due date must be in the years 2 to 9998.")
             raise InvalidRequestError(message, field="due_date") from None
         if first == second:
             return first

@@ -119,5 +119,5 @@ def _first(
         return None
     explanation = explain(found, settings, now, replace(around, place=1))
     if first == follow_up.waits_for:
-        return Sentence("Of that one: {explanation}", explanation=explanation)
+        return Sentence("About that follow-up: {explanation}", explanation=explanation)
     return Sentence("The first of the chat is {id}: {explanation}", id=first, explanation=explanation)

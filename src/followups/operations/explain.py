@@ -26,34 +26,38 @@ if TYPE_CHECKING:
     from followups.store.rate_limits import Limit
 
 ENDINGS = {
-    ReasonCode.USER_REPLIED: "The user wrote in the chat before it was sent, so there was nothing left to follow up.",
-    ReasonCode.HUMAN_TAKEOVER: "A human operator wrote in the chat before it was sent, and has taken over.",
-    ReasonCode.CHAT_REMOVED: "The chat was removed before it was sent.",
+    ReasonCode.USER_REPLIED: "The user wrote in the chat before the follow-up was sent, so nothing was"
+    " left to follow up.",
+    ReasonCode.HUMAN_TAKEOVER: "A human operator wrote in the chat before the follow-up was sent, and has taken over.",
+    ReasonCode.CHAT_REMOVED: "The chat was removed before the follow-up was sent.",
     ReasonCode.CANCELLED_BY_API: (
-        "It was cancelled by hand, without a reason: through the API, in the console, or with followups cancel."
+        "The follow-up was cancelled by hand, without a reason: through the API, in the console, or with"
+        " followups cancel."
     ),
     ReasonCode.REJECTED: (
-        "The transport refused it for good; correct the cause, then followups retry makes a new one."
+        "The transport refused the follow-up for good. Correct the cause, then followups retry creates a new follow-up."
     ),
     ReasonCode.RETRIES_EXHAUSTED: (
-        "Every attempt that FOLLOWUPS_MAX_ATTEMPTS ({max_attempts}) allows has failed; the reason names the last error."
-        " When the transport works again, followups retry makes a new one."
+        "All attempts that FOLLOWUPS_MAX_ATTEMPTS ({max_attempts}) allows have failed; the reason contains"
+        " the last error. When the transport works again, followups retry creates a new follow-up."
     ),
     ReasonCode.WINDOW_CLOSED: (
-        "The channel allows messages only within 24 hours of the user's last one, and that time had ended."
+        "The channel allows messages only within 24 hours of the user's last message, and this time had ended."
     ),
     ReasonCode.TOO_LATE: (
-        "It could not be sent within FOLLOWUPS_MAX_LATENESS ({max_lateness}) of its due date: were beat, workers,"
-        " database and transport running all that time? followups retry makes a new one."
+        "The follow-up could not be sent within FOLLOWUPS_MAX_LATENESS ({max_lateness}) of its due date."
+        " Check whether beat, workers, database and transport were running all that time; followups retry"
+        " creates a new follow-up."
     ),
     ReasonCode.OUTCOME_UNKNOWN: (
-        "An attempt was made, it is unknown whether the message arrived, and the transport does not deduplicate."
-        " Check the chat before followups retry."
+        "An attempt was made, but it is unknown whether the message arrived, and the transport does not"
+        " deduplicate. Check the chat before followups retry."
     ),
     ReasonCode.WORKER_LOST: (
-        "Each worker that tried to send it died; see the workers' logs. Check the chat before followups retry."
+        "Each worker that tried to send the follow-up crashed; see the workers' logs. Check the chat"
+        " before followups retry."
     ),
-    ReasonCode.FAILED_BY_API: "It was failed through the API, without a reason.",
+    ReasonCode.FAILED_BY_API: "The follow-up was marked as failed through the API, without a reason.",
 }
 """The meaning of each reason code, for operators."""
 
@@ -100,9 +104,9 @@ def explain(follow_up: FollowUp, settings: Settings, now: datetime, around: Circ
         limits = {"max_attempts": settings.max_attempts, "max_lateness": settings.max_lateness}
         said = Sentence(ENDINGS[ReasonCode(code)], **limits)
     elif follow_up.status == Status.FAILED:
-        said = Sentence("It was failed with a reason of the caller's own.")
+        said = Sentence("The follow-up was marked as failed, with a reason in the caller's own words.")
     else:
-        said = Sentence("It was cancelled with a reason of the caller's own.")
+        said = Sentence("The follow-up was cancelled, with a reason in the caller's own words.")
     return said + Sentence("It was retried as {id}.", id=around.retried_as) if around.retried_as else said
 
 
@@ -117,16 +121,16 @@ def lag_of(follow_up: FollowUp) -> timedelta | None:
 def _sent(follow_up: FollowUp) -> Sentence:
     lag = lag_of(follow_up)
     if lag is None:
-        return Sentence("It was marked as sent through the API; this service did not send it.")
+        return Sentence("The follow-up was marked as sent through the API; this service did not send it.")
     if lag >= timedelta(0):
-        accepted = Sentence("The transport accepted it {lag} after its due date", lag=lag)
+        accepted = Sentence("The transport accepted the follow-up {lag} after its due date", lag=lag)
     else:
-        accepted = Sentence("The transport accepted it {lag} before its due date", lag=lag)
+        accepted = Sentence("The transport accepted the follow-up {lag} before its due date", lag=lag)
     if follow_up.held_until is not None and follow_up.held_until > follow_up.due_date:
         accepted += Sentence("(held until the sending hours opened, {opening})", opening=follow_up.held_until)
     if follow_up.attempts > 1:
         return Sentence(
-            "{accepted}, with attempt {number}; the failed ones are below.",
+            "{accepted}, at attempt {number}; the failed attempts are below.",
             accepted=accepted,
             number=follow_up.attempts,
         )
@@ -146,14 +150,16 @@ def _pending(follow_up: FollowUp, now: datetime, around: Circumstances) -> Sente
     if follow_up.pause_id is not None:
         said = _paused(follow_up, now, around)
     elif follow_up.waits_for is not None:
-        said = Sentence("It waits for the earlier follow-up of its chat, {id}, to end.", id=follow_up.waits_for)
+        said = Sentence(
+            "The follow-up waits for the earlier follow-up of its chat, {id}, to end.", id=follow_up.waits_for
+        )
     elif moment > now:
         said = _later(follow_up, moment, now, around)
     else:
         said = _due(follow_up, moment, now, around)
     if around.place > 1:
         said += Sentence(
-            "It is number {place} in its chat, and the earlier ones go first.",
+            "It is number {place} in its chat; the earlier ones are sent first.",
             place=around.place if around.place < MOST_PLACES else f"{MOST_PLACES}+",
         )
     if around.first is not None:
@@ -170,23 +176,27 @@ def _window(follow_up: FollowUp, moment: datetime, now: datetime, around: Circum
     if closes is None:
         return None
     if closes <= now:
-        return Sentence("The channel's messaging window has closed, so it will fail.")
+        return Sentence("The channel's messaging window has closed, so the follow-up will fail.")
     if follow_up.pause_id or follow_up.waits_for or around.pause:
         return Sentence(
             "It will fail if it is still held when the messaging window closes, at {closes}.", closes=closes
         )
     if (_opening(around.hours, moment) or moment) < closes:
         return None
-    return Sentence("The channel's messaging window closes before that, at {closes}, so it will fail.", closes=closes)
+    return Sentence(
+        "The channel's messaging window closes before that, at {closes}, so the follow-up will fail.", closes=closes
+    )
 
 
 def _due(follow_up: FollowUp, moment: datetime, now: datetime, around: Circumstances) -> Sentence:
     if around.pause is not None:
-        return Sentence("It is due, and will be held when a worker begins it: {paused}.", paused=stopped(around.pause))
+        return Sentence(
+            "The follow-up is due, and will be held when a worker begins it: {paused}.", paused=stopped(around.pause)
+        )
     if breaker := _holds(around.breaker, follow_up):
         return _left_alone(breaker)
     if follow_up.lease_until is not None and follow_up.lease_until > now:
-        return Sentence("It is due, and a tick has claimed it; a worker is about to send it.")
+        return Sentence("The follow-up is due, and a tick has claimed it; a worker is about to send it.")
     return _overdue(follow_up, now - moment, around)
 
 
@@ -199,14 +209,15 @@ def _left_alone(breaker: Shown) -> Sentence:
     failing = timedelta(seconds=breaker.seconds)
     if breaker.state == "recovering":
         return Sentence(
-            "It is due, and is sent within seconds: for {failing} the transport has failed for its workspace, and is"
-            " recovering.",
+            "The follow-up is due, and will be sent within seconds: the transport failed for its workspace"
+            " for {failing}, and is recovering.",
             failing=failing,
         )
     return Sentence(
-        "It is due, and waits without using up attempts: for {failing} the transport has failed for its workspace (the"
-        " breaker is {state}). The transport is probed every few seconds, and this is sent when it works again, unless"
-        " it is too late by then. See followups doctor.",
+        "The follow-up is due, and waits without using up attempts: for {failing} the transport has failed"
+        " for its workspace (the breaker is {state}). The transport is probed every few seconds. When the"
+        " transport works again, the follow-up is sent, unless it is too late by then. See followups"
+        " doctor.",
         failing=failing,
         state=breaker.state,
     )
@@ -216,10 +227,12 @@ def _paused(follow_up: FollowUp, now: datetime, around: Circumstances) -> Senten
     late = now - follow_up.due_date
     if around.pause is None:
         return Sentence(
-            "It fell due {late} ago and is held: the pause has ended, and it is sent within a minute or so.", late=late
+            "The follow-up fell due {late} ago and is held: the pause has ended, and the follow-up will be"
+            " sent in about a minute.",
+            late=late,
         )
     return Sentence(
-        "It fell due {late} ago and is held: {paused}; {command} ends the pause.",
+        "The follow-up fell due {late} ago and is held: {paused}; {command} ends the pause.",
         late=late,
         paused=stopped(around.pause),
         command=going_on(around.pause),
@@ -246,7 +259,8 @@ def _later(follow_up: FollowUp, moment: datetime, now: datetime, around: Circums
     wait = moment - now
     if follow_up.held_until is not None and follow_up.held_until > now:
         return Sentence(
-            "It fell due outside the workspace's sending hours ({hours}) and is held until they open, in {wait}.",
+            "The follow-up fell due outside the workspace's sending hours ({hours}) and is held until they"
+            " begin, in {wait}.",
             hours=around.hours.in_words if around.hours else Sentence("since changed"),
             wait=wait,
         )
@@ -254,11 +268,13 @@ def _later(follow_up: FollowUp, moment: datetime, now: datetime, around: Circums
         return _left_alone(breaker)
     if follow_up.limited_until == moment:
         limits = _limits(around.limits)
-        said = Sentence("It is due, and waits for {limits}; it is tried again in {wait}.", limits=limits, wait=wait)
+        said = Sentence(
+            "The follow-up is due, and waits for {limits}; it is tried again in {wait}.", limits=limits, wait=wait
+        )
     elif follow_up.next_attempt_at is None:
-        said = Sentence("It is sent in {wait}, unless something cancels it first.", wait=wait)
+        said = Sentence("The follow-up will be sent in {wait}, unless something cancels it first.", wait=wait)
     else:
-        said = Sentence("It is tried again in {wait}; the failed attempts are below.", wait=wait)
+        said = Sentence("The follow-up is tried again in {wait}; the failed attempts are below.", wait=wait)
     return said + held if (held := _will_be_held(moment, around)) else said
 
 
@@ -298,11 +314,14 @@ def _of(part: Sentence, whole: Sentence) -> Sentence:
 
 def _will_be_held(moment: datetime, around: Circumstances) -> Sentence | None:
     if around.pause is not None:
-        return Sentence("But {paused}: unless that has ended by then, it will be held.", paused=stopped(around.pause))
+        return Sentence(
+            "But {paused}: unless the pause has ended by then, the follow-up will be held.",
+            paused=stopped(around.pause),
+        )
     opening = _opening(around.hours, moment)
     if opening is not None and around.hours is not None:
         return Sentence(
-            "But that is outside the sending hours ({hours}): it will be held until {opening}.",
+            "But that is outside the sending hours ({hours}), so the follow-up will be held until {opening}.",
             hours=around.hours.in_words,
             opening=opening,
         )
@@ -321,34 +340,40 @@ def _opening(hours: SendingHours | None, moment: datetime) -> datetime | None:
 def _overdue(follow_up: FollowUp, late: timedelta, around: Circumstances) -> Sentence:
     if around.tick_age is None:
         return Sentence(
-            "It has been due for {late}, and no worker has claimed it: no tick has ever run, so beat or the workers are"
-            " not running. See followups doctor.",
+            "The follow-up has been due for {late}, and no worker has claimed it: no tick has ever run, so"
+            " beat or the workers are not running. See followups doctor.",
             late=late,
         )
     if around.tick_age > STALE_TICK:
         return Sentence(
-            "It has been due for {late}, and no worker has claimed it: the last tick ran {ago} ago, so beat or the"
-            " workers are not running. See followups doctor.",
+            "The follow-up has been due for {late}, and no worker has claimed it: the last tick ran {ago}"
+            " ago, so beat or the workers are not running. See followups doctor.",
             late=late,
             ago=around.tick_age,
         )
     said = Sentence(
-        "It has been due for {late}, and no worker has claimed it: earlier follow-ups may be in front of it. See"
-        " followups doctor.",
+        "The follow-up has been due for {late}, and no worker has claimed it: earlier follow-ups may be"
+        " claimed first. See followups doctor.",
         late=late,
     )
     if follow_up.snoozes:
-        said += Sentence("It was snoozed {number} times: the transport limits the rate.", number=follow_up.snoozes)
+        said += Sentence(
+            "It was snoozed {number} times, because the transport limits the rate.", number=follow_up.snoozes
+        )
     return said
 
 
 def _in_flight(follow_up: FollowUp, now: datetime) -> Sentence:
     if follow_up.lease_until is not None and follow_up.lease_until <= now:
-        said = Sentence("Its lease has expired: a tick takes it over, unless its worker records the outcome first.")
+        said = Sentence(
+            "The follow-up's lease has expired: a tick will claim it again, unless its worker"
+            " records the outcome first."
+        )
     else:
         said = Sentence("An attempt is in flight, and its outcome is not recorded yet.")
     if follow_up.cancel_requested:
         said += Sentence(
-            "A cancel ({reason}) arrived since: it will not be retried.", reason=follow_up.cancel_requested
+            "A cancel ({reason}) has arrived since, so the follow-up will not be retried.",
+            reason=follow_up.cancel_requested,
         )
     return said

@@ -45,7 +45,8 @@ def put(session: Session, workspace_id: UUID, hours: SendingHours) -> None:
     """
     if zone_of(hours.time_zone) is None:
         message = Sentence(
-            "There is no time zone {zone!r}; use a name of the IANA database, as Europe/Berlin.", zone=hours.time_zone
+            "There is no time zone {zone!r}; use a name of the IANA database, such as Europe/Berlin.",
+            zone=hours.time_zone,
         )
         raise InvalidRequestError(message, field="time_zone")
     now = session.execute(select(func.now())).scalar_one()

@@ -81,7 +81,7 @@ def test_show_names_the_limits(run: Run, world: World) -> None:
         id=waits,
     )
     shown = run("show", waits).stdout
-    assert "It is due, and waits for the rate limits of 1/min for each chat and 50/s for" in shown
+    assert "The follow-up is due, and waits for the rate limits of 1/min for each chat and 50/s for" in shown
     document = run("show", waits, "--json").document
     assert [(one["each"], one["rate"]) for one in document["rateLimits"]] == [("chat", 1 / 60), (None, 50.0)]
     assert document["limitedUntil"] == document["nextAttemptAt"]

@@ -98,7 +98,7 @@ class TestShow:
         shown = run("show", follow_up, "--json").document
         assert list(shown)[: len(FIELDS)] == FIELDS
         assert (shown["message"], shown["channel"], shown["externalChatId"]) == (None, "whatsapp", "4917")
-        assert shown["explanation"].startswith("The transport refused it for good")
+        assert shown["explanation"].startswith("The transport refused the follow-up for good")
         first, second = shown["failedAttempts"]
         assert first.pop("at") <= second.pop("at")
         assert first == {
@@ -128,15 +128,15 @@ class TestShow:
         asyncio.run(fail())
         shown = run("show", due, "--json").document
         assert shown["breaker"] == "open"
-        assert shown["explanation"].startswith("It is due, and waits without using up attempts: for ")
-        assert "is sent in" in run("show", later, "--json").document["explanation"]
+        assert shown["explanation"].startswith("The follow-up is due, and waits without using up attempts: for ")
+        assert "will be sent in" in run("show", later, "--json").document["explanation"]
 
     def test_show_works_without_the_broker(self, run: Run, world: World, environment: pytest.MonkeyPatch) -> None:
         """If the broker is unreachable, `show` reports the breaker's state as unknown and all else as usual."""
         environment.setenv("FOLLOWUPS_BROKER_URL", "redis://127.0.0.1:9/0")
         shown = run("show", world.follow_up(due=HOUR), "--json").document
         assert shown["breaker"] is None
-        assert "is sent in" in shown["explanation"]
+        assert "will be sent in" in shown["explanation"]
 
     def test_show_prints_text(self, run: Run, world: World) -> None:
         """`show` prints facts, the explanation and failed attempts as text; --message adds the message."""
@@ -155,7 +155,7 @@ class TestShow:
         shown = run("show", follow_up).stdout
         assert re.search(r"^lag +2 ms *$", shown, re.MULTILINE)
         assert re.search(r"^attempts +2 of 8 *$", shown, re.MULTILINE)
-        assert "The transport accepted it 2 ms after its due date, with attempt 2" in shown
+        assert "The transport accepted the follow-up 2 ms after its due date, at attempt 2" in shown
         assert "HTTP 500 [down]" in shown
         assert "Still there?" not in shown
         assert "Still there?" in run("show", follow_up, "--message").stdout
@@ -180,8 +180,8 @@ class TestShow:
         assert shown["pausedBy"].keys() == {"workspace", "channel", "since"}
         assert f"followups resume --workspace {name} ends the pause." in shown["explanation"]
         waiting = run("show", second).stdout
-        assert f"It waits for the earlier follow-up of its chat, {first}, to end" in waiting
-        assert "Of that one: It fell due 2 h ago and is held" in waiting
+        assert f"The follow-up waits for the earlier follow-up of its chat, {first}, to end" in waiting
+        assert "About that follow-up: The follow-up fell due 2 h ago and is held" in waiting
         assert "when it is resumed" in run("show", first).stdout
         run("workspace", "hours", name, "--time-zone", "UTC", "--from", "09:00", "--to", "10:00")
         hours = {"timeZone": "UTC", "from": "09:00", "to": "10:00"}
@@ -206,4 +206,4 @@ def test_the_help_explains_unsent_follow_ups(run: Run, world: World) -> None:
     assert "Why was a follow-up not sent? Find the follow-up with list, by its chat or state" in shown
     assert "then run show ID, which explains the reason." in shown
     assert str(failed) in run("list", "--chat", chat).stdout
-    assert "The transport refused it for good" in run("show", failed).stdout
+    assert "The transport refused the follow-up for good" in run("show", failed).stdout

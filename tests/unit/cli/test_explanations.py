@@ -65,36 +65,39 @@ def test_limits_are_named() -> None:
 def test_a_callers_reason_is_shown_unchanged() -> None:
     """A caller's own reason is displayed without interpretation."""
     assert explained(Status.CANCELLED, reason="the customer called") == (
-        "It was cancelled with a reason of the caller's own."
+        "The follow-up was cancelled, with a reason in the caller's own words."
     )
 
 
 @pytest.mark.parametrize(
     ("columns", "said"),
     [
-        ({"due": timedelta(minutes=3)}, "It is sent in 3 min, unless something cancels it first."),
+        ({"due": timedelta(minutes=3)}, "The follow-up will be sent in 3 min, unless something cancels it first."),
         (
             {"due": timedelta(0), "attempts": 1, "next_attempt_at": NOW + timedelta(seconds=4)},
-            "It is tried again in 4 s; the failed attempts are below.",
+            "The follow-up is tried again in 4 s; the failed attempts are below.",
         ),
-        ({"waits_for": EARLIER}, f"It waits for the earlier follow-up of its chat, {EARLIER}, to end"),
-        ({"lease_until": NOW + timedelta(seconds=9)}, "It is due, and a tick has claimed it"),
+        ({"waits_for": EARLIER}, f"The follow-up waits for the earlier follow-up of its chat, {EARLIER}, to end"),
+        ({"lease_until": NOW + timedelta(seconds=9)}, "The follow-up is due, and a tick has claimed it"),
         (
             {"due": timedelta(minutes=-5)},
-            "It has been due for 5 min, and no worker has claimed it: earlier follow-ups may be",
+            "The follow-up has been due for 5 min, and no worker has claimed it: earlier follow-ups may be",
         ),
-        ({"lease_until": NOW - timedelta(seconds=9)}, "It has been due for 0 ms, and no worker has claimed it"),
+        (
+            {"lease_until": NOW - timedelta(seconds=9)},
+            "The follow-up has been due for 0 ms, and no worker has claimed it",
+        ),
         (
             {"begun_at": NOW, "lease_until": NOW + timedelta(seconds=9)},
             "An attempt is in flight, and its outcome is not recorded yet.",
         ),
         (
             {"begun_at": NOW, "lease_until": NOW + timedelta(seconds=9), "cancel_requested": "user_replied"},
-            "its outcome is not recorded yet. A cancel (user_replied) arrived since: it will not be retried.",
+            "its outcome is not recorded yet. A cancel (user_replied) has arrived since, so the",
         ),
         (
             {"begun_at": NOW, "lease_until": NOW},
-            "Its lease has expired: a tick takes it over, unless its worker records the outcome first.",
+            "The follow-up's lease has expired: a tick will claim it again, unless its worker records",
         ),
     ],
 )
@@ -106,16 +109,19 @@ def test_a_pending_follow_up_is_explained(columns: dict[str, Any], said: str) ->
 @pytest.mark.parametrize(
     ("columns", "said"),
     [
-        ({"attempts": 1}, "The transport accepted it 2 ms after its due date, at the first attempt."),
+        ({"attempts": 1}, "The transport accepted the follow-up 2 ms after its due date, at the first attempt."),
         (
             {"attempts": 3},
-            "The transport accepted it 2 ms after its due date, with attempt 3; the failed ones are below.",
+            "accepted the follow-up 2 ms after its due date, at attempt 3; the failed attempts are below.",
         ),
         (
             {"attempts": 1, "scheduled_at": NOW + timedelta(milliseconds=1)},
             "2 ms after its due date, which had passed when it was scheduled, on 2030-01-31 09:00:00Z.",
         ),
-        ({"attempts": 0, "accepted_at": None}, "It was marked as sent through the API; this service did not send it."),
+        (
+            {"attempts": 0, "accepted_at": None},
+            "The follow-up was marked as sent through the API; this service did not send it.",
+        ),
     ],
 )
 def test_a_sent_follow_up_is_explained(columns: dict[str, Any], said: str) -> None:
@@ -142,7 +148,7 @@ LIMITED = {"due": -HOUR, "next_attempt_at": NOW + HOUR, "limited_until": NOW + H
             Circumstances(pause=ACME),
             {"due": -HOUR, "pause_id": EARLIER},
             (
-                "It fell due 1 h ago and is held: workspace acme has been paused since 2030-01-31 09:00:00Z;"
+                "The follow-up fell due 1 h ago and is held: workspace acme has been paused since 2030-01-31 09:00:00Z;"
                 " followups resume --workspace acme ends the pause."
             ),
         ),
@@ -151,39 +157,42 @@ LIMITED = {"due": -HOUR, "next_attempt_at": NOW + HOUR, "limited_until": NOW + H
             {"due": -HOUR, "pause_id": EARLIER},
             "all chats on channel waha have been paused since 2030-01-31 09:00:00Z; followups resume --channel waha",
         ),
-        (TICKING, {"due": -HOUR, "pause_id": EARLIER}, "the pause has ended, and it is sent"),
+        (TICKING, {"due": -HOUR, "pause_id": EARLIER}, "the pause has ended, and the follow-up will be sent in"),
         (
             Circumstances(pause=ACME),
             {"due": HOUR},
-            "It is sent in 1 h, unless something cancels it first. But workspace acme has been paused since",
+            "The follow-up will be sent in 1 h, unless something cancels it first. But workspace acme has been paused",
         ),
-        (Circumstances(pause=ACME), {"due": -HOUR}, "It is due, and will be held when a worker begins it"),
+        (Circumstances(pause=ACME), {"due": -HOUR}, "The follow-up is due, and will be held when a worker begins it"),
         (
             Circumstances(hours=BERLIN),
             {"due": -HOUR, "held_until": NOW + 2 * HOUR, "next_attempt_at": NOW + 2 * HOUR},
             (
-                "It fell due outside the workspace's sending hours (12:00 to 20:00, Europe/Berlin)"
-                " and is held until they open, in 2 h."
+                "The follow-up fell due outside the workspace's sending hours (12:00 to 20:00, Europe/Berlin)"
+                " and is held until they begin, in 2 h."
             ),
         ),
         (
             Circumstances(hours=BERLIN),
             {"due": HOUR},
             (
-                "But that is outside the sending hours (12:00 to 20:00, Europe/Berlin):"
-                " it will be held until 2030-01-31 11:00:00Z."
+                "But that is outside the sending hours (12:00 to 20:00, Europe/Berlin),"
+                " so the follow-up will be held until 2030-01-31 11:00:00Z."
             ),
         ),
         (
-            Circumstances(first=Sentence("Of that one: it is stuck.")),
+            Circumstances(first=Sentence("About that follow-up: it is stuck.")),
             {"waits_for": EARLIER},
-            (f"It waits for the earlier follow-up of its chat, {EARLIER}, to end. Of that one: it is stuck."),
+            (
+                f"The follow-up waits for the earlier follow-up of its chat, {EARLIER}, to end."
+                " About that follow-up: it is stuck."
+            ),
         ),
         (
             Circumstances(limits=LIMITS),
             LIMITED,
             (
-                "It is due, and waits for the rate limits of 20/s for workspace acme"
+                "The follow-up is due, and waits for the rate limits of 20/s for workspace acme"
                 " and 1/min for each chat of channel waha; it is tried again in 1 h."
             ),
         ),
@@ -191,49 +200,57 @@ LIMITED = {"due": -HOUR, "next_attempt_at": NOW + HOUR, "limited_until": NOW + H
         (
             Circumstances(limits=LIMITS),
             LIMITED | {"limited_until": NOW - HOUR},
-            "It is tried again in 1 h; the failed attempts are below.",
+            "The follow-up is tried again in 1 h; the failed attempts are below.",
         ),
         (
             Circumstances(breaker=Shown("open", 180, 4, HELD), tick_age=timedelta(seconds=1)),
             {"due": -HOUR, "lease_until": NOW + HOUR},
             (
-                "It is due, and waits without using up attempts: for 3 min the transport has failed for its workspace"
-                " (the breaker is open)."
+                "The follow-up is due, and waits without using up attempts: for 3 min the transport has failed for its"
+                " workspace (the breaker is open)."
             ),
         ),
         (
             Circumstances(breaker=Shown("recovering", 180, 4, HELD)),
             {"due": -HOUR},
-            "It is due, and is sent within seconds",
+            "The follow-up is due, and will be sent within seconds",
         ),
-        (Circumstances(breaker=Shown("open", 180, 4, HELD)), LIMITED, "It is due, and waits without using up attempts"),
+        (
+            Circumstances(breaker=Shown("open", 180, 4, HELD)),
+            LIMITED,
+            "The follow-up is due, and waits without using up attempts",
+        ),
         (Circumstances(breaker=Shown("closed", 0, 0)), {"due": -HOUR}, "no tick has ever run"),
         (Circumstances(breaker=Shown("open", 180, 4)), {"due": -HOUR}, "no tick has ever run"),
-        (Circumstances(breaker=Shown("open", 180, 4, HELD)), {"due": HOUR}, "It is sent in 1 h"),
+        (Circumstances(breaker=Shown("open", 180, 4, HELD)), {"due": HOUR}, "The follow-up will be sent in 1 h"),
         (Circumstances(), {"due": -HOUR}, "no tick has ever run, so beat or the workers are not running"),
         (
             Circumstances(tick_age=HOUR),
             {"due": -HOUR},
             "the last tick ran 1 h ago, so beat or the workers are not running",
         ),
-        (TICKING, {"due": -HOUR, "snoozes": 3}, "It was snoozed 3 times: the transport limits the rate."),
+        (TICKING, {"due": -HOUR, "snoozes": 3}, "It was snoozed 3 times, because the transport limits the rate."),
         (
             Circumstances(place=3),
             {"due": HOUR},
-            "unless something cancels it first. It is number 3 in its chat, and the earlier ones go first.",
+            "unless something cancels it first. It is number 3 in its chat; the earlier ones are sent first.",
         ),
         (Circumstances(place=100), {"waits_for": EARLIER}, "to end. It is number 100+ in its chat"),
         (
             Circumstances(window_closes_at=NOW + HOUR),
             {"due": HOUR},
-            "The channel's messaging window closes before that, at 2030-01-31 10:00:00Z, so it will fail.",
+            "The channel's messaging window closes before that, at 2030-01-31 10:00:00Z, so the follow-up will fail.",
         ),
         (
             Circumstances(window_closes_at=NOW + 2 * HOUR, hours=BERLIN),
             {"due": HOUR},
-            "it will be held until 2030-01-31 11:00:00Z. The channel's messaging window closes before that",
+            "will be held until 2030-01-31 11:00:00Z. The channel's messaging window closes before that",
         ),
-        (Circumstances(window_closes_at=NOW), {"due": -HOUR}, "messaging window has closed, so it will fail."),
+        (
+            Circumstances(window_closes_at=NOW),
+            {"due": -HOUR},
+            "messaging window has closed, so the follow-up will fail.",
+        ),
         (
             Circumstances(pause=ACME, window_closes_at=NOW + HOUR),
             {"due": -HOUR, "pause_id": EARLIER},
@@ -242,7 +259,7 @@ LIMITED = {"due": -HOUR, "next_attempt_at": NOW + HOUR, "limited_until": NOW + H
         (
             Circumstances(retried_as=EARLIER),
             {"status": Status.FAILED, "reason": "too_late"},
-            f"followups retry makes a new one. It was retried as {EARLIER}.",
+            f"followups retry creates a new follow-up. It was retried as {EARLIER}.",
         ),
         (
             TICKING,

@@ -170,17 +170,20 @@ def _changed(visit: Visit, typed: FollowUpForm, change: Callable[[Session, Follo
             if not typed.consequences:
                 changed = result.id
     except DeliveryInProgressError:
-        typed.told = visit.t("It is being delivered at this moment, so nothing has changed. Try again shortly.")
+        typed.told = visit.t(
+            "The follow-up is being delivered at this moment, so nothing has changed. Try again shortly."
+        )
         status = HTTPStatus.CONFLICT
     except AlreadyFinishedError:
-        typed.told = visit.t("It has finished meanwhile, and a finished follow-up never changes.")
+        typed.told = visit.t("The follow-up has finished in the meantime, and a finished follow-up never changes.")
         status = HTTPStatus.CONFLICT
     except AlreadyRetriedError:
-        typed.told = visit.t("It has been retried already.")
+        typed.told = visit.t("The follow-up has already been retried.")
         status = HTTPStatus.CONFLICT
     except ChangedMeanwhileError:
         typed.told = visit.t(
-            "It was changed meanwhile. What you typed is below, what is stored is above; save again to replace it."
+            "The follow-up was changed in the meantime. Your input is below, the stored version is above;"
+            " save again to replace the stored version."
         )
         status = HTTPStatus.CONFLICT
     except (ConflictError, ChatNotFoundError) as error:

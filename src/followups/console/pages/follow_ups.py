@@ -76,7 +76,7 @@ def show(visit: Visit) -> Response:
         else:
             found = browse.search(session.connection(), wanted, _place(visit), SIZE, LIMIT)
             if found is None:
-                told = visit.t("The search took too long. Narrow it, by a chat, a workspace, or a state.")
+                told = visit.t("The search took too long. Narrow the search to a chat, a workspace, or a state.")
             else:
                 rows, following = found
                 sentences = reasons.of_rows(visit.services, session, rows, now)

@@ -49,7 +49,7 @@ def sign_in(visit: Visit) -> Response:
     if token is None:
         visit.services.failed_sign_ins.record(visit.client)
         log.info("console_sign_in_refused")
-        told = visit.t("That is no valid API key, and no link's token that can still be used.")
+        told = visit.t("This is neither a valid API key nor the token of a link that can still be used.")
         return visit.page("login.html", HTTPStatus.UNAUTHORIZED, told=told, next=wanted)
     identity.keep(visit, token, visit.scheme)
     return visit.go(wanted)

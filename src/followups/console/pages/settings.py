@@ -192,7 +192,7 @@ def _typed_hours(visit: Visit) -> SendingHours:
         message = visit.t("Choose at least one day.")
         raise InvalidRequestError(message, field="days")
     if not visit.services.is_zone(visit.form.text("time_zone")):
-        message = visit.t("There is no such time zone; use a name as in America/Sao_Paulo.")
+        message = visit.t("There is no such time zone; use a name such as America/Sao_Paulo.")
         raise InvalidRequestError(message, field="time_zone")
     return SendingHours(visit.form.text("time_zone"), opening, closing, days)
 
@@ -235,7 +235,7 @@ def _rate(visit: Visit) -> tuple[float, int]:
     except (ValueError, KeyError, OverflowError):
         rate, burst = 0.0, 0
     if not (LEAST_RATE <= rate <= MOST_RATE and 1 <= burst <= MOST_RATE):
-        message = visit.t("A rate is a number above 0, and so is what may go at once.")
+        message = visit.t("The rate, and the number at once, must be above 0.")
         raise InvalidRequestError(message, field="rate")
     return rate, burst
 
