@@ -25,7 +25,7 @@ from followups import schedule
 from followups.cli import stats
 from followups.cli.demo import perform, plan_of
 from followups.cli.demo.picture import Picture
-from followups.cli.demo.scenario import Rest
+from followups.cli.demo.scenario import RestClient
 from followups.cli.demo.score import summary_panel
 from followups.cli.stats import DASHBOARD_SECONDS, measure_by_second
 from followups.database import make_engine
@@ -90,7 +90,7 @@ def due_moments(start: datetime) -> list[datetime]:
 def load(stack: Stack, engine: Engine) -> list[UUID]:
     """Create the chats and schedule all follow-ups; return the chats whose users will reply."""
     workspace_id, key = stack.create_key("pictures", "pictures")
-    api, sandbox = Rest(stack.api, key), Rest(stack.sandbox)
+    api, sandbox = RestClient(stack.api, key), RestClient(stack.sandbox)
     chats = [uuid4() for _ in range(CHATS)]
     for chat in chats:
         api.call("POST", "/api/v1/chat-messages", {"id": str(uuid4()), "chatId": str(chat), "role": "agent"})
@@ -112,7 +112,7 @@ def photograph_dashboard(stack: Stack) -> None:
     replying = load(stack, engine)
     workers, attempts = stats.Workers(), stats.Attempts()
     workers.start()
-    api = Rest(stack.api, stack.create_key("pictures", "replies")[1])
+    api = RestClient(stack.api, stack.create_key("pictures", "replies")[1])
     for _ in range(round((LEAD + DASHBOARD_SECONDS) / 2)):
         look = measure_by_second(engine, timedelta(minutes=5))
         attempts.see(look.attempts, time.monotonic())

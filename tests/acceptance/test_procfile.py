@@ -14,7 +14,7 @@ from uuid import uuid4
 
 from databases import OWNER, url_as
 from followups.cli import main
-from followups.cli.demo.scenario import Rest
+from followups.cli.demo.scenario import RestClient
 from followups.embedded import free_port
 from followups.schema import downgrade
 from process_tree import assert_gone, descendants, needs_proc
@@ -73,7 +73,7 @@ def test_honcho_runs_every_process(
     honcho = stack.processes.spawn("honcho", honcho_start("-p", str(port)), environment=environment)
     api = f"http://127.0.0.1:{port}"
     wait_until(lambda: get(f"{api}/readyz"), within=120)
-    rest, chat_id = Rest(api, api_key(capsys)), str(uuid4())
+    rest, chat_id = RestClient(api, api_key(capsys)), str(uuid4())
     rest.call("POST", "/api/v1/chat-messages", {"id": str(uuid4()), "chatId": chat_id, "role": "agent"})
     follow_up = {"chatId": chat_id, "dueDate": datetime.now(UTC).isoformat(), "message": "Still there?"}
     created = rest.call("POST", "/api/v1/chat-message-follow-ups", follow_up)

@@ -450,7 +450,7 @@ def forgotten(scene: Scene) -> None:
     scene.cancel(earlier)
     scene.world.sql("UPDATE follow_ups SET waits_for = :earlier WHERE id = :id", earlier=earlier, id=later.id)
     with scene.engine.begin() as connection:
-        chat_order.unblock_forgotten(connection)
+        chat_order.unblock_orphaned(connection)
     expect(scene.world.row(later.id).waits_for is None, "what was forgotten is found")
 
 

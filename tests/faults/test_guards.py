@@ -99,7 +99,9 @@ CATALOGUE = {
         SETTLE, {"AND f.finished_at IS NULL": "", "AND f.begun_at IS NOT NULL": ""}, guards.result_settles_again
     ),
     "cancel requested at settle": Guard(
-        SETTLE, {"(r.yields AND f.cancel_requested IS NOT NULL)": "false"}, guards.reply_in_flight_is_forgotten
+        SETTLE,
+        {"(r.cancel_takes_precedence AND f.cancel_requested IS NOT NULL)": "false"},
+        guards.reply_in_flight_is_forgotten,
     ),
     "lease at claim": Guard(
         CLAIM, {"f.lease_until IS NULL OR f.lease_until <= now()": "true"}, guards.leased_is_claimed

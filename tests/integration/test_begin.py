@@ -121,6 +121,6 @@ class TestBegin:
             followups.cancel(session, held, reason=None)
             beginning = steps.begin(batch)
             assert [one.lease.id for one in beginning.begun] == [other]
-            assert [lease.id for lease in beginning.locked] == [held]
+            assert [lease.id for lease in beginning.retry_later] == [held]
             session.rollback()
-        assert [one.lease.id for one in steps.begin(beginning.locked).begun] == [held]
+        assert [one.lease.id for one in steps.begin(beginning.retry_later).begun] == [held]

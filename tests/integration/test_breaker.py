@@ -16,7 +16,16 @@ from followups.database import make_async_engine
 from followups.delivery.claim import claim
 from followups.delivery.pipeline import Pipeline
 from followups.flow_control import breaker
-from followups.flow_control.breaker import CLOSED, Breaker, BreakerStore, News, Reading, RecoveryPolicy, Run, read
+from followups.flow_control.breaker import (
+    CLOSED,
+    Breaker,
+    BreakerStore,
+    OutcomeReport,
+    RecoveryPolicy,
+    SharedState,
+    WorkspaceOutcomes,
+    read,
+)
 from followups.session_settings import ONCE_PLANNED
 from followups.telemetry import metrics
 from followups.transports.port import Rejected, Retry, Sent, Snoozed, Unknown
@@ -64,20 +73,20 @@ def run(own: Settings, script: Callable[[BreakerStore], Awaitable[None]], policy
     asyncio.run(main())
 
 
-async def told(store: BreakerStore, failed: list[UUID], wanted: int, *, succeeded: bool, key: int = KEY) -> Reading:
+async def told(store: BreakerStore, failed: list[UUID], wanted: int, *, succeeded: bool, key: int = KEY) -> SharedState:
     """Report outcomes of one workspace and return the state of the breaker.
 
     The function checks which workspaces the breaker holds, and leaves them out of the returned state.
     """
-    runs = (Run(key, len(failed), anew=succeeded),) if failed or succeeded else ()
-    reading = await store.report(News(tuple(failed), succeeded, runs), wanted)
+    runs = (WorkspaceOutcomes(key, len(failed), after_success=succeeded),) if failed or succeeded else ()
+    reading = await store.report(OutcomeReport(tuple(failed), succeeded, runs), wanted)
     assert reading.state != CLOSED or not reading.tripped
     return replace(reading, tripped=frozenset())
 
 
 async def opened(store: BreakerStore) -> None:
     """Report failures until the breaker is open."""
-    assert await told(store, ids(FAILURES), 10, succeeded=False) == Reading("open", 0, changed=True)
+    assert await told(store, ids(FAILURES), 10, succeeded=False) == SharedState("open", 0, changed=True)
 
 
 def test_opens_for_many_in_a_row(own: Settings) -> None:
@@ -95,9 +104,9 @@ def test_opens_for_many_in_a_row(own: Settings) -> None:
         assert (await told(store, ids(1), 0, succeeded=True)).state == CLOSED
         assert (await told(store, ids(FAILURES - 2), 0, succeeded=False)).state == CLOSED
         other = BreakerStore(own, "http", QUICK)
-        assert await told(other, ids(1), 7, succeeded=False) == Reading("open", 0, changed=True)
+        assert await told(other, ids(1), 7, succeeded=False) == SharedState("open", 0, changed=True)
         await other.close()
-        assert await told(store, [], 7, succeeded=False) == Reading("open")
+        assert await told(store, [], 7, succeeded=False) == SharedState("open")
 
     run(own, script)
 
@@ -111,15 +120,15 @@ def test_probes_then_recovers(own: Settings) -> None:
     async def script(store: BreakerStore) -> None:
         await opened(store)
         await asyncio.sleep(0.06)
-        assert await told(store, [], 0, succeeded=False) == Reading("open")  # no follow-up is waiting
-        assert await told(store, [], 10, succeeded=False) == Reading("probing", 2, changed=True)
-        assert await told(store, [], 10, succeeded=False) == Reading("probing")
-        assert await told(store, ids(1), 10, succeeded=False) == Reading("open", 0, changed=True)
+        assert await told(store, [], 0, succeeded=False) == SharedState("open")  # no follow-up is waiting
+        assert await told(store, [], 10, succeeded=False) == SharedState("probing", 2, changed=True)
+        assert await told(store, [], 10, succeeded=False) == SharedState("probing")
+        assert await told(store, ids(1), 10, succeeded=False) == SharedState("open", 0, changed=True)
         await asyncio.sleep(0.06)
-        assert await told(store, [], 10, succeeded=False) == Reading("open")
+        assert await told(store, [], 10, succeeded=False) == SharedState("open")
         await asyncio.sleep(0.06)
-        assert await told(store, [], 10, succeeded=False) == Reading("probing", 2, changed=True)
-        assert await told(store, [], 10, succeeded=True) == Reading("recovering", 0, changed=True)
+        assert await told(store, [], 10, succeeded=False) == SharedState("probing", 2, changed=True)
+        assert await told(store, [], 10, succeeded=True) == SharedState("recovering", 0, changed=True)
 
     run(own, script)
 
@@ -130,7 +139,7 @@ def test_recovers_at_a_growing_rate(own: Settings) -> None:
     async def script(store: BreakerStore) -> None:
         await opened(store)
         await told(store, [], 0, succeeded=True)
-        started, granted, reading = time.monotonic(), 0, Reading("recovering")
+        started, granted, reading = time.monotonic(), 0, SharedState("recovering")
         while reading.state == "recovering":
             reading = await told(store, [], 1000, succeeded=False)
             granted += reading.permits
@@ -138,7 +147,7 @@ def test_recovers_at_a_growing_rate(own: Settings) -> None:
             # Since the breaker doubles its rate every second, attempts at most double from second to second.
             assert granted <= 20 * 2 ** (elapsed + 1) / 0.69
             await asyncio.sleep(0.02)
-        assert reading == Reading(CLOSED, 0, changed=True)
+        assert reading == SharedState(CLOSED, 0, changed=True)
         assert granted > 10
         assert read(client(own), own).state == CLOSED
 
@@ -175,7 +184,7 @@ def test_probes_that_never_end(own: Settings) -> None:
 
 async def tripped(store: BreakerStore) -> frozenset[int]:
     """Return the keys of the workspaces that the breaker holds."""
-    return (await store.report(News(), 0)).tripped
+    return (await store.report(OutcomeReport(), 0)).tripped
 
 
 def test_which_workspaces_are_tripped(own: Settings) -> None:
@@ -190,11 +199,17 @@ def test_which_workspaces_are_tripped(own: Settings) -> None:
         await told(store, ids(1), 0, succeeded=False, key=OTHER)
         await told(store, ids(FAILURES), 0, succeeded=False)
         assert await tripped(store) == {KEY, OTHER}
-        assert (await store.report(News(runs=(Run(3, FAILURES, anew=False),)), 0)).tripped == {KEY, OTHER, 3}
+        assert (
+            await store.report(OutcomeReport(runs=(WorkspaceOutcomes(3, FAILURES, after_success=False),)), 0)
+        ).tripped == {
+            KEY,
+            OTHER,
+            3,
+        }
         await told(store, [], 0, succeeded=True, key=OTHER)
         assert await tripped(store) == {KEY, OTHER, 3}  # a workspace that the breaker holds recovers gradually, too
         await told(store, ids(FAILURES), 0, succeeded=False)
-        assert await store.report(News(), 0) == Reading("open", tripped=frozenset({KEY, 3}))
+        assert await store.report(OutcomeReport(), 0) == SharedState("open", tripped=frozenset({KEY, 3}))
 
     run(own, script)
 
@@ -211,9 +226,16 @@ def test_few_in_a_row_trip_no_workspace(own: Settings) -> None:
             await told(store, [one], 0, succeeded=False, key=OTHER)
         await told(store, ids(FAILURES), 0, succeeded=False)
         assert await tripped(store) == {KEY}
-        for anew in (True, False, False, False):
-            assert (await store.report(News(runs=(Run(OTHER, 1, anew=anew),)), 0)).tripped == {KEY}
-        assert (await store.report(News(runs=(Run(OTHER, 1, anew=False),)), 0)).tripped == {KEY, OTHER}
+        for after_success in (True, False, False, False):
+            assert (
+                await store.report(OutcomeReport(runs=(WorkspaceOutcomes(OTHER, 1, after_success=after_success),)), 0)
+            ).tripped == {KEY}
+        assert (
+            await store.report(OutcomeReport(runs=(WorkspaceOutcomes(OTHER, 1, after_success=False),)), 0)
+        ).tripped == {
+            KEY,
+            OTHER,
+        }
 
     run(own, script)
 
@@ -223,7 +245,12 @@ def test_few_attempts_trip_earlier(own: Settings) -> None:
 
     async def script(store: BreakerStore) -> None:
         await told(store, ids(FAILURES), 0, succeeded=False)
-        assert (await store.report(News(runs=(Run(OTHER, 2, anew=False),)), 0)).tripped == {KEY, OTHER}
+        assert (
+            await store.report(OutcomeReport(runs=(WorkspaceOutcomes(OTHER, 2, after_success=False),)), 0)
+        ).tripped == {
+            KEY,
+            OTHER,
+        }
 
     run(own.model_copy(update={"max_attempts": 3}), script)
 
@@ -238,8 +265,10 @@ def test_without_a_held_workspace_the_breaker_closes(own: Settings) -> None:
         await opened(store)
         await asyncio.sleep(0.06)
         assert (await told(store, [], 10, succeeded=False)).state == "probing"
-        assert (await store.report(News(runs=(Run(KEY, 0, anew=True),)), 0)).state == "probing"
-        assert (await store.report(News(failed=tuple(ids(1))), 10)) == Reading(CLOSED, changed=True)
+        assert (
+            await store.report(OutcomeReport(runs=(WorkspaceOutcomes(KEY, 0, after_success=True),)), 0)
+        ).state == "probing"
+        assert (await store.report(OutcomeReport(failed=tuple(ids(1))), 10)) == SharedState(CLOSED, changed=True)
 
     run(own, script)
 
@@ -267,7 +296,7 @@ def test_the_clock_is_set_while_open(own: Settings, clock: ServerClock, step: fl
             clock.go_on(0.01)
             waited += 0.01
             assert waited <= QUICK.longest_pause
-        assert reading == Reading("probing", 2, changed=True)
+        assert reading == SharedState("probing", 2, changed=True)
         clock.go_on(step)
         clock.go_on(QUICK.longest_pause)
         await told(store, [], 10, succeeded=False)
@@ -309,9 +338,9 @@ def test_attempts_in_flight_use_no_permits(own: Settings) -> None:
     """Attempts in flight when the breaker opens do not use up the permits for probes."""
 
     class Open:
-        async def report(self, news: News, wanted: int) -> Reading:
+        async def report(self, news: OutcomeReport, wanted: int) -> SharedState:
             del news, wanted
-            return Reading("open", tripped=frozenset({KEY}))
+            return SharedState("open", tripped=frozenset({KEY}))
 
         async def close(self) -> None: ...
 

@@ -13,7 +13,7 @@ import redis
 
 from followups.api.key_rate_limit import KeyRateLimit
 from followups.embedded import EmbeddedValkey
-from followups.flow_control.breaker import BreakerStore, News
+from followups.flow_control.breaker import BreakerStore, OutcomeReport
 from followups.flow_control.limiter import Bucket, Limiter, TokenRequest
 from followups.settings import Settings, load_settings
 from followups.worker.broker import App
@@ -72,7 +72,7 @@ async def test_limiter_and_breaker(place: tuple[Settings, redis.Redis], kind: st
 
     def ask() -> Coroutine[object, object, object]:
         if isinstance(client, BreakerStore):
-            return client.report(News((uuid4(),)), 0)
+            return client.report(OutcomeReport((uuid4(),)), 0)
         return client.ask([TokenRequest(uuid4(), MOMENT, (Bucket("all", 1000, 1000),))], [])
 
     await ask()

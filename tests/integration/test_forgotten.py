@@ -67,7 +67,7 @@ def test_the_next_ticks_find_an_orphan(
 ) -> None:
     """A cheap search finds a forgotten follow-up within two ticks, even if leases are long."""
     # on a busy machine, even a single search may seem expensive
-    monkeypatch.setattr(dispatcher, "FORGOTTEN_SHARE", 1.0)
+    monkeypatch.setattr(dispatcher, "ORPHAN_SEARCH_SHARE", 1.0)
     patient = settings.model_copy(update={"lease": timedelta(hours=1)})
     hints: list[Hint] = []
     ticking = Dispatcher(patient, engine, hints.append)
@@ -88,7 +88,7 @@ def test_the_next_ticks_find_an_orphan(
 
 def test_an_expensive_search_runs_rarely(engine: Engine, settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
     """An expensive search for forgotten follow-ups runs rarely, and does not stop claims."""
-    monkeypatch.setattr(dispatcher, "FORGOTTEN_SHARE", 1e-9)
+    monkeypatch.setattr(dispatcher, "ORPHAN_SEARCH_SHARE", 1e-9)
     seen: Counter[str] = Counter()
 
     def note(_connection: object, _cursor: object, statement: str, *_: object) -> None:

@@ -41,9 +41,9 @@ def test_a_stuck_loop_and_a_stuck_tick(
     heart.start()
     liveness.watch_work(heart, dispatcher, pipeline)
 
-    def age(part: str) -> float:
-        sign: dict[str, Any] = heart.parts()[part]
-        return time.monotonic() - sign["since"]
+    def age(component: str) -> float:
+        report: dict[str, Any] = heart.components()[component]
+        return time.monotonic() - report["since"]
 
     try:
         time.sleep(2.5)

@@ -11,7 +11,7 @@ from sqlalchemy import text
 from sqlalchemy.orm import Session
 
 import followups
-from followups.delivery import holds
+from followups.delivery import hold
 from followups.delivery.claim import claim
 from followups.scheduling import amend
 from followups.store import chat_order, leases, obstacles, pauses
@@ -46,7 +46,7 @@ def resume(world: World, scope: PauseScope) -> int:
 def free(world: World) -> int:
     """Release follow-ups that no current pause holds, and return how many were released."""
     with world.engine.begin() as connection:
-        return pauses.release_forgotten(connection)
+        return pauses.release_orphaned(connection)
 
 
 def test_a_paused_workspace(world: World, engine: Engine, settings: Settings) -> None:
@@ -106,7 +106,7 @@ def test_order_within_the_chat_is_kept(world: World, engine: Engine, settings: S
     resume(world, scope)
     assert begun(claim_and_begin(engine, settings)) == {first}
     with engine.begin() as connection:
-        assert chat_order.unblock_forgotten(connection) == 0
+        assert chat_order.unblock_orphaned(connection) == 0
     assert world.row(second).waits_for == first
 
 
@@ -143,7 +143,7 @@ def test_interrupted_while_resuming(world: World, engine: Engine, settings: Sett
     claim_and_begin(engine, settings)
     with engine.begin() as connection:
         assert pauses.resume(connection, scope)
-        assert pauses.count_forgotten(connection) == 5
+        assert pauses.count_orphaned(connection) == 5
     with engine.connect() as other:
         other.execute(text("SELECT FROM follow_ups WHERE id = :id FOR UPDATE"), {"id": ids[0]})
         assert free(world) == 4
@@ -160,7 +160,7 @@ def test_resumed_during_the_hold(world: World, engine: Engine, settings: Setting
     freed: list[int] = []
     with engine.connect() as holding:
         found = obstacles.find(holding, [lease], leases.Rules(settings.lease, settings.max_lateness, SECOND))
-        assert holds.hold(holding, settings, found)[0] == {follow_up}
+        assert hold.hold(holding, settings, found)[0] == {follow_up}
         resuming = threading.Thread(target=lambda: freed.append(resume(world, scope)))
         resuming.start()
         resuming.join(0.3)
@@ -193,7 +193,7 @@ def test_a_pause_that_was_deleted_by_hand(world: World, engine: Engine, settings
     for one in deleted:
         world.sql("DELETE FROM pauses WHERE workspace_id = :id", id=one.workspace_id)
     with engine.begin() as connection:
-        assert pauses.count_forgotten(connection) == 2
+        assert pauses.count_orphaned(connection) == 2
     assert (free(world), free(world)) == (2, 0)
     assert begun(claim_and_begin(engine, settings)) == {ids[1], ids[3]}
     assert all(world.row(ids[n]).pause_id is not None for n in (0, 2, 4))

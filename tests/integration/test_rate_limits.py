@@ -234,7 +234,7 @@ def test_a_paused_follow_up_returns_its_token(world: World, bench: Bench) -> Non
     wait_until(lambda: bench.limiters[0].given_back == 5)
     with world.engine.begin() as connection:
         pauses.resume(connection, scope)
-        pauses.release_forgotten(connection)
+        pauses.release_orphaned(connection)
     wait_until(lambda: set(receiver.received) == set(ids))
 
 

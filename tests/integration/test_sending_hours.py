@@ -14,7 +14,7 @@ from sqlalchemy.orm import Session
 import followups
 from followups.delivery.begin import begin
 from followups.delivery.claim import claim
-from followups.delivery.holds import hold
+from followups.delivery.hold import hold
 from followups.errors import InvalidRequestError, OutsideMessagingWindowError
 from followups.scheduling import amend
 from followups.sending_hours import EVERY_DAY, SendingHours, opens_at
@@ -113,9 +113,9 @@ def test_the_next_sending_period_is_stored(world: World, engine: Engine, setting
     world.sql("UPDATE sending_hours SET open_from = now() - interval '2 day', open_until = now() - interval '1 day'")
     follow_up = world.follow_up()
     beginning = claim_and_begin(engine, settings)
-    assert [lease.id for lease in beginning.locked] == [follow_up]
+    assert [lease.id for lease in beginning.retry_later] == [follow_up]
     assert world.scalar("SELECT open_from <= now() AND now() < open_until FROM sending_hours")
-    assert begun(begin(engine, settings, beginning.locked)) == {follow_up}
+    assert begun(begin(engine, settings, beginning.retry_later)) == {follow_up}
 
 
 def test_begun_just_before_the_opening(world: World, engine: Engine, settings: Settings) -> None:
@@ -148,7 +148,7 @@ def test_order_within_the_chat_is_kept(world: World, engine: Engine, settings: S
     assert begun(claim_and_begin(engine, settings)) == {first}
     assert world.row(second).waits_for == first
     with engine.begin() as connection:
-        assert chat_order.unblock_forgotten(connection) == 0
+        assert chat_order.unblock_orphaned(connection) == 0
 
 
 def test_changed_during_the_hold(world: World, engine: Engine, settings: Settings) -> None:
@@ -226,7 +226,7 @@ class TestLateness:
         with engine.connect() as changing:
             changing.execute(text("SELECT FROM sending_hours FOR UPDATE"))
             beginning = claim_and_begin(engine, brief)
-        assert (beginning.ended, [lease.id for lease in beginning.locked]) == ((), [night])
+        assert (beginning.ended, [lease.id for lease in beginning.retry_later]) == ((), [night])
         assert world.row(night).status == "pending"
 
     @pytest.mark.parametrize("hours", [OPEN, None])
@@ -388,7 +388,7 @@ def test_other_time_zone_data(world: World, engine: Engine, settings: Settings) 
     world.sql("UPDATE sending_hours SET open_from = now() + interval '1 h'")
     follow_up = world.follow_up()
     beginning = claim_and_begin(engine, settings)
-    assert (beginning.begun, beginning.locked) == ((), ())
+    assert (beginning.begun, beginning.retry_later) == ((), ())
     assert world.row(follow_up).held_until == world.scalar("SELECT open_from FROM sending_hours")
 
 

@@ -144,8 +144,8 @@ class TestSettle:
             connection.execute(text("SELECT FROM follow_ups WHERE id = :id FOR UPDATE"), {"id": held})
             settling = steps.settle(results)
             assert [one.id for one in settling.settled] == [other]
-            assert ([lease.id for lease in settling.locked], settling.stale) == ([held], 0)
-        steps.settle([one for one in results if one.begun.lease in settling.locked])
+            assert ([lease.id for lease in settling.retry_later], settling.stale) == ([held], 0)
+        steps.settle([one for one in results if one.begun.lease in settling.retry_later])
         assert world.row(held).status == "sent"
 
     def test_a_refused_cancel_delays_nothing(self, world: World, steps: Steps, engine: Engine) -> None:
@@ -170,7 +170,7 @@ class TestSettle:
         assert world.row(first).status == "sent"
         assert steps.claim().leases == ()
         with engine.begin() as connection:
-            assert chat_order.unblock_forgotten(connection) == 1
+            assert chat_order.unblock_orphaned(connection) == 1
         assert steps.begun().lease.id == second
 
     def test_the_search_skips_blocked_follow_ups_of_pending_ones(
@@ -182,7 +182,7 @@ class TestSettle:
         world.follow_up(chat, -SECOND)
         steps.begin(steps.claim().leases)
         with engine.begin() as connection:
-            assert chat_order.unblock_forgotten(connection) == 0
+            assert chat_order.unblock_orphaned(connection) == 0
 
 
 class TestCancelAgainstDeliver:
@@ -299,7 +299,7 @@ def test_settle_of_all_kinds_together(world: World, steps: Steps, engine: Engine
         stale: "pending",
         first: "sent",
     }
-    assert [lease.id for lease in settling.locked] == [held]
+    assert [lease.id for lease in settling.retry_later] == [held]
     assert (len(settling.settled), settling.stale) == (4, 1)
     assert [lease.id for lease in settling.unblocked] == [second]
     assert [len(world.failures(one)) for one in outcomes] == [1, 0, 1, 0, 0, 0]

@@ -125,7 +125,7 @@ def test_a_follow_up_that_cannot_begin(
     with capture_logs() as logs:
         beginning = claim_and_begin(engine, settings)
     assert begun(beginning) == good
-    assert beginning.locked == ()
+    assert beginning.retry_later == ()
     assert [(line["step"], line["follow_up_id"]) for line in logs if line["event"] == "row_refused"] == [
         ("begin", str(bad))
     ]

@@ -150,7 +150,7 @@ def test_each_is_taken_once(steps: list[tuple[str, int, int]], slots: int) -> No
         elif out:
             lease = out.pop(key % len(out))
             queue.slots.release(lease)
-            queue.slots.restore_quota([lease.id])
+            queue.slots.release_poison_quota([lease.id])
             if step == "defer":
                 queue.defer(lease, timedelta(0))
                 taken[lease.id] -= 1
@@ -167,9 +167,9 @@ def test_expired_leases_are_removed(monkeypatch: pytest.MonkeyPatch) -> None:
     assert queue.take(0) == []
     now = uptime()
     monkeypatch.setattr(time, "clock_gettime", lambda _clock: now + 61)
-    anew = overdue(NOISY, 1, 2)
-    queue.add(anew)
-    assert {lease.id for lease in queue.clear()} == {lease.id for lease in anew}
+    after_success = overdue(NOISY, 1, 2)
+    queue.add(after_success)
+    assert {lease.id for lease in queue.clear()} == {lease.id for lease in after_success}
     queue.add(overdue(QUIET, 1))
     assert [lease.key for lease in queue.take(9)] == [QUIET]
 

@@ -11,7 +11,14 @@ import pytest
 from redis.exceptions import ConnectionError as RedisConnectionError
 
 from followups import flow_control
-from followups.flow_control.breaker import CLOSED, BreakerStore, News, Reading, RecoveryPolicy, Run
+from followups.flow_control.breaker import (
+    CLOSED,
+    BreakerStore,
+    OutcomeReport,
+    RecoveryPolicy,
+    SharedState,
+    WorkspaceOutcomes,
+)
 from followups.flow_control.limiter import Bucket, Limiter, LimiterReply, TokenRequest
 from followups.settings import Settings, load_settings
 
@@ -53,10 +60,10 @@ def request(since: int, bucket: Bucket) -> TokenRequest:
     return TokenRequest(uuid4(), START + timedelta(seconds=since), (bucket,))
 
 
-def failed(*, key: int = FAILING, count: int = FAILURES) -> News:
+def failed(*, key: int = FAILING, count: int = FAILURES) -> OutcomeReport:
     """Return a report in which the given number of different follow-ups of one workspace failed."""
     ids: tuple[UUID, ...] = tuple(uuid4() for _ in range(count))
-    return News(ids, runs=(Run(key, max(count, 5), anew=False),))
+    return OutcomeReport(ids, runs=(WorkspaceOutcomes(key, max(count, 5), after_success=False),))
 
 
 async def test_a_bucket_and_its_queue(own: Settings) -> None:
@@ -81,17 +88,19 @@ async def test_the_breaker_opens_and_recovers(own: Settings) -> None:
     """The breaker opens for a failing workspace, permits probes after its pause, and finally closes."""
     policy = RecoveryPolicy(first_pause=0.0, probes=2, first_rate=20, last_rate=20)
     store = BreakerStore(own, "http", policy)
-    assert await store.report(failed(count=FAILURES - 1), 0) == Reading(CLOSED)
-    await store.report(News(runs=(Run(WELL, 0, anew=True),)), 0)
+    assert await store.report(failed(count=FAILURES - 1), 0) == SharedState(CLOSED)
+    await store.report(OutcomeReport(runs=(WorkspaceOutcomes(WELL, 0, after_success=True),)), 0)
     opened = await store.report(failed(count=1), 0)
-    assert opened == Reading("open", 0, changed=True, tripped=frozenset({FAILING}))
-    assert await store.report(News(), 9) == Reading("probing", 2, changed=True, tripped=frozenset({FAILING}))
-    assert (await store.report(News(succeeded=True), 9)).state == "recovering"
-    assert await store.report(News(), 9) == Reading(CLOSED, changed=True)
+    assert opened == SharedState("open", 0, changed=True, tripped=frozenset({FAILING}))
+    assert await store.report(OutcomeReport(), 9) == SharedState(
+        "probing", 2, changed=True, tripped=frozenset({FAILING})
+    )
+    assert (await store.report(OutcomeReport(succeeded=True), 9)).state == "recovering"
+    assert await store.report(OutcomeReport(), 9) == SharedState(CLOSED, changed=True)
 
 
 async def test_the_breaker_without_redis(own: Settings, server: fakeredis.FakeServer) -> None:
     """The breaker's store raises an error while Redis is unreachable."""
     server.connected = False
     with pytest.raises(RedisConnectionError):
-        await BreakerStore(own, "http").report(News(), 0)
+        await BreakerStore(own, "http").report(OutcomeReport(), 0)

@@ -110,13 +110,13 @@ def test_probes_run_before_each_write(tmp_path: Path) -> None:
     Once the process is stopping, only the report of its end is expected.
     """
     heart = Heartbeat(tmp_path, "worker", "w@here")
-    heart.probe(lambda: heart.sign("loop", SECOND, "is stuck"))
+    heart.probe(lambda: heart.report("loop", SECOND, "is stuck"))
     heart.start()
     time.sleep(1.3)
-    assert heart.parts().keys() == {"loop"}
+    assert heart.components().keys() == {"loop"}
     heart.end(SECOND, "has been stopping")
     time.sleep(1.1)
-    assert heart.parts().keys() == {"end"}
+    assert heart.components().keys() == {"end"}
     heart.stop()
 
 

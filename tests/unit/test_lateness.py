@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from followups.delivery.holds import UNREADABLE, closed_until, decide, sendable_from
+from followups.delivery.hold import UNREADABLE, closed_until, hold_or_end, sendable_from
 from followups.sending_hours import SendingHours, opens_at, span_of
 from followups.store.holds import Hold, WorkspaceHours
 from followups.store.leases import Lease
@@ -77,7 +77,7 @@ def test_too_late_is_final(hours: SendingHours, wanted: datetime, most: timedelt
     now, known = wanted, None
     for gap in gaps:
         obstacle = found(hours, wanted, now, known)
-        decided = decide(blocked(obstacle, most), most)
+        decided = hold_or_end(blocked(obstacle, most), most)
         if now >= opens_at(hours, wanted) + most:
             assert decided is None
             assert blocked(obstacle, most).too_late
@@ -114,10 +114,10 @@ def test_sending_hours_take_precedence_over_a_pause() -> None:
     """A paused follow-up outside sending hours is held by the hours until they begin, then by the pause."""
     pause = uuid4()
     outside = replace(found(MORNING, NOON, NOON), pause_id=pause)
-    held = decide(blocked(outside, HOUR), HOUR)
+    held = hold_or_end(blocked(outside, HOUR), HOUR)
     assert isinstance(held, Hold)
     assert (held.pause_id, held.until) == (None, NOON + 20 * HOUR)
     opened = replace(found(MORNING, NOON, held.until, held.sendable_from), pause_id=pause)
-    held = decide(blocked(opened, HOUR), HOUR)
+    held = hold_or_end(blocked(opened, HOUR), HOUR)
     assert isinstance(held, Hold)
     assert (held.pause_id, held.sendable_from) == (pause, opened.now)

@@ -46,13 +46,13 @@ Static files may be cached and set their own `cache-control`. No other response 
 """
 
 KEY = "followups.seen"
-"""The key under which an ASGI scope contains the request's `Seen`."""
+"""The key under which an ASGI scope contains the request's `RequestRecord`."""
 
 log = get_logger(__name__)
 
 
 @dataclass(slots=True)
-class Seen:
+class RequestRecord:
     """The data of a request that the access log records.
 
     ``status`` is None if the client disconnected before the response.
@@ -77,7 +77,7 @@ class Access:
             await self._app(scope, receive, send)
             return
         started = time.perf_counter()
-        seen = Seen(request_id_of(scope["headers"]))
+        seen = RequestRecord(request_id_of(scope["headers"]))
         inner = {**scope, KEY: seen}
         if scope["method"] == "HEAD":  # HEAD is served as GET; the server omits the body
             inner["method"] = "GET"
@@ -123,7 +123,7 @@ def _span(scope: Scope) -> AbstractContextManager[traces.Note]:
     return traces.NOTHING if scope["path"] in PROBES else traces.request(scope["method"], scope["headers"])
 
 
-def _attributes(scope: Scope, seen: Seen) -> dict[str, str | int]:
+def _attributes(scope: Scope, seen: RequestRecord) -> dict[str, str | int]:
     found = {
         "http.response.status_code": seen.status,
         "http.route": getattr(scope.get("route"), "path", None),
@@ -133,7 +133,7 @@ def _attributes(scope: Scope, seen: Seen) -> dict[str, str | int]:
     return {name: value for name, value in found.items() if value is not None}
 
 
-def _tell(seen: Seen, scope: Scope, seconds: float) -> None:
+def _tell(seen: RequestRecord, scope: Scope, seconds: float) -> None:
     failed = seen.status is not None and seen.status >= FAILED
     if scope["path"] in PROBES:  # probes arrive every few seconds; the response of a failing probe explains the failure
         tell = log.debug if seen.status == HTTPStatus.OK else log.info

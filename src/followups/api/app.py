@@ -25,7 +25,7 @@ from followups.api.gate import CONSOLE, Gate
 from followups.api.key_rate_limit import KeyRateLimit
 from followups.api.listening import MetricsPort
 from followups.api.metrics import Exposition
-from followups.api.pagination import Starts
+from followups.api.pagination import PageStarts
 from followups.api.routes import chats, console_links, follow_ups, health
 from followups.api.routes.health import ReadinessChecks
 from followups.api.shares import SharedResult, Shares
@@ -94,7 +94,7 @@ def create_app(settings: Settings, nudge: Callable[[], None] | None = None) -> F
         last_use=LastUse(),
         known_keys=KnownKeys(),
         shares=Shares(),
-        starts=Starts(),
+        starts=PageStarts(),
         exclusive_external_ids=settings.transport == "matrix",
     )
 

@@ -39,9 +39,9 @@ if TYPE_CHECKING:
     from fastapi.responses import Response
     from starlette.types import Scope
 
-    from followups.api.access_log import Seen
+    from followups.api.access_log import RequestRecord
     from followups.api.key_rate_limit import KeyRateLimit
-    from followups.api.pagination import Starts
+    from followups.api.pagination import PageStarts
     from followups.api.shares import Shares
     from followups.event_loop import Connection, Database
     from followups.models import FollowUp
@@ -73,7 +73,7 @@ class LastUse:
         """Start with no API keys."""
         self._recorded: dict[UUID, float] = {}
 
-    def is_news(self, key_id: UUID) -> bool:
+    def is_due(self, key_id: UUID) -> bool:
         """Return whether to record this use of the key, which happens at most once a minute per key."""
         now = time.monotonic()
         if now < self._recorded.get(key_id, 0.0):
@@ -124,7 +124,7 @@ class ApiServices:
     last_use: LastUse
     known_keys: KnownKeys
     shares: Shares
-    starts: Starts
+    starts: PageStarts
     exclusive_external_ids: bool
     """Whether each external id belongs to a single workspace.
 
@@ -187,7 +187,7 @@ class Caller:
         return self._identity.key_id
 
     @property
-    def starts(self) -> Starts:
+    def starts(self) -> PageStarts:
         """The stored starting points of deep pages."""
         return self._services.starts
 
@@ -285,7 +285,7 @@ class Caller:
         return rows
 
     async def _record_use(self) -> None:
-        if self._is_valid and self._services.last_use.is_news(self._identity.key_id):
+        if self._is_valid and self._services.last_use.is_due(self._identity.key_id):
             # The use of the key is recorded in a separate transaction. If it were recorded in the request's own
             # transaction, the row of the API key would stay locked until the request ends.
             with suppress(psycopg.Error, SQLAlchemyError):
@@ -327,21 +327,21 @@ async def admit(scope: Scope) -> None:
     hashed = api_keys.hash_of(key)
     identity = services.known_keys.get(hashed) if hashed else None
     if identity is None:
-        await services.shares.turnstile()
+        await services.shares.throttle()
         if hashed is None:
             raise UnauthorizedError
-        strangers = services.shares.strangers
-        await strangers.acquire()
+        unknown_keys = services.shares.unknown_keys
+        await unknown_keys.acquire()
         try:
-            async with strangers, services.database.reading() as connection:
+            async with unknown_keys, services.database.reading() as connection:
                 identity = await event_loop.run(connection, api_keys.authenticate.steps(key))
         finally:
-            strangers.release()
+            unknown_keys.release()
         if identity is None:
             raise UnauthorizedError
         services.known_keys.add(hashed, identity)
     scope[IDENTITY], scope[KEY_HASH] = identity, hashed
-    seen: Seen = scope[KEY]
+    seen: RequestRecord = scope[KEY]
     seen.workspace_id, seen.key_id = str(identity.workspace_id), str(identity.key_id)
     bind_contextvars(workspace_id=seen.workspace_id)
 

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-    from followups.api.shares import Turns
+    from followups.api.shares import RequestLimit
     from followups.console.application import Console
 
 KEYED = "/api/"
@@ -83,7 +83,7 @@ class RequestBody:
     budget: Budget
     most: int = MAX_BODY_SIZE
     size: int = 0
-    owner: Turns | None = None
+    owner: RequestLimit | None = None
     """The workspace whose share the body uses, or None if the request has no valid API key."""
     problem: problems.ProblemAnswer | None = None
 
@@ -104,7 +104,7 @@ class RequestBody:
         self.size += size
         return None
 
-    def charge(self, owner: Turns) -> None:
+    def charge(self, owner: RequestLimit) -> None:
         """Charge the body to a workspace, whose bodies may fill half of the memory for all bodies."""
         self.owner = owner
         owner.buffered += self.size
@@ -126,7 +126,7 @@ class Refusal(Exception):  # noqa: N818 - no error of ours, the client's
         self.problem = problem
 
 
-class Gone(Exception):  # noqa: N818 - no error of ours, the client's
+class ClientDisconnected(Exception):  # noqa: N818 - no error of ours, the client's
     """The client has disconnected, so no response can reach it."""
 
 
@@ -172,7 +172,7 @@ class Gate:
                 await _admit(scope)
                 await self._serve_api(scope, receive, answer)
                 return
-            await scope["app"].state.services.shares.turnstile()
+            await scope["app"].state.services.shares.throttle()
             console = getattr(scope["app"].state, "console", None) if scope["path"].startswith(CONSOLE) else None
             if console:
                 await self._serve_console(console, scope, receive, answer)
@@ -184,7 +184,7 @@ class Gate:
             await answer.problem(scope, receive, refusal.problem)
         except TooManyRequestsError as error:
             await answer.problem(scope, receive, problems.of_error(error))
-        except Gone:
+        except ClientDisconnected:
             return
         except Exception as error:  # noqa: BLE001 - the last resort: no stack trace leaves the process
             if not answer.begun:
@@ -194,18 +194,18 @@ class Gate:
 
     async def _serve_api(self, scope: Scope, receive: Receive, answer: _Answer) -> None:
         wire: RequestBody = scope[WIRE]
-        turns: Turns = scope["app"].state.services.shares.of(scope[IDENTITY].workspace_id)
-        wire.charge(turns)
+        limit: RequestLimit = scope["app"].state.services.shares.of(scope[IDENTITY].workspace_id)
+        wire.charge(limit)
         body = await _read_body(receive, wire)
-        await turns.acquire()  # acquired before a shared slot, so that one workspace cannot take every slot
+        await limit.acquire()  # acquired before a shared slot, so that one workspace cannot take every slot
         try:
             self._slots.acquire(MAX_WAITING, _FULL)
         except Refusal:
-            turns.release()
+            limit.release()
             raise
 
         def release() -> None:
-            turns.release()
+            limit.release()
             self._slots.release()
 
         await self._let_in(release, scope, _replay(body, receive), answer)
@@ -310,7 +310,7 @@ async def _read_body(receive: Receive, wire: RequestBody) -> bytes:
             while more:
                 message = await receive()
                 if message["type"] == "http.disconnect":
-                    raise Gone
+                    raise ClientDisconnected
                 if wire.problem or wire.size > wire.most:
                     raise Refusal(wire.problem or TOO_LARGE)
                 chunks.append(message.get("body", b""))

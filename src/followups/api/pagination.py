@@ -47,7 +47,7 @@ MOST_LISTS, MOST_STARTS = 1_000, 64
 """The maximum number of remembered lists, and of starting points remembered for each list."""
 
 
-class Starts:
+class PageStarts:
     """Remembered starting points, from which deep pages are read by key.
 
     Without a remembered starting point, the database took 30 ms to count the 15,000 rows before a page.

@@ -80,7 +80,7 @@ SLICE = 16 * 1024
 """Number of bytes that are parsed between two checks of the limits. One read returns up to 256 KiB."""
 
 
-class Crowd:
+class OpenConnections:
     """The state that all connections of a server share.
 
     The state includes the connections that can be closed to make room. The first is the connection that has been idle
@@ -129,14 +129,14 @@ class MessagePart(Enum):
 class LimitedProtocol(HttpToolsProtocol):
     """uvicorn's HTTP protocol with limits. The protocol's errors are problem+json instead of plain text."""
 
-    def __init__(self, crowd: Crowd, *given: Any, **named: Any) -> None:  # noqa: ANN401 - as uvicorn's
+    def __init__(self, connections: OpenConnections, *given: Any, **named: Any) -> None:  # noqa: ANN401 - as uvicorn's
         """Store the state that all connections of the server share."""
         super().__init__(*given, **named)
-        self._crowd = crowd
+        self._open_connections = connections
         self._part = MessagePart.BETWEEN
         self._has_ended = False
         self._head_size = 0
-        self._wire = RequestBody(crowd.bodies)
+        self._wire = RequestBody(connections.bodies)
         self._wire_size = 0
         self._last_answer: problems.ProblemAnswer | None = None
         self._header_due: asyncio.TimerHandle | None = None
@@ -150,18 +150,18 @@ class LimitedProtocol(HttpToolsProtocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override] # as uvicorn's
         """Close another connection if there are too many, and start the timer for the headers."""
-        if len(self.connections) >= MAX_CONNECTIONS and not self._crowd.make_room():
+        if len(self.connections) >= MAX_CONNECTIONS and not self._open_connections.make_room():
             transport.abort()
             return
         super().connection_made(transport)
         self.client = plain(self.client)
         self.app_state = {**self.app_state, PEER: self.client}
-        self._crowd.idle[self] = None
+        self._open_connections.idle[self] = None
         self._expect_header()
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Cancel the connection's timers and release its memory."""
-        self._crowd.forget(self)
+        self._open_connections.forget(self)
         self._header_came()
         if self._read_due is not None:
             self._read_due.cancel()
@@ -203,9 +203,9 @@ class LimitedProtocol(HttpToolsProtocol):
             raise ValueError(message)
         super().on_headers_complete()
         self._part = MessagePart.BODY
-        self._wire, self._wire_size = RequestBody(self._crowd.bodies), 0
+        self._wire, self._wire_size = RequestBody(self._open_connections.bodies), 0
         self.scope[WIRE] = self._wire  # type: ignore[literal-required] # our own
-        self._crowd.idle.pop(self, None)
+        self._open_connections.idle.pop(self, None)
 
     def on_body(self, body: bytes) -> None:
         """Store a chunk of the body, or refuse the request if there is not enough memory."""
@@ -235,19 +235,19 @@ class LimitedProtocol(HttpToolsProtocol):
         if self._last_answer is not None:
             self._answer(self._last_answer)
         else:
-            self._crowd.idle[self] = None
+            self._open_connections.idle[self] = None
 
     def pause_writing(self) -> None:
         """Record that the client reads the response more slowly than the server writes it."""
         super().pause_writing()
-        self._crowd.unread[self] = None
+        self._open_connections.unread[self] = None
         self._expect_reading()
-        self._crowd.bound_unsent()
+        self._open_connections.bound_unsent()
 
     def resume_writing(self) -> None:
         """Record that the client has read enough of its response, so that writing can continue."""
         super().resume_writing()
-        self._crowd.unread.pop(self, None)
+        self._open_connections.unread.pop(self, None)
         self._unsent = sys.maxsize
 
     def _parse(self, piece: memoryview) -> int:
@@ -338,7 +338,7 @@ def config_of(app: ASGIApp) -> uvicorn.Config:
     """Return uvicorn's configuration for the application."""
     return uvicorn.Config(
         app,
-        http=partial(LimitedProtocol, Crowd()),  # type: ignore[arg-type] # only called
+        http=partial(LimitedProtocol, OpenConnections()),  # type: ignore[arg-type] # only called
         ws="none",
         lifespan="on",
         log_config=None,  # the project's own logging uses one format for every line

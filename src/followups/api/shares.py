@@ -29,17 +29,17 @@ WAITING_SHARE = 128
 BUSY = 32
 """Once a workspace has this many requests running or waiting, its further requests use a turnstile."""
 
-STRANGERS_SHARE = 2
+UNKNOWN_KEYS_SHARE = 2
 """Maximum number of database connections for looking up API keys that this process does not know yet."""
 
 KEPT = 1.0
 """Seconds for which the result of a probe or scrape is reused."""
 
 TOO_MANY_WAIT = "Too many requests of this workspace are waiting; try again shortly."
-TOO_MANY_STRANGERS = "Too many requests whose keys are not yet checked are waiting; try again shortly."
+TOO_MANY_UNKNOWN_KEYS = "Too many requests whose keys are not yet checked are waiting; try again shortly."
 
 
-class Turnstile:
+class Throttle:
     """Lets one request pass in each iteration of the event loop, in the order of arrival.
 
     All requests without a known API key share one turnstile, and so do the requests of each busy workspace. All other
@@ -61,19 +61,19 @@ class Shares:
 
     def __init__(self) -> None:
         """Create the limits; no workspace has an entry yet."""
-        self.strangers = Turns(STRANGERS_SHARE, TOO_MANY_STRANGERS)
-        self.turnstile = Turnstile()
-        self._turns: WeakValueDictionary[UUID, Turns] = WeakValueDictionary()
+        self.unknown_keys = RequestLimit(UNKNOWN_KEYS_SHARE, TOO_MANY_UNKNOWN_KEYS)
+        self.throttle = Throttle()
+        self._limits: WeakValueDictionary[UUID, RequestLimit] = WeakValueDictionary()
 
-    def of(self, workspace_id: UUID) -> Turns:
+    def of(self, workspace_id: UUID) -> RequestLimit:
         """Return the workspace's limit, which is used as a context manager for each of its requests."""
-        turns = self._turns.get(workspace_id)
-        if turns is None:
-            turns = self._turns[workspace_id] = Turns()
-        return turns
+        limit = self._limits.get(workspace_id)
+        if limit is None:
+            limit = self._limits[workspace_id] = RequestLimit()
+        return limit
 
 
-class Turns:
+class RequestLimit:
     """A limit on the requests of one workspace, or on all requests with an unknown API key.
 
     A request is counted from `acquire` until `release`. Used as a context manager, a limit also waits until a database
@@ -83,7 +83,7 @@ class Turns:
     def __init__(self, share: int = SHARE, refusal: str = TOO_MANY_WAIT) -> None:
         """Store the number of database connections, and the error message for too many waiting requests."""
         self._semaphore = asyncio.Semaphore(share)
-        self._turnstile = Turnstile()
+        self._throttle = Throttle()
         self._refusal = refusal
         self._inside = 0
         self.buffered = 0
@@ -92,7 +92,7 @@ class Turns:
     async def acquire(self) -> None:
         """Count a request. Raises `TooManyRequestsError` if the limit is already reached."""
         if self._inside >= BUSY:
-            await self._turnstile()
+            await self._throttle()
         if self._inside >= WAITING_SHARE:
             raise TooManyRequestsError(self._refusal)
         self._inside += 1

@@ -20,7 +20,7 @@ from followups.telemetry.escaping import escape
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
-    from followups.store.deletion import Whole
+    from followups.store.deletion import DeletionScope
 
     Batches = Callable[[], Iterator[dict[str, int]]]
 
@@ -33,7 +33,7 @@ Yes = Annotated[bool, typer.Option("--yes", "-y", help="Don't ask.")]
 
 
 @dataclass(frozen=True, slots=True)
-class Manner:
+class BulkOptions:
     """The options that all bulk commands share."""
 
     dry_run: bool
@@ -61,7 +61,7 @@ class BulkPreview:
         return f"{self.number:,} {self.noun}{'' if self.number == 1 else 's'}"
 
 
-def carry_out(plan: BulkPreview, batches: Batches, manner: Manner) -> None:
+def carry_out(plan: BulkPreview, batches: Batches, manner: BulkOptions) -> None:
     """Run the batches, unless this is a dry run or the operator declines.
 
     Each batch yields its counts, keyed by name. The counts ``plan.done`` and ``passedOver`` advance the progress bar.
@@ -150,7 +150,7 @@ PATIENCE = timedelta(seconds=15)
 """How long to wait for attempts in flight, in addition to the duration of a lease."""
 
 
-def carry_out_deletion(whole: Whole, what: str, name: str, manner: Manner) -> None:
+def carry_out_deletion(whole: DeletionScope, what: str, name: str, manner: BulkOptions) -> None:
     """Delete a workspace or chat, unless this is a dry run or the operator does not confirm its ``name``."""
     with connection.engine() as engine:
         with engine.connect() as opened:

@@ -10,7 +10,7 @@ from sqlalchemy.orm import Session
 
 from followups import checks, scheduling
 from followups.cli import batches, connection
-from followups.cli.batches import DryRun, Manner, Yes
+from followups.cli.batches import BulkOptions, DryRun, Yes
 from followups.cli.documents import follow_up_document
 from followups.cli.entry import examples
 from followups.cli.options import (
@@ -64,7 +64,7 @@ def cancel(  # noqa: PLR0913 - one for each option
     """
     require_either(follow_up_id, chat or workspace, "--chat or --workspace")
     if follow_up_id is None:
-        _cancel_many(workspace=workspace, chat=chat, reason=reason, manner=Manner(dry_run, yes, json))
+        _cancel_many(workspace=workspace, chat=chat, reason=reason, manner=BulkOptions(dry_run, yes, json))
         return
     refuse_bulk_options(dry_run=dry_run)
     with connection.session() as session:
@@ -75,7 +75,7 @@ def cancel(  # noqa: PLR0913 - one for each option
         say(f"{follow_up.id} is cancelled: {follow_up.reason}")
 
 
-def _cancel_many(*, workspace: str | None, chat: UUID | None, reason: str | None, manner: Manner) -> None:
+def _cancel_many(*, workspace: str | None, chat: UUID | None, reason: str | None, manner: BulkOptions) -> None:
     if reason is not None:
         checks.check_reason(reason, Status.CANCELLED)
     final = checks.final_of(Status.CANCELLED, reason)

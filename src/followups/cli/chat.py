@@ -8,14 +8,14 @@ from uuid import UUID  # noqa: TC003 - Typer reads the annotations
 import typer
 
 from followups.cli import batches, connection
-from followups.cli.batches import DryRun, Manner, Yes
+from followups.cli.batches import BulkOptions, DryRun, Yes
 from followups.cli.entry import examples
 from followups.cli.options import EXAMPLE_CHAT
 from followups.cli.output import Json  # noqa: TC001 - likewise
 from followups.errors import ChatNotFoundError
 from followups.models import Chat
 from followups.store import workspaces
-from followups.store.deletion import Whole
+from followups.store.deletion import DeletionScope
 
 EXAMPLE = f"followups chat delete {EXAMPLE_CHAT} --workspace acme"
 
@@ -47,4 +47,6 @@ def delete(
         owner = workspaces.find(session, workspace).id
         if session.get(Chat, (owner, chat_id)) is None:
             raise ChatNotFoundError
-    batches.carry_out_deletion(Whole(owner, chat_id), f"chat {chat_id}", str(chat_id), Manner(dry_run, yes, json))
+    batches.carry_out_deletion(
+        DeletionScope(owner, chat_id), f"chat {chat_id}", str(chat_id), BulkOptions(dry_run, yes, json)
+    )

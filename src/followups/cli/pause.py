@@ -85,7 +85,7 @@ def resume(*, workspace: Workspace = None, channel: OneChannel = None, json: Jso
             scope = _scope(session, workspace, channel)
             was_paused = administration.resume(session, connection.actor(), scope)
         with engine.connect() as opened:
-            number = pauses.count_forgotten(opened)
+            number = pauses.count_orphaned(opened)
         freed = _release(engine, number)
         with engine.connect() as opened:
             standing = pauses.standing(opened)

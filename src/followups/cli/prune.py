@@ -15,7 +15,7 @@ from sqlalchemy.orm import Session
 
 from followups.api import schemas
 from followups.cli import batches, connection
-from followups.cli.batches import DryRun, Manner, Yes
+from followups.cli.batches import BulkOptions, DryRun, Yes
 from followups.cli.documents import failure_document
 from followups.cli.entry import examples
 from followups.cli.options import parse_age
@@ -87,7 +87,7 @@ def prune(
             remove = _remover(engine, archive, stack, message=message) if archive else pruning.delete_finished
             return bulk.prune(engine, connection.actor(), before, remove)
 
-        batches.carry_out(plan, deletions, Manner(dry_run, yes, json))
+        batches.carry_out(plan, deletions, BulkOptions(dry_run, yes, json))
 
 
 def _moment(now: datetime, age: timedelta) -> datetime:

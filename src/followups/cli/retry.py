@@ -10,7 +10,7 @@ from sqlalchemy.orm import Session
 
 from followups import scheduling
 from followups.cli import batches, connection
-from followups.cli.batches import DryRun, Manner, Yes
+from followups.cli.batches import BulkOptions, DryRun, Yes
 from followups.cli.documents import follow_up_document
 from followups.cli.entry import examples
 from followups.cli.options import (
@@ -84,7 +84,7 @@ def retry(  # noqa: PLR0913 - one for each option
         if since is None or due is not None:
             message = "--failed needs --since, as in --since 2h, and takes no --due."
             raise typer.BadParameter(message)
-        _retry_many(since=since, workspace=workspace, codes=reason or (), manner=Manner(dry_run, yes, json))
+        _retry_many(since=since, workspace=workspace, codes=reason or (), manner=BulkOptions(dry_run, yes, json))
         connection.ask_for_tick()
         return
     refuse_bulk_options(dry_run=dry_run, since=since, workspace=workspace, reason=reason)
@@ -101,7 +101,7 @@ def retry(  # noqa: PLR0913 - one for each option
         remark(f"A new follow-up, due {readable(follow_up.due_date)}; {follow_up_id} stays failed.")
 
 
-def _retry_many(*, since: Since, workspace: str | None, codes: Sequence[ReasonCode], manner: Manner) -> None:
+def _retry_many(*, since: Since, workspace: str | None, codes: Sequence[ReasonCode], manner: BulkOptions) -> None:
     with connection.engine() as engine:
         with Session(engine) as session:
             owner = workspace_id_of(session, workspace)

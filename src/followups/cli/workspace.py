@@ -10,7 +10,7 @@ import typer
 from sqlalchemy.orm import Session
 
 from followups.cli import batches, connection
-from followups.cli.batches import DryRun, Manner, Yes
+from followups.cli.batches import BulkOptions, DryRun, Yes
 from followups.cli.documents import hours_document, workspace_document
 from followups.cli.entry import examples
 from followups.cli.options import parse_clock, parse_days
@@ -18,7 +18,7 @@ from followups.cli.output import Json, print_json, print_table, remark, say
 from followups.operations import administration
 from followups.sending_hours import EVERY_DAY, SendingHours
 from followups.store import holds, sending_hours, workspaces
-from followups.store.deletion import Whole
+from followups.store.deletion import DeletionScope
 from followups.wording import readable
 
 if TYPE_CHECKING:
@@ -91,8 +91,8 @@ def delete(
     """
     with connection.session() as session:
         found = workspaces.find(session, name, to_delete=True)
-    whole = Whole(found.id)
-    batches.carry_out_deletion(whole, f"workspace {found.name}", found.name, Manner(dry_run, yes, json))
+    whole = DeletionScope(found.id)
+    batches.carry_out_deletion(whole, f"workspace {found.name}", found.name, BulkOptions(dry_run, yes, json))
 
 
 @app.command(

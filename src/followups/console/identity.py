@@ -29,7 +29,7 @@ def identify(visit: Visit, scope: Scope) -> None:
     services = visit.services
     name = services.cookie_name(scope["scheme"])
     token = visit.cookies.get(name, "")
-    told = _told_by_proxy(services, visit.headers, scope)
+    told = _from_proxy_header(services, visit.headers, scope)
     role = services.settings.console_proxy_role or "viewer"
     with visit.transaction() as session:
         found = console_sessions.find(session, token) if token else None
@@ -74,7 +74,7 @@ def is_known(services: ConsoleServices, cookies: Mapping[str, str], scheme: str)
         return console_sessions.find(session, token) is not None
 
 
-def _told_by_proxy(services: ConsoleServices, headers: Mapping[str, str], scope: Scope) -> str:
+def _from_proxy_header(services: ConsoleServices, headers: Mapping[str, str], scope: Scope) -> str:
     """Return the person's name from a trusted proxy's header, or an empty string if there is none."""
     header = services.settings.console_proxy_header
     if header is None:

@@ -21,7 +21,7 @@ from followups.settings import networks_of
 if TYPE_CHECKING:
     from collections.abc import Callable, Hashable
 
-    from followups.flow_control.breaker import Shown
+    from followups.flow_control.breaker import BreakerStatus
     from followups.settings import Settings
 
 
@@ -99,9 +99,9 @@ class ConsoleServices:
         self.base = urlsplit(settings.public_url or "").path + PREFIX
         self.proxies = networks_of(settings.console_proxy_addresses)
 
-    def breaker(self) -> Shown | None:
+    def breaker(self) -> BreakerStatus | None:
         """Return the breaker's state, which may be a second old, or None if the broker is unreachable."""
-        shown: Shown | None = self.results.get("breaker", lambda: breaker_state(self.settings))
+        shown: BreakerStatus | None = self.results.get("breaker", lambda: breaker_state(self.settings))
         return shown
 
     def is_secure(self, scheme: str) -> bool:

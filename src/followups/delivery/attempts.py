@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
     from followups.states import Final
     from followups.store.leases import Lease
-    from followups.store.settlement import Settled
+    from followups.store.settlement import SettledFollowUp
     from followups.transports.port import Delivery, Outcome
 
 
@@ -45,11 +45,11 @@ class BatchResult:
     begun: tuple[Begun, ...] = ()
     ended: tuple[tuple[UUID, Final], ...] = ()
     """Follow-ups that ended without an attempt."""
-    settled: tuple[Settled, ...] = ()
+    settled: tuple[SettledFollowUp, ...] = ()
     """Follow-ups whose outcomes were recorded."""
     stale: int = 0
     """Number of outcomes that were not recorded, since another worker had taken over their leases."""
-    locked: tuple[Lease, ...] = ()
+    retry_later: tuple[Lease, ...] = ()
     """Follow-ups to be tried again shortly, because another transaction has locked their rows."""
     deferred: tuple[tuple[Lease, timedelta], ...] = ()
     """Follow-ups that remain leased, each with the time until a rate limit allows the follow-up to begin."""

@@ -11,7 +11,7 @@ from functools import partial
 from itertools import chain
 from typing import TYPE_CHECKING, Any
 
-from followups.delivery import events, holds
+from followups.delivery import events, hold
 from followups.delivery.attempts import BatchResult, Begun
 from followups.halving import halve, halve_within
 from followups.states import ReasonCode, Status, finish
@@ -78,7 +78,7 @@ def begin(engine: Engine, settings: Settings, batch: Sequence[Lease]) -> BatchRe
         for field in fields(BatchResult)
         if field.name != "stale"
     }
-    return BatchResult(**parts | {"locked": (*parts["locked"], *halved.left)})
+    return BatchResult(**parts | {"retry_later": (*parts["retry_later"], *halved.left)})
 
 
 def _defer(engine: Engine, lease: Lease) -> None:
@@ -99,7 +99,7 @@ def _begin(settings: Settings, batch: Sequence[Lease], connection: Connection) -
         return BatchResult(begun)
     started = {one.lease.id for one in begun}
     missing = [lease for lease in batch if lease.id not in started]
-    return _explain_missing(connection, settings, begun, obstacles.find(connection, missing, rules))
+    return _hold_end_or_park(connection, settings, begun, obstacles.find(connection, missing, rules))
 
 
 def _as_stored(lease: Lease, token: int, due: datetime) -> Lease:
@@ -107,10 +107,10 @@ def _as_stored(lease: Lease, token: int, due: datetime) -> Lease:
     return lease if lease.token == token and lease.due == due else lease._replace(token=token, due=due)
 
 
-def _explain_missing(
+def _hold_end_or_park(
     connection: Connection, settings: Settings, begun: tuple[Begun, ...], missing: list[Obstacle]
 ) -> BatchResult:
-    held, not_held, ends = holds.hold(connection, settings, missing)
+    held, not_held, ends = hold.hold(connection, settings, missing)
     missing = [obstacle for obstacle in missing if obstacle.lease.id not in held]
     # Begin does not end a follow-up that should be held, because its lateness does not count while sending hours are
     # closed.
@@ -128,7 +128,7 @@ def _explain_missing(
     return BatchResult(
         begun=begun,
         ended=tuple((lease.id, final) for lease, final in verdicts if lease.id in ended),
-        locked=tuple(o.lease for o in missing if o.lease.id not in ended | parked),
+        retry_later=tuple(o.lease for o in missing if o.lease.id not in ended | parked),
         unblocked=tuple(unblocked),
         blocking=tuple(blocking),
     )

@@ -42,14 +42,14 @@ the beginning.
 LOOKING_SHARE = 0.1
 """The maximum share of the dispatcher's time for slow claims, which search the index from its beginning."""
 
-FORGOTTEN_SHARE = 0.01
+ORPHAN_SEARCH_SHARE = 0.01
 """Largest share of its time that the dispatcher spends on checking blocked and paused follow-ups.
 
 Even if their checks take longer than this share, blocked and paused follow-ups are checked at least once per lease
 time.
 """
 
-PASSED_OVER = 60.0
+SKIPPED_FOR = 60.0
 """Seconds for which claims skip a row that cannot be written, before the row is tried again."""
 
 BACKOFF = 0.05
@@ -84,15 +84,15 @@ class Dispatcher:
         self._backoff = BACKOFF
         self._in_grace = False
         self._busy_pause = AFTER_ANOTHER
-        self._next_look = 0.0
+        self._next_orphan_search = 0.0
         self._since: datetime | None = None
-        self._looked_since: datetime | None = None
+        self._claimed_since: datetime | None = None
         self._next_statistics = 0.0
         self._refreshing: threading.Thread | None = None
         self._next_whole = 0.0
-        self._looked_at_all = True
+        self._claimed_from_all = True
         self._left_some = False
-        self._passed_over: dict[UUID, float] = {}
+        self._skipped: dict[UUID, float] = {}
         """Follow-ups that claims must skip, each with the monotonic time until which to skip it."""
         self._interval = ClaimInterval(settings.max_in_flight)
         self.busy_since: float | None = None
@@ -131,7 +131,7 @@ class Dispatcher:
     def _run(self) -> None:
         while True:
             self.busy_since = None
-            prompted = self._wanted.wait(self._until_next_look())
+            prompted = self._wanted.wait(self._seconds_to_next_claim())
             self._wanted.clear()
             if self._stopping.is_set():
                 return
@@ -142,35 +142,35 @@ class Dispatcher:
                 events.succeeded("claim")
             except Exception as error:  # noqa: BLE001 - the next tick tries again, whatever it was
                 events.failed("claim", error, self._engine)
-                if self._pass_over(error):
+                if self._skip_failing_rows(error):
                     self._wanted.set()
                     continue
                 self._stopping.wait(self._backoff)
                 self._backoff = min(self._backoff * 2, LONGEST_BACKOFF)
 
-    def _pass_over(self, error: Exception) -> bool:
+    def _skip_failing_rows(self, error: Exception) -> bool:
         """Find the rows that made a claim fail, so that later claims skip them; return whether any were found."""
         if not concerns_a_row(error):
             return False
         with suppress(SQLAlchemyError):
             found = unclaimable(
-                self._engine, self._settings, self._looked_since, self._without(), fairly=self._left_some
+                self._engine, self._settings, self._claimed_since, self._without(), fairly=self._left_some
             )
-            self._passed_over |= dict.fromkeys(found, time.monotonic() + PASSED_OVER)
+            self._skipped |= dict.fromkeys(found, time.monotonic() + SKIPPED_FOR)
             return bool(found)
         return False
 
     def _without(self) -> tuple[UUID, ...]:
         now = time.monotonic()
-        self._passed_over = {one: until for one, until in self._passed_over.items() if until > now}
-        return tuple(self._passed_over)
+        self._skipped = {one: until for one, until in self._skipped.items() if until > now}
+        return tuple(self._skipped)
 
-    def _until_next_look(self) -> float | None:
+    def _seconds_to_next_claim(self) -> float | None:
         """Return the seconds until a claim that needs no tick, or None if the next claim needs a tick."""
         if self._in_grace:
             return IN_GRACE
         # A possible reason for the requested tick is that a row was inserted below the low-water mark.
-        if self._looked_at_all:
+        if self._claimed_from_all:
             return None
         return max(0.0, max(self._next_whole, self._interval.next) - time.monotonic())
 
@@ -181,7 +181,7 @@ class Dispatcher:
         """
         deadline = time.monotonic() + seconds
         self._interval.begin()
-        self._unblock_forgotten()
+        self._release_orphans()
         # After the deadline, the remaining claims are left to the next tick, possibly of another dispatcher. If two
         # dispatchers alternate, claims are twice as frequent, and each takes half as many follow-ups.
         while self._interval.next <= deadline:
@@ -190,18 +190,18 @@ class Dispatcher:
             if time.monotonic() >= deadline:
                 return
 
-    def _unblock_forgotten(self) -> None:
+    def _release_orphans(self) -> None:
         """Unblock follow-ups that no longer wait for another follow-up, on every tick or less often if slow.
 
         An error during unblocking does not stop the claims.
         """
         started = time.monotonic()
-        if started < self._next_look:
+        if started < self._next_orphan_search:
             return
         with self._engine.begin() as connection:
             last_tick.ensure_recordable(connection)
         refused: dict[UUID, Exception] = {}
-        for unblock in (chat_order.unblock_forgotten, pauses.release_forgotten):
+        for unblock in (chat_order.unblock_orphaned, pauses.release_orphaned):
             known = -1
             try:
                 # rows that cannot be written must not keep the rows after them from being claimed
@@ -215,7 +215,7 @@ class Dispatcher:
             events.refused("unblock", follow_up_id, cause)
         # A row that cannot be written is tried again only once per lease time.
         took = inf if refused else time.monotonic() - started
-        self._next_look = started + min(took / FORGOTTEN_SHARE, self._settings.lease.total_seconds())
+        self._next_orphan_search = started + min(took / ORPHAN_SEARCH_SHARE, self._settings.lease.total_seconds())
 
     def _claim_and_publish(self) -> bool:
         """Claim and publish once; return whether there may be more to claim."""
@@ -264,20 +264,20 @@ class Dispatcher:
         of the entries of pending follow-ups. Reading past 36,000 index entries of sent follow-ups took 34 ms.
         """
         started = time.monotonic()
-        look_at_all = started >= self._next_whole
+        from_all = started >= self._next_whole
         take = claim_fairly if self._left_some else claim
-        self._looked_since = None if look_at_all else self._since
-        claimed = take(self._engine, self._settings, self._looked_since, self._without())
+        self._claimed_since = None if from_all else self._since
+        claimed = take(self._engine, self._settings, self._claimed_since, self._without())
         took = time.monotonic() - started
         if claimed.busy:
             return claimed, took
-        self._looked_at_all = look_at_all
+        self._claimed_from_all = from_all
         self._in_grace = claimed.in_grace
         taken = len(claimed.leases) + len(claimed.ended)
         self._interval.note(taken, started, more=claimed.more, cut_short=claimed.cut_short)
         self._left_some = claimed.more
         self._since = claimed.low_water
-        if self._looked_at_all and took > QUICK:
+        if self._claimed_from_all and took > QUICK:
             self._next_whole = started + took / LOOKING_SHARE
         events.claimed(claimed, took)
         return claimed, took

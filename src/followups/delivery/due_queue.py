@@ -58,16 +58,16 @@ class DueQueue:
         """A heap of the leases that are not due yet."""
         self._fair = FairQueue(slots)
         self._sequence = itertools.count()
-        self._next_look = 0.0
+        self._next_expiry_check = 0.0
         self._closed = False
 
     def add(self, leases: Iterable[Lease], task_id: str = "") -> None:
         """Enqueue new leases with the id of the Celery task that carried their hint."""
         now, known = uptime(), self._clock.known
-        if now >= self._next_look:
+        if now >= self._next_expiry_check:
             # While the breaker is open, no lease is taken from the due queue. Meanwhile, each tick claims leases that
             # have expired and enqueues them again.
-            self._next_look = now + self._lease
+            self._next_expiry_check = now + self._lease
             self._fair.drop_expired(now)
         moment = self._clock.now() if known else None
         for new in leases:

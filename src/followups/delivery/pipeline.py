@@ -197,7 +197,7 @@ class Pipeline:
             begun = {one.lease.id for one in step.begun}
             self._release([lease for lease in leases if lease.id not in begun])
         events.ended(step.ended)
-        for lease in step.locked:
+        for lease in step.retry_later:
             self._queue.defer_refused(lease)
         for lease, wait in step.deferred:
             self._queue.defer(lease, wait)
@@ -216,7 +216,7 @@ class Pipeline:
             self._slots.release(begun.lease)
             self._queue.changed.set()
             if attempt is None:
-                self._slots.restore_quota([begun.lease.id])
+                self._slots.release_poison_quota([begun.lease.id])
         if attempt is None:
             events.abandoned(begun)
             return
@@ -225,7 +225,7 @@ class Pipeline:
         events.attempted(attempt, self._transport.name)
 
     def _settled(self, step: BatchResult, attempts: Sequence[Attempt]) -> None:
-        self._slots.restore_quota(attempt.begun.lease.id for attempt in attempts)
+        self._slots.release_poison_quota(attempt.begun.lease.id for attempt in attempts)
         self._queue.changed.set()
         self._enqueue_unblocked(step)
         horizon = self._clock.now() + self._settings.tick_interval
@@ -263,7 +263,7 @@ class Pipeline:
         """Release the slots of leases that did not begin."""
         for lease in leases:
             self._slots.release(lease)
-        self._slots.restore_quota(lease.id for lease in leases)
+        self._slots.release_poison_quota(lease.id for lease in leases)
 
     def _wanted(self) -> int:
         """Return how many follow-ups of tripped workspaces could begin now."""

@@ -143,9 +143,9 @@ class Settler:
                 backoff = min(backoff * 2, LONGEST_BACKOFF)
         events.succeeded("settle")
         events.settled(step)
-        locked = {lease.id for lease in step.locked}
-        self._settled(step, [attempt for attempt in batch if attempt.begun.lease.id not in locked])
-        self._add_later([attempt for attempt in batch if attempt.begun.lease.id in locked], SETTLE_RETRY_DELAY)
+        retry_later = {lease.id for lease in step.retry_later}
+        self._settled(step, [attempt for attempt in batch if attempt.begun.lease.id not in retry_later])
+        self._add_later([attempt for attempt in batch if attempt.begun.lease.id in retry_later], SETTLE_RETRY_DELAY)
 
     async def _record_apart(self, batch: Sequence[Attempt]) -> None:
         """Isolate a result that the database rejects, so that it does not delay other results."""
@@ -172,7 +172,7 @@ class Settler:
 def settle(engine: Engine, settings: Settings, attempts: Sequence[Attempt]) -> BatchResult:
     """Record the outcomes in one transaction, and unblock the next follow-ups of their chats."""
     policy, deduplicates = settings.retry_policy, settings.transport_deduplicates
-    decided = [decide(attempt, policy, deduplicates=deduplicates) for attempt in attempts]
+    decided = [settlement_of(attempt, policy, deduplicates=deduplicates) for attempt in attempts]
     record = partial(_record, settings, attempts, decided)
     try:
         return transact(engine, partial(record, chat_order.unblock_and_lease))
@@ -203,13 +203,13 @@ def _record(
     return BatchResult(
         settled=tuple(settled),
         stale=len(attempts) - len(settled) - len(in_flight),
-        locked=tuple(lease for lease in missing if lease.id in in_flight),
+        retry_later=tuple(lease for lease in missing if lease.id in in_flight),
         unblocked=tuple(unblocked),
         blocking=tuple(blocking),
     )
 
 
-def decide(attempt: Attempt, policy: RetryPolicy, *, deduplicates: bool) -> Settlement:
+def settlement_of(attempt: Attempt, policy: RetryPolicy, *, deduplicates: bool) -> Settlement:
     """Return the settlement of one attempt, which depends only on its outcome.
 
     Apart from the clock and the random jitter, this function is pure.
@@ -223,7 +223,7 @@ def decide(attempt: Attempt, policy: RetryPolicy, *, deduplicates: bool) -> Sett
                 chat_message_id=chat_message_id,
                 accepted_ago=uptime() - attempt.answered,
                 seconds=attempt.duration.total_seconds(),
-                yields=False,
+                cancel_takes_precedence=False,
             )
         case Rejected(detail):
             final = finish(Status.FAILED, ReasonCode.REJECTED, detail)
@@ -237,7 +237,7 @@ def decide(attempt: Attempt, policy: RetryPolicy, *, deduplicates: bool) -> Sett
             return _try_again(attempt, policy, f"{detail[:ROOM]}{NOT_KNOWN}", None, cancel_detail=NOT_KNOWN)
         case Unknown(detail):
             final = finish(Status.FAILED, ReasonCode.OUTCOME_UNKNOWN, detail)
-            return Settlement(lease, final.status, final.reason, yields=False)
+            return Settlement(lease, final.status, final.reason, cancel_takes_precedence=False)
 
 
 def _try_again(

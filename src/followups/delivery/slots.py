@@ -55,7 +55,7 @@ class Slots:
         else:
             del self._of_workspace[lease.key]
 
-    def restore_quota(self, ids: Iterable[UUID]) -> None:
+    def release_poison_quota(self, ids: Iterable[UUID]) -> None:
         """Free the quota of possible poison pills that did not begin or whose outcomes are recorded."""
         for one in ids:
             self._poison_pills.pop(one, None)

@@ -49,11 +49,11 @@ REFUSING = {401, 403}
 For example, after a secret has expired, every message is rejected with one of these codes.
 """
 
-LOOK = 1.0
+READ_INTERVAL = 1.0
 """Seconds between two reads of the shared state while the breaker is closed. A change to the state is noticed within
 this time.
 """
-LOOK_WHILE_OPEN = 0.1
+READ_INTERVAL_WHILE_OPEN = 0.1
 """Seconds between two reads of the shared state while follow-ups wait for the breaker."""
 KEPT = 3600
 """Seconds after which the breaker's state is deleted if it is not used."""
@@ -63,20 +63,20 @@ AWAY = 5.0
 log = get_logger(__name__)
 
 
-class Run(NamedTuple):
+class WorkspaceOutcomes(NamedTuple):
     """A workspace's outcomes since the last report; ``key`` is the workspace queue's key."""
 
     key: int
     failures: int
     """Number of failures in a row, up to and including the last attempt."""
-    anew: bool
+    after_success: bool
     """Whether an attempt of the workspace succeeded before these failures. If so, failures reported before this success
     no longer count.
     """
 
 
 @dataclass(frozen=True, slots=True)
-class News:
+class OutcomeReport:
     """Outcomes that have been recorded since the last report to the shared state.
 
     While the breaker is not closed, only outcomes of tripped workspaces count.
@@ -89,12 +89,12 @@ class News:
     """
     succeeded: bool = False
     """Whether an attempt succeeded and counts towards the breaker."""
-    runs: tuple[Run, ...] = ()
+    runs: tuple[WorkspaceOutcomes, ...] = ()
     """The outcomes of every workspace, whether it is tripped or not."""
 
 
 @dataclass(frozen=True, slots=True)
-class Reading:
+class SharedState:
     """The shared state of the breaker.
 
     While the breaker is not closed, ``tripped`` workspaces may begin at most ``permits`` follow-ups.
@@ -156,22 +156,22 @@ class BreakerStore:
         self._in_a_row = max(1, min(policy.in_a_row, settings.max_attempts - 1))
         self._policy = policy.arguments()
 
-    async def report(self, news: News, wanted: int) -> Reading:
+    async def report(self, outcomes: OutcomeReport, wanted: int) -> SharedState:
         """Report outcomes and request permits.
 
         Raises `redis.RedisError` or `OSError` if Redis is unreachable.
         """
-        added = ([one.hex for one in news.failed], news.runs)
+        added = ([one.hex for one in outcomes.failed], outcomes.runs)
         arguments: list[float | str] = [
             self._threshold,
             wanted,
-            int(news.succeeded),
+            int(outcomes.succeeded),
             *self._policy,
             self._in_a_row,
             *map(json.dumps, added),
         ]
         state, permits, changed, tripped = await self._script(keys=self._keys, args=arguments)
-        return Reading(state, int(permits), changed=bool(changed), tripped=frozenset(map(int, tripped)))
+        return SharedState(state, int(permits), changed=bool(changed), tripped=frozenset(map(int, tripped)))
 
     async def close(self) -> None:
         """Close the connection to Redis."""
@@ -189,22 +189,22 @@ class Breaker:
         self._store = store if failures else None
         self._transport = transport
         self._failures = failures
-        self._reading = Reading(CLOSED)
+        self._shared = SharedState(CLOSED)
         self.permits = 0
         """The number of follow-ups of tripped workspaces that may begin, as probes or during recovery."""
         self._failed: dict[UUID, int] = {}
         """Follow-ups that failed since the last success, with the keys of their workspaces."""
         self._unreported: dict[UUID, None] = {}
-        self._runs: dict[int, Run] = {}
+        self._runs: dict[int, WorkspaceOutcomes] = {}
         """Outcomes that have not been reported yet, by workspace."""
         self._succeeded = False
-        self._news_came = asyncio.Event()
+        self._report_due = asyncio.Event()
 
     @property
     def tripped(self) -> frozenset[int]:
         """The keys of the workspaces whose follow-ups may not begin without a permit."""
-        if self._reading.state != CLOSED:
-            return self._reading.tripped
+        if self._shared.state != CLOSED:
+            return self._shared.tripped
         return frozenset(self._failed.values()) if self._store and len(self._failed) >= self._failures else frozenset()
 
     @property
@@ -213,12 +213,12 @@ class Breaker:
 
         A workspace stays tripped for at least some seconds, even if the state is read again earlier.
         """
-        return self._reading.tripped
+        return self._shared.tripped
 
     @property
     def recovers(self) -> bool:
         """Whether the breaker is recovering, so that the limit for follow-ups of tripped workspaces rises."""
-        return self._reading.state == RECOVERING
+        return self._shared.state == RECOVERING
 
     def spend(self, keys: Iterable[int]) -> None:
         """Use up a permit for each begun follow-up of a tripped workspace.
@@ -239,11 +239,11 @@ class Breaker:
             return
         failed = _failed(outcome)
         if failed:
-            run = self._runs.get(key, Run(key, 0, anew=False))
-            self._runs[key] = Run(key, run.failures + 1, run.anew)
+            run = self._runs.get(key, WorkspaceOutcomes(key, 0, after_success=False))
+            self._runs[key] = WorkspaceOutcomes(key, run.failures + 1, run.after_success)
         else:
-            self._runs[key] = Run(key, 0, anew=True)
-        counts = self._reading.state == CLOSED or key in self._reading.tripped
+            self._runs[key] = WorkspaceOutcomes(key, 0, after_success=True)
+        counts = self._shared.state == CLOSED or key in self._shared.tripped
         if counts and failed:
             self._failed[follow_up_id] = key
             self._unreported[follow_up_id] = None
@@ -251,8 +251,8 @@ class Breaker:
             self._succeeded = True
             self._failed.clear()
             self._unreported.clear()
-        if self._reading.state != CLOSED or len(self._failed) == self._failures:
-            self._news_came.set()
+        if self._shared.state != CLOSED or len(self._failed) == self._failures:
+            self._report_due.set()
 
     async def run(self, wanted: Callable[[], int], changed: Callable[[], None]) -> None:
         """Report outcomes to the store and read the shared state, until cancelled.
@@ -268,13 +268,13 @@ class Breaker:
             await self._store.close()
 
     async def _inform(self, store: BreakerStore, wanted: int, changed: Callable[[], None]) -> None:
-        self._news_came.clear()
+        self._report_due.clear()
         try:
-            reading = await store.report(self._news(), max(0, wanted - self.permits))
+            reading = await store.report(self._next_report(), max(0, wanted - self.permits))
         except Exception as error:  # noqa: BLE001 - whatever the store's client raises
             metrics.BREAKER_UNAVAILABLE.inc()
             log.warning("breaker_unavailable", error=type(error).__name__, pause_s=AWAY)
-            self._take(Reading(CLOSED))
+            self._take(SharedState(CLOSED))
             changed()
             await asyncio.sleep(AWAY)
             return
@@ -283,8 +283,8 @@ class Breaker:
         self._take(reading)
         changed()
         with suppress(TimeoutError):
-            pause = LOOK_WHILE_OPEN if self.tripped and wanted else LOOK
-            await asyncio.wait_for(self._news_came.wait(), pause)
+            pause = READ_INTERVAL_WHILE_OPEN if self.tripped and wanted else READ_INTERVAL
+            await asyncio.wait_for(self._report_due.wait(), pause)
 
     def _log_change(self, state: str) -> None:
         if state == "open":
@@ -293,22 +293,22 @@ class Breaker:
         else:
             log.info("breaker", transport=self._transport, state=state)
 
-    def _news(self) -> News:
-        news = News(tuple(self._unreported), self._succeeded, tuple(self._runs.values()))
+    def _next_report(self) -> OutcomeReport:
+        outcomes = OutcomeReport(tuple(self._unreported), self._succeeded, tuple(self._runs.values()))
         self._runs.clear()
         self._unreported.clear()
         self._succeeded = False
-        return news
+        return outcomes
 
-    def _take(self, reading: Reading) -> None:
-        self.permits = reading.permits if reading.state != self._reading.state else self.permits + reading.permits
-        self._reading = reading
+    def _take(self, reading: SharedState) -> None:
+        self.permits = reading.permits if reading.state != self._shared.state else self.permits + reading.permits
+        self._shared = reading
         if reading.state == CLOSED:
             self._failed.clear()
 
 
 @dataclass(frozen=True, slots=True)
-class Shown:
+class BreakerStatus:
     """The breaker's state as displayed, with its age in seconds, the failed probes and the tripped workspaces."""
 
     state: str
@@ -318,7 +318,7 @@ class Shown:
     """The keys of the tripped workspaces (`followups.store.leases.key_of`)."""
 
 
-def read(client: redis.Redis, settings: Settings) -> Shown:
+def read(client: redis.Redis, settings: Settings) -> BreakerStatus:
     """Return the breaker's state for the configured transport.
 
     Raises `redis.RedisError` if Redis is unreachable.
@@ -327,11 +327,11 @@ def read(client: redis.Redis, settings: Settings) -> Shown:
     kept = cast("dict[str, str]", client.hgetall(key))
     fields: dict[str, Any] = {_text(name): _text(value) for name, value in kept.items()}
     if not fields:
-        return Shown(CLOSED, 0.0, 0)
+        return BreakerStatus(CLOSED, 0.0, 0)
     since = float(fields.get("since", 0))
     seconds = (float(fields.get("clock", since)) - since) / 1000
     tripped = cast("set[str]", client.smembers(f"{key}:held"))
-    return Shown(fields["name"], seconds, max(0, int(fields.get("tries", 1)) - 1), frozenset(map(int, tripped)))
+    return BreakerStatus(fields["name"], seconds, max(0, int(fields.get("tries", 1)) - 1), frozenset(map(int, tripped)))
 
 
 def _key(settings: Settings, transport: str) -> str:

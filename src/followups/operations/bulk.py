@@ -162,7 +162,7 @@ def release_paused(engine: Engine) -> Batches:
     """Release the follow-ups whose pause has ended."""
     while True:
         with engine.begin() as opened:
-            released = pauses.release_forgotten(opened)
+            released = pauses.release_orphaned(opened)
         if not released:
             return
         yield {"resumed": released}

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
     from sqlalchemy.orm import Session
 
-    from followups.flow_control.breaker import Shown
+    from followups.flow_control.breaker import BreakerStatus
     from followups.models import AuditEvent, FailedAttempt, FollowUp
     from followups.settings import Settings
 
@@ -100,7 +100,7 @@ def _circumstances(session: Session, follow_up: FollowUp, chat: Chat, settings: 
     )
 
 
-def breaker_state(settings: Settings) -> Shown | None:
+def breaker_state(settings: Settings) -> BreakerStatus | None:
     """Return the breaker's state, or None if the broker cannot be reached."""
     try:
         with broker_client(settings, PATIENCE) as client:

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from sqlalchemy import Engine
 
     from followups.store.audit import Actor
-    from followups.store.deletion import Whole
+    from followups.store.deletion import DeletionScope
 
     Batches = Iterator[dict[str, int]]
 
@@ -43,7 +43,7 @@ NAMES = {
 """The names of the counts that a deletion returns."""
 
 
-def delete(engine: Engine, actor: Actor, whole: Whole, patience: timedelta) -> Batches:
+def delete(engine: Engine, actor: Actor, whole: DeletionScope, patience: timedelta) -> Batches:
     """Delete the workspace or chat in batches, and yield the counts of each batch.
 
     Once the first batch has begun, no new follow-ups are accepted. Raises `FollowUpsError` if follow-ups are still in
@@ -66,7 +66,7 @@ def delete(engine: Engine, actor: Actor, whole: Whole, patience: timedelta) -> B
         time.sleep(PAUSE)
 
 
-def _event(actor: Actor, whole: Whole) -> Event:
+def _event(actor: Actor, whole: DeletionScope) -> Event:
     if whole.chat_id is not None:
         return Event(actor, Action.CHAT_DELETED, whole.workspace_id, whole.chat_id, number=0, id=uuid4())
     # The event uses the workspace's id as its own id, so that repeating an interrupted deletion does not record a
@@ -76,7 +76,7 @@ def _event(actor: Actor, whole: Whole) -> Event:
     )
 
 
-def _pass(engine: Engine, whole: Whole, event: Event) -> Batches:
+def _pass(engine: Engine, whole: DeletionScope, event: Event) -> Batches:
     place: CancelCursor | None = CancelCursor()
     while place is not None:
         with engine.begin() as opened:
@@ -95,7 +95,7 @@ def _pass(engine: Engine, whole: Whole, event: Event) -> Batches:
             yield {NAMES[table]: number}
 
 
-def _complete(engine: Engine, whole: Whole) -> bool:
+def _complete(engine: Engine, whole: DeletionScope) -> bool:
     """Delete the row of the workspace or chat itself. Return False if other rows still refer to that row."""
     try:
         with engine.begin() as opened:
@@ -105,7 +105,7 @@ def _complete(engine: Engine, whole: Whole) -> bool:
     return True
 
 
-def _what_is_left(engine: Engine, whole: Whole) -> str:
+def _what_is_left(engine: Engine, whole: DeletionScope) -> str:
     with engine.connect() as opened:
         in_flight, number = deletion.left(opened, whole)
     if in_flight:

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from uuid import UUID
 
-    from followups.flow_control.breaker import Shown
+    from followups.flow_control.breaker import BreakerStatus
     from followups.models import FollowUp
     from followups.sending_hours import SendingHours
     from followups.settings import Settings
@@ -71,7 +71,7 @@ class Circumstances:
     hours: SendingHours | None = None
     limits: Sequence[Limit] = ()
     """The rate limits of the follow-up's workspace, channel or chat."""
-    breaker: Shown | None = None
+    breaker: BreakerStatus | None = None
     """The state of the breaker, or None if the state is unknown."""
     tick_age: timedelta | None = None
     """The age of the last tick."""
@@ -200,12 +200,12 @@ def _due(follow_up: FollowUp, moment: datetime, now: datetime, around: Circumsta
     return _overdue(follow_up, now - moment, around)
 
 
-def _holds(breaker: Shown | None, follow_up: FollowUp) -> Shown | None:
+def _holds(breaker: BreakerStatus | None, follow_up: FollowUp) -> BreakerStatus | None:
     """Return the breaker's state if the breaker stops the follow-up's workspace, or None otherwise."""
     return breaker if breaker and key_of(follow_up.workspace_id) in breaker.tripped else None
 
 
-def _left_alone(breaker: Shown) -> Sentence:
+def _left_alone(breaker: BreakerStatus) -> Sentence:
     failing = timedelta(seconds=breaker.seconds)
     if breaker.state == "recovering":
         return Sentence(

@@ -1,6 +1,6 @@
 -- The checks that may keep a leased follow-up from beginning, one column each. begin.sql begins the follow-ups for
 -- which every column is false; for the others, obstacles.sql adds the details. What a check means is decided by
--- delivery/holds.py (paused, outside_hours, and too_late first), then by verdict in delivery/begin.py; behind_another
+-- delivery/hold.py (paused, outside_hours, and too_late first), then by verdict in delivery/begin.py; behind_another
 -- parks the follow-up, and early tries it again.
 --
 -- Two checks are made before this statement, because they do not depend on a row: the due queue checks the due moment,
@@ -50,7 +50,7 @@ WITH checked AS MATERIALIZED (
                            AND NOT (GREATEST(now(), COALESCE(f.next_attempt_at, f.due_date)) >= h.open_from
                                     AND GREATEST(now(), COALESCE(f.next_attempt_at, f.due_date)) < h.open_until)))
                AS outside_hours,
-           GREATEST(now(), COALESCE(f.next_attempt_at, f.due_date)) AS sent_at
+           GREATEST(now(), COALESCE(f.next_attempt_at, f.due_date)) AS send_time
       FROM unnest(CAST(:ids AS uuid[]), CAST(:tokens AS bigint[])) AS b(id, token)
      -- The lease must still be valid. A row locked by a caller's open transaction is skipped, reported, and tried
      -- again, because one slow transaction must not delay other messages. The reason for checking finished_at instead

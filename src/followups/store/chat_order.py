@@ -117,7 +117,7 @@ def park_pile(connection: Connection, parked: Collection[UUID]) -> int:
 
 # A constraint ensures that a waiting follow-up is pending. If the query repeated this condition, the planner might scan
 # the index of all pending follow-ups, although only a few of them are waiting. Follow-ups whose rows are locked are
-# later unblocked by `unblock_forgotten`.
+# later unblocked by `unblock_orphaned`.
 _WAITING = "f.waits_for = ANY(CAST(:ids AS uuid[])) AND f.waits_for IS NOT NULL"
 
 _LOCK_WAITING = Statement(f"SELECT f.id FROM follow_ups f WHERE {_WAITING} FOR NO KEY UPDATE SKIP LOCKED")  # noqa: S608 - no input, only the constant above
@@ -193,7 +193,7 @@ def unblock(ended: Collection[UUID]) -> Steps[None]:
     """Unblock the follow-ups whose predecessors have just ended.
 
     Call this after the statement that ends the earlier follow-ups, in the same transaction. A follow-up whose row
-    cannot be written stays blocked, and `unblock_forgotten` reports it.
+    cannot be written stays blocked, and `unblock_orphaned` reports it.
     """
     if ended:
         waiting = yield _LOCK_WAITING(ids=uuid_array(ended))
@@ -230,13 +230,13 @@ def unblock_writable(
 ) -> tuple[list[Lease], list[UUID]]:
     """Unblock and lease follow-ups like `unblock_and_lease`, but with savepoints.
 
-    A follow-up whose row cannot be written stays blocked, and `unblock_forgotten` reports it.
+    A follow-up whose row cannot be written stays blocked, and `unblock_orphaned` reports it.
     """
     parts = halve_within(connection, list(ended), lambda part: unblock_and_lease(connection, part, lease)).done
     return [lease for leases, _ in parts for lease in leases], [one for _, blocked in parts for one in blocked]
 
 
-def unblock_forgotten(connection: Connection, refused: Refused | None = None, without: Collection[UUID] = ()) -> int:
+def unblock_orphaned(connection: Connection, refused: Refused | None = None, without: Collection[UUID] = ()) -> int:
     """Unblock up to a thousand follow-ups whose rows were locked when their predecessors ended.
 
     Returns the number of unblocked follow-ups. ``refused`` is called for each row that cannot be written. Rows in

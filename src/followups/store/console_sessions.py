@@ -158,7 +158,7 @@ def end_one(session: Session, session_id: UUID, workspace_id: UUID | None) -> bo
 
 
 @dataclass(frozen=True, slots=True)
-class Listed:
+class ListedSession:
     """A console session with the details that the settings page shows."""
 
     id: UUID
@@ -176,10 +176,10 @@ _LIST = text(f"""
 """)  # noqa: S608 - no input, only the constant above
 
 
-def of_workspace(session: Session, workspace_id: UUID | None, most: int) -> list[Listed]:
+def of_workspace(session: Session, workspace_id: UUID | None, most: int) -> list[ListedSession]:
     """Return the newest valid console sessions of a workspace, or of all workspaces if the id is None."""
     rows = session.execute(_LIST, {"workspace_id": workspace_id, "idle": IDLE, "most": most})
-    return [Listed(*row) for row in rows]
+    return [ListedSession(*row) for row in rows]
 
 
 _INSERT_LINK = Statement("""

@@ -32,7 +32,7 @@ REMOVED = finish(Status.CANCELLED, ReasonCode.CHAT_REMOVED)
 
 
 @dataclass(frozen=True, slots=True)
-class Whole:
+class DeletionScope:
     """What is to be deleted: a workspace, or one chat in it."""
 
     workspace_id: UUID
@@ -63,34 +63,34 @@ _MARK = text("UPDATE workspaces SET deletion_began_at = COALESCE(deletion_began_
 _DELETE_KEYS = text("DELETE FROM api_keys WHERE workspace_id = :workspace_id")
 
 
-def begin(session: Session, whole: Whole) -> None:
+def begin(session: Session, scope: DeletionScope) -> None:
     """Stop all scheduling and sending for the workspace or chat; a second call changes nothing.
 
     The API keys of a workspace are deleted, and it stays paused until its deletion is complete. A chat is removed.
     """
-    if whole.chat_id is not None:
+    if scope.chat_id is not None:
         with suppress(ChatNotFoundError):  # the chat has already been removed
-            chats.remove_chat(session, whole.workspace_id, whole.chat_id)
+            chats.remove_chat(session, scope.workspace_id, scope.chat_id)
         return
     # Another transaction may be creating an API key. The lock on the workspace is acquired only after that transaction
     # has ended.
     for statement in (_LOCK_WORKSPACE, _MARK, _DELETE_KEYS):
-        session.execute(statement, whole.parameters)
-    pauses.pause(session.connection(), pauses.PauseScope(whole.workspace_id, None))
+        session.execute(statement, scope.parameters)
+    pauses.pause(session.connection(), pauses.PauseScope(scope.workspace_id, None))
 
 
-def cancel(connection: Connection, whole: Whole, after: CancelCursor) -> bulk_cancel.Cancelled:
+def cancel(connection: Connection, scope: DeletionScope, after: CancelCursor) -> bulk_cancel.Cancelled:
     """Cancel the next batch of pending follow-ups, and prevent retries of the follow-ups in flight."""
-    pending = CancelScope(whole.workspace_id, whole.chat_id, bulk_cancel.now(connection))
+    pending = CancelScope(scope.workspace_id, scope.chat_id, bulk_cancel.now(connection))
     return bulk_cancel.cancel_if_not_begun(connection, pending, REMOVED, after)
 
 
-def end_lost(connection: Connection, whole: Whole) -> int:
+def end_lost(connection: Connection, scope: DeletionScope) -> int:
     """End follow-ups with a lost lease and return their number; a running dispatcher does the same."""
     statement = text(f"""
         WITH lost AS MATERIALIZED (
             SELECT id FROM follow_ups
-             WHERE {whole.rows} AND status = 'pending' AND begun_at IS NOT NULL AND lease_until <= now()
+             WHERE {scope.rows} AND status = 'pending' AND begun_at IS NOT NULL AND lease_until <= now()
                FOR NO KEY UPDATE SKIP LOCKED
         )
         UPDATE follow_ups f
@@ -100,14 +100,14 @@ def end_lost(connection: Connection, whole: Whole) -> int:
          WHERE f.id = lost.id
     """)  # noqa: S608 - no input, only the constants above
     final = {"status": REMOVED.status.value, "reason": REMOVED.reason}
-    return connection.execute(statement, whole.parameters | final).rowcount
+    return connection.execute(statement, scope.parameters | final).rowcount
 
 
-def conditions(whole: Whole) -> dict[str, str]:
+def conditions(scope: DeletionScope) -> dict[str, str]:
     """Return the tables whose rows are deleted in batches, in order, each with the SQL condition for these rows."""
-    found = {"follow_ups": f"{whole.rows} AND status <> 'pending'", "chat_messages": whole.rows}
+    found = {"follow_ups": f"{scope.rows} AND status <> 'pending'", "chat_messages": scope.rows}
     of_workspace = "workspace_id = :workspace_id"
-    if whole.chat_id is not None:
+    if scope.chat_id is not None:
         # The stored response to a request that created a follow-up contains the chat's id and the message.
         names_chat = "position(convert_to(CAST(:chat_id AS text), 'UTF8') IN body) > 0"
         return found | {"idempotency_keys": f"{of_workspace} AND {names_chat}"}
@@ -125,7 +125,7 @@ def conditions(whole: Whole) -> dict[str, str]:
 _EVENTS = ", events AS (DELETE FROM audit_events a USING gone WHERE a.target_id = gone.id)"
 
 
-def delete_batch(connection: Connection, whole: Whole, table: str, condition: str) -> int:
+def delete_batch(connection: Connection, scope: DeletionScope, table: str, condition: str) -> int:
     """Delete the next batch of a table's rows; return how many were deleted.
 
     Audit events about a follow-up are deleted with the follow-up. Rows are deleted by their physical position (ctid). A
@@ -140,7 +140,7 @@ def delete_batch(connection: Connection, whole: Whole, table: str, condition: st
         ){events}
         SELECT count(*) FROM gone
     """)  # noqa: S608 - no input, only the constants above
-    number: int = connection.execute(statement, whole.parameters | {"most": BATCH}).scalar_one()
+    number: int = connection.execute(statement, scope.parameters | {"most": BATCH}).scalar_one()
     return number
 
 
@@ -148,28 +148,28 @@ _CHAT = text("DELETE FROM chats WHERE workspace_id = :workspace_id AND id = :cha
 _WORKSPACE = text("DELETE FROM workspaces WHERE id = :workspace_id")
 
 
-def complete(connection: Connection, whole: Whole) -> None:
+def complete(connection: Connection, scope: DeletionScope) -> None:
     """Delete the workspace or chat itself.
 
     Raises `IntegrityError` if a follow-up or a message still refers to the workspace or chat.
     """
     for table in _AT_ONCE:
-        if whole.chat_id is None or "chat_id" in table.columns:
-            connection.execute(text(f"DELETE FROM {table.name} WHERE {whole.rows}"), whole.parameters)  # noqa: S608 - no input
-    connection.execute(_WORKSPACE if whole.chat_id is None else _CHAT, whole.parameters)
+        if scope.chat_id is None or "chat_id" in table.columns:
+            connection.execute(text(f"DELETE FROM {table.name} WHERE {scope.rows}"), scope.parameters)  # noqa: S608 - no input
+    connection.execute(_WORKSPACE if scope.chat_id is None else _CHAT, scope.parameters)
 
 
-def left(connection: Connection, whole: Whole) -> tuple[int, int]:
+def left(connection: Connection, scope: DeletionScope) -> tuple[int, int]:
     """Return the numbers of follow-ups in flight and of follow-ups left; each is counted up to a thousand."""
     statement = text(f"""
-        SELECT count(begun_at), count(*) FROM (SELECT begun_at FROM follow_ups WHERE {whole.rows} LIMIT 1000) counted
+        SELECT count(begun_at), count(*) FROM (SELECT begun_at FROM follow_ups WHERE {scope.rows} LIMIT 1000) counted
     """)  # noqa: S608 - no input
-    in_flight, number = connection.execute(statement, whole.parameters).one()
+    in_flight, number = connection.execute(statement, scope.parameters).one()
     return in_flight, number
 
 
-def count(connection: Connection, whole: Whole) -> int:
+def count(connection: Connection, scope: DeletionScope) -> int:
     """Return the number of follow-ups of the workspace or chat."""
-    statement = text(f"SELECT count(*) FROM follow_ups WHERE {whole.rows}")  # noqa: S608 - no input
-    number: int = connection.execute(statement, whole.parameters).scalar_one()
+    statement = text(f"SELECT count(*) FROM follow_ups WHERE {scope.rows}")  # noqa: S608 - no input
+    number: int = connection.execute(statement, scope.parameters).scalar_one()
     return number

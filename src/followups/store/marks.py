@@ -42,15 +42,15 @@ _WRITTEN = text(f"""
 
 def leased(connection: Connection, tokens: Iterable[tuple[UUID, int]]) -> None:
     """Register the new lease tokens of these rows, which later show whether a lost commit succeeded."""
-    ask_if_lost(connection, partial(_stand, _LEASED, list(islice(tokens, SAMPLE))))
+    ask_if_lost(connection, partial(_still_written, _LEASED, list(islice(tokens, SAMPLE))))
 
 
 def written(connection: Connection, moments: Iterable[tuple[UUID, datetime]]) -> None:
     """Register the begin, finish or retry times of these rows, so that a lost commit can be checked."""
-    ask_if_lost(connection, partial(_stand, _WRITTEN, list(islice(moments, SAMPLE))))
+    ask_if_lost(connection, partial(_still_written, _WRITTEN, list(islice(moments, SAMPLE))))
 
 
-def _stand(query: TextClause, rows: list[tuple[UUID, int | datetime]], connection: Connection) -> bool | None:
+def _still_written(query: TextClause, rows: list[tuple[UUID, int | datetime]], connection: Connection) -> bool | None:
     """Return whether any row still has the written values, or None while all rows are locked."""
     parameters = {"ids": [row_id for row_id, _ in rows], "marks": [mark for _, mark in rows]}
     found = list(connection.scalars(query, parameters))

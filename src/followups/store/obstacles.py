@@ -35,7 +35,7 @@ class Obstacle:
 
     lease: Lease
     now: datetime
-    sent_at: datetime
+    send_time: datetime
     """The time at which the follow-up would be sent: now, or its due time if that is later."""
     due_date: datetime
     wanted_from: datetime
@@ -62,7 +62,7 @@ def find(connection: Connection, leases: Sequence[Lease], rules: Rules) -> list[
         Obstacle(
             by_id[row.id]._replace(token=row.lease_token),
             row.now,
-            row.sent_at,
+            row.send_time,
             row.due_date,
             row.wanted_from,
             row.chat_removed,

@@ -5,7 +5,7 @@
 -- unreadable.
 SELECT checked.id, checked.lease_token, chat_removed, silence_broken, taken_over, window_closed, too_late,
        earlier.id AS earlier, now() AS now,
-       LEAST(GREATEST(checked.sent_at, first), last) AS sent_at,
+       LEAST(GREATEST(checked.send_time, first), last) AS send_time,
        LEAST(GREATEST(checked.due_date, first), last) AS due_date,
        LEAST(GREATEST(checked.due_date, checked.scheduled_at, first), last) AS wanted_from,
        CASE WHEN checked.sendable_from IS NOT NULL

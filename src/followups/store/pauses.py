@@ -71,7 +71,7 @@ def pause(connection: Connection, scope: PauseScope) -> bool:
 def resume(connection: Connection, scope: PauseScope) -> bool:
     """End the pause of this scope; return whether there was one.
 
-    Afterwards, `release_forgotten` releases the follow-ups that the pause held.
+    Afterwards, `release_orphaned` releases the follow-ups that the pause held.
     """
     return connection.execute(_RESUME, scope.parameters).rowcount == 1
 
@@ -157,13 +157,13 @@ _FORGET = text("""
 """)
 
 
-def count_forgotten(connection: Connection) -> int:
+def count_orphaned(connection: Connection) -> int:
     """Return how many follow-ups are held by pauses that are no longer in force."""
     number: int = connection.execute(_COUNT_FORGOTTEN).scalar_one()
     return number
 
 
-def release_forgotten(
+def release_orphaned(
     connection: Connection, refused: Callable[[UUID, Exception], None] | None = None, without: Collection[UUID] = ()
 ) -> int:
     """Release up to a thousand follow-ups of each pause that is no longer in force; return how many.

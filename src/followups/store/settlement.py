@@ -43,7 +43,7 @@ class Settlement(NamedTuple):
     """How many seconds the attempt of a sent follow-up took."""
     refunded: bool = False
     """Whether the attempt is left uncounted because the receiver asked for it to be repeated later."""
-    yields: bool = True
+    cancel_takes_precedence: bool = True
     """Whether a cancel that was requested during the attempt takes precedence over this outcome."""
     cancel_detail: str = ""
     """If the cancel requested during the attempt has only a code as its reason, this text is appended to the code: ':
@@ -51,7 +51,7 @@ class Settlement(NamedTuple):
     """
 
 
-class Settled(NamedTuple):
+class SettledFollowUp(NamedTuple):
     """A settled follow-up. If it was sent, ``lag`` is the number of seconds from its due date to its acceptance."""
 
     id: UUID
@@ -61,16 +61,16 @@ class Settled(NamedTuple):
     next_attempt_at: datetime | None
 
 
-_STOPPED = "(r.yields AND f.cancel_requested IS NOT NULL)"
+_IS_CANCELLED = "(r.cancel_takes_precedence AND f.cancel_requested IS NOT NULL)"
 
 _BY_CODE = ", ".join(f"'{code.value}'" for code in sorted(CANCEL_CODES))
-_WISH = f"""
+_CANCEL_REASON = f"""
     CASE WHEN f.cancel_requested IN ({_BY_CODE}) THEN {honest("f.cancel_requested || r.cancel_detail", "f")}
          ELSE f.cancel_requested END
 """
 """SQL for the reason of a cancel requested during the attempt; an operator's own words are stored unchanged."""
 
-_STILL_OURS = f"""
+_IN_FLIGHT_ROWS = f"""
          CROSS JOIN LATERAL (
              SELECT FROM follow_ups f
               WHERE f.id = b.id AND f.lease_token = b.token AND {OPEN} AND f.begun_at IS NOT NULL
@@ -83,16 +83,16 @@ _SETTLE = text(f"""
         SELECT b.*
           FROM unnest(CAST(:ids AS uuid[]), CAST(:tokens AS bigint[]), CAST(:statuses AS text[]),
                       CAST(:reasons AS text[]), CAST(:delays AS interval[]), CAST(:refunded AS boolean[]),
-                      CAST(:yields AS boolean[]), CAST(:cancel_details AS text[]))
-               AS b(id, token, status, reason, delay, refunded, yields, cancel_detail)
-          {_STILL_OURS}
+                      CAST(:cancel_takes_precedence AS boolean[]), CAST(:cancel_details AS text[]))
+               AS b(id, token, status, reason, delay, refunded, cancel_takes_precedence, cancel_detail)
+          {_IN_FLIGHT_ROWS}
     )
     UPDATE follow_ups f
-       SET status = CASE WHEN {_STOPPED} THEN 'cancelled' ELSE r.status END,
-           reason = CASE WHEN {_STOPPED} THEN {_WISH} ELSE {honest("r.reason", "f")} END,
-           finished_at = CASE WHEN {_STOPPED} OR r.status <> 'pending' THEN now() END,
-           updated_at = CASE WHEN {_STOPPED} OR r.status <> 'pending' THEN now() ELSE f.updated_at END,
-           next_attempt_at = CASE WHEN {_STOPPED} OR r.status <> 'pending' THEN f.next_attempt_at
+       SET status = CASE WHEN {_IS_CANCELLED} THEN 'cancelled' ELSE r.status END,
+           reason = CASE WHEN {_IS_CANCELLED} THEN {_CANCEL_REASON} ELSE {honest("r.reason", "f")} END,
+           finished_at = CASE WHEN {_IS_CANCELLED} OR r.status <> 'pending' THEN now() END,
+           updated_at = CASE WHEN {_IS_CANCELLED} OR r.status <> 'pending' THEN now() ELSE f.updated_at END,
+           next_attempt_at = CASE WHEN {_IS_CANCELLED} OR r.status <> 'pending' THEN f.next_attempt_at
                                   ELSE now() + r.delay END,
            attempts = f.attempts - r.refunded::int,
            snoozes = f.snoozes + r.refunded::int,
@@ -111,7 +111,7 @@ _SETTLE_SENT = Statement(f"""
           FROM unnest(CAST(:ids AS uuid[]), CAST(:tokens AS bigint[]), CAST(:chat_message_ids AS uuid[]),
                       CAST(:accepted_ago AS double precision[]), CAST(:took AS double precision[]))
                AS b(id, token, chat_message_id, accepted_ago, took)
-          {_STILL_OURS}
+          {_IN_FLIGHT_ROWS}
     )
     UPDATE follow_ups f
        SET status = 'sent', finished_at = now(), updated_at = now(), begun_at = NULL, lease_until = NULL,
@@ -124,7 +124,7 @@ _SETTLE_SENT = Statement(f"""
 """)  # noqa: S608 - no input, only the constant above
 
 
-def settle_if_in_flight(connection: Connection, settlements: Sequence[Settlement]) -> list[Settled]:
+def settle_if_in_flight(connection: Connection, settlements: Sequence[Settlement]) -> list[SettledFollowUp]:
     """Record the outcomes of attempts in flight, and return the settled follow-ups.
 
     If a follow-up is not returned, its row is locked or another worker has leased it.
@@ -134,7 +134,7 @@ def settle_if_in_flight(connection: Connection, settlements: Sequence[Settlement
     return [*(_settle_sent(connection, sent) if sent else ()), *(_settle(connection, others) if others else ())]
 
 
-def _settle_sent(connection: Connection, settlements: Sequence[Settlement]) -> list[Settled]:
+def _settle_sent(connection: Connection, settlements: Sequence[Settlement]) -> list[SettledFollowUp]:
     parameters = {
         "ids": uuid_array(s.lease.id for s in settlements),
         "tokens": int_array(s.lease.token for s in settlements),
@@ -145,14 +145,14 @@ def _settle_sent(connection: Connection, settlements: Sequence[Settlement]) -> l
     rows = driver_rows(connection, _SETTLE_SENT, parameters)
     if rows:
         marks.written(connection, ((row_id, finished_at) for row_id, _, finished_at in rows))
-    return [Settled(row_id, Status.SENT, None, lag, None) for row_id, lag, _ in rows]
+    return [SettledFollowUp(row_id, Status.SENT, None, lag, None) for row_id, lag, _ in rows]
 
 
 def _hex_or_null(one: UUID | None) -> str:
     return one.hex if one else "NULL"
 
 
-def _settle(connection: Connection, settlements: Sequence[Settlement]) -> list[Settled]:
+def _settle(connection: Connection, settlements: Sequence[Settlement]) -> list[SettledFollowUp]:
     parameters = {
         "ids": uuid_array(s.lease.id for s in settlements),
         "tokens": int_array(s.lease.token for s in settlements),
@@ -160,13 +160,13 @@ def _settle(connection: Connection, settlements: Sequence[Settlement]) -> list[S
         "reasons": [s.reason for s in settlements],
         "delays": [s.delay for s in settlements],
         "refunded": [s.refunded for s in settlements],
-        "yields": [s.yields for s in settlements],
+        "cancel_takes_precedence": [s.cancel_takes_precedence for s in settlements],
         "cancel_details": [s.cancel_detail for s in settlements],
     }
     rows = connection.execute(_SETTLE, parameters).all()
     if rows:
         marks.written(connection, ((row.id, row.finished_at or row.next_attempt_at) for row in rows))
-    return [Settled(row.id, Status(row.status), row.reason, None, row.next_attempt_at) for row in rows]
+    return [SettledFollowUp(row.id, Status(row.status), row.reason, None, row.next_attempt_at) for row in rows]
 
 
 _IN_FLIGHT = text(f"""

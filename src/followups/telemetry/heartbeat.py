@@ -90,16 +90,17 @@ def _open_directory(path: Path) -> None:
 
 
 class Heartbeat:
-    """The heartbeat of one process. The method `sign` may be called from any thread."""
+    """The heartbeat of one process. The method `report` may be called from any thread."""
 
     def __init__(self, directory: Path, role: str, name: str) -> None:
         """Store the process's role (``worker``, ``beat``) and its name, which is shown to operators."""
         self._path = directory / f"{role}-{socket.gethostname()}-{os.getpid()}.json"
         self._about = {"role": role, "name": name, "pid": os.getpid()}
-        self._parts: dict[str, dict[str, Any]] = {}
+        self._components: dict[str, dict[str, Any]] = {}
         self._waits: dict[str, Any] | None = None
         self._probes: list[Callable[[], None]] = []
-        self._lock = threading.RLock()  # a signal handler may call `sign` while the same thread is already executing it
+        # reentrant, because a signal handler may call `report` while the same thread is already executing it
+        self._lock = threading.RLock()
         self._ending = False
         self._stopping = threading.Event()
         self._file = -1
@@ -108,7 +109,7 @@ class Heartbeat:
     def start(self) -> None:
         """Start writing the heartbeat file. Raises `HeartbeatError` if the directory cannot be used."""
         _open_directory(self._path.parent)
-        _sweep(self._path.parent)
+        _remove_stale_files(self._path.parent)
         try:
             self._file = _open_locked(self._path)
             self._write()
@@ -121,7 +122,7 @@ class Heartbeat:
         """Call ``look`` before each write of the file, for a component that cannot report its own progress."""
         self._probes.append(look)
 
-    def sign(self, part: str, within: timedelta, otherwise: str, at: float | None = None) -> None:
+    def report(self, component: str, within: timedelta, otherwise: str, at: float | None = None) -> None:
         """Record that a component made progress.
 
         ``at`` is the time in monotonic seconds, by default now. The component must report again before ``within`` has
@@ -130,7 +131,9 @@ class Heartbeat:
         """
         with self._lock:
             if not self._ending:
-                self._parts[part] = _sign(within, otherwise, time.monotonic() if at is None else at)
+                self._components[component] = _component_state(
+                    within, otherwise, time.monotonic() if at is None else at
+                )
 
     def wait(self, why: str, since: float = 0.0) -> None:
         """Record why the process makes no progress; an empty reason clears the record.
@@ -147,16 +150,16 @@ class Heartbeat:
         """Stop expecting reports from the components; only the end of the process is expected."""
         with self._lock:
             self._ending = True
-            self._parts = {"end": _sign(within, otherwise, time.monotonic())}
+            self._components = {"end": _component_state(within, otherwise, time.monotonic())}
 
     def trouble(self) -> str:
         """Return what a reader of the heartbeat file would find wrong with this process, or an empty string."""
-        return _trouble({"written": time.monotonic(), "parts": self.parts()}, time.monotonic())
+        return _trouble({"written": time.monotonic(), "parts": self.components()}, time.monotonic())
 
-    def parts(self) -> dict[str, dict[str, Any]]:
+    def components(self) -> dict[str, dict[str, Any]]:
         """Return the components in the form in which the heartbeat file contains them."""
         with self._lock:
-            return dict(self._parts)
+            return dict(self._components)
 
     def stop(self) -> None:
         """Stop writing and remove the heartbeat file."""
@@ -177,11 +180,11 @@ class Heartbeat:
                 self._write()
 
     def _write(self) -> None:
-        document = {**self._about, "written": time.monotonic(), "parts": self.parts(), "waits": self._waits}
+        document = {**self._about, "written": time.monotonic(), "parts": self.components(), "waits": self._waits}
         os.pwrite(self._file, json.dumps(document).encode().ljust(SIZE)[:SIZE], 0)
 
 
-def _sign(within: timedelta, otherwise: str, at: float) -> dict[str, Any]:
+def _component_state(within: timedelta, otherwise: str, at: float) -> dict[str, Any]:
     return {"since": at, "due": at + within.total_seconds(), "otherwise": otherwise}
 
 
@@ -203,7 +206,7 @@ def _open_locked(path: Path) -> int:
 
 
 @dataclass(frozen=True, slots=True)
-class Life:
+class ProcessState:
     """The content of one heartbeat file.
 
     ``trouble`` is empty if the process has no problem, and ``waits`` is empty if the process makes progress.
@@ -215,7 +218,7 @@ class Life:
     waits: str = ""
 
 
-def look(directory: Path, role: str, name: str = "") -> list[Life]:
+def look(directory: Path, role: str, name: str = "") -> list[ProcessState]:
     """Return the state of each process of a role on this machine, or only of the process called ``name``.
 
     ``name`` is the name of a Celery node, or the part of that name before the ``@``. Processes that have ended are not
@@ -223,7 +226,7 @@ def look(directory: Path, role: str, name: str = "") -> list[Life]:
     """
     documents = [document for path in _files(directory, role) if (document := _read(path)) is not None]
     return [
-        Life(each["name"], each["pid"], _trouble(each, time.monotonic()), _waits(each, time.monotonic()))
+        ProcessState(each["name"], each["pid"], _trouble(each, time.monotonic()), _waits(each, time.monotonic()))
         for each in documents
         if name in {"", each["name"], each["name"].partition("@")[0]}
     ]
@@ -232,9 +235,9 @@ def look(directory: Path, role: str, name: str = "") -> list[Life]:
 def _trouble(document: dict[str, Any], now: float) -> str:
     if now - document["written"] > SILENCE.total_seconds():
         return f"has written no heartbeat for {now - document['written']:.0f} s"
-    for part in document["parts"].values():
-        if now > part["due"]:
-            return f"{part['otherwise']} for {now - part['since']:.0f} s"
+    for component in document["parts"].values():
+        if now > component["due"]:
+            return f"{component['otherwise']} for {now - component['since']:.0f} s"
     return ""
 
 
@@ -273,7 +276,7 @@ def _is_held(file: int) -> bool:
     return False
 
 
-def _sweep(directory: Path) -> None:
+def _remove_stale_files(directory: Path) -> None:
     """Remove the heartbeat files of processes that were killed."""
     for path in directory.glob(f"*-{socket.gethostname()}-*.json"):
         with suppress(OSError), path.open("rb") as file:

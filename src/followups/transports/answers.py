@@ -60,7 +60,7 @@ class Dialect:
 
     Raises `ValueError` for an invalid id, without quoting it.
     """
-    wish: Callable[[Document], timedelta | None]
+    requested_delay: Callable[[Document], timedelta | None]
     """Return the delay that is requested by the body of a 429 without Retry-After."""
 
 
@@ -74,7 +74,7 @@ def outcome_of(answer: Answer, dialect: Dialect, now: datetime | None = None) ->
         return _sent(answer, dialect)
     after = retry_after(answer.headers, now or datetime.now(UTC))
     if status == 429:  # noqa: PLR2004 - Too Many Requests, RFC 6585
-        return Snoozed(detail, after or _wish(answer, dialect), status)
+        return Snoozed(detail, after or _requested_delay(answer, dialect), status)
     if status == 503 and after:  # noqa: PLR2004 - Service Unavailable, RFC 9110
         return Snoozed(detail, after, status)
     if status in {408, 425} or status // 100 == 5:  # noqa: PLR2004 - 5xx
@@ -129,9 +129,9 @@ def _sent(answer: Answer, dialect: Dialect) -> Sent:
         return Sent(None, answer.status, str(error))
 
 
-def _wish(answer: Answer, dialect: Dialect) -> timedelta | None:
+def _requested_delay(answer: Answer, dialect: Dialect) -> timedelta | None:
     try:
-        wished = dialect.wish(_document(answer.body))
+        wished = dialect.requested_delay(_document(answer.body))
     except ValueError:
         return None
     return None if wished is None else clamp_retry_after(wished)

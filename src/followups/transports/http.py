@@ -91,4 +91,4 @@ def _chat_message_id(document: Document) -> UUID | None:
         raise ValueError(message) from None
 
 
-DIALECT = Dialect(message_id=_chat_message_id, wish=lambda _document: None)
+DIALECT = Dialect(message_id=_chat_message_id, requested_delay=lambda _document: None)

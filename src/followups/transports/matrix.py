@@ -85,7 +85,7 @@ def _event(document: Document) -> UUID | None:
     return uuid5(EVENT_NAMESPACE, event_id)
 
 
-def _wish(document: Document) -> timedelta | None:
+def _requested_delay(document: Document) -> timedelta | None:
     # Since v1.10 of the specification this field is deprecated in favour of Retry-After, but most homeservers still
     # send it.
     wished = document.get("retry_after_ms")
@@ -94,4 +94,4 @@ def _wish(document: Document) -> timedelta | None:
     return timedelta(milliseconds=min(wished, MAX_RETRY_AFTER / timedelta(milliseconds=1)))
 
 
-DIALECT = Dialect(message_id=_event, wish=_wish)
+DIALECT = Dialect(message_id=_event, requested_delay=_requested_delay)

@@ -73,7 +73,7 @@ def _restrict(options: Any) -> None:  # noqa: ANN401 - Tornado's own
         options.tasks_columns = COLUMNS
     if users := _users_from_file():
         options.basic_auth = users
-    if asks_who(options.basic_auth or [], options.auth):
+    if requires_login(options.basic_auth or [], options.auth):
         monitor.Metrics.get = authenticated(monitor.Metrics.get)  # all other pages already require authentication
         return
     if os.environ.get("FLOWER_UNAUTHENTICATED_API"):
@@ -93,7 +93,7 @@ def _users_from_file() -> list[str]:
     except SettingsError as error:
         _refuse(str(error))
     users = [] if found is None else found.split(",")
-    if users and not asks_who(users, ""):
+    if users and not requires_login(users, ""):
         _refuse(NO_PASSWORD)
     return users
 
@@ -103,7 +103,7 @@ def _refuse(sentence: str) -> NoReturn:
     raise SystemExit(2)
 
 
-def asks_who(basic_auth: Sequence[str], auth: str) -> bool:
+def requires_login(basic_auth: Sequence[str], auth: str) -> bool:
     """Return whether Flower requires a password or an identity. An empty password does not count as a password.
 
     >>> asks_who(["me:pa55"], ""), asks_who([], ".*@example.com"), asks_who([""], ""), asks_who(["me:"], "")

@@ -101,16 +101,16 @@ def watch_consumer(heart: Heartbeat, silence: timedelta, wanted: Callable[[], Co
 
     ``wanted`` returns the consumer's queues. ``silence`` is the longest time that the broker may take to answer.
     """
-    heart.sign("consumer", STARTING, "has not begun to consume")
-    heart.probe(partial(_sign_for_consumer, heart, silence * 3 + CONSUMING, wanted))
+    heart.report("consumer", STARTING, "has not begun to consume")
+    heart.probe(partial(_report_consumer, heart, silence * 3 + CONSUMING, wanted))
 
 
-def _sign_for_consumer(heart: Heartbeat, within: timedelta, wanted: Callable[[], Collection[str]]) -> None:
+def _report_consumer(heart: Heartbeat, within: timedelta, wanted: Callable[[], Collection[str]]) -> None:
     answered, connecting = CONSUMER.answered_at, CONSUMER.connecting_at
     if connecting > answered:
-        heart.sign("consumer", CONNECTING, "has not tried to reach the broker", at=connecting)
+        heart.report("consumer", CONNECTING, "has not tried to reach the broker", at=connecting)
     elif answered and CONSUMER.queues >= set(wanted()):
-        heart.sign("consumer", within, "has not asked the broker for work", at=answered)
+        heart.report("consumer", within, "has not asked the broker for work", at=answered)
 
 
 @inspect_command()
@@ -122,26 +122,26 @@ def signs_of_life(_state: object) -> dict[str, str]:
 
 def watch_work(heart: Heartbeat, dispatcher: Dispatcher, pipeline: Pipeline) -> None:
     """Include the dispatcher and the pipeline in the heartbeat."""
-    heart.probe(partial(_sign_for_dispatcher, heart, dispatcher))
-    heart.probe(partial(_sign_for_pipeline, heart, pipeline))
-    heart.probe(partial(_sign_for_outage, heart))
-    _sign_for_dispatcher(heart, dispatcher)
-    heart.sign("pipeline", TURNING, _STUCK)
+    heart.probe(partial(_report_dispatcher, heart, dispatcher))
+    heart.probe(partial(_report_pipeline, heart, pipeline))
+    heart.probe(partial(_report_outage, heart))
+    _report_dispatcher(heart, dispatcher)
+    heart.report("pipeline", TURNING, _STUCK)
 
 
-def _sign_for_dispatcher(heart: Heartbeat, dispatcher: Dispatcher) -> None:
+def _report_dispatcher(heart: Heartbeat, dispatcher: Dispatcher) -> None:
     if dispatcher.is_alive:
-        heart.sign("dispatcher", TICKING, "has been busy with one tick", at=dispatcher.busy_since or time.monotonic())
+        heart.report("dispatcher", TICKING, "has been busy with one tick", at=dispatcher.busy_since or time.monotonic())
 
 
 _STUCK = "has sent and recorded nothing: its event loop has been stuck"
 
 
-def _sign_for_pipeline(heart: Heartbeat, pipeline: Pipeline) -> None:
-    pipeline.ask(partial(heart.sign, "pipeline", TURNING, _STUCK))
+def _report_pipeline(heart: Heartbeat, pipeline: Pipeline) -> None:
+    pipeline.ask(partial(heart.report, "pipeline", TURNING, _STUCK))
 
 
-def _sign_for_outage(heart: Heartbeat) -> None:
+def _report_outage(heart: Heartbeat) -> None:
     found = events.outage()
     heart.wait(found.why, found.since) if found else heart.wait("")
 

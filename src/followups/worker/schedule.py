@@ -66,10 +66,10 @@ class Scheduler(CelerysScheduler):
 
     def tick(self, *arguments: Any, **named: Any) -> float:  # noqa: ANN401 - Celery's own
         """Send the ticks that are due, and return the seconds until the next call."""
-        self._sign(SENDING, "has been sending one tick")
+        self._report(SENDING, "has been sending one tick")
         self._heed_the_clock()
         pause: float = super().tick(*arguments, **named)
-        self._sign(timedelta(seconds=pause) + LATE, "has not looked at its schedule")
+        self._report(timedelta(seconds=pause) + LATE, "has not looked at its schedule")
         return pause
 
     def _heed_the_clock(self) -> None:
@@ -93,10 +93,10 @@ class Scheduler(CelerysScheduler):
     def _ensure_connected(self) -> Any:  # noqa: ANN401 - Celery's own
         def told(error: Exception, interval: float) -> None:
             log.warning("broker_unreachable", step="connect", error=type(error).__name__)
-            self._sign(timedelta(seconds=interval) + SENDING, "has not tried to reach the broker")
+            self._report(timedelta(seconds=interval) + SENDING, "has not tried to reach the broker")
 
         return self.connection.ensure_connection(told, self.app.conf.broker_connection_max_retries)
 
-    def _sign(self, within: timedelta, otherwise: str) -> None:
+    def _report(self, within: timedelta, otherwise: str) -> None:
         if heart := liveness.start(get_settings().runtime_dir, "beat", f"beat@{socket.gethostname()}"):
-            heart.sign("schedule", within, otherwise)
+            heart.report("schedule", within, otherwise)

@@ -11,7 +11,7 @@ from uuid import UUID
 from followups.delivery.attempts import Attempt, Begun
 from followups.delivery.begin import verdict
 from followups.delivery.claim import after_loss
-from followups.delivery.settle import decide
+from followups.delivery.settle import settlement_of
 from followups.retry_policy import RetryPolicy
 from followups.states import Status
 from followups.store.fragments import OUTCOME_UNKNOWN
@@ -39,12 +39,12 @@ OUTCOMES: dict[str, Outcome] = {
 
 @cache
 def settlement(outcome: str, attempt: int, most_attempts: int, *, deduplicates: bool) -> Settlement:
-    """Return the settlement that `followups.delivery.settle.decide` derives from an attempt's outcome."""
+    """Return the settlement that `followups.delivery.settle.settlement_of` derives from an attempt's outcome."""
     begun = Begun(LEASE, Delivery(ID, ID, ID, "api", None, ID, "Still there?", NOW, attempt), 0)
     made = Attempt(begun, OUTCOMES[outcome], timedelta(0), time.monotonic(), NOW)
     second = timedelta(seconds=1)
     policy = RetryPolicy(max_attempts=most_attempts, base=second, factor=2, cap=second)
-    return decide(made, policy, deduplicates=deduplicates)
+    return settlement_of(made, policy, deduplicates=deduplicates)
 
 
 @cache

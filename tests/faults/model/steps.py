@@ -170,7 +170,7 @@ def _settled(world: ModelWorld, job: Job, protocol: Protocol, after: Job) -> Mod
     unknown = row.unknown or job.outcome == "unknown"
     new = row._replace(begun=False, leased=False, unknown=unknown)
     status, reason = decided.status, decided.reason
-    if decided.yields and row.cancel_requested:
+    if decided.cancel_takes_precedence and row.cancel_requested:
         status, reason = Status.CANCELLED, row.cancel_requested + decided.cancel_detail
     if status is Status.PENDING:
         return done.with_row(job.row, new)

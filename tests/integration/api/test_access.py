@@ -82,8 +82,8 @@ def test_a_request_without_a_key_has_no_workspace(stack: Stack, logged: Api) -> 
         first, second = uuid4().hex, uuid4().hex
         head = "GET {} HTTP/1.1\r\nhost: x\r\nx-request-id: {}\r\n"
         mine = head.format(FOLLOW_UPS, first) + f"authorization: {logged.key}\r\n\r\n"
-        strangers = head.format(FOLLOW_UPS, second) + "connection: close\r\n\r\n"
-        connection.sendall((mine + strangers).encode())
+        unknown_keys = head.format(FOLLOW_UPS, second) + "connection: close\r\n\r\n"
+        connection.sendall((mine + unknown_keys).encode())
         while connection.recv(65_536):
             pass
     assert lines(stack, "request", request_id=first)[0]["workspace_id"] == str(stack.world.workspace_id)

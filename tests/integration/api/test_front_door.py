@@ -14,7 +14,7 @@ import pytest
 from sqlalchemy import text
 
 from followups.api import gate, server
-from followups.api.shares import STRANGERS_SHARE
+from followups.api.shares import UNKNOWN_KEYS_SHARE
 from stack import wait_until
 from web import CHAT_MESSAGES, FOLLOW_UPS, Api, client_of, is_problem, key_of, pointers, served
 from world import World
@@ -258,16 +258,16 @@ def test_unknown_keys_are_looked_up_with_a_limit(settings: Settings, world: Worl
     with ExitStack() as stack, served(settings) as address:
         with world.engine.connect() as held:
             held.execute(text("LOCK TABLE api_keys IN ACCESS EXCLUSIVE MODE"))
-            strangers = []
+            unknown_keys = []
             for number in range(140):
                 stranger = stack.enter_context(socket.create_connection(address, timeout=10))
                 key = f"fup_{number:043}"
                 stranger.sendall(f"GET {FOLLOW_UPS} HTTP/1.1\r\nhost: a\r\nauthorization: {key}\r\n\r\n".encode())
-                strangers.append(stranger)
-            refused = strangers[-1].recv(4096)
+                unknown_keys.append(stranger)
+            refused = unknown_keys[-1].recv(4096)
             assert refused.startswith(b"HTTP/1.1 429")
             assert b"retry-after" in refused.lower()
-            wait_until(lambda: world.scalar(counted) == STRANGERS_SHARE, within=5)
-        assert strangers[0].recv(4096).startswith(b"HTTP/1.1 401")
+            wait_until(lambda: world.scalar(counted) == UNKNOWN_KEYS_SHARE, within=5)
+        assert unknown_keys[0].recv(4096).startswith(b"HTTP/1.1 401")
         with client_of(address, key_of(world)[1]) as client:
             assert client.get(FOLLOW_UPS).status_code == 200

@@ -17,7 +17,7 @@ import pytest
 from sqlalchemy import text
 
 from followups.api import pagination, shares
-from followups.api.pagination import Starts
+from followups.api.pagination import PageStarts
 from followups.store.listing import Start
 from stack import wait_until
 from web import FOLLOW_UPS, Api, in_days, is_problem, served
@@ -136,7 +136,7 @@ def test_starting_points_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
 
     Each starting point expires. If there are too many starting points, the oldest are discarded.
     """
-    starts, moment = Starts(), in_a_list(0).created_at
+    starts, moment = PageStarts(), in_a_list(0).created_at
     for number in range(pagination.MOST_STARTS + 1):
         starts.note("list", in_a_list(pagination.DEEP + 10 * number))
     assert starts.nearest("list", pagination.DEEP + 25) == Start(pagination.DEEP + 20, moment, ID)

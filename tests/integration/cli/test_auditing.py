@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from world import World
 
-    Run = Callable[..., Any]
+    RunCommand = Callable[..., Any]
 
 HOUR = timedelta(hours=1)
 ME = pwd.getpwuid(os.getuid()).pw_name
@@ -31,12 +31,12 @@ def _no_tick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(connection, "ask_for_tick", lambda: None)
 
 
-def actions(run: Run, *arguments: object) -> list[str]:
+def actions(run: RunCommand, *arguments: object) -> list[str]:
     """Return the actions that `audit` lists, oldest first."""
     return [event["action"] for event in reversed(run("audit", "--json", *arguments).document)]
 
 
-def test_each_command_is_recorded(run: Run) -> None:
+def test_each_command_is_recorded(run: RunCommand) -> None:
     """Each change to workspaces, keys, pauses, limits or sending hours is recorded as one audit event.
 
     The audit event's actor is the operating-system user.
@@ -76,7 +76,7 @@ def test_each_command_is_recorded(run: Run) -> None:
     assert key["key"] not in str(events)
 
 
-def test_filters_and_table(run: Run, world: World) -> None:
+def test_filters_and_table(run: RunCommand, world: World) -> None:
     """`audit` filters by workspace, time, action and follow-up, and prints one table line per event."""
     follow_up = world.follow_up(due=HOUR)
     other = type(world)(world.engine)
@@ -103,7 +103,7 @@ def test_filters_and_table(run: Run, world: World) -> None:
     assert run("audit", "--action", "magic").code == 2
 
 
-def test_bulk_commands_are_one_event_each(run: Run, world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bulk_commands_are_one_event_each(run: RunCommand, world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     """A bulk command leaves one audit event with the total count, even if it ran in many batches.
 
     A dry run leaves no event.

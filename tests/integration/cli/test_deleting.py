@@ -19,12 +19,12 @@ if TYPE_CHECKING:
 
     from world import World
 
-    Run = Callable[..., Any]
+    RunCommand = Callable[..., Any]
 
 HOUR = timedelta(hours=1)
 
 
-def test_a_deleted_workspace_leaves_an_audit_event(run: Run, world: World) -> None:
+def test_a_deleted_workspace_leaves_an_audit_event(run: RunCommand, world: World) -> None:
     """Deleting a workspace deletes all its rows; an audit event keeps the actor and the counts."""
     name = str(world.workspace_id)
     world.follow_up(due=HOUR)
@@ -38,7 +38,7 @@ def test_a_deleted_workspace_leaves_an_audit_event(run: Run, world: World) -> No
     assert run("workspace", "delete", name, "--yes").code == 2
 
 
-def test_deleting_a_chat_keeps_other_chats(run: Run, world: World) -> None:
+def test_deleting_a_chat_keeps_other_chats(run: RunCommand, world: World) -> None:
     """Deleting a chat keeps the workspace's other chats; for an unknown chat or workspace it fails."""
     name, chat = str(world.workspace_id), world.chat()
     gone, kept = world.follow_up(chat, HOUR), world.follow_up(due=HOUR)
@@ -50,7 +50,9 @@ def test_deleting_a_chat_keeps_other_chats(run: Run, world: World) -> None:
     assert run("chat", "delete", uuid4(), "--workspace", "nowhere", "--yes").code == 2
 
 
-def test_an_attempt_that_does_not_end_is_reported(run: Run, world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_attempt_that_does_not_end_is_reported(
+    run: RunCommand, world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """If an attempt stays in flight, the delete command fails after a while and explains how to continue."""
     monkeypatch.setattr(batches, "PATIENCE", timedelta(seconds=-3))
     world.put_in_flight(world.follow_up())
@@ -63,7 +65,7 @@ def test_an_attempt_that_does_not_end_is_reported(run: Run, world: World, monkey
     assert "is being deleted" in run("workspace", "create", world.workspace_id).stderr
 
 
-def test_without_a_terminal_yes_is_required(run: Run, world: World) -> None:
+def test_without_a_terminal_yes_is_required(run: RunCommand, world: World) -> None:
     """If there is no terminal on which to confirm, the delete command deletes nothing."""
     ran = run("workspace", "delete", world.workspace_id)
     assert ran.code == 2
@@ -72,7 +74,7 @@ def test_without_a_terminal_yes_is_required(run: Run, world: World) -> None:
 
 
 @pytest.mark.parametrize(("typed", "code"), [("{name}", 0), ("y", 1), ("", 1)])
-def test_the_name_must_be_typed(run: Run, world: World, typed: str, code: int) -> None:
+def test_the_name_must_be_typed(run: RunCommand, world: World, typed: str, code: int) -> None:
     """On a terminal, the workspace's name must be typed to confirm its deletion.
 
     If anything other than the workspace's name is typed, nothing is deleted.

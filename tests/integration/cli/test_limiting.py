@@ -11,10 +11,10 @@ if TYPE_CHECKING:
 
     from world import World
 
-    Run = Callable[..., Any]
+    RunCommand = Callable[..., Any]
 
 
-def test_set_listed_changed_and_cleared(run: Run, world: World) -> None:
+def test_set_listed_changed_and_cleared(run: RunCommand, world: World) -> None:
     """A rate limit is listed as it was entered, and can be changed by `limit set` and removed."""
     name = str(world.workspace_id)
     assert run("limit", "set", "50/s", "--workspace", name).stdout == f"Workspace {name}: 50/s, 50 at once.\n"
@@ -38,7 +38,7 @@ def test_set_listed_changed_and_cleared(run: Run, world: World) -> None:
     assert run("limit", "list", "--json").document == []
 
 
-def test_a_limit_without_a_target(run: Run) -> None:
+def test_a_limit_without_a_target(run: RunCommand) -> None:
     """`limit set` without a target limits all messages, either in total or per workspace."""
     assert run("limit", "set", "2000/s").stdout == "Everything: 2000/s, 2,000 at once.\n"
     assert run("limit", "set", "100/s", "--each", "workspace").stdout == "Each workspace: 100/s, 100 at once.\n"
@@ -62,7 +62,7 @@ def test_a_limit_without_a_target(run: Run) -> None:
         ("set",),
     ],
 )
-def test_wrong_choices(run: Run, arguments: tuple[str, ...]) -> None:
+def test_wrong_choices(run: RunCommand, arguments: tuple[str, ...]) -> None:
     """An invalid rate or an unknown workspace is a usage error, reported in one sentence."""
     ran = run("limit", *arguments)
     assert (ran.code, ran.stdout) == (2, "")
@@ -70,7 +70,7 @@ def test_wrong_choices(run: Run, arguments: tuple[str, ...]) -> None:
     assert ran.stderr.count("\n") == 1
 
 
-def test_show_names_the_limits(run: Run, world: World) -> None:
+def test_show_names_the_limits(run: RunCommand, world: World) -> None:
     """For a follow-up deferred by rate limits, `show` names these limits; otherwise it names none."""
     run("limit", "set", "50/s", "--workspace", world.workspace_id)
     run("limit", "set", "1/min", "--each", "chat")
@@ -88,7 +88,7 @@ def test_show_names_the_limits(run: Run, world: World) -> None:
     assert "rate limit" not in run("show", pending, "--json").document["explanation"]
 
 
-def test_quotas(run: Run, world: World) -> None:
+def test_quotas(run: RunCommand, world: World) -> None:
     """A quota can be set, shown with its usage, changed and removed; each change is audited.
 
     Invalid quotas are rejected.

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from stack import Stack
     from world import World
 
-    Run = Callable[..., Any]
+    RunCommand = Callable[..., Any]
 
 MINUTE = timedelta(minutes=1)
 WINDOW = 100
@@ -64,7 +64,7 @@ def fill(world: World) -> None:
 class TestStats:
     """The command `followups stats`."""
 
-    def test_counts_are_exact(self, run: Run, world: World) -> None:
+    def test_counts_are_exact(self, run: RunCommand, world: World) -> None:
         """`stats` counts pending, waiting, overdue, in-flight and final follow-ups exactly.
 
         `stats` also shows the age of the oldest overdue follow-up.
@@ -77,7 +77,7 @@ class TestStats:
         assert found["estimated"] == []
         assert 60 <= found["oldestOverdueSeconds"] < 120
 
-    def test_lag_and_throughput(self, run: Run, world: World) -> None:
+    def test_lag_and_throughput(self, run: RunCommand, world: World) -> None:
         """`stats` shows lag percentiles by nearest rank, and throughput per minute, for the chosen period."""
         fill(world)
         found = run("stats", "--minutes", 10, "--json").document
@@ -87,7 +87,7 @@ class TestStats:
         nothing = run("stats", "--minutes", 10, "--json").document
         assert (nothing["sentInWindow"], nothing["lagMs"]["p99"]) == (0, None)
 
-    def test_text_output(self, run: Run, world: World) -> None:
+    def test_text_output(self, run: RunCommand, world: World) -> None:
         """Without --json, `stats` prints one line per number, without colour in a pipe."""
         assert "pending         0" in run("stats").stdout
         fill(world)
@@ -97,7 +97,7 @@ class TestStats:
         assert "100 sent in the last 5 min" in shown
         assert "\x1b" not in shown
 
-    def test_a_state_with_many_rows_is_estimated(self, run: Run, world: World, engine: Engine) -> None:
+    def test_a_state_with_many_rows_is_estimated(self, run: RunCommand, world: World, engine: Engine) -> None:
         """If a final state has many rows, `stats` shows the planner's estimate; other counts are exact."""
         fill(world)
         with engine.begin() as connection:
@@ -120,7 +120,7 @@ class TestStats:
             assert store.pace(connection, MINUTE, timedelta(milliseconds=1)) is None
             assert store.pace(connection, MINUTE) is not None
 
-    def test_held_follow_ups_are_counted_separately(self, run: Run, world: World) -> None:
+    def test_held_follow_ups_are_counted_separately(self, run: RunCommand, world: World) -> None:
         """`stats` counts follow-ups that are paused or outside sending hours separately, not as overdue."""
         later = datetime.now(UTC) + 60 * MINUTE
         world.follow_up(due=-MINUTE, pause_id=uuid4(), next_attempt_at=datetime(9998, 12, 31, tzinfo=UTC))
@@ -230,7 +230,7 @@ class TestDoctor:
         for said in ("the last tick ran 1 h ago", "honcho start beat worker", "3 of 19 checks failed."):
             assert said in ran.stdout
 
-    def test_unreachable_servers(self, run: Run, environment: pytest.MonkeyPatch) -> None:
+    def test_unreachable_servers(self, run: RunCommand, environment: pytest.MonkeyPatch) -> None:
         """Doctor names an unreachable database and broker without passwords, and skips dependent checks."""
         environment.setenv("FOLLOWUPS_DATABASE_URL", "postgresql://me:hidden@127.0.0.1:9/chats")
         environment.setenv("FOLLOWUPS_BROKER_URL", "redis://:hidden@127.0.0.1:9/0")
@@ -271,7 +271,7 @@ class TestDoctor:
         assert found.startswith(advice)
         assert bool(found) == bool(advice)
 
-    def test_wrong_settings_are_wrong_usage(self, run: Run, environment: pytest.MonkeyPatch) -> None:
+    def test_wrong_settings_are_wrong_usage(self, run: RunCommand, environment: pytest.MonkeyPatch) -> None:
         """With invalid settings, doctor runs no check and exits with code 2; the error names the settings."""
         environment.setenv("FOLLOWUPS_LEASE", "1")
         ran = run("doctor")

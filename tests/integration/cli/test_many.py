@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
     from world import World
 
-    Run = Callable[..., Any]
+    RunCommand = Callable[..., Any]
 
 HOUR = timedelta(hours=1)
 DAY = timedelta(days=1)
@@ -57,7 +57,7 @@ def copies(world: World, original: UUID) -> list[Any]:
 class TestCancel:
     """The commands `followups cancel --chat` and `--workspace`."""
 
-    def test_a_dry_run_changes_nothing(self, run: Run, world: World) -> None:
+    def test_a_dry_run_changes_nothing(self, run: RunCommand, world: World) -> None:
         """A dry run of a bulk cancel prints the count and a sample, as text or JSON, and changes nothing."""
         chat = world.chat()
         ids = [world.follow_up(chat, HOUR * n) for n in range(1, 8)]
@@ -71,7 +71,7 @@ class TestCancel:
         assert (document["matched"], document["cancelled"], len(document["sample"])) == (7, 0, 5)
         assert {row.status for row in world.rows()} == {"pending"}
 
-    def test_one_chat(self, run: Run, world: World) -> None:
+    def test_one_chat(self, run: RunCommand, world: World) -> None:
         """With --chat, a bulk cancel affects only the chat's pending follow-ups and stores the given reason."""
         chat = world.chat()
         ids = [world.follow_up(chat, HOUR * n) for n in range(1, 4)]
@@ -81,7 +81,7 @@ class TestCancel:
         assert [(world.row(one).status, world.row(one).reason) for one in ids] == [("cancelled", "wrong campaign")] * 3
         assert (world.row(other).status, world.row(ended).status) == ("pending", "failed")
 
-    def test_a_workspace_in_batches(self, run: Run, world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_a_workspace_in_batches(self, run: RunCommand, world: World, monkeypatch: pytest.MonkeyPatch) -> None:
         """A bulk cancel of a workspace runs in batches and does not affect other workspaces.
 
         When the command runs again, no follow-up is left to cancel.
@@ -97,7 +97,7 @@ class TestCancel:
         assert world.row(kept).status == "pending"
         assert run("cancel", "--workspace", world.workspace_id, "--yes", "--json").document["matched"] == 0
 
-    def test_in_flight_follow_ups_are_only_not_retried(self, run: Run, world: World) -> None:
+    def test_in_flight_follow_ups_are_only_not_retried(self, run: RunCommand, world: World) -> None:
         """A bulk cancel does not end a follow-up in flight, but prevents its retry and reports this."""
         later = datetime.now(UTC) + HOUR
         in_flight = world.follow_up(begun_at=later, lease_until=later)
@@ -108,7 +108,9 @@ class TestCancel:
         assert (row.status, row.cancel_requested, row.begun_at) == ("pending", "stop", later)
         assert world.row(waiting).status == "cancelled"
 
-    def test_locked_rows_are_skipped_and_counted(self, run: Run, world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_locked_rows_are_skipped_and_counted(
+        self, run: RunCommand, world: World, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         """A bulk cancel skips and counts a row that stays locked by another transaction.
 
         All rows that are not locked are cancelled.
@@ -121,7 +123,7 @@ class TestCancel:
         assert ran.stdout == "1 of 2 follow-ups cancelled; 1 held by others\n"
         assert (world.row(held).status, world.row(free).status) == ("pending", "cancelled")
 
-    def test_without_a_terminal_yes_is_required(self, run: Run, world: World) -> None:
+    def test_without_a_terminal_yes_is_required(self, run: RunCommand, world: World) -> None:
         """A bulk cancel without a terminal and without --yes is a usage error of one sentence."""
         follow_up = world.follow_up(due=HOUR)
         ran = run("cancel", "--workspace", world.workspace_id)
@@ -141,7 +143,7 @@ class TestCancel:
             (uuid4(), "--dry-run"),
         ],
     )
-    def test_wrong_choices(self, run: Run, arguments: tuple[object, ...]) -> None:
+    def test_wrong_choices(self, run: RunCommand, arguments: tuple[object, ...]) -> None:
         """An invalid or empty selection for a bulk cancel is a usage error, reported in one sentence."""
         ran = run("cancel", *arguments)
         assert (ran.code, ran.stdout) == (2, "")
@@ -152,7 +154,7 @@ class TestCancel:
 class TestRetry:
     """Tests for the command `followups retry --failed --since`."""
 
-    def test_all_that_failed_since(self, run: Run, world: World) -> None:
+    def test_all_that_failed_since(self, run: RunCommand, world: World) -> None:
         """Each follow-up that has failed since the given time is retried now, with its message and chat.
 
         Follow-ups that failed earlier are not retried.
@@ -167,7 +169,7 @@ class TestRetry:
             assert world.row(one).status == "failed"
         assert copies(world, early) == []
 
-    def test_none_is_retried_twice(self, run: Run, world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_none_is_retried_twice(self, run: RunCommand, world: World, monkeypatch: pytest.MonkeyPatch) -> None:
         """Running a bulk retry again completes an interrupted run and retries no follow-up twice."""
         monkeypatch.setattr(bulk, "RETRIES", 2)
         ids = [failed(world) for _ in range(5)]
@@ -188,7 +190,7 @@ class TestRetry:
         assert run("retry", "--failed", "--since", "2h", "--yes").stdout == "0 of 0 follow-ups retried\n"
         assert [len(copies(world, one)) for one in ids] == [1] * 5
 
-    def test_filters(self, run: Run, world: World) -> None:
+    def test_filters(self, run: RunCommand, world: World) -> None:
         """A bulk retry with filters retries only failures with the given workspace and reason codes."""
         wanted, other = failed(world, "retries_exhausted: HTTP 500"), failed(world, "too_late")
         others = type(world)(world.engine)
@@ -197,7 +199,7 @@ class TestRetry:
         assert run("retry", "--failed", *arguments).stdout == "1 of 1 follow-up retried\n"
         assert [len(copies(world, one)) for one in (wanted, other, theirs)] == [1, 0, 0]
 
-    def test_rejected_retries_are_counted(self, run: Run, world: World) -> None:
+    def test_rejected_retries_are_counted(self, run: RunCommand, world: World) -> None:
         """A bulk retry skips follow-ups that the rules reject, and counts them by reason."""
         failed(world)
         failed(world, chat=world.chat(last_message_role="user"))
@@ -209,7 +211,7 @@ class TestRetry:
         counts |= {"tooManyPending": 1}
         assert found == {"dryRun": False, "matched": 5, "interrupted": False} | counts
 
-    def test_retries_over_the_quota_are_counted(self, run: Run, world: World) -> None:
+    def test_retries_over_the_quota_are_counted(self, run: RunCommand, world: World) -> None:
         """If the quota rejects some retries, a bulk retry counts them and continues."""
         with world.engine.begin() as opened:
             quotas.put(opened, world.workspace_id, quotas.Kind.PENDING, 2)
@@ -218,7 +220,9 @@ class TestRetry:
         found = run("retry", "--failed", "--since", "2h", "--yes", "--json").document
         assert (found["retried"], found["quotaExceeded"]) == (2, 3)
 
-    def test_a_pruned_follow_up_is_counted(self, run: Run, world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_a_pruned_follow_up_is_counted(
+        self, run: RunCommand, world: World, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         """A bulk retry skips and counts a follow-up that was pruned after it was found."""
         gone = failed(world)
         failed(world)
@@ -231,7 +235,7 @@ class TestRetry:
         found = run("retry", "--failed", "--since", "2h", "--yes", "--json").document
         assert (found["retried"], found["notFound"]) == (1, 1)
 
-    def test_a_follow_up_retried_by_id_is_skipped(self, run: Run, world: World) -> None:
+    def test_a_follow_up_retried_by_id_is_skipped(self, run: RunCommand, world: World) -> None:
         """A bulk retry skips a follow-up that an operator has already retried by its id.
 
         A failed follow-up can be retried again by its id.
@@ -244,7 +248,7 @@ class TestRetry:
         assert run("retry", original).code == 0
         assert world.scalar("SELECT count(*) FROM follow_ups WHERE status = 'pending'") == 2
 
-    def test_a_dry_run_changes_nothing(self, run: Run, world: World) -> None:
+    def test_a_dry_run_changes_nothing(self, run: RunCommand, world: World) -> None:
         """A dry run of a bulk retry prints the count and a sample."""
         original = failed(world)
         ran = run("retry", "--failed", "--since", "2h", "--dry-run")
@@ -264,7 +268,7 @@ class TestRetry:
             (uuid4(), "--since", "2h"),
         ],
     )
-    def test_wrong_choices(self, run: Run, arguments: tuple[object, ...]) -> None:
+    def test_wrong_choices(self, run: RunCommand, arguments: tuple[object, ...]) -> None:
         """An invalid or empty selection for a bulk retry is a usage error, reported in one sentence."""
         ran = run("retry", *arguments)
         assert (ran.code, ran.stdout) == (2, "")
@@ -272,7 +276,7 @@ class TestRetry:
         assert ran.stderr.count("\n") == 1
 
 
-def test_list_by_reason_and_due_date(run: Run, world: World) -> None:
+def test_list_by_reason_and_due_date(run: RunCommand, world: World) -> None:
     """`list` filters by reason code and due date, in combination with the other filters."""
     exhausted, rejected = failed(world, "retries_exhausted: HTTP 500"), failed(world)
     soon, later = world.follow_up(due=HOUR), world.follow_up(due=2 * DAY)

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from world import World
 
-    Run = Callable[..., Any]
+    RunCommand = Callable[..., Any]
 
 FIELDS = [
     "id", "createdAt", "updatedAt", "chatId", "chatMessageId", "dueDate", "finishedAt", "message", "reason", "status",
@@ -43,7 +43,7 @@ def nudges(monkeypatch: pytest.MonkeyPatch) -> list[datetime]:
 class TestCancel:
     """The command `followups cancel`."""
 
-    def test_the_reason_is_stored_as_given(self, run: Run, world: World) -> None:
+    def test_the_reason_is_stored_as_given(self, run: RunCommand, world: World) -> None:
         """A pending follow-up is cancelled with the given reason; repeating the command changes nothing."""
         follow_up = world.follow_up(due=HOUR)
         ran = run("cancel", follow_up, "--reason", "the customer called")
@@ -53,13 +53,13 @@ class TestCancel:
         assert run("cancel", follow_up, "--reason", "the customer called").code == 0
         assert world.row(follow_up) == row
 
-    def test_without_a_reason_the_default_code_is_stored(self, run: Run, world: World) -> None:
+    def test_without_a_reason_the_default_code_is_stored(self, run: RunCommand, world: World) -> None:
         """A follow-up that is cancelled without a reason ends as cancelled_by_api, as through the API."""
         cancelled = run("cancel", world.follow_up(due=HOUR), "--json").document
         assert list(cancelled) == FIELDS
         assert (cancelled["status"], cancelled["reason"]) == ("cancelled", "cancelled_by_api")
 
-    def test_finished_and_in_flight_follow_ups_stay_unchanged(self, run: Run, world: World) -> None:
+    def test_finished_and_in_flight_follow_ups_stay_unchanged(self, run: RunCommand, world: World) -> None:
         """`cancel` leaves a finished or in-flight follow-up unchanged, and the error explains why."""
         failed = world.follow_up(**FAILED)
         later = datetime.now(UTC) + HOUR
@@ -71,7 +71,7 @@ class TestCancel:
             assert said in ran.stderr
             assert world.row(follow_up) == before
 
-    def test_an_empty_reason_is_wrong_usage(self, run: Run, world: World) -> None:
+    def test_an_empty_reason_is_wrong_usage(self, run: RunCommand, world: World) -> None:
         """`cancel` with an empty reason is a usage error and changes nothing."""
         follow_up = world.follow_up(due=HOUR)
         assert run("cancel", follow_up, "--reason", "").code == 2
@@ -81,7 +81,7 @@ class TestCancel:
 class TestReschedule:
     """The command `followups reschedule`."""
 
-    def test_due_date_with_an_offset(self, run: Run, world: World, nudges: list[datetime]) -> None:
+    def test_due_date_with_an_offset(self, run: RunCommand, world: World, nudges: list[datetime]) -> None:
         """A due date with a UTC offset is stored as the same time."""
         follow_up = world.follow_up(due=HOUR)
         due = datetime(2031, 1, 31, 9, tzinfo=UTC)
@@ -91,7 +91,7 @@ class TestReschedule:
         assert nudges == [due]
 
     @pytest.mark.parametrize(("text", "seconds"), [("now", 0), ("+10m", 600)])
-    def test_relative_due_date(self, run: Run, world: World, text: str, seconds: int) -> None:
+    def test_relative_due_date(self, run: RunCommand, world: World, text: str, seconds: int) -> None:
         """`now` and relative due dates refer to the database's clock."""
         follow_up = world.follow_up(due=HOUR)
         before = world.scalar("SELECT now()")
@@ -99,7 +99,7 @@ class TestReschedule:
         after = world.scalar("SELECT now()")
         assert before <= world.row(follow_up).due_date - timedelta(seconds=seconds) <= after
 
-    def test_outside_the_window_is_refused(self, run: Run, world: World) -> None:
+    def test_outside_the_window_is_refused(self, run: RunCommand, world: World) -> None:
         """A due date outside the channel's messaging window is rejected with advice."""
         chat = world.chat(channel="whatsapp", last_user_message_at=datetime.now(UTC))
         ran = run("reschedule", world.follow_up(chat, HOUR), "--due", "+25h")
@@ -110,7 +110,7 @@ class TestReschedule:
 class TestRetry:
     """The command `followups retry`."""
 
-    def test_a_retry_creates_a_new_follow_up(self, run: Run, world: World, nudges: list[datetime]) -> None:
+    def test_a_retry_creates_a_new_follow_up(self, run: RunCommand, world: World, nudges: list[datetime]) -> None:
         """`retry` creates a new follow-up, due now, with the message and chat of the failed one.
 
         The failed follow-up is unchanged, and the id of the new one is printed.
@@ -124,13 +124,13 @@ class TestRetry:
         assert world.row(failed) == before
         assert nudges == [new.due_date]
 
-    def test_retry_at_a_later_time(self, run: Run, world: World) -> None:
+    def test_retry_at_a_later_time(self, run: RunCommand, world: World) -> None:
         """With a given due date, the follow-up that `retry` creates is due at that time."""
         new = run("retry", world.follow_up(**FAILED), "--due", "+1h", "--json").document
         assert list(new) == FIELDS
         assert new["createdAt"] < new["dueDate"]
 
-    def test_only_a_failed_follow_up(self, run: Run, world: World) -> None:
+    def test_only_a_failed_follow_up(self, run: RunCommand, world: World) -> None:
         """`retry` rejects a follow-up that has not failed, and a failed one whose user has replied since."""
         assert "this one is pending" in run("retry", world.follow_up(due=HOUR)).stderr
         answered = world.follow_up(world.chat(last_message_role="user"), **FAILED)

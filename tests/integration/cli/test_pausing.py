@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from followups.settings import Settings
     from world import World
 
-    Run = Callable[..., Any]
+    RunCommand = Callable[..., Any]
 
 
 @pytest.fixture(autouse=True)
@@ -34,7 +34,7 @@ def _no_tick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(connection, "ask_for_tick", lambda: None)
 
 
-def test_paused_listed_and_resumed(run: Run, world: World, engine: Engine, settings: Settings) -> None:
+def test_paused_listed_and_resumed(run: RunCommand, world: World, engine: Engine, settings: Settings) -> None:
     """A pause is listed with the number of follow-ups held by it.
 
     `resume` prints how many follow-ups continue, and which pauses remain.
@@ -62,7 +62,7 @@ def test_paused_listed_and_resumed(run: Run, world: World, engine: Engine, setti
     assert run("pause", "--list").stderr == "Nothing is paused.\n"
 
 
-def test_an_interrupted_resume_continues(run: Run, world: World, engine: Engine, settings: Settings) -> None:
+def test_an_interrupted_resume_continues(run: RunCommand, world: World, engine: Engine, settings: Settings) -> None:
     """If `resume` is interrupted after it has ended the pause, its next run releases the remaining follow-ups."""
     name = str(world.workspace_id)
     run("pause", "--workspace", name)
@@ -73,7 +73,7 @@ def test_an_interrupted_resume_continues(run: Run, world: World, engine: Engine,
 
 
 def test_pause_waits_for_beginning_attempts(
-    run: Run, world: World, settings: Settings, monkeypatch: pytest.MonkeyPatch
+    run: RunCommand, world: World, settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """`pause` waits until every worker transaction that may have begun before the pause has ended.
 
@@ -101,7 +101,12 @@ def worker(settings: Settings) -> Iterator[Engine]:
 
 
 def test_pause_waits_with_any_database_role(
-    run: Run, world: World, worker: Engine, settings: Settings, unprivileged_url: str, environment: pytest.MonkeyPatch
+    run: RunCommand,
+    world: World,
+    worker: Engine,
+    settings: Settings,
+    unprivileged_url: str,
+    environment: pytest.MonkeyPatch,
 ) -> None:
     """`pause` waits for attempts that are beginning, even if the command's database role cannot see other sessions."""
     environment.setenv("FOLLOWUPS_DATABASE_URL", unprivileged_url)
@@ -123,7 +128,7 @@ def test_pause_waits_with_any_database_role(
 
 @pytest.mark.parametrize("command", ["pause", "resume"])
 @pytest.mark.parametrize("options", [(), ("--workspace", "nobody"), ("--channel", "telegraph")])
-def test_wrong_choices(run: Run, command: str, options: tuple[str, ...]) -> None:
+def test_wrong_choices(run: RunCommand, command: str, options: tuple[str, ...]) -> None:
     """If the selection is empty or unknown, `pause` exits with a usage error, reported in one sentence."""
     ran = run(command, *options)
     assert (ran.code, ran.stdout) == (2, "")

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from world import World
 
-    Run = Callable[..., Any]
+    RunCommand = Callable[..., Any]
 
 DAY = timedelta(days=1)
 FIELDS = {
@@ -46,7 +46,7 @@ def archived(path: Path) -> list[dict[str, Any]]:
         return [json.loads(line) for line in file]
 
 
-def test_deleted(run: Run, world: World) -> None:
+def test_deleted(run: RunCommand, world: World) -> None:
     """Finished follow-ups older than the given age are deleted and counted.
 
     Younger and pending follow-ups are kept.
@@ -59,7 +59,7 @@ def test_deleted(run: Run, world: World) -> None:
     assert run("prune", "--older-than", "90d", "--yes", "--json").document["deleted"] == 0
 
 
-def test_a_dry_run_changes_nothing(run: Run, world: World, tmp_path: Path) -> None:
+def test_a_dry_run_changes_nothing(run: RunCommand, world: World, tmp_path: Path) -> None:
     """A dry run of `prune` prints the count and a sample, and creates no archive."""
     old = ended(world, 91)
     ran = run("prune", "--older-than", "90d", "--dry-run", "--archive", tmp_path / "a.gz")
@@ -69,7 +69,9 @@ def test_a_dry_run_changes_nothing(run: Run, world: World, tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("texts", [True, False])
-def test_archived(run: Run, world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *, texts: bool) -> None:
+def test_archived(
+    run: RunCommand, world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *, texts: bool
+) -> None:
     """Deleted rows are archived as one JSON object per line, in a file that only its owner can read.
 
     The archive contains message texts only with --message.
@@ -90,7 +92,7 @@ def test_archived(run: Run, world: World, tmp_path: Path, monkeypatch: pytest.Mo
 
 
 def test_only_archived_rows_are_deleted(
-    run: Run, world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    run: RunCommand, world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """If the disk fills up, the archive contains only complete batches, and unarchived rows are not deleted."""
     monkeypatch.setattr(pruning, "BATCH", 2)
@@ -110,7 +112,7 @@ def test_only_archived_rows_are_deleted(
     assert {row.id for row in world.rows()} == set(ids[2:])
 
 
-def test_an_archive_is_not_overwritten(run: Run, world: World, tmp_path: Path) -> None:
+def test_an_archive_is_not_overwritten(run: RunCommand, world: World, tmp_path: Path) -> None:
     """If the archive file already exists, `prune` is a usage error and deletes nothing."""
     ended(world, 91)
     path = tmp_path / "old.jsonl.gz"
@@ -121,7 +123,7 @@ def test_an_archive_is_not_overwritten(run: Run, world: World, tmp_path: Path) -
 
 
 @pytest.mark.parametrize("options", [(), ("--older-than", "90"), ("--older-than", "-1d"), ("--older-than", "9999999d")])
-def test_wrong_ages(run: Run, world: World, options: tuple[str, ...]) -> None:
+def test_wrong_ages(run: RunCommand, world: World, options: tuple[str, ...]) -> None:
     """`prune` with an invalid age is a usage error, reported in one sentence.
 
     `prune` without a terminal and without --yes is a usage error, too.

@@ -10,7 +10,7 @@ from uuid import UUID, uuid4
 
 from followups.delivery.begin import begin
 from followups.delivery.claim import claim
-from followups.flow_control.breaker import BreakerStore, News, Run
+from followups.flow_control.breaker import BreakerStore, OutcomeReport, WorkspaceOutcomes
 from followups.store import pauses
 from followups.store.leases import key_of
 from followups.store.pauses import PauseScope
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from followups.settings import Settings
     from world import World
 
-    Run = Callable[..., Any]
+    RunCommand = Callable[..., Any]
 
 FIELDS = [
     "id", "createdAt", "updatedAt", "chatId", "chatMessageId", "dueDate", "finishedAt", "message", "reason", "status",
@@ -39,7 +39,7 @@ FAILED = {"status": "failed", "reason": "rejected: HTTP 403 no", "finished_at": 
 class TestList:
     """The command `followups list`."""
 
-    def test_the_json_form_is_the_apis_without_the_message(self, run: Run, world: World) -> None:
+    def test_the_json_form_is_the_apis_without_the_message(self, run: RunCommand, world: World) -> None:
         """Each JSON entry of `list` has exactly the API's fields; without --message the message is null."""
         follow_up = world.follow_up(due=HOUR)
         [entry] = run("list", "--json").document
@@ -47,7 +47,7 @@ class TestList:
         assert (entry["id"], entry["status"], entry["message"]) == (str(follow_up), "pending", None)
         assert run("list", "--json", "--message").document[0]["message"] == "Still there?"
 
-    def test_filters_and_pages(self, run: Run, world: World) -> None:
+    def test_filters_and_pages(self, run: RunCommand, world: World) -> None:
         """`list` filters by workspace, chat and state, limits the count, and shows the newest first."""
         chat = world.chat()
         first, second = world.follow_up(chat, HOUR), world.follow_up(chat, HOUR)
@@ -63,7 +63,7 @@ class TestList:
         assert listed("--trigger", uuid4()) == []
         assert listed("--limit", 1, "--page", 2) == [second]
 
-    def test_a_pipe_gets_complete_rows_without_colour(self, run: Run, world: World) -> None:
+    def test_a_pipe_gets_complete_rows_without_colour(self, run: RunCommand, world: World) -> None:
         """In a pipe, `list` prints each follow-up as one complete plain line, with hints on stderr."""
         chat = world.chat()
         follow_up = world.follow_up(chat, **FAILED)
@@ -76,7 +76,7 @@ class TestList:
         assert "\x1b" not in ran.stdout
         assert "--page 2" in run("list", "--limit", 1).stderr
 
-    def test_nothing_found_is_no_failure(self, run: Run) -> None:
+    def test_nothing_found_is_no_failure(self, run: RunCommand) -> None:
         """`list` reports an empty result on stderr and prints [] as JSON."""
         assert (run("list").code, run("list").stdout) == (0, "")
         assert run("list").stderr == "There is no such follow-up.\n"
@@ -87,7 +87,7 @@ class TestList:
 class TestShow:
     """The command `followups show`."""
 
-    def test_show_prints_everything_but_the_message(self, run: Run, world: World) -> None:
+    def test_show_prints_everything_but_the_message(self, run: RunCommand, world: World) -> None:
         """The JSON of `show` contains the API's fields, an explanation and each failed attempt."""
         follow_up = world.follow_up(world.chat(channel="whatsapp", external_id="4917"), **FAILED, attempts=2)
         world.sql(
@@ -111,7 +111,7 @@ class TestShow:
         assert (second["statusCode"], second["durationMs"]) == (None, None)
         assert run("show", follow_up, "--json", "--message").document["message"] == "Still there?"
 
-    def test_show_names_the_open_breaker(self, run: Run, world: World, settings: Settings) -> None:
+    def test_show_names_the_open_breaker(self, run: RunCommand, world: World, settings: Settings) -> None:
         """`show` names the open breaker as the reason why a due follow-up waits.
 
         For a follow-up that is due later, `show` does not mention the breaker.
@@ -121,7 +121,12 @@ class TestShow:
         async def fail() -> None:
             store = BreakerStore(settings, settings.transport)
             failed = tuple(uuid4() for _ in range(settings.breaker_failures))
-            await store.report(News(failed, runs=(Run(key_of(world.workspace_id), len(failed), anew=False),)), 0)
+            await store.report(
+                OutcomeReport(
+                    failed, runs=(WorkspaceOutcomes(key_of(world.workspace_id), len(failed), after_success=False),)
+                ),
+                0,
+            )
             await store.close()
 
         assert run("show", due, "--json").document["breaker"] == "closed"
@@ -131,14 +136,16 @@ class TestShow:
         assert shown["explanation"].startswith("The follow-up is due, and waits without using up attempts: for ")
         assert "will be sent in" in run("show", later, "--json").document["explanation"]
 
-    def test_show_works_without_the_broker(self, run: Run, world: World, environment: pytest.MonkeyPatch) -> None:
+    def test_show_works_without_the_broker(
+        self, run: RunCommand, world: World, environment: pytest.MonkeyPatch
+    ) -> None:
         """If the broker is unreachable, `show` reports the breaker's state as unknown and all else as usual."""
         environment.setenv("FOLLOWUPS_BROKER_URL", "redis://127.0.0.1:9/0")
         shown = run("show", world.follow_up(due=HOUR), "--json").document
         assert shown["breaker"] is None
         assert "will be sent in" in shown["explanation"]
 
-    def test_show_prints_text(self, run: Run, world: World) -> None:
+    def test_show_prints_text(self, run: RunCommand, world: World) -> None:
         """`show` prints facts, the explanation and failed attempts as text; --message adds the message."""
         follow_up = world.follow_up(
             status="sent",
@@ -160,14 +167,14 @@ class TestShow:
         assert "Still there?" not in shown
         assert "Still there?" in run("show", follow_up, "--message").stdout
 
-    def test_an_unknown_id_is_an_error(self, run: Run) -> None:
+    def test_an_unknown_id_is_an_error(self, run: RunCommand) -> None:
         """`show` with an unknown id is a usage error with a message."""
         ran = run("show", uuid4())
         assert (ran.code, ran.stdout) == (2, "")
         assert ran.stderr == "followups: The follow-up was not found; followups list shows the existing ones.\n"
 
     def test_show_names_what_holds_a_follow_up(
-        self, run: Run, world: World, engine: Engine, settings: Settings
+        self, run: RunCommand, world: World, engine: Engine, settings: Settings
     ) -> None:
         """`show` explains how a pause, sending hours or an earlier follow-up in the chat delays the follow-up."""
         name = str(world.workspace_id)
@@ -187,7 +194,7 @@ class TestShow:
         hours = {"timeZone": "UTC", "from": "09:00", "to": "10:00"}
         assert run("show", second, "--json").document["sendingHours"].items() >= hours.items()
 
-    def test_show_names_the_retry(self, run: Run, world: World) -> None:
+    def test_show_names_the_retry(self, run: RunCommand, world: World) -> None:
         """For a failed follow-up, `show` names its retry; for a retry, `show` names the failed follow-up."""
         failed = world.follow_up(**FAILED)
         new = run("retry", failed, "--due", "+1h").stdout.strip()
@@ -195,7 +202,7 @@ class TestShow:
         assert run("show", new, "--json").document["retryOf"] == str(failed)
 
 
-def test_the_help_explains_unsent_follow_ups(run: Run, world: World) -> None:
+def test_the_help_explains_unsent_follow_ups(run: RunCommand, world: World) -> None:
     """The top-level help shows a new user how to find out why a follow-up was not sent.
 
     The help names the command that finds a follow-up and the command that explains it.

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     from world import World
 
-    Run = Callable[..., Any]
+    RunCommand = Callable[..., Any]
 
 NOBODY = "postgresql://me:secret@127.0.0.1:9/chats"  # the discard port, which refuses connections
 
@@ -33,7 +33,7 @@ class TestMigrate:
     """The command `followups migrate`."""
 
     def test_migrate_upgrades_to_the_newest_schema(
-        self, run: Run, database_url: str, engine: Engine, environment: pytest.MonkeyPatch
+        self, run: RunCommand, database_url: str, engine: Engine, environment: pytest.MonkeyPatch
     ) -> None:
         """`migrate` upgrades to the newest schema and names it; running it again changes nothing."""
         downgrade(owner_url := url_as(database_url, OWNER), "base")
@@ -45,7 +45,7 @@ class TestMigrate:
         again = run("migrate")
         assert (again.code, again.stdout) == (0, f"The schema is {newest}, unchanged\n")
 
-    def test_a_role_without_the_right_to_migrate(self, run: Run, database_url: str) -> None:
+    def test_a_role_without_the_right_to_migrate(self, run: RunCommand, database_url: str) -> None:
         """If the database role may not create tables, `migrate` names the role that is needed."""
         downgrade(url_as(database_url, OWNER), "base")
         ran = run("migrate")
@@ -55,7 +55,11 @@ class TestMigrate:
         assert ran.stderr.count("\n") == 1
 
     def test_migrate_waits_for_an_unreachable_database(
-        self, run: Run, database_url: str, environment: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory
+        self,
+        run: RunCommand,
+        database_url: str,
+        environment: pytest.MonkeyPatch,
+        tmp_path_factory: pytest.TempPathFactory,
     ) -> None:
         """`migrate` reports that it is waiting for an unreachable database."""
         socket = tmp_path_factory.mktemp("s") / "s"  # a short path, because a socket path is limited to 107 bytes
@@ -69,7 +73,7 @@ class TestMigrate:
         assert "waiting up to 20 s" in ran.stderr
 
     def test_a_permanent_error_is_not_waited_for(
-        self, run: Run, database_url: str, environment: pytest.MonkeyPatch
+        self, run: RunCommand, database_url: str, environment: pytest.MonkeyPatch
     ) -> None:
         """If the server rejects the connection permanently, `migrate` fails immediately."""
         url = make_url(database_url).set(database="nowhere")
@@ -79,7 +83,9 @@ class TestMigrate:
         assert 'database "nowhere" does not exist; start it, or correct FOLLOWUPS_DATABASE_URL' in ran.stderr
         assert "waiting" not in ran.stderr
 
-    def test_a_database_that_stays_unreachable_is_an_error(self, run: Run, environment: pytest.MonkeyPatch) -> None:
+    def test_a_database_that_stays_unreachable_is_an_error(
+        self, run: RunCommand, environment: pytest.MonkeyPatch
+    ) -> None:
         """If the database stays unreachable, `migrate` reports what it waits for and then fails."""
         environment.setenv("FOLLOWUPS_DATABASE_URL", NOBODY)
         ran = run("migrate", "--wait", "0.3")
@@ -90,7 +96,7 @@ class TestMigrate:
             "or correct FOLLOWUPS_DATABASE_URL.\n"
         )
 
-    def test_a_newer_schema_is_left_alone(self, run: Run, world: World) -> None:
+    def test_a_newer_schema_is_left_alone(self, run: RunCommand, world: World) -> None:
         """`migrate` does not touch a schema newer than itself, and its error names the version to install."""
         world.sql("UPDATE alembic_version SET version_num = '9999'")
         ran = run("migrate")
@@ -98,7 +104,7 @@ class TestMigrate:
         assert "9999, which this version does not know" in ran.stderr
         assert ran.stderr.count("\n") == 1
 
-    def test_a_stale_lock_is_named(self, run: Run, database_url: str) -> None:
+    def test_a_stale_lock_is_named(self, run: RunCommand, database_url: str) -> None:
         """`migrate` waits a limited time for a stale lock; the error names the backend that owns the lock."""
         with psycopg.connect(database_url, application_name="left behind", autocommit=True) as connection:
             connection.execute("SELECT pg_advisory_lock(7381237527265899888)")
@@ -114,14 +120,14 @@ class TestMigrate:
 class TestWorkspace:
     """The command `followups workspace`."""
 
-    def test_creating_one_that_exists_changes_nothing(self, run: Run) -> None:
+    def test_creating_one_that_exists_changes_nothing(self, run: RunCommand) -> None:
         """If the workspace already exists, `workspace create` returns it unchanged."""
         created = run("workspace", "create", "acme", "--json").document
         assert created.keys() == {"id", "name", "createdAt"}
         assert run("workspace", "create", " acme ", "--json").document == created
         assert run("workspace", "list", "--json").document == [created | {"sendingHours": None}]
 
-    def test_results_without_json(self, run: Run) -> None:
+    def test_results_without_json(self, run: RunCommand) -> None:
         """Without --json, a command prints one result as a line and a list as a table; hints go to stderr."""
         assert run("workspace", "list").stderr.startswith("There is no workspace yet")
         created = run("workspace", "create", "acme")
@@ -131,7 +137,7 @@ class TestWorkspace:
         headings = ["NAME", "ID", "CREATED", "SENDS"]
         assert run("workspace", "list").stdout.split()[:6] == [*headings, "acme", created.stdout[6:42]]
 
-    def test_a_bad_name_is_wrong_usage(self, run: Run) -> None:
+    def test_a_bad_name_is_wrong_usage(self, run: RunCommand) -> None:
         """An empty or overlong workspace name is a usage error."""
         for name in (" ", "x" * 201, "a\x00b"):
             ran = run("workspace", "create", name)
@@ -142,7 +148,7 @@ class TestWorkspace:
 class TestApiKey:
     """The command `followups api-key`."""
 
-    def test_only_the_key_is_on_stdout(self, run: Run) -> None:
+    def test_only_the_key_is_on_stdout(self, run: RunCommand) -> None:
         """`api-key create` prints nothing but the key on stdout, and each key is different."""
         run("workspace", "create", "acme")
         keys = [run("api-key", "create", "--workspace", "acme", "--name", "web").stdout for _ in range(2)]
@@ -152,7 +158,7 @@ class TestApiKey:
         assert re.fullmatch(r"fup_[\w-]{49}", document.pop("key"))
         assert document == run("api-key", "list", "--json").document[-1]
 
-    def test_the_list_has_the_contract_s_fields_and_no_key(self, run: Run) -> None:
+    def test_the_list_has_the_contract_s_fields_and_no_key(self, run: RunCommand) -> None:
         """`api-key list` shows each key's prefix, workspace and times, but never the complete key."""
         run("workspace", "create", "acme")
         key = run("api-key", "create", "--workspace", "acme", "--name", "web").stdout.strip()
@@ -163,7 +169,7 @@ class TestApiKey:
         assert (entry["lastUsedAt"], entry["revokedAt"]) == (None, None)
         assert key not in listed.stdout + run("api-key", "list").stdout
 
-    def test_a_key_may_expire(self, run: Run) -> None:
+    def test_a_key_may_expire(self, run: RunCommand) -> None:
         """A key created with --expires is rejected after that time; a key without --expires has no expiresAt."""
         run("workspace", "create", "acme")
         ran = run("api-key", "create", "--workspace", "acme", "--expires", "90d")
@@ -175,7 +181,7 @@ class TestApiKey:
         for wrong in ("soon", "0d", "101000d", "99999999999d"):
             assert run("api-key", "create", "--workspace", "acme", "--expires", wrong).code == 2
 
-    def test_a_revoked_key_stays_revoked(self, run: Run) -> None:
+    def test_a_revoked_key_stays_revoked(self, run: RunCommand) -> None:
         """Running `api-key revoke` again has no effect except to print when the key was revoked."""
         run("workspace", "create", "acme")
         run("api-key", "create", "--workspace", "acme")
@@ -188,7 +194,7 @@ class TestApiKey:
         assert run("api-key", "revoke", key_id, "--json").document["revokedAt"] == revoked
         assert run("api-key", "list", "--json").document[0]["revokedAt"] == revoked
 
-    def test_an_unknown_name_is_an_error(self, run: Run) -> None:
+    def test_an_unknown_name_is_an_error(self, run: RunCommand) -> None:
         """An unknown workspace or key is a usage error that says how to list the existing ones."""
         ran = run("api-key", "create", "--workspace", "acme")
         assert (ran.code, ran.stdout) == (2, "")
@@ -217,7 +223,7 @@ class TestHours:
         """Prevent the command from requesting a tick."""
         monkeypatch.setattr(connection, "ask_for_tick", lambda: None)
 
-    def test_set_shown_and_cleared(self, run: Run) -> None:
+    def test_set_shown_and_cleared(self, run: RunCommand) -> None:
         """Sending hours can be set, listed and cleared; without options, the command shows them."""
         run("workspace", "create", "acme")
         assert run("workspace", "hours", "acme").stdout == "acme sends at every hour\n"
@@ -231,7 +237,7 @@ class TestHours:
         assert run("workspace", "hours", "acme", "--always", "--json").document["sendingHours"] is None
         assert "always" in run("workspace", "list").stdout
 
-    def test_held_follow_ups_are_checked_again(self, run: Run, world: World) -> None:
+    def test_held_follow_ups_are_checked_again(self, run: RunCommand, world: World) -> None:
         """When sending hours change, follow-ups held by the old hours are checked again immediately."""
         name = str(world.workspace_id)
         later = datetime.now(UTC) + timedelta(hours=9)
@@ -252,7 +258,7 @@ class TestHours:
             ("--days", "mon"),
         ],
     )
-    def test_wrong_hours(self, run: Run, options: tuple[str, ...]) -> None:
+    def test_wrong_hours(self, run: RunCommand, options: tuple[str, ...]) -> None:
         """An invalid time zone, time or day of sending hours is a usage error and sets nothing."""
         run("workspace", "create", "acme")
         ran = run("workspace", "hours", "acme", *options)

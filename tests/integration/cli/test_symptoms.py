@@ -11,7 +11,7 @@ import redis
 from sqlalchemy import text
 
 from followups.database import make_engine
-from followups.flow_control.breaker import BreakerStore, News, Run
+from followups.flow_control.breaker import BreakerStore, OutcomeReport, WorkspaceOutcomes
 from followups.operations.doctor import broker_checks, database_checks
 from followups.operations.doctor.broker_checks import of_broker
 from followups.operations.doctor.database_checks import of_database
@@ -118,8 +118,8 @@ def test_breaker(settings: Settings) -> None:
     async def told(*reports: tuple[int, bool]) -> None:
         store = BreakerStore(settings, settings.transport)
         for failed, succeeded in reports:
-            runs = (Run(1, failed, anew=succeeded),)
-            await store.report(News(tuple(uuid4() for _ in range(failed)), succeeded, runs), 0)
+            runs = (WorkspaceOutcomes(1, failed, after_success=succeeded),)
+            await store.report(OutcomeReport(tuple(uuid4() for _ in range(failed)), succeeded, runs), 0)
         await store.close()
 
     asyncio.run(told((settings.breaker_failures, False)))

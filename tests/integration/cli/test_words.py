@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from world import World
 
-    Run = Callable[..., Any]
+    RunCommand = Callable[..., Any]
 
 NASTY = "see [/b] [link=x]\x1b]8;;http://evil\x07 \x9b31m \u202eleft\nnext :smile: é €"
 HOUR = timedelta(hours=1)
@@ -63,7 +63,7 @@ COMMANDS = (
 )  # fmt: skip
 
 
-def test_every_command_escapes_untrusted_text(run: Run, follow_up: UUID) -> None:
+def test_every_command_escapes_untrusted_text(run: RunCommand, follow_up: UUID) -> None:
     """No command fails on untrusted text or prints its control characters, as text or JSON."""
     for command in COMMANDS:
         for form in ([], ["--json"]):

@@ -19,7 +19,7 @@ from followups.operations import administration, deletion
 from followups.store import api_keys, audit, pauses, rate_limits, workspaces
 from followups.store import deletion as store
 from followups.store.audit import Action, Actor, Event, Way
-from followups.store.deletion import Whole
+from followups.store.deletion import DeletionScope
 from world import World
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ HOUR = timedelta(hours=1)
 PAST = {"status": "sent", "finished_at": datetime(2030, 1, 31, tzinfo=UTC)}
 
 
-def delete(engine: Engine, whole: Whole, patience: timedelta = PATIENCE) -> dict[str, int]:
+def delete(engine: Engine, whole: DeletionScope, patience: timedelta = PATIENCE) -> dict[str, int]:
     """Delete a workspace or chat and return how many rows were deleted in total."""
     sums: dict[str, int] = {}
     for counts in deletion.delete(engine, ACTOR, whole, patience):
@@ -95,7 +95,7 @@ class TestWorkspace:
         filled(world)
         filled(other)
         before = counts(other)
-        sums = delete(world.engine, Whole(world.workspace_id))
+        sums = delete(world.engine, DeletionScope(world.workspace_id))
         assert counts(world) == {"audit_events": 1}
         assert events(world) == [("workspace.deleted", "ann", 4, str(world.workspace_id))]
         assert counts(other) == before
@@ -108,7 +108,7 @@ class TestWorkspace:
         """
         monkeypatch.setattr(store, "BATCH", 2)
         name, chat = str(world.workspace_id), filled(world)
-        batches = deletion.delete(world.engine, ACTOR, Whole(world.workspace_id), PATIENCE)
+        batches = deletion.delete(world.engine, ACTOR, DeletionScope(world.workspace_id), PATIENCE)
         for number, _ in enumerate(batches):
             if number == 3:  # at this moment, follow-ups are being deleted
                 break
@@ -128,7 +128,7 @@ class TestWorkspace:
                     message="Still there?",
                     due_date=datetime.now(UTC),
                 )
-        delete(world.engine, Whole(world.workspace_id))
+        delete(world.engine, DeletionScope(world.workspace_id))
         assert counts(world) == {"audit_events": 1}
         assert events(world) == [("workspace.deleted", "ann", 4, name)]
         with Session(world.engine) as session:
@@ -142,7 +142,7 @@ class TestWorkspace:
                 late, workspace_id=world.workspace_id, chat_id=chat, message="!", due_date=datetime.now(UTC)
             )
             seen = 0
-            for counted in deletion.delete(world.engine, ACTOR, Whole(world.workspace_id), PATIENCE):
+            for counted in deletion.delete(world.engine, ACTOR, DeletionScope(world.workspace_id), PATIENCE):
                 seen += counted.get("chats", 0)
                 if seen and late.in_transaction():
                     late.commit()
@@ -156,18 +156,18 @@ class TestWorkspace:
         follow_up = world.follow_up()
         world.put_in_flight(follow_up)
         with pytest.raises(FollowUpsError, match="1 of its follow-ups are still being delivered"):
-            delete(world.engine, Whole(world.workspace_id), timedelta(seconds=0.1))
+            delete(world.engine, DeletionScope(world.workspace_id), timedelta(seconds=0.1))
         row = world.row(follow_up)
         assert (row.status, row.cancel_requested) == ("pending", "chat_removed")
         world.sql("UPDATE follow_ups SET status = 'sent', finished_at = now(), begun_at = NULL, lease_until = NULL")
-        delete(world.engine, Whole(world.workspace_id))
+        delete(world.engine, DeletionScope(world.workspace_id))
         assert counts(world) == {"audit_events": 1}
 
     def test_a_lost_lease_ends_without_a_tick(self, world: World) -> None:
         """An attempt of a crashed worker ends once its lease has expired, even if no tick runs."""
         world.put_in_flight(world.follow_up())
         world.sql("UPDATE follow_ups SET lease_until = now() + interval '0.3 s'")
-        delete(world.engine, Whole(world.workspace_id))
+        delete(world.engine, DeletionScope(world.workspace_id))
         assert counts(world) == {"audit_events": 1}
 
     def test_a_concurrently_created_key_is_refused_or_deleted(self, world: World) -> None:
@@ -177,9 +177,9 @@ class TestWorkspace:
             with world.engine.connect() as connection:
                 connection.execute(text("SET lock_timeout = '100ms'"))
                 with Session(connection) as session, pytest.raises(OperationalError, match="lock timeout"):
-                    store.begin(session, Whole(world.workspace_id))
+                    store.begin(session, DeletionScope(world.workspace_id))
             creating.commit()
-        delete(world.engine, Whole(world.workspace_id))
+        delete(world.engine, DeletionScope(world.workspace_id))
         assert counts(world) == {"audit_events": 1}
 
 
@@ -193,7 +193,7 @@ class TestChat:
         """
         chat, other = filled(world), filled(world)
         before = counts(world)
-        delete(world.engine, Whole(world.workspace_id, chat))
+        delete(world.engine, DeletionScope(world.workspace_id, chat))
         after = counts(world)
         gone = {name: before[name] - after.get(name, 0) for name in before}
         assert {name: number for name, number in gone.items() if number} == {
@@ -210,14 +210,14 @@ class TestChat:
     def test_an_interrupted_deletion_continues(self, world: World) -> None:
         """After an interrupted deletion, a chat accepts no new rows; deleting it again deletes all rows."""
         chat = filled(world)
-        batches = deletion.delete(world.engine, ACTOR, Whole(world.workspace_id, chat), PATIENCE)
+        batches = deletion.delete(world.engine, ACTOR, DeletionScope(world.workspace_id, chat), PATIENCE)
         next(batches)
         batches.close()
         with Session(world.engine) as session, pytest.raises(ChatNotFoundError):
             followups.schedule(
                 session, workspace_id=world.workspace_id, chat_id=chat, message="!", due_date=datetime.now(UTC)
             )
-        delete(world.engine, Whole(world.workspace_id, chat))
+        delete(world.engine, DeletionScope(world.workspace_id, chat))
         with world.engine.connect() as connection:
             assert connection.scalar(text("SELECT count(*) FROM chats WHERE id = :id"), {"id": chat}) == 0
 

@@ -8,7 +8,7 @@ from uuid import UUID
 
 import pytest
 
-from followups.flow_control.breaker import Shown
+from followups.flow_control.breaker import BreakerStatus
 from followups.models import FollowUp
 from followups.operations.explain import ENDINGS, Circumstances, explain
 from followups.sending_hours import SendingHours
@@ -203,7 +203,7 @@ LIMITED = {"due": -HOUR, "next_attempt_at": NOW + HOUR, "limited_until": NOW + H
             "The follow-up is tried again in 1 h; the failed attempts are below.",
         ),
         (
-            Circumstances(breaker=Shown("open", 180, 4, HELD), tick_age=timedelta(seconds=1)),
+            Circumstances(breaker=BreakerStatus("open", 180, 4, HELD), tick_age=timedelta(seconds=1)),
             {"due": -HOUR, "lease_until": NOW + HOUR},
             (
                 "The follow-up is due, and waits without using up attempts: for 3 min the transport has failed for its"
@@ -211,18 +211,22 @@ LIMITED = {"due": -HOUR, "next_attempt_at": NOW + HOUR, "limited_until": NOW + H
             ),
         ),
         (
-            Circumstances(breaker=Shown("recovering", 180, 4, HELD)),
+            Circumstances(breaker=BreakerStatus("recovering", 180, 4, HELD)),
             {"due": -HOUR},
             "The follow-up is due, and will be sent within seconds",
         ),
         (
-            Circumstances(breaker=Shown("open", 180, 4, HELD)),
+            Circumstances(breaker=BreakerStatus("open", 180, 4, HELD)),
             LIMITED,
             "The follow-up is due, and waits without using up attempts",
         ),
-        (Circumstances(breaker=Shown("closed", 0, 0)), {"due": -HOUR}, "no tick has ever run"),
-        (Circumstances(breaker=Shown("open", 180, 4)), {"due": -HOUR}, "no tick has ever run"),
-        (Circumstances(breaker=Shown("open", 180, 4, HELD)), {"due": HOUR}, "The follow-up will be sent in 1 h"),
+        (Circumstances(breaker=BreakerStatus("closed", 0, 0)), {"due": -HOUR}, "no tick has ever run"),
+        (Circumstances(breaker=BreakerStatus("open", 180, 4)), {"due": -HOUR}, "no tick has ever run"),
+        (
+            Circumstances(breaker=BreakerStatus("open", 180, 4, HELD)),
+            {"due": HOUR},
+            "The follow-up will be sent in 1 h",
+        ),
         (Circumstances(), {"due": -HOUR}, "no tick has ever run, so beat or the workers are not running"),
         (
             Circumstances(tick_age=HOUR),

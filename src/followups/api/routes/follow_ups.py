@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from typing import Any
     from uuid import UUID
 
-    from followups.api.pagination import Starts
+    from followups.api.pagination import PageStarts
     from followups.models import FollowUp as StoredFollowUp
     from followups.statements import Steps
 
@@ -119,7 +119,7 @@ def _pieces(rows: Sequence[Any]) -> Iterator[list[Any]]:
 
 
 def _list(
-    starts: Starts, workspace_id: UUID, wanted: listing.ListFilter, query: FollowUpQuery
+    starts: PageStarts, workspace_id: UUID, wanted: listing.ListFilter, query: FollowUpQuery
 ) -> Steps[tuple[Sequence[Any], bool, bool]]:
     """Return a page of follow-ups, and whether a next page and a previous page exist."""
     size, this = query.page_size, (workspace_id, wanted)

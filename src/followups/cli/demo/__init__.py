@@ -13,7 +13,7 @@ from rich.live import Live
 from sqlalchemy.orm import Session
 
 from followups.cli.demo.picture import Picture, state_of
-from followups.cli.demo.scenario import Stage, script
+from followups.cli.demo.scenario import DemoRun, script
 from followups.cli.demo.score import FollowUpState, look, score, summary_lines, summary_panel
 from followups.cli.entry import examples
 from followups.cli.failures import FAILED
@@ -130,7 +130,7 @@ def perform(stack: Stack, show: Show) -> Score:
     engine = make_engine(stack.settings.database_url.get_secret_value(), pool_size=1)
     with ExitStack() as cleanup:
         cleanup.callback(engine.dispose)
-        stage = cleanup.enter_context(closing(Stage(stack, key, script())))
+        stage = cleanup.enter_context(closing(DemoRun(stack, key, script())))
         scheduled = stage.schedule(stage.open_chats())
         deadline = time.monotonic() + WITHIN.total_seconds()
         while True:

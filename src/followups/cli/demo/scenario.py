@@ -1,6 +1,6 @@
-"""The demo's script: its chats, each follow-up's due date and the expected endings. `Stage` performs it.
+"""The demo's script: its chats, each follow-up's due date and the expected endings. `DemoRun` performs it.
 
-`Stage` plays the script through the REST API, as a chat platform would.
+`DemoRun` plays the script through the REST API, as a chat platform would.
 """
 
 from __future__ import annotations
@@ -142,7 +142,7 @@ requests take.
 """
 
 
-class Rest:
+class RestClient:
     """An HTTP client for one host, for use in one thread."""
 
     def __init__(self, address: str, key: str = "") -> None:
@@ -174,13 +174,13 @@ class Rest:
         return json.loads(content) if content else None
 
 
-class Stage:
+class DemoRun:
     """The chats of one demo, for use in a single thread."""
 
     def __init__(self, stack: Stack, key: str, scenario: Scenario) -> None:
         """Store the API's address and the script, without opening any chat."""
-        self._api = Rest(stack.api, key)
-        self._sandbox = Rest(stack.sandbox)
+        self._api = RestClient(stack.api, key)
+        self._sandbox = RestClient(stack.sandbox)
         self._scenario = scenario
         self._chats = {name: uuid4() for name in scenario.chats}
         self._replies = dict(scenario.replies)

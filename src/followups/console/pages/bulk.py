@@ -12,7 +12,7 @@ from uuid import uuid4
 from sqlalchemy import text
 
 from followups.console import reasons
-from followups.console.pages.follow_ups import LIMIT, Asked, wanted_of
+from followups.console.pages.follow_ups import LIMIT, ListFilters, wanted_of
 from followups.console.visit import uuid_or_none
 from followups.errors import InvalidRequestError, NotFoundError
 from followups.states import Status
@@ -58,7 +58,7 @@ def history(visit: Visit) -> Response:
 def preview(visit: Visit) -> Response:
     """Show how many follow-ups match, a sample, and how many would be skipped. Nothing is changed."""
     kind, everything = _kind(visit)
-    asked = Asked.of(visit.form)
+    asked = ListFilters.of(visit.form)
     ids = () if everything else _ticked(visit)
     with visit.transaction() as session:
         now = session.execute(NOW).scalar_one()
@@ -94,7 +94,7 @@ def start(visit: Visit) -> Response:
         message = visit.t("Ask for a preview first.")
         raise InvalidRequestError(message, field="action_id")
     with visit.transaction() as session:
-        wanted = _wanted(visit, session, Asked.of(visit.form), kind, () if everything else _ticked(visit))
+        wanted = _wanted(visit, session, ListFilters.of(visit.form), kind, () if everything else _ticked(visit))
         expected = visit.form.text("expected")[:LONGEST_EXPECTED]
         bulk_actions.create(
             session,
@@ -158,7 +158,7 @@ def _ticked(visit: Visit) -> tuple[UUID, ...]:
     return ids
 
 
-def _wanted(visit: Visit, session: Session, asked: Asked, kind: str, ids: tuple[UUID, ...]) -> BrowseFilter:
+def _wanted(visit: Visit, session: Session, asked: ListFilters, kind: str, ids: tuple[UUID, ...]) -> BrowseFilter:
     """Return the follow-ups to which the action applies, limited to those that the person may see."""
     needed = NEEDED[kind]
     if ids:

@@ -38,7 +38,7 @@ NOW = text("SELECT now()")
 
 
 @dataclass(frozen=True, slots=True)
-class Asked:
+class ListFilters:
     """The filters of the list, as the user typed them."""
 
     state: str
@@ -50,7 +50,7 @@ class Asked:
     workspace: str
 
     @classmethod
-    def of(cls, fields: Fields) -> Asked:
+    def of(cls, fields: Fields) -> ListFilters:
         """Return the filters in a query string or form."""
         names = ("state", "reason", "channel", "due_from", "due_to", "id", "workspace")
         return cls(**{name: fields.text(name)[:LONGEST_EXTERNAL_ID] for name in names})
@@ -62,7 +62,7 @@ class Asked:
 
 def show(visit: Visit) -> Response:
     """Show a page of the list."""
-    asked = Asked.of(visit.query)
+    asked = ListFilters.of(visit.query)
     told, following = "", None
     rows: list[browse.Row] = []
     sentences: Mapping[UUID, Sentence] = {}
@@ -103,7 +103,7 @@ def _choices() -> Mapping[str, list[str]]:
     }
 
 
-def wanted_of(visit: Visit, session: Session, asked: Asked) -> BrowseFilter:
+def wanted_of(visit: Visit, session: Session, asked: ListFilters) -> BrowseFilter:
     """Return the database query for the filters, limited to follow-ups that the person may see.
 
     Raises `InvalidRequestError`.
@@ -159,5 +159,5 @@ def _place(visit: Visit) -> BrowseCursor | None:
     return BrowseCursor(moment, found) if found and moment.utcoffset() is not None else None
 
 
-def _next(visit: Visit, asked: Asked, place: BrowseCursor) -> str:
+def _next(visit: Visit, asked: ListFilters, place: BrowseCursor) -> str:
     return visit.url("/follow-ups", **asked.query(), after=f"{place.created_at.isoformat()}_{place.id}")

@@ -51,7 +51,7 @@ Some ten thousand follow-ups are released in each second.
 
 
 @dataclass(slots=True)
-class Told:
+class PageResult:
     """The message that the page shows after a change has succeeded or has been refused."""
 
     wrong: str = ""
@@ -76,7 +76,7 @@ class HoursForm:
 def show(visit: Visit) -> Response:
     """Show the settings page of the workspace."""
     with visit.transaction() as session:
-        return _page(visit, session, _chosen(visit, session), Told())
+        return _page(visit, session, _chosen(visit, session), PageResult())
 
 
 def create_key(visit: Visit) -> Response:
@@ -89,9 +89,12 @@ def create_key(visit: Visit) -> Response:
             _, key = administration.create_key(session, actor, workspace.id, visit.form.text("name"), life)
         except InvalidRequestError as error:
             return _page(
-                visit, session, workspace, Told(visit.said(error.sentence), typed={"name": visit.form.text("name")})
+                visit,
+                session,
+                workspace,
+                PageResult(visit.said(error.sentence), typed={"name": visit.form.text("name")}),
             )
-        return _page(visit, session, workspace, Told(key=key))
+        return _page(visit, session, workspace, PageResult(key=key))
 
 
 def _life(visit: Visit) -> timedelta | None:
@@ -140,13 +143,13 @@ def set_hours(visit: Visit) -> Response:
                 hours = _typed_hours(visit)
                 if doing == "preview":
                     _week(hours, session.execute(select(func.now())).scalar_one())
-                    return _page(visit, session, workspace, Told(hours=hours))
+                    return _page(visit, session, workspace, PageResult(hours=hours))
                 administration.set_hours(session, actor, workspace.id, hours)
         except InvalidRequestError as error:
-            return _page(visit, session, workspace, Told(visit.said(error.sentence), typed=_typed(visit)))
+            return _page(visit, session, workspace, PageResult(visit.said(error.sentence), typed=_typed(visit)))
         except LookupError:
             told = visit.t("These hours are never open: {hours}.", hours=_typed_hours(visit).in_words)
-            return _page(visit, session, workspace, Told(told, typed=_typed(visit)))
+            return _page(visit, session, workspace, PageResult(told, typed=_typed(visit)))
         workspace_id, name = workspace.id, workspace.name
     finished = _within_time(_release_held(visit, workspace_id))
     visit.services.nudge()
@@ -156,7 +159,7 @@ def set_hours(visit: Visit) -> Response:
         done = visit.t(
             "The hours are saved. Some follow-ups are still held by the former hours: save again to release more."
         )
-        return _page(visit, session, _required(visit, session), Told(done=done))
+        return _page(visit, session, _required(visit, session), PageResult(done=done))
 
 
 def _release_held(visit: Visit, workspace_id: UUID) -> Iterator[None]:
@@ -220,7 +223,10 @@ def set_limit(visit: Visit) -> Response:
             administration.set_limit(session, visit.actor, scope, rate, burst)
         except InvalidRequestError as error:
             return _page(
-                visit, session, workspace, Told(visit.said(error.sentence), typed={"rate": visit.form.text("rate")})
+                visit,
+                session,
+                workspace,
+                PageResult(visit.said(error.sentence), typed={"rate": visit.form.text("rate")}),
             )
         name = workspace.name if workspace else ""
     return _back(visit, name, "rate-limits")
@@ -272,7 +278,7 @@ def pause(visit: Visit) -> Response:
         workspace = _chosen(visit, session)
         channel = _channel(visit)
         if workspace is None and channel is None:
-            told = Told(visit.t("Choose a channel, or a workspace first."))
+            told = PageResult(visit.t("Choose a channel, or a workspace first."))
             return _page(visit, session, workspace, told)
         scope = pauses.PauseScope(workspace.id if workspace else None, channel)
         administration.pause(session, visit.actor, scope)
@@ -331,7 +337,7 @@ def _back(visit: Visit, workspace: str, section: str) -> Response:
     return response
 
 
-def _page(visit: Visit, session: Session, workspace: Workspace | None, told: Told) -> Response:
+def _page(visit: Visit, session: Session, workspace: Workspace | None, told: PageResult) -> Response:
     connection = session.connection()
     workspace_id = workspace.id if workspace else None
     now = session.execute(select(func.now())).scalar_one()
@@ -365,7 +371,7 @@ def _page(visit: Visit, session: Session, workspace: Workspace | None, told: Tol
     return visit.page("settings.html", status, **context)
 
 
-def _shown_hours(shown: SendingHours | None, told: Told, visit: Visit) -> HoursForm:
+def _shown_hours(shown: SendingHours | None, told: PageResult, visit: Visit) -> HoursForm:
     if told.typed.get("time_zone") is not None:
         days = frozenset(DAYS.index(each) for each in visit.form.every("day") if each in DAYS)
         return HoursForm(told.typed["time_zone"], told.typed["from"], told.typed["to"], days)

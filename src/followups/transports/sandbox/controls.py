@@ -34,7 +34,7 @@ class RequestsQuery(WireModel):
     limit: Annotated[int, Field(ge=1, le=EVERY)] = EVERY
 
 
-class Said(WireModel):
+class NewMessage(WireModel):
     """A message that another participant writes into a chat."""
 
     role: Literal["user", "agent", "operator"] = "user"
@@ -102,7 +102,7 @@ async def clear(request: web.Request) -> web.Response:
 async def say(request: web.Request) -> web.Response:
     """Write a message into a chat as another participant: 201 with the message."""
     try:
-        said = Said.model_validate_json(await request.read())
+        said = NewMessage.model_validate_json(await request.read())
     except ValueError as error:
         return _json({"error": _words(error)}, 422)
     message = request.app[CHATS].say(request.match_info["chat_id"], said.role, said.text)

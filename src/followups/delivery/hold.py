@@ -38,7 +38,7 @@ def hold(
     """
     candidates = [one for one in obstacles if one.pause_id or one.hours]
     _open_next(connection, candidates)
-    decided = [(one.lease.id, decide(one, settings.max_lateness)) for one in candidates]
+    decided = [(one.lease.id, hold_or_end(one, settings.max_lateness)) for one in candidates]
     wanted = [one for _, one in decided if isinstance(one, Hold)]
     held = holds.hold_if_leased(connection, wanted) if wanted else set()
     if held:
@@ -48,7 +48,7 @@ def hold(
     return held, not_held, {id_: one for id_, one in decided if isinstance(one, Final)}
 
 
-def decide(obstacle: Obstacle, max_lateness: timedelta) -> Hold | Final | None:
+def hold_or_end(obstacle: Obstacle, max_lateness: timedelta) -> Hold | Final | None:
     """Return the hold of a leased follow-up, or its final state if the hold would be too long.
 
     Returns None if the follow-up should be neither held nor ended. Sending hours take precedence over a pause, because
@@ -76,7 +76,7 @@ def closed_until(obstacle: Obstacle) -> datetime | None:
     The sending period stored in the database is valid until it ends, whatever time zone data this machine has. This
     function is pure.
     """
-    hours, moment = obstacle.hours, obstacle.sent_at
+    hours, moment = obstacle.hours, obstacle.send_time
     if hours is None:
         return None
     if obstacle.now < hours.open_until and moment < hours.open_until:
@@ -100,7 +100,7 @@ def sendable_from(obstacle: Obstacle) -> datetime | None:
             first = opens_at(obstacle.hours.hours, obstacle.wanted_from) if obstacle.hours else obstacle.wanted_from
         except LookupError:
             return None
-    return first if first <= obstacle.now else closed_until(obstacle) or obstacle.sent_at
+    return first if first <= obstacle.now else closed_until(obstacle) or obstacle.send_time
 
 
 def _open_next(connection: Connection, obstacles: Iterable[Obstacle]) -> None:
