@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING
 from arena import PROCFILE
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from arena import Arena
 
     from followups.embedded import Child
@@ -77,6 +79,8 @@ class Ours(Contestant):
     concurrency: int = 100
     """Simultaneous calls of one worker process; 100 is the default of the setting."""
     started: tuple[Child, ...] = ()
+    nudge: Callable[[], None] = lambda: None
+    """Request a tick, as `followups.schedule` does for follow-ups that are due now."""
 
     def fill(self, count: int, due: str, each: int = 1) -> None:
         """Insert rows, with this many in each chat."""
@@ -86,8 +90,14 @@ class Ours(Contestant):
         self.arena.sql(
             "UPDATE follow_ups SET due_date = now(), scheduled_at = now() WHERE due_date < now() + interval '10 days'"
         )
+        self.nudge()
 
     def start(self) -> None:
+        os.environ |= self.arena.environment()  # the Celery application reads its settings when it is imported
+        from followups.worker.celery_app import ask_for_tick  # noqa: PLC0415
+
+        self.nudge = ask_for_tick
+        self.nudge()  # opens the connection to the broker
         self.arena.spawn("beat", PROCFILE["beat"])
         settings = {"FOLLOWUPS_CONCURRENCY": str(self.concurrency)}
         names = [f"worker{number}" for number in range(self.workers)]
