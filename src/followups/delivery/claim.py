@@ -143,7 +143,7 @@ def _claim(settings: Settings, look: claims.ClaimSearch, take: Take, connection:
     ended = _end_lost(connection, claimed.lost, settings)
     return replace(
         claimed,
-        leases=tuple(lease for lease in claimed.leases if lease.id not in ended),
+        leases=tuple(lease for lease in claimed.leases if lease.id not in ended) if ended else claimed.leases,
         ended=tuple(ended.items()),
         in_grace=tick.in_grace,
     )

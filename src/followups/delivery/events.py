@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING
@@ -29,8 +30,8 @@ if TYPE_CHECKING:
 log = get_logger(__name__)
 lines = Lines(__name__)
 
-# Counters are cached: there are few label values, and looking up a counter takes longer than incrementing it.
-_attempts, _transitions = cache(metrics.ATTEMPTS.labels), cache(metrics.TRANSITIONS.labels)
+# The counters are cached: there are few label values, and looking up a counter takes longer than incrementing it.
+_attempts = cache(metrics.ATTEMPTS.labels)
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,9 +87,7 @@ def abandoned(begun: Begun) -> None:
 
 def ended(ends: Iterable[tuple[UUID, Final]]) -> None:
     """Log follow-ups that ended without an attempt."""
-    for follow_up_id, final in ends:
-        _transition(follow_up_id, final.status, final.reason)
-    lines.flush()
+    _transitions((follow_up_id, final.status, final.reason) for follow_up_id, final in ends)
 
 
 def settled(step: BatchResult) -> None:
@@ -99,9 +98,7 @@ def settled(step: BatchResult) -> None:
     for one in step.settled:
         if one.lag is not None:
             metrics.LAG.observe(max(one.lag, 0.0))
-        if one.status in FINAL:
-            _transition(one.id, one.status, one.reason)
-    lines.flush()
+    _transitions((one.id, one.status, one.reason) for one in step.settled if one.status in FINAL)
 
 
 def claimed(claim: Claim, seconds: float) -> None:
@@ -182,7 +179,12 @@ def broker_unreachable(step: str, error: Exception) -> None:
     log.warning("broker_unreachable", step=step, error=type(error).__name__)
 
 
-def _transition(follow_up_id: UUID, status: str, reason: str | None) -> None:
-    code = code_of(reason)
-    _transitions(status, code).inc()
-    lines.info("transition", follow_up_id=follow_up_id, status=status, code=code)
+def _transitions(ends: Iterable[tuple[UUID, str, str | None]]) -> None:
+    counts: Counter[tuple[str, str]] = Counter()
+    for follow_up_id, status, reason in ends:
+        code = code_of(reason)
+        counts[status, code] += 1
+        lines.info("transition", follow_up_id=follow_up_id, status=status, code=code)
+    for labels, number in counts.items():
+        metrics.TRANSITIONS.labels(*labels).inc(number)
+    lines.flush()
