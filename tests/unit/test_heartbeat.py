@@ -28,7 +28,7 @@ from datetime import timedelta
 from pathlib import Path
 from followups.telemetry.heartbeat import Heartbeat
 heart = Heartbeat(Path(sys.argv[1]), "worker", "w@here")
-heart.sign("consumer", timedelta(seconds=float(sys.argv[2])), "has not asked")
+heart.report("consumer", timedelta(seconds=float(sys.argv[2])), "has not asked")
 heart.wait("the database is away", time.monotonic() - 5)
 heart.start()
 print("started", flush=True)

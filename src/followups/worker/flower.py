@@ -106,7 +106,7 @@ def _refuse(sentence: str) -> NoReturn:
 def requires_login(basic_auth: Sequence[str], auth: str) -> bool:
     """Return whether Flower requires a password or an identity. An empty password does not count as a password.
 
-    >>> asks_who(["me:pa55"], ""), asks_who([], ".*@example.com"), asks_who([""], ""), asks_who(["me:"], "")
+    >>> requires_login(["me:pa55"], ""), requires_login([], ".*@example.com"), requires_login([""], ""), requires_login(["me:"], "")
     (True, True, False, False)
     """
     named = [each.partition(":") for each in basic_auth]
