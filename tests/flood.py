@@ -27,7 +27,7 @@ async def ask(host: str, port: int, path: str, until: float) -> None:
         writer.close()
 
 
-async def go_on(host: str, port: int, path: str, until: float) -> None:
+async def request_until(host: str, port: int, path: str, until: float) -> None:
     """Request the path over one new connection after another until the time is over."""
     while time.monotonic() < until:
         with suppress(OSError, asyncio.IncompleteReadError):
@@ -37,7 +37,7 @@ async def go_on(host: str, port: int, path: str, until: float) -> None:
 async def main(host: str, port: int, connections: int, seconds: float, paths: list[str]) -> None:
     """Open the connections, distributed evenly over the paths."""
     until = time.monotonic() + seconds
-    clients = [asyncio.create_task(go_on(host, port, paths[n % len(paths)], until)) for n in range(connections)]
+    clients = [asyncio.create_task(request_until(host, port, paths[n % len(paths)], until)) for n in range(connections)]
     await asyncio.wait(clients, timeout=seconds + 1)
 
 

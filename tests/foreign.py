@@ -70,7 +70,7 @@ def read_only(database_url: str) -> Iterator[None]:
         connection.execute(sql.SQL("ALTER DATABASE {} RESET default_transaction_read_only").format(database))
 
 
-def whatever_it_is(database_url: str) -> str:
+def url_for_any_server(database_url: str) -> str:
     """Return the URL for a client that also accepts a read-only server."""
     return f"{database_url}&target_session_attrs=any"
 

@@ -31,16 +31,16 @@ RULES = ("~tenant-a:*", "allchannels", "+@all", "-@admin", "-@dangerous", "+info
 
 
 @pytest.fixture
-def guarded(stack: Stack) -> Iterator[tuple[Stack, redis.Redis]]:
+def under_acl(stack: Stack) -> Iterator[tuple[Stack, redis.Redis]]:
     """Return a system under an ACL on a separate Valkey, and a client with all permissions on it."""
     with EmbeddedValkey() as valkey, Processes() as processes, redis.Redis.from_url(valkey.url()) as admin:
         admin.execute_command("ACL", "SETUSER", "app", "on", ">s3cret", *RULES)
         url = f"redis://app:s3cret@{valkey.url().rpartition('@')[2]}"
         own = {"broker_url": url, "broker_prefix": PREFIX}
         settings = load_settings(**stack.settings.model_dump() | own)
-        guarded = replace(stack, settings=settings, processes=processes)
-        yield guarded, admin
-        guarded.stop()
+        under_acl = replace(stack, settings=settings, processes=processes)
+        yield under_acl, admin
+        under_acl.stop()
 
 
 def followups(stack: Stack, *arguments: str) -> subprocess.CompletedProcess[str]:
@@ -57,9 +57,9 @@ def permissions(stack: Stack) -> dict[str, Any]:
     return found
 
 
-def test_all_keys_have_the_prefix(guarded: tuple[Stack, redis.Redis]) -> None:
+def test_all_keys_have_the_prefix(under_acl: tuple[Stack, redis.Redis]) -> None:
     """Deliveries, rate limits, breaker, API rate limit and remote control use only keys under the prefix."""
-    stack, admin = guarded
+    stack, admin = under_acl
     stack.start()
     assert followups(stack, "limit", "set", "100/s", "--each", "chat", "--channel", "api").returncode == 0
     _, url = web.start(stack.processes, stack.environment())
@@ -82,9 +82,9 @@ def test_all_keys_have_the_prefix(guarded: tuple[Stack, redis.Redis]) -> None:
     assert {name.partition("|")[0] for name in sent} - known <= HANDSHAKE
 
 
-def test_doctor_names_forbidden_commands(guarded: tuple[Stack, redis.Redis]) -> None:
+def test_doctor_names_forbidden_commands(under_acl: tuple[Stack, redis.Redis]) -> None:
     """Doctor names each forbidden broker command, executes none of them, and shows what to set."""
-    stack, admin = guarded
+    stack, admin = under_acl
     for rule, commands in (("-brpop", "BRPOP"), ("-@scripting", "BRPOP, EVALSHA, SCRIPT")):
         admin.execute_command("ACL", "SETUSER", "app", rule)
         found = permissions(stack)
@@ -97,9 +97,9 @@ def test_doctor_names_forbidden_commands(guarded: tuple[Stack, redis.Redis]) -> 
     assert not admin.exists(f"{PREFIX}doctor")
 
 
-def test_doctor_reports_refused_writes(guarded: tuple[Stack, redis.Redis]) -> None:
+def test_doctor_reports_refused_writes(under_acl: tuple[Stack, redis.Redis]) -> None:
     """Doctor reports a broker that is a replica, or that refuses writes because its memory is full."""
-    stack, admin = guarded
+    stack, admin = under_acl
     admin.config_set("maxmemory", 1)
     found = permissions(stack)
     assert (found["ok"], found["detail"]) == (False, "refused: OutOfMemoryError")

@@ -70,48 +70,48 @@ def finding(stack: Stack, name: str) -> dict[str, Any]:
 
 
 @pytest.fixture
-def observed(stack: Stack, tmp_path: Path) -> Stack:
+def own_runtime(stack: Stack, tmp_path: Path) -> Stack:
     """Return the system with a separate runtime directory."""
     stack.options["FOLLOWUPS_RUNTIME_DIR"] = str(tmp_path / "run")
     return stack
 
 
-def test_a_stopped_worker(observed: Stack) -> None:
+def test_a_stopped_worker(own_runtime: Stack) -> None:
     """An idle worker is healthy, even if it is selected by name. A stopped worker is unhealthy until it resumes."""
-    worker = observed.worker("first")
-    says(observed, "worker", 0, "1 worker", "first@")
-    assert health(observed, "worker", "--name", "first").returncode == 0
-    other = health(observed, "worker", "-n", "second")
+    worker = own_runtime.worker("first")
+    says(own_runtime, "worker", 0, "1 worker", "first@")
+    assert health(own_runtime, "worker", "--name", "first").returncode == 0
+    other = health(own_runtime, "worker", "-n", "second")
     assert (other.returncode, other.stdout) == (1, "")
     assert "No worker second has a heartbeat" in other.stderr
     worker.signal(signal.SIGSTOP)
-    says(observed, "worker", 1, "first@", str(worker.pid), "no heartbeat")
+    says(own_runtime, "worker", 1, "first@", str(worker.pid), "no heartbeat")
     worker.signal(signal.SIGCONT)
-    says(observed, "worker", 0)
+    says(own_runtime, "worker", 0)
 
 
-def test_a_killed_workers_heartbeat_is_ignored(observed: Stack) -> None:
+def test_a_killed_workers_heartbeat_is_ignored(own_runtime: Stack) -> None:
     """The heartbeat file of a killed worker is ignored, and the next worker removes it at its start."""
-    first = observed.worker("first")
+    first = own_runtime.worker("first")
     kill(first)
-    says(observed, "worker", 1, "No worker has a heartbeat")
-    observed.worker("second")
-    says(observed, "worker", 0, "1 worker", "second@")
-    assert len(list(Path(observed.options["FOLLOWUPS_RUNTIME_DIR"]).iterdir())) == 1
+    says(own_runtime, "worker", 1, "No worker has a heartbeat")
+    own_runtime.worker("second")
+    says(own_runtime, "worker", 0, "1 worker", "second@")
+    assert len(list(Path(own_runtime.options["FOLLOWUPS_RUNTIME_DIR"]).iterdir())) == 1
 
 
-def test_a_worker_that_answers_ping_but_consumes_nothing(observed: Stack, tmp_path: Path) -> None:
+def test_a_worker_that_answers_ping_but_consumes_nothing(own_runtime: Stack, tmp_path: Path) -> None:
     """A worker that no longer reads its queues is unhealthy, although it answers Celery's ping."""
     (tmp_path / "deaf.py").write_text(DEAF)
     trigger = tmp_path / "now"
-    environment = observed.environment() | {"PYTHONPATH": str(tmp_path), "DEAF": str(trigger)}
-    observed.processes.spawn("worker", [*CELERY, "worker", "-n", "w@%h", "-I", "deaf"], environment=environment)
-    wait_until(lambda: "ready." in (observed.processes.logs / "worker.log").read_text(), within=60)
+    environment = own_runtime.environment() | {"PYTHONPATH": str(tmp_path), "DEAF": str(trigger)}
+    own_runtime.processes.spawn("worker", [*CELERY, "worker", "-n", "w@%h", "-I", "deaf"], environment=environment)
+    wait_until(lambda: "ready." in (own_runtime.processes.logs / "worker.log").read_text(), within=60)
     time.sleep(2)  # by now, the worker has polled the broker and received an answer
-    says(observed, "worker", 0)
+    says(own_runtime, "worker", 0)
     trigger.touch()
-    says(observed, "worker", 1, "w@", "has not asked the broker for work")
-    workers, processes = (finding(observed, name) for name in ("workers", "processes"))
+    says(own_runtime, "worker", 1, "w@", "has not asked the broker for work")
+    workers, processes = (finding(own_runtime, name) for name in ("workers", "processes"))
     assert "w@" in workers["detail"]
     assert "has not asked the broker for work" in workers["detail"]
     assert "has not asked the broker for work" in processes["detail"]
@@ -120,24 +120,24 @@ def test_a_worker_that_answers_ping_but_consumes_nothing(observed: Stack, tmp_pa
     ran = subprocess.run(ping, env=os.environ | environment, capture_output=True, text=True, timeout=60, check=False)
     assert "pong" in ran.stdout
     trigger.unlink()
-    says(observed, "worker", 0)
+    says(own_runtime, "worker", 0)
 
 
-def test_an_idle_worker_is_healthy(observed: Stack) -> None:
+def test_an_idle_worker_is_healthy(own_runtime: Stack) -> None:
     """A worker that receives no task, or reads only one queue, is healthy."""
-    environment = observed.environment()
-    observed.processes.spawn("idle", [*CELERY, "worker", "-n", "idle@%h", "-Q", "deliver"], environment=environment)
-    says(observed, "worker", 0, "1 worker", "idle@")
+    environment = own_runtime.environment()
+    own_runtime.processes.spawn("idle", [*CELERY, "worker", "-n", "idle@%h", "-Q", "deliver"], environment=environment)
+    says(own_runtime, "worker", 0, "1 worker", "idle@")
     time.sleep(11)  # longer than the consumer may be silent
-    says(observed, "worker", 0, "1 worker", "idle@")
+    says(own_runtime, "worker", 0, "1 worker", "idle@")
 
 
 @pytest.mark.parametrize("frozen", [False, True])
-def test_a_broker_outage_causes_no_restart(observed: Stack, *, frozen: bool) -> None:
+def test_a_broker_outage_causes_no_restart(own_runtime: Stack, *, frozen: bool) -> None:
     """Worker and beat stay healthy while the broker is unreachable, because a restart could not help."""
     with EmbeddedValkey() as valkey, Processes() as processes:
-        settings = observed.settings.model_dump() | {"broker_url": valkey.url()}
-        own = replace(observed, settings=load_settings(**settings), processes=processes)
+        settings = own_runtime.settings.model_dump() | {"broker_url": valkey.url()}
+        own = replace(own_runtime, settings=load_settings(**settings), processes=processes)
         own.worker()
         own.beat()
         says(own, "worker", 0)
@@ -155,19 +155,19 @@ def test_a_broker_outage_causes_no_restart(observed: Stack, *, frozen: bool) -> 
         says(own, "worker", 0)
 
 
-def test_a_stopped_beat(observed: Stack) -> None:
+def test_a_stopped_beat(own_runtime: Stack) -> None:
     """Beat is healthy while it ticks, and unhealthy once it is stopped or has ended."""
-    says(observed, "beat", 1, "No beat has a heartbeat")
-    beat = observed.beat()
-    says(observed, "beat", 0, "1 beat")
+    says(own_runtime, "beat", 1, "No beat has a heartbeat")
+    beat = own_runtime.beat()
+    says(own_runtime, "beat", 0, "1 beat")
     beat.signal(signal.SIGSTOP)
-    says(observed, "beat", 1, "no heartbeat")
+    says(own_runtime, "beat", 1, "no heartbeat")
     beat.signal(signal.SIGCONT)
-    says(observed, "beat", 0)
+    says(own_runtime, "beat", 0)
     beat.ask()
     wait_until(lambda: beat.exit_code is not None)
-    says(observed, "beat", 1, "No beat has a heartbeat")
-    assert not list(Path(observed.options["FOLLOWUPS_RUNTIME_DIR"]).iterdir())
+    says(own_runtime, "beat", 1, "No beat has a heartbeat")
+    assert not list(Path(own_runtime.options["FOLLOWUPS_RUNTIME_DIR"]).iterdir())
 
 
 def test_a_directory_that_cannot_be_used(stack: Stack) -> None:
@@ -182,29 +182,29 @@ def test_a_directory_that_cannot_be_used(stack: Stack) -> None:
 
 
 @pytest.fixture
-def served(observed: Stack) -> Iterator[tuple[Child, str]]:
+def web_process(own_runtime: Stack) -> Iterator[tuple[Child, str]]:
     """Return a running web process and its port."""
-    child, url = web.start(observed.processes, observed.environment())
+    child, url = web.start(own_runtime.processes, own_runtime.environment())
     return child, url.rpartition(":")[2]
 
 
-def test_web(observed: Stack, served: tuple[Child, str]) -> None:
+def test_web(own_runtime: Stack, web_process: tuple[Child, str]) -> None:
     """`health web` succeeds only while the web process answers on its port; an invalid port is an error."""
-    child, port = served
-    assert health(observed, "web", "--port", port).returncode == 0
-    ran = health(observed, "web", "--port", str(free_port()))
+    child, port = web_process
+    assert health(own_runtime, "web", "--port", port).returncode == 0
+    ran = health(own_runtime, "web", "--port", str(free_port()))
     assert (ran.returncode, ran.stdout) == (1, "")
     assert "Web does not answer at 127.0.0.1:" in ran.stderr
-    assert health(observed, "web", "--port", "x").returncode == 2
+    assert health(own_runtime, "web", "--port", "x").returncode == 2
     child.signal(signal.SIGSTOP)
-    assert health(observed, "web", "--port", port).returncode == 1
+    assert health(own_runtime, "web", "--port", port).returncode == 1
     child.signal(signal.SIGCONT)
-    assert health(observed, "web", "--port", port).returncode == 0
+    assert health(own_runtime, "web", "--port", port).returncode == 0
 
 
-def test_another_server_is_not_web(observed: Stack) -> None:
+def test_another_server_is_not_web(own_runtime: Stack) -> None:
     """Another server on web's port does not count as a healthy web process."""
-    observed.sandbox()
-    ran = health(observed, "web", "--port", str(observed.sandbox_port))
+    own_runtime.sandbox()
+    ran = health(own_runtime, "web", "--port", str(own_runtime.sandbox_port))
     assert ran.returncode == 1
     assert "is not web" in ran.stderr

@@ -42,7 +42,7 @@ def browsing() -> Iterator[Browser]:
             browser.close()
 
 
-class Desk:
+class BrowserWindow:
     """A browser window that shows the console. Any error that the browser reports fails the test."""
 
     def __init__(self, browser: Browser, url: str, engine: Engine, **options: Any) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from sqlalchemy import text
 
-from console.browser import Desk, browsing
+from console.browser import BrowserWindow, browsing
 from followups.database import make_engine
 from followups.embedded import EmbeddedPostgres, EmbeddedValkey
 from followups.schema import migrate
@@ -69,11 +69,11 @@ def main() -> None:
         world = World(engine)
         shown = fill(world)
         with served(settings) as (host, port), browsing() as browser:
-            desk = Desk(browser, f"http://{host}:{port}", engine, viewport=VIEWPORT)
-            desk.sign_in("admin", world.workspace_id)
+            window = BrowserWindow(browser, f"http://{host}:{port}", engine, viewport=VIEWPORT)
+            window.sign_in("admin", world.workspace_id)
             for name, path in (("overview", "/"), ("follow-up", f"/follow-ups/{shown}"), ("settings", "/settings")):
-                desk.go(path).screenshot(path=PICTURES / f"console-{name}.png", animations="disabled")
-            desk.context.close()
+                window.go(path).screenshot(path=PICTURES / f"console-{name}.png", animations="disabled")
+            window.context.close()
         engine.dispose()
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import pytest
 from sqlalchemy import text
 
-from console.browser import Desk, browsing, needs_browser
+from console.browser import BrowserWindow, browsing, needs_browser
 from web import key_of
 
 if TYPE_CHECKING:
@@ -39,12 +39,12 @@ def browser() -> Iterator[Browser]:
 
 
 @pytest.fixture
-def desk(browser: Browser, console_url: str, own: World) -> Iterator[Callable[..., Desk]]:
+def window(browser: Browser, console_url: str, own: World) -> Iterator[Callable[..., BrowserWindow]]:
     """Return a function that opens a browser window; errors that the window reports fail the test."""
-    opened: list[Desk] = []
+    opened: list[BrowserWindow] = []
 
-    def sit(**options: object) -> Desk:
-        opened.append(Desk(browser, console_url, own.engine, **options))
+    def sit(**options: object) -> BrowserWindow:
+        opened.append(BrowserWindow(browser, console_url, own.engine, **options))
         return opened[-1]
 
     yield sit
@@ -63,13 +63,13 @@ def failed(world: World, chat_id: UUID | None = None) -> UUID:
     [{"color_scheme": "light"}, {"color_scheme": "dark", "viewport": {"width": 360, "height": 740}}],
     ids=["light", "dark-and-narrow"],
 )
-def test_every_page_is_accessible(options: dict[str, object], desk: Callable[..., Desk], own: World) -> None:
+def test_every_page_is_accessible(options: dict[str, object], window: Callable[..., BrowserWindow], own: World) -> None:
     """Every page conforms to WCAG 2.2 AA and fits a narrow screen."""
     chat_id = own.chat(channel="whatsapp", external_id="5511987654321", last_user_message_at=NOW)
     pending = own.follow_up(chat_id, due=HOUR)
     key_id, _ = key_of(own)
     own.sql("INSERT INTO pauses (workspace_id) VALUES (:id)", id=own.workspace_id)
-    sitting = desk(**options)
+    sitting = window(**options)
     sitting.go("/login")
     found = {"/login": sitting.violations()}
     sitting.sign_in("admin", own.workspace_id)
@@ -85,16 +85,16 @@ def test_every_page_is_accessible(options: dict[str, object], desk: Callable[...
     found["preview"] = sitting.violations()
     sitting.page.get_by_role("button", name="Cancel these follow-ups").click()
     found["bulk"] = sitting.violations()
-    other = desk(**options)
+    other = window(**options)
     other.sign_in("operator")
     other.go("/system")
     found["/system"] = other.violations()
     assert {path: each for path, each in found.items() if each} == {}
 
 
-def test_a_links_token_is_removed_from_the_url(desk: Callable[..., Desk], own: World) -> None:
+def test_a_links_token_is_removed_from_the_url(window: Callable[..., BrowserWindow], own: World) -> None:
     """The sign-in page removes the token from the URL's fragment before it makes any other request."""
-    sitting = desk()
+    sitting = window()
     asked: list[str] = []
     sitting.page.on("request", lambda request: asked.append(request.url))
     page = sitting.sign_in("viewer", own.workspace_id)
@@ -104,11 +104,11 @@ def test_a_links_token_is_removed_from_the_url(desk: Callable[..., Desk], own: W
     assert "token" not in page.url
 
 
-def test_the_keyboard_alone_signs_in_lists_ticks_and_cancels(desk: Callable[..., Desk], own: World) -> None:
+def test_the_keyboard_alone_signs_in_lists_ticks_and_cancels(window: Callable[..., BrowserWindow], own: World) -> None:
     """Signing in, listing, selecting and cancelling follow-ups need no mouse."""
     one_id = own.follow_up(due=HOUR)
     _, key = key_of(own)
-    page = desk().go("/login")
+    page = window().go("/login")
 
     def tab_to(name: str) -> None:
         for _ in range(60):
@@ -136,11 +136,11 @@ def test_the_keyboard_alone_signs_in_lists_ticks_and_cancels(desk: Callable[...,
     assert page.get_by_role("heading", level=1).inner_text() == "Bulk action"
 
 
-def test_everything_works_without_javascript(desk: Callable[..., Desk], own: World) -> None:
+def test_everything_works_without_javascript(window: Callable[..., BrowserWindow], own: World) -> None:
     """Signing in with an API key, scheduling, changing and cancelling work without JavaScript."""
     chat_id = own.chat()
     _, key = key_of(own)
-    page = desk(java_script_enabled=False).go("/login")
+    page = window(java_script_enabled=False).go("/login")
     page.get_by_label("API key").fill(key)
     page.get_by_role("button", name="Sign in").click()
     page.get_by_role("link", name="Follow-ups").first.click()
@@ -157,23 +157,23 @@ def test_everything_works_without_javascript(desk: Callable[..., Desk], own: Wor
     assert own.scalar(query) == "Hello again"
 
 
-def test_times_are_in_the_browsers_zone(desk: Callable[..., Desk], own: World) -> None:
+def test_times_are_in_the_browsers_zone(window: Callable[..., BrowserWindow], own: World) -> None:
     """On the first visit, the page selects the browser's time zone."""
     one_id = own.follow_up(due_date=text("'2100-01-31T12:00:00Z'"))
-    sitting = desk()
+    sitting = window()
     sitting.sign_in("agent", own.workspace_id)
     page = sitting.go(f"/follow-ups/{one_id}")
     assert page.get_by_label("Due", exact=True).input_value().startswith("2100-01-31T09:00")
     assert "Time in America/Sao_Paulo." in page.inner_text("main")
 
 
-def test_an_open_page_updates_and_keeps_typed_text(desk: Callable[..., Desk], own: World) -> None:
+def test_an_open_page_updates_and_keeps_typed_text(window: Callable[..., BrowserWindow], own: World) -> None:
     """If a follow-up is sent while its form is open, the page shows this and keeps the typed text.
 
     An attempt to save the form of the sent follow-up is refused.
     """
     one_id = own.follow_up(due=HOUR)
-    sitting = desk()
+    sitting = window()
     sitting.sign_in("agent", own.workspace_id)
     page = sitting.go(f"/follow-ups/{one_id}")
     page.get_by_text("Live", exact=True).wait_for()
@@ -193,13 +193,13 @@ def test_an_open_page_updates_and_keeps_typed_text(desk: Callable[..., Desk], ow
     sitting.complaints.clear()  # the browser reports the 409 response as an error
 
 
-def test_the_rows_of_a_list_in_use_do_not_move(desk: Callable[..., Desk], own: World) -> None:
+def test_the_rows_of_a_list_in_use_do_not_move(window: Callable[..., BrowserWindow], own: World) -> None:
     """The rows of a list do not move while the page is in use.
 
     While updates are paused, nothing on the page changes.
     """
     one_id = own.follow_up(due=HOUR)
-    sitting = desk()
+    sitting = window()
     sitting.sign_in("agent", own.workspace_id)
     page = sitting.go("/follow-ups")
     page.get_by_text("Live", exact=True).wait_for()
@@ -216,9 +216,9 @@ def test_the_rows_of_a_list_in_use_do_not_move(desk: Callable[..., Desk], own: W
     assert page.get_by_text("Paused", exact=True).is_visible()
 
 
-def test_an_open_page_shows_that_its_session_was_revoked(desk: Callable[..., Desk], own: World) -> None:
+def test_an_open_page_shows_that_its_session_was_revoked(window: Callable[..., BrowserWindow], own: World) -> None:
     """An open page shows that its session was revoked."""
-    sitting = desk()
+    sitting = window()
     sitting.sign_in("agent", own.workspace_id)
     page = sitting.go("/follow-ups")
     page.get_by_text("Live", exact=True).wait_for()
@@ -228,9 +228,9 @@ def test_an_open_page_shows_that_its_session_was_revoked(desk: Callable[..., Des
     sitting.complaints.clear()
 
 
-def test_a_lost_event_stream_shows_stale_content(desk: Callable[..., Desk], own: World) -> None:
+def test_a_lost_event_stream_shows_stale_content(window: Callable[..., BrowserWindow], own: World) -> None:
     """After the event stream is lost, the page shows for how long its content has been stale."""
-    sitting = desk()
+    sitting = window()
     sitting.sign_in("agent", own.workspace_id)
     page = sitting.go("/follow-ups")
     page.get_by_text("Live", exact=True).wait_for()

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 HOUR = timedelta(hours=1)
 
 
-class Listening:
+class EventStream:
     """An open event stream, read in a thread."""
 
     def __init__(self, one: Person, path: str = "/console/stream") -> None:
@@ -61,7 +61,7 @@ class Listening:
 
 
 @pytest.fixture
-def come(console_settings: Settings, own: World) -> Iterator[Callable[..., Person]]:
+def sign_in(console_settings: Settings, own: World) -> Iterator[Callable[..., Person]]:
     """Serve the application for one test only, and return a function that signs a person in.
 
     The server and its streams are stopped when the test ends.
@@ -78,16 +78,16 @@ def come(console_settings: Settings, own: World) -> Iterator[Callable[..., Perso
             each.client.close()
 
 
-def test_a_change_sends_an_event_to_open_pages(come: Callable[..., Person], own: World, foreign: World) -> None:
+def test_a_change_sends_an_event_to_open_pages(sign_in: Callable[..., Person], own: World, foreign: World) -> None:
     """A new follow-up sends an event to open lists, and a changed follow-up sends an event to its open page.
 
     A stream never reports another workspace's follow-ups, even if its client requests them.
     """
     one_id = own.follow_up(due=HOUR)
-    ours = Listening(come())
-    single = Listening(come(), f"/console/stream?follow_up={one_id}")
-    theirs = Listening(come(world=foreign), f"/console/stream?follow_up={one_id}")
-    operator = Listening(come("operator", None))
+    ours = EventStream(sign_in())
+    single = EventStream(sign_in(), f"/console/stream?follow_up={one_id}")
+    theirs = EventStream(sign_in(world=foreign), f"/console/stream?follow_up={one_id}")
+    operator = EventStream(sign_in("operator", None))
     time.sleep(2 * live.EVERY)
     for each in (ours, single, theirs, operator):
         each.events.clear()
@@ -101,7 +101,7 @@ def test_a_change_sends_an_event_to_open_pages(come: Callable[..., Person], own:
 
 
 def test_streams_need_a_session_and_are_bounded(
-    come: Callable[..., Person], monkeypatch: pytest.MonkeyPatch, person: Callable[..., Person]
+    sign_in: Callable[..., Person], monkeypatch: pytest.MonkeyPatch, person: Callable[..., Person]
 ) -> None:
     """A client without a session gets no stream, and a session gets a limited number of streams.
 
@@ -109,19 +109,19 @@ def test_streams_need_a_session_and_are_bounded(
     """
     monkeypatch.setattr(live, "BY_SESSION", 2)
     assert person().get("/stream").status_code == 401
-    one = come()
-    opened = [Listening(one) for _ in range(3)]
+    one = sign_in()
+    opened = [EventStream(one) for _ in range(3)]
     assert sorted(each.status for each in opened) == [200, 200, 429]
     assert one.get("/").status_code == 200
 
 
 def test_a_stream_ends_with_its_session(
-    come: Callable[..., Person], own: World, monkeypatch: pytest.MonkeyPatch
+    sign_in: Callable[..., Person], own: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """When a person's session ends, the event stream reports that the person is signed out and closes."""
     monkeypatch.setattr(live, "CHECKED_EVERY", 0.2)
-    one = come()
-    listening = Listening(one)
+    one = sign_in()
+    listening = EventStream(one)
     own.sql("UPDATE console_sessions SET ended_at = now() WHERE workspace_id = :id", id=own.workspace_id)
     assert listening.wait_for("signed-out")
     assert listening.ended.wait(5)
@@ -131,7 +131,7 @@ def test_streams_end_within_a_second_when_the_process_ends(console_settings: Set
     """Open streams end within a second after the process was told to stop."""
     with served(console_settings) as (host, port):
         one = Person(f"http://{host}:{port}", own.engine).signed_in("viewer", own.workspace_id)
-        listening = Listening(one)
+        listening = EventStream(one)
         assert listening.wait_for("open")
         one.client.close()
         begun = time.monotonic()
@@ -139,7 +139,7 @@ def test_streams_end_within_a_second_when_the_process_ends(console_settings: Set
     assert time.monotonic() - begun < 3  # a second, plus a margin for a busy machine
 
 
-def test_without_viewers_there_are_no_queries(come: Callable[..., Person], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_viewers_there_are_no_queries(sign_in: Callable[..., Person], monkeypatch: pytest.MonkeyPatch) -> None:
     """All viewers share one database query per second, and without viewers there are no queries."""
     looks: list[float] = []
     looked = live.changes.look
@@ -151,8 +151,8 @@ def test_without_viewers_there_are_no_queries(come: Callable[..., Person], monke
     monkeypatch.setattr(live.changes, "look", counted)
     time.sleep(1.2)
     assert looks == []
-    people = [come() for _ in range(3)]
-    opened = [Listening(each) for each in people]
+    people = [sign_in() for _ in range(3)]
+    opened = [EventStream(each) for each in people]
     time.sleep(2.5)
     assert 2 <= len(looks) <= 4
     assert all("open" in each.events for each in opened)

@@ -17,7 +17,7 @@ import yaml
 
 import web
 from deploy.manifests import DEPLOY, ROOT
-from deploy.prometheus import Prometheus, hastened
+from deploy.prometheus import Prometheus, shortened
 from followups.embedded import answers, free_port
 from stack import wait_until
 
@@ -88,7 +88,7 @@ def prometheus(stack: Stack, scraped: str, tmp_path: Path) -> Prometheus:
     """Return a Prometheus that scrapes `web`, with the rules from deploy/."""
     if not (found := shutil.which("prometheus")):
         pytest.skip("prometheus is not installed")
-    (tmp_path / "alerts.yaml").write_text(hastened((DEPLOY / "prometheus" / "alerts.yaml").read_text()))
+    (tmp_path / "alerts.yaml").write_text(shortened((DEPLOY / "prometheus" / "alerts.yaml").read_text()))
     configuration = yaml.safe_load((DEPLOY / "prometheus" / "prometheus.yaml").read_text())
     configuration["global"] = {"scrape_interval": "500ms", "evaluation_interval": "500ms"}
     configuration["scrape_configs"][0]["static_configs"][0]["targets"] = [scraped.removeprefix("http://")]

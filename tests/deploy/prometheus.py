@@ -41,7 +41,7 @@ class Prometheus:
         return {one["metric"]["alertname"] for one in self.ask(f'ALERTS{{alertstate="firing"}}[{within}s]')}
 
 
-def hastened(rules: str) -> str:
+def shortened(rules: str) -> str:
     """Return the rules with minutes shortened to two seconds, without `for`, and with lateness in seconds."""
     rules = re.sub(r"\[(\d+)m\]", lambda found: f"[{int(found[1]) * MINUTE}s]", rules)
     rules = re.sub(r"offset (\d+)m", lambda found: f"offset {int(found[1]) * MINUTE}s", rules)

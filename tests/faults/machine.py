@@ -34,7 +34,7 @@ LATER = "UPDATE follow_ups SET next_attempt_at = now() + interval '1 h' WHERE id
 NOW = "UPDATE follow_ups SET next_attempt_at = now() WHERE id = :id"
 
 
-class Driven:
+class DrivenStore:
     """The model and the real store, with the same two follow-ups of one chat in the database."""
 
     def __init__(self, world: World, settings: Settings, *, deduplicates: bool, creates_late: bool) -> None:

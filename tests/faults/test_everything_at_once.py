@@ -25,7 +25,7 @@ KINDS = ("fail", "rate_limit", "drop", "slow")
 """Faults that the chat may show for a short time."""
 
 
-class Disorder:
+class RandomFaults:
     """Injects faults, and repairs those that would keep the test from ending."""
 
     def __init__(self, rig: Rig, api: Api) -> None:
@@ -126,7 +126,7 @@ def everything(rig: Rig, figures: Figures, seconds: float, rate: float) -> None:
     """Inject random faults under load for this long, then let all follow-ups end and check every guarantee."""
     rig.options |= {"FOLLOWUPS_MAX_ATTEMPTS": "500"}
     api = rig.web()
-    disorder = Disorder(rig, api)
+    disorder = RandomFaults(rig, api)
     disorder.begin()
     end = time.monotonic() + seconds
     with api.client, Load(rig, rate, seconds, spread=2.0) as load:

@@ -35,7 +35,7 @@ WORDS = "Noch da? \N{WAVING HAND SIGN}"
 ENVIRONMENT = {"PGTZ": "Asia/Kolkata", "PGDATESTYLE": "German", "PGCLIENTENCODING": "LATIN1"}
 
 
-def meet(rig: Rig, api: web.Api, pairs: int) -> Counter[tuple[str, int]]:
+def send_replies_and_creates(rig: Rig, api: web.Api, pairs: int) -> Counter[tuple[str, int]]:
     """Send a reply and a create request concurrently in ``pairs`` chats; return the counts of answers."""
     chats = [api.chat() for _ in range(pairs)]
 
@@ -60,7 +60,7 @@ def on_foreign_defaults(rig: Rig, figures: Figures, pairs: int, rate: float, sec
     rig.options |= ENVIRONMENT
     api = rig.web()
     with closing(api.client):
-        answers = meet(rig, api, pairs)
+        answers = send_replies_and_creates(rig, api, pairs)
         outcomes = Counter(f"{row.status} {rig.world.row(row.id).reason}" for row in rig.world.rows())
         assert answers["reply", 201] == pairs
         assert answers["create", 201] + answers["create", 409] == pairs

@@ -201,7 +201,7 @@ def test_constraint(constraint: str, change: str, world: World) -> None:
     world.sql(statement, id=follow_up)
 
 
-class Telling:
+class RecordingTransport:
     """A transport that records when it was called."""
 
     name = "telling"
@@ -223,7 +223,7 @@ class Telling:
         return Sent(None)
 
 
-class Hasty(DatabaseClock):
+class EverythingDueClock(DatabaseClock):
     """A database clock that reports every follow-up as due."""
 
     def until(self, _moment: datetime) -> float:
@@ -243,7 +243,7 @@ async def sent_by(clock: DatabaseClock, engine: Engine, begun: Begun, latest: fl
     Lateness is measured from the due date, using the database's clock.
     """
     clock.ask(engine)
-    transport = Telling(clock)
+    transport = RecordingTransport(clock)
     await send(transport, begun, clock, CallTimeout(timedelta(seconds=5)), latest)
     return [moment - begun.lease.due for moment in transport.called]
 
@@ -253,7 +253,7 @@ async def test_never_early(world: World, engine: Engine, settings: Settings) -> 
     ahead = timedelta(seconds=2)
     world.follow_up(due=ahead)
     begun = begun_of(Scene(world, settings.model_copy(update={"tick_interval": ahead})).lease())
-    (early,) = await sent_by(Hasty(), engine, begun, inf)
+    (early,) = await sent_by(EverythingDueClock(), engine, begun, inf)
     (waited,) = await sent_by(DatabaseClock(), engine, begun, inf)
     assert early < timedelta(0) <= waited
 

@@ -46,7 +46,7 @@ SHORT = (
 )
 
 
-class Others(threading.Thread):
+class OtherTransactions(threading.Thread):
     """Other transactions, which run one by one and briefly read the tables that a migration changes."""
 
     def __init__(self, url: str, holder: str) -> None:
@@ -84,9 +84,9 @@ def attempt(url: str, errors: list[Exception], patience: float) -> None:
         errors.append(error)
 
 
-def beside(url: str, holder: str, patience: float, refusals: list[str]) -> Others:
-    """Migrate while another transaction keeps its locks; return the `Others` after the migration failed."""
-    others = Others(url, holder)
+def beside(url: str, holder: str, patience: float, refusals: list[str]) -> OtherTransactions:
+    """Migrate while another transaction keeps its locks; return the `OtherTransactions` after the migration failed."""
+    others = OtherTransactions(url, holder)
     others.start()
     errors: list[Any] = []
     with psycopg.connect(url) as connection:

@@ -64,7 +64,7 @@ def test_noisy_neighbour_for_long(rig: Rig, figures: Figures) -> None:
     neighbour(rig, figures, each=300, spread=60.0, seconds=45.0)
 
 
-class Seen(NamedTuple):
+class Measurements(NamedTuple):
     """Measurements taken in the other workspaces while one workspace has a backlog."""
 
     verdict: Verdict
@@ -75,7 +75,7 @@ class Seen(NamedTuple):
     """The share of the backlog still pending when the other workspaces' last follow-up was sent."""
 
 
-def backlog(rig: Rig, overdue: int, each: int, spread: float, call: float = 0.0) -> Seen:
+def backlog(rig: Rig, overdue: int, each: int, spread: float, call: float = 0.0) -> Measurements:
     """Make ``each`` follow-ups of five workspaces fall due within ``spread`` seconds, with and without a backlog.
 
     Every call to the receiver takes at least ``call`` seconds.
@@ -94,10 +94,10 @@ def backlog(rig: Rig, overdue: int, each: int, spread: float, call: float = 0.0)
     wait_until(lambda: rows_of(rig, theirs, own=rig.world.workspace_id) == [(0,)], within=60 + spread, every=0.05)
     left = int(rig.world.scalar("SELECT count(*) FROM follow_ups WHERE status = 'pending'"))
     rig.settle_down(within=60 + overdue / 50)
-    return Seen(rig.verdict(), alone, beside, noise, left)
+    return Measurements(rig.verdict(), alone, beside, noise, left)
 
 
-def keep_backlog(rig: Rig, figures: Figures, seen: Seen) -> None:
+def keep_backlog(rig: Rig, figures: Figures, seen: Measurements) -> None:
     """Record the figures of a backlog, and check that all follow-ups were sent."""
     figures.keep(
         19,

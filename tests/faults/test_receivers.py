@@ -42,7 +42,7 @@ def histogram(rig: Rig, ids: Sequence[UUID]) -> dict[int, int]:
     return dict(tuple(row) for row in rows_of(rig, query, ids=list(ids)))
 
 
-def herd(requests: Collection[Mapping[str, Any]], since: float) -> dict[str, float]:
+def request_rates(requests: Collection[Mapping[str, Any]], since: float) -> dict[str, float]:
     """Return peak and mean request counts from ``since`` on, per tenth of a second and per second."""
     times = sorted(one["receivedMonotonic"] for one in requests if one["receivedMonotonic"] >= since)
     found: dict[str, float] = {}
@@ -93,13 +93,13 @@ def storm(rig: Rig, figures: Figures, count: int, seconds: float) -> None:
         refused_requests=len(refused),
         attempts_used_by_429=used,
         all_sent_after_s=round(took, 2),
-        **herd(requests, calm),
+        **request_rates(requests, calm),
     )
     assert used == 0
-    assert least_pause(refused) > 0.95  # the receiver itself measures its Retry-After of one second
+    assert shortest_pause(refused) > 0.95  # the receiver itself measures its Retry-After of one second
 
 
-def least_pause(refused: Collection[Mapping[str, Any]]) -> float:
+def shortest_pause(refused: Collection[Mapping[str, Any]]) -> float:
     """Return the shortest time between two requests for the same follow-up."""
     by_id: dict[str, list[float]] = {}
     for one in refused:
@@ -133,13 +133,13 @@ def outage(rig: Rig, figures: Figures, rate: float, seconds: float) -> None:
         failed_calls=rig.world.scalar(refused),
         sent_by_attempts=histogram(rig, load.ids),
         all_sent_after_s=round(took, 2),
-        **herd(after, back),
+        **request_rates(after, back),
     )
     assert rig.world.scalar(refused)
     assert verdict.ended == {"sent": len(load.ids)}
 
 
-def away(rig: Rig, figures: Figures, rate: float, seconds: float, limit: int | None = None) -> int:
+def fail_for(rig: Rig, figures: Figures, rate: float, seconds: float, limit: int | None = None) -> int:
     """Under load, make every chat fail for some seconds and then accept again; return the failure count.
 
     ``limit`` is a rate limit for all deliveries, per second.
@@ -171,14 +171,14 @@ def away(rig: Rig, figures: Figures, rate: float, seconds: float, limit: int | N
         given_up=lost,
         sent_by_attempts=histogram(rig, load.ids),
         all_sent_after_s=round(took, 2),
-        **herd(rig.received(), back),
+        **request_rates(rig.received(), back),
     )
     return failed
 
 
-def left_alone(rig: Rig, figures: Figures, rate: float, seconds: float, limit: int | None = None) -> None:
+def check_breaker_outage(rig: Rig, figures: Figures, rate: float, seconds: float, limit: int | None = None) -> None:
     """Check that an outage uses up attempts of only a few follow-ups, and never a last attempt."""
-    failed = away(rig, figures, rate, seconds, limit)
+    failed = fail_for(rig, figures, rate, seconds, limit)
     assert rig.world.scalar("SELECT count(*) FROM follow_ups WHERE status <> 'sent'") == 0
     assert [line["state"] for line in rig.events("breaker")][:2] == ["open", "probing"]
     # The highest number of attempts allowed: the failures before the breaker opened, the attempts in flight at that
@@ -204,7 +204,7 @@ def test_outage(rig: Rig, figures: Figures) -> None:
 def test_left_alone(rig: Rig, figures: Figures) -> None:
     """If the transport fails for all workspaces, the breaker opens, and no follow-up runs out of attempts."""
     rig.options |= PATIENT | {"FOLLOWUPS_BREAKER_FAILURES": "20", "FOLLOWUPS_MAX_ATTEMPTS": "8"}
-    left_alone(rig, figures, rate=120, seconds=4)
+    check_breaker_outage(rig, figures, rate=120, seconds=4)
 
 
 AS_THEY_COME = {
@@ -223,14 +223,14 @@ AS_THEY_COME = {
 def test_left_alone_for_long(rig: Rig, figures: Figures) -> None:
     """By default, no follow-up runs out of attempts in a two-minute outage; the rate limit then applies."""
     rig.options |= AS_THEY_COME
-    left_alone(rig, figures, rate=100, seconds=120, limit=300)
+    check_breaker_outage(rig, figures, rate=100, seconds=120, limit=300)
 
 
 @pytest.mark.faults_long
 def test_not_left_alone(rig: Rig, figures: Figures) -> None:
     """If the breaker is off, an outage uses up many attempts; the figures serve for comparison."""
     rig.options |= AS_THEY_COME | {"FOLLOWUPS_BREAKER_FAILURES": "0", "FOLLOWUPS_RETRY_CAP": "60"}
-    assert away(rig, figures, rate=100, seconds=120, limit=300) > 1_000
+    assert fail_for(rig, figures, rate=100, seconds=120, limit=300) > 1_000
 
 
 @pytest.mark.faults_long

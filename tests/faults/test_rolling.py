@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from followups.embedded import Child
 
 
-def rolled(rig: Rig, figures: Figures, rounds: int, rate: float) -> None:
+def replace_processes(rig: Rig, figures: Figures, rounds: int, rate: float) -> None:
     """Replace workers, beats and web while follow-ups are added directly and through the API."""
     workers = rig.start(workers=2)
     beats = [rig.beat(), rig.beat()]
@@ -58,11 +58,11 @@ def ended(child: Child) -> float:
 def test_rolling_restart(rig: Rig, figures: Figures) -> None:
     """A rolling restart loses and repeats no message, wastes no attempt, and drains workers in seconds."""
     rig.options |= {"FOLLOWUPS_TRANSPORT_TIMEOUT": "10", "FOLLOWUPS_LEASE": "30"}
-    rolled(rig, figures, rounds=1, rate=60)
+    replace_processes(rig, figures, rounds=1, rate=60)
 
 
 @pytest.mark.faults_long
 def test_rolling_restarts(rig: Rig, figures: Figures) -> None:
     """During ten rolling restarts, no message is lost or duplicated, and no attempt is wasted."""
     rig.options |= {"FOLLOWUPS_TRANSPORT_TIMEOUT": "10", "FOLLOWUPS_LEASE": "30"}
-    rolled(rig, figures, rounds=10, rate=60)
+    replace_processes(rig, figures, rounds=10, rate=60)

@@ -16,7 +16,7 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
-from faults.machine import Driven
+from faults.machine import DrivenStore
 from followups.errors import AlreadyFinishedError, DeliveryInProgressError
 
 if TYPE_CHECKING:
@@ -32,14 +32,14 @@ def machine(world: World, settings: Settings) -> type[RuleBasedStateMachine]:
     class Machine(RuleBasedStateMachine):
         """A state machine with a rule for each type of model step and for each change by a client."""
 
-        driven: Driven | None = None
+        driven: DrivenStore | None = None
 
         @initialize(deduplicates=strategies.booleans(), creates_late=strategies.booleans())
         def start(self, *, deduplicates: bool, creates_late: bool) -> None:
             """Start with a new chat."""
             world.sql("DELETE FROM failed_attempts")
             world.sql("DELETE FROM follow_ups")
-            self.driven = Driven(world, settings, deduplicates=deduplicates, creates_late=creates_late)
+            self.driven = DrivenStore(world, settings, deduplicates=deduplicates, creates_late=creates_late)
 
         @invariant()
         def agree(self) -> None:

@@ -73,7 +73,9 @@ def run(own: Settings, script: Callable[[BreakerStore], Awaitable[None]], policy
     asyncio.run(main())
 
 
-async def told(store: BreakerStore, failed: list[UUID], wanted: int, *, succeeded: bool, key: int = KEY) -> SharedState:
+async def report(
+    store: BreakerStore, failed: list[UUID], wanted: int, *, succeeded: bool, key: int = KEY
+) -> SharedState:
     """Report outcomes of one workspace and return the state of the breaker.
 
     The function checks which workspaces the breaker holds, and leaves them out of the returned state.
@@ -86,7 +88,7 @@ async def told(store: BreakerStore, failed: list[UUID], wanted: int, *, succeede
 
 async def opened(store: BreakerStore) -> None:
     """Report failures until the breaker is open."""
-    assert await told(store, ids(FAILURES), 10, succeeded=False) == SharedState("open", 0, changed=True)
+    assert await report(store, ids(FAILURES), 10, succeeded=False) == SharedState("open", 0, changed=True)
 
 
 def test_opens_for_many_in_a_row(own: Settings) -> None:
@@ -98,15 +100,15 @@ def test_opens_for_many_in_a_row(own: Settings) -> None:
     async def script(store: BreakerStore) -> None:
         (one,) = ids(1)
         for _ in range(FAILURES * 2):
-            assert (await told(store, [one], 0, succeeded=False)).state == CLOSED
-        assert (await told(store, ids(FAILURES - 2), 0, succeeded=False)).state == CLOSED
+            assert (await report(store, [one], 0, succeeded=False)).state == CLOSED
+        assert (await report(store, ids(FAILURES - 2), 0, succeeded=False)).state == CLOSED
         # a success resets the count of consecutive failures
-        assert (await told(store, ids(1), 0, succeeded=True)).state == CLOSED
-        assert (await told(store, ids(FAILURES - 2), 0, succeeded=False)).state == CLOSED
+        assert (await report(store, ids(1), 0, succeeded=True)).state == CLOSED
+        assert (await report(store, ids(FAILURES - 2), 0, succeeded=False)).state == CLOSED
         other = BreakerStore(own, "http", QUICK)
-        assert await told(other, ids(1), 7, succeeded=False) == SharedState("open", 0, changed=True)
+        assert await report(other, ids(1), 7, succeeded=False) == SharedState("open", 0, changed=True)
         await other.close()
-        assert await told(store, [], 7, succeeded=False) == SharedState("open")
+        assert await report(store, [], 7, succeeded=False) == SharedState("open")
 
     run(own, script)
 
@@ -120,15 +122,15 @@ def test_probes_then_recovers(own: Settings) -> None:
     async def script(store: BreakerStore) -> None:
         await opened(store)
         await asyncio.sleep(0.06)
-        assert await told(store, [], 0, succeeded=False) == SharedState("open")  # no follow-up is waiting
-        assert await told(store, [], 10, succeeded=False) == SharedState("probing", 2, changed=True)
-        assert await told(store, [], 10, succeeded=False) == SharedState("probing")
-        assert await told(store, ids(1), 10, succeeded=False) == SharedState("open", 0, changed=True)
+        assert await report(store, [], 0, succeeded=False) == SharedState("open")  # no follow-up is waiting
+        assert await report(store, [], 10, succeeded=False) == SharedState("probing", 2, changed=True)
+        assert await report(store, [], 10, succeeded=False) == SharedState("probing")
+        assert await report(store, ids(1), 10, succeeded=False) == SharedState("open", 0, changed=True)
         await asyncio.sleep(0.06)
-        assert await told(store, [], 10, succeeded=False) == SharedState("open")
+        assert await report(store, [], 10, succeeded=False) == SharedState("open")
         await asyncio.sleep(0.06)
-        assert await told(store, [], 10, succeeded=False) == SharedState("probing", 2, changed=True)
-        assert await told(store, [], 10, succeeded=True) == SharedState("recovering", 0, changed=True)
+        assert await report(store, [], 10, succeeded=False) == SharedState("probing", 2, changed=True)
+        assert await report(store, [], 10, succeeded=True) == SharedState("recovering", 0, changed=True)
 
     run(own, script)
 
@@ -138,10 +140,10 @@ def test_recovers_at_a_growing_rate(own: Settings) -> None:
 
     async def script(store: BreakerStore) -> None:
         await opened(store)
-        await told(store, [], 0, succeeded=True)
+        await report(store, [], 0, succeeded=True)
         started, granted, reading = time.monotonic(), 0, SharedState("recovering")
         while reading.state == "recovering":
-            reading = await told(store, [], 1000, succeeded=False)
+            reading = await report(store, [], 1000, succeeded=False)
             granted += reading.permits
             elapsed = time.monotonic() - started
             # Since the breaker doubles its rate every second, attempts at most double from second to second.
@@ -159,9 +161,9 @@ def test_fails_again(own: Settings) -> None:
 
     async def script(store: BreakerStore) -> None:
         await opened(store)
-        await told(store, [], 0, succeeded=True)
-        assert (await told(store, ids(2), 10, succeeded=False)).state == "recovering"
-        assert (await told(store, ids(1), 10, succeeded=False)).state == "open"
+        await report(store, [], 0, succeeded=True)
+        assert (await report(store, ids(2), 10, succeeded=False)).state == "recovering"
+        assert (await report(store, ids(1), 10, succeeded=False)).state == "open"
         shown = read(client(own), own)
         assert shown.state == "open"
         assert shown.probed == 1
@@ -175,9 +177,9 @@ def test_probes_that_never_end(own: Settings) -> None:
     async def script(store: BreakerStore) -> None:
         await opened(store)
         await asyncio.sleep(0.06)
-        assert (await told(store, [], 10, succeeded=False)).permits == 2
+        assert (await report(store, [], 10, succeeded=False)).permits == 2
         await asyncio.sleep(0.25)
-        assert (await told(store, [], 10, succeeded=False)).permits == 2
+        assert (await report(store, [], 10, succeeded=False)).permits == 2
 
     run(own, script)
 
@@ -194,10 +196,10 @@ def test_which_workspaces_are_tripped(own: Settings) -> None:
     """
 
     async def script(store: BreakerStore) -> None:
-        await told(store, ids(FAILURES - 1), 0, succeeded=False, key=OTHER)
-        await told(store, ids(1), 0, succeeded=True)
-        await told(store, ids(1), 0, succeeded=False, key=OTHER)
-        await told(store, ids(FAILURES), 0, succeeded=False)
+        await report(store, ids(FAILURES - 1), 0, succeeded=False, key=OTHER)
+        await report(store, ids(1), 0, succeeded=True)
+        await report(store, ids(1), 0, succeeded=False, key=OTHER)
+        await report(store, ids(FAILURES), 0, succeeded=False)
         assert await tripped(store) == {KEY, OTHER}
         assert (
             await store.report(OutcomeReport(runs=(WorkspaceOutcomes(3, FAILURES, after_success=False),)), 0)
@@ -206,9 +208,9 @@ def test_which_workspaces_are_tripped(own: Settings) -> None:
             OTHER,
             3,
         }
-        await told(store, [], 0, succeeded=True, key=OTHER)
+        await report(store, [], 0, succeeded=True, key=OTHER)
         assert await tripped(store) == {KEY, OTHER, 3}  # a workspace that the breaker holds recovers gradually, too
-        await told(store, ids(FAILURES), 0, succeeded=False)
+        await report(store, ids(FAILURES), 0, succeeded=False)
         assert await store.report(OutcomeReport(), 0) == SharedState("open", tripped=frozenset({KEY, 3}))
 
     run(own, script)
@@ -223,8 +225,8 @@ def test_few_in_a_row_trip_no_workspace(own: Settings) -> None:
     async def script(store: BreakerStore) -> None:
         (one,) = ids(1)
         for _ in range(FAILURES - 1):
-            await told(store, [one], 0, succeeded=False, key=OTHER)
-        await told(store, ids(FAILURES), 0, succeeded=False)
+            await report(store, [one], 0, succeeded=False, key=OTHER)
+        await report(store, ids(FAILURES), 0, succeeded=False)
         assert await tripped(store) == {KEY}
         for after_success in (True, False, False, False):
             assert (
@@ -244,7 +246,7 @@ def test_few_attempts_trip_earlier(own: Settings) -> None:
     """If the settings allow only a few attempts, a workspace is tripped after fewer consecutive failures."""
 
     async def script(store: BreakerStore) -> None:
-        await told(store, ids(FAILURES), 0, succeeded=False)
+        await report(store, ids(FAILURES), 0, succeeded=False)
         assert (
             await store.report(OutcomeReport(runs=(WorkspaceOutcomes(OTHER, 2, after_success=False),)), 0)
         ).tripped == {
@@ -260,11 +262,11 @@ def test_without_a_held_workspace_the_breaker_closes(own: Settings) -> None:
 
     async def script(store: BreakerStore) -> None:
         for key, one in enumerate(ids(FAILURES * 2)):
-            assert (await told(store, [one], 0, succeeded=False, key=key)).state == CLOSED
-        await told(store, [], 0, succeeded=True, key=3)
+            assert (await report(store, [one], 0, succeeded=False, key=key)).state == CLOSED
+        await report(store, [], 0, succeeded=True, key=3)
         await opened(store)
         await asyncio.sleep(0.06)
-        assert (await told(store, [], 10, succeeded=False)).state == "probing"
+        assert (await report(store, [], 10, succeeded=False)).state == "probing"
         assert (
             await store.report(OutcomeReport(runs=(WorkspaceOutcomes(KEY, 0, after_success=True),)), 0)
         ).state == "probing"
@@ -292,17 +294,17 @@ def test_the_clock_is_set_while_open(own: Settings, clock: ServerClock, step: fl
         await opened(store)
         clock.go_on(step)
         waited = 0.0
-        while not (reading := await told(store, [], 10, succeeded=False)).permits:
+        while not (reading := await report(store, [], 10, succeeded=False)).permits:
             clock.go_on(0.01)
             waited += 0.01
             assert waited <= QUICK.longest_pause
         assert reading == SharedState("probing", 2, changed=True)
         clock.go_on(step)
         clock.go_on(QUICK.longest_pause)
-        await told(store, [], 10, succeeded=False)
+        await report(store, [], 10, succeeded=False)
         clock.go_on(QUICK.longest_pause)
         # the outcomes of the first probes were never reported
-        assert (await told(store, [], 10, succeeded=False)).permits == 2
+        assert (await report(store, [], 10, succeeded=False)).permits == 2
 
     run(own, script)
 
@@ -314,14 +316,14 @@ def test_the_clock_is_set_while_recovering(own: Settings, clock: ServerClock, st
 
     async def script(store: BreakerStore) -> None:
         await opened(store)
-        await told(store, [], 0, succeeded=True)
+        await report(store, [], 0, succeeded=True)
         clock.go_on(1)
-        await told(store, [], 1000, succeeded=False)
+        await report(store, [], 1000, succeeded=False)
         clock.go_on(step)
-        granted = (await told(store, [], 1000, succeeded=False)).permits
+        granted = (await report(store, [], 1000, succeeded=False)).permits
         assert granted <= 10 * 2**3
         seconds = 0
-        while seconds <= 10 and (await told(store, [], 1000, succeeded=False)).state != CLOSED:
+        while seconds <= 10 and (await report(store, [], 1000, succeeded=False)).state != CLOSED:
             clock.go_on(1)
             seconds += 1
         assert 6 <= seconds <= 10
@@ -337,7 +339,7 @@ def client(own: Settings) -> redis.Redis:
 def test_attempts_in_flight_use_no_permits(own: Settings) -> None:
     """Attempts in flight when the breaker opens do not use up the permits for probes."""
 
-    class Open:
+    class OpenStore:
         async def report(self, news: OutcomeReport, wanted: int) -> SharedState:
             del news, wanted
             return SharedState("open", tripped=frozenset({KEY}))
@@ -345,10 +347,10 @@ def test_attempts_in_flight_use_no_permits(own: Settings) -> None:
         async def close(self) -> None: ...
 
     async def script() -> None:
-        door = Breaker(Open(), "http", own.breaker_failures)
-        told = asyncio.Event()
-        informing = asyncio.create_task(door.run(lambda: 0, told.set))
-        await told.wait()
+        door = Breaker(OpenStore(), "http", own.breaker_failures)
+        report = asyncio.Event()
+        informing = asyncio.create_task(door.run(lambda: 0, report.set))
+        await report.wait()
         door.spend([KEY] * 200)
         assert door.permits == 0
         assert door.tripped == {KEY}
@@ -358,7 +360,7 @@ def test_attempts_in_flight_use_no_permits(own: Settings) -> None:
     asyncio.run(script())
 
 
-class Failing:
+class FailingTransport:
     """A transport that fails until the test repairs it."""
 
     name = "http"
@@ -408,7 +410,7 @@ def test_an_outage_uses_up_few_attempts(
     world: World, engine: Engine, own: Settings, started: Callable[..., Pipeline], outcome: Outcome
 ) -> None:
     """If the transport fails for every chat, follow-ups use up attempts only until the breaker opens."""
-    transport = Failing(outcome)
+    transport = FailingTransport(outcome)
     for _ in range(100):
         world.follow_up()
     own = own.model_copy(update={"concurrency": CONCURRENCY, "retry_base": timedelta(hours=1), "max_attempts": 3})
@@ -429,7 +431,7 @@ def test_rejections_of_every_message_open_the_breaker(
 
     Follow-ups that have not begun when the breaker opens are not attempted.
     """
-    transport = Failing(Rejected(f"HTTP {status}", status))
+    transport = FailingTransport(Rejected(f"HTTP {status}", status))
     for _ in range(100):
         world.follow_up()
     own = own.model_copy(update={"concurrency": CONCURRENCY})
@@ -446,7 +448,7 @@ def test_stays_closed(
     world: World, engine: Engine, own: Settings, started: Callable[..., Pipeline], outcome: Outcome
 ) -> None:
     """The breaker stays closed while a transport accepts messages, rejects them or limits their rate."""
-    transport = Failing(outcome)
+    transport = FailingTransport(outcome)
     for _ in range(30):
         world.follow_up()
     started(own, transport, SLOWLY).submit(claim(engine, own).leases)
@@ -458,7 +460,7 @@ def test_all_are_sent_after_the_recovery(
     world: World, engine: Engine, own: Settings, started: Callable[..., Pipeline]
 ) -> None:
     """Once the transport has recovered, all waiting follow-ups are sent without an operator's action."""
-    transport = Failing(Retry("no connection"))
+    transport = FailingTransport(Retry("no connection"))
     for _ in range(100):
         world.follow_up()
     own = own.model_copy(update={"concurrency": CONCURRENCY, "retry_base": timedelta(milliseconds=1)})
@@ -482,7 +484,7 @@ class OpenedBreaker:
 
     engine: Engine
     settings: Settings
-    transport: Failing
+    transport: FailingTransport
     pipeline: Pipeline
     other: World
 
@@ -501,7 +503,7 @@ class OpenedBreaker:
 @pytest.fixture
 def opened_breaker(world: World, engine: Engine, own: Settings, started: Callable[..., Pipeline]) -> OpenedBreaker:
     """Return a pipeline whose breaker has opened because a hundred chats of one workspace failed."""
-    other, transport = World(engine), Failing(Retry("HTTP 500"))
+    other, transport = World(engine), FailingTransport(Retry("HTTP 500"))
     transport.well = other.workspace_id
     for _ in range(100):
         world.follow_up()
@@ -547,7 +549,7 @@ def test_deliveries_continue_without_redis(
     A metric counts how often the breaker's state was unreachable.
     """
     monkeypatch.setattr(breaker, "AWAY", 0.1)
-    transport = Failing(Retry("no connection"))
+    transport = FailingTransport(Retry("no connection"))
     for _ in range(30):
         world.follow_up()
     nobody = "redis://127.0.0.1:1/0"

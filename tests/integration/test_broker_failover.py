@@ -26,7 +26,7 @@ MOMENT = datetime(2030, 1, 1, tzinfo=UTC)
 
 
 @pytest.fixture
-def place() -> Iterator[tuple[Settings, redis.Redis]]:
+def broker() -> Iterator[tuple[Settings, redis.Redis]]:
     """Return settings for a separate Valkey server, and an admin client for that server."""
     with EmbeddedValkey() as valkey, redis.Redis.from_url(valkey.url()) as admin:
         yield load_settings(database_url="postgresql://db.invalid/none", broker_url=valkey.url()), admin
@@ -48,26 +48,26 @@ def check(admin: redis.Redis, use: Callable[[], None]) -> None:
     wait_until(lambda: not before & connections(admin), 5)
 
 
-def test_the_apis_rate_limit(place: tuple[Settings, redis.Redis]) -> None:
+def test_the_apis_rate_limit(broker: tuple[Settings, redis.Redis]) -> None:
     """During a broker failover, the API admits requests without counting them until it has reconnected."""
-    limit = KeyRateLimit(place[0])
+    limit = KeyRateLimit(broker[0])
     with asyncio.Runner() as loop:
-        check(place[1], lambda: loop.run(limit.check(uuid4())))
+        check(broker[1], lambda: loop.run(limit.check(uuid4())))
         loop.run(limit.close())
 
 
-def test_publishers(place: tuple[Settings, redis.Redis]) -> None:
+def test_publishers(broker: tuple[Settings, redis.Redis]) -> None:
     """Publishers of hints and nudges reconnect after a broker failover, although they never retry."""
-    app = App("test", place[0].broker_url.get_secret_value())
-    check(place[1], lambda: app.send_task("nothing", retry=False) and None)
+    app = App("test", broker[0].broker_url.get_secret_value())
+    check(broker[1], lambda: app.send_task("nothing", retry=False) and None)
     app.pool.force_close_all()
     app.close()
 
 
 @pytest.mark.parametrize("kind", ["limiter", "breaker"])
-async def test_limiter_and_breaker(place: tuple[Settings, redis.Redis], kind: str) -> None:
+async def test_limiter_and_breaker(broker: tuple[Settings, redis.Redis], kind: str) -> None:
     """The rate limiter and the breaker reconnect after a broker failover."""
-    settings, admin = place
+    settings, admin = broker
     client: Limiter | BreakerStore = Limiter(settings) if kind == "limiter" else BreakerStore(settings, "http")
 
     def ask() -> Coroutine[object, object, object]:

@@ -163,7 +163,7 @@ def test_one_url_serves_every_client(settings: Settings, engine: Engine, redis_s
             ask(at(settings, redis_server.url(query)), engine)
 
 
-def told(settings: Settings) -> str:
+def finding_detail(settings: Settings) -> str:
     """Return what doctor finds about the connection to the broker."""
     (finding,) = connection_checks.of_broker(settings)
     return finding.detail
@@ -180,8 +180,8 @@ def told(settings: Settings) -> str:
 )
 def test_doctor_reports_the_connection(settings: Settings, redis_server: RedisServer, query: str, detail: str) -> None:
     """For the broker, doctor shows the TLS version and what was verified, or that there is no TLS."""
-    assert told(at(settings, redis_server.url(query))) == f"TLSv1.3, {detail}"
-    assert told(settings).startswith("without TLS (rediss://")
+    assert finding_detail(at(settings, redis_server.url(query))) == f"TLSv1.3, {detail}"
+    assert finding_detail(settings).startswith("without TLS (rediss://")
 
 
 @pytest.mark.skipif(PROGRAM is None, reason=MISSING)

@@ -24,7 +24,7 @@ pytestmark = pytest.mark.skipif(INSTALLED is None, reason=MISSING)
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[SecureServer, str]]:
+def tls_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[SecureServer, str]]:
     """Return a TLS server and the file that contains its authority's certificate."""
     assert INSTALLED
     authority = trustme.CA()
@@ -50,9 +50,9 @@ def detail(engine: Engine) -> str:
         ("sslmode=disable", "without TLS (sslmode=verify-full in FOLLOWUPS_DATABASE_URL requires and verifies it)"),
     ],
 )
-def test_doctor_reports_the_connection(place: tuple[SecureServer, str], query: str, said: str) -> None:
+def test_doctor_reports_the_connection(tls_server: tuple[SecureServer, str], query: str, said: str) -> None:
     """For the database, doctor shows the TLS version and what was verified, or that there is no TLS."""
-    server, trusted = place
+    server, trusted = tls_server
     engine = make_engine(server.secure_url("localhost", query.format(trusted)))
     assert detail(engine) == said
     engine.dispose()
@@ -62,9 +62,9 @@ def test_doctor_reports_the_connection(place: tuple[SecureServer, str], query: s
 
 
 @pytest.mark.parametrize("host", ["localhost", "127.0.0.1"])
-async def test_an_untrusted_server_is_refused(place: tuple[SecureServer, str], tmp_path: Path, host: str) -> None:
+async def test_an_untrusted_server_is_refused(tls_server: tuple[SecureServer, str], tmp_path: Path, host: str) -> None:
     """With verify-full, a certificate of an unknown authority or for another name is rejected."""
-    server, trusted = place
+    server, trusted = tls_server
     if host == "localhost":
         trusted = str(tmp_path / "another.pem")
         trustme.CA().cert_pem.write_to_path(trusted)

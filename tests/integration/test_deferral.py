@@ -62,7 +62,7 @@ def own(settings: Settings) -> Settings:
     return settings.model_copy(update=changes)
 
 
-class Chat:
+class SelectiveTransport:
     """A transport that accepts messages of the workspaces in `well` and fails all other messages."""
 
     name = "http"
@@ -87,7 +87,7 @@ class Chat:
 
 
 @contextmanager
-def worker(own: Settings, engine: Engine, chat: Chat, policy: RecoveryPolicy) -> Iterator[None]:
+def worker(own: Settings, engine: Engine, chat: SelectiveTransport, policy: RecoveryPolicy) -> Iterator[None]:
     """Run the components of a worker with dispatcher ticks, and drain the pipeline at the end."""
     pipeline: Pipeline
 
@@ -134,7 +134,7 @@ def is_open(own: Settings) -> bool:
 def test_a_held_workspace_does_not_block_others(world: World, engine: Engine, own: Settings) -> None:
     """If a held workspace has more due follow-ups than may be in flight, other workspaces are not blocked."""
     theirs = World(engine)
-    chat = Chat(theirs)
+    chat = SelectiveTransport(theirs)
     world.burst([-SECOND] * OVERDUE)
     with worker(own, engine, chat, FOR_LONG):
         wait_until(lambda: is_open(own))
@@ -147,7 +147,7 @@ def test_a_held_workspace_does_not_block_others(world: World, engine: Engine, ow
 def test_held_follow_ups_release_their_leases(world: World, engine: Engine, own: Settings) -> None:
     """Except for a few probes, held follow-ups have no lease, use no attempt and can be cancelled."""
     world.burst([-SECOND] * OVERDUE)
-    with worker(own, engine, Chat(), FOR_LONG):
+    with worker(own, engine, SelectiveTransport(), FOR_LONG):
         wait_until(lambda: len(deferred(world)) > OVERDUE * 0.8)
         wait_until(lambda: world.scalar(LEASED) <= CONCURRENCY)
         rows = deferred(world)
@@ -170,7 +170,9 @@ def test_many_workers_lease_few_held_follow_ups(world: World, engine: Engine, ow
     """
     window = 1024
     world.burst([-SECOND] * OVERDUE)
-    with worker(own.model_copy(update={"concurrency": 100, "max_in_flight": window}), engine, Chat(), FOR_LONG):
+    with worker(
+        own.model_copy(update={"concurrency": 100, "max_in_flight": window}), engine, SelectiveTransport(), FOR_LONG
+    ):
         wait_until(lambda: len(deferred(world)) > OVERDUE * 0.4)
         wait_until(lambda: world.scalar(LEASED) < window / 100)
 
@@ -180,7 +182,7 @@ def test_deferred_follow_ups_are_sent_after_the_recovery(world: World, engine: E
 
     The follow-ups due earliest are sent first.
     """
-    chat = Chat()
+    chat = SelectiveTransport()
     world.burst([-SECOND * number for number in range(OVERDUE, 0, -1)])
     own = own.model_copy(update={"concurrency": 1})
     with worker(own, engine, chat, QUICK):
@@ -198,7 +200,7 @@ def test_deferred_follow_ups_are_sent_after_the_recovery(world: World, engine: E
 def test_a_row_that_is_locked_is_deferred_later(world: World, engine: Engine, own: Settings) -> None:
     """A follow-up that another transaction has locked keeps its lease, and is deferred after the lock is released."""
     *_, last = world.burst([-SECOND * number for number in range(OVERDUE, 0, -1)])
-    with engine.connect() as connection, worker(own, engine, Chat(), FOR_LONG):
+    with engine.connect() as connection, worker(own, engine, SelectiveTransport(), FOR_LONG):
         wait_until(lambda: is_open(own))
         connection.execute(text("SELECT FROM follow_ups WHERE id = :id FOR UPDATE"), {"id": last})
         wait_until(lambda: world.scalar(LEASED) <= CONCURRENCY + 1)
@@ -210,7 +212,7 @@ def test_a_row_that_cannot_be_written(world: World, engine: Engine, own: Setting
     """If one follow-up's lease cannot be released, other follow-ups are still deferred and released."""
     *_, last = world.burst([-SECOND * number for number in range(OVERDUE, 0, -1)])
     world.alter(f"ALTER TABLE follow_ups ADD CHECK (id <> '{last}' OR lease_until IS NOT NULL) NOT VALID")
-    with worker(own, engine, Chat(), FOR_LONG):
+    with worker(own, engine, SelectiveTransport(), FOR_LONG):
         wait_until(lambda: len(deferred(world)) > OVERDUE * 0.8)
         wait_until(lambda: world.row(last).lease_until is not None)
         wait_until(lambda: world.scalar(LEASED) <= CONCURRENCY + 1)

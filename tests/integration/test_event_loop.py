@@ -21,7 +21,7 @@ from followups.session_settings import SESSION
 from followups.statements import Statement
 from followups.store import sending_hours
 from followups.transactions import in_loop
-from foreign import HOSTILE, read_only, refused_once, set_defaults, whatever_it_is
+from foreign import HOSTILE, read_only, refused_once, set_defaults, url_for_any_server
 from stack import wait_until
 
 if TYPE_CHECKING:
@@ -129,7 +129,7 @@ async def test_cancelled_in_a_statement(world: World, database_url: str) -> None
 async def test_sessions_on_a_read_only_server_are_dropped(world: World, database_url: str) -> None:
     """The first write that is rejected as read-only drops all sessions of the pool; later writes succeed."""
     assert world
-    async with database(whatever_it_is(database_url)) as mine:
+    async with database(url_for_any_server(database_url)) as mine:
         with read_only(database_url):
             await fill(mine)
         with pytest.raises(psycopg.Error) as refused:
@@ -187,7 +187,7 @@ async def test_in_a_greenlet(world: World, engine: Engine, database_url: str) ->
 
 async def test_in_a_greenlet_lost_sessions_are_dropped_together(world: World, database_url: str) -> None:
     """After the first lost connection or the first rejected write, the pool replaces all its connections."""
-    in_a_loop = make_async_engine(whatever_it_is(database_url), pool_size=SESSIONS, application_name="lost")
+    in_a_loop = make_async_engine(url_for_any_server(database_url), pool_size=SESSIONS, application_name="lost")
     write = partial(written, statement=RENAME, more="+")
     await in_loop(in_a_loop, open_sessions)
     world.scalar("""

@@ -44,7 +44,7 @@ class LimiterUnderTest:
 
 
 @pytest.fixture
-def place_settings(broker_url: str) -> Settings:
+def limiter_settings(broker_url: str) -> Settings:
     """Return settings for a limiter, in which only the broker is reachable."""
     return load_settings(
         database_url="postgresql://nobody@127.0.0.1:9/none", broker_url=broker_url, broker_prefix=f"{uuid4().hex}:"
@@ -52,12 +52,12 @@ def place_settings(broker_url: str) -> Settings:
 
 
 @pytest.fixture
-async def place(place_settings: Settings) -> AsyncIterator[LimiterUnderTest]:
+async def under_test(limiter_settings: Settings) -> AsyncIterator[LimiterUnderTest]:
     """Return a limiter whose buckets are full."""
-    client = Redis.from_url(place_settings.broker_url.get_secret_value(), decode_responses=True)
-    place = LimiterUnderTest(Limiter(place_settings, PATIENCE), client)
-    yield place
-    await place.limiter.close()
+    client = Redis.from_url(limiter_settings.broker_url.get_secret_value(), decode_responses=True)
+    under_test = LimiterUnderTest(Limiter(limiter_settings, PATIENCE), client)
+    yield under_test
+    await under_test.limiter.close()
     await client.aclose()
 
 
@@ -81,7 +81,7 @@ def assert_never_faster(moments: list[int], limit: Bucket) -> None:
 
 
 @pytest.mark.parametrize(("rate", "burst"), [(100, 5), (300, 1), (40, 20)])
-async def test_grants_never_exceed_the_rate(place: LimiterUnderTest, rate: float, burst: int) -> None:
+async def test_grants_never_exceed_the_rate(under_test: LimiterUnderTest, rate: float, burst: int) -> None:
     """Grants in any period never exceed the burst plus the tokens added in the period.
 
     Requests are granted in the order of their follow-ups' due dates.
@@ -90,18 +90,18 @@ async def test_grants_never_exceed_the_rate(place: LimiterUnderTest, rate: float
     waiting = [request(number, limit) for number in range(60)]
     order = []
     while waiting:
-        waits = await place.ask(*waiting)
+        waits = await under_test.ask(*waiting)
         order += [one.since for one, wait in zip(waiting, waits, strict=True) if not wait]
         waiting = [one for one, wait in zip(waiting, waits, strict=True) if wait]
         await asyncio.sleep(0.005)
     assert order == sorted(order)
-    assert_never_faster(place.gone, limit)
+    assert_never_faster(under_test.gone, limit)
 
 
-async def test_several_workers(place: LimiterUnderTest, place_settings: Settings) -> None:
+async def test_several_workers(under_test: LimiterUnderTest, limiter_settings: Settings) -> None:
     """Workers that request and return tokens concurrently do not exceed the rate together."""
     limit = bucket(200, 4)
-    others = [Limiter(place_settings, PATIENCE) for _ in range(3)]
+    others = [Limiter(limiter_settings, PATIENCE) for _ in range(3)]
     used: list[int] = []
 
     async def work(limiter: Limiter, number: int) -> None:
@@ -118,134 +118,136 @@ async def test_several_workers(place: LimiterUnderTest, place_settings: Settings
                 await asyncio.sleep(0.002)
                 await limiter.give_back([asked], answer.moment)
 
-    await asyncio.gather(*(work(limiter, number) for number, limiter in enumerate([place.limiter, *others])))
+    await asyncio.gather(*(work(limiter, number) for number, limiter in enumerate([under_test.limiter, *others])))
     for other in others:
         await other.close()
     assert_never_faster(used, limit)
 
 
-async def test_earliest_due_first(place: LimiterUnderTest) -> None:
+async def test_earliest_due_first(under_test: LimiterUnderTest) -> None:
     """The token request with the earlier due date is granted first; if the dates are equal, the lower id is first."""
     limit = bucket(rate=1 / 60, burst=1)
-    await place.ask(request(0, limit))
+    await under_test.ask(request(0, limit))
     late, early = request(9, limit), request(5, limit)
     low, high = (request(7, limit, id_=UUID(int=number)) for number in (1, 2))
-    await place.ask(late)
-    await place.ask(high)
-    await place.ask(early, low)
-    waits = await place.ask(late, high, low, early)
+    await under_test.ask(late)
+    await under_test.ask(high)
+    await under_test.ask(early, low)
+    waits = await under_test.ask(late, high, low, early)
     assert waits == sorted(waits, reverse=True)
     assert len(set(waits)) == 4
 
 
-async def test_a_later_request_does_not_overtake(place: LimiterUnderTest) -> None:
+async def test_a_later_request_does_not_overtake(under_test: LimiterUnderTest) -> None:
     """A free token goes to the first request in the queue, even if another request arrives."""
     limit = bucket(rate=5, burst=1)
     first, second, third = (request(since, limit) for since in (1, 2, 3))
-    assert await place.ask(first) == [GO]
-    (wait,) = await place.ask(second)
+    assert await under_test.ask(first) == [GO]
+    (wait,) = await under_test.ask(second)
     assert wait > GO
     await asyncio.sleep(wait.total_seconds())
-    assert (await place.ask(third))[0] > GO
-    assert await place.ask(second) == [GO]
+    assert (await under_test.ask(third))[0] > GO
+    assert await under_test.ask(second) == [GO]
 
 
-async def test_waiting_for_one_bucket_takes_no_other_token(place: LimiterUnderTest) -> None:
+async def test_waiting_for_one_bucket_takes_no_other_token(under_test: LimiterUnderTest) -> None:
     """A follow-up that waits for its chat's limit takes no token from its workspace's bucket.
 
     Such a follow-up does not delay other follow-ups of its workspace.
     """
     workspace, chat = bucket(burst=2), bucket()
-    assert await place.ask(request(0, workspace, chat)) == [GO]
-    assert (await place.ask(request(1, workspace, chat)))[0] > GO
-    assert await place.ask(request(2, workspace, bucket())) == [GO]
-    assert (await place.ask(request(3, workspace)))[0] > GO
+    assert await under_test.ask(request(0, workspace, chat)) == [GO]
+    assert (await under_test.ask(request(1, workspace, chat)))[0] > GO
+    assert await under_test.ask(request(2, workspace, bucket())) == [GO]
+    assert (await under_test.ask(request(3, workspace)))[0] > GO
 
 
-async def test_the_strictest_limit_decides(place: LimiterUnderTest) -> None:
+async def test_the_strictest_limit_decides(under_test: LimiterUnderTest) -> None:
     """A follow-up over two rate limits waits as long as the stricter limit requires."""
     fast, slow = bucket(rate=1), bucket(rate=0.01)
-    await place.ask(request(0, fast, slow))
-    (wait,) = await place.ask(request(1, fast, slow))
+    await under_test.ask(request(0, fast, slow))
+    (wait,) = await under_test.ask(request(1, fast, slow))
     assert wait > timedelta(seconds=10)
 
 
-async def test_a_long_wait_is_understated(place: LimiterUnderTest) -> None:
+async def test_a_long_wait_is_understated(under_test: LimiterUnderTest) -> None:
     """A short wait is reported exactly; a long one is understated, because requests may be dropped."""
     limit = bucket(rate=0.01, burst=1)
-    await place.ask(request(0, limit))
-    waits = await place.ask(*(request(since, limit) for since in range(1, 4)))
+    await under_test.ask(request(0, limit))
+    waits = await under_test.ask(*(request(since, limit) for since in range(1, 4)))
     for turn, wait in zip((100, 200, 300), waits, strict=True):
         assert turn * 7 / 8 - 10 < wait.total_seconds() <= turn * 7 / 8
     exact = bucket(rate=2, burst=1)
-    await place.ask(request(0, exact))
-    (wait,) = await place.ask(request(1, exact))
+    await under_test.ask(request(0, exact))
+    (wait,) = await under_test.ask(request(1, exact))
     assert wait <= timedelta(seconds=0.5)
 
 
-async def test_a_returned_token(place: LimiterUnderTest) -> None:
+async def test_a_returned_token(under_test: LimiterUnderTest) -> None:
     """If a follow-up does not begin after all, the next request gets its token.
 
     A token bucket never holds more than its size.
     """
     limit = bucket(burst=2)
     first, second = request(0, limit), request(1, limit)
-    answer = await place.limiter.ask([first, second], ())
+    answer = await under_test.limiter.ask([first, second], ())
     assert answer.moment is not None
-    await place.limiter.give_back([first, second], answer.moment)
-    await place.limiter.give_back([first, second], answer.moment)
-    waits = await place.ask(*(request(since, limit) for since in range(2, 5)))
+    await under_test.limiter.give_back([first, second], answer.moment)
+    await under_test.limiter.give_back([first, second], answer.moment)
+    waits = await under_test.ask(*(request(since, limit) for since in range(2, 5)))
     # The bucket refilled slightly in the meantime and holds at most its size, so only one of the two returned tokens is
     # still whole.
     assert [wait == GO for wait in waits].count(True) <= 2
     assert waits[0] == GO
 
 
-async def test_an_ended_follow_up_leaves_the_queue(place: LimiterUnderTest) -> None:
+async def test_an_ended_follow_up_leaves_the_queue(under_test: LimiterUnderTest) -> None:
     """When a follow-up in the limiter's queue has ended, it is removed, and the next follow-up takes its position."""
     limit = bucket(rate=1 / 60, burst=1)
-    await place.ask(request(0, limit))
+    await under_test.ask(request(0, limit))
     cancelled, second = request(1, limit), request(2, limit)
-    _, before = await place.ask(cancelled, second)
-    (after,) = await place.ask(second, ended=(cancelled,))
+    _, before = await under_test.ask(cancelled, second)
+    (after,) = await under_test.ask(second, ended=(cancelled,))
     assert after < before - timedelta(seconds=20)
 
 
-async def test_an_abandoned_request_leaves_the_queue(place: LimiterUnderTest) -> None:
+async def test_an_abandoned_request_leaves_the_queue(under_test: LimiterUnderTest) -> None:
     """A token request that is not repeated in time loses its place in the queue, and may join it again."""
     limit = bucket(rate=10, burst=1)
     lost, second = request(1, limit), request(2, limit)
-    await place.ask(request(0, limit))
-    await place.ask(lost, second)
+    await under_test.ask(request(0, limit))
+    await under_test.ask(lost, second)
     for _ in range(100):
-        waits = await place.ask(second)
+        waits = await under_test.ask(second)
         if waits == [GO]:
             break
         await asyncio.sleep(0.1)
     assert waits == [GO]
-    assert (await place.ask(lost))[0] <= timedelta(seconds=0.1)
+    assert (await under_test.ask(lost))[0] <= timedelta(seconds=0.1)
 
 
-async def test_many_cancelled_requests_delay_others_briefly(place: LimiterUnderTest) -> None:
+async def test_many_cancelled_requests_delay_others_briefly(under_test: LimiterUnderTest) -> None:
     """A request that waits for a token is repeated within five minutes.
 
     A request that is not repeated delays other requests for at most five minutes.
     """
     limit = bucket(rate=1 / 3600, burst=1)
     cancelled = [request(since, limit) for since in range(50)]
-    waits = await place.ask(*cancelled)
+    waits = await under_test.ask(*cancelled)
     assert max(waits) == LONGEST
-    key = f"{place.limiter._prefix}{limit.key}"  # noqa: SLF001 - the test simulates elapsed time
-    await place.redis.hset(key, "tokens", "1")
-    for one in await place.redis.zrange(f"{key}:back", 0, -1):
-        await place.redis.zincrby(f"{key}:back", -(LONGEST + timedelta(seconds=1)) / timedelta(microseconds=1), one)
-    assert await place.ask(request(99, limit)) == [GO]
+    key = f"{under_test.limiter._prefix}{limit.key}"  # noqa: SLF001 - the test simulates elapsed time
+    await under_test.redis.hset(key, "tokens", "1")
+    for one in await under_test.redis.zrange(f"{key}:back", 0, -1):
+        await under_test.redis.zincrby(
+            f"{key}:back", -(LONGEST + timedelta(seconds=1)) / timedelta(microseconds=1), one
+        )
+    assert await under_test.ask(request(99, limit)) == [GO]
 
 
 @pytest.fixture
-def clock(place_settings: Settings, monkeypatch: pytest.MonkeyPatch) -> Iterator[ServerClock]:
+def clock(limiter_settings: Settings, monkeypatch: pytest.MonkeyPatch) -> Iterator[ServerClock]:
     """Return the time of Valkey."""
-    clock = ServerClock(place_settings.broker_url.get_secret_value(), monkeypatch, shared)
+    clock = ServerClock(limiter_settings.broker_url.get_secret_value(), monkeypatch, shared)
     yield clock
     clock.close()
 
@@ -254,9 +256,9 @@ STEPS = [-timedelta(days=1), timedelta(minutes=-1), timedelta(minutes=1), timede
 
 
 @pytest.mark.parametrize("step", STEPS, ids=str)
-async def test_the_clock_is_set(clock: ServerClock, place_settings: Settings, step: timedelta) -> None:
+async def test_the_clock_is_set(clock: ServerClock, limiter_settings: Settings, step: timedelta) -> None:
     """If the clock of Redis is changed, tokens are still added at the usual rate, up to the burst."""
-    limiter = Limiter(place_settings, PATIENCE)
+    limiter = Limiter(limiter_settings, PATIENCE)
     limit = bucket(rate=1, burst=2)
     waiting = [request(since, limit) for since in range(9)]
     assert (await limiter.ask(waiting[:2], ())).waits == (GO, GO)
@@ -274,10 +276,10 @@ async def test_the_clock_is_set(clock: ServerClock, place_settings: Settings, st
 
 @pytest.mark.parametrize("step", STEPS, ids=str)
 async def test_an_abandoned_request_when_the_clock_is_set(
-    clock: ServerClock, place_settings: Settings, step: timedelta
+    clock: ServerClock, limiter_settings: Settings, step: timedelta
 ) -> None:
     """A cancelled token request delays the next one by at most the longest wait, even if Redis's clock is set."""
-    limiter = Limiter(place_settings, PATIENCE)
+    limiter = Limiter(limiter_settings, PATIENCE)
     limit = bucket(rate=10, burst=1)
     lost, second = request(1, limit), request(2, limit)
     assert (await limiter.ask([request(0, limit)], ())).waits == (GO,)
@@ -291,48 +293,50 @@ async def test_an_abandoned_request_when_the_clock_is_set(
     assert waited < LONGEST
 
 
-async def test_flushed(place: LimiterUnderTest) -> None:
+async def test_flushed(under_test: LimiterUnderTest) -> None:
     """After Redis lost all data and scripts, the limiter continues with full buckets."""
     limit = bucket(burst=3)
-    assert await place.ask(*(request(since, limit) for since in range(3))) == [GO] * 3
-    for key in await place.redis.keys(f"*{limit.key}*"):
-        await place.redis.delete(key)
-    await place.redis.script_flush()
-    waits = await place.ask(*(request(since, limit) for since in range(4)))
+    assert await under_test.ask(*(request(since, limit) for since in range(3))) == [GO] * 3
+    for key in await under_test.redis.keys(f"*{limit.key}*"):
+        await under_test.redis.delete(key)
+    await under_test.redis.script_flush()
+    waits = await under_test.ask(*(request(since, limit) for since in range(4)))
     assert [wait == GO for wait in waits] == [True, True, True, False]
 
 
-async def test_unused_keys_expire(place: LimiterUnderTest) -> None:
+async def test_unused_keys_expire(under_test: LimiterUnderTest) -> None:
     """The limiter's keys expire soon after its bucket is full and its queue is empty."""
     limit = bucket(rate=2, burst=4)
-    await place.ask(*(request(since, limit) for since in range(9)))
-    keys = await place.redis.keys(f"*{limit.key}*")
+    await under_test.ask(*(request(since, limit) for since in range(9)))
+    keys = await under_test.redis.keys(f"*{limit.key}*")
     assert len(keys) == 3
     for key in keys:
-        assert 2_000 < await place.redis.pttl(key) < 10_000
+        assert 2_000 < await under_test.redis.pttl(key) < 10_000
 
 
-async def test_the_queue_is_bounded(place: LimiterUnderTest) -> None:
+async def test_the_queue_is_bounded(under_test: LimiterUnderTest) -> None:
     """With a hundred thousand requests queued, further ones get an estimated wait but no place.
 
     Requests that are already in the queue keep their positions.
     """
     limit = bucket(rate=1000, burst=1)
-    (key,) = [f"{place.limiter._prefix}{limit.key}:line"]  # noqa: SLF001 - the test fills the queue directly
-    await place.ask(request(0, limit))
+    (key,) = [f"{under_test.limiter._prefix}{limit.key}:line"]  # noqa: SLF001 - the test fills the queue directly
+    await under_test.ask(request(0, limit))
     full = {uuid4().hex: number for number in range(100_000)}
-    await place.redis.zadd(key, full)
-    (wait,) = await place.ask(request(10**6, limit))
+    await under_test.redis.zadd(key, full)
+    (wait,) = await under_test.ask(request(10**6, limit))
     assert timedelta(seconds=80) < wait < timedelta(seconds=90)
-    assert await place.redis.zcard(key) == 100_000
+    assert await under_test.redis.zcard(key) == 100_000
 
 
-async def test_redis_unreachable(place_settings: Settings, capfd: pytest.CaptureFixture[str]) -> None:
+async def test_redis_unreachable(limiter_settings: Settings, capfd: pytest.CaptureFixture[str]) -> None:
     """While Redis is unreachable, every follow-up may begin and is counted as unlimited.
 
     One log line reports the outage, and the limiter does not query Redis again for a while.
     """
-    nobody = place_settings.model_copy(update={"broker_url": type(place_settings.broker_url)("redis://127.0.0.1:9/0")})
+    nobody = limiter_settings.model_copy(
+        update={"broker_url": type(limiter_settings.broker_url)("redis://127.0.0.1:9/0")}
+    )
     limiter = Limiter(nobody)
     before = metrics.LIMITER_UNAVAILABLE._value.get()  # noqa: SLF001 - the client has no public access
     limit = bucket(burst=1)

@@ -67,31 +67,31 @@ class DeliverySteps:
         return {row.id: tuple(getattr(row, name) for name in columns) for row in rows}
 
 
-def claiming(place: DeliverySteps) -> Callable[[], set[UUID]]:
+def claiming(delivery: DeliverySteps) -> Callable[[], set[UUID]]:
     """Return a function that claims the follow-ups."""
-    return lambda: {lease.id for lease in claim(place.world.engine, place.settings).leases}
+    return lambda: {lease.id for lease in claim(delivery.world.engine, delivery.settings).leases}
 
 
-def beginning(place: DeliverySteps) -> Callable[[], set[UUID]]:
+def beginning(delivery: DeliverySteps) -> Callable[[], set[UUID]]:
     """Return a function that begins the claimed follow-ups."""
-    leases = place.leases()
-    return lambda: begun(begin(place.world.engine, place.settings, leases))
+    leases = delivery.leases()
+    return lambda: begun(begin(delivery.world.engine, delivery.settings, leases))
 
 
-def ending(place: DeliverySteps) -> Callable[[], set[UUID]]:
+def ending(delivery: DeliverySteps) -> Callable[[], set[UUID]]:
     """Return a begin function that ends all follow-ups, because the users have replied."""
-    leases = place.leases()
-    place.world.sql("UPDATE chats SET last_message_role = 'user'")
+    leases = delivery.leases()
+    delivery.world.sql("UPDATE chats SET last_message_role = 'user'")
 
     def ended(result: BatchResult) -> set[UUID]:
         return {row_id for row_id, _ in result.ended}
 
-    return lambda: ended(begin(place.world.engine, place.settings, leases))
+    return lambda: ended(begin(delivery.world.engine, delivery.settings, leases))
 
 
-def unblocking(place: DeliverySteps) -> Callable[[], set[UUID]]:
+def unblocking(delivery: DeliverySteps) -> Callable[[], set[UUID]]:
     """Return a function that unblocks follow-ups whose predecessors in the chat have already ended."""
-    world = place.world
+    world = delivery.world
     world.sql(
         "INSERT INTO follow_ups (workspace_id, chat_id, message, due_date, trigger_chat_message_id, status, reason,"
         " finished_at) SELECT workspace_id, chat_id, message, due_date - interval '1 s', trigger_chat_message_id,"
@@ -106,57 +106,57 @@ def unblocking(place: DeliverySteps) -> Callable[[], set[UUID]]:
     return lambda: {lease.id for lease in transact(world.engine, work)[0]}
 
 
-def settling(place: DeliverySteps, outcome: Outcome) -> Callable[[], set[UUID]]:
+def settling(delivery: DeliverySteps, outcome: Outcome) -> Callable[[], set[UUID]]:
     """Return a function that settles the attempts with the given outcome."""
-    attempts = place.attempts(outcome)
-    return lambda: {one.id for one in settle(place.world.engine, place.settings, attempts).settled}
+    attempts = delivery.attempts(outcome)
+    return lambda: {one.id for one in settle(delivery.world.engine, delivery.settings, attempts).settled}
 
 
 STEPS = {
     "claim": claiming,
     "begin": beginning,
     "ended by begin": ending,
-    "sent": lambda place: settling(place, Sent()),
+    "sent": lambda delivery: settling(delivery, Sent()),
     "unblocked": unblocking,
-    "tried again": lambda place: settling(place, Retry("busy")),
+    "tried again": lambda delivery: settling(delivery, Retry("busy")),
 }
 
 
 @pytest.fixture
-def place(world: World, settings: Settings) -> DeliverySteps:
+def delivery(world: World, settings: Settings) -> DeliverySteps:
     """Return an object with due follow-ups and the delivery steps for them."""
     return DeliverySteps(world, settings)
 
 
 @pytest.mark.parametrize("name", STEPS)
-def test_answer_lost_after_the_commit(place: DeliverySteps, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_answer_lost_after_the_commit(delivery: DeliverySteps, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A delivery step counts as done if its commit succeeded, even if the response to the commit is lost."""
-    step = STEPS[name](place)
+    step = STEPS[name](delivery)
     break_once(monkeypatch, psycopg.Connection.commit)
-    before = place.rows()
-    assert step() == place.ids
-    assert all(now != before[row_id] for row_id, now in place.rows().items())
+    before = delivery.rows()
+    assert step() == delivery.ids
+    assert all(now != before[row_id] for row_id, now in delivery.rows().items())
 
 
 @pytest.mark.parametrize("name", STEPS)
-def test_commit_lost(place: DeliverySteps, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_commit_lost(delivery: DeliverySteps, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A delivery step whose commit never reached the server fails immediately and can be repeated."""
-    step = STEPS[name](place)
-    before = place.rows()
+    step = STEPS[name](delivery)
+    before = delivery.rows()
     break_once(monkeypatch, lambda _: None)
     started = time.monotonic()
     with pytest.raises(OperationalError):
         step()
     assert time.monotonic() - started < 10
-    assert place.rows() == before
-    assert step() == place.ids
+    assert delivery.rows() == before
+    assert step() == delivery.ids
 
 
 @pytest.mark.parametrize("name", STEPS)
 @pytest.mark.parametrize("committed", [True, False])
-def test_slow_commit(place: DeliverySteps, name: str, monkeypatch: pytest.MonkeyPatch, *, committed: bool) -> None:
+def test_slow_commit(delivery: DeliverySteps, name: str, monkeypatch: pytest.MonkeyPatch, *, committed: bool) -> None:
     """No result is assumed while the server may still be committing; afterwards the database is queried."""
-    step = STEPS[name](place)
+    step = STEPS[name](delivery)
     commit, rollback = psycopg.Connection.commit, psycopg.Connection.rollback
     ended = threading.Event()
 
@@ -173,25 +173,25 @@ def test_slow_commit(place: DeliverySteps, name: str, monkeypatch: pytest.Monkey
 
     monkeypatch.setattr(psycopg.Connection, "commit", linger)
     if committed:
-        assert step() == place.ids
+        assert step() == delivery.ids
     else:
         with pytest.raises(OperationalError):
             step()
     assert ended.is_set()
 
 
-def test_taken_over_meanwhile(place: DeliverySteps, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_taken_over_meanwhile(delivery: DeliverySteps, monkeypatch: pytest.MonkeyPatch) -> None:
     """A worker does not treat an attempt as its own if another worker has begun it from the same hint."""
-    leases = place.leases()
-    engine = place.world.engine
+    leases = delivery.leases()
+    engine = delivery.world.engine
 
     def other(connection: psycopg.Connection) -> None:
         connection.rollback()
-        assert begun(begin(engine, place.settings, leases)) == place.ids
+        assert begun(begin(engine, delivery.settings, leases)) == delivery.ids
 
     break_once(monkeypatch, other)
     with pytest.raises(OperationalError):
-        begin(engine, place.settings, leases)
+        begin(engine, delivery.settings, leases)
 
 
 @pytest.mark.parametrize("committed", [True, False])

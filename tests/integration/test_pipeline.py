@@ -48,7 +48,7 @@ PENDING = "SELECT count(*) FROM follow_ups WHERE status = 'pending'"
 BEGUN = "SELECT count(*) FROM follow_ups WHERE status = 'pending' AND begun_at IS NOT NULL"
 
 
-class Scripted:
+class ScriptedTransport:
     """A transport that returns scripted answers and counts the calls in progress."""
 
     name = "scripted"
@@ -86,7 +86,7 @@ def started(database_url: str, settings: Settings) -> Iterator[Callable[..., Pip
     """Return a function that starts a pipeline over a transport; the pipeline is drained after the test."""
     pipelines: list[Pipeline] = []
 
-    def start(transport: Scripted, **changes: Any) -> Pipeline:
+    def start(transport: ScriptedTransport, **changes: Any) -> Pipeline:
         engine = make_async_engine(database_url, options=ONCE_PLANNED)
         pipeline = Pipeline(settings.model_copy(update=changes), engine, transport)
         pipeline.start()
@@ -100,7 +100,7 @@ def started(database_url: str, settings: Settings) -> Iterator[Callable[..., Pip
 
 def test_concurrent_calls(world: World, engine: Engine, settings: Settings, started: Callable[..., Pipeline]) -> None:
     """At most CONCURRENCY calls are in progress, and follow-ups that wait for a slot have not begun."""
-    transport = Scripted(lambda _: Sent(), 0.05)
+    transport = ScriptedTransport(lambda _: Sent(), 0.05)
     ids = [world.follow_up() for _ in range(30)]
     started(transport, concurrency=4).submit(claim(engine, settings).leases)
     most_begun = 0
@@ -124,7 +124,7 @@ def test_the_next_of_a_chat_is_locked(
     first, second = world.follow_ups_at_once([(chat, timedelta(seconds=-2)), (chat, timedelta(seconds=-1))])
     patient = {"lease": timedelta(minutes=1), "transport_timeout": timedelta(seconds=20)}
     leases = claim(engine, settings.model_copy(update=patient)).leases
-    transport = Scripted(lambda _: Sent(), 0.5)
+    transport = ScriptedTransport(lambda _: Sent(), 0.5)
     started(transport, **patient).submit(leases)
     wait_until(lambda: world.row(second).waits_for == first)
     with engine.connect() as other:
@@ -143,7 +143,7 @@ def test_nothing_begins_without_a_slot(
     """
     patient = {"lease": timedelta(minutes=1), "transport_timeout": timedelta(seconds=20)}
     long = settings.model_copy(update=patient)
-    transport = Scripted(lambda _: Sent(), 0.002)
+    transport = ScriptedTransport(lambda _: Sent(), 0.002)
     pipeline = started(transport, concurrency=4, **patient)
     world.burst([timedelta(0)] * 60)
     pipeline.submit(claim(engine, long).leases)
@@ -156,7 +156,7 @@ def test_nothing_begins_without_a_slot(
     assert world.scalar(BEGUN) == 4
 
 
-class Stuck(Scripted):
+class BlockingTransport(ScriptedTransport):
     """A transport whose calls for selected follow-ups block until they are released."""
 
     def __init__(self, stuck: set[str]) -> None:
@@ -182,7 +182,7 @@ def test_slow_calls_of_one_workspace(
     """
     patient = {"lease": timedelta(minutes=1), "transport_timeout": timedelta(seconds=30)}
     quiet, long = World(engine), settings.model_copy(update=patient)
-    transport = Stuck(set())
+    transport = BlockingTransport(set())
     pipeline = started(transport, concurrency=8, **patient)
     sent = "SELECT count(*) FROM follow_ups WHERE status = 'sent'"
     quiet.follow_up()
@@ -204,7 +204,7 @@ def test_doubled_and_shuffled_hints(
     world: World, engine: Engine, settings: Settings, started: Callable[..., Pipeline]
 ) -> None:
     """Each follow-up is sent once, even if hints are duplicated and arrive in any order."""
-    transport = Scripted(lambda _: Sent())
+    transport = ScriptedTransport(lambda _: Sent())
     ids = [world.follow_up() for _ in range(30)]
     leases = claim(engine, settings).leases
     pipeline = started(transport)
@@ -240,7 +240,7 @@ def test_bad_transport(
     """
     bad = world.follow_up(message="bad")
     good = [world.follow_up(message="good") for _ in range(10)]
-    transport = Scripted(lambda delivery: answer(delivery) if delivery.message == "bad" else Sent())
+    transport = ScriptedTransport(lambda delivery: answer(delivery) if delivery.message == "bad" else Sent())
     started(transport).submit(claim(engine, settings).leases)
     wait_until(lambda: all(world.row(one).status == "sent" for one in good))
     wait_until(lambda: world.row(bad).begun_at is None)
@@ -261,7 +261,7 @@ def test_a_plug_ins_error_reveals_no_message(
         raise RuntimeError(delivery.message)
 
     follow_up = world.follow_up(message="a secret between us")
-    started(Scripted(raises)).submit(claim(engine, settings).leases)
+    started(ScriptedTransport(raises)).submit(claim(engine, settings).leases)
     wait_until(lambda: world.failures(follow_up))
     assert "secret between us" not in str(world.failures(follow_up))
     assert "secret between us" not in "".join(capfd.readouterr())
@@ -273,7 +273,7 @@ def test_drain_releases_leases(
     """A drained pipeline settles begun attempts; its other follow-ups can be claimed again immediately."""
     for _ in range(20):
         world.follow_up()
-    transport = Scripted(lambda _: Sent(), 0.2)
+    transport = ScriptedTransport(lambda _: Sent(), 0.2)
     pipeline = started(transport, concurrency=5)
     pipeline.submit(claim(engine, settings).leases)
     wait_until(lambda: transport.under_way == 5)
@@ -296,7 +296,7 @@ def test_full_disk(
 
     for _ in range(10):
         world.follow_up()
-    pipeline = started(Scripted(lambda _: Sent(), 0.02), concurrency=3)
+    pipeline = started(ScriptedTransport(lambda _: Sent(), 0.02), concurrency=3)
     with monkeypatch.context() as patched:
         patched.setattr(sys.stderr, "write", full)
         pipeline.submit(claim(engine, settings).leases)
@@ -315,7 +315,7 @@ def test_drain_while_begin_waits_for_slots(
     monkeypatch.setattr(due_queue, "GATHER", timedelta(seconds=1))
     for _ in range(20):
         world.follow_up()
-    transport = Scripted(lambda _: Sent(), 0.3)
+    transport = ScriptedTransport(lambda _: Sent(), 0.3)
     pipeline = started(transport, concurrency=10)
     leases = claim(engine, settings).leases
     pipeline.submit(leases[:8])
@@ -338,7 +338,7 @@ def test_drained_without_a_database(
         away.setattr(settle, "settle", _raise_passing)
         return Sent()
 
-    transport = Scripted(answer, 0.02)
+    transport = ScriptedTransport(answer, 0.02)
     one_by_one = settings.model_copy(update={"concurrency": 1})
     pipeline = Pipeline(one_by_one, make_async_engine(database_url, options=ONCE_PLANNED), transport)
     pipeline.start()
@@ -379,7 +379,7 @@ def test_poison_pills_are_sent_alone(  # noqa: PLR0913 - fixtures and three para
     under_way: list[int] = []
     suspects = {str(world.follow_up(losses=losses)) for losses in [1] * count_once + [2] * count_twice}
     others = [world.follow_up() for _ in range(8)]
-    transport = Scripted(lambda _: under_way.append(transport.suspects_under_way) or Sent(), 0.02)
+    transport = ScriptedTransport(lambda _: under_way.append(transport.suspects_under_way) or Sent(), 0.02)
     transport.suspects = suspects
     started(transport).submit(claim(engine, settings).leases)
     wait_until(lambda: world.scalar(PENDING) == 0)
@@ -394,7 +394,7 @@ def test_leases_that_expire_in_the_due_queue(
     short = settings.model_copy(update={"lease": timedelta(seconds=2.1), "transport_timeout": timedelta(seconds=0.1)})
     for _ in range(500):
         world.follow_up(due=-timedelta(seconds=1))
-    transport = Scripted(lambda _: Sent(), 0.01)
+    transport = ScriptedTransport(lambda _: Sent(), 0.01)
     pipeline = started(transport, concurrency=1, lease=short.lease, transport_timeout=short.transport_timeout)
     end = uptime() + 30
     while world.scalar(PENDING) and uptime() < end:
@@ -410,7 +410,7 @@ def test_briefly_read_only(
     """If the database is briefly read-only, as during a failover, no result is lost."""
     plain = {"transport_deduplicates": False, "lease": timedelta(seconds=20)}
     ids = [world.follow_up() for _ in range(10)]
-    transport = Scripted(lambda _: Sent(), 0.3)
+    transport = ScriptedTransport(lambda _: Sent(), 0.3)
     started(transport, **plain).submit(claim(engine, settings.model_copy(update=plain)).leases)
     wait_until(lambda: transport.under_way == len(ids))
     with read_only(database_url):
@@ -428,7 +428,7 @@ async def test_not_sent_after_its_lease() -> None:
     now = datetime.now(UTC)
     lease = Lease(uuid4(), 1, now)
     begun = Begun(lease, Delivery(lease.id, uuid4(), uuid4(), "api", None, uuid4(), "x", now, 1), 0)
-    transport = Scripted(lambda _: Sent())
+    transport = ScriptedTransport(lambda _: Sent())
     limit = CallTimeout(timedelta(seconds=1))
     assert await send(transport, begun, clock, limit, uptime() - 0.001) is None
     assert not transport.calls

@@ -132,7 +132,7 @@ def test_plans_when_nothing_was_pending(world: World, engine: Engine, settings: 
 
 def _go(engine: Engine, settings: Settings) -> list[str]:
     """Run claim, begin and settle, check each plan, and return the statements of the pipeline."""
-    way = Way(engine, settings)
+    way = StepValues(engine, settings)
     of_the_pipeline: list[str] = []
     for step in (way.claim, way.limit, way.begin, way.settle):
         with statements(engine) as seen:
@@ -146,7 +146,7 @@ def _go(engine: Engine, settings: Settings) -> list[str]:
 
 
 @dataclass
-class Way:
+class StepValues:
     """The values that one delivery step passes to the next."""
 
     engine: Engine

@@ -66,7 +66,7 @@ class Receiver:
         return [follow_up for follow_up, _ in self.calls]
 
 
-class Counted(Limiter):
+class CountingLimiter(Limiter):
     """A limiter that counts the tokens requested and returned."""
 
     asked = given_back = 0
@@ -81,13 +81,13 @@ class Counted(Limiter):
 
 
 @dataclass
-class Bench:
+class LimitedPipeline:
     """A pipeline with a limiter and dispatcher ticks."""
 
     engine: Engine
     settings: Settings
     pipelines: list[Pipeline] = field(default_factory=list)
-    limiters: list[Counted] = field(default_factory=list)
+    limiters: list[CountingLimiter] = field(default_factory=list)
     ticks: list[threading.Thread] = field(default_factory=list)
     over: threading.Event = field(default_factory=threading.Event)
 
@@ -95,7 +95,7 @@ class Bench:
         """Start a pipeline and submit due follow-ups to it, as ticks do."""
         settings = self.settings.model_copy(update=changes)
         url = settings.database_url.get_secret_value()
-        self.limiters.append(Counted(settings, PATIENCE))
+        self.limiters.append(CountingLimiter(settings, PATIENCE))
         pipeline = Pipeline(
             settings, make_async_engine(url, options=ONCE_PLANNED), transport, limiter=self.limiters[-1]
         )
@@ -119,12 +119,12 @@ class Bench:
 
 
 @pytest.fixture
-def bench(engine: Engine, settings: Settings, monkeypatch: pytest.MonkeyPatch) -> Iterator[Bench]:
+def limited(engine: Engine, settings: Settings, monkeypatch: pytest.MonkeyPatch) -> Iterator[LimitedPipeline]:
     """Return a bench whose pipelines reload limits often; the pipelines are drained after the test."""
     monkeypatch.setattr(upkeep, "INTERVAL", 0.1)
-    bench = Bench(engine, settings.model_copy(update={"broker_prefix": f"{uuid4().hex}:"}))
-    yield bench
-    bench.stop()
+    limited = LimitedPipeline(engine, settings.model_copy(update={"broker_prefix": f"{uuid4().hex}:"}))
+    yield limited
+    limited.stop()
 
 
 def limit(world: World, rate: float, burst: int = 1, per: str = "all", channel: str | None = None) -> None:
@@ -142,7 +142,7 @@ def due_in_turn(world: World, count: int, ago: timedelta = SECOND) -> list[UUID]
     ]
 
 
-def test_a_burst_is_sent_at_the_rate(world: World, bench: Bench) -> None:
+def test_a_burst_is_sent_at_the_rate(world: World, limited: LimitedPipeline) -> None:
     """Sixty follow-ups due in a burst are sent at the limit's rate, those due earliest first.
 
     No follow-up waits for longer than the limit requires.
@@ -151,7 +151,7 @@ def test_a_burst_is_sent_at_the_rate(world: World, bench: Bench) -> None:
     ids = due_in_turn(world, 60)
     receiver = Receiver()
     started = time.monotonic()
-    bench.start(receiver)
+    limited.start(receiver)
     wait_until(lambda: world.scalar(PENDING) == 0, within=60)
     assert receiver.received == ids
     for number, (_, moment) in enumerate(receiver.calls, start=1):
@@ -161,7 +161,7 @@ def test_a_burst_is_sent_at_the_rate(world: World, bench: Bench) -> None:
     assert not any(world.failures(one) for one in ids)
 
 
-def test_an_unreadable_due_date(world: World, bench: Bench) -> None:
+def test_an_unreadable_due_date(world: World, limited: LimitedPipeline) -> None:
     """If the due date of one rate-limited follow-up cannot be read, no other follow-up is delayed.
 
     All other follow-ups still count towards the limit.
@@ -170,19 +170,19 @@ def test_an_unreadable_due_date(world: World, bench: Bench) -> None:
     world.alter("ALTER TABLE follow_ups DROP CONSTRAINT ck_follow_ups_times_are_readable")
     world.follow_up(scheduled_at=text("timestamptz 'infinity'"))
     due_in_turn(world, 4)
-    bench.start(Receiver())
+    limited.start(Receiver())
     wait_until(lambda: world.scalar(PENDING) == 0)
-    assert bench.limiters[0].asked == 4
+    assert limited.limiters[0].asked == 4
 
 
-def test_two_workers_share_a_limit(world: World, bench: Bench) -> None:
+def test_two_workers_share_a_limit(world: World, limited: LimitedPipeline) -> None:
     """Two workers together do not exceed the limit."""
     limit(world, 40, burst=4)
     due_in_turn(world, 60)
     receivers = Receiver(), Receiver()
     started = time.monotonic()
     for receiver in receivers:
-        bench.start(receiver, batch_size=5)
+        limited.start(receiver, batch_size=5)
     wait_until(lambda: world.scalar(PENDING) == 0, within=60)
     moments = sorted(moment for receiver in receivers for _, moment in receiver.calls)
     assert len(moments) == 60
@@ -190,28 +190,28 @@ def test_two_workers_share_a_limit(world: World, bench: Bench) -> None:
         assert number <= 4 + 40 * (moment - started)
 
 
-def test_unlimited_follow_ups_do_not_wait(world: World, bench: Bench) -> None:
+def test_unlimited_follow_ups_do_not_wait(world: World, limited: LimitedPipeline) -> None:
     """A follow-up to which no limit applies is sent immediately, without a request to Redis."""
     limit(world, NONE_COMES_IN, channel="widget")
     held = [world.follow_up(world.chat(channel="widget")) for _ in range(3)]
     other = type(world)(world.engine)
     free = [other.follow_up(other.chat(channel="widget")), world.follow_up(world.chat(channel="api"))]
     receiver = Receiver()
-    bench.start(receiver)
+    limited.start(receiver)
     wait_until(lambda: set(free) <= set(receiver.received))
     wait_until(lambda: sum(world.row(one).limited_until is not None for one in held) == 2)
     assert len(receiver.received) == 3
-    assert bench.limiters[0].asked == 3
+    assert limited.limiters[0].asked == 3
 
 
-def test_each_chat_has_its_own_limit(world: World, bench: Bench) -> None:
+def test_each_chat_has_its_own_limit(world: World, limited: LimitedPipeline) -> None:
     """A chat over its rate limit waits without a lease or a slot; other chats of the workspace are not delayed."""
     limit(world, NONE_COMES_IN, per="chat")
     limit(world, NONE_COMES_IN, burst=3)
     busy = world.chat()
     first, second = world.follow_up(busy, due=-2 * SECOND), world.follow_up(busy, due=-SECOND)
     receiver = Receiver()
-    bench.start(receiver, concurrency=1)
+    limited.start(receiver, concurrency=1)
     wait_until(lambda: world.row(second).limited_until)
     others = [world.follow_up() for _ in range(2)]
     wait_until(lambda: len(receiver.received) == 3)
@@ -221,7 +221,7 @@ def test_each_chat_has_its_own_limit(world: World, bench: Bench) -> None:
     assert row.next_attempt_at == row.limited_until > datetime.now(UTC)
 
 
-def test_a_paused_follow_up_returns_its_token(world: World, bench: Bench) -> None:
+def test_a_paused_follow_up_returns_its_token(world: World, limited: LimitedPipeline) -> None:
     """A paused follow-up does not use up a token."""
     limit(world, NONE_COMES_IN, burst=5)
     scope = pauses.PauseScope(world.workspace_id, None)
@@ -229,40 +229,40 @@ def test_a_paused_follow_up_returns_its_token(world: World, bench: Bench) -> Non
         pauses.pause(connection, scope)
     ids = [world.follow_up() for _ in range(5)]
     receiver = Receiver()
-    bench.start(receiver)
+    limited.start(receiver)
     wait_until(lambda: world.scalar("SELECT count(*) FROM follow_ups WHERE pause_id IS NOT NULL") == 5)
-    wait_until(lambda: bench.limiters[0].given_back == 5)
+    wait_until(lambda: limited.limiters[0].given_back == 5)
     with world.engine.begin() as connection:
         pauses.resume(connection, scope)
         pauses.release_orphaned(connection)
     wait_until(lambda: set(receiver.received) == set(ids))
 
 
-def test_a_parked_follow_up_returns_its_token(world: World, bench: Bench) -> None:
+def test_a_parked_follow_up_returns_its_token(world: World, limited: LimitedPipeline) -> None:
     """A follow-up that must wait for an earlier follow-up of its chat returns its token, and is sent later."""
     limit(world, NONE_COMES_IN, burst=3)
     chat = world.chat()
     ids = world.follow_ups_at_once([(chat, -3 * SECOND), (chat, -2 * SECOND), (chat, -SECOND)])
     receiver = Receiver()
-    bench.start(receiver)
+    limited.start(receiver)
     wait_until(lambda: world.scalar(PENDING) == 0)
     assert receiver.received == ids
 
 
-def test_each_attempt_takes_a_token(world: World, bench: Bench) -> None:
+def test_each_attempt_takes_a_token(world: World, limited: LimitedPipeline) -> None:
     """Each attempt, including a retry, takes a token; waiting for a retry's token uses up no attempt."""
     limit(world, 5)
     follow_up = world.follow_up()
     receiver = Receiver(lambda delivery: Retry("HTTP 500") if delivery.attempt < 4 else Sent())
     started = time.monotonic()
-    bench.start(receiver)
+    limited.start(receiver)
     wait_until(lambda: world.scalar(PENDING) == 0)
     assert world.row(follow_up).attempts == 4
     for number, (_, moment) in enumerate(receiver.calls, start=1):
         assert number <= 1 + 5 * (moment - started)
 
 
-def test_a_waiting_follow_up_ends_at_its_limit(world: World, bench: Bench) -> None:
+def test_a_waiting_follow_up_ends_at_its_limit(world: World, limited: LimitedPipeline) -> None:
     """A follow-up that would wait beyond its maximum lateness or messaging window ends at that limit."""
     limit(world, NONE_COMES_IN)
     world.follow_up()
@@ -270,18 +270,18 @@ def test_a_waiting_follow_up_ends_at_its_limit(world: World, bench: Bench) -> No
     window = world.follow_up(world.chat(channel="whatsapp", last_user_message_at=closes_soon))
     late = world.follow_up()
     receiver = Receiver()
-    bench.start(receiver, max_lateness=4 * SECOND)
+    limited.start(receiver, max_lateness=4 * SECOND)
     wait_until(lambda: world.scalar(PENDING) == 0, within=60)
     assert len(receiver.received) == 1
     assert (world.row(window).reason, world.row(late).reason) == ("window_closed", "too_late")
 
 
-def test_cancelled_while_waiting(world: World, bench: Bench) -> None:
+def test_cancelled_while_waiting(world: World, limited: LimitedPipeline) -> None:
     """If a follow-up is cancelled while it waits for a rate limit, it never begins and delays no others."""
     limit(world, 4)
     ids = due_in_turn(world, 12)
     receiver = Receiver()
-    bench.start(receiver)
+    limited.start(receiver)
     wait_until(lambda: receiver.received)
     # The lease is revoked, as in the API, so the entry in the worker's due queue becomes stale.
     world.sql(
@@ -294,13 +294,13 @@ def test_cancelled_while_waiting(world: World, bench: Bench) -> None:
     assert set(ids[:4]) | set(ids[8:]) <= set(receiver.received)
 
 
-def test_set_and_removed_while_running(world: World, bench: Bench) -> None:
+def test_set_and_removed_while_running(world: World, limited: LimitedPipeline) -> None:
     """A worker soon applies a new rate limit, and sends the deferred follow-ups soon after the limit is removed."""
     receiver = Receiver()
-    pipeline = bench.start(receiver)
+    pipeline = limited.start(receiver)
     world.follow_up()
     wait_until(lambda: world.scalar(PENDING) == 0)
-    assert bench.limiters[0].asked == 0
+    assert limited.limiters[0].asked == 0
     limit(world, NONE_COMES_IN)
     wait_until(lambda: pipeline._rate_limits)  # noqa: SLF001 - waits until the limits are loaded
     ids = [world.follow_up() for _ in range(2)]
@@ -311,7 +311,7 @@ def test_set_and_removed_while_running(world: World, bench: Bench) -> None:
     assert set(ids) <= set(receiver.received)
 
 
-def test_a_raised_limit_releases_its_follow_ups(world: World, bench: Bench) -> None:
+def test_a_raised_limit_releases_its_follow_ups(world: World, limited: LimitedPipeline) -> None:
     """If a channel's limit is raised, the follow-ups deferred under that limit continue.
 
     Follow-ups over other limits stay deferred.
@@ -319,7 +319,7 @@ def test_a_raised_limit_releases_its_follow_ups(world: World, bench: Bench) -> N
     limit(world, NONE_COMES_IN, channel="widget")
     limit(world, NONE_COMES_IN, channel="api")
     receiver = Receiver()
-    bench.start(receiver)
+    limited.start(receiver)
     widgets, others = [
         [world.follow_up(world.chat(channel=channel)) for _ in range(3)] for channel in ("widget", "api")
     ]
@@ -331,40 +331,40 @@ def test_a_raised_limit_releases_its_follow_ups(world: World, bench: Bench) -> N
     assert len(set(others) & set(receiver.received)) == 1
 
 
-def test_a_locked_row(world: World, bench: Bench) -> None:
+def test_a_locked_row(world: World, limited: LimitedPipeline) -> None:
     """A locked follow-up that exceeds a rate limit is deferred soon after its row is unlocked."""
     limit(world, NONE_COMES_IN)
     _, second = due_in_turn(world, 2)
     receiver = Receiver()
     lease = {"lease": timedelta(minutes=10)}
-    leases = claim(world.engine, bench.settings.model_copy(update=lease)).leases
+    leases = claim(world.engine, limited.settings.model_copy(update=lease)).leases
     with world.engine.begin() as holder:
         holder.execute(text("SELECT FROM follow_ups WHERE id = :id FOR UPDATE"), {"id": second})
-        bench.start(receiver, **lease).submit(leases)
+        limited.start(receiver, **lease).submit(leases)
         wait_until(lambda: receiver.received)
     wait_until(lambda: world.row(second).limited_until)
     assert len(receiver.received) == 1
 
 
-def test_an_unwritable_row(world: World, bench: Bench) -> None:
+def test_an_unwritable_row(world: World, limited: LimitedPipeline) -> None:
     """If one follow-up's row cannot be written, other follow-ups are still deferred or sent."""
     limit(world, NONE_COMES_IN)
     first, bad, third = due_in_turn(world, 3)
     free = World(world.engine).follow_up()
     world.alter(f"ALTER TABLE follow_ups ADD CHECK (id <> '{bad}' OR lease_until IS NOT NULL) NOT VALID")
     receiver = Receiver()
-    bench.start(receiver, lease=timedelta(minutes=10))
+    limited.start(receiver, lease=timedelta(minutes=10))
     wait_until(lambda: {first, free} <= set(receiver.received))
     wait_until(lambda: world.row(third).limited_until)
     assert bad not in receiver.received
 
 
-def test_redis_unreachable(world: World, bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_redis_unreachable(world: World, limited: LimitedPipeline, monkeypatch: pytest.MonkeyPatch) -> None:
     """If Redis is unreachable, all follow-ups are sent, whatever the limit."""
     monkeypatch.setattr(f"{__name__}.PATIENCE", timedelta(seconds=0.2))
     limit(world, NONE_COMES_IN)
     ids = due_in_turn(world, 30)
     receiver = Receiver()
-    bench.start(receiver, broker_url=SecretStr("redis://127.0.0.1:9/0"))
+    limited.start(receiver, broker_url=SecretStr("redis://127.0.0.1:9/0"))
     wait_until(lambda: world.scalar(PENDING) == 0)
     assert set(receiver.received) == set(ids)

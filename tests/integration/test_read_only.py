@@ -12,7 +12,7 @@ from sqlalchemy.exc import DBAPIError, OperationalError
 from followups.database import make_async_engine, make_engine
 from followups.database_errors import is_passing, is_read_only
 from followups.transactions import in_loop
-from foreign import read_only, refused_once, whatever_it_is
+from foreign import read_only, refused_once, url_for_any_server
 
 if TYPE_CHECKING:
     from sqlalchemy import Engine
@@ -42,7 +42,7 @@ def test_sessions_opened_on_a_read_only_server_are_dropped(
 ) -> None:
     """The first write rejected as read-only drops all sessions of the pool, so the next write succeeds."""
     assert world
-    engine = make_engine(whatever_it_is(database_url), pool_size=SESSIONS)
+    engine = make_engine(url_for_any_server(database_url), pool_size=SESSIONS)
     with read_only(database_url):
         fill(engine)
     with pytest.raises(DBAPIError) as refused:
@@ -57,7 +57,7 @@ def test_sessions_opened_on_a_read_only_server_are_dropped(
 async def test_an_event_loop_drops_its_sessions_too(world: World, database_url: str) -> None:
     """A worker's event loop also drops its read-only sessions, even those that it has used recently."""
     assert world
-    engine = make_async_engine(whatever_it_is(database_url), pool_size=SESSIONS)
+    engine = make_async_engine(url_for_any_server(database_url), pool_size=SESSIONS)
     with read_only(database_url):
         await in_loop(engine, fill)
     assert is_read_only(await refused_once(engine, write, SESSIONS))

@@ -41,7 +41,7 @@ def attempted(world: World, settings: Settings, outcome: Outcome, follow_up_id: 
 
 
 @pytest.fixture
-def doubtful(world: World, settings: Settings) -> tuple[UUID, UUID]:
+def unknown_outcome(world: World, settings: Settings) -> tuple[UUID, UUID]:
     """Return the ids of a pending follow-up whose attempt has an unknown outcome, and of its chat."""
     chat_id = world.chat()
     follow_up = world.follow_up(chat_id)
@@ -50,19 +50,19 @@ def doubtful(world: World, settings: Settings) -> tuple[UUID, UUID]:
     return follow_up, chat_id
 
 
-def test_reply(world: World, doubtful: tuple[UUID, UUID]) -> None:
+def test_reply(world: World, unknown_outcome: tuple[UUID, UUID]) -> None:
     """A reply before the next attempt cancels the follow-up; the reason mentions the unknown outcome."""
-    follow_up, chat_id = doubtful
+    follow_up, chat_id = unknown_outcome
     reply(world, chat_id)
     assert world.row(follow_up).reason == f"user_replied: {SAID}"
 
 
-def test_cancel(world: World, doubtful: tuple[UUID, UUID]) -> None:
+def test_cancel(world: World, unknown_outcome: tuple[UUID, UUID]) -> None:
     """The reason of a cancelled follow-up mentions the unknown outcome, unless the caller gave a reason.
 
     A reason given by the caller is stored unchanged.
     """
-    follow_up, _ = doubtful
+    follow_up, _ = unknown_outcome
     with Session(world.engine) as session, session.begin():
         assert followups.cancel(session, follow_up).reason == f"cancelled_by_api: {SAID}"
     other = world.follow_up()
@@ -71,9 +71,9 @@ def test_cancel(world: World, doubtful: tuple[UUID, UUID]) -> None:
 
 
 @pytest.mark.parametrize("words", ["user_replied by phone", "cancelled_by_api: on behalf of Jo", "too_late"])
-def test_a_reason_that_begins_like_a_code(world: World, doubtful: tuple[UUID, UUID], words: str) -> None:
+def test_a_reason_that_begins_like_a_code(world: World, unknown_outcome: tuple[UUID, UUID], words: str) -> None:
     """A caller's reason is stored unchanged, even if it begins like a reason code."""
-    follow_up, _ = doubtful
+    follow_up, _ = unknown_outcome
     with Session(world.engine) as session, session.begin():
         assert followups.cancel(session, follow_up, reason=words).reason == words
 
@@ -95,9 +95,9 @@ def cancel_chat(world: World, chat_id: UUID, words: str | None) -> bulk_cancel.C
         ("too_late", "too_late"),
     ],
 )
-def test_bulk_cancel(world: World, doubtful: tuple[UUID, UUID], words: str | None, reason: str) -> None:
+def test_bulk_cancel(world: World, unknown_outcome: tuple[UUID, UUID], words: str | None, reason: str) -> None:
     """If an operator cancels a whole chat, the stored reasons are the same as for single cancels."""
-    follow_up, chat_id = doubtful
+    follow_up, chat_id = unknown_outcome
     cancel_chat(world, chat_id, words)
     assert world.row(follow_up).reason == reason
 
@@ -133,15 +133,15 @@ def test_cancel_before_the_worker_is_lost(world: World, settings: Settings, word
     assert (world.row(follow_up).status, world.row(follow_up).reason) == ("cancelled", reason)
 
 
-def test_rejected(world: World, settings: Settings, doubtful: tuple[UUID, UUID]) -> None:
+def test_rejected(world: World, settings: Settings, unknown_outcome: tuple[UUID, UUID]) -> None:
     """If the outcome of an attempt is unknown and the next attempt is rejected, the reason mentions both."""
-    attempted(world, settings, Rejected("HTTP 403", 403), doubtful[0])
-    assert world.row(doubtful[0]).reason == f"rejected: HTTP 403; {SAID}"
+    attempted(world, settings, Rejected("HTTP 403", 403), unknown_outcome[0])
+    assert world.row(unknown_outcome[0]).reason == f"rejected: HTTP 403; {SAID}"
 
 
-def test_too_late(world: World, engine: Engine, settings: Settings, doubtful: tuple[UUID, UUID]) -> None:
+def test_too_late(world: World, engine: Engine, settings: Settings, unknown_outcome: tuple[UUID, UUID]) -> None:
     """If a follow-up ends without another attempt, its reason still mentions the unknown outcome."""
-    follow_up, _ = doubtful
+    follow_up, _ = unknown_outcome
     world.sql(
         "UPDATE follow_ups SET due_date = now() - interval '2 d', scheduled_at = now() - interval '2 d',"
         " next_attempt_at = NULL"
@@ -160,10 +160,10 @@ def test_last_attempt(world: World, settings: Settings) -> None:
     )
 
 
-def test_eventually_sent(world: World, settings: Settings, doubtful: tuple[UUID, UUID]) -> None:
+def test_eventually_sent(world: World, settings: Settings, unknown_outcome: tuple[UUID, UUID]) -> None:
     """A follow-up that is eventually sent has no reason."""
-    attempted(world, settings, Sent(None), doubtful[0])
-    row = world.row(doubtful[0])
+    attempted(world, settings, Sent(None), unknown_outcome[0])
+    row = world.row(unknown_outcome[0])
     assert (row.status, row.reason) == ("sent", None)
 
 

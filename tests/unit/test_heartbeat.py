@@ -54,7 +54,7 @@ def test_without_any_temporary_directory(monkeypatch: pytest.MonkeyPatch, tmp_pa
 
 
 @pytest.fixture
-def living(tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
+def reporting_process(tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
     """Start a process that reports once, with a validity of two seconds, and then only writes its heartbeat."""
     command = [sys.executable, "-c", PROCESS, str(tmp_path), "2"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
@@ -64,25 +64,25 @@ def living(tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
         process.kill()
 
 
-def test_an_overdue_component(living: subprocess.Popen[str], tmp_path: Path) -> None:
+def test_an_overdue_component(reporting_process: subprocess.Popen[str], tmp_path: Path) -> None:
     """A process is healthy until a report of one of its components is overdue.
 
     A killed process leaves no heartbeat.
     """
     (life,) = look(tmp_path, "worker")
-    assert (life.name, life.pid, life.trouble) == ("w@here", living.pid, "")
+    assert (life.name, life.pid, life.trouble) == ("w@here", reporting_process.pid, "")
     assert look(tmp_path, "worker", "w") == look(tmp_path, "worker", "w@here") == [life]
     assert look(tmp_path, "worker", "x") == look(tmp_path, "beat") == []
     time.sleep(2.2)
     assert look(tmp_path, "worker")[0].trouble == "has not asked for 2 s"
-    living.kill()
-    living.wait()
+    reporting_process.kill()
+    reporting_process.wait()
     assert look(tmp_path, "worker") == []
 
 
-def test_files_of_ended_processes_are_removed(living: subprocess.Popen[str], tmp_path: Path) -> None:
+def test_files_of_ended_processes_are_removed(reporting_process: subprocess.Popen[str], tmp_path: Path) -> None:
     """A starting process removes the heartbeat files of ended processes and no other files."""
-    dead = tmp_path / next(tmp_path.iterdir()).name.replace(str(living.pid), "1")
+    dead = tmp_path / next(tmp_path.iterdir()).name.replace(str(reporting_process.pid), "1")
     dead.write_text("{}")
     heart = Heartbeat(tmp_path, "beat", "b@here")
     heart.start()
@@ -92,9 +92,9 @@ def test_files_of_ended_processes_are_removed(living: subprocess.Popen[str], tmp
     assert [path.name.partition("-")[0] for path in tmp_path.iterdir()] == ["worker"]
 
 
-def test_a_process_that_waits(living: subprocess.Popen[str], tmp_path: Path) -> None:
+def test_a_process_that_waits(reporting_process: subprocess.Popen[str], tmp_path: Path) -> None:
     """A waiting process is healthy; until it makes progress, it reports why and how long it has waited."""
-    assert living.stdout
+    assert reporting_process.stdout
     (life,) = look(tmp_path, "worker")
     assert (life.trouble, life.waits) == ("", "the database is away, for 5 s")
     heart = Heartbeat(tmp_path, "worker", "w@here")

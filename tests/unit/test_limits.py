@@ -23,7 +23,7 @@ def limit(number: int, workspace: UUID | None = None, channel: str | None = None
     return Limit(UUID(int=number), workspace, channel, per, 10.0, 5, None, NOW)
 
 
-def place(workspace: UUID = ACME, chat: int = 7, channel: str = "waha") -> Limitable:
+def limitable(workspace: UUID = ACME, chat: int = 7, channel: str = "waha") -> Limitable:
     """Return a follow-up's workspace, channel and chat."""
     return Limitable(UUID(int=99), False, workspace, UUID(int=chat), channel, NOW, None)  # noqa: FBT003 - the follow-up has not ended
 
@@ -49,8 +49,8 @@ def test_all_that_match_apply() -> None:
         limit(8, ACME, "api"),
         limit(9, channel="api"),
     ]
-    assert matching(limits, place()) == {1, 2, 3, 4, 5, 6}
-    assert matching(limits, place(OTHER, channel="widget")) == {1, 2, 7}
+    assert matching(limits, limitable()) == {1, 2, 3, 4, 5, 6}
+    assert matching(limits, limitable(OTHER, channel="widget")) == {1, 2, 7}
 
 
 @pytest.mark.parametrize(("per", "buckets"), [("all", 1), ("workspace", 2), ("chat", 3)])
@@ -60,7 +60,7 @@ def test_follow_ups_that_share_a_bucket(per: str, buckets: int) -> None:
     Chats of two workspaces may have equal ids.
     """
     limits = Limits([limit(1, per=per)])
-    places = [place(ACME, 7), place(ACME, 8), place(OTHER, 7), place(ACME, 7)]
+    places = [limitable(ACME, 7), limitable(ACME, 8), limitable(OTHER, 7), limitable(ACME, 7)]
     assert len({limits.request(one).buckets for one in places}) == buckets
 
 
@@ -81,7 +81,7 @@ def test_removed_and_raised_limits() -> None:
 def test_no_limits() -> None:
     """No token is requested if no rate limit is set."""
     assert not Limits([])
-    assert Limits([]).request(place()).buckets == ()
+    assert Limits([]).request(limitable()).buckets == ()
 
 
 @pytest.mark.parametrize("text", ["50/s", "20/min", "1000/h", "5/d", "90/min", "7/h", "1/d"])

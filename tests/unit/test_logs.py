@@ -42,7 +42,7 @@ class TerminalStream(io.StringIO):
         return True
 
 
-class Full(io.StringIO):
+class FullDisk(io.StringIO):
     """A stderr on a full disk."""
 
     def write(self, _: str) -> int:
@@ -196,7 +196,7 @@ def test_configuring_twice_logs_once(capsys: pytest.CaptureFixture[str]) -> None
     assert foreign in logging.getLogger().handlers
 
 
-@pytest.mark.parametrize("stderr", [Full(), TerminalStream()])
+@pytest.mark.parametrize("stderr", [FullDisk(), TerminalStream()])
 def test_a_full_stderr_raises_no_error(stderr: io.StringIO, monkeypatch: pytest.MonkeyPatch) -> None:
     """If stderr is full or closed, log lines are lost, but no error is raised."""
     configure_logging("json", "info")

@@ -28,7 +28,7 @@ def matrix_url(web_settings: Settings) -> Iterator[str]:
 
 
 @pytest.fixture
-def pair(matrix_url: str, web_engine: Engine) -> Iterator[tuple[Api, Api]]:
+def two_workspaces(matrix_url: str, web_engine: Engine) -> Iterator[tuple[Api, Api]]:
     """Return API clients of two workspaces."""
     one, other = (Api(matrix_url, World(web_engine)) for _ in range(2))
     with one.client, other.client:
@@ -43,12 +43,12 @@ def put(api: Api, room: str | None, chat: object = None) -> int:
     return answer.status_code
 
 
-def test_a_room_belongs_to_one_workspace(pair: tuple[Api, Api]) -> None:
+def test_a_room_belongs_to_one_workspace(two_workspaces: tuple[Api, Api]) -> None:
     """A Matrix room used by one workspace is rejected for new and existing chats of other workspaces.
 
     The workspace that used the room first keeps using it.
     """
-    one, other = pair
+    one, other = two_workspaces
     room, elsewhere, chat, theirs = f"!{uuid4()}:host", f"!{uuid4()}:host", uuid4(), uuid4()
     assert put(one, room, chat) == 201
     assert put(other, room, chat) == 409
@@ -59,12 +59,12 @@ def test_a_room_belongs_to_one_workspace(pair: tuple[Api, Api]) -> None:
     assert put(one, room) == 201  # another chat of the same workspace
 
 
-def test_a_removed_chat_has_no_room(pair: tuple[Api, Api]) -> None:
+def test_a_removed_chat_has_no_room(two_workspaces: tuple[Api, Api]) -> None:
     """Once a chat is removed, its Matrix room can be used by another workspace.
 
     After that, the first workspace cannot use the Matrix room again.
     """
-    one, other = pair
+    one, other = two_workspaces
     room, chat = f"!{uuid4()}:host", uuid4()
     assert put(one, room, chat) == 201
     assert one.client.delete(f"{CHATS}/{chat}").status_code == 204
@@ -72,17 +72,17 @@ def test_a_removed_chat_has_no_room(pair: tuple[Api, Api]) -> None:
     assert put(one, room, chat) == 409
 
 
-def test_chats_without_a_room_never_conflict(pair: tuple[Api, Api]) -> None:
+def test_chats_without_a_room_never_conflict(two_workspaces: tuple[Api, Api]) -> None:
     """Chats without an external id never conflict, however many workspaces have such chats."""
-    assert [put(each, None) for each in pair] == [201, 201]
+    assert [put(each, None) for each in two_workspaces] == [201, 201]
 
 
-def test_two_concurrent_requests(pair: tuple[Api, Api]) -> None:
+def test_two_concurrent_requests(two_workspaces: tuple[Api, Api]) -> None:
     """If two workspaces request a Matrix room concurrently, exactly one of them receives it."""
     with ThreadPoolExecutor(2) as pool:
         for _ in range(25):
             room = f"!{uuid4()}:host"
-            assert sorted(pool.map(lambda api, room=room: put(api, room), pair)) == [201, 409]
+            assert sorted(pool.map(lambda api, room=room: put(api, room), two_workspaces)) == [201, 409]
 
 
 def test_other_transports_external_ids_are_separate_for_each_workspace(api: Api, other: Api) -> None:

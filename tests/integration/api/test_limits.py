@@ -22,10 +22,10 @@ if TYPE_CHECKING:
 
 def test_requests_per_key(settings: Settings, world: World) -> None:
     """An API key over its rate limit gets an error response with Retry-After; other keys are not affected."""
-    with served(settings.model_copy(update={"api_rate_limit": 5})) as place:
-        with client_of(place, key_of(world)[1]) as client:
+    with served(settings.model_copy(update={"api_rate_limit": 5})) as address:
+        with client_of(address, key_of(world)[1]) as client:
             answers = [client.get(FOLLOW_UPS) for _ in range(7)]
-        with client_of(place, key_of(world)[1]) as client:
+        with client_of(address, key_of(world)[1]) as client:
             assert client.get(FOLLOW_UPS).status_code == 200
     assert [answer.status_code for answer in answers] == [200] * 5 + [429] * 2
     is_problem(answers[-1], 429, "too-many-requests")
@@ -35,8 +35,8 @@ def test_requests_per_key(settings: Settings, world: World) -> None:
 def test_no_limit(settings: Settings, world: World) -> None:
     """A rate limit of 0 allows any number of requests."""
     with (
-        served(settings.model_copy(update={"api_rate_limit": 0})) as place,
-        client_of(place, key_of(world)[1]) as client,
+        served(settings.model_copy(update={"api_rate_limit": 0})) as address,
+        client_of(address, key_of(world)[1]) as client,
     ):
         assert {client.get(FOLLOW_UPS).status_code for _ in range(20)} == {200}
 
@@ -54,7 +54,7 @@ def test_an_error_reveals_nothing(
         raise RuntimeError(message)
 
     monkeypatch.setattr(follow_ups.find, "steps", broken)
-    with served(settings) as place, client_of(place, key_of(world)[1]) as client:
+    with served(settings) as address, client_of(address, key_of(world)[1]) as client:
         answer = client.get(f"{FOLLOW_UPS}/{uuid4()}")
     is_problem(answer, 500, "internal")
     logged = capsys.readouterr()
@@ -65,25 +65,25 @@ def test_an_error_reveals_nothing(
 
 
 @pytest.fixture
-def impatient(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[str, int]]:
+def short_timeouts(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[str, int]]:
     """Serve the application with short client timeouts and return its address."""
     monkeypatch.setattr(server, "HEADER_WITHIN", 0.1)
     monkeypatch.setattr(gate, "BODY_WITHIN", 0.1)
-    with served(settings) as place:
-        yield place
+    with served(settings) as address:
+        yield address
 
 
 @pytest.fixture
-def narrow(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[str, int]]:
+def few_connections(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[str, int]]:
     """Serve the application with at most three connections and return its address."""
     monkeypatch.setattr(server, "MAX_CONNECTIONS", 3)
-    with served(settings) as place:
-        yield place
+    with served(settings) as address:
+        yield address
 
 
-def dialogue(place: tuple[str, int], *sent: bytes) -> bytes:
+def dialogue(address: tuple[str, int], *sent: bytes) -> bytes:
     """Send the parts one by one, each after the previous response; return all data received."""
-    with socket.create_connection(place, timeout=5) as connection:
+    with socket.create_connection(address, timeout=5) as connection:
         received = b""
         for piece in sent:
             connection.sendall(piece)
@@ -108,26 +108,26 @@ GET = b"GET /healthz HTTP/1.1\r\nhost: x\r\n\r\n"
     ],
     ids=["silence", "half a line", "half a header", "half a second header", "half a body"],
 )
-def test_slow_client(impatient: tuple[str, int], world: World, sent: list[bytes]) -> None:
+def test_slow_client(short_timeouts: tuple[str, int], world: World, sent: list[bytes]) -> None:
     """A client that does not complete its request in time gets a response, and its connection is closed."""
     sent = [each.replace(b"KEY", key_of(world)[1].encode()) for each in sent]
-    received = dialogue(impatient, *sent)
+    received = dialogue(short_timeouts, *sent)
     assert b"HTTP/1.1 408 Request Timeout" in received
     assert b"application/problem+json" in received
 
 
-def test_too_many_connections(narrow: tuple[str, int], world: World) -> None:
+def test_too_many_connections(few_connections: tuple[str, int], world: World) -> None:
     """A new connection is closed immediately if the limit is reached and no connection is idle.
 
     Open connections are still served.
     """
     post = b"POST /api/v1/chat-messages HTTP/1.1\r\nhost: x\r\nauthorization: KEY\r\ncontent-length: 2\r\n\r\n{"
-    open_ones = [socket.create_connection(narrow, timeout=5) for _ in range(3)]
+    open_ones = [socket.create_connection(few_connections, timeout=5) for _ in range(3)]
     try:
         for connection in open_ones:
             # the server waits for the rest of the body
             connection.sendall(post.replace(b"KEY", key_of(world)[1].encode()))
-        wait_until(lambda: refused_now(narrow), within=5)
+        wait_until(lambda: refused_now(few_connections), within=5)
         for connection in open_ones:
             connection.sendall(b"}")
             assert b" 422 " in connection.recv(65_536)
@@ -156,7 +156,7 @@ def refused(connection: socket.socket) -> bool:
 
 def test_too_many_waiting(settings: Settings, world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     """If too many requests wait, the next is rejected with Retry-After; probes never wait for a slot."""
-    with served(settings) as place, client_of(place, key_of(world)[1]) as client:
+    with served(settings) as address, client_of(address, key_of(world)[1]) as client:
         monkeypatch.setattr(gate, "MAX_WAITING", 0)
         answer = client.get(FOLLOW_UPS)
         is_problem(answer, 503, "service-unavailable")

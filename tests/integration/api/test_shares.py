@@ -34,17 +34,17 @@ PAGE = 1_490
 
 
 @pytest.fixture
-def pair(settings: Settings, world: World) -> Iterator[tuple[Api, Api]]:
+def two_workspaces(settings: Settings, world: World) -> Iterator[tuple[Api, Api]]:
     """Serve the application and return clients of two workspaces."""
-    with served(settings) as place:
-        one, other = (Api(f"http://{place[0]}:{place[1]}", each) for each in (world, World(world.engine)))
+    with served(settings) as address:
+        one, other = (Api(f"http://{address[0]}:{address[1]}", each) for each in (world, World(world.engine)))
         with one.client, other.client:
             yield one, other
 
 
-def test_a_workspace_has_a_share_of_the_connections(pair: tuple[Api, Api]) -> None:
+def test_a_workspace_has_a_share_of_the_connections(two_workspaces: tuple[Api, Api]) -> None:
     """While all requests of one workspace wait for a locked chat, another workspace is served."""
-    one, other = pair
+    one, other = two_workspaces
     chat_id = one.chat()
     with ThreadPoolExecutor(12) as pool, one.world.engine.connect() as connection:
         connection.execute(text("SELECT FROM chats WHERE id = :id FOR UPDATE"), {"id": chat_id})
@@ -56,9 +56,9 @@ def test_a_workspace_has_a_share_of_the_connections(pair: tuple[Api, Api]) -> No
         assert {answer.result().status_code for answer in answers} == {201}
 
 
-def test_too_many_requests_of_a_workspace(pair: tuple[Api, Api], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_too_many_requests_of_a_workspace(two_workspaces: tuple[Api, Api], monkeypatch: pytest.MonkeyPatch) -> None:
     """A workspace with too many waiting requests is rejected with Retry-After; others are still served."""
-    one, other = pair
+    one, other = two_workspaces
     monkeypatch.setattr(shares, "WAITING_SHARE", 1)
     chat_id = one.chat()
     with ThreadPoolExecutor(1) as pool, one.world.engine.connect() as connection:
@@ -73,9 +73,9 @@ def test_too_many_requests_of_a_workspace(pair: tuple[Api, Api], monkeypatch: py
         assert answer.result().status_code == 201
 
 
-def test_deep_pages_do_not_delay_another_workspace(pair: tuple[Api, Api]) -> None:
+def test_deep_pages_do_not_delay_another_workspace(two_workspaces: tuple[Api, Api]) -> None:
     """While 20 clients of one workspace request page 1,490, another workspace's list takes under 250 ms."""
-    one, other = pair
+    one, other = two_workspaces
     chat_id = one.world.chat()
     one.world.sql(
         """
@@ -113,10 +113,12 @@ def test_deep_pages_do_not_delay_another_workspace(pair: tuple[Api, Api]) -> Non
             each.result()
 
 
-def test_deep_pages_keep_their_starting_points(pair: tuple[Api, Api], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_deep_pages_keep_their_starting_points(
+    two_workspaces: tuple[Api, Api], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """For a while, a deep page starts at the same row, even if new follow-ups are created."""
     monkeypatch.setattr(pagination, "DEEP", 4)
-    api = pair[0]
+    api = two_workspaces[0]
     chat_id = api.chat()
     created = [api.create(chat_id, in_days(1))["id"] for _ in range(11)][::-1]
     pages = [api.ids(pageSize=2, pageNumber=number) for number in range(1, 5)]

@@ -167,13 +167,13 @@ def test_chunk_overhead_counts_towards_the_body(api: Api) -> None:
     """A body with too many chunks, or with an endless chunk extension, is rejected as too large."""
     assert answers(address_of(api), posted(CHUNKED, b"1\r\n \r\n" * 230_000), ["POST"], api.key) == [413]
     assert answers(address_of(api), posted(CHUNKED, b"1\r\n \r\n" * 50_000), ["POST"], api.key) == [413]
-    small = b"80\r\n" + b" " * 128 + b"\r\n"
-    assert answers(address_of(api), posted(CHUNKED, small * 7_000 + b"0\r\n\r\n"), ["POST"], api.key) == [422]
+    read_timeout = b"80\r\n" + b" " * 128 + b"\r\n"
+    assert answers(address_of(api), posted(CHUNKED, read_timeout * 7_000 + b"0\r\n\r\n"), ["POST"], api.key) == [422]
     assert answers(address_of(api), posted(CHUNKED, b"1;" + b"x" * 1_400_000), ["POST"], api.key) == [413]
 
 
 @pytest.fixture
-def small(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[str, int]]:
+def read_timeout(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[str, int]]:
     """Serve the application with short timeouts for clients that do not read."""
     monkeypatch.setattr(server, "READ_WITHIN", 0.5)
     with served(settings) as address:
@@ -210,13 +210,13 @@ def is_cut(connection: socket.socket) -> bool:
     return not received.endswith(b"]\r\n0\r\n\r\n")
 
 
-def test_a_client_that_does_not_read_is_disconnected(small: tuple[str, int], world: World) -> None:
+def test_a_client_that_does_not_read_is_disconnected(read_timeout: tuple[str, int], world: World) -> None:
     """A client that does not read its response is disconnected, but a slow reader gets the whole response."""
     page = big_page(world)
-    with unread(small, page) as silent:
+    with unread(read_timeout, page) as silent:
         time.sleep(3)
         assert is_cut(silent)
-    with unread(small, page.replace(b"\r\n\r\n", b"\r\nconnection: close\r\n\r\n")) as slow:
+    with unread(read_timeout, page.replace(b"\r\n\r\n", b"\r\nconnection: close\r\n\r\n")) as slow:
         slow.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 20)
         time.sleep(0.2)
         assert not is_cut(slow)

@@ -11,7 +11,7 @@ from followups.api.routes.health import ReadinessChecks
 from followups.cli import main
 from followups.database import make_engine
 from followups.operations.doctor import database_checks
-from foreign import read_only, whatever_it_is
+from foreign import read_only, url_for_any_server
 
 if TYPE_CHECKING:
     from followups.settings import Settings
@@ -27,7 +27,7 @@ def test_readiness_and_doctor_report_read_only(
     Doctor never advises the operator to start more workers.
     """
     world.follow_up(due=-timedelta(hours=1))
-    url = whatever_it_is(database_url) if any_server else database_url
+    url = url_for_any_server(database_url) if any_server else database_url
     engine = make_engine(url)
     health = ReadinessChecks(settings, engine)
     with read_only(database_url):
@@ -48,7 +48,7 @@ def test_commands_report_read_only(
     database_url: str,
 ) -> None:
     """Every command reports a read-only database in one sentence, even a command that only reads."""
-    for url in (database_url, whatever_it_is(database_url)):
+    for url in (database_url, url_for_any_server(database_url)):
         environment.setenv("FOLLOWUPS_DATABASE_URL", url)
         with read_only(database_url):
             assert main(["workspace", "create", "acme"]) == 1

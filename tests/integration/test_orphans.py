@@ -1,4 +1,4 @@
-"""Forgotten follow-ups: a tick finds follow-ups that wait for something that no longer exists."""
+"""Orphaned follow-ups: a tick finds follow-ups that wait for something that no longer exists."""
 
 from __future__ import annotations
 
@@ -57,15 +57,15 @@ def paused_by_a_pause_that_was_deleted(world: World, settings: Settings) -> UUID
     return follow_up
 
 
-@pytest.mark.parametrize("forget", [locked_when_the_earlier_one_was_cancelled, paused_by_a_pause_that_was_deleted])
+@pytest.mark.parametrize("make_orphan", [locked_when_the_earlier_one_was_cancelled, paused_by_a_pause_that_was_deleted])
 def test_the_next_ticks_find_an_orphan(
     world: World,
     engine: Engine,
     settings: Settings,
-    forget: Callable[[World, Settings], UUID],
+    make_orphan: Callable[[World, Settings], UUID],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """A cheap search finds a forgotten follow-up within two ticks, even if leases are long."""
+    """A cheap search finds a orphaned follow-up within two ticks, even if leases are long."""
     # on a busy machine, even a single search may seem expensive
     monkeypatch.setattr(dispatcher, "ORPHAN_SEARCH_SHARE", 1.0)
     patient = settings.model_copy(update={"lease": timedelta(hours=1)})
@@ -74,11 +74,11 @@ def test_the_next_ticks_find_an_orphan(
     ticking.start()
     ticking.tick()
     wait_until(lambda: world.scalar(STATES))
-    forgotten = forget(world, patient)
+    orphan = make_orphan(world, patient)
 
     def found() -> bool:
         ticking.tick()
-        return forgotten in {lease.id for hint in hints for lease in leases_of(*hint)}
+        return orphan in {lease.id for hint in hints for lease in leases_of(*hint)}
 
     try:
         wait_until(found)
@@ -87,7 +87,7 @@ def test_the_next_ticks_find_an_orphan(
 
 
 def test_an_expensive_search_runs_rarely(engine: Engine, settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
-    """An expensive search for forgotten follow-ups runs rarely, and does not stop claims."""
+    """An expensive search for orphaned follow-ups runs rarely, and does not stop claims."""
     monkeypatch.setattr(dispatcher, "ORPHAN_SEARCH_SHARE", 1e-9)
     seen: Counter[str] = Counter()
 

@@ -73,7 +73,7 @@ class Secrets:
 
 
 @dataclass
-class Overheard:
+class BrokerTraffic:
     """Every command sent to the broker, and every event received by Celery's event receiver."""
 
     commands: list[str] = field(default_factory=list)
@@ -95,9 +95,9 @@ def unpacked(command: str) -> str:
 
 
 @contextmanager
-def overhear(broker_url: str) -> Iterator[Overheard]:
+def record_traffic(broker_url: str) -> Iterator[BrokerTraffic]:
     """Record the events that Flower receives, and all broker traffic that a client with the password can read."""
-    overheard, done, end = Overheard(), threading.Event(), uuid4().hex
+    traffic, done, end = BrokerTraffic(), threading.Event(), uuid4().hex
     number = int(broker_url.rpartition("/")[2])
 
     def monitor() -> None:
@@ -106,7 +106,7 @@ def overhear(broker_url: str) -> Iterator[Overheard]:
                 if heard["command"] == f"ECHO {end}":
                     return
                 if int(heard["db"]) == number:  # other databases belong to tests that run concurrently
-                    overheard.commands.append(heard["command"])
+                    traffic.commands.append(heard["command"])
 
     def receive() -> None:
         app = Celery(broker=broker_url, set_as_current=False)
@@ -114,7 +114,7 @@ def overhear(broker_url: str) -> Iterator[Overheard]:
         with app.connection() as connection:
 
             def hear(event: Any) -> None:
-                overheard.events.append(event)
+                traffic.events.append(event)
                 # ticks may produce events so often that `capture` never times out, so the handler checks for the end
                 # too
                 receiver.should_stop = done.is_set()
@@ -128,7 +128,7 @@ def overhear(broker_url: str) -> Iterator[Overheard]:
     for thread in threads:
         thread.start()
     try:
-        yield overheard
+        yield traffic
     finally:
         done.set()
         with redis.Redis.from_url(broker_url) as client:
@@ -200,7 +200,7 @@ def test_no_text_or_secret_is_revealed(stack: Stack, level: str) -> None:
         "FOLLOWUPS_LOG_LEVEL": level,
     }
     stack.world.alter(QUOTING)
-    with overhear(broker_url) as overheard:
+    with record_traffic(broker_url) as traffic:
         api_url, flower_url = start_everything(stack, hidden)
         api = web.Api(api_url, stack.world)
         hidden.key = api.key
@@ -219,8 +219,8 @@ def test_no_text_or_secret_is_revealed(stack: Stack, level: str) -> None:
 
     told = {name: (stack.processes.logs / f"{name}.log").read_text() for name in LOGS}
     told |= {
-        "broker": "\n".join(overheard.messages()),
-        "events": json.dumps(overheard.events),
+        "broker": "\n".join(traffic.messages()),
+        "events": json.dumps(traffic.events),
         "pages": "".join(shown),
     }
     assert {place: found for place, heap in told.items() if (found := hidden.found_in(heap))} == {}
