@@ -1,4 +1,4 @@
-"""Tests under long load: memory, lag and dead tuples stay constant despite failures, cancels and replies."""
+"""Long load: memory, lag and dead tuples stay constant despite failures, cancels and replies."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tests for unknown outcomes: a follow-up's reason mentions an unknown outcome, whatever its final state."""
+"""Unknown outcomes: the reason of a follow-up mentions an unknown outcome, however the follow-up ends."""
 
 from __future__ import annotations
 
