@@ -176,10 +176,10 @@ async def run(connection: Connection, steps: Steps[T]) -> T:
     This is the asynchronous counterpart of `followups.statements.run`.
     """
     query = next(steps)
-    return await go_on(connection, steps, await rows_of(connection, query.statement.driver_sql, query.parameters))
+    return await resume(connection, steps, await rows_of(connection, query.statement.driver_sql, query.parameters))
 
 
-async def go_on(connection: Connection, steps: Steps[T], rows: Sequence[Any]) -> T:
+async def resume(connection: Connection, steps: Steps[T], rows: Sequence[Any]) -> T:
     """Continue the rule with ``rows``, the answer to its first query, and return the rule's result."""
     try:
         query = steps.send(rows)

@@ -221,7 +221,7 @@ def _repeat(session: Session, old: FollowUp, last: UUID, due_date: datetime | No
         message=old.message,
         due_date=due_date or session.execute(select(func.now())).scalar_one(),
     )
-    retries.note(session, new.id, last)
+    retries.mark_as_retry(session, new.id, last)
     return new
 
 

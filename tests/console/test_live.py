@@ -142,13 +142,13 @@ def test_streams_end_within_a_second_when_the_process_ends(console_settings: Set
 def test_without_viewers_there_are_no_queries(sign_in: Callable[..., Person], monkeypatch: pytest.MonkeyPatch) -> None:
     """All viewers share one database query per second, and without viewers there are no queries."""
     looks: list[float] = []
-    looked = live.changes.look
+    looked = live.changes.read_values
 
     def counted(*given: object) -> object:
         looks.append(time.monotonic())
         return looked(*given)  # type: ignore[arg-type] # passed on
 
-    monkeypatch.setattr(live.changes, "look", counted)
+    monkeypatch.setattr(live.changes, "read_values", counted)
     time.sleep(1.2)
     assert looks == []
     people = [sign_in() for _ in range(3)]

@@ -82,7 +82,7 @@ def sent(dispatchers: int, rate: int, seconds: int, window: int = 5000) -> tuple
                 room = window - in_flight
                 taken = min(room, size_of_claim(window))
                 in_flight, busy_until[one], claims = in_flight + taken, now + CLAIM, claims + 1
-                pace.note(taken, now, more=True, cut_short=taken < room)
+                pace.record_claim(taken, now, more=True, cut_short=taken < room)
     return total, claims
 
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from followups.telemetry import heartbeat
-from followups.telemetry.heartbeat import Heartbeat, HeartbeatError, directory_of, look
+from followups.telemetry.heartbeat import Heartbeat, HeartbeatError, directory_of, read_states
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -69,15 +69,15 @@ def test_an_overdue_component(reporting_process: subprocess.Popen[str], tmp_path
 
     A killed process leaves no heartbeat.
     """
-    (life,) = look(tmp_path, "worker")
-    assert (life.name, life.pid, life.trouble) == ("w@here", reporting_process.pid, "")
-    assert look(tmp_path, "worker", "w") == look(tmp_path, "worker", "w@here") == [life]
-    assert look(tmp_path, "worker", "x") == look(tmp_path, "beat") == []
+    (state,) = read_states(tmp_path, "worker")
+    assert (state.name, state.pid, state.trouble) == ("w@here", reporting_process.pid, "")
+    assert read_states(tmp_path, "worker", "w") == read_states(tmp_path, "worker", "w@here") == [state]
+    assert read_states(tmp_path, "worker", "x") == read_states(tmp_path, "beat") == []
     time.sleep(2.2)
-    assert look(tmp_path, "worker")[0].trouble == "has not asked for 2 s"
+    assert read_states(tmp_path, "worker")[0].trouble == "has not asked for 2 s"
     reporting_process.kill()
     reporting_process.wait()
-    assert look(tmp_path, "worker") == []
+    assert read_states(tmp_path, "worker") == []
 
 
 def test_files_of_ended_processes_are_removed(reporting_process: subprocess.Popen[str], tmp_path: Path) -> None:
@@ -95,8 +95,8 @@ def test_files_of_ended_processes_are_removed(reporting_process: subprocess.Pope
 def test_a_process_that_waits(reporting_process: subprocess.Popen[str], tmp_path: Path) -> None:
     """A waiting process is healthy; until it makes progress, it reports why and how long it has waited."""
     assert reporting_process.stdout
-    (life,) = look(tmp_path, "worker")
-    assert (life.trouble, life.waits) == ("", "the database is away, for 5 s")
+    (state,) = read_states(tmp_path, "worker")
+    assert (state.trouble, state.waits) == ("", "the database is away, for 5 s")
     heart = Heartbeat(tmp_path, "worker", "w@here")
     heart.wait("the database is read-only", time.monotonic() - 7)
     assert heart.waits() == "the database is read-only, for 7 s"

@@ -97,13 +97,13 @@ class Access:
             await send(message)
 
         try:
-            with _span(scope) as note:
+            with _span(scope) as set_attributes:
                 if traceparent := traces.current_traceparent():
                     bind_contextvars(trace_id=traceparent.split("-")[1])
                 await self._app(inner, receive, answer)
-                note(_attributes(inner, seen), failed=seen.status is None or seen.status >= FAILED)
+                set_attributes(_attributes(inner, seen), failed=seen.status is None or seen.status >= FAILED)
         finally:
-            _tell(seen, scope, time.perf_counter() - started)
+            _log_request(seen, scope, time.perf_counter() - started)
             clear_contextvars()
 
 
@@ -133,7 +133,7 @@ def _attributes(scope: Scope, seen: RequestRecord) -> dict[str, str | int]:
     return {name: value for name, value in found.items() if value is not None}
 
 
-def _tell(seen: RequestRecord, scope: Scope, seconds: float) -> None:
+def _log_request(seen: RequestRecord, scope: Scope, seconds: float) -> None:
     failed = seen.status is not None and seen.status >= FAILED
     if scope["path"] in PROBES:  # probes arrive every few seconds; the response of a failing probe explains the failure
         tell = log.debug if seen.status == HTTPStatus.OK else log.info

@@ -176,10 +176,10 @@ def _routes() -> FastAPI:
         # texts.
         telemetry={"auto_configure": False, "tracing": False, "metrics": False, "logs": False},
         exception_handlers={
-            FollowUpsError: _tell_error,
-            RequestValidationError: _tell_validation,
-            HTTPException: _tell_status,
-            Exception: _tell_exception,
+            FollowUpsError: _error_response,
+            RequestValidationError: _validation_response,
+            HTTPException: _status_response,
+            Exception: _exception_response,
         },
     )
     for router in ROUTERS:
@@ -187,19 +187,19 @@ def _routes() -> FastAPI:
     return app
 
 
-async def _tell_error(_: Request, error: Exception) -> Response:
+async def _error_response(_: Request, error: Exception) -> Response:
     return problems.of_error(error).response()  # type: ignore[arg-type] # registered for this class
 
 
-async def _tell_validation(_: Request, error: Exception) -> Response:
+async def _validation_response(_: Request, error: Exception) -> Response:
     return problems.of_validation(error.errors()).response()  # type: ignore[attr-defined] # as above
 
 
-async def _tell_exception(_: Request, error: Exception) -> Response:
+async def _exception_response(_: Request, error: Exception) -> Response:
     return problems.of_exception(error).response()
 
 
-async def _tell_status(request: Request, error: Exception) -> Response:
+async def _status_response(request: Request, error: Exception) -> Response:
     status: int = error.status_code  # type: ignore[attr-defined] # as above
     if status == HTTPStatus.BAD_REQUEST:  # FastAPI's response if the body is not JSON or not valid UTF-8
         return problems.of_validation([{"type": "json_invalid", "loc": (), "msg": "The body is not JSON"}]).response()

@@ -232,7 +232,7 @@ class Caller:
         if work.nudges:
             self._services.nudge()
         if work.ends:
-            _tell(work.ends)
+            _log_transitions(work.ends)
         return result
 
     async def check(self) -> None:
@@ -269,7 +269,7 @@ class Caller:
             return work, result
         rows = await self._ask(connection, first)
         work.now = rows[0].key_now
-        return work, await event_loop.go_on(connection, steps, rows if rows[0].is_row else ())
+        return work, await event_loop.resume(connection, steps, rows if rows[0].is_row else ())
 
     def _work(self) -> Work:
         return Work(self._identity.workspace_id, self._identity.key_id, AHEAD_TICKS * self._services.tick_interval)
@@ -300,7 +300,7 @@ def _nothing(_: Work) -> Steps[None]:
     yield _NOTHING()
 
 
-def _tell(ends: tuple[tuple[UUID, Final], ...]) -> None:
+def _log_transitions(ends: tuple[tuple[UUID, Final], ...]) -> None:
     from followups.delivery import events  # noqa: PLC0415 - with it comes the HTTP client, which `openapi` needs not
 
     events.ended(ends)

@@ -68,7 +68,7 @@ class PageStarts:
         known = [start for until, start in self._known.get(of, {}).values() if now < until and start.offset <= offset]
         return max(known, key=lambda start: start.offset, default=None)
 
-    def note(self, of: Hashable, start: Start) -> None:
+    def remember(self, of: Hashable, start: Start) -> None:
         """Store a starting point. If there are too many starting points, drop the oldest one."""
         if start.offset < DEEP:
             return

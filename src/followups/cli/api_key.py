@@ -12,7 +12,7 @@ from followups.cli import connection
 from followups.cli.documents import api_key_document
 from followups.cli.entry import examples
 from followups.cli.options import parse_age
-from followups.cli.output import Json, print_json, print_table, remark, say
+from followups.cli.output import Json, print_json, print_line, print_table, remark
 from followups.models import Workspace
 from followups.operations import administration
 from followups.store import api_keys, workspaces
@@ -60,7 +60,7 @@ def create(
     if json:
         print_json(api_key_document(row, workspace) | {"key": key})
         return
-    say(key)
+    print_line(key)
     remark(f"Store the key now: it cannot be shown again. Send it in the authorization header. Its id is {row.id}.")
     if row.expires_at:
         remark(f"The key expires at {readable(row.expires_at)}.")
@@ -106,4 +106,4 @@ def revoke(
     if json:
         print_json(api_key_document(row, workspace))
         return
-    say(f"{row.prefix}… has been revoked since {readable(row.revoked_at)}")
+    print_line(f"{row.prefix}… has been revoked since {readable(row.revoked_at)}")

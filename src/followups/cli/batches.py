@@ -11,7 +11,7 @@ import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from followups.cli import connection
-from followups.cli.output import print_json, remark, remarks, say
+from followups.cli.output import print_json, print_line, remark, remarks
 from followups.operations import deletion
 from followups.settings import get_settings
 from followups.store import deletion as store
@@ -102,7 +102,7 @@ def _announce(plan: BulkPreview, *, json: bool, then: str) -> None:
     if json:
         print_json({"dryRun": True, "matched": plan.number, plan.done: 0, "sample": list(plan.sample)})
         return
-    write = say if then else remark
+    write = print_line if then else remark
     write(f"{plan.counted} to {plan.verb}{':' if plan.sample else '.'}")
     for line in plan.sample:
         write(f"  {line}")
@@ -136,7 +136,7 @@ def _conclude(plan: BulkPreview, totals: dict[str, int], *, interrupted: bool, j
         print_json(document)
         return
     rest = "".join(f"; {number:,} {_words(name)}" for name, number in totals.items() if name != plan.done and number)
-    say(f"{totals[plan.done]:,} of {plan.counted} {plan.done}{rest}")
+    print_line(f"{totals[plan.done]:,} of {plan.counted} {plan.done}{rest}")
     if interrupted:
         remark("Interrupted. Completed items stay completed; run the command again to continue.")
 

@@ -23,7 +23,7 @@ from sqlalchemy.orm import Session
 from followups import schema
 from followups.cli.entry import examples
 from followups.cli.failures import FAILED
-from followups.cli.output import Json, print_json, remark, remarks, say
+from followups.cli.output import Json, print_json, print_line, remark, remarks
 from followups.database import make_engine
 from followups.embedded import EmbeddedError, Processes, answers, free_port
 from followups.embedded.processes import argv, search_path
@@ -178,12 +178,12 @@ def _show(result: Result) -> None:
         return "-" if value is None else f"{value:,.1f}"
 
     lag = result.lag
-    say(f"throughput  {number(result.per_second)} follow-ups/s ({result.count:,} due at once)")
-    say(
+    print_line(f"throughput  {number(result.per_second)} follow-ups/s ({result.count:,} due at once)")
+    print_line(
         f"lag         p50 {number(lag.p50)}  p95 {number(lag.p95)}  p99 {number(lag.p99)}  max {number(lag.max)} ms"
         f" (at {result.rate:g}/s)"
     )
-    say(f"duplicates  {result.duplicates}    early {result.early}    not sent {result.unsent}")
+    print_line(f"duplicates  {result.duplicates}    early {result.early}    not sent {result.unsent}")
 
 
 GRACE = timedelta(seconds=30)
@@ -233,7 +233,7 @@ def prepared(plan: BenchPlan) -> Iterator[BenchEnvironment]:
         receiver = f"http://127.0.0.1:{port}"
         processes = Processes()
         settings = _settings(name, receiver, str(processes.logs))
-        stack.callback(_forget, settings)
+        stack.callback(_delete_broker_keys, settings)
         stack.enter_context(processes)
         url = settings.database_url.get_secret_value()
         plan.tell("Creating a separate schema")
@@ -293,7 +293,7 @@ def _start(processes: Processes, settings: Settings, plan: BenchPlan, port: int)
         )
 
 
-def _forget(settings: Settings) -> None:
+def _delete_broker_keys(settings: Settings) -> None:
     """Delete the broker keys created by the workers and by beat."""
     with redis.Redis.from_url(settings.broker_url.get_secret_value()) as broker:
         for key in broker.scan_iter(match=f"{settings.broker_prefix}*", count=1000):

@@ -21,7 +21,7 @@ from followups.cli.options import (
     require_either,
     workspace_id_of,
 )
-from followups.cli.output import Json, print_json, say
+from followups.cli.output import Json, print_json, print_line
 from followups.operations import bulk
 from followups.states import Status
 from followups.store import bulk_cancel
@@ -72,7 +72,7 @@ def cancel(  # noqa: PLR0913 - one for each option
     if json:
         print_json(follow_up_document(follow_up))
     else:
-        say(f"{follow_up.id} is cancelled: {follow_up.reason}")
+        print_line(f"{follow_up.id} is cancelled: {follow_up.reason}")
 
 
 def _cancel_many(*, workspace: str | None, chat: UUID | None, reason: str | None, manner: BulkOptions) -> None:

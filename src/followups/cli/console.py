@@ -12,7 +12,7 @@ import typer
 from followups.cli import connection
 from followups.cli.entry import examples
 from followups.cli.options import parse_age, workspace_id_of
-from followups.cli.output import Json, print_json, remark, say
+from followups.cli.output import Json, print_json, print_line, remark
 from followups.settings import get_settings
 from followups.store import audit, console_sessions
 from followups.store.audit import Action, Event, Way
@@ -87,5 +87,5 @@ def link(
     if json:
         print_json({"url": url, "role": granted.value, "workspace": workspace, "expiresAt": rfc3339(expires_at)})
         return
-    say(url)
+    print_line(url)
     remark(f"The link works once, until {readable(expires_at)}, as {granted.value} of {workspace or 'all workspaces'}.")

@@ -11,9 +11,9 @@ from typing import Annotated, NoReturn
 import typer
 
 from followups.cli.entry import examples
-from followups.cli.output import remark, say
+from followups.cli.output import print_line, remark
 from followups.operations.doctor.process_checks import WEB_PORT, trouble_of_web
-from followups.telemetry.heartbeat import SETTING, directory_of, look
+from followups.telemetry.heartbeat import SETTING, directory_of, read_states
 from followups.urls import port_of
 
 UNHEALTHY = 1
@@ -44,13 +44,13 @@ def worker(*, name: Name = "") -> None:
 
     The check also detects a worker that answers `celery inspect ping` but consumes nothing from its queues.
     """
-    _judge("worker", name, "celery -A followups.worker worker")
+    _check("worker", name, "celery -A followups.worker worker")
 
 
 @app.command(epilog=examples("followups health beat"))
 def beat(*, name: Name = "") -> None:
     """Check that beat is sending its ticks."""
-    _judge("beat", name, "celery -A followups.worker beat")
+    _check("beat", name, "celery -A followups.worker beat")
 
 
 @app.command(epilog=examples("followups health web", "PORT=5000 followups health web"))
@@ -62,28 +62,28 @@ def web(
     """Check that the `web` process answers requests."""
     port = port_of(port, WEB_PORT)
     if not (port.isascii() and port.isdigit() and 0 < int(port) < 2**16):
-        _say("PORT should be a number from 1 to 65535.", WRONG_USAGE)
+        _exit_with("PORT should be a number from 1 to 65535.", WRONG_USAGE)
     if trouble := trouble_of_web(host, int(port)):
-        _say(trouble, UNHEALTHY)
-    say(f"Web answers at {host}:{port}.")
+        _exit_with(trouble, UNHEALTHY)
+    print_line(f"Web answers at {host}:{port}.")
 
 
-def _judge(role: str, name: str, command: str) -> None:
+def _check(role: str, name: str, command: str) -> None:
     directory = directory_of(os.environ.get(SETTING))
-    lives = look(directory, role, name)
-    if not lives:
+    states = read_states(directory, role, name)
+    if not states:
         which = f"{role} {name}" if name else role
-        _say(f"No {which} has a heartbeat in {directory}: start {command}, or set {SETTING}.", UNHEALTHY)
-    for life in lives:
-        if life.trouble:
-            _say(f"The {role} {life.name} (process {life.pid}) {life.trouble}: restart it.", UNHEALTHY)
-    names = ", ".join(life.name for life in lives)
-    say(f"{len(lives)} {role}{'s' if len(lives) > 1 else ''} of this machine alive: {names}.")
-    for life in lives:
-        if life.waits:
-            say(f"The {role} {life.name} cannot work: {life.waits}. See followups doctor.")
+        _exit_with(f"No {which} has a heartbeat in {directory}: start {command}, or set {SETTING}.", UNHEALTHY)
+    for state in states:
+        if state.trouble:
+            _exit_with(f"The {role} {state.name} (process {state.pid}) {state.trouble}: restart it.", UNHEALTHY)
+    names = ", ".join(state.name for state in states)
+    print_line(f"{len(states)} {role}{'s' if len(states) > 1 else ''} of this machine alive: {names}.")
+    for state in states:
+        if state.waits:
+            print_line(f"The {role} {state.name} cannot work: {state.waits}. See followups doctor.")
 
 
-def _say(sentence: str, code: int) -> NoReturn:
+def _exit_with(sentence: str, code: int) -> NoReturn:
     remark(f"followups: {sentence}")
     raise typer.Exit(code)

@@ -12,7 +12,7 @@ from followups.cli import connection
 from followups.cli.documents import limit_document, quota_document
 from followups.cli.entry import examples
 from followups.cli.options import MOST, OneChannel, Workspace, default_burst, parse_quota, parse_rate, workspace_id_of
-from followups.cli.output import Json, print_json, print_table, say
+from followups.cli.output import Json, print_json, print_line, print_table
 from followups.operations import administration
 from followups.operations.explain import limited
 from followups.store import quotas, rate_limits
@@ -100,7 +100,7 @@ def set_(
     if json:
         print_json([limit_document(limit) for limit in standing])
     else:
-        say(f"{_named(workspace, channel, each)}: {rate_in_words(rate)}, {at_once:,} at once.")
+        print_line(f"{_named(workspace, channel, each)}: {rate_in_words(rate)}, {at_once:,} at once.")
 
 
 @app.command(
@@ -116,7 +116,7 @@ def clear(*, workspace: Workspace = None, channel: OneChannel = None, each: Apar
     if json:
         print_json({"cleared": was_set, "limits": [limit_document(limit) for limit in standing]})
     else:
-        say(f"{_named(workspace, channel, each)}: {'no limit any more' if was_set else 'there was no limit'}.")
+        print_line(f"{_named(workspace, channel, each)}: {'no limit any more' if was_set else 'there was no limit'}.")
 
 
 @app.command("list", epilog=examples("followups limit list", "followups limit list --json"))

@@ -21,7 +21,7 @@ from sqlalchemy.exc import OperationalError
 from followups import schema
 from followups.cli.connection import engine
 from followups.cli.entry import examples
-from followups.cli.output import remark, say
+from followups.cli.output import print_line, remark
 from followups.embedded.stop_signals import StopSignals
 from followups.errors import FollowUpsError, reason_of
 from followups.settings import get_settings
@@ -81,10 +81,10 @@ def migrate(
             )
             raise FollowUpsError(message) from error
         after = schema.schema_versions(made)[0]
-    say(f"The schema is {after}" + (", unchanged" if before == after else f"; it was {before or 'empty'}"))
+    print_line(f"The schema is {after}" + (", unchanged" if before == after else f"; it was {before or 'empty'}"))
     if _is_started_with_others():
         remark("Not ending, because honcho stops every process as soon as one ends.")
-        _stay()
+        _wait_for_stop()
 
 
 def _wait_until_reachable(ask: Callable[[], Versions], place: str, wait: float) -> Versions:
@@ -120,7 +120,7 @@ def _is_started_with_others() -> bool:
     return is_release and "release" not in _words_of_ancestors()
 
 
-def _stay() -> None:
+def _wait_for_stop() -> None:
     """Block until a stop signal arrives."""
     with StopSignals() as signals, suppress(KeyboardInterrupt):
         while True:

@@ -48,7 +48,7 @@ def print_json(document: object) -> None:
     sys.stdout.write(f"{escape_json(said)}\n")
 
 
-def say(sentence: str, *, lines: bool = False) -> None:
+def print_line(sentence: str, *, lines: bool = False) -> None:
     """Print ``lines`` on stdout and flush it, since the reader of a pipe may be waiting."""
     sys.stdout.write(f"{escape(sentence, lines=lines)}\n")
     sys.stdout.flush()

@@ -12,7 +12,7 @@ from followups.cli import batches, connection
 from followups.cli.documents import pause_document
 from followups.cli.entry import examples
 from followups.cli.options import OneChannel, Workspace, workspace_id_of
-from followups.cli.output import Json, print_json, print_table, remark, say
+from followups.cli.output import Json, print_json, print_line, print_table, remark
 from followups.operations import administration, bulk
 from followups.store import pauses
 from followups.store.pauses import PauseScope
@@ -70,7 +70,7 @@ def pause(
     if json:
         print_json([pause_document(each) for each in standing])
     else:
-        say(f"{_named(workspace, channel)} is paused" + ("." if new else " already."))
+        print_line(f"{_named(workspace, channel)} is paused" + ("." if new else " already."))
 
 
 @app.command(epilog=examples("followups resume --workspace acme", "followups resume --channel whatsapp"))
@@ -94,9 +94,9 @@ def resume(*, workspace: Workspace = None, channel: OneChannel = None, json: Jso
         print_json({"resumed": was_paused, "freed": freed, "paused": [pause_document(each) for each in standing]})
         return
     if was_paused or freed:
-        say(f"{_named(workspace, channel)} is resumed; held follow-ups that continue: {freed:,}.")
+        print_line(f"{_named(workspace, channel)} is resumed; held follow-ups that continue: {freed:,}.")
     else:
-        say(f"{_named(workspace, channel)} was not paused.")
+        print_line(f"{_named(workspace, channel)} was not paused.")
     for each in standing:
         remark(f"Still paused: {_named(each.workspace, each.channel)}")
 

@@ -12,7 +12,7 @@ from followups.cli import connection
 from followups.cli.documents import follow_up_document
 from followups.cli.entry import examples
 from followups.cli.options import DUE_HELP, EXAMPLE_ID, Due, FollowUpId, parse_due
-from followups.cli.output import Json, print_json, say
+from followups.cli.output import Json, print_json, print_line
 from followups.wording import readable
 
 app = typer.Typer(add_completion=False, rich_markup_mode="markdown")
@@ -35,4 +35,4 @@ def reschedule(
     if json:
         print_json(follow_up_document(follow_up))
     else:
-        say(f"{follow_up.id} is due {readable(follow_up.due_date)}")
+        print_line(f"{follow_up.id} is due {readable(follow_up.due_date)}")

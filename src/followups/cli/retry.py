@@ -26,7 +26,7 @@ from followups.cli.options import (
     require_either,
     workspace_id_of,
 )
-from followups.cli.output import Json, print_json, remark, say
+from followups.cli.output import Json, print_json, print_line, remark
 from followups.operations import bulk
 from followups.store import bulk_cancel, retries
 from followups.store.retries import Failures
@@ -97,7 +97,7 @@ def retry(  # noqa: PLR0913 - one for each option
     if json:
         print_json(follow_up_document(follow_up))
     else:
-        say(str(follow_up.id))
+        print_line(str(follow_up.id))
         remark(f"A new follow-up, due {readable(follow_up.due_date)}; {follow_up_id} stays failed.")
 
 

@@ -15,7 +15,7 @@ from uuid import UUID, uuid4
 import typer
 
 from followups.cli.entry import examples
-from followups.cli.output import remark, say
+from followups.cli.output import print_line, remark
 from followups.embedded.postgres import make_data_directory
 from followups.embedded.stop_signals import StopSignals
 from followups.embedded.system import LOOPBACK, StartPlan, running
@@ -69,14 +69,14 @@ def up(
     with suppress(KeyboardInterrupt), StopSignals() as signals:
         plan = StartPlan(port, remark, signals, data=data, echo=_echo if verbose else None)
         with running(plan) as stack:
-            _stay(stack, data)
+            _run_until_stopped(stack, data)
 
 
-def _stay(stack: Stack, data: Path | None) -> Never:
+def _run_until_stopped(stack: Stack, data: Path | None) -> Never:
     _, key = stack.create_key(WORKSPACE, "followups up")
     console = stack.create_console_link() if stack.settings.console else "switched off (FOLLOWUPS_CONSOLE)"
     addresses = Addresses(stack.api, console, stack.sandbox, stack.logs, data, stack.settings.environment())
-    say(welcome(addresses, key), lines=True)
+    print_line(welcome(addresses, key), lines=True)
     while True:
         stack.check()
         time.sleep(LOOK.total_seconds())

@@ -14,7 +14,7 @@ from followups.cli.batches import BulkOptions, DryRun, Yes
 from followups.cli.documents import hours_document, workspace_document
 from followups.cli.entry import examples
 from followups.cli.options import parse_clock, parse_days
-from followups.cli.output import Json, print_json, print_table, remark, say
+from followups.cli.output import Json, print_json, print_line, print_table, remark
 from followups.operations import administration
 from followups.sending_hours import EVERY_DAY, SendingHours
 from followups.store import holds, sending_hours, workspaces
@@ -56,7 +56,7 @@ def create(
     if json:
         print_json(workspace_document(workspace))
         return
-    say(f"{workspace.name} ({workspace.id})" if new else f"{workspace.name} ({workspace.id}) already exists")
+    print_line(f"{workspace.name} ({workspace.id})" if new else f"{workspace.name} ({workspace.id}) already exists")
     remark(f"Next: followups api-key create --workspace {shlex.quote(workspace.name)}")
 
 
@@ -129,7 +129,9 @@ def hours(  # noqa: PLR0913 - one for each option
     hours.
     """
     given = (time_zone, opening, closing)
-    wanted = _wanted(time_zone, opening, closing, days) if any(each is not None for each in (*given, days)) else None
+    wanted = (
+        _given_hours(time_zone, opening, closing, days) if any(each is not None for each in (*given, days)) else None
+    )
     if wanted and always:
         message = "--always cannot be combined with hours."
         raise typer.BadParameter(message)
@@ -143,11 +145,11 @@ def hours(  # noqa: PLR0913 - one for each option
             stands = sending_hours.find(session, workspace.id)
             session.expunge_all()
         if wanted or always:
-            _look_again(engine, workspace.id)
+            _recheck_held(engine, workspace.id)
     if json:
         print_json(workspace_document(workspace) | {"sendingHours": hours_document(stands)})
     else:
-        say(f"{workspace.name} sends {stands or 'at every hour'}")
+        print_line(f"{workspace.name} sends {stands or 'at every hour'}")
 
 
 def _sends(workspace: Workspace, hours: SendingHours | None) -> str:
@@ -156,14 +158,14 @@ def _sends(workspace: Workspace, hours: SendingHours | None) -> str:
     return str(hours or "always")
 
 
-def _wanted(time_zone: str | None, opening: time | None, closing: time | None, days: str | None) -> SendingHours:
+def _given_hours(time_zone: str | None, opening: time | None, closing: time | None, days: str | None) -> SendingHours:
     if time_zone is None or opening is None or closing is None:
         message = "hours need --time-zone, --from and --to, as in --time-zone Europe/Berlin --from 08:00 --to 20:00."
         raise typer.BadParameter(message)
     return SendingHours(time_zone, opening, closing, EVERY_DAY if days is None else parse_days(days))
 
 
-def _look_again(engine: Engine, workspace_id: UUID) -> None:
+def _recheck_held(engine: Engine, workspace_id: UUID) -> None:
     """Release held follow-ups so that they are checked against the new sending hours.
 
     The follow-ups are released in batches, so that other transactions do not wait for long.

@@ -156,17 +156,19 @@ class Console:
             return _finished(visit, self._decide(visit, route, scope, body))
         except ForbiddenError:
             told = visit.t("Your role does not allow this.")
-            return _finished(visit, _told(visit, HTTPStatus.FORBIDDEN, told))
+            return _finished(visit, _message_page(visit, HTTPStatus.FORBIDDEN, told))
         except NotFoundError:
-            return _finished(visit, _told(visit, HTTPStatus.NOT_FOUND, visit.t("There is nothing at this address.")))
+            return _finished(
+                visit, _message_page(visit, HTTPStatus.NOT_FOUND, visit.t("There is nothing at this address."))
+            )
         except InvalidRequestError as error:
-            return _finished(visit, _told(visit, HTTPStatus.UNPROCESSABLE_ENTITY, visit.said(error.sentence)))
+            return _finished(visit, _message_page(visit, HTTPStatus.UNPROCESSABLE_ENTITY, visit.said(error.sentence)))
         except DBAPIError as error:
             if not is_passing(error):
                 raise
             log.warning("database_unavailable", error=type(error.orig).__name__)
             told = visit.t("The database cannot be reached at this moment; try again shortly.")
-            response = _told(visit, HTTPStatus.SERVICE_UNAVAILABLE, told)
+            response = _message_page(visit, HTTPStatus.SERVICE_UNAVAILABLE, told)
             response.headers["retry-after"] = "5"
             return _finished(visit, response)
 
@@ -177,7 +179,7 @@ class Console:
             own = access.own_origin(public, scope["scheme"], visit.headers.get("host", ""))
             if refused := access.origin_refusal(visit.headers, own, configured=public is not None):
                 log.warning("console_origin_refused", own=own)
-                return _told(visit, HTTPStatus.FORBIDDEN, visit.said(refused))
+                return _message_page(visit, HTTPStatus.FORBIDDEN, visit.said(refused))
         if route is None or route.action is not Permission.PUBLIC or route.path == "/login":
             identity.identify(visit, scope)
         if route is not None and route.action is Permission.PUBLIC:
@@ -209,7 +211,7 @@ def _followed(visit: Visit) -> UUID | None:
         return asked if found and visit.person.sees(found.workspace_id, found.chat_id) else None
 
 
-def _told(visit: Visit, status: int, told: str) -> Response:
+def _message_page(visit: Visit, status: int, told: str) -> Response:
     titles = {403: "Not allowed", 404: "Not found", 413: "Not possible", 422: "Not possible", 503: "Not available"}
     return visit.page("message.html", status, title=visit.t(titles[status]), told=told)
 
@@ -229,7 +231,7 @@ def _cookies(scope: Scope) -> dict[str, str]:
 def _public_page(visit: Visit, route: Route, scope: Scope, body: bytes) -> Response:
     if len(body) > PUBLIC_FORM:
         told = visit.t("The form must have at most {number} bytes.", number=f"{PUBLIC_FORM:,}")
-        return _told(visit, HTTPStatus.REQUEST_ENTITY_TOO_LARGE, told)
+        return _message_page(visit, HTTPStatus.REQUEST_ENTITY_TOO_LARGE, told)
     _parse(visit, scope, body)
     return route.page(visit)
 

@@ -61,7 +61,7 @@ class Live:
     """The open event streams of this process. Every method except `end` must run in the same event loop."""
 
     def __init__(
-        self, engine: Engine, in_thread: Callable[[Callable[[], changes.Seen]], Awaitable[changes.Seen]]
+        self, engine: Engine, in_thread: Callable[[Callable[[], changes.TopicValues]], Awaitable[changes.TopicValues]]
     ) -> None:
         """Store the engine and ``in_thread``, which runs a function in a thread of the console."""
         self._engine = engine
@@ -84,7 +84,7 @@ class Live:
         """Yield the stream's bytes until the client disconnects, the session ends, or the process stops."""
         self._streams.add(stream)
         if self._looking is None or self._looking.done():
-            self._looking = asyncio.create_task(self._look())
+            self._looking = asyncio.create_task(self._check())
         try:
             yield b"retry: 3000\nevent: open\ndata: 1\n\n"
             checked = time.monotonic()
@@ -103,13 +103,13 @@ class Live:
         finally:
             self._streams.discard(stream)
 
-    async def _look(self) -> None:
+    async def _check(self) -> None:
         """Query the database while streams are open, and notify each stream whose topics have changed."""
-        before: changes.Seen = {}
+        before: changes.TopicValues = {}
         while self._streams and not self._ending:
             topics = {topic for stream in self._streams for topic in stream.topics}
             try:
-                now = await self._in_thread(lambda wanted=topics: changes.look(self._engine, wanted))  # type: ignore[misc] # mypy: a lambda's default
+                now = await self._in_thread(lambda wanted=topics: changes.read_values(self._engine, wanted))  # type: ignore[misc] # mypy: a lambda's default
             except SQLAlchemyError as error:
                 log.warning("console_look_failed", error=type(error).__name__)
                 now = before

@@ -87,7 +87,7 @@ def claim(engine: Engine, settings: Settings, since: datetime | None = None, wit
 
     The follow-ups in ``without`` are skipped.
     """
-    return transact(engine, partial(_claim, settings, _look(settings, since, without), claims.claim))
+    return transact(engine, partial(_claim, settings, _search(settings, since, without), claims.claim))
 
 
 def claim_fairly(
@@ -97,7 +97,7 @@ def claim_fairly(
 
     A fair claim is used after a claim that did not lease all due follow-ups.
     """
-    return transact(engine, partial(_claim, settings, _look(settings, since, without), claims.claim_fairly))
+    return transact(engine, partial(_claim, settings, _search(settings, since, without), claims.claim_fairly))
 
 
 def release(engine: Engine, batch: Sequence[Lease]) -> None:
@@ -111,7 +111,7 @@ def unclaimable(
 ) -> tuple[UUID, ...]:
     """Return and log the follow-ups whose rows cannot be written and therefore make a claim fail."""
     with engine.connect() as connection:
-        ids = claims.candidates(connection, _look(settings, since, without), fairly=fairly)
+        ids = claims.candidates(connection, _search(settings, since, without), fairly=fairly)
 
     def try_to_claim(part: Sequence[UUID]) -> None:
         with engine.connect() as connection:  # the transaction ends without a commit
@@ -123,7 +123,7 @@ def unclaimable(
     return tuple(follow_up_id for follow_up_id, _ in refused)
 
 
-def _look(settings: Settings, since: datetime | None, without: tuple[UUID, ...]) -> claims.ClaimSearch:
+def _search(settings: Settings, since: datetime | None, without: tuple[UUID, ...]) -> claims.ClaimSearch:
     return claims.ClaimSearch(
         ahead=settings.tick_interval * AHEAD_TICKS,
         lease=settings.lease,

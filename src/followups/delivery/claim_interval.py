@@ -55,7 +55,7 @@ class ClaimInterval:
         """
         self._full_at = None
 
-    def note(self, taken: int, at: float, *, more: bool, cut_short: bool) -> None:
+    def record_claim(self, taken: int, at: float, *, more: bool, cut_short: bool) -> None:
         """Record a claim of ``taken`` follow-ups that started at the time ``at`` (monotonic seconds).
 
         ``more`` means that the claim left due follow-ups. ``cut_short`` means that the claim reached its own limit

@@ -119,13 +119,13 @@ class Deferral:
         self._closed = False
 
     async def run(self) -> None:
-        """Call `balance` whenever `look_again` was called, until `close` is called."""
+        """Call `balance` whenever `check_again` was called, until `close` is called."""
         while not self._closed:
             self._wanted.clear()
             pause = await self.balance()
             await (self._wanted.wait() if pause is None else asyncio.sleep(pause))
 
-    def look_again(self) -> None:
+    def check_again(self) -> None:
         """Wake `run`, because the queue or the breaker has changed."""
         self._wanted.set()
 

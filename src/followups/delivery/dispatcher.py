@@ -274,7 +274,7 @@ class Dispatcher:
         self._claimed_from_all = from_all
         self._in_grace = claimed.in_grace
         taken = len(claimed.leases) + len(claimed.ended)
-        self._interval.note(taken, started, more=claimed.more, cut_short=claimed.cut_short)
+        self._interval.record_claim(taken, started, more=claimed.more, cut_short=claimed.cut_short)
         self._left_some = claimed.more
         self._since = claimed.low_water
         if self._claimed_from_all and took > QUICK:

@@ -157,7 +157,7 @@ class Pipeline:
             # If one loop crashes, the other loops end too, because a worker that only seems to work is worse than none.
             async with asyncio.TaskGroup() as beside:
                 upkeep = beside.create_task(self._upkeep.run())
-                breaker = beside.create_task(self._breaker.run(self._wanted, self._look_again))
+                breaker = beside.create_task(self._breaker.run(self._waiting_for_breaker, self._check_again))
                 deferral = beside.create_task(self._deferral.run())
                 settler = beside.create_task(self._settler.run())
                 while leases := await self._take():
@@ -220,7 +220,7 @@ class Pipeline:
         if attempt is None:
             events.abandoned(begun)
             return
-        self._breaker.note(begun.lease.id, key_of(begun.delivery.workspace_id), attempt.outcome)
+        self._breaker.record(begun.lease.id, key_of(begun.delivery.workspace_id), attempt.outcome)
         self._settler.add(attempt)
         events.attempted(attempt, self._transport.name)
 
@@ -257,7 +257,7 @@ class Pipeline:
 
     def _enqueue(self, leases: Sequence[Lease], task_id: str = "") -> None:
         self._queue.add(leases, task_id)
-        self._deferral.look_again()
+        self._deferral.check_again()
 
     def _release(self, leases: Collection[Lease]) -> None:
         """Release the slots of leases that did not begin."""
@@ -265,13 +265,13 @@ class Pipeline:
             self._slots.release(lease)
         self._slots.release_poison_quota(lease.id for lease in leases)
 
-    def _wanted(self) -> int:
+    def _waiting_for_breaker(self) -> int:
         """Return how many follow-ups of tripped workspaces could begin now."""
         return min(self._slots.free, BEGIN_BATCH) if self._queue.count(self._breaker.tripped) else 0
 
-    def _look_again(self) -> None:
+    def _check_again(self) -> None:
         self._queue.changed.set()
-        self._deferral.look_again()
+        self._deferral.check_again()
 
     def _spawn(self, work: Coroutine[object, object, None]) -> None:
         task = self._loop.create_task(work)

@@ -40,7 +40,7 @@ class Watchdog:
         self._lock = threading.Lock()
         self._guarded: dict[int | str, list[object]] = {}
         self._process: subprocess.Popen[bytes] | None = None
-        os.register_at_fork(after_in_child=self._let_go)
+        os.register_at_fork(after_in_child=self._close_in_fork)
 
     def guard_process(self, pid: int, stop_signal: signal.Signals, grace: float) -> None:
         """Have the watchdog stop this process after the owner has ended.
@@ -58,7 +58,7 @@ class Watchdog:
         name = key if isinstance(key, int) else str(key)
         with self._lock:
             self._guarded.pop(name, None)
-            self._tell(["release", name])
+            self._send(["release", name])
             if not self._guarded:
                 self._end()
 
@@ -68,7 +68,7 @@ class Watchdog:
             if self._process is None:
                 self._start()
             else:
-                self._tell(entry)
+                self._send(entry)
 
     def _start(self) -> None:
         self._process = subprocess.Popen(  # noqa: S603 - this very file
@@ -82,9 +82,9 @@ class Watchdog:
             start_new_session=True,
         )
         for entry in self._guarded.values():
-            self._tell(entry)
+            self._send(entry)
 
-    def _tell(self, entry: list[object]) -> None:
+    def _send(self, entry: list[object]) -> None:
         if self._process is None or self._process.stdin is None:
             return
         try:
@@ -100,7 +100,7 @@ class Watchdog:
             with contextlib.suppress(BrokenPipeError):
                 process.communicate()
 
-    def _let_go(self) -> None:
+    def _close_in_fork(self) -> None:
         """Close a forked child's copy of the pipe, so that the watchdog notices when the owner ends."""
         self._lock = threading.Lock()
         self._guarded = {}

@@ -229,7 +229,7 @@ class Breaker:
         if tripped := self.tripped:
             self.permits = max(0, self.permits - sum(key in tripped for key in keys))
 
-    def note(self, follow_up_id: UUID, key: int, outcome: Outcome) -> None:
+    def record(self, follow_up_id: UUID, key: int, outcome: Outcome) -> None:
         """Record the outcome of an attempt.
 
         An answer that asks for a later retry does not count as a failure, because it shows that the endpoint is

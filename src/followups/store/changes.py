@@ -1,8 +1,8 @@
 """Change detection for a workspace or a follow-up, which is cheap enough for one query per second.
 
-After a change to a topic, `look` returns a different value for it. If there are very many follow-ups, a change may be
-missed unless it moves a follow-up to another state. Because a change may be missed, the console's pages also reload
-their contents from time to time.
+After a change to a topic, `read_values` returns a different value for it. If there are very many follow-ups, a change
+may be missed unless it moves a follow-up to another state. Because a change may be missed, the console's pages also
+reload their contents from time to time.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 Topic = tuple[str, UUID | None]
 """A pair: ``workspace`` and its id (None means all workspaces), or ``follow_up`` and its id."""
 
-Seen = dict[Topic, str]
+TopicValues = dict[Topic, str]
 
 RECENT = 1_000
 """Number of recently finished follow-ups that change detection reads."""
@@ -58,12 +58,12 @@ _FOLLOW_UPS = text("""
 """)
 
 
-def look(engine: Engine, topics: Iterable[Topic]) -> Seen:
+def read_values(engine: Engine, topics: Iterable[Topic]) -> TopicValues:
     """Return a value for each topic; the value differs whenever the topic's data has changed."""
     wanted = list(topics)
     workspaces = [own for kind, own in wanted if kind == "workspace" and own is not None]
     follow_ups = [own for kind, own in wanted if kind == "follow_up" and own is not None]
-    seen: Seen = {}
+    seen: TopicValues = {}
     with engine.connect() as connection:
         if workspaces:
             rows = connection.execute(_WORKSPACES, {"ids": uuid_array(workspaces)})

@@ -108,6 +108,6 @@ def last_of(session: Session, follow_up_id: UUID) -> UUID:
     return last
 
 
-def note(session: Session, follow_up_id: UUID, original: UUID) -> None:
+def mark_as_retry(session: Session, follow_up_id: UUID, original: UUID) -> None:
     """Record that a new follow-up retries this failed follow-up."""
     session.execute(_NOTE, {"id": follow_up_id, "original": original})

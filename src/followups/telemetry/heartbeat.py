@@ -118,9 +118,9 @@ class Heartbeat:
             raise HeartbeatError(message) from None
         self._thread.start()
 
-    def probe(self, look: Callable[[], None]) -> None:
-        """Call ``look`` before each write of the file, for a component that cannot report its own progress."""
-        self._probes.append(look)
+    def probe(self, report_progress: Callable[[], None]) -> None:
+        """Call the function before each write of the file, for a component that cannot report its own progress."""
+        self._probes.append(report_progress)
 
     def report(self, component: str, within: timedelta, otherwise: str, at: float | None = None) -> None:
         """Record that a component made progress.
@@ -173,8 +173,8 @@ class Heartbeat:
 
     def _run(self) -> None:
         while not self._stopping.wait(INTERVAL.total_seconds()):
-            for look in self._probes:
-                look()
+            for report_progress in self._probes:
+                report_progress()
             # if the disk is full, the file's age grows, which shows supervisors that something is wrong
             with suppress(OSError):
                 self._write()
@@ -218,7 +218,7 @@ class ProcessState:
     waits: str = ""
 
 
-def look(directory: Path, role: str, name: str = "") -> list[ProcessState]:
+def read_states(directory: Path, role: str, name: str = "") -> list[ProcessState]:
     """Return the state of each process of a role on this machine, or only of the process called ``name``.
 
     ``name`` is the name of a Celery node, or the part of that name before the ``@``. Processes that have ended are not

@@ -47,7 +47,7 @@ class CurlLoop:
         self._wanted = 0.0  # when libcurl must be called next, in the event loop's time
         self._running: dict[pycurl.Curl, asyncio.Future[int]] = {}
         self._looks_up = False  # whether libcurl may be looking up a host name for a transfer that has already ended
-        self._loop.add_reader(self._sockets.fileno(), self._go_on)
+        self._loop.add_reader(self._sockets.fileno(), self._handle_ready_sockets)
 
     @property
     def is_idle(self) -> bool:
@@ -98,7 +98,7 @@ class CurlLoop:
         except FileNotFoundError:  # this is a new socket; it may have the number of a closed one
             self._sockets.register(socket, wanted)
 
-    def _go_on(self) -> None:
+    def _handle_ready_sockets(self) -> None:
         for socket, events in self._sockets.poll(0):
             if socket not in self._watched:
                 with contextlib.suppress(OSError):  # libcurl closed this socket while it handled another socket's event

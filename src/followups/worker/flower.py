@@ -57,12 +57,12 @@ def install(configure_logging: Callable[[], None]) -> None:
     read: list[bool] = []
     options.add_parse_callback(lambda: read.append(True))
 
-    def look(**_: object) -> None:
+    def check(**_: object) -> None:
         if read:
             configure_logging()
             _restrict(options)
 
-    signals.import_modules.connect(look, weak=False)
+    signals.import_modules.connect(check, weak=False)
 
 
 def _restrict(options: Any) -> None:  # noqa: ANN401 - Tornado's own

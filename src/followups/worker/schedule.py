@@ -67,12 +67,12 @@ class Scheduler(CelerysScheduler):
     def tick(self, *arguments: Any, **named: Any) -> float:  # noqa: ANN401 - Celery's own
         """Send the ticks that are due, and return the seconds until the next call."""
         self._report(SENDING, "has been sending one tick")
-        self._heed_the_clock()
+        self._follow_clock_change()
         pause: float = super().tick(*arguments, **named)
         self._report(timedelta(seconds=pause) + LATE, "has not looked at its schedule")
         return pause
 
-    def _heed_the_clock(self) -> None:
+    def _follow_clock_change(self) -> None:
         """Restart the schedule if the host's clock was set back.
 
         Otherwise Celery would send nothing until the clock reached the earlier time again.
@@ -91,11 +91,11 @@ class Scheduler(CelerysScheduler):
         liveness.stop()
 
     def _ensure_connected(self) -> Any:  # noqa: ANN401 - Celery's own
-        def told(error: Exception, interval: float) -> None:
+        def log_retry(error: Exception, interval: float) -> None:
             log.warning("broker_unreachable", step="connect", error=type(error).__name__)
             self._report(timedelta(seconds=interval) + SENDING, "has not tried to reach the broker")
 
-        return self.connection.ensure_connection(told, self.app.conf.broker_connection_max_retries)
+        return self.connection.ensure_connection(log_retry, self.app.conf.broker_connection_max_retries)
 
     def _report(self, within: timedelta, otherwise: str) -> None:
         if heart := liveness.start(get_settings().runtime_dir, "beat", f"beat@{socket.gethostname()}"):

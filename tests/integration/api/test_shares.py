@@ -140,7 +140,7 @@ def test_starting_points_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     """
     starts, moment = PageStarts(), in_a_list(0).created_at
     for number in range(pagination.MOST_STARTS + 1):
-        starts.note("list", in_a_list(pagination.DEEP + 10 * number))
+        starts.remember("list", in_a_list(pagination.DEEP + 10 * number))
     assert starts.nearest("list", pagination.DEEP + 25) == Start(pagination.DEEP + 20, moment, ID)
     assert starts.nearest("list", pagination.DEEP + 5) is None
     assert starts.nearest("another", 10**6) is None

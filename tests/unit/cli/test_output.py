@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from followups.cli import main
-from followups.cli.output import cell, console, print_json, print_table, remark, say
+from followups.cli.output import cell, console, print_json, print_line, print_table, remark
 from followups.telemetry.escaping import escape, escape_json
 
 if TYPE_CHECKING:
@@ -69,7 +69,7 @@ def line(text: str) -> None:
     console().print(cell(text))
 
 
-WRITERS = st.sampled_from([table, line, say, remark])
+WRITERS = st.sampled_from([table, line, print_line, remark])
 
 
 @given(text=TEXTS)

@@ -167,7 +167,7 @@ def test_a_request_is_listed_with_all_fields() -> None:
 def test_a_conversation_shows_a_follow_up_once_with_its_attempts() -> None:
     """A conversation shows each follow-up once, with all attempts, between the other messages."""
     chats = SandboxChats()
-    chats.say("c1", "user", "hi")
+    chats.add_message("c1", "user", "hi")
     chats.behave("c1", Behaviour(kind="fail", times=1))
     for attempt in (1, 2):
         chats.receive(incoming(attempt=attempt), "f1", late(attempt))
@@ -184,7 +184,7 @@ def test_the_newest_activity_comes_first() -> None:
     """Chats are ordered by their last change, and the list can be limited to recently changed ones."""
     chats = SandboxChats()
     for chat_id in ("c1", "c2", "c3", "c1"):
-        chats.say(chat_id, "user", "hi")
+        chats.add_message(chat_id, "user", "hi")
     assert [chat["chatId"] for chat in chats.conversations()] == ["c1", "c3", "c2"]
     assert [chat["chatId"] for chat in chats.conversations(since=3)] == ["c1"]
 
@@ -195,7 +195,7 @@ def test_stored_data_is_bounded_and_counts_are_exact() -> None:
     for n in range(KEEP_CHATS + 5):
         chats.receive(incoming(f"f{n}", f"c{n}", message="x" * 5_000), f"f{n}")
     for n in range(KEEP_MESSAGES + 5):
-        chats.say("c1", "user", str(n))
+        chats.add_message("c1", "user", str(n))
     for _ in range(KEEP_ATTEMPTS + 5):
         chats.receive(incoming("again", "c2"), "again")
     assert len(chats.ledger.records()) == 10

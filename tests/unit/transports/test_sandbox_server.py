@@ -196,11 +196,11 @@ async def test_the_stream_starts_with_a_snapshot(
     """
     monkeypatch.setattr(server, "INTERVAL", 0.01)
     monkeypatch.setattr(server, "SHARE", 1.0)
-    chats.say("c1", "user", "one")
+    chats.add_message("c1", "user", "one")
     stream = events(http)
     name, state = await anext(stream)
     assert (name, [chat["chatId"] for chat in state["chats"]]) == ("snapshot", ["c1"])
-    chats.say("c2", "user", "two")
+    chats.add_message("c2", "user", "two")
     name, state = await anext(stream)
     assert (name, [chat["chatId"] for chat in state["chats"]]) == ("update", ["c2"])
     chats.default = Behaviour(kind="fail")

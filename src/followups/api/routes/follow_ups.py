@@ -130,7 +130,7 @@ def _list(
         before = yield from listing.rows_from.steps(workspace_id, wanted, offset - size, 1)
         return rows, False, bool(before)
     for place in {0, size} & set(range(len(rows))):
-        starts.note(this, listing.Start(offset + place, rows[place].created_at, rows[place].id))
+        starts.remember(this, listing.Start(offset + place, rows[place].created_at, rows[place].id))
     return rows[:size], len(rows) > size, offset > 0
 
 

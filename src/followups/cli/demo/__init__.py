@@ -14,10 +14,10 @@ from sqlalchemy.orm import Session
 
 from followups.cli.demo.picture import Picture, state_of
 from followups.cli.demo.scenario import DemoRun, script
-from followups.cli.demo.score import FollowUpState, look, score, summary_lines, summary_panel
+from followups.cli.demo.score import FollowUpState, read_states, score, summary_lines, summary_panel
 from followups.cli.entry import examples
 from followups.cli.failures import FAILED
-from followups.cli.output import Json, console, print_json, remark, say
+from followups.cli.output import Json, console, print_json, print_line, remark
 from followups.database import make_engine
 from followups.embedded import free_port
 from followups.embedded.stop_signals import StopSignals
@@ -83,11 +83,11 @@ def _present(stack: Stack, *, json: bool) -> Score:
     elif console().is_terminal:
         result = _draw(stack)
     else:
-        say(f"The sandbox page is at {stack.sandbox}/ while this runs. This link signs in to the console, once:")
-        say(stack.create_console_link())
+        print_line(f"The sandbox page is at {stack.sandbox}/ while this runs. This link signs in to the console, once:")
+        print_line(stack.create_console_link())
         result = perform(stack, EventLines())
         for line in summary_lines(result):
-            say(line)
+            print_line(line)
     return result
 
 
@@ -114,13 +114,13 @@ class EventLines:
     def __call__(self, standings: Sequence[FollowUpState], now: datetime, replied: Sequence[str]) -> None:
         """Print the changes since the previous call."""
         for name in replied:
-            say(f"{name:5} writes back")
+            print_line(f"{name:5} writes back")
         for each in standings:
             found = (each.status.value, each.attempts if each.trying_again else 0)
             if found != self._known.get(each.scheduled.id, ("pending", 0)):
                 lag = "" if each.lag is None else f"  lag {each.lag:.1f} ms"
                 due = f"due second {each.scheduled.part.due:5.2f}"
-                say(f"{each.chat:5} {due}  {state_of(each, now)}{lag}")
+                print_line(f"{each.chat:5} {due}  {state_of(each, now)}{lag}")
             self._known[each.scheduled.id] = found
 
 
@@ -136,7 +136,7 @@ def perform(stack: Stack, show: Show) -> Score:
         while True:
             replied = stage.play(datetime.now(UTC))
             with Session(engine) as session:
-                standings = look(session, workspace_id, scheduled)
+                standings = read_states(session, workspace_id, scheduled)
             show(standings, datetime.now(UTC), replied)
             if all(each.ended for each in standings) or time.monotonic() > deadline:
                 return score(standings, stage.receipts())

@@ -78,7 +78,7 @@ class FollowUpState:
         return ended == (ending.status, ending.attempts, ending.code.value if ending.code else "")
 
 
-def look(session: Session, workspace_id: UUID, scheduled: Sequence[Scheduled]) -> list[FollowUpState]:
+def read_states(session: Session, workspace_id: UUID, scheduled: Sequence[Scheduled]) -> list[FollowUpState]:
     """Return the current state of each follow-up, in the order of the argument."""
     found, _ = listing.page(session, workspace_id, ListFilter(), page_number=1, page_size=len(scheduled))
     rows = {row.id: row for row in found}

@@ -12,7 +12,7 @@ from uuid import uuid4
 from sqlalchemy import text
 
 from followups.console import reasons
-from followups.console.pages.follow_ups import LIMIT, ListFilters, wanted_of
+from followups.console.pages.follow_ups import LIMIT, ListFilters, filter_of
 from followups.console.visit import uuid_or_none
 from followups.errors import InvalidRequestError, NotFoundError
 from followups.states import Status
@@ -62,7 +62,7 @@ def preview(visit: Visit) -> Response:
     ids = () if everything else _ticked(visit)
     with visit.transaction() as session:
         now = session.execute(NOW).scalar_one()
-        wanted = _wanted(visit, session, asked, kind, ids)
+        wanted = _selection(visit, session, asked, kind, ids)
         statement, parameters = browse.count_statement(wanted, MOST + 1)
         counted = within(session.connection(), LIMIT / 2, statement, parameters)
         found = browse.search(session.connection(), wanted, None, SAMPLE, LIMIT / 2)
@@ -94,7 +94,7 @@ def start(visit: Visit) -> Response:
         message = visit.t("Ask for a preview first.")
         raise InvalidRequestError(message, field="action_id")
     with visit.transaction() as session:
-        wanted = _wanted(visit, session, ListFilters.of(visit.form), kind, () if everything else _ticked(visit))
+        wanted = _selection(visit, session, ListFilters.of(visit.form), kind, () if everything else _ticked(visit))
         expected = visit.form.text("expected")[:LONGEST_EXPECTED]
         bulk_actions.create(
             session,
@@ -158,12 +158,12 @@ def _ticked(visit: Visit) -> tuple[UUID, ...]:
     return ids
 
 
-def _wanted(visit: Visit, session: Session, asked: ListFilters, kind: str, ids: tuple[UUID, ...]) -> BrowseFilter:
+def _selection(visit: Visit, session: Session, asked: ListFilters, kind: str, ids: tuple[UUID, ...]) -> BrowseFilter:
     """Return the follow-ups to which the action applies, limited to those that the person may see."""
     needed = NEEDED[kind]
     if ids:
         return BrowseFilter(ids=ids, statuses=(needed,)).narrowed(visit.person.workspace_id, visit.person.chat_id)
-    wanted = wanted_of(visit, session, asked)
+    wanted = filter_of(visit, session, asked)
     if wanted.statuses and needed not in wanted.statuses:
         message = visit.t("Only pending follow-ups can be cancelled, and only failed ones retried.")
         raise InvalidRequestError(message, field="state")

@@ -70,7 +70,7 @@ def show(visit: Visit) -> Response:
     with visit.transaction() as session:
         now = session.execute(NOW).scalar_one()
         try:
-            wanted = wanted_of(visit, session, asked)
+            wanted = filter_of(visit, session, asked)
         except InvalidRequestError as error:
             told, status = visit.said(error.sentence), 422
         else:
@@ -103,7 +103,7 @@ def _choices() -> Mapping[str, list[str]]:
     }
 
 
-def wanted_of(visit: Visit, session: Session, asked: ListFilters) -> BrowseFilter:
+def filter_of(visit: Visit, session: Session, asked: ListFilters) -> BrowseFilter:
     """Return the database query for the filters, limited to follow-ups that the person may see.
 
     Raises `InvalidRequestError`.

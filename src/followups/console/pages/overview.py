@@ -41,7 +41,7 @@ def show(visit: Visit) -> Response:
     if viewer.chat_id is not None:
         return visit.redirect(f"/chats/{viewer.chat_id}")
     services, workspace_id = visit.services, viewer.workspace_id
-    look: OverviewSnapshot = services.results.get(("overview", workspace_id), lambda: _look(services, workspace_id))
+    look: OverviewSnapshot = services.results.get(("overview", workspace_id), lambda: _snapshot(services, workspace_id))
     late = look.numbers.oldest_due is not None and look.numbers.at - look.numbers.oldest_due > LATE
     return visit.page(
         "overview.html",
@@ -53,7 +53,7 @@ def show(visit: Visit) -> Response:
     )
 
 
-def _look(services: ConsoleServices, workspace_id: UUID | None) -> OverviewSnapshot:
+def _snapshot(services: ConsoleServices, workspace_id: UUID | None) -> OverviewSnapshot:
     with services.engine.connect() as connection:
         return OverviewSnapshot(
             numbers.read(connection, workspace_id),

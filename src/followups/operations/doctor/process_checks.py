@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from followups.errors import named
 from followups.operations.doctor import Finding
-from followups.telemetry.heartbeat import directory_of, look
+from followups.telemetry.heartbeat import directory_of, read_states
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -53,16 +53,16 @@ def _waits(reply: dict[str, dict[str, Any]]) -> list[tuple[str, str]]:
 def of_this_machine(settings: Settings) -> Finding:
     """Check the heartbeat files and `web`. A role that has no process on this machine is not a problem."""
     directory = directory_of(settings.runtime_dir)
-    lives = {role: look(directory, role) for role in ("worker", "beat")}
-    told = [f"{len(found)} {role}{'' if len(found) == 1 else 's'}" for role, found in lives.items()]
+    states = {role: read_states(directory, role) for role in ("worker", "beat")}
+    told = [f"{len(found)} {role}{'' if len(found) == 1 else 's'}" for role, found in states.items()]
     told.append(f"web {_web()}")
     troubles = [
-        f"the {role} {life.name} (process {life.pid}) {life.trouble}"
-        for role, found in lives.items()
-        for life in found
-        if life.trouble
+        f"the {role} {state.name} (process {state.pid}) {state.trouble}"
+        for role, found in states.items()
+        for state in found
+        if state.trouble
     ]
-    waiting = [f"the worker {life.name} cannot work: {life.waits}" for life in lives["worker"] if life.waits]
+    waiting = [f"the worker {state.name} cannot work: {state.waits}" for state in states["worker"] if state.waits]
     detail = "; ".join([f"on this machine {', '.join(told)}", *troubles, *waiting])
     return Finding("processes", detail, RESTART if troubles else "")
 

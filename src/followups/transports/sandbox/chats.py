@@ -76,10 +76,10 @@ class Conversation:
         message = self.messages.get(record.follow_up_id)
         if message is None:
             message = Message(record.follow_up_id, "follow_up", text[:KEEP_TEXT], record.received.wall)
-            self.say(message)
+            self.add_message(message)
         message.attempts = [*message.attempts, record][-KEEP_ATTEMPTS:]
 
-    def say(self, message: Message) -> None:
+    def add_message(self, message: Message) -> None:
         """Add a message; if the chat is full, the chat's oldest message is removed."""
         self.messages[message.id] = message
         self.total += 1
@@ -159,10 +159,10 @@ class SandboxChats:
         self._touched(incoming.chat_id).attempted(record, incoming.message)
         return reply
 
-    def say(self, chat_id: str, role: str, text: str) -> Message:
+    def add_message(self, chat_id: str, role: str, text: str) -> Message:
         """Add another participant's message to a chat; the role is ``user``, ``agent`` or ``operator``."""
         message = Message(str(uuid4()), role, text[:KEEP_TEXT], Arrival.now().wall)
-        self._touched(chat_id).say(message)
+        self._touched(chat_id).add_message(message)
         return message
 
     @property

@@ -99,13 +99,13 @@ async def clear(request: web.Request) -> web.Response:
 
 
 @routes.post("/sandbox/chats/{chat_id}/messages")
-async def say(request: web.Request) -> web.Response:
+async def add_message(request: web.Request) -> web.Response:
     """Write a message into a chat as another participant: 201 with the message."""
     try:
         said = NewMessage.model_validate_json(await request.read())
     except ValueError as error:
         return _json({"error": _words(error)}, 422)
-    message = request.app[CHATS].say(request.match_info["chat_id"], said.role, said.text)
+    message = request.app[CHATS].add_message(request.match_info["chat_id"], said.role, said.text)
     return _json(message.document(), 201)
 
 
