@@ -69,7 +69,7 @@ class Stack:
         )
 
     def worker(self, name: str = "worker", *, ready: bool = True) -> Child:
-        """Start a worker; with ``ready``, wait until it consumes."""
+        """Start a worker; with ``ready``, wait until it is consuming messages."""
         log = self.processes.logs / f"{name}.log"
         argv = [*CELERY, "worker", "--loglevel=info", "-n", f"{name}@%h"]
         consumes = (lambda: log.exists() and "ready." in log.read_text()) if ready else None

@@ -86,7 +86,7 @@ BARE_INSERT = """
 
 
 def bare_app() -> FastAPI:
-    """Return a FastAPI application with one INSERT, without API keys, rules or limits."""
+    """Return a bare FastAPI application whose only endpoint runs one INSERT, without API keys, rules or limits."""
     pool = AsyncConnectionPool(os.environ["DATABASE_URL"], min_size=POOL_SIZE, max_size=POOL_SIZE, open=False)
 
     @asynccontextmanager

@@ -46,7 +46,7 @@ def kubernetes() -> Iterator[tuple[str, Any]]:
 
 
 def unit(name: str) -> dict[str, list[str]]:
-    """Return a unit's assignments by name, repeated ones included, in systemd's order: a drop-in's last."""
+    """Return a unit's assignments by name, including repeated ones, in systemd's order (drop-ins last)."""
     found: dict[str, list[str]] = {}
     files = [UNITS / name]
     if name.endswith(".service"):

@@ -84,7 +84,7 @@ class TestPostgres:
     def test_what_was_committed_survives_restart_and_kill(
         self, postgres: EmbeddedPostgres, end: Callable[[EmbeddedPostgres], None]
     ) -> None:
-        """After a restart, even by SIGKILL, the embedded server has the same URL and every confirmed commit."""
+        """After a restart, even after a SIGKILL, the embedded server has the same URL and every confirmed commit."""
         url = postgres.url()
         with psycopg.connect(url, autocommit=True) as connection:
             connection.execute("DROP TABLE IF EXISTS survivor")

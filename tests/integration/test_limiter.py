@@ -294,7 +294,7 @@ async def test_an_abandoned_request_when_the_clock_is_set(
 
 
 async def test_flushed(under_test: LimiterUnderTest) -> None:
-    """After Redis lost all data and scripts, the limiter continues with full buckets."""
+    """After Redis has lost all its data and scripts, the limiter continues with full buckets."""
     limit = bucket(burst=3)
     assert await under_test.ask(*(request(since, limit) for since in range(3))) == [GO] * 3
     for key in await under_test.redis.keys(f"*{limit.key}*"):

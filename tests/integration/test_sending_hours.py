@@ -264,7 +264,7 @@ class TestLateness:
         assert world.row(snoozed).sendable_from == was
 
     def test_held_repeatedly(self, world: World, engine: Engine, settings: Settings) -> None:
-        """If a follow-up could already be sent before it was held, its lateness does not restart."""
+        """If a follow-up was already sendable before it was held, its lateness is counted from that earlier time."""
         brief = settings.model_copy(update={"max_lateness": 3 * HOUR})
         put(world, hours_from(-2 * HOUR, HOUR))
         due = {"due": -90 * MINUTE, "scheduled_at": text("now() - interval '2 h'")}
@@ -312,7 +312,7 @@ class TestWindow:
         assert world.row(fits).held_until is not None
 
     def test_rejected_when_scheduled(self, world: World) -> None:
-        """A due date is rejected with the reason if sending hours begin only after the messaging window.
+        """A due date is rejected if sending hours do not begin before the messaging window closes.
 
         A due date is accepted if sending hours begin within the messaging window.
         """

@@ -95,7 +95,7 @@ class TestGap:
     def test_not_begun(self, world: World, engine: Engine, settings: Settings) -> None:
         """A leased follow-up that has not begun is claimed by the first tick after a gap.
 
-        Before an attempt begins, there is no outcome that the worker could still record.
+        Before an attempt begins, the worker has no outcome to record.
         """
         follow_up = world.follow_up()
         assert claimed(engine, settings) == [follow_up]

@@ -62,7 +62,7 @@ CLAIM = 0.03
 
 
 def sent(dispatchers: int, rate: int, seconds: int, window: int = 5000) -> tuple[int, int]:
-    """Return how many follow-ups of a backlog are sent at ``rate`` per second, and the number of claims.
+    """Send a backlog at ``rate`` per second; return how many follow-ups were sent and how many claims that took.
 
     The dispatchers tick in turn.
     """

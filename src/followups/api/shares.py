@@ -42,7 +42,7 @@ TOO_MANY_UNKNOWN_KEYS = "Too many requests whose keys are not yet checked are wa
 class Throttle:
     """Lets one request pass in each iteration of the event loop, in the order of arrival.
 
-    All requests without a known API key share one turnstile, and so do the requests of each busy workspace. All other
+    All requests without a known API key share one turnstile; each busy workspace has a separate turnstile. All other
     requests pass in every iteration, however many requests wait at the turnstiles.
     """
 

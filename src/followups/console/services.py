@@ -1,6 +1,6 @@
 """The objects that all console requests share, among them a cache of results.
 
-All viewers of a process share a result for a second. Without viewers, no results are computed.
+All viewers served by one process share each result for one second. Without viewers, no results are computed.
 """
 
 from __future__ import annotations

@@ -83,7 +83,7 @@ class Returns:
     def next(self, now: float) -> float:
         """Return the seconds after which the next deferred follow-up falls due.
 
-        ``now`` is a time of the monotonic clock.
+        ``now`` is a reading of the monotonic clock.
         """
         ahead = max(SOONEST.total_seconds(), self._last - now)
         ahead += (LONGEST.total_seconds() - ahead) / SPREAD

@@ -93,7 +93,7 @@ _OF = text("""
 def of(connection: Connection, workspace_id: UUID, channel: str) -> ActivePause | None:
     """Return the oldest pause in force on this channel of this workspace, or None if there is none.
 
-    The follow-ups that the pause holds are not counted (``held``).
+    Follow-ups held by the pause are not counted here; ``held`` counts them.
     """
     row = connection.execute(_OF, {"workspace_id": workspace_id, "channel": channel}).one_or_none()
     return ActivePause(*row) if row else None

@@ -273,7 +273,7 @@ async def test_the_proxy_is_for_https_alone(monkeypatch: pytest.MonkeyPatch) -> 
 
 @pytest.mark.parametrize("status", [403, 407, 502, 503])
 async def test_a_proxys_error_is_not_the_endpoints(status: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A proxy's error response is not mistaken for the endpoint's, whatever its status: nothing was sent."""
+    """A proxy's error response, whatever its status, means that nothing was sent."""
     async with proxy_that(answer(status, b"proxy", retry_after="7")) as proxy:
         monkeypatch.setenv("HTTPS_PROXY", proxy.url)
         assert await outcome_at("https://127.0.0.1:9") == Retry(f"no connection: the proxy answered HTTP {status}")
