@@ -149,7 +149,9 @@ def check_changes(changes: Mapping[str, Any]) -> None:
     ends = changes.get("status") in FINAL
     for field in changes.keys() & {"reason", "finished_at"}:
         if not ends:
-            message = Sentence("A {field} goes only with a status of sent, failed or cancelled.", field=_named(field))
+            message = Sentence(
+                "A {field} is allowed only with the status sent, failed or cancelled.", field=_named(field)
+            )
             raise InvalidRequestError(message, field=field)
     if "reason" in changes:
         check_reason(changes["reason"], changes["status"])
@@ -158,7 +160,7 @@ def check_changes(changes: Mapping[str, Any]) -> None:
 def check_reason(reason: str, status: Status) -> None:
     """Refuse a reason that is empty, too long, impossible to store, or not allowed with the status."""
     if status is Status.SENT:
-        message = Sentence("A sent follow-up carries no reason.")
+        message = Sentence("A sent follow-up has no reason.")
         raise InvalidRequestError(message, field="reason")
     if not 1 <= len(reason) <= MAX_REASON_LENGTH:
         message = Sentence("The reason must have 1 to {most} characters.", most=f"{MAX_REASON_LENGTH:,}")

@@ -43,11 +43,13 @@ NO_CONNECT_TIMEOUT = 130
 """Seconds that psycopg waits if the URL sets `connect_timeout` to 0, which means no limit to libpq."""
 
 ENCODING = "UTF8"
-MAKE_ANOTHER = "make one with ENCODING 'UTF8' (from template0), move the data, and set FOLLOWUPS_DATABASE_URL to it"
+MAKE_ANOTHER = (
+    "create a database with ENCODING 'UTF8' (from template0), move the data, and set FOLLOWUPS_DATABASE_URL to it"
+)
 """Advice for the operator if the database has an unsupported encoding."""
 
 CHANGES_SESSIONS = (
-    "a pooler before it gives each transaction another session (transaction pooling): "
+    "a pooler in front of it gives each transaction another session (transaction pooling): "
     "use session pooling (pool_mode = session in PgBouncer), or a port without the pooler"
 )
 """Advice for a pooler that loses session settings, locks and prepared statements."""
@@ -121,7 +123,9 @@ def _fell_silent(connection: Bounded, since: float) -> bool:
 
 def _given_up(connection: Bounded) -> psycopg.OperationalError:
     connection.pgconn.finish()
-    return psycopg.OperationalError(f"the server was silent for {connection.patience:g} s: the connection is given up")
+    return psycopg.OperationalError(
+        f"the server was silent for {connection.patience:g} s, so the connection was closed"
+    )
 
 
 def make_engine(

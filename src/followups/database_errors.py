@@ -68,7 +68,7 @@ def is_undone(error: psycopg.Error | DBAPIError) -> bool:
     return getattr(_cause(error), "sqlstate", None) in UNDONE
 
 
-IS_READ_ONLY = "it is read-only: wait for the failover to end, or let FOLLOWUPS_DATABASE_URL lead to the primary"
+IS_READ_ONLY = "it is read-only: wait for the failover to end, or point FOLLOWUPS_DATABASE_URL at the primary"
 """Advice for an error from a standby, or from a server that was made read-only.
 
 Processes continue without a restart once the server is writable.

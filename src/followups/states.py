@@ -147,13 +147,13 @@ def finish(
         raise TransitionError(message)
     if to is Status.SENT:
         if code or words or detail:
-            message = "A sent follow-up carries no reason."
+            message = "A sent follow-up has no reason."
             raise TransitionError(message)
         return Final(to, None)
     if words:
         return Final(to, words)
     if code not in codes:
-        message = f"{code} does not explain {to}; use one of {', '.join(sorted(codes))}."
+        message = f"{code} is not a reason for {to}; use one of {', '.join(sorted(codes))}."
         raise TransitionError(message)
     return Final(to, explain(code, detail), code)
 

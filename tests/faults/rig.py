@@ -262,7 +262,7 @@ class Load:
             count, owed = int(owed), owed % 1
             try:
                 self.ids += self._rig.bulk(count, self._spread)
-            except Exception:  # noqa: BLE001 - the database is away: the client was told so
+            except Exception:  # noqa: BLE001 - the database is unreachable: the client was told so
                 self.refused += count
 
 

@@ -135,7 +135,7 @@ def test_foreign_encoding(rig: Rig, figures: Figures, postgres_url: str, encodin
         rig.worker()
         api = rig.web()
         wait_until(lambda: release.exit_code is not None)
-        refused = f"its encoding is {encoding}, which cannot store every text: make one with ENCODING 'UTF8'"
+        refused = f"its encoding is {encoding}, which cannot store every text: create a database with ENCODING 'UTF8'"
         assert release.exit_code == 1
         assert refused in release.tail()
         (reason,) = {each["reason"] for each in wait_until(lambda: rig.events("database_refused"))}

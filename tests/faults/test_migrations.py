@@ -36,7 +36,7 @@ WRITER = "UPDATE follow_ups SET updated_at = now(); UPDATE chats SET external_id
 
 LAST_IN_CONFLICT = {READER: "0014", WRITER: "0014"}
 """For each of these blocking transactions, the newest schema version from which a migration still conflicts with it."""
-REFUSAL = "A table is in use by a long transaction: end it (followups doctor names it), and migrate again."
+REFUSAL = "A long transaction uses a table: end the one that followups doctor shows, and migrate again."
 
 SHORT = (
     "SELECT 1 FROM workspaces LIMIT 1",

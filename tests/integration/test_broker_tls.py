@@ -147,7 +147,7 @@ def test_an_untrusted_server_receives_no_data(
             ask(at(settings, url), engine)
     assert impostor.called >= 3
     (finding,) = broker_checks.broker(at(settings, url))
-    assert finding.advice.startswith("See that it is your broker; then let ssl_ca_certs")
+    assert finding.advice.startswith("Make sure that this is your broker. Then set ssl_ca_certs")
     assert "pa55" not in finding.detail
     assert impostor.heard == b""
 

@@ -57,7 +57,7 @@ def test_doctor_reports_the_connection(tls_server: tuple[SecureServer, str], que
     assert detail(engine) == said
     engine.dispose()
     engine = make_engine(server.url())
-    assert detail(engine) == "by a Unix socket"
+    assert detail(engine) == "through a Unix socket"
     engine.dispose()
 
 

@@ -159,7 +159,7 @@ class TestPostgres:
         """Data of another PostgreSQL major version is left untouched, and an error names both versions."""
         (open_directory / "data").mkdir()
         (open_directory / "data" / "PG_VERSION").write_text("16\n")
-        with pytest.raises(EmbeddedError, match=r"made by PostgreSQL 16, and this is 18"):
+        with pytest.raises(EmbeddedError, match=r"created by PostgreSQL 16, and this is 18"):
             EmbeddedPostgres(open_directory).start()
 
     def test_a_message_in_a_failing_row_is_not_logged(self, postgres: EmbeddedPostgres) -> None:

@@ -308,7 +308,10 @@ class TestWindow:
         missed, fits = (world.follow_up(self.windowed(world, left)) for left in (2 * HOUR, 5 * HOUR))
         beginning = claim_and_begin(engine, settings)
         assert [one for one, _ in beginning.ended] == [missed]
-        assert world.row(missed).reason == "window_closed: it ends before the workspace's sending hours open"
+        assert (
+            world.row(missed).reason
+            == "window_closed: the messaging window ends before the workspace's sending hours open"
+        )
         assert world.row(fits).held_until is not None
 
     def test_rejected_when_scheduled(self, world: World) -> None:

@@ -180,7 +180,9 @@ class TestEncoding:
     async def test_another_encoding_is_refused(self, other: str) -> None:
         """Every connection to a database with another encoding is rejected, with advice in the error."""
         engine, in_a_loop = make_engine(other), make_async_engine(other)
-        refused = "its encoding is (LATIN1|SQL_ASCII), which cannot store every text: make one with ENCODING 'UTF8'"
+        refused = (
+            "its encoding is (LATIN1|SQL_ASCII), which cannot store every text: create a database with ENCODING 'UTF8'"
+        )
         with pytest.raises(NotSupportedError, match=refused):
             engine.connect()
         with pytest.raises(NotSupportedError, match=refused):

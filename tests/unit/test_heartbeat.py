@@ -29,7 +29,7 @@ from pathlib import Path
 from followups.telemetry.heartbeat import Heartbeat
 heart = Heartbeat(Path(sys.argv[1]), "worker", "w@here")
 heart.report("consumer", timedelta(seconds=float(sys.argv[2])), "has not asked")
-heart.wait("the database is away", time.monotonic() - 5)
+heart.wait("the database is unreachable", time.monotonic() - 5)
 heart.start()
 print("started", flush=True)
 time.sleep(60)
@@ -96,7 +96,7 @@ def test_a_process_that_waits(reporting_process: subprocess.Popen[str], tmp_path
     """A waiting process is healthy; until it makes progress, it reports why and how long it has waited."""
     assert reporting_process.stdout
     (state,) = read_states(tmp_path, "worker")
-    assert (state.trouble, state.waits) == ("", "the database is away, for 5 s")
+    assert (state.trouble, state.waits) == ("", "the database is unreachable, for 5 s")
     heart = Heartbeat(tmp_path, "worker", "w@here")
     heart.wait("the database is read-only", time.monotonic() - 7)
     assert heart.waits() == "the database is read-only, for 7 s"

@@ -127,7 +127,7 @@ def failed(step: str, error: Exception, engine: Engine) -> None:
     """
     why = f"its {step} fails (see its log)"
     if is_passing(error):
-        why = "the database is read-only" if is_read_only(error) else "the database is away"
+        why = "the database is read-only" if is_read_only(error) else "the database is unreachable"
         # The text of the error is not logged, because the server's detail message may quote a row.
         database = engine.url.render_as_string(hide_password=True)
         log.warning("database_unreachable", step=step, error=type(error).__name__, database=database)

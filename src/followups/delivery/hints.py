@@ -77,6 +77,6 @@ def _are_keys(keys: object, count: int) -> bool:
 
 def _lease(key: int, follow_up_id: str, token: int, due: int, losses: int) -> Lease:
     if not type(token) is type(due) is type(losses) is int or not (0 <= token < _BIGINT and losses >= 0):
-        message = "not a hint: token, due and losses are whole numbers"
+        message = "not a hint: token, due and losses must be whole numbers"
         raise ValueError(message)
     return Lease(UUID(follow_up_id), token, _EPOCH + due * _MICROSECOND, losses, key)

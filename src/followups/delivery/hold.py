@@ -66,7 +66,11 @@ def hold_or_end(obstacle: Obstacle, max_lateness: timedelta) -> Hold | Final | N
         paused = obstacle.pause_id and not obstacle.earlier
         return Hold(obstacle.lease, NEVER, NEVER, since, obstacle.pause_id) if paused else None
     if obstacle.window_ends is not None and until >= obstacle.window_ends:
-        return finish(Status.FAILED, ReasonCode.WINDOW_CLOSED, "it ends before the workspace's sending hours open")
+        return finish(
+            Status.FAILED,
+            ReasonCode.WINDOW_CLOSED,
+            "the messaging window ends before the workspace's sending hours open",
+        )
     return Hold(obstacle.lease, until, back_at(until, obstacle.due_date), since, hours=obstacle.hours.hours)
 
 

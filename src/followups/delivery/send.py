@@ -100,7 +100,7 @@ def checked(outcome: object) -> Outcome:
     """Return the plug-in's outcome, or `Unknown` if it is invalid, so that only outcomes reach the database.
 
     >>> checked("sent")
-    Unknown(detail='the transport gave no outcome but str', status_code=None)
+    Unknown(detail='the transport returned str instead of an outcome', status_code=None)
     """
     match outcome:
         case Sent():
@@ -114,7 +114,7 @@ def checked(outcome: object) -> Outcome:
         case Unknown(detail, status_code):
             return Unknown(_text(detail), _status_code(status_code))
         case _:
-            return Unknown(f"the transport gave no outcome but {type(outcome).__name__}")
+            return Unknown(f"the transport returned {type(outcome).__name__} instead of an outcome")
 
 
 def _checked_sent(sent: Sent) -> Sent:
@@ -122,7 +122,7 @@ def _checked_sent(sent: Sent) -> Sent:
     code = _status_code(sent.status_code)
     if named is sent.chat_message_id and code is sent.status_code and not sent.detail:
         return sent  # almost every outcome; a copy takes 2 us
-    odd = "its name for the message is no UUID" if sent.chat_message_id and not named else _text(sent.detail)
+    odd = "the chat message id is not a UUID" if sent.chat_message_id and not named else _text(sent.detail)
     return Sent(named, code, odd)
 
 

@@ -190,12 +190,12 @@ def _system_user() -> tuple[int, int]:
         user = ensure_user_exists(SYSTEM_USER)
     except (OSError, subprocess.CalledProcessError) as error:
         message = (
-            f"PostgreSQL cannot run as root, and making the system user {SYSTEM_USER} failed: "
-            "make it with useradd, or run this as an ordinary user."
+            f"PostgreSQL cannot run as root, and creating the system user {SYSTEM_USER} failed: "
+            "create it with useradd, or run this as an ordinary user."
         )
         raise EmbeddedError(message) from error
     if user is None:
-        message = f"The system user {SYSTEM_USER} could not be made."
+        message = f"The system user {SYSTEM_USER} could not be created."
         raise EmbeddedError(message)
     return user.pw_uid, user.pw_gid
 
@@ -206,8 +206,8 @@ def _initialise(data: Path, run_as: tuple[int, int] | None, binaries: Path) -> N
     if version.exists():
         if version.read_text().strip() != str(VERSION):
             message = (
-                f"The data in {data} was made by PostgreSQL {version.read_text().strip()}, and this is "
-                f"{VERSION}: take another directory, or move the data over with pg_dump."
+                f"The data in {data} was created by PostgreSQL {version.read_text().strip()}, and this is "
+                f"{VERSION}: choose another directory, or move the data with pg_dump."
             )
             raise EmbeddedError(message)
         return

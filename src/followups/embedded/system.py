@@ -181,6 +181,8 @@ def _wait_until_ready(stack: Stack) -> None:
         while not ready():
             stack.check()
             if time.monotonic() > deadline:
-                message = f"It was not ready after {READY_WITHIN.total_seconds():g} s; the logs are in {stack.logs}."
+                message = (
+                    f"The system was not ready after {READY_WITHIN.total_seconds():g} s; the logs are in {stack.logs}."
+                )
                 raise EmbeddedError(message)
             time.sleep(POLL.total_seconds())

@@ -89,9 +89,7 @@ def _migrate(engine: Engine, patience: float) -> None:
             if not isinstance(error.orig, LockNotAvailable):
                 raise
             if time.monotonic() >= deadline:
-                message = (
-                    "A table is in use by a long transaction: end it (followups doctor names it), and migrate again."
-                )
+                message = "A long transaction uses a table: end the one that followups doctor shows, and migrate again."
                 raise FollowUpsError(message) from error
             time.sleep(GIVE_WAY)
         else:

@@ -109,7 +109,7 @@ def _what_is_left(engine: Engine, whole: DeletionScope) -> str:
     with engine.connect() as opened:
         in_flight, number = deletion.left(opened, whole)
     if in_flight:
-        why = f"{in_flight} of its follow-ups are still being delivered"
+        why = f"{in_flight} follow-ups are still being delivered"
     else:
-        why = f"other transactions have locked {number} of its follow-ups, or its chats"
-    return f"It is not deleted yet, since {why}: run the command again to go on."
+        why = f"other transactions have locked {number} follow-ups, or the chats"
+    return f"The deletion is not complete, because {why}: run the command again to continue."

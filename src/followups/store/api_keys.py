@@ -60,9 +60,7 @@ def create(
     """
     check_name(name)
     if expires is not None and not timedelta(0) < expires <= LONGEST_LIFE:
-        message = Sentence(
-            "A key must expire after more than no time, and within {days} days.", days=f"{LONGEST_LIFE.days:,}"
-        )
+        message = Sentence("A key must expire in the future, and within {days} days.", days=f"{LONGEST_LIFE.days:,}")
         raise InvalidRequestError(message, field="expires")
     workspaces.keep(session, workspace_id)
     key = PREFIX + secrets.token_urlsafe(32)

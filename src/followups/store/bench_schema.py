@@ -41,7 +41,7 @@ def drop_schema(connection: Connection, name: str) -> None:
 
 def _checked(name: str) -> str:
     if not name.startswith(PREFIX) or not name.isidentifier():
-        message = f"{name} is no schema of a benchmark"
+        message = f"{name} is not the schema of a benchmark"
         raise ValueError(message)
     return name
 

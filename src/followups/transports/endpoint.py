@@ -27,7 +27,7 @@ def required_url(settings: Settings, meaning: str) -> str:
         message = f"The transport {settings.transport} needs FOLLOWUPS_TRANSPORT_URL: set it to {meaning}."
         raise TransportConfigurationError(message)
     if not _is_well_formed(url):
-        message = f"FOLLOWUPS_TRANSPORT_URL ({hide_password(url)}) is no valid address: set it to {meaning}."
+        message = f"FOLLOWUPS_TRANSPORT_URL ({hide_password(url)}) is not a valid address: set it to {meaning}."
         raise TransportConfigurationError(message)
     return url
 
@@ -83,7 +83,9 @@ def _trusted() -> dict[int, object]:
     paths = ssl.get_default_verify_paths()
     for name, found, what in (("SSL_CERT_FILE", paths.cafile, "file"), ("SSL_CERT_DIR", paths.capath, "directory")):
         if os.environ.get(name) and not found:
-            message = f"{name} names no {what}: set it to the {what} of the certificate authorities that are trusted."
+            message = (
+                f"{name} does not name a {what}: set it to the {what} of the certificate authorities that are trusted."
+            )
             raise TransportConfigurationError(message)
     options: dict[int, object] = {}
     if paths.cafile:

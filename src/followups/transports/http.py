@@ -28,7 +28,7 @@ class HttpTransport:
 
     def __init__(self, settings: Settings) -> None:
         """Check the URL and the secret. Raises `TransportConfigurationError` if either is missing or invalid."""
-        self._url = required_url(settings, "the endpoint that takes the messages, https://host/path")
+        self._url = required_url(settings, "the endpoint that receives the messages, https://host/path")
         secret = settings.transport_secret
         self._signer = Signer(secret.get_secret_value()) if secret else None
         self._client = HttpClient(settings)
@@ -81,13 +81,13 @@ def _chat_message_id(document: Document) -> UUID | None:
     value = document.get("chatMessageId")
     if value is None:
         if document.get("ok") is False or document.get("success") is False or document.get("error"):
-            message = "the body of the answer tells of an error, its status of none"
+            message = "the body of the answer reports an error, but its status does not"
             raise ValueError(message)
         return None
     try:
         return UUID(value)  # type: ignore[arg-type]  # whatever JSON holds; what is no text is refused below
     except (ValueError, AttributeError, TypeError):
-        message = "chatMessageId in the answer is no UUID"
+        message = "chatMessageId in the answer is not a UUID"
         raise ValueError(message) from None
 
 

@@ -51,7 +51,7 @@ sending a body of more than 1 MiB.
 
 _REASONS = {
     CLOSED: "it was closed here",
-    pycurl.E_ABORTED_BY_CALLBACK: "it ended, or the receiver spoke, before the request",
+    pycurl.E_ABORTED_BY_CALLBACK: "it ended, or the receiver sent data, before the request",
     pycurl.E_COULDNT_RESOLVE_HOST: "the host name was not found (DNS)",
     pycurl.E_COULDNT_RESOLVE_PROXY: "the proxy's host name was not found (DNS)",
     pycurl.E_GOT_NOTHING: "it ended without an answer",
@@ -186,8 +186,8 @@ class HttpClient:
             return outcome_of(exchange.answer(code), dialect)
         if code == pycurl.E_OPERATION_TIMEDOUT:
             return Unknown(f"no answer within {self._timeout:g} s")
-        reason = "its head is longer than 64 KiB" if code in TOO_LARGE else _reason(exchange.curl, code)
-        return Unknown(f"the connection broke before an answer came ({reason})")
+        reason = "its header is longer than 64 KiB" if code in TOO_LARGE else _reason(exchange.curl, code)
+        return Unknown(f"the connection broke before an answer arrived ({reason})")
 
     # These methods manage the connections. If there has been no call for some seconds, connections are replaced, since
     # libcurl closes an idle connection only at the next call. Connections are also replaced if libcurl repeatedly

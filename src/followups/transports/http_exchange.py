@@ -30,7 +30,7 @@ HEAD_LIMIT = 64 * 1024
 """The largest number of bytes in an answer's head, including the informational answers before it."""
 
 LONG = "the body of the answer is longer than 64 KiB"
-LATE = "the body of the answer did not come in time"
+LATE = "the body of the answer did not arrive in time"
 
 TOO_LARGE = {pycurl.E_WRITE_ERROR, 100}
 """libcurl's error codes for a response that exceeds our size limit or libcurl's own limit for a line (CURLE_TOO_LARGE).
@@ -259,4 +259,4 @@ def _flaw(code: int) -> str:
         return LATE
     if code == pycurl.E_BAD_CONTENT_ENCODING:
         return "the body of the answer cannot be decompressed"
-    return f"the body of the answer broke off ({pycurl.easy_strerror(code)})"
+    return f"the body of the answer is incomplete ({pycurl.easy_strerror(code)})"

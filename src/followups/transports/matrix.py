@@ -41,7 +41,9 @@ class MatrixTransport:
         """Check the URL and the access token. Raises `TransportConfigurationError` if either is missing or invalid."""
         url = required_url(settings, "the homeserver's base URL, https://host")
         if "@" in url or "?" in url or "#" in url:
-            message = "FOLLOWUPS_TRANSPORT_URL should be the homeserver's base URL alone: no user, query or fragment."
+            message = (
+                "FOLLOWUPS_TRANSPORT_URL should be only the homeserver's base URL, without a user, query or fragment."
+            )
             raise TransportConfigurationError(message)
         self._base = url.rstrip("/")
         self._client = HttpClient(settings, "PUT", {"authorization": f"Bearer {_token(settings)}"})
@@ -54,7 +56,7 @@ class MatrixTransport:
         """Send the event once. A message to a chat without a room id is rejected, without a call."""
         room = delivery.external_chat_id or ""
         if not room.startswith("!"):
-            return Rejected("the chat's external id is no Matrix room id (these start with !)")
+            return Rejected("the chat's external id is not a Matrix room id, which starts with !")
         path = f"rooms/{quote(room, safe='')}/send/m.room.message/{delivery.follow_up_id}"
         content = {"msgtype": "m.text", "body": delivery.message}
         body = encode_json(content)
@@ -80,7 +82,7 @@ def _token(settings: Settings) -> str:
 def _event(document: Document) -> UUID | None:
     event_id = document.get("event_id")
     if not isinstance(event_id, str) or not event_id:
-        message = "the answer holds no event_id"
+        message = "the answer contains no event_id"
         raise ValueError(message)
     return uuid5(EVENT_NAMESPACE, event_id)
 

@@ -47,10 +47,12 @@ def _made(entry_point: EntryPoint, settings: Settings) -> Transport:
     except FollowUpsError:
         raise  # the transport's own error is more specific than a general error
     except Exception as error:
-        message = f"{where} does not load: {type(error).__name__}: {error}."
+        message = f"{where} cannot be loaded: {type(error).__name__}: {error}."
         raise TransportConfigurationError(message) from error
     if not isinstance(transport, Transport):
-        message = f"{where} is no transport: it lacks {', '.join(_missing(transport))} (see followups.transports.port)."
+        message = (
+            f"{where} is not a transport: it lacks {', '.join(_missing(transport))} (see followups.transports.port)."
+        )
         raise TransportConfigurationError(message)
     return transport
 

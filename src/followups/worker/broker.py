@@ -305,7 +305,7 @@ READ_ONLY_COMMANDS = frozenset(
 Any command that is not listed here stops a worker, changes it, or writes files on its host.
 """
 
-COMMAND_REFUSED = "this worker takes no such commands: FOLLOWUPS_REMOTE_CONTROL=true allows them"
+COMMAND_REFUSED = "this worker accepts no such commands; FOLLOWUPS_REMOTE_CONTROL=true allows them"
 
 
 def restrict_remote_control() -> None:

@@ -78,7 +78,7 @@ def start(runtime_dir: str | None, role: str, name: str) -> Heartbeat | None:
     try:
         heart.start()
     except HeartbeatError as error:
-        log.warning("no_heartbeat", error=str(error), advice="set FOLLOWUPS_RUNTIME_DIR to a directory of its own")
+        log.warning("no_heartbeat", error=str(error), advice="set FOLLOWUPS_RUNTIME_DIR to a separate directory")
         _hearts[os.getpid()] = None
     else:
         _hearts[os.getpid()] = heart

@@ -36,7 +36,7 @@ def test_readiness_and_doctor_report_read_only(
     assert (check.ok, check.detail.partition(":")[0]) == (False, "it is read-only")
     found = {finding.name: finding for finding in findings}
     assert "it is read-only" in found["database"].detail
-    assert found["database"].advice.startswith("Wait for the failover to end, or let FOLLOWUPS_DATABASE_URL lead to")
+    assert found["database"].advice.startswith("Wait for the failover to end, or point FOLLOWUPS_DATABASE_URL at")
     assert "backlog" not in found
     health.close()
     engine.dispose()

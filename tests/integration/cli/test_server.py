@@ -39,7 +39,7 @@ def test_defaults_of_others(database_url: str) -> None:
     assert findings.keys() == {"isolation", "durability"}
     assert findings["isolation"].ok
     assert findings["isolation"].detail.startswith("default_transaction_isolation is repeatable read; ")
-    assert findings["durability"].detail.startswith("synchronous_commit is off: a crash may forget")
+    assert findings["durability"].detail.startswith("synchronous_commit is off: a crash may lose")
     assert findings["durability"].advice.startswith("Set synchronous_commit to on for this database")
 
 
@@ -89,7 +89,7 @@ def test_another_encoding(settings: Settings, postgres_url: str, encoding: str) 
     engine = make_engine(url, pool_size=1)
     (finding,) = database_checks.databases(settings, engine)
     assert finding.detail.endswith(f": its encoding is {encoding}, which cannot store every text")
-    assert finding.advice.startswith("Make one with ENCODING 'UTF8' (from template0), move the data,")
+    assert finding.advice.startswith("Create a database with ENCODING 'UTF8' (from template0), move the data,")
     assert found(url) == {}
     engine.dispose()
     drop_database(postgres_url, name)

@@ -92,7 +92,7 @@ def test_clock(settings: Settings, engine: Engine, world: World, monkeypatch: py
     assert world
     monkeypatch.setattr(database_checks, "CLOCK_OFF", timedelta(microseconds=-1))
     clock = found(settings, engine)["clock"]
-    assert "follow-ups go by the database's" in clock.detail
+    assert "the database's clock, by which follow-ups are sent" in clock.detail
     assert clock.advice
 
 

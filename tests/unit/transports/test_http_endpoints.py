@@ -113,7 +113,7 @@ async def test_a_certificate_of_another_host_is_not_trusted(authority: trustme.C
 def test_missing_authorities_stop_the_start(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A wrong path to the CA certificates is rejected at startup, unless the endpoint uses no TLS."""
     monkeypatch.setenv(name, "/nowhere")
-    with pytest.raises(TransportConfigurationError, match=f"{name} names no (file|directory)"):
+    with pytest.raises(TransportConfigurationError, match=f"{name} does not name a (file|directory)"):
         HttpTransport(settings_for("https://host"))
     HttpTransport(settings_for("http://host"))
 

@@ -85,7 +85,7 @@ async def test_an_answer_that_breaks_off_before_its_body_is_unknown(fragment: by
     async with scripted(break_off) as server:
         outcome = await outcome_at(server.url, transport_deduplicates=deduplicates)
         assert isinstance(outcome, Unknown)
-        assert outcome.detail.startswith("the connection broke before an answer came")
+        assert outcome.detail.startswith("the connection broke before an answer arrived")
         assert len(server.requests) == 1
 
 
@@ -167,7 +167,7 @@ async def test_the_status_decides_when_the_body_breaks_off(head: bytes, outcome:
     assert isinstance(received, outcome)
     if isinstance(received, Sent):
         assert received.chat_message_id is None
-        assert received.detail.startswith("the body of the answer broke off")
+        assert received.detail.startswith("the body of the answer is incomplete")
 
 
 async def test_the_status_decides_when_the_body_is_slow() -> None:
@@ -179,7 +179,7 @@ async def test_the_status_decides_when_the_body_is_slow() -> None:
 
     async with scripted(dawdle) as server:
         outcome = await outcome_at(server.url, transport_timeout=0.5)
-    assert outcome == Sent(None, 200, "the body of the answer did not come in time")
+    assert outcome == Sent(None, 200, "the body of the answer did not arrive in time")
 
 
 async def test_a_slow_rejection_keeps_the_received_part() -> None:

@@ -206,7 +206,7 @@ def test_a_missing_url_names_the_setting() -> None:
 )
 def test_an_invalid_url_stops_the_start(url: str) -> None:
     """A URL without a host, or with an invalid port, is rejected at startup."""
-    with pytest.raises(TransportConfigurationError, match=r"FOLLOWUPS_TRANSPORT_URL .* no valid address"):
+    with pytest.raises(TransportConfigurationError, match=r"FOLLOWUPS_TRANSPORT_URL .* is not a valid address"):
         HttpTransport(settings_for(url))
 
 
@@ -216,7 +216,9 @@ def test_a_wrong_address_is_named_without_its_password(address: str) -> None:
 
     If a header cannot contain the credentials, startup fails.
     """
-    with pytest.raises(TransportConfigurationError, match=r"FOLLOWUPS_TRANSPORT_URL .* no valid address") as caught:
+    with pytest.raises(
+        TransportConfigurationError, match=r"FOLLOWUPS_TRANSPORT_URL .* is not a valid address"
+    ) as caught:
         HttpTransport(settings_for(f"http://{address}/"))
     assert "hunter2" not in str(caught.value)
 

@@ -258,8 +258,8 @@ async def hint_without_end(stream: Stream) -> None:
     ("misbehave", "outcome"),
     [
         (answer_at_length, Sent(None, 200, "the body of the answer is longer than 64 KiB")),
-        (hint_without_end, Unknown("the connection broke before an answer came (its head is longer than 64 KiB)")),
-        (fail, Unknown("the connection broke before an answer came (Stream error in the HTTP/2 framing layer)")),
+        (hint_without_end, Unknown("the connection broke before an answer arrived (its header is longer than 64 KiB)")),
+        (fail, Unknown("the connection broke before an answer arrived (Stream error in the HTTP/2 framing layer)")),
     ],
 )
 async def test_one_stream_harms_no_other(

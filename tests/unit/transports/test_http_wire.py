@@ -113,7 +113,7 @@ async def test_a_body_without_a_length_ends_with_the_connection(version: bytes) 
 async def test_a_head_that_is_too_long_is_rejected(size: int) -> None:
     """A response head of more than 64 KiB is rejected, whole or in pieces."""
     reply = b"HTTP/1.1 200 OK\r\nx-long: " + b"x" * HEAD_LIMIT + b"\r\ncontent-length: 0\r\n\r\n"
-    expected = Unknown("the connection broke before an answer came (its head is longer than 64 KiB)")
+    expected = Unknown("the connection broke before an answer arrived (its header is longer than 64 KiB)")
     assert await outcome_of(in_pieces(reply, size)) == expected
     assert await outcome_of(reply) == expected
 
@@ -129,7 +129,7 @@ async def test_reading_of_an_endless_head_stops(start: bytes) -> None:
     """The transport stops reading an endless response head long before the timeout."""
     reply = endless(start, b"HTTP/1.1 103 x\r\n\r\n" if start.endswith(b"\n") else b"x" * 10_000)
     assert await outcome_of(reply) == Unknown(
-        "the connection broke before an answer came (its head is longer than 64 KiB)"
+        "the connection broke before an answer arrived (its header is longer than 64 KiB)"
     )
 
 
@@ -146,14 +146,14 @@ async def test_reading_of_endless_chunks_stops(start: bytes, piece: bytes) -> No
 async def test_an_endless_chunk_size_costs_the_timeout() -> None:
     """An endless chunk extension is read and discarded until the timeout; only the status sets the outcome."""
     outcome = await outcome_of(endless(CHUNKED + b"1;", b"x" * 10_000), transport_timeout=0.3)
-    assert outcome == Sent(None, 200, "the body of the answer did not come in time")
+    assert outcome == Sent(None, 200, "the body of the answer did not arrive in time")
 
 
 async def test_garbage_in_the_body_does_not_change_the_status() -> None:
     """The outcome depends on the status alone, even if the response is followed by garbage in the same segment."""
     outcome = await outcome_of(CHUNKED + b"no number\r\n")
     assert isinstance(outcome, Sent)
-    assert outcome.detail.startswith("the body of the answer broke off")
+    assert outcome.detail.startswith("the body of the answer is incomplete")
 
 
 @pytest.mark.parametrize("headers", [{}, {"connection": "upgrade", "upgrade": "h2c"}])

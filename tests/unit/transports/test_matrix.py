@@ -46,7 +46,7 @@ async def test_a_chat_without_a_room_id_is_rejected_without_a_call(room: str | N
     """A follow-up in a chat without a room id is rejected without a call."""
     async with scripted(answer(200)) as server, opened(matrix(server.url)) as transport:
         outcome = await transport.send(a_delivery(external_chat_id=room))
-        assert outcome == Rejected("the chat's external id is no Matrix room id (these start with !)")
+        assert outcome == Rejected("the chat's external id is not a Matrix room id, which starts with !")
         assert server.requests == []
 
 
@@ -68,7 +68,7 @@ def test_a_missing_url_names_the_setting() -> None:
 @pytest.mark.parametrize("url", ["http://user:hunter2@host", "http://host?x=1", "http://host/#x"])
 def test_a_url_with_credentials_query_or_fragment_is_refused(url: str) -> None:
     """A URL with credentials, a query or a fragment is rejected, and the error does not show them."""
-    with pytest.raises(TransportConfigurationError, match="base URL alone") as caught:
+    with pytest.raises(TransportConfigurationError, match="only the homeserver's base URL") as caught:
         matrix(url)
     assert "hunter2" not in str(caught.value)
 

@@ -69,7 +69,7 @@ def test_a_plug_in_is_found_by_its_name() -> None:
 @pytest.mark.usefixtures("plug_in")
 def test_a_plug_in_that_does_not_load_is_named() -> None:
     """The error for a plug-in that cannot be imported names the plug-in and the cause."""
-    with pytest.raises(TransportConfigurationError, match=r"The transport 'extra' \(.*\) does not load: \w+Error: "):
+    with pytest.raises(TransportConfigurationError, match=r"The transport 'extra' \(.*\) cannot be loaded: \w+Error: "):
         load_transport(settings_for(transport="extra"))
 
 
@@ -78,7 +78,9 @@ def test_a_plug_in_that_does_not_load_is_named() -> None:
 def test_an_incomplete_plug_in_is_named_with_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     """The error for a plug-in that is not a transport names the missing methods and attributes."""
     monkeypatch.setattr(EntryPoint, "load", lambda _self: NoTransport)
-    with pytest.raises(TransportConfigurationError, match=r"'extra' .* is no transport: it lacks send, check, close "):
+    with pytest.raises(
+        TransportConfigurationError, match=r"'extra' .* is not a transport: it lacks send, check, close "
+    ):
         load_transport(settings_for(transport="extra"))
 
 

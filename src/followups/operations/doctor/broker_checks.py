@@ -27,11 +27,12 @@ PATIENCE = timedelta(seconds=3)
 """How long to wait for the broker to answer."""
 
 UNVERIFIED = (
-    "See that it is your broker; then let ssl_ca_certs in FOLLOWUPS_BROKER_URL name the file of the authority that "
-    "signed its certificate, and the URL the host name in it."
+    "Make sure that this is your broker. Then set ssl_ca_certs in FOLLOWUPS_BROKER_URL to the file of the authority"
+    " that signed the broker's certificate, and use the certificate's host name in the URL."
 )
 REFUSED = (
-    "Repair the server: its disk or memory may be full, or a script may not end. Processes then continue by themselves."
+    "Repair the server: its disk or memory may be full, or a script may be running endlessly. Afterwards, processes"
+    " continue by themselves."
 )
 """Advice for errors that the broker returns to all clients."""
 
@@ -141,7 +142,9 @@ def _eviction(information: dict[str, Any]) -> Finding:
     detail = f"maxmemory-policy {policy}, maxmemory {limit or 'without limit'}"
     if not limit or policy == "noeviction":
         return Finding("broker memory", detail)
-    return Finding("broker memory", detail, "Set maxmemory-policy to noeviction: an evicted queue costs time.")
+    return Finding(
+        "broker memory", detail, "Set maxmemory-policy to noeviction, because evicted queues make follow-ups late."
+    )
 
 
 def of_broker(settings: Settings) -> Iterator[Finding]:
@@ -159,7 +162,7 @@ def _breaker(settings: Settings, client: redis.Redis) -> Finding:
     if shown.state == CLOSED:
         return Finding("breaker", "closed: nothing is deferred")
     whom = f"{len(shown.tripped)} workspace{'' if len(shown.tripped) == 1 else 's'}"
-    detail = f"{shown.state} for {span(timedelta(seconds=shown.seconds))}: the transport failed for all of {whom}"
+    detail = f"{shown.state} for {span(timedelta(seconds=shown.seconds))}: the transport has failed for {whom}"
     if shown.state == "recovering":
         return Finding("breaker", f"{detail}; the rate of sends is growing again")
     advice = "Repair the chat server. It is probed every few seconds; due follow-ups wait and are then sent."

@@ -49,7 +49,7 @@ def _database(connection: Connection) -> str:
     if not isinstance(driver, psycopg.Connection):
         return "of an unknown driver"
     if driver.info.host.startswith("/"):
-        return "by a Unix socket"
+        return "through a Unix socket"
     if not driver.pgconn.ssl_in_use:
         return "without TLS (sslmode=verify-full in FOLLOWUPS_DATABASE_URL requires and verifies it)"
     mode = next((each.val or b"" for each in driver.pgconn.info if each.keyword == b"sslmode"), b"").decode()

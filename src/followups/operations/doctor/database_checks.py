@@ -64,7 +64,7 @@ _DEAD = text("""
 
 EXPLAINED = {
     "lost": "lost with their workers (look for crashes, and for the kernel's OOM killer)",
-    "unknown": "without an answer (look at the network to the transport, and at its timeout)",
+    "unknown": "without an answer (check the network to the transport, and its timeout)",
     "retry": "refused for now",
     "snoozed": "deferred by the transport's rate limit",
     "rejected": "refused for good",
@@ -119,7 +119,7 @@ def _tick(settings: Settings, age: timedelta | None) -> Finding:
     detail = f"the last tick ran {span(age)} ago" if age is not None else "no tick has ever run"
     if age is not None and age <= limit:
         return Finding("ticks", f"{detail} (every {span(settings.tick_interval)})")
-    advice = "Start beat and a worker: honcho start beat worker, or what else runs the Procfile."
+    advice = "Start beat and a worker: honcho start beat worker, or another Procfile runner."
     return Finding("ticks", f"{detail}; one is due every {span(settings.tick_interval)}", advice)
 
 
@@ -143,7 +143,7 @@ def isolation(level: str) -> Iterator[Finding]:
     The default isolation level affects programs that call `followups.schedule`.
     """
     if level != "read committed":
-        own = "this service's sessions are READ COMMITTED all the same; a caller of followups.schedule needs it too"
+        own = "this service's sessions use READ COMMITTED anyway; callers of followups.schedule must use it too"
         yield Finding("isolation", f"default_transaction_isolation is {level}; {own}")
 
 
@@ -155,8 +155,10 @@ def durability(commit: str, standbys: str) -> Iterator[Finding]:
     """
     if commit == "off" or (commit == "local" and standbys):
         event = "crash" if commit == "off" else "failover"
-        detail = f"synchronous_commit is {commit}: a {event} may forget an acknowledged cancel and repeat a send"
-        yield Finding("durability", detail, "Set synchronous_commit to on for this database, then restart all.")
+        detail = f"synchronous_commit is {commit}: a {event} may lose an acknowledged cancel and repeat a send"
+        yield Finding(
+            "durability", detail, "Set synchronous_commit to on for this database, then restart all processes."
+        )
 
 
 def of_database(settings: Settings, engine: Engine) -> Iterator[Finding]:
@@ -210,7 +212,11 @@ def _transactions(connection: Connection) -> Finding:
     if oldest is None or oldest.age < LONG_TRANSACTION:
         return Finding("transactions", f"none open for long, {rows}{_hidden(connection)}")
     detail = f"one is open for {span(oldest.age)} (pid {oldest.pid}, {oldest.application_name or 'no name'}), {rows}"
-    return Finding("transactions", detail, f"It keeps dead rows. End it: SELECT pg_terminate_backend({oldest.pid}).")
+    return Finding(
+        "transactions",
+        detail,
+        f"The transaction keeps dead rows from being removed. End it: SELECT pg_terminate_backend({oldest.pid}).",
+    )
 
 
 def _hidden(connection: Connection) -> str:
@@ -223,9 +229,9 @@ def _clock(connection: Connection) -> Finding:
     theirs: datetime = connection.execute(text("SELECT clock_timestamp()")).scalar_one()
     off = before + (datetime.now(UTC) - before) / 2 - theirs
     if abs(off) <= CLOCK_OFF:
-        return Finding("clock", "this host's agrees with the database's")
+        return Finding("clock", "this host's clock agrees with the database's clock")
     where = "ahead of" if off > timedelta(0) else "behind"
-    detail = f"this host's is {span(abs(off))} {where} the database's; follow-ups go by the database's"
+    detail = f"this host's clock is {span(abs(off))} {where} the database's clock, by which follow-ups are sent"
     return Finding("clock", detail, "Correct this host's clock: the times in its logs are wrong.")
 
 
@@ -281,6 +287,6 @@ def _unguarded(connection: Connection, table: str, name: str, condition: str) ->
 
 
 def _behind() -> Finding:
-    detail = "the next ids of failed_attempts are already used, as after a logical replication or a restore"
+    detail = "the next ids of failed_attempts are already in use, as after a logical replication or a restore"
     advice = "SELECT setval(pg_get_serial_sequence('failed_attempts', 'id'), max(id)) FROM failed_attempts"
     return Finding("ids", detail, f"Failed attempts are not recorded. {RUN.capitalize()}: {advice}")

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 Replies = list[dict[str, dict[str, Any]]]
 """The replies to `followups.worker.liveness.signs_of_life`, keyed by the worker's name."""
 
-RESTART = "Restart it; before that, py-spy dump --pid shows where it hangs."
+RESTART = "Restart it; before the restart, py-spy dump --pid shows where it hangs."
 
 WEB_PORT = "8000"
 PATIENCE = 3.0
@@ -38,7 +38,7 @@ def workers(ask: Callable[[], Replies]) -> Finding:
     # During an upgrade, the reply of a worker of an older version shows only that the worker is running.
     answers = {name: str(said.get("trouble", "")) for reply in replies for name, said in reply.items()}
     if not answers:
-        advice = "Start one: honcho start worker, or celery -A followups.worker worker."
+        advice = "Start a worker: honcho start worker, or celery -A followups.worker worker."
         return Finding("workers", "none answered", advice)
     detail = f"{len(answers)} answered: {', '.join(sorted(answers))}"
     troubles = [f"{name} {trouble}" for name, trouble in sorted(answers.items()) if trouble]
@@ -72,7 +72,7 @@ def _web() -> str:
     with suppress(ValueError):
         port = int(os.environ.get("PORT", WEB_PORT))
     if not 0 < port < 2**16:
-        return "not asked: PORT is no port"
+        return "not checked: PORT is not a port number"
     return f"{'not there' if trouble_of_web('127.0.0.1', port) else 'answers'} on port {port}"
 
 
@@ -85,9 +85,9 @@ def trouble_of_web(host: str, port: int) -> str:
         answer = connection.getresponse()
         up = b'"up"' in answer.read(1000)
     except (OSError, http.client.HTTPException) as error:
-        return f"Web does not answer at {place} ({type(error).__name__}): restart it, or give its PORT."
+        return f"Web does not answer at {place} ({type(error).__name__}): restart it, or set PORT to web's port."
     finally:
         connection.close()
     if answer.status != http.HTTPStatus.OK or not up:
-        return f"What answers at {place} is not web: HTTP {answer.status} to GET /healthz."
+        return f"The program that answers at {place} is not web: HTTP {answer.status} to GET /healthz."
     return ""

@@ -193,26 +193,28 @@ async def _run(options: argparse.Namespace) -> None:
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
     chats = SandboxChats(deduplicates=options.dedup, keep=options.keep)
     async with serving(build_app(chats, secret=options.secret), host=options.host, port=options.port) as url:
-        sys.stdout.write(f"The sandbox chat is ready at {url}/ and takes messages at {url}/messages\n")
+        sys.stdout.write(f"The sandbox chat is ready at {url}/ and receives messages at {url}/messages\n")
         sys.stdout.flush()
         await stop.wait()
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m followups.transports.sandbox.server", description="A chat server to try deliveries on."
+        prog="python -m followups.transports.sandbox.server", description="A chat server for testing deliveries."
     )
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: this machine only)")
     parser.add_argument("--port", type=int, default=0, help="port to listen on (default: a free one)")
     parser.add_argument(
         "--secret",
         default=os.environ.get("FOLLOWUPS_TRANSPORT_SECRET") or None,
-        help="deliveries must be signed with it (default: FOLLOWUPS_TRANSPORT_SECRET)",
+        help="secret with which deliveries must be signed (default: FOLLOWUPS_TRANSPORT_SECRET)",
     )
     parser.add_argument(
-        "--no-dedup", dest="dedup", action="store_false", help="take a repeated idempotency-key for a new message"
+        "--no-dedup", dest="dedup", action="store_false", help="treat a repeated idempotency-key as a new message"
     )
-    parser.add_argument("--keep", type=int, default=KEEP_RECORDS, help="requests to keep (default: %(default)s)")
+    parser.add_argument(
+        "--keep", type=int, default=KEEP_RECORDS, help="number of requests to keep (default: %(default)s)"
+    )
     return parser
 
 

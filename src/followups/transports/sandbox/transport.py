@@ -38,7 +38,7 @@ class SandboxTransport:
         """Deliver the message once; the outcome follows from the chat's behaviour."""
         reply = self.chats.receive(_incoming(delivery), str(delivery.follow_up_id))
         if reply.dropped:
-            return Unknown("the connection broke before an answer came")
+            return Unknown("the connection broke before an answer arrived")
         if reply.delay:
             await asyncio.sleep(min(reply.delay, self._timeout))
         if reply.delay >= self._timeout:
