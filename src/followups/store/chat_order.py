@@ -14,7 +14,7 @@ from sqlalchemy import text
 from followups.event_loop import driver_rows
 from followups.halving import halve_within, halving_steps
 from followups.statements import Rule, Statement, run
-from followups.store import marks
+from followups.store import commit_checks
 from followups.store.fragments import DUE_READ, NEXT_TOKEN, OPEN
 from followups.store.leases import Lease, key_of, uuid_array
 
@@ -221,7 +221,7 @@ def unblock_and_lease(
         if not blocked
     ]
     if leases:
-        marks.leased(connection, ((one.id, one.token) for one in leases))
+        commit_checks.by_token(connection, ((one.id, one.token) for one in leases))
     return leases, [blocked for blocked, *_ in rows if blocked]
 
 

@@ -24,7 +24,7 @@ from sqlalchemy import text
 
 from followups.event_loop import driver_rows
 from followups.statements import Statement
-from followups.store import marks
+from followups.store import commit_checks
 from followups.store.fragments import DUE_READ, NEXT_TOKEN, read_sql
 from followups.store.leases import Lease, key_of, uuid_array
 
@@ -197,7 +197,7 @@ def _parameters(look: ClaimSearch) -> dict[str, object]:
 
 def _claim_of(connection: Connection, found: Totals, claimed: Sequence[tuple[Any, ...]], look: ClaimSearch) -> Claim:
     if claimed:
-        marks.leased(connection, ((id_, token) for id_, token, *_ in claimed))
+        commit_checks.by_token(connection, ((id_, token) for id_, token, *_ in claimed))
     leases, lost, traced = [], [], []
     for id_, token, due, losses, workspace_id, traceparent, was_lost, attempts, cancel_requested, *_ in claimed:
         lease = Lease(id_, token, due, losses, key_of(workspace_id))

@@ -16,7 +16,7 @@ from sqlalchemy import text
 from followups.channels import WINDOW, WINDOWED_CHANNELS
 from followups.event_loop import driver_rows
 from followups.statements import Statement
-from followups.store import marks
+from followups.store import commit_checks
 from followups.store.fragments import LEASED, honest, read_sql
 
 if TYPE_CHECKING:
@@ -104,7 +104,7 @@ def begin_if_leased(connection: Connection, leases: Sequence[Lease], rules: Rule
     """
     rows = driver_rows(connection, _BEGIN, batch_of(leases) | rules.parameters)
     if rows:
-        marks.written(connection, ((id_, begun_at) for id_, begun_at, *_ in rows))
+        commit_checks.by_time(connection, ((id_, begun_at) for id_, begun_at, *_ in rows))
     return rows
 
 
@@ -133,7 +133,7 @@ def end_if_not_begun(connection: Connection, ends: Sequence[tuple[Lease, Final]]
     }
     rows = connection.execute(_END, parameters).all()
     if rows:
-        marks.written(connection, rows)
+        commit_checks.by_time(connection, rows)
     return {row.id for row in rows}
 
 

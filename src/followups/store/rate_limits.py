@@ -13,7 +13,7 @@ from sqlalchemy import text
 
 from followups.channels import WINDOW
 from followups.halving import halve_within
-from followups.store import marks
+from followups.store import commit_checks
 from followups.store.fragments import CHAT, DUE, LATENESS_FROM, LEASED, WINDOWED
 from followups.store.leases import batch_of, int_array, uuid_array
 
@@ -205,7 +205,7 @@ def defer_if_leased(connection: Connection, waits: Sequence[tuple[Lease, timedel
     parameters = batch_of([lease for lease, _ in waits]) | {"waits": [wait for _, wait in waits]}
     rows = connection.execute(_DEFER, parameters).all()
     if rows:
-        marks.written(connection, rows)
+        commit_checks.by_time(connection, rows)
     return {row.id for row in rows}
 
 

@@ -12,7 +12,7 @@ from followups.event_loop import driver_rows
 from followups.halving import halve_within
 from followups.statements import Statement
 from followups.states import CANCEL_CODES, Status
-from followups.store import marks
+from followups.store import commit_checks
 from followups.store.fragments import OPEN, honest
 from followups.store.leases import int_array, uuid_array
 
@@ -144,7 +144,7 @@ def _settle_sent(connection: Connection, settlements: Sequence[Settlement]) -> l
     }
     rows = driver_rows(connection, _SETTLE_SENT, parameters)
     if rows:
-        marks.written(connection, ((row_id, finished_at) for row_id, _, finished_at in rows))
+        commit_checks.by_time(connection, ((row_id, finished_at) for row_id, _, finished_at in rows))
     return [SettledFollowUp(row_id, Status.SENT, None, lag, None) for row_id, lag, _ in rows]
 
 
@@ -165,7 +165,7 @@ def _settle(connection: Connection, settlements: Sequence[Settlement]) -> list[S
     }
     rows = connection.execute(_SETTLE, parameters).all()
     if rows:
-        marks.written(connection, ((row.id, row.finished_at or row.next_attempt_at) for row in rows))
+        commit_checks.by_time(connection, ((row.id, row.finished_at or row.next_attempt_at) for row in rows))
     return [SettledFollowUp(row.id, Status(row.status), row.reason, None, row.next_attempt_at) for row in rows]
 
 

@@ -40,12 +40,12 @@ _WRITTEN = text(f"""
 """)  # noqa: S608 - no input, only the constant above
 
 
-def leased(connection: Connection, tokens: Iterable[tuple[UUID, int]]) -> None:
+def by_token(connection: Connection, tokens: Iterable[tuple[UUID, int]]) -> None:
     """Register the new lease tokens of these rows, which later show whether a lost commit succeeded."""
     ask_if_lost(connection, partial(_still_written, _LEASED, list(islice(tokens, SAMPLE))))
 
 
-def written(connection: Connection, moments: Iterable[tuple[UUID, datetime]]) -> None:
+def by_time(connection: Connection, moments: Iterable[tuple[UUID, datetime]]) -> None:
     """Register the begin, finish or retry times of these rows, so that a lost commit can be checked."""
     ask_if_lost(connection, partial(_still_written, _WRITTEN, list(islice(moments, SAMPLE))))
 
