@@ -103,7 +103,7 @@ class RedisServer:
 
 @pytest.fixture
 def redis_server() -> Iterator[RedisServer]:
-    """Return Debian's Redis with TLS."""
+    """Return a Redis server from Debian's package, with TLS."""
     import trustme  # noqa: PLC0415 - not for unit tests
 
     if PROGRAM is None:

@@ -78,7 +78,7 @@ def test_another_workspaces_key_and_session_are_not_found(
 
 
 def test_a_session_is_ended_by_an_admin(person: Callable[..., Person], own: World) -> None:
-    """An admin can end a session, which takes effect immediately."""
+    """An admin can end another person's session with immediate effect."""
     other, one = person("viewer", own), person("admin", own)
     session_id = own.scalar(
         f"SELECT id FROM console_sessions WHERE role = 'viewer' AND workspace_id = '{own.workspace_id}'"  # noqa: S608 - a test

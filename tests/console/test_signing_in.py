@@ -332,7 +332,7 @@ def test_a_disabled_console_answers_404(console_settings: Settings) -> None:
 def test_the_language_follows_the_browser_and_the_choice(person: Callable[..., Person], own: World) -> None:
     """The page uses the browser's language until the person chooses another one.
 
-    After the person has chosen a language, the same page is shown.
+    After the person has chosen a language, the console shows the same page again.
     """
     one = person("viewer", own)
     one.client.headers["accept-language"] = "pt-BR,pt;q=0.9,en;q=0.8"

@@ -133,7 +133,8 @@ def no_sessions(stack: Stack) -> None:
     server.dispose()
 
 
-# Because a minute lasts only two seconds here, replacing a worker on a busy machine may fire FollowUpsNothingSent.
+# Because a minute lasts only two seconds here, replacing a worker on a busy machine may trigger the alert
+# FollowUpsNothingSent.
 NO_WORKER = {"FollowUpsTicksStopped", "FollowUpsNothingSent", "FollowUpsOverdue", "FollowUpsFarBehind", "FollowUpsLate"}
 """The alerts that fire while a worker is missing, and for some time afterwards."""
 

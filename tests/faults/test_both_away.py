@@ -77,7 +77,7 @@ def outage(rig: Rig, proxies: Sequence[Proxy], seconds: float) -> None:
 
 @pytest.mark.parametrize("deduplicates", [True, False])
 def test_both_away(proxied: Proxied, figures: Figures, *, deduplicates: bool) -> None:
-    """If database and ticks are unavailable until a lease expires, accepted calls are not repeated.
+    """If the database and the ticks are unavailable until a lease expires, accepted calls are not repeated.
 
     The outcomes of these calls are recorded later.
     """

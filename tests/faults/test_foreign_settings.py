@@ -79,7 +79,7 @@ def on_foreign_defaults(rig: Rig, figures: Figures, pairs: int, rate: float, sec
 
 
 def test_foreign_defaults(rig: Rig, figures: Figures) -> None:
-    """Servers with a stricter isolation level, other formats or another client encoding change no outcome.
+    """Unusual server defaults (a stricter isolation level, other formats, another encoding) change no outcome.
 
     The defaults are set on the server, for the role and in the environment.
     """

@@ -383,7 +383,7 @@ def test_an_unknown_time_zone(world: World, engine: Engine, settings: Settings) 
 
 
 def test_other_time_zone_data(world: World, engine: Engine, settings: Settings) -> None:
-    """A follow-up is held if its sending hours have begun only by this machine's time-zone data.
+    """A follow-up is held if only this machine's time-zone data says that sending hours have begun.
 
     The follow-up is held until the sending hours begin according to the database, and is not checked repeatedly.
     """

@@ -231,7 +231,7 @@ class TestOneAtATime:
         assert claims_of_first_tick == 1
 
     def test_waits_and_claims_without_another_tick(self, world: World, engine: Engine, settings: Settings) -> None:
-        """If another dispatcher is claiming, a dispatcher waits, and then claims without a further tick."""
+        """A dispatcher waits while another dispatcher is claiming, and then claims without waiting for a tick."""
         rare = settings.model_copy(update={"tick_interval": MINUTE})
         world.follow_up()
         hints: list[Hint] = []

@@ -107,7 +107,7 @@ def set_(
     epilog=examples("followups limit clear --workspace acme", "followups limit clear --each chat --channel whatsapp")
 )
 def clear(*, workspace: Workspace = None, channel: OneChannel = None, each: Apart = None, json: Json = False) -> None:
-    """Remove the limit with exactly these options. Follow-ups that it deferred are sent within seconds."""
+    """Remove the limit with exactly these options. Follow-ups that the limit deferred are sent within seconds."""
     with connection.engine() as engine:
         with Session(engine) as session, session.begin():
             was_set = administration.clear_limit(session, connection.actor(), _scope(session, workspace, channel, each))

@@ -32,7 +32,7 @@ DUE_HELP = "2030-01-31T09:00:00Z (with an offset), +10m, or now."
 
 @dataclass(frozen=True, slots=True)
 class Due:
-    """A due date as typed: a time, or a duration from now by the database's clock."""
+    """A due date as the user entered it: a time, or a duration from now by the database's clock."""
 
     given: datetime | timedelta
     NOW: ClassVar[Due]
@@ -160,7 +160,7 @@ RATE = re.compile(r"(\d+(?:\.\d+)?)/(s|min|h|d)", re.ASCII)
 MOST = 1_000_000
 """Largest accepted rate, in follow-ups per second, and largest accepted bucket.
 
-Neither such a rate nor so large a burst is possible in this system.
+Rates and bursts of this size are impossible in this system.
 """
 LEAST = 0.01 / SECONDS["d"]
 """Smallest accepted rate, in follow-ups per second.

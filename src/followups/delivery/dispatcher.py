@@ -1,4 +1,4 @@
-"""The dispatcher runs ticks: each claims and publishes until nothing is due or the next tick begins."""
+"""The dispatcher runs ticks. Each tick claims and publishes until nothing is due or the next tick begins."""
 
 from __future__ import annotations
 
@@ -213,7 +213,7 @@ class Dispatcher:
                 events.failed("unblock", error, self._engine)
         for follow_up_id, cause in refused.items():
             events.refused("unblock", follow_up_id, cause)
-        # A row that cannot be written is tried again only once per lease time.
+        # A row that cannot be written is tried again only once within the duration of a lease.
         took = inf if refused else time.monotonic() - started
         self._next_orphan_search = started + min(took / ORPHAN_SEARCH_SHARE, self._settings.lease.total_seconds())
 

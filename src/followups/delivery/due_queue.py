@@ -72,7 +72,7 @@ class DueQueue:
         moment = self._clock.now() if known else None
         for new in leases:
             ahead = max(self._clock.until(new.due), 0.0) if moment and new.due > moment else 0.0
-            # The method _replace would take four times as long.
+            # Calling the method _replace here would take four times as long.
             lease = Lease(new.id, new.token, new.due, new.losses, new.key, task_id, now + ahead + self._lease)
             self._fair.note_arrival(lease.key, now)
             entry = (lease.due, next(self._sequence), lease)

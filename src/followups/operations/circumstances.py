@@ -62,7 +62,7 @@ class Explained:
 
 
 def explained(session: Session, follow_up_id: UUID, settings: Settings) -> Explained:
-    """Return the follow-up with everything that explains it. Raises `FollowUpNotFoundError`."""
+    """Return the follow-up with everything that explains its state. Raises `FollowUpNotFoundError`."""
     follow_up = follow_ups.find(session, follow_up_id, None)
     if follow_up is None:
         raise FollowUpNotFoundError

@@ -105,8 +105,8 @@ def insert_unless_full(
 FAR_FROM_FULL = MOST_PENDING - 1_000
 """Number of a chat's pending follow-ups up to which `create_if_clear` inserts another one.
 
-The count of `create_if_clear` includes only follow-ups that were committed before it locked the chat. The count may
-miss follow-ups that are committed in the meantime, but at most one for each database connection.
+`create_if_clear` counts only follow-ups that were committed before it locked the chat. The count may miss follow-ups
+that are committed in the meantime, but at most one for each database connection.
 """
 
 # Every condition except the last one uses the chat's values as they are when the chat is locked.

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from followups.statements import Steps
 
 LIFETIME = timedelta(hours=24)
-"""The time for which a stored response is repeated."""
+"""How long a stored response is returned when its request is repeated."""
 
 SWEPT = 2
 """Number of expired responses that are deleted whenever a response is stored, so that the table contains only about a

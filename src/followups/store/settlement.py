@@ -52,7 +52,7 @@ class Settlement(NamedTuple):
 
 
 class SettledFollowUp(NamedTuple):
-    """A settled follow-up. If it was sent, ``lag`` is the number of seconds from its due date to its acceptance."""
+    """A settled follow-up. For a sent follow-up, ``lag`` is the time in seconds from due date to acceptance."""
 
     id: UUID
     status: Status

@@ -126,7 +126,7 @@ class Heartbeat:
         """Record that a component made progress.
 
         ``at`` is the time in monotonic seconds, by default now. The component must report again before ``within`` has
-        elapsed. If it does not report in time, the heartbeat reports the component's name followed by ``otherwise``,
+        elapsed. If the component does not report in time, the heartbeat reports its name followed by ``otherwise``,
         such as "has not asked the broker for work".
         """
         with self._lock:

@@ -7,7 +7,7 @@ single LPUSH, or a failover of Redis, would therefore stop every worker.
 A worker shuts down cleanly even while the broker does not answer. Celery 5.7 sends its heartbeats to Flower from the
 consumer's own loop. Celery retries such a heartbeat endlessly, logs nothing, and ignores SIGTERM in the meantime.
 
-Of the remote control commands that arrive over the broker, a worker accepts those that are read-only.
+Of the remote control commands that arrive through the broker, a worker accepts only the read-only ones.
 """
 
 from __future__ import annotations

@@ -49,7 +49,7 @@ class ScheduleForm:
 
 
 def show(visit: Visit) -> Response:
-    """Show the form. If the URL names a chat, the chat is filled in."""
+    """Show the form. If the URL names a chat, the form's chat field is already filled in."""
     chat = visit.person.chat_id or visit.query.text("chat")
     workspace = visit.query.text("workspace")
     if not workspace and visit.person.workspace_id is None and len(names := visit.workspace_names()) == 1:
