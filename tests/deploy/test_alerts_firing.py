@@ -1,4 +1,4 @@
-"""Tests that real faults fire their alerts in a Prometheus that scrapes the system.
+"""Tests in which real faults fire their alerts in a Prometheus that scrapes the system.
 
 These tests take some minutes.
 """

@@ -88,7 +88,7 @@ def test_keys_quotas_and_workspaces(world: World) -> None:
 
 
 def test_a_locked_chat(world: World) -> None:
-    """The single statement does not wait for a locked chat, which a reply's transaction may have locked."""
+    """The single statement does not wait if another transaction, for example a reply's, has locked the chat."""
     chat_id = world.chat()
     with world.engine.connect() as connection:
         connection.execute(text("SELECT FROM chats WHERE id = :id FOR NO KEY UPDATE"), {"id": chat_id})

@@ -304,7 +304,7 @@ class TestChats:
     def test_last_message(self, caller: Caller) -> None:
         """The latest message is the chat's last one, and the user's latest message opens the messaging window.
 
-        An earlier message changes neither the last message nor the messaging window.
+        A message older than the chat's last one changes neither the last message nor the messaging window.
         """
         chat_id = uuid4()
         user = caller.receive(chat_id, Role.USER, soon(-3))

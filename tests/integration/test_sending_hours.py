@@ -77,7 +77,7 @@ def opening_of(world: World, hours: SendingHours) -> datetime:
 
 
 def test_held_until_sending_hours_begin(world: World, engine: Engine, settings: Settings) -> None:
-    """Outside sending hours no follow-up begins or uses an attempt; other workspaces continue."""
+    """Outside its sending hours, a workspace begins no follow-up and uses up no attempt; others are unaffected."""
     others = type(world)(engine)
     put(world, CLOSED)
     mine, theirs = world.follow_up(), others.follow_up()
@@ -119,7 +119,7 @@ def test_the_next_sending_period_is_stored(world: World, engine: Engine, setting
 
 
 def test_begun_just_before_the_opening(world: World, engine: Engine, settings: Settings) -> None:
-    """A held follow-up begins slightly before sending hours open, as others do before their due dates."""
+    """A held follow-up begins slightly before sending hours open, just as any other begins before it is due."""
     put(world, OPEN)
     world.sql("UPDATE sending_hours SET open_from = now() + interval '80 ms'")
     follow_up = world.follow_up(due=timedelta(milliseconds=90))

@@ -41,7 +41,7 @@ def test_no_samples() -> None:
 def test_never_ahead(samples: list[tuple[float, float, float]], offset: float) -> None:
     """The estimated clock is never ahead of the database's clock, however long a round trip takes.
 
-    Since the estimate is never ahead, no follow-up is sent early.
+    No follow-up is sent early, since the estimated clock is never ahead of the database's.
     """
     monotonic = Monotonic()
     clock = DatabaseClock(monotonic)

@@ -81,6 +81,6 @@ def test_a_requested_delay_is_clamped(wished: timedelta) -> None:
 
 @given(st.timedeltas(MIN_RETRY_AFTER, MAX_RETRY_AFTER), st.floats(0, 1, exclude_max=True))
 def test_a_requested_delay_is_spread(wished: timedelta, fraction: float) -> None:
-    """A retry starts up to a tenth later than the transport requested, never earlier, within a day."""
+    """A retry starts no earlier than the transport requested and at most a tenth later, within a day."""
     waited = spread(wished, lambda: fraction)
     assert wished <= waited <= min(wished * (1 + SPREAD), MAX_RETRY_AFTER)

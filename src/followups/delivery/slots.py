@@ -1,7 +1,7 @@
 """Slots for calls in flight, counted in one ledger. This module does no I/O.
 
 A slot is acquired before begin. The slot is released when the call has ended, or if the follow-up did not begin. A
-possible poison pill also uses a share of a quota, until its outcome is recorded.
+possible poison pill also counts against a quota until its outcome is recorded.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class Slots:
             del self._of_workspace[lease.key]
 
     def release_poison_quota(self, ids: Iterable[UUID]) -> None:
-        """Free the quota of possible poison pills that did not begin or whose outcomes are recorded."""
+        """Release the quota held by possible poison pills that did not begin or whose outcomes are recorded."""
         for one in ids:
             self._poison_pills.pop(one, None)
 

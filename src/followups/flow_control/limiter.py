@@ -119,7 +119,7 @@ class Limiter:
     async def give_back(self, requests: Sequence[TokenRequest], moment: int) -> None:
         """Return tokens that were acquired at ``moment`` for follow-ups that then did not begin.
 
-        If Redis is unreachable, these tokens are lost.
+        The tokens are lost if Redis is unreachable.
         """
         unused = Counter(bucket for request in requests for bucket in request.buckets)
         limits = [(bucket.rate, bucket.burst, count) for bucket, count in unused.items()]

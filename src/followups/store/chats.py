@@ -176,7 +176,7 @@ _CHANGE = Statement(
 
 @Rule
 def put_chat(workspace_id: UUID, chat_id: UUID, channel: Channel, external_id: str | None) -> Steps[tuple[Chat, bool]]:
-    """Create or update the chat; return the chat and whether it is new. A removed chat becomes a new chat."""
+    """Create or update the chat; return the chat and whether it is new. A removed chat is created again."""
     name: dict[str, Any] = {"workspace_id": workspace_id, "chat_id": chat_id}
     values = name | {"channel": channel.value, "external_id": external_id}
     # Whether the chat is removed, and which message is its last, is certain only while the chat is locked.

@@ -105,7 +105,7 @@ class CounterTotals:
             self._try_to_add()
 
     def add(self) -> None:
-        """Add to the totals what was counted since the last call. If a database error is raised, no count is lost."""
+        """Add the counts since the last call to the totals. If a database error is raised, no count is lost."""
         with self._lock:
             now = counted()
             new = {sample: more for sample, value in now.items() if (more := value - self._added.get(sample, 0.0))}

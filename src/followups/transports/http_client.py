@@ -236,7 +236,7 @@ def _lines(headers: Mapping[str, str]) -> list[bytes]:
 def _reason(curl: pycurl.Curl, code: int) -> str:
     """Return a short reason why there was no connection or no response.
 
-    The reason contains no address, and nothing from an answer.
+    The reason contains no address and no part of a response.
     """
     if code in _REASONS:
         return _REASONS[code]

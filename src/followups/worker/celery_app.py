@@ -377,7 +377,7 @@ def _stop_beat_in_order(**_: object) -> None:
     # Celery's own handler closes the producer while the signal is being handled. If the signal interrupted a publish,
     # the publish and the handler would wait for the same lock forever. In a test with ten ticks a second, two of about
     # thirty beats never ended. If the handler raises an exception instead, the interrupted publish releases its locks.
-    # After the exception, beat closes the producer.
+    # Beat closes the producer after the handler has raised the exception.
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: sys.exit(0))
 
