@@ -1,4 +1,4 @@
-"""Tests that the database roles and broker users created from deploy/ have sufficient permissions."""
+"""Tests of the database roles and broker users created from deploy/: their permissions are sufficient."""
 
 from __future__ import annotations
 

@@ -45,7 +45,7 @@ def test_messages_sent_again_after_a_restore_are_recognised(
 ) -> None:
     """The chat server recognises messages that are sent again after a restore.
 
-    A cancellation made after the backup is lost.
+    Cancellations made since the backup was taken are lost.
     """
     url, engine = restored
     dump = str(tmp_path / "followups.dump")

@@ -68,7 +68,7 @@ def claimed_and_doubled(rig: Rig) -> int:
 
 
 def test_doubled_and_shuffled(rig: Rig, figures: Figures) -> None:
-    """With duplicated and shuffled hints, each follow-up is sent by exactly one request."""
+    """Even if hints are duplicated and shuffled, each follow-up is sent by exactly one request."""
     doubled(rig, figures, count=100, rounds=2)
 
 

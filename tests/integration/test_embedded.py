@@ -103,7 +103,7 @@ class TestPostgres:
     def test_a_temporary_server_leaves_nothing(self) -> None:
         """A temporary server leaves nothing behind when its `with` block ends, even with an exception.
 
-        Its processes and its directory are removed.
+        Neither the server's processes nor its directory remain.
         """
         server = EmbeddedPostgres()
         seen: list[Path] = []

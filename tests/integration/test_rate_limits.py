@@ -314,7 +314,7 @@ def test_set_and_removed_while_running(world: World, limited: LimitedPipeline) -
 def test_a_raised_limit_releases_its_follow_ups(world: World, limited: LimitedPipeline) -> None:
     """If a channel's limit is raised, the follow-ups deferred under that limit continue.
 
-    Follow-ups over other limits stay deferred.
+    Follow-ups deferred under other limits stay deferred.
     """
     limit(world, NONE_COMES_IN, channel="widget")
     limit(world, NONE_COMES_IN, channel="api")

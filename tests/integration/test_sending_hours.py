@@ -336,7 +336,7 @@ class TestWindow:
             followups.schedule(session, chat_id=world.chat(), **kept)
 
     def test_a_time_zone_unknown_to_this_host(self, world: World, capsys: pytest.CaptureFixture[str]) -> None:
-        """A create request is accepted even if this host lacks the time zone; only the messaging window is checked.
+        """If this host lacks the time zone, a create request is checked only against the messaging window.
 
         One log line reports the unreadable sending hours.
         """

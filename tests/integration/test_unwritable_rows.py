@@ -176,7 +176,7 @@ def paused_by_nothing(world: World) -> UUID:
 
 
 def behind_a_third_loss(world: World) -> UUID:
-    """Insert a follow-up that waits for another one, which has lost its lease for the third time."""
+    """Insert a follow-up whose predecessor in the chat has lost its lease for the third time."""
     chat = world.chat()
     return world.follow_up(chat, -SECOND, waits_for=lost_twice(world, chat))
 
@@ -444,7 +444,7 @@ def test_the_chats_next_follow_up_before_the_calendar(world: World, engine: Engi
 
 
 def test_begun_manually(world: World, engine: Engine, settings: Settings) -> None:
-    """A lost attempt that was never counted does not prevent a claim."""
+    """A follow-up whose lost attempt was never counted can still be claimed."""
     lost = world.follow_up(begun_at=text("now()"), lease_until=text("now() - interval '1 s'"), attempts=0)
     claimed = claim(engine, settings)
     assert ([lease.id for lease in claimed.leases], world.row(lost).attempts) == ([lost], 0)

@@ -94,7 +94,7 @@ def test_a_single_workspace_gets_all_slots() -> None:
 
 
 def test_all_slots_after_the_others_are_inactive(monkeypatch: pytest.MonkeyPatch) -> None:
-    """If the other workspaces have been inactive for long, no slots are reserved for them."""
+    """If the other workspaces have been inactive for a long time, no slots are reserved for them."""
     queue = queue_of(slots=16)
     queue.add(overdue(QUIET, 1))
     queue.slots.release(queue.take(1)[0])

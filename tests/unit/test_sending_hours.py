@@ -42,7 +42,7 @@ NEAR_TRANSITIONS = st.builds(
 
 
 def allowed(hours: SendingHours, moment: datetime) -> bool:
-    """Return whether a local time, taken alone, is within sending hours."""
+    """Return whether a local time is within sending hours, judged only by its clock reading and weekday."""
     local = moment.astimezone(ZoneInfo(hours.time_zone))
     clock, today, yesterday = local.time(), local.weekday(), (local - DAY).weekday()
     if hours.opening < hours.closing:

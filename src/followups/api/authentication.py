@@ -1,8 +1,9 @@
 """Authentication: validation of the API key in the transaction that serves the request.
 
-The first statement of the request's transaction also looks up the key. A revocation therefore takes effect as soon as
-it is committed, and the check needs no additional round trip. FastAPI validates the body before it runs dependencies.
-However, a request with an invalid body and without a valid key must get 401 rather than 422: see `AuthenticatedRoute`.
+The first statement of the request's transaction also looks up the key. A revocation takes effect as soon as it is
+committed, and looking up the key needs no additional round trip. FastAPI validates the body before it runs
+dependencies. However, a request with an invalid body and without a valid key must get 401 rather than 422: see
+`AuthenticatedRoute`.
 """
 
 from __future__ import annotations
@@ -286,7 +287,7 @@ class Caller:
 
     async def _record_use(self) -> None:
         if self._is_valid and self._services.last_use.is_due(self._identity.key_id):
-            # The use of the key is recorded in a separate transaction. If it were recorded in the request's own
+            # The use of the key is recorded in a separate transaction. If this use were recorded in the request's own
             # transaction, the row of the API key would stay locked until the request ends.
             with suppress(psycopg.Error, SQLAlchemyError):
                 async with self._services.database.reading() as connection:

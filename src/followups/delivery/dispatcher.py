@@ -64,7 +64,7 @@ LONGEST_AFTER_ANOTHER = 0.1
 IN_GRACE = 0.5
 """Seconds between two claims while expired leases are left to their workers.
 
-Each of these claims may take over expired leases, so no tick is needed for this.
+Each claim may take over expired leases without waiting for a tick.
 """
 
 
@@ -258,10 +258,11 @@ class Dispatcher:
     def _claim(self) -> tuple[Claim, float]:
         """Claim from the low-water mark on, and occasionally from the beginning.
 
-        Claims from the beginning also find follow-ups that were inserted later, with due dates before the mark. If a
-        claim leaves due follow-ups, the next claims start with the workspaces that have the fewest follow-ups in
-        flight. While a long transaction keeps a snapshot, the index entries of follow-ups sent since then stay in front
-        of the entries of pending follow-ups. Reading past 36,000 index entries of sent follow-ups took 34 ms.
+        Claims from the beginning also find follow-ups that were inserted later, with due dates before the low-water
+        mark. If a claim leaves due follow-ups, the next claims start with the workspaces that have the fewest
+        follow-ups in flight. While a long transaction keeps a snapshot, the index entries of follow-ups sent since then
+        stay in front of the entries of pending follow-ups. Reading past 36,000 index entries of sent follow-ups took 34
+        ms.
         """
         started = time.monotonic()
         from_all = started >= self._next_whole

@@ -27,8 +27,8 @@ transaction is committed as a whole. One row is not enough, since another transa
 meantime.
 """
 
-# The transaction in question may still lock the row, if its backend is still running after the connection was lost. FOR
-# SHARE reads the latest version of the row, but raises an error on a standby.
+# The transaction whose outcome is unknown may still lock the row, if its backend kept running after the connection was
+# lost. FOR SHARE reads the latest version of the row, but raises an error on a standby.
 _ROW = "CROSS JOIN LATERAL (SELECT f.* FROM follow_ups f WHERE f.id = b.id FOR SHARE SKIP LOCKED) f"
 _LEASED = text(f"""
     SELECT f.lease_token = b.token

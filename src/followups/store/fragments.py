@@ -69,8 +69,8 @@ CHAT = """CROSS JOIN LATERAL (
 
 OUTCOME_UNKNOWN = "the outcome of an attempt is unknown"
 """The text added to a reason if the outcome of an attempt was unknown. A follow-up with an attempt of unknown outcome
-is retried under the same key, and usually ends as sent. If the follow-up ends in another way than as sent (a reply, a
-refusal, the last attempt), its reason would be misleading without this text.
+is retried under the same key, and usually ends as sent. If the follow-up ends in a state other than sent (because of a
+reply, a refusal or the last attempt), its reason would be misleading without this text.
 """
 
 

@@ -2,7 +2,7 @@
 
 Each page is read from an index in the order of the list. The cost of a page depends only on the rows up to its end, not
 on the number of follow-ups. An index returns rows in the order of the list only if its leading columns are restricted
-to single values. The first rows are therefore read separately for each value of one filter (and for each workspace),
+to single values. The first rows of the page are read separately for each value of one filter (and for each workspace),
 and then merged. If no filter is given, the rows are read for each of the four states, which saves an index that every
 write would have to maintain.
 """
@@ -38,7 +38,7 @@ the last.
 
 @dataclass(frozen=True, slots=True)
 class ListFilter:
-    """The filter of a list: follow-ups with one of the given values in each column. Empty columns are ignored."""
+    """The filter of a list: follow-ups with one of the given values in each column. Columns left empty are ignored."""
 
     chat_ids: tuple[UUID, ...] = ()
     chat_message_ids: tuple[UUID, ...] = ()

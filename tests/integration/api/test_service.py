@@ -53,7 +53,7 @@ def _answered(api: Api, status: int) -> Any:
 def _refused_for(api: Api, failing: str) -> Any:
     """Return the 503 response of `/readyz` if the given check failed, and otherwise None.
 
-    A cached 503 response may still be about the failure of another check.
+    A cached 503 response may still report the failure of another check.
     """
     answer = api.client.get("/readyz", headers={"authorization": ""})
     if answer.status_code != HTTPStatus.SERVICE_UNAVAILABLE:

@@ -167,7 +167,7 @@ class SandboxChats:
 
     @property
     def default(self) -> Behaviour:
-        """The behaviour of every chat for which no other behaviour is set. ``times`` does not apply to it."""
+        """The behaviour of every chat for which no other behaviour is set. This behaviour ignores ``times``."""
         return self._default
 
     @default.setter
