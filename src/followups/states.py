@@ -32,7 +32,7 @@ class Status(StrEnum):
     """The follow-up has been accepted and has not ended. A follow-up becomes pending by schedule or retry; it leaves
     this state by settle, cancel or recovery.
 
-    A leased or in-flight follow-up is also in this state, because a lease is not a state.
+    A leased or in-flight follow-up is also pending, because a lease is not a state.
     """
     SENT = "sent"
     """The transport accepted the message.

@@ -169,7 +169,7 @@ def workers(arena: Arena, options: argparse.Namespace) -> Results:
 
 
 def startup(arena: Arena, options: argparse.Namespace) -> Results:
-    """Return the times that the command line and a worker need to start."""
+    """Return how long the command line and a worker take to start."""
     rounds = [measures.startup(arena) for _ in range(options.rounds)]
     return {"start-up": {Ours.name: measures.spread(rounds)}}
 

@@ -128,7 +128,7 @@ def test_a_stream_ends_with_its_session(
 
 
 def test_streams_end_within_a_second_when_the_process_ends(console_settings: Settings, own: World) -> None:
-    """Open streams end within a second after the process was told to stop."""
+    """Open streams end within a second after the process is told to stop."""
     with served(console_settings) as (host, port):
         one = Person(f"http://{host}:{port}", own.engine).signed_in("viewer", own.workspace_id)
         listening = EventStream(one)

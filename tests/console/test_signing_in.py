@@ -111,7 +111,7 @@ def test_signing_out_ends_the_session_itself(person: Callable[..., Person], own:
 def test_a_change_from_another_origin_is_refused(
     headers: dict[str, str], status: int, person: Callable[..., Person], own: World
 ) -> None:
-    """A change that comes from another origin is refused, with the name of the setting that may be wrong."""
+    """A change that comes from another origin is refused, and the error names the setting that may be wrong."""
     one = person("viewer", own)
     if headers == {"origin": ""}:
         del one.client.headers["origin"]
@@ -281,7 +281,7 @@ def test_behind_a_proxy_addresses_have_the_prefix_and_the_cookie_is_secure(behin
 
 
 def test_a_proxy_signs_people_in_by_a_header(behind_proxy: str, own: World) -> None:
-    """A session that a proxy's header began lasts as long as the header names the same person.
+    """A session started by a proxy's header lasts for as long as the header names the same person.
 
     The role of a person who is signed in by the proxy comes from the settings.
     """

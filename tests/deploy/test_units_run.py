@@ -1,4 +1,4 @@
-"""Tests that run the commands of the systemd units: they deliver a follow-up, and SIGTERM ends them."""
+"""Tests that run the commands of the systemd units: the processes deliver a follow-up and stop on SIGTERM."""
 
 from __future__ import annotations
 

@@ -25,7 +25,7 @@ SEED = "FOLLOWUPS_TEST_SEED"
 
 @pytest.fixture(scope="session")
 def seed() -> int:
-    """Return this run's seed: FOLLOWUPS_TEST_SEED or a new one. A failing test prints it."""
+    """Return this run's seed: FOLLOWUPS_TEST_SEED or a new one. A failing test prints the seed."""
     return int(os.environ.get(SEED, random.SystemRandom().randrange(1_000_000)))
 
 

@@ -101,7 +101,7 @@ ERRORS: dict[str, Callable[[redis.Redis], Any]] = {
 def answering_errors(rig: Rig, figures: Figures, names: list[str], seconds: Callable[[], float]) -> None:
     """Make the broker answer with each of these errors in turn, for a while.
 
-    All processes must keep running meanwhile, and must work again afterwards.
+    All processes must keep running while the broker answers errors, and must work again afterwards.
     """
     assert rig.valkey
     workers = rig.start(workers=2)

@@ -56,7 +56,7 @@ def deliver(engine: Engine, settings: Settings, outcome: Outcome) -> None:
 
 
 def test_stale_row_is_saved(world: World, engine: Engine, settings: Settings) -> None:
-    """A row that was read before its follow-up was sent cannot be saved, and its state remains sent."""
+    """A row read before its follow-up was sent cannot be saved, and the stored state remains sent."""
     follow_up = world.follow_up()
     with Session(engine) as session:
         assert session.get_one(FollowUp, follow_up).status == "pending"

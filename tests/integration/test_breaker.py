@@ -217,7 +217,7 @@ def test_which_workspaces_are_tripped(own: Settings) -> None:
 
 
 def test_few_in_a_row_trip_no_workspace(own: Settings) -> None:
-    """The breaker holds a workspace after five failures in a row, which any success interrupts.
+    """The breaker holds a workspace after five failures in a row; any success restarts the count.
 
     Failures are counted in the same way before and after the breaker opens.
     """

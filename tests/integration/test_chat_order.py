@@ -30,7 +30,7 @@ class TestOrder:
     """The follow-ups of a chat are sent in order."""
 
     def test_later_waits_and_is_unblocked(self, world: World, steps: Steps) -> None:
-        """A chat's later follow-up is parked, and the worker that settles the earlier one gets the later one's lease.
+        """The worker that settles a chat's earlier follow-up gets the lease of the parked later one.
 
         A parked follow-up is not claimed again.
         """

@@ -164,7 +164,7 @@ def test_a_burst_is_sent_at_the_rate(world: World, limited: LimitedPipeline) -> 
 def test_an_unreadable_due_date(world: World, limited: LimitedPipeline) -> None:
     """If the due date of one rate-limited follow-up cannot be read, no other follow-up is delayed.
 
-    All other follow-ups still count towards the limit.
+    All follow-ups with a readable due date still count towards the limit.
     """
     limit(world, 1000, burst=10)
     world.alter("ALTER TABLE follow_ups DROP CONSTRAINT ck_follow_ups_times_are_readable")

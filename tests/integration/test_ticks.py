@@ -1,4 +1,4 @@
-"""Tests of dispatcher ticks: one dispatcher claims at a time, and after a gap workers settle first."""
+"""Tests of dispatcher ticks: one dispatcher claims at a time, and after a pause in ticks, workers settle first."""
 
 from __future__ import annotations
 

@@ -425,7 +425,7 @@ def test_a_row_that_cannot_be_claimed(world: World, engine: Engine, settings: Se
 def test_a_time_before_the_calendar(
     world: World, engine: Engine, settings: Settings, moment: str, take: Callable[..., Claim]
 ) -> None:
-    """A next attempt dated before Python's first year counts as due; it begins and does not stop claims."""
+    """A next attempt before Python's first year counts as due: the follow-up begins, and claims continue."""
     unchecked(world, "follow_ups")
     ids = {world.follow_up(next_attempt_at=text(f"timestamptz '{moment}'")), world.follow_up()}
     assert begun(begin(engine, settings, take(engine, settings).leases)) == ids

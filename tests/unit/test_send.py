@@ -126,7 +126,7 @@ async def test_cancelled_from_outside() -> None:
 
 
 async def test_cancelled_from_outside_as_the_limit_ends() -> None:
-    """If the task is cancelled just as the time limit ends, there is no outcome."""
+    """If the task is cancelled just as the time limit expires, there is no outcome."""
 
     async def block() -> Outcome:
         # the time limit ends while `time.sleep` blocks the event loop

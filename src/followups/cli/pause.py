@@ -77,8 +77,8 @@ def pause(
 def resume(*, workspace: Workspace = None, channel: OneChannel = None, json: Json = False) -> None:
     """End the pause that was set with exactly these options. Due follow-ups are sent immediately, earliest first.
 
-    If interrupted, run the command again. Without a second run, the remaining follow-ups are sent within the duration
-    of a lease.
+    If interrupted, run the command again. If the command is not run again, the remaining follow-ups are sent within the
+    duration of a lease.
     """
     with connection.engine() as engine:
         with Session(engine) as session, session.begin():

@@ -42,7 +42,7 @@ LONGEST_RETRY_DELAY = timedelta(milliseconds=800)
 
 
 class DueQueue:
-    """The leases that may begin next.
+    """The leases whose attempts may begin next.
 
     A lease that expires in the queue is dropped without a log line, because a tick takes it over.
     """

@@ -46,8 +46,8 @@ _outages: dict[str, Outage] = {}
 """The current outages by step; several threads begin and end them."""
 
 WRITING = frozenset({"claim", "begin", "settle", "release"})
-"""Steps that write to the database. If such a write succeeds, the outage has ended. A step that does not write to the
-database succeeds even on a read-only server.
+"""Steps that write to the database. When a write to the database succeeds, the outage has ended. A step that does not
+write to the database succeeds even on a read-only server.
 """
 
 

@@ -31,12 +31,12 @@ if TYPE_CHECKING:
     from followups.settings import Settings
 
 MOST_EVENTS = 100
-"""Maximum number of manual changes shown with a follow-up. If there are more than this number, only the newest are
+"""Maximum number of manual changes shown with a follow-up. If a follow-up has more manual changes, only the newest are
 shown.
 """
 
 PATIENCE = timedelta(seconds=1)
-"""How long to wait for the breaker's state from the broker. All other data of the explanations comes from the database.
+"""How long to wait for the breaker's state from the broker. All other data in the explanations comes from the database.
 """
 
 

@@ -46,8 +46,8 @@ NAMES = {
 def delete(engine: Engine, actor: Actor, whole: DeletionScope, patience: timedelta) -> Batches:
     """Delete the workspace or chat in batches, and yield the counts of each batch.
 
-    Once the first batch has begun, no new follow-ups are accepted. Raises `FollowUpsError` if follow-ups are still in
-    flight or locked when ``patience`` has elapsed.
+    Once the first batch has begun, the workspace or chat accepts no new follow-ups. Raises `FollowUpsError` if
+    follow-ups are still in flight or locked when ``patience`` has elapsed.
     """
     event = _event(actor, whole)
     with Session(engine) as session, session.begin():

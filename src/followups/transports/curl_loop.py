@@ -1,7 +1,8 @@
 """libcurl's multi handle on an event loop, through its socket interface, without threads or polling.
 
-pycurl has such a driver of its own, `AsyncCurlMulti`. `AsyncCurlMulti` adds and removes an event-loop watcher for every
-call, so a call takes 40 us of processor time. With one epoll for all sockets, a call takes 24 us of processor time.
+pycurl has its own driver of this kind, `AsyncCurlMulti`. `AsyncCurlMulti` adds and removes an event-loop watcher for
+every call, so a call takes 40 us of processor time. With one epoll for all sockets, a call takes 24 us of processor
+time.
 """
 
 from __future__ import annotations
@@ -57,7 +58,7 @@ class CurlLoop:
     async def perform(self, curl: pycurl.Curl) -> int:
         """Perform a transfer and return libcurl's result code.
 
-        A cancelled transfer ends together with its connection.
+        Cancelling a transfer also closes its connection.
         """
         ended: asyncio.Future[int] = self._loop.create_future()
         self._running[curl] = ended

@@ -90,7 +90,8 @@ def _trusted() -> dict[int, object]:
     options: dict[int, object] = {}
     if paths.cafile:
         options[pycurl.CAINFO] = paths.cafile
-    # If a directory were also set, libcurl would read the certificate file for every connection, instead of only once.
+    # If a certificate directory were also set, libcurl would read the certificate file for every connection, instead of
+    # only once.
     if paths.capath and (os.environ.get("SSL_CERT_DIR") or not paths.cafile):
         options[pycurl.CAPATH] = paths.capath
     return options

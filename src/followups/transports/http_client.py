@@ -29,8 +29,8 @@ if TYPE_CHECKING:
     from followups.settings import Settings
 
 KEEPALIVE = 3
-"""Seconds for which an idle connection is kept. Most servers, by default, keep an idle connection for longer: 4 or 5 s.
-The outcome of a request is unknown if it is sent on a connection that the server is closing.
+"""Seconds for which an idle connection is kept. By default, most servers keep an idle connection for longer than this:
+4 or 5 s. The outcome of a request is unknown if it is sent on a connection that the server is closing.
 """
 
 STREAMS = 10

@@ -1,11 +1,11 @@
 """One HTTP request and its response, through the callbacks of libcurl.
 
 This module decides which calls may be repeated. libcurl requests the body after it has established the connection and
-before it sends the first byte. Nothing has therefore been sent before libcurl requests the body, which it gets only
-once. If a kept connection ends without a response, or if an HTTP/2 server refuses a stream, libcurl itself tries again
-on another connection. To repeat a request on another connection, libcurl would have to rewind the body. Since the body
-cannot be rewound, libcurl gives up (CURLE_SEND_FAIL_REWIND). libcurl reports a refused stream (REFUSED_STREAM, GOAWAY)
-exactly like a lost stream, so both have an unknown outcome.
+before it sends the first byte. Until libcurl requests the body, which it can get only once, nothing has been sent. If a
+kept connection ends without a response, or if an HTTP/2 server refuses a stream, libcurl itself tries again on another
+connection. To repeat a request on another connection, libcurl would have to rewind the body. Since the body cannot be
+rewound, libcurl gives up (CURLE_SEND_FAIL_REWIND). libcurl reports a refused stream (REFUSED_STREAM, GOAWAY) exactly
+like a lost stream, so both have an unknown outcome.
 """
 
 from __future__ import annotations

@@ -32,7 +32,7 @@ OK = answer(200)
 class ThreadedServer:
     """A server that responds to one-segment requests from threads.
 
-    The threads allow a test to block its event loop.
+    Because the server runs in threads, a test can block its own event loop.
     """
 
     def __init__(self) -> None:

@@ -214,7 +214,7 @@ def test_an_invalid_url_stops_the_start(url: str) -> None:
 def test_a_wrong_address_is_named_without_its_password(address: str) -> None:
     """The error for a wrong URL does not contain its credentials.
 
-    If a header cannot contain the credentials, startup fails.
+    Startup fails if the credentials cannot be sent in a header.
     """
     with pytest.raises(
         TransportConfigurationError, match=r"FOLLOWUPS_TRANSPORT_URL .* is not a valid address"

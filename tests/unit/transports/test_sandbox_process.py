@@ -55,7 +55,7 @@ def test_a_secret_may_be_in_the_environment(
 ) -> None:
     """The sandbox's secret can be set in the environment, which the process list does not show.
 
-    An invalid secret prevents the start.
+    If the secret is invalid, the sandbox does not start.
     """
     monkeypatch.setenv("FOLLOWUPS_TRANSPORT_SECRET", "not base64!")
     assert server.main([]) == 1
