@@ -427,7 +427,7 @@ class FollowUp(Base):
     """The number of lost leases: leases that expired with an attempt in flight."""
     snoozes: Mapped[int] = mapped_column(Integer, server_default="0")
     cancel_requested: Mapped[str | None]
-    """The reason of a cancellation that was requested during an attempt.
+    """The reason for a cancellation that was requested during an attempt.
 
     The follow-up is not retried after that attempt.
     """

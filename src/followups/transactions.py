@@ -3,9 +3,9 @@
 A connection that breaks during a commit leaves the outcome unknown. After a claim, a begin or a settle, an unknown
 outcome would cost the time of a lease, since the rows may be leased without the process knowing it. To avoid an unknown
 outcome, a statement registers a query (`ask_if_lost`) that reads back what the statement has written. If the response
-to the commit is lost, the query runs on whichever database server is then reachable. That server may be a promoted
-standby, which either has the rows that were written or does not. The id of the lost transaction would prove nothing,
-since the new server may have given it to another transaction.
+to the commit is lost, the query runs on whichever database server is then reachable. The server that is reached may be
+a promoted standby, which either has the rows that were written or does not. The id of the lost transaction would prove
+nothing, since the new server may have given it to another transaction.
 """
 
 from __future__ import annotations
@@ -51,8 +51,8 @@ def transact(engine: Engine, work: Callable[[Connection], T]) -> T:
     """Run the work in one transaction, commit the transaction, and return the work's result.
 
     Raises an error of the work or of the commit. If this function returns, the transaction was committed. If this
-    function raises the commit's error, the transaction was not committed. There are two exceptions: the database was
-    unreachable for `PATIENCE`, or the work registered no query.
+    function raises the commit's error, the transaction was not committed. The outcome is not certain in two cases: if
+    the database was unreachable for `PATIENCE`, or if the work registered no query.
     """
     with engine.connect() as connection:
         connection.info.pop(_QUESTION, None)  # left over from an earlier transaction on the same connection

@@ -1,4 +1,4 @@
-"""Tests in which one workspace fails with more follow-ups than MAX_IN_FLIGHT; others continue."""
+"""Tests in which one workspace's failing follow-ups exceed MAX_IN_FLIGHT; other workspaces continue."""
 
 from __future__ import annotations
 

@@ -254,7 +254,7 @@ class TestAmend:
         assert caller.world.row(follow_up).lease_until is None
 
     def test_in_flight(self, caller: Caller) -> None:
-        """A begun follow-up cannot be cancelled, even with an expired lease, since its outcome is unknown."""
+        """A follow-up that has begun cannot be cancelled, even with an expired lease: its outcome is unknown."""
         follow_up = caller.world.follow_up(begun_at=NOW, lease_until=text("now() - interval '1 min'"))
         with pytest.raises(DeliveryInProgressError) as caught:
             scheduling.cancel(caller.session, follow_up)
@@ -391,7 +391,7 @@ class TestChats:
             caller.receive(chat_id, Role.USER)
 
     def test_reply_cancels_waiting_and_claimed_follow_ups(self, caller: Caller) -> None:
-        """A reply cancels every pending follow-up of the chat, claimed and waiting ones included.
+        """A reply cancels every pending follow-up of the chat, including claimed and waiting ones.
 
         Finished follow-ups are unchanged.
         """

@@ -134,7 +134,7 @@ def test_24_o_clock(world: World, column: str) -> None:
 def test_existing_invalid_rows_stop_no_migration(world: World, database_url: str) -> None:
     """If existing rows violate a new constraint, a migration omits the constraint and keeps the rows.
 
-    All other new constraints are added by the migration.
+    The migration adds all constraints that no existing row violates.
     """
     owner = url_as(database_url, OWNER)
     downgrade(owner, "0008")

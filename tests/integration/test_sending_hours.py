@@ -385,7 +385,7 @@ def test_an_unknown_time_zone(world: World, engine: Engine, settings: Settings) 
 def test_other_time_zone_data(world: World, engine: Engine, settings: Settings) -> None:
     """A follow-up is held if only this machine's time-zone data says that sending hours have begun.
 
-    The follow-up is held until the sending hours begin according to the database, and is not checked repeatedly.
+    The database decides when sending hours begin. Until then the follow-up is held, and it is not checked repeatedly.
     """
     put(world, OPEN)
     world.sql("UPDATE sending_hours SET open_from = now() + interval '1 h'")

@@ -227,7 +227,7 @@ def test_more_unwritable_rows_than_one_search(
     insert: Callable[[World], UUID],
     store: ModuleType,
 ) -> None:
-    """Even if many blocked or paused follow-ups cannot be released, all others are still found."""
+    """Even if many blocked or paused follow-ups cannot be released, all releasable ones are still found."""
     monkeypatch.setattr(store, "BATCH", 2)
     for _ in range(5):
         insert(world)

@@ -34,7 +34,7 @@ def matching(limits: list[Limit], where: Limitable) -> set[int]:
 
 
 def test_all_that_match_apply() -> None:
-    """A follow-up is subject to the overall limit and to those of its workspace, its channel and the pair.
+    """A follow-up is subject to the overall limit and those of its workspace, channel and both combined.
 
     Limits of other workspaces and of other channels do not apply to the follow-up.
     """

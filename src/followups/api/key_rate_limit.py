@@ -102,8 +102,8 @@ class KeyRateLimit:
             return
         if self._spend(key_id):
             return
-        # Only one count per key runs at a time. If requests counted simultaneously, each would count in advance, and
-        # all but one of these counts would be lost.
+        # Only one count per key runs at a time. If several requests of a key counted simultaneously, each would reserve
+        # requests in advance, and all but one of the reservations would be lost.
         async with self._counting.setdefault(key_id, asyncio.Lock()):
             if not self._spend(key_id):
                 await self._count_or_pause(key_id)

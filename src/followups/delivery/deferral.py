@@ -4,7 +4,7 @@ Each worker keeps a few leases of the tripped workspaces as probes, and defers t
 in the database. A deferral does not count as an attempt, and a deferred follow-up can still be cancelled. When a worker
 has used up its probes, or the transport recovers, the earliest deferred follow-ups fall due again. When a workspace is
 no longer tripped, all its deferred follow-ups fall due. Even without such an event, each deferred follow-up falls due
-after some minutes. This is necessary because a restarted worker has no record of its deferrals.
+after some minutes. The time limit is necessary because a restarted worker has no record of its deferrals.
 """
 
 from __future__ import annotations
@@ -66,8 +66,8 @@ BACKOFF = 1.0
 class Returns:
     """The times at which deferred follow-ups fall due again, spread over minutes in the order of deferral.
 
-    At first, these times are 15 ms apart. As more follow-ups are deferred, the intervals between these times become
-    shorter, so that no follow-up is deferred for longer than `LONGEST`.
+    At first, these times are 15 ms apart. As more follow-ups are deferred, the times get closer together, so that no
+    follow-up is deferred for longer than `LONGEST`.
 
     >>> returns = Returns()
     >>> [round(returns.next(now=0.0), 3) for _ in range(3)]

@@ -166,7 +166,7 @@ class Dispatcher:
         return tuple(self._skipped)
 
     def _seconds_to_next_claim(self) -> float | None:
-        """Return the seconds until a claim that needs no tick, or None if the next claim needs a tick."""
+        """Return the seconds until a claim that does not need a tick, or None if the next claim needs one."""
         if self._in_grace:
             return IN_GRACE
         # A possible reason for the requested tick is that a row was inserted below the low-water mark.

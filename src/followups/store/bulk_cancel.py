@@ -1,8 +1,8 @@
 """Bulk cancellation for operators: count, preview, cancel.
 
 Follow-ups are cancelled in batches, each in a short transaction. A batch returns the position of its last follow-up,
-and the next batch starts after that position. A locked row is therefore skipped once, and later batches do not read it
-again.
+and the next batch starts after that position. A locked row is therefore skipped once and is not read again by later
+batches.
 """
 
 from __future__ import annotations

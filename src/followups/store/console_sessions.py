@@ -41,7 +41,7 @@ ROLES = ("viewer", "agent", "admin", "operator")
 
 LONGEST_NAME = 200
 PRUNED = 100
-"""Maximum number of sessions and links, ended long ago, that are deleted at each console sign-in."""
+"""Maximum number of long-ended sessions and links that are deleted at each console sign-in."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -45,8 +45,8 @@ begin and settle of forty follow-ups took up to 720 ms each without this conditi
 
 NEXT_TOKEN = "GREATEST(f.lease_token + 1, CAST(date_part('epoch', now()) * 1000000 AS bigint))"  # noqa: S105 - a fencing token
 """The next fencing token, which is higher than all earlier ones and never issued twice. A failover or a restore may
-lose a lease, and no later lease may get the lost lease's token. Its value is therefore the database's time in
-microseconds. Until the year 2255 this number is below 2^53, so JSON readers represent it exactly.
+lose a lease, and no later lease may get the lost lease's token. The value of a token is therefore the database's time
+in microseconds. Until the year 2255 this number is below 2^53, so JSON readers represent it exactly.
 """
 
 LOOKED_UP = f"""

@@ -1,8 +1,8 @@
 """Holds: follow-ups that are paused or outside their workspace's sending hours.
 
-A held follow-up is outside the claim's range until the hold ends. A held follow-up therefore uses up no attempt, and
-claims do not lease it repeatedly. The order within the chat is preserved, because later follow-ups of the chat still
-wait for the held follow-up.
+A held follow-up is outside the claim's range until the hold ends. A held follow-up uses up no attempt, and claims do
+not lease it repeatedly. The order within the chat is preserved, because later follow-ups of the chat still wait for the
+held follow-up.
 """
 
 from __future__ import annotations
