@@ -26,9 +26,9 @@ from followups.api.key_rate_limit import KeyRateLimit
 from followups.api.listening import MetricsPort
 from followups.api.metrics import Exposition
 from followups.api.pagination import PageStarts
+from followups.api.request_limits import RequestLimits, SharedResult
 from followups.api.routes import chats, console_links, follow_ups, health
 from followups.api.routes.health import ReadinessChecks
-from followups.api.shares import SharedResult, Shares
 from followups.console.application import Console
 from followups.database import make_engine
 from followups.errors import FollowUpsError, SettingsError
@@ -93,7 +93,7 @@ def create_app(settings: Settings, nudge: Callable[[], None] | None = None) -> F
         tick_interval=settings.tick_interval,
         last_use=LastUse(),
         known_keys=KnownKeys(),
-        shares=Shares(),
+        request_limits=RequestLimits(),
         starts=PageStarts(),
         exclusive_external_ids=settings.transport == "matrix",
     )

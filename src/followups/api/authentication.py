@@ -43,7 +43,7 @@ if TYPE_CHECKING:
     from followups.api.access_log import RequestRecord
     from followups.api.key_rate_limit import KeyRateLimit
     from followups.api.pagination import PageStarts
-    from followups.api.shares import Shares
+    from followups.api.request_limits import RequestLimits
     from followups.event_loop import Connection, Database
     from followups.models import FollowUp
     from followups.statements import Query, Steps
@@ -124,7 +124,7 @@ class ApiServices:
     tick_interval: timedelta
     last_use: LastUse
     known_keys: KnownKeys
-    shares: Shares
+    request_limits: RequestLimits
     starts: PageStarts
     exclusive_external_ids: bool
     """Whether each external id belongs to a single workspace.
@@ -202,7 +202,7 @@ class Caller:
 
     async def read_more(self, rule: Callable[[Work], Steps[T]]) -> T:
         """Run another read-only rule for a request that the rate limit has already counted."""
-        async with self._services.shares.of(self._identity.workspace_id):
+        async with self._services.request_limits.of(self._identity.workspace_id):
             try:
                 async with self._services.database.reading() as connection:
                     return (await self._run(connection, rule))[1]
@@ -220,7 +220,7 @@ class Caller:
         `TooManyRequestsError`.
         """
         await self._services.rate_limit.check(self._identity.key_id)
-        async with self._services.shares.of(self._identity.workspace_id):
+        async with self._services.request_limits.of(self._identity.workspace_id):
             try:
                 work, result = (at_once and await self._run_alone(at_once)) or await self._transact(rule)
             except psycopg.Error as error:
@@ -328,10 +328,10 @@ async def admit(scope: Scope) -> None:
     hashed = api_keys.hash_of(key)
     identity = services.known_keys.get(hashed) if hashed else None
     if identity is None:
-        await services.shares.throttle()
+        await services.request_limits.throttle()
         if hashed is None:
             raise UnauthorizedError
-        unknown_keys = services.shares.unknown_keys
+        unknown_keys = services.request_limits.unknown_keys
         await unknown_keys.acquire()
         try:
             async with unknown_keys, services.database.reading() as connection:

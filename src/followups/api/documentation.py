@@ -22,7 +22,7 @@ from followups.api.problems import Problem
 if TYPE_CHECKING:
     from fastapi import FastAPI
 
-    from followups.api.shares import SharedResult
+    from followups.api.request_limits import SharedResult
 
 
 TITLE = "Chat follow-ups"

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-    from followups.api.shares import RequestLimit
+    from followups.api.request_limits import RequestLimit
     from followups.console.application import Console
 
 KEYED = "/api/"
@@ -172,7 +172,7 @@ class Gate:
                 await _admit(scope)
                 await self._serve_api(scope, receive, answer)
                 return
-            await scope["app"].state.services.shares.throttle()
+            await scope["app"].state.services.request_limits.throttle()
             console = getattr(scope["app"].state, "console", None) if scope["path"].startswith(CONSOLE) else None
             if console:
                 await self._serve_console(console, scope, receive, answer)
@@ -194,7 +194,7 @@ class Gate:
 
     async def _serve_api(self, scope: Scope, receive: Receive, answer: _Answer) -> None:
         wire: RequestBody = scope[WIRE]
-        limit: RequestLimit = scope["app"].state.services.shares.of(scope[IDENTITY].workspace_id)
+        limit: RequestLimit = scope["app"].state.services.request_limits.of(scope[IDENTITY].workspace_id)
         wire.charge(limit)
         body = await _read_body(receive, wire)
         await limit.acquire()  # acquired before a shared slot, so that one workspace cannot take every slot

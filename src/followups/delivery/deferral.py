@@ -63,13 +63,13 @@ BACKOFF = 1.0
 """Seconds to wait if the database does not answer. No wait is longer than this."""
 
 
-class Returns:
+class ReturnTimes:
     """The times at which deferred follow-ups fall due again, spread over minutes in the order of deferral.
 
     At first, these times are 15 ms apart. As more follow-ups are deferred, the times get closer together, so that no
     follow-up is deferred for longer than `LONGEST`.
 
-    >>> returns = Returns()
+    >>> returns = ReturnTimes()
     >>> [round(returns.next(now=0.0), 3) for _ in range(3)]
     [150.015, 150.03, 150.045]
     >>> [round(returns.next(now=0.0)) for _ in range(20_000)][9_999::10_000]
@@ -106,7 +106,7 @@ class Deferral:
         self._breaker = breaker
         self._nudge = nudge
         self._settings = settings
-        self._returns = Returns()
+        self._returns = ReturnTimes()
         self._release_again_at = -inf
         self._excess: list[Lease] = []
         """Leases that were removed from the due queue and are not deferred yet."""

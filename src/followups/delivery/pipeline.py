@@ -29,7 +29,7 @@ from followups.delivery.due_queue import BEGIN_BATCH, LEAD, LONGEST_RETRY_DELAY,
 from followups.delivery.send import GRACE, CallTimeout, send
 from followups.delivery.settle import Settler
 from followups.delivery.slots import Slots
-from followups.delivery.upkeep import BACKOFF, LONGEST_BACKOFF, Upkeep, insist
+from followups.delivery.upkeep import BACKOFF, LONGEST_BACKOFF, Upkeep, repeat_until_done
 from followups.flow_control.breaker import Breaker
 from followups.flow_control.limiter import RateLimits
 from followups.store import chat_order
@@ -294,7 +294,7 @@ class Pipeline:
         """Release the leases of the follow-ups that have not begun."""
         leases = self._queue.clear() + self._deferral.clear()
         if leases:
-            await insist(self._engine, partial(release, batch=leases), "release")
+            await repeat_until_done(self._engine, partial(release, batch=leases), "release")
 
     async def _stop(self) -> None:
         await self._transport.close()

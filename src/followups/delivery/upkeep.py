@@ -48,9 +48,9 @@ class Upkeep:
 
         The result is false only if ``stopping`` returned true before the database could be reached.
         """
-        return await insist(
+        return await repeat_until_done(
             self._engine, lambda engine: self._clock.ask(engine, times=FIRST_SAMPLES), "clock", stopping
-        ) and await insist(self._engine, self._rate_limits.read, "limits", stopping)
+        ) and await repeat_until_done(self._engine, self._rate_limits.read, "limits", stopping)
 
     async def run(self) -> None:
         """Read the clock and the rate limits repeatedly, until cancelled.
@@ -65,11 +65,11 @@ class Upkeep:
                 events.clock_off(ahead)
             was_off = is_off
             await asyncio.sleep(INTERVAL)
-            await insist(self._engine, self._clock.ask, "clock")
-            await insist(self._engine, self._rate_limits.read, "limits")
+            await repeat_until_done(self._engine, self._clock.ask, "clock")
+            await repeat_until_done(self._engine, self._rate_limits.read, "limits")
 
 
-async def insist(
+async def repeat_until_done(
     engine: AsyncEngine, work: Callable[[Engine], object], step: str, stopping: Callable[[], bool] = lambda: False
 ) -> bool:
     """Do the work, and repeat it while the database is unreachable; return whether the work succeeded.

@@ -14,7 +14,7 @@ import pytest
 from sqlalchemy import text
 
 from followups.api import gate, server
-from followups.api.shares import UNKNOWN_KEYS_SHARE
+from followups.api.request_limits import UNKNOWN_KEYS_SHARE
 from stack import wait_until
 from web import CHAT_MESSAGES, FOLLOW_UPS, Api, client_of, is_problem, key_of, pointers, served
 from world import World

@@ -114,7 +114,7 @@ class TestReplyAgainstCreate:
             is_problem(answer(), 409, "nothing-to-follow-up")
         assert api.ids() == []
 
-    def test_bulk_commands(self, api: Api) -> None:
+    def test_many(self, api: Api) -> None:
         """After many concurrent creates and replies, no chat whose user wrote last has a pending follow-up."""
         chat_ids = [api.chat() for _ in range(PAIRS)]
         together = threading.Barrier(2)
@@ -160,7 +160,7 @@ class TestCancelAgainstDeliver:
             assert begin(connection, taken) == []
         assert api.read(created)["reason"] == "called"
 
-    def test_bulk_commands(self, api: Api, engine: Engine) -> None:
+    def test_many(self, api: Api, engine: Engine) -> None:
         """In many concurrent cancels and begins, each follow-up is either cancelled or begun, never both."""
         pairs = [due_now(api) for _ in range(PAIRS)]
         together = threading.Barrier(2)

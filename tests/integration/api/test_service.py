@@ -14,7 +14,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 from sqlalchemy import text
 
-from followups.api.shares import KEPT
+from followups.api.request_limits import KEPT
 from metrics_lint import flaws
 from stack import wait_until
 from web import is_problem

@@ -26,7 +26,7 @@ from followups.store import last_tick
 if TYPE_CHECKING:
     from sqlalchemy import Connection, Engine
 
-    from followups.api.shares import SharedResult
+    from followups.api.request_limits import SharedResult
     from followups.settings import Settings
 
 

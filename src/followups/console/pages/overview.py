@@ -7,7 +7,7 @@ from datetime import timedelta
 from typing import TYPE_CHECKING
 
 from followups.operations.explain import STALE_TICK
-from followups.store import last_tick, numbers, pauses
+from followups.store import last_tick, overview, pauses
 
 if TYPE_CHECKING:
     from uuid import UUID
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from followups.console.services import ConsoleServices
     from followups.console.visit import Visit
-    from followups.store.numbers import Numbers
+    from followups.store.overview import OverviewFigures
     from followups.store.pauses import ActivePause
 
 LATE = timedelta(minutes=1)
@@ -30,7 +30,7 @@ MOST_PAUSES = 20
 class OverviewSnapshot:
     """The numbers of the overview, all read from the database at the same time."""
 
-    numbers: Numbers
+    numbers: OverviewFigures
     tick_age: timedelta | None
     pauses: list[ActivePause]
 
@@ -46,7 +46,7 @@ def show(visit: Visit) -> Response:
     return visit.page(
         "overview.html",
         look=look,
-        most=numbers.MOST,
+        most=overview.MOST,
         ticks_missing=look.tick_age is None or look.tick_age > STALE_TICK,
         late=late,
         bars=_bars(look.numbers.sent or []),
@@ -56,7 +56,7 @@ def show(visit: Visit) -> Response:
 def _snapshot(services: ConsoleServices, workspace_id: UUID | None) -> OverviewSnapshot:
     with services.engine.connect() as connection:
         return OverviewSnapshot(
-            numbers.read(connection, workspace_id),
+            overview.read(connection, workspace_id),
             last_tick.last_tick_age(connection),
             pauses.in_force(connection, workspace_id, MOST_PAUSES),
         )

@@ -36,7 +36,7 @@ RECENT = 1_000
 
 
 @dataclass(frozen=True, slots=True)
-class Numbers:
+class OverviewFigures:
     """The figures of the console's overview.
 
     A figure above `MOST` means "more than `MOST`". None means that the query took too long.
@@ -105,7 +105,7 @@ _FAILURES = """
 _NOW = text("SELECT now()")
 
 
-def read(connection: Connection, workspace_id: UUID | None) -> Numbers:
+def read(connection: Connection, workspace_id: UUID | None) -> OverviewFigures:
     """Return the figures of a workspace, or of all workspaces if ``workspace_id`` is None."""
     mine = _MINE if workspace_id else ""
     given = {"workspace_id": workspace_id, "most": MOST + 1, "minutes": MINUTES, "recent": RECENT}
@@ -125,7 +125,7 @@ def read(connection: Connection, workspace_id: UUID | None) -> Numbers:
     state = _STATE if workspace_id else _STATE_OF_ALL
     failures = rows(_FAILURES)
     ago = None if sent is None else {row.ago: row.number for row in sent}  # type: ignore[attr-defined] # rows
-    return Numbers(
+    return OverviewFigures(
         at=connection.execute(_NOW).scalar_one(),
         states={each.value: number(state, status=each.value) for each in Status},
         overdue=due[0].number if due else None,  # type: ignore[attr-defined] # likewise

@@ -56,7 +56,7 @@ class Throttle:
             await asyncio.sleep(0)
 
 
-class Shares:
+class RequestLimits:
     """The limits of each workspace: `SHARE` requests run at a time, and `WAITING_SHARE` run or wait."""
 
     def __init__(self) -> None:

@@ -16,7 +16,7 @@ from uuid import uuid4
 import pytest
 from sqlalchemy import text
 
-from followups.api import pagination, shares
+from followups.api import pagination, request_limits
 from followups.api.pagination import PageStarts
 from followups.store.listing import Start
 from stack import wait_until
@@ -49,9 +49,9 @@ def test_a_workspace_has_a_share_of_the_connections(two_workspaces: tuple[Api, A
     with ThreadPoolExecutor(12) as pool, one.world.engine.connect() as connection:
         connection.execute(text("SELECT FROM chats WHERE id = :id FOR UPDATE"), {"id": chat_id})
         answers = [pool.submit(one.message, chat_id, "agent") for _ in range(12)]
-        wait_until(lambda: one.world.scalar(WAITING) == shares.SHARE)
+        wait_until(lambda: one.world.scalar(WAITING) == request_limits.SHARE)
         assert other.get(FOLLOW_UPS).status_code == 200
-        assert one.world.scalar(WAITING) == shares.SHARE
+        assert one.world.scalar(WAITING) == request_limits.SHARE
         connection.rollback()
         assert {answer.result().status_code for answer in answers} == {201}
 
@@ -59,7 +59,7 @@ def test_a_workspace_has_a_share_of_the_connections(two_workspaces: tuple[Api, A
 def test_too_many_requests_of_a_workspace(two_workspaces: tuple[Api, Api], monkeypatch: pytest.MonkeyPatch) -> None:
     """A workspace with too many waiting requests is rejected with Retry-After; others are still served."""
     one, other = two_workspaces
-    monkeypatch.setattr(shares, "WAITING_SHARE", 1)
+    monkeypatch.setattr(request_limits, "WAITING_SHARE", 1)
     chat_id = one.chat()
     with ThreadPoolExecutor(1) as pool, one.world.engine.connect() as connection:
         connection.execute(text("SELECT FROM chats WHERE id = :id FOR UPDATE"), {"id": chat_id})
