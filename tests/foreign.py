@@ -76,7 +76,7 @@ def url_for_any_server(database_url: str) -> str:
 
 
 async def refused_once(engine: AsyncEngine, write: Callable[[Engine], object], sessions: int) -> DBAPIError:
-    """Check that only the first write of the pool's ``sessions`` sessions fails, and return the error."""
+    """Check that the first write fails and the next ``sessions`` writes succeed; return the error."""
     with pytest.raises(DBAPIError) as refused:
         await in_loop(engine, write)
     for _ in range(sessions):

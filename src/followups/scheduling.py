@@ -288,7 +288,8 @@ def _lock(
 ) -> Steps[tuple[FollowUp, Mapping[UUID, Chat]]]:
     """Lock and return the follow-up and two chats: the follow-up's own chat and the ``target`` chat.
 
-    The chats are locked first. Raises `FollowUpNotFoundError`, and `DeliveryInProgressError` for a follow-up in flight.
+    The chats are locked before the follow-up. Raises `FollowUpNotFoundError`, and `DeliveryInProgressError` for a
+    follow-up in flight.
     """
     while True:
         locked = yield from chats.lock_chats_of.steps(follow_up_id, workspace_id, target)

@@ -1,4 +1,4 @@
-"""Tests in which the chat's answer is lost: the message is repeated under its key, or ends as unknown."""
+"""Tests in which the chat's answer is lost: the call is repeated with its key, or ends as unknown."""
 
 from __future__ import annotations
 

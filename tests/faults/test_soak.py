@@ -75,7 +75,7 @@ class Samples:
         }
 
     def grown(self) -> dict[str, list[float]]:
-        """Return the service's processes whose memory grew; the chat keeps every request and is excluded."""
+        """Return the service's processes whose memory grew, except the chat, which keeps every request."""
         return {
             name: each
             for name, each in self.values.items()

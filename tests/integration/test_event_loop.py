@@ -215,7 +215,7 @@ async def test_unreachable() -> None:
 async def test_rows_equal_those_of_a_session(world: World, database_url: str) -> None:
     """The rules of a workspace are the same whether the event loop's engine or SQLAlchemy reads them.
 
-    The only rule that this test reads is that the workspace has no sending hours.
+    Its only case is a workspace without sending hours.
     """
     async with database(database_url) as mine, mine.reading() as connection:
         assert await event_loop.run(connection, sending_hours.find.steps(world.workspace_id)) is None

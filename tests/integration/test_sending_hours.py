@@ -233,7 +233,7 @@ class TestLateness:
     def test_hours_that_are_widened_or_cleared(
         self, world: World, engine: Engine, settings: Settings, hours: SendingHours | None
     ) -> None:
-        """Held follow-ups within the new sending hours are sent immediately; lateness counts from the change."""
+        """Held follow-ups that the new sending hours allow are sent; their lateness counts from the change."""
         brief = settings.model_copy(update={"max_lateness": HOUR})
         put(world, CLOSED)
         ids = {world.follow_up(**self.OLD), world.follow_up(**self.OLD)}

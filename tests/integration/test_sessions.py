@@ -131,7 +131,7 @@ class TestPoolers:
 
     @pytest.mark.parametrize("busy", [False, True])
     async def test_transaction_pooling_is_refused(self, database_url: str, *, busy: bool) -> None:
-        """Connections through a transaction-mode pooler are rejected with advice, both idle and under load."""
+        """Connections through an idle or busy transaction-mode pooler are rejected with advice."""
         with PgBouncer(database_url, pool_mode="transaction") as pooler, ExitStack() as load:
             if busy:
                 stopping = threading.Event()

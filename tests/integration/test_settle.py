@@ -1,4 +1,4 @@
-"""Settle on PostgreSQL: outcomes are recorded once, and confirmed cancels are final."""
+"""How settle works on PostgreSQL: outcomes are recorded once, and confirmed cancels are final."""
 
 from __future__ import annotations
 

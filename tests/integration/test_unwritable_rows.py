@@ -301,7 +301,7 @@ def test_a_row_that_stays_deferred(
 def test_a_row_that_cannot_end(world: World, engine: Engine, settings: Settings) -> None:
     """A follow-up with three lost leases is never sent again, even if its failure cannot be recorded.
 
-    Other follow-ups are claimed.
+    Other follow-ups are claimed as usual.
     """
     others = type(world)(engine)
     bad, good = lost_twice(world), {others.follow_up() for _ in range(3)}

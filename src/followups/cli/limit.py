@@ -63,7 +63,7 @@ Burst = Annotated[
 
 @app.callback()
 def group() -> None:
-    """Limit the follow-ups sent per second: of a workspace, on a channel, into each chat, or in total.
+    """Limit the follow-ups sent per second: from a workspace, on a channel, into each chat, or in total.
 
     All matching limits apply. Follow-ups that exceed a limit wait, and the earliest due are sent first. Waiting uses up
     no attempt, and a waiting follow-up can be cancelled or rescheduled. A follow-up that waits longer than

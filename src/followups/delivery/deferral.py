@@ -43,7 +43,7 @@ needs only three follow-ups from all workers together.
 SHARE_WHILE_RECOVERING = 128
 """Divisor of the window during recovery, while the rate of begins rises.
 
-With the default window each worker can then release 156 follow-ups a second.
+With the default window, each worker can release 156 follow-ups a second during recovery.
 """
 DEFER_SIZE = 500
 """The largest number of follow-ups that one statement defers."""

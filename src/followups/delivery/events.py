@@ -148,7 +148,7 @@ def failed(step: str, error: Exception, engine: Engine) -> None:
 def succeeded(step: str) -> None:
     """Record that a step succeeded, which ends its outage.
 
-    If the step writes to the database, every other outage ends too.
+    If the step writes to the database, the outages of all other steps end too.
     """
     if step in WRITING:
         _outages.clear()

@@ -191,7 +191,7 @@ class Breaker:
         self._failures = failures
         self._shared = SharedState(CLOSED)
         self.permits = 0
-        """The number of follow-ups of tripped workspaces that may begin, as probes or during recovery."""
+        """How many follow-ups of tripped workspaces may begin, as probes or during recovery."""
         self._failed: dict[UUID, int] = {}
         """Follow-ups that failed since the last success, with the keys of their workspaces."""
         self._unreported: dict[UUID, None] = {}

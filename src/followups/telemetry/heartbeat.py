@@ -1,4 +1,4 @@
-"""Heartbeat files: each worker or beat writes its state, which supervisors read without contacting it.
+"""Heartbeat files: each worker or beat writes its state to a file that supervisors read.
 
 Each process keeps one small file in the runtime directory, and rewrites the file every second. The file lists the
 components that must make progress (the consumer, the dispatcher, ...), each with the time by which it must report

@@ -115,7 +115,7 @@ class TestReplyAgainstCreate:
         assert api.ids() == []
 
     def test_many(self, api: Api) -> None:
-        """After many concurrent creates and replies, no chat whose user wrote last has a pending follow-up."""
+        """After concurrent creates and replies, no follow-up is pending in a chat whose user wrote last."""
         chat_ids = [api.chat() for _ in range(PAIRS)]
         together = threading.Barrier(2)
 

@@ -1,4 +1,4 @@
-"""Add the sums of all processes' counters, so that any process can return the sums in a scrape."""
+"""Add a table of counters, summed over all processes, so that any process can answer a scrape."""
 
 from __future__ import annotations
 

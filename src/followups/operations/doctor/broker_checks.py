@@ -87,7 +87,7 @@ def _refusals(client: redis.Redis, prefix: str) -> dict[str, str]:
 
 
 def broker_commands(key: str) -> tuple[tuple[str, ...], ...]:
-    """Return every command, with ``key`` as its key, that the processes send or their scripts call."""
+    """Return all commands that the processes send or their scripts call, each with ``key`` as its key."""
     channel = f"{key}*"
     sha = "0" * 40
     return (
