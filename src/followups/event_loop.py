@@ -180,7 +180,7 @@ async def run(connection: Connection, steps: Steps[T]) -> T:
 
 
 async def resume(connection: Connection, steps: Steps[T], rows: Sequence[Any]) -> T:
-    """Continue the rule with ``rows``, the answer to its first query, and return the rule's result."""
+    """Continue the rule with ``rows``, the result of its first query, and return the rule's result."""
     try:
         query = steps.send(rows)
         while True:

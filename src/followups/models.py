@@ -429,7 +429,7 @@ class FollowUp(Base):
     cancel_requested: Mapped[str | None]
     """The reason for a cancellation that was requested during an attempt.
 
-    The follow-up is not retried after that attempt.
+    If the attempt fails, the follow-up is not retried.
     """
     accepted_at: Mapped[datetime | None]
     """The time at which the transport accepted the message, according to the database's clock.

@@ -40,8 +40,8 @@ class Status(StrEnum):
     A follow-up enters this state by settle, or by a PATCH if its message was sent by other means.
     """
     FAILED = "failed"
-    """The follow-up will never be sent. The reason says why the follow-up failed. The cause is a begin, a settle,
-    recovery or a PATCH request.
+    """The follow-up will never be sent. The reason says why the follow-up failed. A begin, a settle, recovery or a
+    PATCH request can set this state.
     """
     CANCELLED = "cancelled"
     """The follow-up must not be sent.

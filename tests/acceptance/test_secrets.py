@@ -33,7 +33,7 @@ ATTEMPT = frozenset(
         *("attempt", "outcome", "status_code", "duration_ms", "lag_ms", "task_id"),
     )
 )
-"""The complete set of keys of an attempt's log line."""
+"""The complete set of keys in the log line of an attempt."""
 
 FOR_PEOPLE = {"", "worker: Warm shutdown (MainProcess)"}
 """The text that Celery prints on stdout when it is stopped."""

@@ -74,7 +74,7 @@ def test_each_alert_is_tested_firing_and_not_firing(name: str) -> None:
 
 
 def anchors(text: str) -> set[str]:
-    """Return the anchors of a document's headings: no punctuation, and dashes for spaces."""
+    """Return the anchors of a document's headings, without punctuation and with dashes for spaces."""
     headings = re.findall(r"^#+ (.+)$", text, re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 

@@ -106,7 +106,7 @@ def test_dead_connections_with_default_limits(server: str, proxied: Proxied, fig
 
 
 def stalled(proxied: Proxied, figures: Figures, server: str, seconds: float) -> None:
-    """Stop a server from answering on old and new connections; then let it answer again, or break them."""
+    """Stop a server from answering on old and new connections; then let it answer again, or break the connections."""
     rig, proxies = proxied
     proxy = proxy_of(server, proxies)
     workers = working(rig)

@@ -91,7 +91,7 @@ async def test_settings(database_url: str) -> None:
 async def test_transactions(world: World, database_url: str) -> None:
     """A transaction commits at the end of its block and is rolled back after an error.
 
-    The connection can then be used for the next transaction.
+    After a commit or a rollback, the connection can be used for another transaction.
     """
     name = world.scalar("SELECT name FROM workspaces")
     async with database(database_url, size=1) as mine:

@@ -86,7 +86,7 @@ def test_times_before_the_next_opening_are_closed(hours: SendingHours, moment: d
 
 @given(HOURS, MOMENTS | NEAR_TRANSITIONS)
 def test_the_first_moment_is_open(hours: SendingHours, moment: datetime) -> None:
-    """Sending hours include their first moment, and a later time never has an earlier next start."""
+    """Sending hours include their first moment; for a later time, their next start is never earlier."""
     opening = opens_at(hours, moment)
     assert opens_at(hours, opening) == opening
     assert opens_at(hours, moment + MINUTE) >= opening

@@ -91,8 +91,8 @@ def pieces_from(
 ) -> Steps[Sequence[Any]]:
     """Return the rows of `rows_from`, with only as many messages as fit into `PIECE`.
 
-    In the remaining rows, ``message`` is None. Even for a page of long messages, the memory for a request is therefore
-    limited. ``message_size`` is the size of the message in bytes.
+    In rows whose message does not fit, ``message`` is None. Even for a page of long messages, the memory for a request
+    is therefore limited. ``message_size`` is the size of the message in bytes.
     """
     if offset >= MAX_ROWS:
         return []

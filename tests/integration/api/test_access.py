@@ -38,7 +38,7 @@ def lines(stack: Stack, event: str, **fields: Any) -> list[dict[str, Any]]:
 def test_one_line_per_request(stack: Stack, logged: Api) -> None:
     """A request logs one line, without its query string and API key.
 
-    The line contains the request's id, method, path, status, duration, client, workspace and API key id.
+    The log line contains the request's id, method, path, status, duration, client, workspace and API key id.
     """
     answer = logged.get(FOLLOW_UPS, statuses="pending")
     request_id = answer.headers["x-request-id"]

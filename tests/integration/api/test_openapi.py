@@ -65,7 +65,7 @@ def test_complete() -> None:
 
 
 def test_served(api: Api) -> None:
-    """The web process serves the same OpenAPI document as the command line."""
+    """The web process serves the same OpenAPI document that the command line prints."""
     assert api.client.get("/openapi.json", headers={"authorization": ""}).json() == openapi_document()
 
 

@@ -54,7 +54,7 @@ class TestCancel:
         assert world.row(follow_up) == row
 
     def test_without_a_reason_the_default_code_is_stored(self, run: RunCommand, world: World) -> None:
-        """A follow-up that is cancelled without a reason ends as cancelled_by_api, as through the API."""
+        """A follow-up cancelled without a reason ends as cancelled_by_api, like one cancelled through the API."""
         cancelled = run("cancel", world.follow_up(due=HOUR), "--json").document
         assert list(cancelled) == FIELDS
         assert (cancelled["status"], cancelled["reason"]) == ("cancelled", "cancelled_by_api")
@@ -125,7 +125,7 @@ class TestRetry:
         assert nudges == [new.due_date]
 
     def test_retry_at_a_later_time(self, run: RunCommand, world: World) -> None:
-        """With a given due date, the follow-up that `retry` creates is due at that time."""
+        """If a due date is given, the follow-up that `retry` creates is due at that time."""
         new = run("retry", world.follow_up(**FAILED), "--due", "+1h", "--json").document
         assert list(new) == FIELDS
         assert new["createdAt"] < new["dueDate"]

@@ -39,7 +39,7 @@ def test_a_deleted_workspace_leaves_an_audit_event(run: RunCommand, world: World
 
 
 def test_deleting_a_chat_keeps_other_chats(run: RunCommand, world: World) -> None:
-    """Deleting a chat keeps the workspace's other chats; for an unknown chat or workspace it fails."""
+    """Deleting a chat keeps the workspace's other chats; deleting an unknown chat or workspace fails."""
     name, chat = str(world.workspace_id), world.chat()
     gone, kept = world.follow_up(chat, HOUR), world.follow_up(due=HOUR)
     document = run("chat", "delete", chat, "--workspace", name, "--yes", "--json").document
