@@ -371,5 +371,5 @@ def _patience(statement_timeout: timedelta | None) -> float | None:
 
 
 def make_sessions(engine: Engine) -> sessionmaker[Session]:
-    """Return a session factory. Objects that its sessions have loaded stay readable after the commit."""
+    """Return a session factory. Objects loaded by these sessions stay readable after the commit."""
     return sessionmaker(engine, expire_on_commit=False)

@@ -70,7 +70,7 @@ WAYS = {
 def readable(*columns: str) -> str:
     """Return the SQL condition for times that Python can represent.
 
-    If a row contained any other time, for example after a manual change, every query of the row would fail.
+    If a row contained a time outside this range, for example after a manual change, every query of the row would fail.
     """
     named = ", ".join(columns)
     return (

@@ -1,4 +1,4 @@
-"""Tests of `followups demo` stopped by its supervisor; the tests of the wheel cover its normal end."""
+"""Tests in which its supervisor stops `followups demo`; the tests of the wheel cover its normal end."""
 
 from __future__ import annotations
 

@@ -89,7 +89,7 @@ def lag(contestant: Contestant, rate: float, seconds: float, *, snapshot: bool =
 
 
 class _snapshot:  # noqa: N801 - used as a statement
-    """Keep a snapshot open during the block, like a dump or a report."""
+    """During the block, keep a snapshot open, as a dump or a report would."""
 
     def __init__(self, arena: Arena, *, held: bool) -> None:
         self._arena, self._held = arena, held

@@ -15,7 +15,7 @@ PROCESSES = ("web", "worker", "beat")
 
 
 def probes() -> dict[str, list[str]]:
-    """Return each probe's command by its place, a text that ends with the name of the process."""
+    """Return the probes' commands, keyed by their places; each place ends with the name of the process."""
     found = {}
     for name, service in compose()["services"].items():
         if name in PROCESSES:

@@ -165,7 +165,7 @@ def cancelled_begins(scene: Scene) -> None:
 
 
 def later_one_begins(scene: Scene) -> None:
-    """Try to begin the later of two follow-ups of a chat before the earlier one."""
+    """Try to begin the later of two follow-ups in a chat before the earlier one."""
     chat_id = scene.world.chat()
     scene.world.follow_up(chat_id, due=-timedelta(seconds=2))
     later = scene.world.follow_up(chat_id, due=-timedelta(seconds=1))

@@ -62,7 +62,7 @@ def _data(server: EmbeddedPostgres) -> Path:
 
 
 class Server(EmbeddedPostgres):
-    """A PostgreSQL server of any version: a new server, or a standby of another until it is promoted."""
+    """A PostgreSQL server of any version: either new, or a standby of another server until promoted."""
 
     def __init__(self, binaries: Path, primary: EmbeddedPostgres | None = None) -> None:
         """Store the binaries and the server to replicate (None for an independent server)."""

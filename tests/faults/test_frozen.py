@@ -52,7 +52,7 @@ def refused(rig: Rig, name: str) -> int:
 
 
 def test_frozen_at_each_step(rig: Rig, figures: Figures) -> None:
-    """A worker frozen past its lease, at any step, has its later writes refused and settles nothing."""
+    """A worker frozen at any step until its lease has expired settles nothing; later writes are refused."""
     workers = rig.start(workers=2, harmed=True)
     for point in rig.rng.sample(POINTS, len(POINTS)):
         frozen_at(rig, figures, point, rig.rng.sample(workers, 2), count=60)

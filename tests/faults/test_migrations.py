@@ -123,7 +123,7 @@ def from_old_versions(
 
 @pytest.mark.parametrize("version", OLD)
 def test_beside_an_idle_reader(world: World, engine: Engine, figures: Figures, version: str) -> None:
-    """A migration blocked by an idle reader delays others under 3 s, and its error names the reader."""
+    """A migration blocked by an idle reader delays others by less than 3 s; its error names the reader."""
     from_old_versions(world, engine, figures, [(version, READER)], patience=1)
 
 
@@ -142,7 +142,7 @@ def test_an_index_beside_a_writer(world: World, engine: Engine, figures: Figures
 def test_beside_readers_and_writers_for_long(
     world: World, engine: Engine, figures: Figures, many_rows: Callable[[], None]
 ) -> None:
-    """A migration of 50,000 rows with many retries delays concurrent readers and writers under 3 s."""
+    """A migration of 50,000 rows with many retries delays concurrent readers and writers by less than 3 s."""
     many_rows()
     cases = [(version, holder) for version in OLD for holder in (READER, WRITER)]
     from_old_versions(world, engine, figures, cases, patience=20)

@@ -1,4 +1,4 @@
-"""The project's child processes, which are started, watched and stopped, by the watchdog if necessary."""
+"""How the project's child processes are started, watched, and stopped, if necessary by the watchdog."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Rate limits: the buckets from which a follow-up needs tokens, and the worker's decision."""
+"""Rate limits: the buckets from which a follow-up needs tokens, and when a worker requests tokens."""
 
 from __future__ import annotations
 

@@ -135,13 +135,13 @@ class ApiServices:
 
 @dataclass(slots=True)
 class Work:
-    """One request's transaction, with its workspace, its start by the database's clock, and its changes."""
+    """A request's transaction: the workspace, the start time on the database's clock, and the changes."""
 
     workspace_id: UUID
     key_id: UUID
     ahead: timedelta
     now: datetime = field(init=False)
-    """The start time of the transaction. The time is known once the first statement has returned."""
+    """The start time of the transaction. This time is known once the transaction's first statement has returned."""
     nudges: bool = False
     ends: tuple[tuple[UUID, Final], ...] = ()
 
@@ -152,8 +152,8 @@ class Work:
         """
         if follow_up.status == Status.PENDING:
             self.nudges = self.nudges or follow_up.due_date <= self.now + self.ahead
-        # The follow-up may have ended before this request. In that case the request only added the id of the chat
-        # message.
+        # The follow-up may have ended before this request. If the follow-up had ended, the request only added the id of
+        # the chat message.
         elif follow_up.updated_at == self.now and follow_up.finished_at == (finished_at or self.now):
             self.ends = (*self.ends, (follow_up.id, Final(Status(follow_up.status), follow_up.reason)))
             self.nudges = True  # the follow-up that ended may have blocked a later one in its chat

@@ -66,8 +66,8 @@ Above this number, the connection whose response has been unread longest is clos
 KEEP_ALIVE = 65
 """Number of seconds for which a connection may be idle before it is closed.
 
-A load balancer usually keeps an idle connection for 60 seconds. The web server waits longer, so the load balancer
-closes the connection first.
+A load balancer usually keeps an idle connection for 60 seconds. The web server waits longer than a load balancer does,
+so the load balancer closes the connection first.
 """
 
 GRACE = 20

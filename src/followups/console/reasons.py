@@ -68,7 +68,7 @@ def of_rows(services: ConsoleServices, session: Session, rows: Sequence[Row], no
 
 
 def consequences_of(visit: Visit, session: Session, chat: Chat, due: datetime, now: datetime) -> list[str]:
-    """Return sentences about what follows from a due date in this chat, beginning with the date and time themselves.
+    """Return sentences on the consequences of a due date in this chat, starting with the date and time.
 
     Raises `InvalidRequestError` for a due date at the edge of the calendar.
     """

@@ -15,7 +15,7 @@ immediately.
 
 
 def until_half_is_free(taken: int, seconds: float, window: int) -> float:
-    """Return the seconds until half of a ``window`` is free.
+    """Return the predicted number of seconds until half of a ``window`` is free.
 
     In the last ``seconds`` seconds, ``taken`` places of the window became free and were claimed. The result is at most
     twice ``seconds``. A few places that become free simultaneously do not predict when further places become free.

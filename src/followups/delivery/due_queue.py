@@ -145,7 +145,7 @@ class DueQueue:
     def seconds_to_next(self, tripped: frozenset[int] = frozenset()) -> float | None:
         """Return the seconds until the next lease is due, or None if the queue is empty.
 
-        The number is negative if a lease is overdue. Due leases of ``tripped`` workspaces are not counted.
+        The result is negative if a lease is overdue. Due leases of ``tripped`` workspaces are not counted.
         """
         if self._fair.has_turn(tripped):
             return -LEAD.total_seconds()

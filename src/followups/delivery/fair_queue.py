@@ -1,8 +1,8 @@
 """The fair queue: due leases, in a separate queue for each workspace. This module does no I/O.
 
-The workspace queues take turns, and the earliest lease of each queue comes first. So a workspace with few follow-ups
-waits for one follow-up of each other workspace, not for all of them. While several workspaces are active, no workspace
-gets all the slots. Slow calls of one workspace therefore do not delay other workspaces.
+The workspace queues take turns, and the earliest lease of each queue comes first. A workspace with few follow-ups
+therefore waits for only one follow-up of each other workspace. While several workspaces are active, no workspace gets
+all the slots. Slow calls of one workspace therefore do not delay other workspaces.
 """
 
 from __future__ import annotations

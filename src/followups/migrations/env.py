@@ -29,7 +29,7 @@ seconds.
 """
 
 GIVE_WAY = 1.0
-"""Seconds between two tries to change a table. In the meantime, the transactions that were waiting for the table
+"""Seconds between two tries to change a table. Between the tries, the transactions that were waiting for the table
 proceed.
 """
 

@@ -77,7 +77,7 @@ reply, a refusal or the last attempt), its reason would be misleading without th
 def honest(reason: str, row: str) -> str:
     """Return SQL for the reason of an ending follow-up, with `OUTCOME_UNKNOWN` added if it applies.
 
-    The argument must also be SQL.
+    The reason passed as the argument must be SQL, too.
     """
     return f"""
         CASE WHEN {reason} IS NOT NULL AND {reason} NOT LIKE '{ReasonCode.OUTCOME_UNKNOWN}%'

@@ -1,8 +1,8 @@
 """Dispatcher ticks: one dispatcher claims at a time, and each claim checks when the last tick ran.
 
 The claim lock and the time of the last tick are stored in one row of the database, because a dispatcher cannot see the
-ticks of other dispatchers. To enforce the in-flight limit, dispatchers must count the follow-ups in flight one at a
-time.
+ticks of other dispatchers. To enforce the in-flight limit, only one dispatcher at a time may count the follow-ups in
+flight.
 
 A long gap between ticks means an outage, or a database clock that was set forward. In both cases leases expire while no
 tick runs, although their workers may still be running and know the outcomes. Workers therefore get a grace period, in

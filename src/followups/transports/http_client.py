@@ -1,6 +1,6 @@
 """HTTP calls through libcurl and their outcomes, shared by the transports that use HTTP.
 
-The outcome of a failed call depends on whether any part of the request can have left this process (`http_exchange`). An
+The outcome of a failed call depends on whether any part of the request may have left this process (`http_exchange`). An
 error before any part of the request was sent is a `Retry`. An error after part of the request was sent, but before the
 head of the response has arrived, is `Unknown`.
 """
@@ -35,7 +35,7 @@ KEEPALIVE = 3
 
 STREAMS = 10
 """The largest number of simultaneous calls on one HTTP/2 connection. If the connection breaks, the outcomes of all
-these calls are unknown.
+calls on it are unknown.
 """
 
 HEADERS = {

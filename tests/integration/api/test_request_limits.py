@@ -134,7 +134,7 @@ def test_deep_pages_keep_their_starting_points(
 
 
 def test_starting_points_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A deep page is read from the nearest stored starting point in front of it.
+    """A deep page is read from the nearest stored starting point before it.
 
     Each starting point expires. If there are too many starting points, the oldest are discarded.
     """

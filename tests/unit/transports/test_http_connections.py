@@ -55,7 +55,7 @@ class ThreadedServer:
                 connection.sendall(OK)
 
     def hang_up(self) -> None:
-        """Close the open connections, by a reset if SO_LINGER is 0."""
+        """Close the open connections; if SO_LINGER is 0, they are reset."""
         for one in self.connections:
             one.shutdown(socket.SHUT_RD)  # ends the blocking read in the connection's thread
             one.close()
