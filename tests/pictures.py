@@ -50,7 +50,7 @@ SECONDS = 120
 MEAN, WAVE, PERIOD = 20, 14, 24.0
 """The mean number of follow-ups per second, and the amplitude and the period (in seconds) of the wave in this rate."""
 LEAD = 15.0
-"""The number of seconds before the first due date within which all follow-ups are created."""
+"""All follow-ups are created within this number of seconds before the first due date."""
 FAILING, REFUSED, REPLYING = 12, 2, 12
 """The numbers of chats that fail twice, that refuse messages, and whose users reply."""
 
