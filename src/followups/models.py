@@ -446,7 +446,7 @@ class FollowUp(Base):
     held_until: Mapped[datetime | None]
     """The start of the sending hours for which the follow-up was last held."""
     sendable_from: Mapped[datetime | None]
-    """The first time at which the sending hours allow the message to be sent, or None if they never held it.
+    """The first time at which the sending hours allow the message to be sent, or None if they never held the follow-up.
 
     A time in the future is derived from the current sending hours. A past time is kept even if the sending hours
     change. A follow-up's lateness is counted from this time.

@@ -115,8 +115,8 @@ def record_traffic(broker_url: str) -> Iterator[BrokerTraffic]:
 
             def hear(event: Any) -> None:
                 traffic.events.append(event)
-                # ticks may produce events so often that `capture` never times out, so the handler checks for the end
-                # too
+                # ticks may produce events so often that `capture` never times out, so the handler also checks whether
+                # to end
                 receiver.should_stop = done.is_set()
 
             receiver = app.events.Receiver(connection, handlers={"*": hear})

@@ -77,13 +77,13 @@ class Ours(Contestant):
     table: str = "follow_ups"
     workers: int = CORES
     concurrency: int = 100
-    """Simultaneous calls of one worker process; 100 is the default of the setting."""
+    """The number of calls that one worker process makes simultaneously; the setting's default is 100."""
     started: tuple[Child, ...] = ()
     nudge: Callable[[], None] = lambda: None
     """Request a tick, as `followups.schedule` does for follow-ups that are due now."""
 
     def fill(self, count: int, due: str, each: int = 1) -> None:
-        """Insert rows, with this many in each chat."""
+        """Insert rows, with the given number in each chat."""
         self.arena.sql(CHATS.format(workspace=self.arena.workspace, chats=count // each, each=each, due=due))
 
     def release(self) -> None:

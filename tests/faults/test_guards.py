@@ -1,4 +1,4 @@
-"""For each SQL guard, its scenario breaks a promise if and only if the guard is missing."""
+"""For each SQL guard, a scenario that breaks a promise if and only if the guard is missing."""
 
 from __future__ import annotations
 

@@ -55,7 +55,7 @@ class Samples:
         self._since = self.rig.world.scalar("SELECT now()")
 
     def take(self) -> None:
-        """Take a sample; its lag covers the time since the previous sample."""
+        """Take a sample, whose lag covers the time since the previous sample."""
         for child in self.rig.processes.children:
             self.values[f"{child.command.name.partition('.')[0]}_rss_mb"].append(resident_mb(child.pid))
         parameters = {"workspace": self.rig.world.workspace_id, "since": self._since}

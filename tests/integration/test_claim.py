@@ -167,7 +167,7 @@ class TestLowWater:
     """Tests of the low-water mark: claims do not read rows that were due before this time."""
 
     def test_mark(self, world: World, steps: Steps) -> None:
-        """The low-water mark is before now and before the first unfinished follow-up, leased or not."""
+        """The low-water mark is earlier than now and than the first unfinished follow-up, whether leased or not."""
         world.follow_up(due=-timedelta(minutes=5))
         for _ in range(2):  # the follow-up is unleased in the first round and leased in the second
             low = steps.claim().low_water
@@ -191,7 +191,7 @@ class TestLowWater:
     def test_dispatcher_claims_before_the_mark(
         self, world: World, engine: Engine, settings: Settings, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        """Even if full claims are slow, one tick suffices to claim a row inserted before the low-water mark."""
+        """Even if full claims are slow, the next tick claims a row that was inserted before the low-water mark."""
         monkeypatch.setattr(dispatcher, "QUICK", 0.0)
         monkeypatch.setattr(dispatcher, "LOOKING_SHARE", 0.005)  # full claims then run about a second apart
         hints: list[Hint] = []

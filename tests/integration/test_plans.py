@@ -64,7 +64,7 @@ def statements(engine: Engine) -> Iterator[list[tuple[str, Any]]]:
     seen: list[tuple[str, Any]] = []
 
     class RecordingCursor(psycopg.Cursor[Any]):
-        """A cursor that records its statements, whether SQLAlchemy or psycopg itself executes them."""
+        """A cursor that records all statements that SQLAlchemy or psycopg itself executes on it."""
 
         def execute(self, query: Any, params: Any = None, **options: Any) -> Self:
             statement = query.decode() if isinstance(query, bytes) else query
@@ -119,7 +119,7 @@ def test_plans(world: World, engine: Engine, settings: Settings, others: int, *,
 
 
 def test_plans_when_nothing_was_pending(world: World, engine: Engine, settings: Settings) -> None:
-    """No plan searches for follow-ups in an index of pending rows, even if the planner thinks the index is empty.
+    """Even if the planner thinks that an index of pending rows is empty, no plan uses it to find follow-ups.
 
     The planner considers the index empty after a vacuum that ran while no row was pending.
     """

@@ -40,7 +40,7 @@ def test_sessions_opened_on_a_read_only_server_are_dropped(
     world: World,
     database_url: str,
 ) -> None:
-    """The first write rejected as read-only drops all sessions of the pool, so the next write succeeds."""
+    """The first write that is rejected as read-only drops all sessions of the pool, and the next write succeeds."""
     assert world
     engine = make_engine(url_for_any_server(database_url), pool_size=SESSIONS)
     with read_only(database_url):

@@ -203,7 +203,7 @@ class TestCancelAgainstDeliver:
             followups.cancel(session, follow_up, reason=None)
 
     def test_takeover_cancels_leased_and_unleased(self, world: World, steps: Steps) -> None:
-        """An operator's message cancels all pending follow-ups of the chat, claimed or not."""
+        """An operator's message cancels all pending follow-ups of the chat, whether claimed or not."""
         chat = world.chat()
         leased = world.follow_up(chat)
         steps.claim()

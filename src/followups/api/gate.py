@@ -78,7 +78,7 @@ class Budget:
 
 @dataclass(slots=True)
 class RequestBody:
-    """A request body being received, with its reserved memory and any error that the server found in it."""
+    """A request body that is being received, its reserved memory, and any error that the server has found in it."""
 
     budget: Budget
     most: int = MAX_BODY_SIZE

@@ -58,8 +58,8 @@ class ClaimInterval:
     def record_claim(self, taken: int, at: float, *, more: bool, cut_short: bool) -> None:
         """Record a claim of ``taken`` follow-ups that started at the time ``at`` (monotonic seconds).
 
-        ``more`` means that the claim left due follow-ups. ``cut_short`` means that the claim reached its own limit
-        before the window was full.
+        ``more`` means that some due follow-ups were not claimed. ``cut_short`` means that the claim reached its own
+        limit before the window was full.
         """
         if self._full_at is not None:
             self._taken += taken

@@ -56,8 +56,8 @@ def batches(leases: Sequence[Lease], size: int) -> Iterator[Hint]:
 def leases_of(entries: object, keys: object = None) -> list[Lease]:
     """Return the leases that a hint lists.
 
-    If the hint's keys are invalid, all leases are put into the same workspace queue. Raises ValueError for an invalid
-    hint, since anyone with access to the broker can write one.
+    If the hint's keys are invalid, all leases are put into one workspace queue. Raises ValueError for an invalid hint,
+    since anyone with access to the broker can write one.
     """
     try:
         count = len(entries)  # type: ignore[arg-type]

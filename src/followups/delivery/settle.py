@@ -83,7 +83,7 @@ class Settler:
         self._gather = GATHER if settings.transport_deduplicates else SHORT_GATHER
         self._attempts: list[Attempt] = []
         self._later: set[asyncio.Task[None]] = set()
-        """Tasks that put attempts back into a batch after a pause."""
+        """Tasks that pause and then put attempts back into a batch."""
         self._wanted = asyncio.Event()
         self._recorded = asyncio.Event()
         self._closed = False

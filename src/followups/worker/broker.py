@@ -75,7 +75,7 @@ class Loader(AppLoader):
 
 
 class BrokerConnection(KombuConnection):
-    """A broker connection that retries within seconds, however long the broker was unreachable."""
+    """A broker connection that is retried within seconds, however long the broker has been unreachable."""
 
     def ensure_connection(self, *arguments: Any, **named: Any) -> Any:  # noqa: ANN401 - kombu's own
         """Connect to the broker, and retry until that succeeds."""
@@ -143,7 +143,7 @@ class Consumer:
         self.connecting_at = time.monotonic()
 
     def connected(self) -> None:
-        """Record a new connection, which counts as refused until a read is answered some seconds later."""
+        """Record a new connection, which counts as refused until one of its reads is answered some seconds later."""
         self.connected_at = time.monotonic()
         self.refused += 1
 

@@ -69,8 +69,8 @@ limit is at most half a lease, because the follow-ups of a hint that is delayed 
 
 SWITCH_INTERVAL = 0.0005
 """Longest time, in seconds, that a Python thread runs while another thread waits for the interpreter. With Python's
-default of 0.005, each of several steps of a due follow-up would have to wait for the dispatcher, which is claiming the
-next thousand follow-ups and publishing their hints.
+default of 0.005, a due follow-up would have to wait for the dispatcher at each of several steps. At that time the
+dispatcher is claiming the next thousand follow-ups and publishing their hints.
 """
 
 DRAIN_MARGIN = timedelta(seconds=5)
@@ -132,7 +132,7 @@ def make_app(settings: Settings) -> Celery:
         broker_connection_max_retries=None,
         broker_transport_options={
             # A received message is deleted from Redis. Otherwise kombu would keep a copy until the message is
-            # acknowledged. An acknowledgement lost during a delay of Redis would leave the message counted as
+            # acknowledged. If an acknowledgement were lost because Redis was slow, the message would count as
             # prefetched forever, and the worker would stop consuming.
             "ack_emulation": False,
             "global_keyprefix": settings.broker_prefix,

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 @pytest.fixture
 def logged(stack: Stack) -> Iterator[Api]:
-    """Return a client of a separate web process that logs at the lowest level."""
+    """Return a client of a separate web process, which logs at the lowest level."""
     _, url = start(stack.processes, stack.environment() | {"FOLLOWUPS_LOG_LEVEL": "debug"})
     api = Api(url, stack.world)
     with api.client:

@@ -1,4 +1,4 @@
-"""The requests of the transport ``http``: body, headers and signature (deploy/ENDPOINT.md)."""
+"""Tests of the requests that the transport ``http`` sends: body, headers and signature (deploy/ENDPOINT.md)."""
 
 from __future__ import annotations
 
@@ -177,7 +177,7 @@ async def test_connections_are_kept_where_the_receiver_deduplicates() -> None:
 
 
 async def test_no_connection_is_used_twice_where_the_receiver_does_not_deduplicate() -> None:
-    """If the receiver does not deduplicate, no connection is used twice.
+    """If the receiver does not deduplicate, each connection is used only once.
 
     The outcome of a request on a stale connection would be unknown, and therefore final.
     """

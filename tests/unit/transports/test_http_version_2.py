@@ -308,7 +308,7 @@ async def test_a_call_that_is_cancelled_harms_no_other(server: Http2Server, tran
 
 
 async def test_a_connection_that_ended_while_idle_is_not_used(server: Http2Server, transport: Transport) -> None:
-    """A receiver that closes the connection between two calls affects neither call.
+    """If a receiver closes the connection between two calls, neither call is affected.
 
     The calls before and after the closing both succeed, whichever way the connection is closed.
     """

@@ -45,7 +45,7 @@ PATH = "/api/v1/chat-message-follow-ups"
 _BRACKETS = re.compile(
     rb"(^|&)(chatIds|chatMessageIds|statuses|triggerChatMessageIds)(?:\[\]|%5B%5D)(?:=|(?=&|$))", re.IGNORECASE
 )
-"""Pattern of filter names with brackets.
+"""The pattern of filter names that contain brackets.
 
 A filter name with brackets matches even without ``=``, because the filter would otherwise be ignored and all rows
 listed.
