@@ -369,7 +369,7 @@ class FollowUp(Base):
             postgresql_where=text("chat_message_id IS NOT NULL"),
         ),
         # This index serves queries for follow-ups that ended recently (lag, throughput, retries) or long ago (pruning).
-        # New entries are added at the index's right edge, and all follow-ups of one settlement share a key.
+        # New entries are added at the index's right edge, and follow-ups that are settled together have the same key.
         Index("ix_follow_ups_finished", "finished_at", postgresql_where=text("finished_at IS NOT NULL")),
         Index("ix_follow_ups_retry_of", "retry_of", unique=True, postgresql_where=text("retry_of IS NOT NULL")),
         # This index contains only the follow-ups that are held by a pause or by sending hours. The index is usually

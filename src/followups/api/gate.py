@@ -281,7 +281,7 @@ def _check_head(scope: Scope) -> None:
 def _repeated(scope: Scope) -> str | None:
     """Return the name of a header that was sent more than once, although repetition is forbidden.
 
-    Two servers could interpret such a request differently.
+    Two servers could interpret a request with a repeated header differently.
     """
     names = [name for name, _ in scope["headers"]]
     return next((name.decode() for name in AT_MOST_ONCE if names.count(name) > 1), None)

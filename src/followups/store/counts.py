@@ -233,7 +233,7 @@ def pace(connection: Connection, window: timedelta, limit: timedelta = LIMIT) ->
 
 
 def per_second(connection: Connection, seconds: int, limit: timedelta = LIMIT) -> list[int] | None:
-    """Return the number of follow-ups sent in each of the last seconds, oldest first.
+    """Return the number of follow-ups sent in each of the most recent seconds, oldest first.
 
     Returns None if the query does not finish in time.
     """

@@ -65,7 +65,7 @@ def _of_row(world: ModelWorld, number: int, row: ModelRow, protocol: Protocol) -
 
 
 def ended(row: ModelRow, final: Final) -> ModelRow:
-    """Return the row with its final state as the store writes it."""
+    """Return the row in its final state, with the values that the store writes."""
     reason = honest(final.reason, final.status, unknown=row.unknown)
     return row._replace(status=final.status, reason=reason, leased=False, begun=False)
 

@@ -146,7 +146,7 @@ class TestMessages:
         assert api.message(chat_id, "user").json()["cancelledFollowUpIds"] == [created["id"]]
 
     def test_in_flight(self, api: Api) -> None:
-        """A reply does not cancel a follow-up that is in flight, but prevents a retry of it."""
+        """A reply does not cancel a follow-up that is in flight, but prevents its retry."""
         created = api.create()
         api.world.put_in_flight(created["id"])
         assert api.message(created["chatId"], "user").json()["cancelledFollowUpIds"] == []

@@ -1,4 +1,4 @@
-"""External chat ids: a ``matrix`` room belongs to one workspace, since its id names the receiver."""
+"""External chat ids: a ``matrix`` room's id selects the receiver, so a room belongs to one workspace."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def test_a_room_belongs_to_one_workspace(two_workspaces: tuple[Api, Api]) -> Non
 def test_a_removed_chat_has_no_room(two_workspaces: tuple[Api, Api]) -> None:
     """Once a chat is removed, its Matrix room can be used by another workspace.
 
-    After that, the first workspace cannot use the Matrix room again.
+    After another workspace has taken the room, the first workspace cannot use it again.
     """
     one, other = two_workspaces
     room, chat = f"!{uuid4()}:host", uuid4()

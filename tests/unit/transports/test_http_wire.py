@@ -144,7 +144,7 @@ async def test_reading_of_endless_chunks_stops(start: bytes, piece: bytes) -> No
 
 
 async def test_an_endless_chunk_size_costs_the_timeout() -> None:
-    """An endless chunk extension is read and discarded until the timeout; only the status sets the outcome."""
+    """An endless chunk extension is read until the timeout; only the status determines the outcome."""
     outcome = await outcome_of(endless(CHUNKED + b"1;", b"x" * 10_000), transport_timeout=0.3)
     assert outcome == Sent(None, 200, "the body of the answer did not arrive in time")
 
