@@ -1,7 +1,7 @@
 """A flood of requests: ``python tests/flood.py HOST PORT CONNECTIONS SECONDS PATH...``, with the API key in $FLOOD_KEY.
 
-The flood runs in a separate process, so it takes no time from the test. Each connection sends one request after the
-other, and is reopened when the server closes it.
+The flood runs in a separate process, so it takes no time from the test. Each connection sends one request after
+another, and is reopened when the server closes it.
 """
 
 from __future__ import annotations

@@ -46,7 +46,7 @@ DEMO, DASHBOARD = (80, 27), (96, 27)
 
 CHATS = 150
 SECONDS = 120
-"""The seconds during which follow-ups fall due; the picture is taken halfway through."""
+"""The seconds during which follow-ups fall due; the screenshot is taken halfway through."""
 MEAN, WAVE, PERIOD = 20, 14, 24.0
 """The mean number of follow-ups per second, and the amplitude and the period (in seconds) of the wave in this rate."""
 LEAD = 15.0

@@ -5,9 +5,9 @@ by guessing ids. The foreign keys that refer to this key make PostgreSQL refuse 
 
 Row-level security was tried and rejected. Row-level security costs little: 6 % of the SQL time of a create and 16 % of
 a list (2 cores, 20,000 rows). But row-level security does not apply to the tables' owner, and the only configured URL
-is the owner's. Row-level security would therefore need a second role, which many hosted databases do not let you
-create. The alternative is FORCE ROW LEVEL SECURITY, but then the owner's own pg_dump fails. Reads are protected by the
-predicate of each query, and by a test that calls every documented endpoint with another workspace's key and ids.
+is the owner's. Row-level security would need a second role, which many hosted databases do not let you create. The
+alternative is FORCE ROW LEVEL SECURITY, but then the owner's own pg_dump fails. Reads are protected by the predicate of
+each query, and by a test that calls every documented endpoint with another workspace's key and ids.
 
 A follow-up's ``status`` is written only by guarded UPDATE statements in `followups.store`, never by assigning to an
 object. In another system, saving a full row changed a sent message back to pending (zulip#39521).
@@ -448,8 +448,8 @@ class FollowUp(Base):
     sendable_from: Mapped[datetime | None]
     """The first time at which the sending hours allow the message to be sent, or None if they never held the follow-up.
 
-    A time in the future is derived from the current sending hours. A past time is kept even if the sending hours
-    change. A follow-up's lateness is counted from this time.
+    A time in the future is derived from the current sending hours. A time that is already past is not changed, even if
+    the sending hours change. A follow-up's lateness is counted from this time.
     """
     limited_until: Mapped[datetime | None]
     """The time of the next attempt as set by a rate limit or the breaker.

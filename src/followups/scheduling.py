@@ -97,8 +97,8 @@ def scheduling_alone(
 ) -> Steps[FollowUp | None]:
     """Apply the rule of `schedule` in a single statement, which needs no transaction.
 
-    Return None if a single statement is not enough to apply the rule. In that case nothing has changed. If the result
-    is None, the caller uses `scheduling`, which creates the follow-up or raises the error.
+    Return None if a single statement is not enough to apply the rule. When None is returned, nothing has been changed.
+    If the result is None, the caller uses `scheduling`, which creates the follow-up or raises the error.
     """
     check_planned(Planned(chat_id, message, due_date))
     return (

@@ -21,7 +21,7 @@ _LIBPQS_HOSTS = re.compile(
 )
 """Hosts in a form that SQLAlchemy does not parse.
 
-There are two such forms: several hosts, ``host1:5432,host2:5432``, and a socket path, ``%2Frun``.
+The two forms are several hosts, ``host1:5432,host2:5432``, and a socket path, ``%2Frun``.
 """
 
 _HOST = re.compile(r"(?P<name>\[[^]]*\]|[^:]*)(?::(?P<port>.*))?", re.DOTALL)

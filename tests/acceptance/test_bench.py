@@ -1,4 +1,4 @@
-"""Tests of ``followups bench`` on servers that are in use."""
+"""Tests for ``followups bench`` on servers that are already in use."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tests for traces, with real processes: a trace contains the POST, the claim, the attempt, the call."""
+"""Tests for traces, with real processes: a trace covers the POST, the claim, the attempt and the call."""
 
 from __future__ import annotations
 

@@ -39,7 +39,7 @@ def throughput(contestant: Contestant, count: int, control: str = "") -> Figures
     arena.receiver(f"/control?{control}")
     contestant.fill(count, "now() + interval '1 day'")
     contestant.start()
-    time.sleep(1.0)  # by now, the contestants that poll have polled
+    time.sleep(1.0)  # by now, every contestant that polls has polled at least once
     contestant.release()
     began, before = time.time(), arena.cpu_seconds()
     wait(lambda: arena.receiver("/count")["different"] >= count, PATIENCE)

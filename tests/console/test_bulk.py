@@ -123,7 +123,7 @@ def test_failed_follow_ups_are_retried_once_per_request(person: Callable[..., Pe
 def test_an_action_is_stopped_after_its_batch(
     person: Callable[..., Person], own: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """When an action is stopped, the follow-ups it has cancelled stay cancelled, and the others are unchanged."""
+    """When a bulk action is stopped, the follow-ups it has cancelled stay cancelled; no others change."""
     carry_out(own)
     own.burst([HOUR] * 10)
     monkeypatch.setattr(bulk_runner, "CANCELS", 4)
@@ -141,7 +141,7 @@ def test_an_action_is_stopped_after_its_batch(
 
 
 def test_another_workspaces_action_is_not_found(person: Callable[..., Person], own: World, foreign: World) -> None:
-    """An action of another workspace cannot be stopped.
+    """A bulk action that belongs to another workspace cannot be stopped.
 
     A session limited to one chat sees only the actions on that chat.
     """

@@ -84,7 +84,7 @@ def test_a_pod_has_time_to_drain(name: str, seconds: int) -> None:
 
 @pytest.mark.parametrize("name", ["web", "worker", "beat"])
 def test_pods_have_probes_and_are_spread(name: str) -> None:
-    """Pods have startup and liveness probes, are spread over machines, and survive a machine's draining."""
+    """Pods have startup and liveness probes, are spread over machines, and survive a node drain."""
     assert container(name)["startupProbe"]
     assert container(name)["livenessProbe"]
     assert PODS[name]["topologySpreadConstraints"]

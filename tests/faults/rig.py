@@ -76,7 +76,7 @@ class Rig(Stack):
         )
 
     def worker(self, *more: str, ready: bool = True, harmed: bool = False, **environment: str) -> Child:
-        """Start another worker, and wait until it consumes; failpoints affect only a ``harmed`` worker."""
+        """Start another worker, and wait until it is consuming; failpoints affect only a ``harmed`` worker."""
         name = f"worker.{next(self._numbers)}"
         injected = self.failpoints.environment() if harmed else {}
         child = self.process(name, "worker", *more, environment=injected | environment)
@@ -96,7 +96,7 @@ class Rig(Stack):
 
     def start(self, workers: int = 1, beats: int = 1, *, harmed: bool = False) -> list[Child]:  # type: ignore[override]
         """Start the chat, beats and workers concurrently; return the workers when all of them are consuming."""
-        for _ in range(beats):  # start the processes first that take longest to start
+        for _ in range(beats):  # start first the processes that take longest to start
             self.beat()
         started = [self.worker(ready=False, harmed=harmed) for _ in range(workers)]
         self.sandbox()

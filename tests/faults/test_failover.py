@@ -132,7 +132,7 @@ def everything_says_read_only(rig: Rig, clients: Clients) -> None:
 
 
 def fail_over(rig: Rig, clients: Clients, *, killed: bool) -> tuple[float, float]:
-    """Fail over; return the seconds from moving the address to the first request and to the first send."""
+    """Move the address to the standby; return the seconds until the first request and the first send."""
     postgres = rig.postgres
     assert isinstance(postgres, Replicated)
     if killed:
@@ -213,7 +213,7 @@ def test_several_hosts_in_the_url() -> None:
 
 
 def test_a_begin_lost_in_an_asynchronous_failover_fails(broker_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A begin whose answer was lost counts as failed immediately if the new primary does not have it.
+    """If a failover loses a begin and its answer is lost too, the begin counts as failed immediately.
 
     The worker does not wait for the lost begin, and does not confuse the lost transaction with a transaction that has
     the same id on the new primary.

@@ -1,4 +1,4 @@
-"""Tests of half-open connections, on which no data arrives although the network keeps acknowledging.
+"""Tests for half-open connections, on which no data arrives although the network keeps acknowledging.
 
 Only the service's own limits detect half-open connections; TCP keepalives and TCP's user timeout do not.
 """
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     Proxied = tuple[Rig, Sequence[Proxy]]
 
 SLACK = 20.0
-"""Extra seconds allowed for a busy machine; the figure records the time actually taken."""
+"""Extra seconds that the assertions allow for a busy machine; the figures record the times actually taken."""
 
 SAID = ("got no reply", '"broker_unreachable"', "Connection to broker lost")
 """The log events of a worker that has noticed that the broker is silent."""

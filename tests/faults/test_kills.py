@@ -61,7 +61,7 @@ def test_killed_at_each_step(rig: Rig, figures: Figures) -> None:
 
 
 def test_killed_in_mid_batch(rig: Rig, figures: Figures) -> None:
-    """Calls in flight when their worker is killed are recorded as lost and repeated under their keys."""
+    """Calls in flight when their worker is killed are recorded as lost, and repeated with the same idempotency keys."""
     doomed, other = rig.start(workers=2)
     other.signal(signal.SIGSTOP)  # stopped so that the other worker gets all follow-ups
     rig.behave(kind="slow", delay=0.3)

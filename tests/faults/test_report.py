@@ -1,4 +1,4 @@
-"""Tests of the results page, on which tests that were not rerun keep their dates and broken promises."""
+"""Tests for the results page, which keeps the dates and broken promises of tests that were not rerun."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def run(test: str, form: str, *, at: str = "2026-01-31 09:00", **broken: int) ->
 
 
 def test_a_broken_promise_stays_until_the_next_run() -> None:
-    """A long form whose last result broke a promise counts as broken until it is run again."""
+    """A test in its long form counts as broken after a broken promise, until it is run again."""
     first = report([*run("one", "long", lost=2), *run("two", "long")], "")
     second = report(run("two", "long"), first)
     assert "Broken promises in all runs: {'in earlier runs': 2}" in second

@@ -167,7 +167,7 @@ def finish(rig: Rig, figures: Figures, samples: Samples, **more: Any) -> None:
 
 @needs_proc
 def test_load(rig: Rig, figures: Figures) -> None:
-    """Seconds of load with failures, cancels and replies do not violate a promise or end a process."""
+    """Under load, failures, cancels and replies violate no promise and end no process."""
     soak(rig, figures, seconds=12, rate=40)
 
 

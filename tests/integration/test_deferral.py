@@ -158,7 +158,7 @@ def test_held_follow_ups_release_their_leases(world: World, engine: Engine, own:
         ("pending", 0, row.limited_until) for row in rows
     }
     moments = sorted(row.limited_until for row in rows)
-    # the follow-ups are sent on time, but not all in the same moment
+    # the follow-ups are sent on time, but not all at the same moment
     assert len(rows) * 0.01 * SECOND < moments[-1] - moments[0] < LONGEST / 2
     assert world.row(rows[0].id).reason == "over"
 

@@ -99,7 +99,7 @@ async def test_grants_never_exceed_the_rate(under_test: LimiterUnderTest, rate: 
 
 
 async def test_several_workers(under_test: LimiterUnderTest, limiter_settings: Settings) -> None:
-    """Workers that request and return tokens concurrently do not exceed the rate together."""
+    """Workers that request and return tokens concurrently do not exceed the rate in total."""
     limit = bucket(200, 4)
     others = [Limiter(limiter_settings, PATIENCE) for _ in range(3)]
     used: list[int] = []
@@ -163,7 +163,7 @@ async def test_waiting_for_one_bucket_takes_no_other_token(under_test: LimiterUn
 
 
 async def test_the_strictest_limit_decides(under_test: LimiterUnderTest) -> None:
-    """A follow-up over two rate limits waits as long as the stricter limit requires."""
+    """A follow-up that exceeds two rate limits waits as long as the stricter limit requires."""
     fast, slow = bucket(rate=1), bucket(rate=0.01)
     await under_test.ask(request(0, fast, slow))
     (wait,) = await under_test.ask(request(1, fast, slow))

@@ -1,4 +1,4 @@
-"""Tests of `followups.schedule_many`, which schedules all the given follow-ups in one transaction or none."""
+"""Tests for `followups.schedule_many`, which schedules all follow-ups in one transaction, or none."""
 
 from __future__ import annotations
 

@@ -122,7 +122,7 @@ class TestSettle:
         ],
     )
     def test_reply_in_flight(self, world: World, steps: Steps, outcome: Outcome, status: str) -> None:
-        """If a reply arrives in flight, the follow-up ends as sent after a success and as cancelled after a failure.
+        """If a reply arrives during an attempt, the follow-up ends as sent, or as cancelled after a failure.
 
         After a reply, a follow-up is never retried.
         """

@@ -92,7 +92,7 @@ def test_too_late_is_final(hours: SendingHours, wanted: datetime, most: timedelt
 def test_the_stored_opening_time_decides(now: datetime, off: timedelta) -> None:
     """A machine with different time zone data waits until the opening time that is stored in the database.
 
-    Until then, it does not check the follow-up repeatedly.
+    Until the stored opening time, the machine does not check the follow-up repeatedly.
     """
     hours = SendingHours("UTC", time(0), time(0))
     opening = now + off

@@ -86,10 +86,10 @@ class LastUse:
 class KnownKeys:
     """API keys that were valid at their last use.
 
-    If a request has one of these keys, its body is read before the key is looked up in the database. The transaction of
-    each request checks the key again. A revocation therefore takes effect immediately, and the key is removed from the
-    known keys. A key in use is looked up only once. A flood of requests with unknown keys therefore cannot delay
-    requests with known keys. An instance belongs to one event loop.
+    If a request has a known key, its body is read before the key is looked up in the database. The transaction of each
+    request checks the key again. A revocation therefore takes effect immediately, and the key is removed from the known
+    keys. A key in use is looked up only once. A flood of requests with unknown keys therefore cannot delay requests
+    with known keys. An instance belongs to one event loop.
     """
 
     def __init__(self) -> None:

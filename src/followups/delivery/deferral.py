@@ -54,8 +54,8 @@ Without this pause, the begin statements of other workers would have to wait for
 """
 SOONEST = LONGEST / 2
 SPREAD = 10_000
-"""The number of simultaneous deferrals, by one worker, that are spread over two thirds of the time from `SOONEST` to
-`LONGEST`.
+"""If one worker defers this many follow-ups simultaneously, the deferrals are spread over two thirds of the time from
+`SOONEST` to `LONGEST`.
 """
 COMING = 0.25
 """Seconds that released follow-ups may take to reach a worker; no others are released in this time."""
@@ -66,7 +66,7 @@ BACKOFF = 1.0
 class ReturnTimes:
     """The times at which deferred follow-ups fall due again, spread over minutes in the order of deferral.
 
-    At first, these times are 15 ms apart. As more follow-ups are deferred, the times get closer together, so that no
+    The first of these times are 15 ms apart. As more follow-ups are deferred, the times get closer together, so that no
     follow-up is deferred for longer than `LONGEST`.
 
     >>> returns = ReturnTimes()

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 
 BUDGET = timedelta(minutes=2)
-"""How long one run may delete rows of one table before it leaves the other rows to the next run."""
+"""How long one run may delete rows of one table before it leaves the remaining rows to the next run."""
 
 LOCK = 0x7469_6479
 """Key of the advisory lock that lets one worker prune at a time ("tidy" in ASCII)."""

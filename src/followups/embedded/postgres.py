@@ -61,9 +61,9 @@ SETTINGS = {
 
 TEMPORARY_SETTINGS = {
     # The data is deleted with the server, so it need not survive a crash of the machine. The only crashes that the data
-    # must survive are those in the fault tests, which kill the server. Therefore synchronous_commit stays on; without
-    # it, a killed server would lose confirmed transactions. Without fsync, synchronous_commit costs only one write into
-    # the page cache for each commit.
+    # must survive are those in the fault tests, which kill the server. synchronous_commit stays on, because without it
+    # a killed server would lose confirmed transactions. Without fsync, synchronous_commit costs only one write into the
+    # page cache for each commit.
     "fsync": "off",
     "full_page_writes": "off",
     # these files are in the data directory, so that a killed server leaves nothing behind
@@ -92,7 +92,7 @@ class EmbeddedPostgres(EmbeddedServer):
     start_within = START_WITHIN
 
     def __init__(self, data: Path | None = None, *, parent: Path | None = None) -> None:
-        """Keep the data in ``data``, or delete it when the server stops if ``data`` is None.
+        """Keep the data in ``data``; if ``data`` is None, delete the data when the server stops.
 
         ``parent`` is the parent of the temporary directory. If ``parent`` is in an in-memory file system
         (`memory_directory`), a database is copied ten times as fast.

@@ -39,7 +39,7 @@ class EmbeddedValkey(EmbeddedServer):
     start_within = START_WITHIN
 
     def __init__(self, data: Path | None = None) -> None:
-        """Keep the data in ``data``, or delete it when the server stops if ``data`` is None."""
+        """Keep the data in ``data``; if ``data`` is None, delete the data when the server stops."""
         super().__init__()
         self._kept = data
         self._password = secrets.token_urlsafe(24)

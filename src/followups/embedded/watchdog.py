@@ -149,7 +149,7 @@ def remove(directory: str) -> None:
 
 
 def main() -> None:
-    """Read the processes and directories to guard; when the owner ends, stop and remove them.
+    """Read what to guard; when the owner ends, stop the processes and remove the directories.
 
     The processes and directories that were added last are stopped and removed first.
     """

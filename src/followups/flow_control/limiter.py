@@ -49,8 +49,8 @@ SHORTEST = timedelta(milliseconds=5)
 """The shortest wait for a token; shorter waits would cause too many requests."""
 
 LONGEST = timedelta(minutes=5)
-"""The longest time before a follow-up requests a token again. Meanwhile, follow-ups ahead of it may have been
-cancelled, so that a token is free earlier than predicted.
+"""The longest time before a follow-up requests a token again. Follow-ups ahead of it in the queue may be cancelled
+during this time, so that a token is free earlier than predicted.
 """
 
 EPOCH = datetime(1970, 1, 1, tzinfo=UTC)

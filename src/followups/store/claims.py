@@ -7,11 +7,11 @@ follow-ups in flight.
 
 Each claim is one guarded statement, which skips rows that another transaction has locked.
 
-The planner's statistics are updated here because the claim needs them first. Autovacuum updates them within minutes.
-Until autovacuum has run, the planner estimates one row for a table that was emptied, vacuumed, and then filled in a
-burst. The planner then rates any index that contains the id as highly as the primary key, although with some of these
-indexes each look-up scans the whole index. With 50,000 due follow-ups in such a table, the claim, begin and settle of
-one batch took seconds each.
+The planner's statistics are updated here because the claim needs them first. Autovacuum updates the statistics only
+minutes later. Until autovacuum has run, the planner estimates one row for a table that was emptied, vacuumed, and then
+filled in a burst. The planner then rates any index that contains the id as highly as the primary key, although with
+some of these indexes each look-up scans the whole index. With 50,000 due follow-ups in such a table, the claim, begin
+and settle of one batch took seconds each.
 """
 
 from __future__ import annotations
@@ -97,7 +97,7 @@ class Totals(NamedTuple):
     leased: int
     """Number of follow-ups in flight."""
     unseen: bool
-    """Whether the claim did not read all rows that are due, so that a fair claim is needed."""
+    """Whether the claim left due rows unread, so that a fair claim is needed."""
     low_water: datetime | None
     taken: int
     """Number of rows that the claim could lease."""
@@ -110,8 +110,8 @@ FEW = 6
 """Number of rows that a fair claim reads in each workspace, regardless of the number of workspaces."""
 STRIDE = 32
 """Number of rows read in one step of the scan over all workspaces. The scan skips the rest of a workspace's rows, and
-workspaces with few rows share a step. A workspace with a single row that is not yet due therefore costs 0.5 us (2.4 us
-with a stride of 1). A workspace without pending rows costs nothing.
+workspaces with few rows share a step. A workspace with a single row that is not yet due costs 0.5 us (2.4 us with a
+stride of 1). A workspace without pending rows costs nothing.
 """
 
 _IN_ORDER, _FAIRLY = (read_sql(name) + read_sql("lease") for name in ("claim", "fair_claim"))

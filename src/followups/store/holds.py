@@ -59,8 +59,8 @@ class Hold:
 
 
 # The locks on the pause and on the sending hours keep these two rows unchanged until this transaction commits. A resume
-# or a change to the sending hours therefore commits after this transaction, and then releases the follow-ups held here.
-# Rows that are locked or were changed in the meantime are checked again shortly.
+# or a change to the sending hours commits after this transaction, and then releases the follow-ups held here. Rows that
+# are locked or were changed in the meantime are checked again shortly.
 _HOLD = text(f"""
     WITH standing AS MATERIALIZED (
         SELECT id FROM pauses WHERE id = ANY(CAST(:pauses AS uuid[])) AND ended_at IS NULL
@@ -136,8 +136,9 @@ def columns_of(hours: SendingHours) -> dict[str, object]:
     return {"time_zone": hours.time_zone, "opening": hours.opening, "closing": hours.closing, "days": days}
 
 
-# If the recorded `sendable_from` has already passed, it is left unchanged. Any other value is replaced by the opening
-# of the current sending hours, or by the current time if the hours are open or were removed.
+# If the recorded `sendable_from` has already passed, it is left unchanged. A `sendable_from` in the future, or NULL, is
+# replaced by the opening of the current sending hours. If the hours are open or were removed, it is replaced by the
+# current time.
 _RELEASE_HELD = text("""
     WITH held AS MATERIALIZED (
         SELECT id FROM follow_ups

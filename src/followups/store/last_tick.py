@@ -4,10 +4,10 @@ The claim lock and the time of the last tick are stored in one row of the databa
 ticks of other dispatchers. To enforce the in-flight limit, only one dispatcher at a time may count the follow-ups in
 flight.
 
-A long gap between ticks means an outage, or a database clock that was set forward. In both cases leases expire while no
-tick runs, although their workers may still be running and know the outcomes. Workers therefore get a grace period, in
-which they can record the outcomes of their attempts in flight. Until the grace period ends, the leases of attempts in
-flight are not claimed again.
+A long gap between ticks means an outage, or a database clock that was set forward. During such a gap, leases expire,
+although their workers may still be running and know the outcomes. Workers therefore get a grace period, in which they
+can record the outcomes of their attempts in flight. Until the grace period ends, the leases of attempts in flight are
+not claimed again.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Logs: one line for each event, on stderr, for this package and its libraries alike.
 
-The format is JSON (RFC 8259, one object a line) or, on a terminal, coloured columns. Keys: ``timestamp`` (RFC 3339,
+The format is JSON (RFC 8259, one object per line) or, on a terminal, coloured columns. Keys: ``timestamp`` (RFC 3339,
 UTC), ``level``, ``logger``, ``event``, then the event's own keys. Only the output of commands is written to stdout.
 """
 

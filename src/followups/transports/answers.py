@@ -40,7 +40,7 @@ Document = dict[str, object]
 
 
 class Answer(NamedTuple):
-    """An HTTP answer whose headers have been received in full. Header names are in lower case."""
+    """An HTTP response whose headers have been received in full. Header names are in lower case."""
 
     status: int
     headers: Mapping[str, str] = MappingProxyType({})

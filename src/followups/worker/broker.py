@@ -2,7 +2,7 @@
 
 kombu 5.7 lets an exception leave the consumer if an entry is not JSON, or is JSON of an unexpected shape, or if Redis
 answers a read with an error (READONLY, MISCONF, NOPERM). An exception that leaves the consumer would end the worker. A
-single LPUSH, or a failover of Redis, would therefore stop every worker.
+single LPUSH, or a failover of Redis, would stop every worker in this way.
 
 A worker shuts down cleanly even while the broker does not answer. Celery 5.7 sends its heartbeats to Flower from the
 consumer's own loop. Celery retries such a heartbeat endlessly, logs nothing, and ignores SIGTERM in the meantime.

@@ -142,8 +142,8 @@ def make_app(settings: Settings) -> Celery:
             # With this setting, a half-open connection of the consumer is detected within at most twice the set time
             # plus a second.
             "health_check_interval": silence,
-            # kombu itself retries, and redis-py's own retries would multiply the number of retries. With both kinds of
-            # retries, a publish to a silent broker took 51 s; without redis-py's retries, it takes 26 s.
+            # kombu itself retries, and redis-py's own retries would multiply the number of retries. With both kombu's
+            # and redis-py's retries, a publish to a silent broker took 51 s; without redis-py's retries, it takes 26 s.
             "retry_on_timeout": False,
         },
         # While the broker is unreachable, a publish takes at most two seconds before it fails. After the failure, the

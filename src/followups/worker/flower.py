@@ -1,4 +1,4 @@
-"""Requires that Flower listens on this machine only, or requires a password.
+"""Check that Flower listens on this machine only, or requires a password.
 
 Flower shows every task and worker, and can stop them. By default Flower listens on all addresses without
 authentication. ``celery -A followups.worker flower`` loads our app before Flower starts to listen, and the check runs

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from followups.delivery.pipeline import Pipeline
 
 STARTING = timedelta(seconds=90)
-"""Longest time until a started worker consumes, which includes importing its code and connecting."""
+"""Longest time until a started worker is consuming, which includes importing its code and connecting."""
 
 CONNECTING = timedelta(seconds=45)
 """Longest time between two tries to reach the broker.

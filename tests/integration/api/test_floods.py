@@ -55,8 +55,8 @@ class Flood:
     def held_up_less(self, limit: float) -> bool:
         """Return whether the flood delayed 95 % of other clients' requests by less than the limit.
 
-        The limit applies to busy time. Measured in elapsed time, half of these requests may take ten times as long on a
-        busy machine.
+        The limit applies to the ``busy`` part of each wait. Measured in elapsed time, half of these requests may take
+        ten times as long on a busy machine.
         """
         return p95(self.busy) < limit and statistics.median(self.waits) < 10 * limit
 
@@ -133,7 +133,7 @@ class Web:
         print(f"{what}: {flood}")  # noqa: T201 - prints the measurement
 
     def wait(self, flood: Flood) -> None:
-        """Send a request of another client on a new connection, and record how long its response takes."""
+        """Send another client's request on a new connection, and record how long its response takes."""
         started, busy = time.perf_counter(), self.loop_time()
         with self.connect() as connection:
             key = self.other.key

@@ -98,7 +98,7 @@ class TestCancel:
         assert run("cancel", "--workspace", world.workspace_id, "--yes", "--json").document["matched"] == 0
 
     def test_in_flight_follow_ups_are_only_not_retried(self, run: RunCommand, world: World) -> None:
-        """A bulk cancel does not end a follow-up in flight, but prevents its retry and reports this."""
+        """A bulk cancel does not end a follow-up in flight, but prevents its retry and counts it as in flight."""
         later = datetime.now(UTC) + HOUR
         in_flight = world.follow_up(begun_at=later, lease_until=later)
         waiting = world.follow_up(world.row(in_flight).chat_id, HOUR, waits_for=in_flight)

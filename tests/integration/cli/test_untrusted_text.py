@@ -1,4 +1,4 @@
-"""Tests of untrusted text: commands print text from other systems as plain text on any terminal."""
+"""Tests for untrusted text: commands print text from other systems as plain text on any terminal."""
 
 from __future__ import annotations
 

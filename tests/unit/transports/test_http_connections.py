@@ -30,7 +30,7 @@ OK = answer(200)
 
 
 class ThreadedServer:
-    """A server that responds to one-segment requests from threads.
+    """A server whose threads respond to requests, each of which must fit into one segment.
 
     Because the server runs in threads, a test can block its own event loop.
     """

@@ -46,7 +46,7 @@ PREVIEWED = timedelta(days=7)
 RELEASE_LIMIT = timedelta(seconds=2)
 """Maximum time that a request spends on releasing held follow-ups.
 
-Some ten thousand follow-ups are released in each second.
+Some ten thousand follow-ups are released per second.
 """
 
 
