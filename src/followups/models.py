@@ -434,7 +434,7 @@ class FollowUp(Base):
     accepted_at: Mapped[datetime | None]
     """The time at which the transport accepted the message, according to the database's clock.
 
-    Lag is this time minus the due date.
+    Lag is the time of acceptance minus the due date.
     """
     accepted_duration: Mapped[timedelta | None]
     """How long the successful attempt took, or None if it was not timed."""
@@ -448,8 +448,8 @@ class FollowUp(Base):
     sendable_from: Mapped[datetime | None]
     """The first time at which the sending hours allow the message to be sent, or None if they never held the follow-up.
 
-    A time in the future is derived from the current sending hours. A time that is already past is not changed, even if
-    the sending hours change. A follow-up's lateness is counted from this time.
+    If the first possible time is in the future, it is derived from the current sending hours. A time that is already
+    past is not changed, even if the sending hours change. A follow-up's lateness is counted from this time.
     """
     limited_until: Mapped[datetime | None]
     """The time of the next attempt as set by a rate limit or the breaker.
@@ -545,7 +545,7 @@ class ConsoleSession(Base):
     name: Mapped[str]
     """The person's name, if known.
 
-    It is the name of the API key, the name of the link's creator, or the name that the proxy sent.
+    The person's name is the name of the API key, the name of the link's creator, or the name that the proxy sent.
     """
     api_key_id: Mapped[UUID | None] = mapped_column(ForeignKey("api_keys.id", ondelete="CASCADE"), index=True)
     """The API key with which the person signed in. The session is valid only while this API key is valid."""

@@ -105,7 +105,7 @@ def test_a_links_token_is_removed_from_the_url(window: Callable[..., BrowserWind
 
 
 def test_the_keyboard_alone_signs_in_lists_ticks_and_cancels(window: Callable[..., BrowserWindow], own: World) -> None:
-    """Signing in, listing, selecting and cancelling follow-ups need no mouse."""
+    """No mouse is needed to sign in or to list, select and cancel follow-ups."""
     one_id = own.follow_up(due=HOUR)
     _, key = key_of(own)
     page = window().go("/login")

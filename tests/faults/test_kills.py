@@ -31,7 +31,7 @@ POINTS = (
     "settle.committed",
 )
 BESIDE = {"claim.before_commit", "begin.before_commit", "begin.committed"}
-"""Steps that only the long form tests, because they differ little from the steps around them."""
+"""Steps that are tested only in the long form, because they differ little from neighbouring steps."""
 
 
 def recovered(rig: Rig, figures: Figures, point: str, killed: float) -> None:

@@ -339,7 +339,7 @@ def test_fair_claim_skips_an_unwritable_row(world: World, engine: Engine, settin
 def test_the_chats_next_follow_up_cannot_be_written(world: World, engine: Engine, settings: Settings) -> None:
     """An accepted follow-up is settled even if the chat's next follow-up cannot be unblocked.
 
-    All other follow-ups are unblocked.
+    The next follow-ups in all other chats are unblocked.
     """
     pairs = []
     for _ in range(4):

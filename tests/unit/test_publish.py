@@ -51,7 +51,7 @@ def test_the_number_of_a_workspace_is_small(workspace_id: UUID) -> None:
 
 @given(json_values, json_values)
 def test_any_json(value: object, keys: object) -> None:
-    """Any JSON in a broker message is either a valid hint or raises ValueError, never another exception."""
+    """Decoding any JSON from a broker gives a valid hint or raises ValueError, never another exception."""
     try:
         leases_of(value, keys)
     except ValueError as error:

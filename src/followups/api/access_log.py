@@ -53,7 +53,7 @@ log = get_logger(__name__)
 
 @dataclass(slots=True)
 class RequestRecord:
-    """The data of a request that the access log records.
+    """The request data that the access log records.
 
     ``status`` is None if the client disconnected before the response.
     """

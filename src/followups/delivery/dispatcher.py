@@ -176,7 +176,7 @@ class Dispatcher:
     def _drain_due(self, seconds: float) -> None:
         """Claim and publish until nothing more is due, or until ``seconds`` have passed.
 
-        With 0 seconds, it makes a single claim.
+        If ``seconds`` is 0, a single claim is made.
         """
         deadline = time.monotonic() + seconds
         self._interval.begin()

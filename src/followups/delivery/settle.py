@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 SETTLE_BATCH = 500
 """The largest number of rows in one statement. A larger statement takes a long time, and costs no less per row."""
 ENOUGH = 100
-"""Number of results at which they are recorded without waiting for more."""
+"""Once this many results are available, they are recorded without waiting for more."""
 GATHER = timedelta(milliseconds=30)
 """How long to wait for more results before a statement records them.
 

@@ -42,7 +42,7 @@ class Settlement(NamedTuple):
     seconds: float = 0.0
     """How many seconds the attempt of a sent follow-up took."""
     refunded: bool = False
-    """Whether the attempt is left uncounted because the receiver asked for it to be repeated later."""
+    """Whether the attempt does not count, because the receiver asked for it to be repeated later."""
     cancel_takes_precedence: bool = True
     """Whether a cancel that was requested during the attempt takes precedence over this outcome."""
     cancel_detail: str = ""

@@ -67,7 +67,7 @@ def test_a_rejected_key_is_not_a_repeat() -> None:
 
 
 def test_a_behaviour_for_n_requests_ends_after_them() -> None:
-    """A behaviour with ``times`` ends after that many requests, and shows the remaining number."""
+    """A behaviour with ``times`` ends after that many requests, and shows how many of them remain."""
     chats = SandboxChats()
     chats.behave("c1", Behaviour(kind="reject", times=2))
     assert [chats.receive(incoming(f"f{n}"), f"f{n}").status for n in range(4)] == [403, 403, 200, 200]
@@ -128,7 +128,7 @@ def test_a_dropped_request_is_accepted_and_has_no_status() -> None:
 
 
 def test_lag_is_received_minus_due() -> None:
-    """Lag quantiles are nearest-rank values in milliseconds over accepted messages; early messages are negative."""
+    """Lag quantiles of accepted messages are nearest-rank values in ms; early messages have negative lags."""
     chats = SandboxChats()
     for n in range(100):
         chats.receive(incoming(f"f{n}"), f"f{n}", late(n - 1))

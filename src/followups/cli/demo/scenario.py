@@ -1,6 +1,6 @@
 """The demo's script: its chats, each follow-up's due date and the expected endings. `DemoRun` performs it.
 
-Its requests go to the REST API, like those of a chat platform.
+The demo's requests go to the REST API, like those of a chat platform.
 """
 
 from __future__ import annotations

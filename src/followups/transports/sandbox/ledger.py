@@ -131,7 +131,8 @@ class Ledger:
         """Return the counts, and the lag of the ``latest`` accepted messages (by default, of all kept).
 
         ``duplicates`` are keys that were accepted more than once; ``repeats`` are requests whose key had been accepted
-        before, whatever the result. Lags are in milliseconds, or None if nothing was accepted.
+        before, whatever the result. Return the counts, and the lag of the ``latest`` accepted messages (by default, of
+        all kept messages).
         """
         counts = {name: self._counts[name] for name in ("requests", "accepted", "duplicates", "repeats", "invalid")}
         lags = sorted(self._lags if latest is None else islice(reversed(self._lags), latest))

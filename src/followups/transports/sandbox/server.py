@@ -13,8 +13,8 @@
 ``DELETE /sandbox``                           forget requests and conversations; behaviours stay
 ============================================= ==================================================================
 
-``python -m followups.transports.sandbox.server --port 8080`` runs the sandbox. It is not meant for production, because
-its controls require no API key.
+``python -m followups.transports.sandbox.server --port 8080`` runs the sandbox. The sandbox is not meant for production,
+because its controls require no API key.
 """
 
 from __future__ import annotations
