@@ -89,7 +89,7 @@ DOING = {"/bulk/preview": "cancel-all", "/bulk": "cancel-all", "/settings/hours"
 
 @pytest.mark.parametrize("value", HOSTILE, ids=range(len(HOSTILE)))
 def test_hostile_fields_are_refused_without_an_error(value: str, person: Callable[..., Person], own: World) -> None:
-    """Strange values in all fields of a route cause no 500, for a workspace's admin or for an operator."""
+    """A route given strange values never responds with 500, to a workspace's admin or to an operator."""
     encoded = quote(value, errors="surrogatepass")
     body = "&".join(f"{name}={encoded}" for name in FIELDS)
     one_id = str(own.follow_up())

@@ -143,7 +143,7 @@ _RECORD = Statement("""
 
 @Rule
 def record(event: Event) -> Steps[None]:
-    """Record the audit event in the connection's transaction, or add its count to its existing row."""
+    """Record the audit event in the connection's transaction, or raise the count in its existing row."""
     yield _RECORD(**event.parameters)
 
 
