@@ -139,7 +139,7 @@ def make_engine(
     """Return an engine for ``database_url`` (``postgresql://...``), which connects on first use.
 
     The engine's sessions use the settings in `SESSION` and ``options``. Each connection is tested when it is checked
-    out of the pool, so after a server restart the engine reconnects and no request fails. A connection is closed if its
+    out of the pool, so the engine reconnects after a server restart and no request fails. A connection is closed if its
     server does not respond within ``statement_timeout`` plus a margin. Migrations pass None as ``statement_timeout``,
     so that their statements have no time limit.
     """

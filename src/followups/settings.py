@@ -42,7 +42,7 @@ hours.
 """
 
 LEAST_RETENTION = timedelta(days=1)
-"""Minimum retention. For this long, stored responses to requests with an idempotency key refer to their follow-ups."""
+"""Minimum retention. Stored responses to requests with an idempotency key refer to their follow-ups for this long."""
 
 
 def _seconds_or_iso(value: object) -> object:

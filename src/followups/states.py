@@ -170,7 +170,7 @@ def storable(text: str) -> str:
 
 
 def code_of(reason: str | None) -> str:
-    """Return the code of a stored reason: '' without a reason, 'other' for a caller's own words.
+    """Return the code of a stored reason: '' if there is no reason, 'other' if the words are the caller's own.
 
     >>> code_of("rejected: HTTP 403"), code_of("the customer called"), code_of(None)
     ('rejected', 'other', '')

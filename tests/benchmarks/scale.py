@@ -124,7 +124,7 @@ def claim(options: argparse.Namespace) -> dict[str, Any]:
         for number in map(int, options.dispatchers.split(",")):
             found[f"{number} dispatchers"] = together(url, number, options)
             print(number, found[f"{number} dispatchers"], file=sys.stderr)  # noqa: T201 - how far it is
-            vacuum(engine)  # like autovacuum, so that dead rows do not slow down claims
+            vacuum(engine)  # as autovacuum does, so that dead rows do not slow down claims
     return found
 
 

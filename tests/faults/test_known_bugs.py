@@ -117,7 +117,7 @@ def test_overdue_rows_can_be_written(world: World, engine: Engine, settings: Set
 
 
 def test_due_long_ago(world: World, engine: Engine, settings: Settings) -> None:
-    """A follow-up that fell due long ago is still claimed, and fails with a reason that names the cause."""
+    """A follow-up that fell due long ago is still claimed, and then fails with a reason that names the cause."""
     follow_up = world.follow_up(due=-timedelta(days=3000), scheduled_at=text("now() - interval '3000 days'"))
     low_water = claim(engine, settings.model_copy(update={"max_in_flight": 1})).low_water
     world.expire(follow_up)

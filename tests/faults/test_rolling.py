@@ -63,6 +63,6 @@ def test_rolling_restart(rig: Rig, figures: Figures) -> None:
 
 @pytest.mark.faults_long
 def test_rolling_restarts(rig: Rig, figures: Figures) -> None:
-    """During ten rolling restarts, no message is lost or duplicated, and no attempt is wasted."""
+    """In ten rolling restarts, no message is lost or duplicated, and no attempt is wasted."""
     rig.options |= {"FOLLOWUPS_TRANSPORT_TIMEOUT": "10", "FOLLOWUPS_LEASE": "30"}
     replace_processes(rig, figures, rounds=10, rate=60)

@@ -27,7 +27,7 @@ from followups.delivery.claim_interval import LONGEST, SHORTEST, ClaimInterval, 
     ],
 )
 def test_until_half_is_free(taken: int, seconds: float, window: int, expected: float) -> None:
-    """The interval is the time in which half of the window becomes free, within its limits.
+    """The interval is the time in which half of the window becomes free, but it stays between its limits.
 
     The interval at most doubles from one claim to the next.
     """
@@ -96,6 +96,6 @@ def test_the_window_is_refilled_in_time(dispatchers: int, rate: int) -> None:
 
 @pytest.mark.parametrize("dispatchers", [1, 2, 4])
 def test_few_claims(dispatchers: int) -> None:
-    """A tick does not start with several small claims, since every claim reads all follow-ups in flight."""
+    """A tick does not begin with several small claims, since each of them would read all follow-ups in flight."""
     _, claims = sent(dispatchers, rate=5000, seconds=20)
     assert claims <= 20 * 3

@@ -35,7 +35,7 @@ def overdue(key: int, *seconds: float, losses: int = 0) -> list[Lease]:
 
 
 def test_workspaces_take_turns() -> None:
-    """Workspaces take turns regardless of queue length, and each workspace's leases are taken in due order."""
+    """Workspaces take turns, however long their queues are, and each workspace's leases are taken in due order."""
     queue = queue_of()
     queue.add(overdue(NOISY, *range(10, 60)))
     queue.add(overdue(QUIET, 1, 2))
@@ -117,7 +117,7 @@ def test_few_slots(slots: int) -> None:
 
 
 def test_emptying_returns_every_lease() -> None:
-    """When the queue is emptied, it returns every lease that waits for its due time, its turn or a slot."""
+    """When the queue is emptied, it returns every lease that is waiting for its due time, its turn or a slot."""
     queue = queue_of(slots=2)
     waiting = overdue(NOISY, 1, 2, 3) + overdue(QUIET, -30)
     queue.add(waiting)

@@ -49,7 +49,7 @@ async def begin_within_limits(
 ) -> BatchResult:
     """Begin follow-ups that may be sent now, and defer those over a rate limit.
 
-    If a database error is raised, no token of a rate limit is used up.
+    No rate-limit token is used up if the database raises an error.
     """
     if not rate_limits:
         return await in_loop(engine, begin, settings, batch)

@@ -61,8 +61,8 @@ def default_directory() -> Path:
     """Return the default runtime directory.
 
     Each user has a separate directory, since the directory of another user could be a trap. The directory is not below
-    ``XDG_RUNTIME_DIR``, which exists in a login session but not in a service. A process in a login session would
-    otherwise look for another process's files in a different directory than a service does.
+    ``XDG_RUNTIME_DIR``, which exists in a login session but not in a service. If this directory were used, a process in
+    a login session and a service would look for each other's files in different directories.
     """
     try:
         parent = tempfile.gettempdir()
@@ -252,7 +252,7 @@ def _files(directory: Path, role: str) -> list[Path]:
 
 
 def _read(path: Path) -> dict[str, Any] | None:
-    """Return what a running process wrote into its file, or None if the process has ended."""
+    """Return what a process has written to its heartbeat file, or None if the process has ended."""
     for _ in range(TRIES):
         try:
             with path.open("rb") as file:

@@ -112,7 +112,7 @@ class App(Celery):
 
 
 class Consumer:
-    """The latest activity of this process's consumer, which proves that it consumes.
+    """The latest activity of this process's consumer, which proves that messages are being consumed.
 
     The consumer polls the broker continuously (BRPOP), and gets an answer within a second even if the queues are empty.
     Celery's ``ping`` proves less: a worker that has stopped consuming still answers ``ping`` on another connection.
@@ -156,7 +156,7 @@ CONSUMER = Consumer()
 
 
 class BrokerChannel(kombu_redis.Channel):
-    """A channel that drops unreadable entries, and closes its connections if the server refuses a message."""
+    """A channel that drops unreadable entries, and closes its connections if the server rejects a message."""
 
     def _put(self, *arguments: Any, **named: Any) -> None:  # noqa: ANN401 - kombu's own
         try:

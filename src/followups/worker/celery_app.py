@@ -290,7 +290,7 @@ def publish(hint: Hint) -> None:
     # Flower displays this text. Celery's default text is the hint in a shortened form, which takes longer to create.
     count = len(hint.entries)
     shown = f"{count} follow-up{'s, the first' if count > 1 else ','} {hint.entries[0][0]}"
-    # Like a tick, a hint does not expire. A late hint names leases that have expired, and begin refuses these leases.
+    # Like a tick, a hint does not expire. If a hint arrives late, its leases have expired, and begin refuses them.
     deliver.apply_async(args=hint, argsrepr=shown)
 
 

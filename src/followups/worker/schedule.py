@@ -29,7 +29,7 @@ LATE = timedelta(seconds=10)
 """How much later than planned the scheduler may return from its sleep."""
 
 SET_BACK = 1.0
-"""Number of seconds by which a clock must be set back to count as set back. A smaller step is part of ordinary clock
+"""Number of seconds by which a clock must be set back to count as set back. A smaller step is a normal result of clock
 synchronization.
 """
 
@@ -61,7 +61,7 @@ class Scheduler(CelerysScheduler):
     _booted_at: float | None = None
     """The time at which this host booted, according to the host's own clock.
 
-    If the clock was set back since the previous check, the computed boot time is earlier than before.
+    If the clock has been set back since the previous check, the computed boot time is earlier than before.
     """
 
     def tick(self, *arguments: Any, **named: Any) -> float:  # noqa: ANN401 - Celery's own

@@ -90,7 +90,7 @@ async def test_an_answer_that_breaks_off_before_its_body_is_unknown(fragment: by
 
 
 async def test_a_reset_connection_is_unknown() -> None:
-    """If the connection is reset after the request was sent, the outcome is unknown."""
+    """If the connection is reset after the request has been sent, the outcome is unknown."""
 
     async def reset(writer: asyncio.StreamWriter, _request: Request) -> None:
         writer.transport.abort()

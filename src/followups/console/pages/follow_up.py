@@ -58,7 +58,7 @@ class FollowUpForm:
     told: str = ""
     consequences: list[str] = field(default_factory=list)
     reveal: bool = False
-    """Whether a person who sees all workspaces has requested the message text."""
+    """Whether a person with access to all workspaces has asked to see the message text."""
 
 
 def show(visit: Visit) -> Response:
@@ -75,7 +75,7 @@ def reveal(visit: Visit) -> Response:
 
 
 def save(visit: Visit) -> Response:
-    """Save the message and the due date, or only show the consequences if the button "Check" was pressed."""
+    """Save the message and the due date, or only show the consequences if the "Check" button was pressed."""
     form = visit.form
     typed = FollowUpForm(form.raw("message") if "message" in form else None, form.text("due"))
 

@@ -111,7 +111,7 @@ async def add_message(request: web.Request) -> web.Response:
 
 @routes.view("/sandbox/behaviour")
 class DefaultBehaviour(web.View):
-    """The behaviour of every chat that has no behaviour of its own."""
+    """The behaviour of every chat for which no behaviour has been set."""
 
     async def get(self) -> web.Response:
         """Return the default behaviour."""
