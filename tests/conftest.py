@@ -157,7 +157,7 @@ def server_urls(request: pytest.FixtureRequest) -> tuple[str, str]:
 def open_directory() -> Iterator[Path]:
     """Return a directory that every user can enter; pytest's directories are private.
 
-    PostgreSQL needs such a directory if the tests run as root, because it then runs as another user.
+    If the tests run as root, PostgreSQL runs as another user, which must be able to enter the directory.
     """
     with tempfile.TemporaryDirectory() as name:
         Path(name).chmod(0o711)

@@ -5,7 +5,8 @@ answers a read with an error (READONLY, MISCONF, NOPERM). An exception that leav
 single LPUSH, or a failover of Redis, would stop every worker in this way.
 
 A worker shuts down cleanly even while the broker does not answer. Celery 5.7 sends its heartbeats to Flower from the
-consumer's own loop. Celery retries such a heartbeat endlessly, logs nothing, and ignores SIGTERM in the meantime.
+consumer's own loop. While the broker does not answer, Celery retries a heartbeat endlessly, logs nothing and ignores
+SIGTERM.
 
 Of the remote control commands that arrive through the broker, a worker accepts only the read-only ones.
 """

@@ -2,7 +2,7 @@
 
 The OpenAPI document cannot express the rules behind these rejections. `valid_requests_are_accepted` replaces
 `positive_data_acceptance` of schemathesis. The replacement makes the same check, but accepts 422 responses that are due
-to these rules. Separate tests cover those responses.
+to rules the OpenAPI document cannot express. Separate tests cover those responses.
 """
 
 from __future__ import annotations
