@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncEngine
 
     Question = Callable[[Connection], bool | None]
-    """A query that returns whether the changes made by a statement exist.
+    """A query that returns whether a statement's changes are in the database.
 
     The query returns None if the statement's transaction may still be running.
     """

@@ -48,7 +48,7 @@ def start(stack: Stack, name: str, **variables: str) -> Child:
 def test_the_units_deliver(stack: Stack) -> None:
     """A follow-up is scheduled through `web`, sent after a tick of beat, and shown in Flower.
 
-    Each process ends in time when it is stopped.
+    Each process exits within its unit's `TimeoutStopSec` when it is stopped.
     """
     owner = url_as(stack.settings.database_url.get_secret_value(), OWNER)
     downgrade(owner, "base")

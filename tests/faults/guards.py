@@ -281,7 +281,7 @@ def stale_release(scene: Scene) -> None:
 
 
 def stale_end(scene: Scene) -> None:
-    """Try to end a follow-up with an old lease, after another worker has leased the follow-up."""
+    """Try to end a follow-up under an old lease, after another worker has leased the follow-up."""
     scene.world.follow_up()
     old = scene.lease()
     scene.leased_anew(old)

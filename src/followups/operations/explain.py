@@ -87,7 +87,7 @@ class Circumstances:
 ALONE = Circumstances()
 
 STALE_TICK = timedelta(seconds=30)
-"""Age from which ticks are considered to have stopped.
+"""Age of the last tick at which ticks are considered to have stopped.
 
 The limit is long enough for every tick interval in use. The default interval is one second.
 """
