@@ -111,7 +111,7 @@ def test_a_time_zone_unknown_to_this_machine(known: datetime | None) -> None:
 
 
 def test_sending_hours_take_precedence_over_a_pause() -> None:
-    """Outside sending hours, a paused follow-up is held until the hours begin, and then by the pause."""
+    """Outside sending hours, a paused follow-up is held by the hours until they begin, and then by the pause."""
     pause = uuid4()
     outside = replace(found(MORNING, NOON, NOON), pause_id=pause)
     held = hold_or_end(blocked(outside, HOUR), HOUR)

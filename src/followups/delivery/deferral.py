@@ -4,7 +4,7 @@ Each worker keeps a few leases of the tripped workspaces as probes, and defers t
 in the database. A deferral does not count as an attempt, and a deferred follow-up can still be cancelled. When a worker
 has used up its probes, or the transport recovers, the earliest deferred follow-ups fall due again. When a workspace is
 no longer tripped, all its deferred follow-ups fall due. Even without such an event, each deferred follow-up falls due
-after some minutes. The time limit is necessary because a restarted worker has no record of its deferrals.
+after some minutes. A deferral needs this time limit because a restarted worker has no record of its deferrals.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The statements that begin, end or release leased follow-ups. Claims are in `followups.store.claims`.
 
-Begin, end and release are each one guarded SQL statement for a batch. If a row is not returned, another transaction has
-ended, released or claimed its follow-up, which is a normal result. No statement in this module waits for another
+Beginning, ending or releasing a batch takes one guarded SQL statement. If a row is not returned, another transaction
+has ended, released or claimed its follow-up, which is a normal result. No statement in this module waits for another
 transaction's locks. Locked rows are skipped, reported and tried again.
 """
 

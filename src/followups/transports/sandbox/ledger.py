@@ -128,11 +128,10 @@ class Ledger:
         return list(enumerate(islice(self._records, start, start + limit), forgotten + start + 1))
 
     def summary(self, latest: int | None = None) -> dict[str, object]:
-        """Return the counts, and the lag of the ``latest`` accepted messages (by default, of all kept).
+        """Return the counts, and the lag of the ``latest`` accepted messages (by default, of all kept ones).
 
         ``duplicates`` are keys that were accepted more than once; ``repeats`` are requests whose key had been accepted
-        before, whatever the result. Return the counts, and the lag of the ``latest`` accepted messages (by default, of
-        all kept messages).
+        before, whatever the result. Lags are in milliseconds, or None if nothing was accepted.
         """
         counts = {name: self._counts[name] for name in ("requests", "accepted", "duplicates", "repeats", "invalid")}
         lags = sorted(self._lags if latest is None else islice(reversed(self._lags), latest))
