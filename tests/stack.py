@@ -117,7 +117,7 @@ class Stack:
                 return requests
 
     def accepted(self, *ids: UUID) -> list[str]:
-        """Return the ids of follow-ups that the chat accepted, in order and with repetitions.
+        """Return the ids of the follow-ups that the chat accepted, in order, including repeated ids.
 
         ``ids`` restricts the result to these follow-ups.
         """

@@ -64,7 +64,7 @@ WAYS = {
     "python": "Python as {actor}",
     "service": "service {actor}",
 }
-"""How an audit event's author is described, by the means of access (`followups.store.audit.Way`)."""
+"""The words that describe the author of an audit event, keyed by the means of access (`followups.store.audit.Way`)."""
 
 
 def readable(*columns: str) -> str:

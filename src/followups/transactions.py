@@ -50,7 +50,7 @@ _QUESTION = "followups.question"
 def transact(engine: Engine, work: Callable[[Connection], T]) -> T:
     """Run the work in one transaction, commit the transaction, and return the work's result.
 
-    Raises an error of the work or of the commit. If this function returns, the transaction was committed. If this
+    Raises an error of the work or of the commit. If this function returns, the transaction has been committed. If this
     function raises the commit's error, the transaction was not committed. The outcome is not certain in two cases: if
     the database was unreachable for `PATIENCE`, or if the work registered no query.
     """

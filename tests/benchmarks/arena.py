@@ -117,7 +117,7 @@ class Arena:
         return sum(one.memory_info().rss for one in [process, *process.children(recursive=True)]) / 2**20
 
     def cpu_seconds(self) -> dict[str, float]:
-        """Return the processor seconds used so far by the contestant's processes and by the servers."""
+        """Return the CPU seconds used so far by the contestant's processes and by the servers."""
         ours = [psutil.Process(child.pid) for child in self.processes.children]
         servers = [one for one in psutil.Process().children() if one.name() in {"postgres", "valkey-server"}]
         return {"cpu": _cpu_of(ours), "server_cpu": _cpu_of(servers)}

@@ -143,7 +143,7 @@ class CeleryEta(Contestant):
 
 @dataclass
 class DramatiqRows(Contestant):
-    """A Dramatiq application with a message for each row."""
+    """A Dramatiq application that sends one message for each row."""
 
     name: str = "dramatiq, a message per row"
 

@@ -102,7 +102,7 @@ class TestBegin:
 
     @pytest.mark.parametrize(("scheduled", "begun"), [("now() - interval '1 day'", 0), ("now()", 1)])
     def test_lateness(self, world: World, steps: Steps, scheduled: str, begun: int) -> None:
-        """Lateness is counted from the due date, or from scheduling if the due date had already passed."""
+        """Lateness is counted from the due date, or from the time of scheduling if that is later."""
         follow_up = world.follow_up(due=timedelta(days=-1), scheduled_at=text(scheduled))
         assert len(steps.begin([steps.lease()]).begun) == begun
         assert world.row(follow_up).reason == (None if begun else "too_late")
@@ -114,7 +114,7 @@ class TestBegin:
         assert steps.begun(patient).delivery.attempt == 1
 
     def test_open_transaction_of_a_caller(self, world: World, steps: Steps, engine: Engine) -> None:
-        """If a caller's open transaction locks a row, only the begin of that follow-up is tried again later."""
+        """If a caller's open transaction locks a follow-up's row, begin is retried for that follow-up only."""
         held, other = world.follow_up(), world.follow_up()
         batch = steps.claim().leases
         with Session(engine) as session:

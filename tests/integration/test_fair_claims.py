@@ -267,7 +267,7 @@ def test_dispatcher_continues_with_a_fair_claim(
 def test_a_small_free_window_is_filled_without_growing_pauses(
     world: World, engine: Engine, settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """When all slots become free in time, the dispatcher's pauses do not grow, even with very few slots."""
+    """If all slots become free in time, the dispatcher's pauses do not grow, even with very few slots."""
     monkeypatch.setattr(claim_interval, "LONGEST", 60.0)
 
     def end(hint: Hint) -> None:

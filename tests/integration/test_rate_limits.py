@@ -145,7 +145,7 @@ def due_in_turn(world: World, count: int, ago: timedelta = SECOND) -> list[UUID]
 def test_a_burst_is_sent_at_the_rate(world: World, limited: LimitedPipeline) -> None:
     """Sixty follow-ups due in a burst are sent at the limit's rate, those due earliest first.
 
-    No follow-up waits for longer than the limit requires.
+    No follow-up waits longer than the limit requires.
     """
     limit(world, 20)
     ids = due_in_turn(world, 60)

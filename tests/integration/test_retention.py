@@ -103,7 +103,7 @@ def test_old_chat_messages_are_deleted(world: World, engine: Engine, settings: S
 def test_many_rows_are_deleted_in_batches(
     world: World, engine: Engine, settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """All old rows are deleted in as many batches as necessary, even with kept messages in between."""
+    """All old rows are deleted, in as many batches as necessary, even if rows between them are kept."""
     monkeypatch.setattr(pruning, "BATCH", 3)
     chat_id = world.chat()
     for n in range(10):
@@ -140,7 +140,7 @@ def test_locked_rows_are_skipped(world: World, engine: Engine, settings: Setting
 
 
 def test_one_worker_prunes_at_a_time(world: World, engine: Engine, settings: Settings) -> None:
-    """Only one worker prunes at a time, and releases the pruning lock when it has finished."""
+    """Only one worker prunes at a time; it releases the pruning lock when it has finished."""
     ended(world, 31 * DAY)
     with engine.connect() as other:
         other.execute(text("SELECT pg_advisory_lock(:key)"), {"key": LOCK})

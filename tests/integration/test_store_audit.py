@@ -30,7 +30,7 @@ def events(engine: Engine, wanted: AuditFilter | None = None, limit: int = 100) 
 
 
 def test_events_name_the_key_and_the_workspace(world: World) -> None:
-    """The audit records an API key by its name and prefix, or by its prefix alone, and a workspace by its name."""
+    """An audit event identifies an API key by its prefix and, if it has one, its name; a workspace by its name."""
     with Session(world.engine) as session, session.begin():
         named, _ = api_keys.create(session, world.workspace_id, "website")
         nameless, _ = api_keys.create(session, world.workspace_id)

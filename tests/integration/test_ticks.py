@@ -112,7 +112,7 @@ class TestGap:
         assert claimed(engine, one) == []
 
     def test_clock_set_back(self, world: World, engine: Engine, settings: Settings) -> None:
-        """If the database's clock is set back, ticks are still recorded and an earlier grace period is over."""
+        """If the database's clock is set back, ticks are still recorded, and the old grace period ends."""
         follow_up = world.follow_up()
         in_flight(engine, settings)
         pass_time(world, -timedelta(hours=1))

@@ -198,7 +198,7 @@ def test_shedding() -> None:
 def test_a_shed_workspace_queue_is_empty() -> None:
     """If fewer leases may be kept than there are workspace queues, some queues are emptied.
 
-    An emptied workspace queue later behaves like a new queue.
+    If leases are added later, an emptied workspace queue behaves like a new one.
     """
     queue = queue_of()
     queue.add([lease for key in range(1, 6) for lease in overdue(key, 1)])

@@ -73,7 +73,7 @@ def test_hours_that_change(changes: list[tuple[SendingHours, timedelta]], wanted
 
 @given(HOURS, MOMENTS, st.timedeltas(HOUR, timedelta(days=4)), GAPS)
 def test_too_late_is_final(hours: SendingHours, wanted: datetime, most: timedelta, gaps: list[timedelta]) -> None:
-    """A follow-up is too late once the maximum lateness has passed, not earlier. It is then never held again."""
+    """A follow-up is too late only after the maximum lateness has passed. It is then never held again."""
     now, known = wanted, None
     for gap in gaps:
         obstacle = found(hours, wanted, now, known)

@@ -270,7 +270,7 @@ def test_other_values_are_unchanged() -> None:
     ],
 )
 def test_passwords_in_texts_are_hidden(text: str, cleaned: str) -> None:
-    """The password in a URL and the token after 'Bearer' are hidden in any text."""
+    """In any text, a password in a URL and a token after 'Bearer' are hidden."""
     assert clean(text) == cleaned
 
 

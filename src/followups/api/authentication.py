@@ -93,7 +93,7 @@ class KnownKeys:
     """
 
     def __init__(self) -> None:
-        """Create the cache, without any known keys."""
+        """Create the cache, which contains no known keys at first."""
         self._known: dict[bytes, Identity] = {}
 
     def get(self, hashed: bytes) -> Identity | None:

@@ -48,7 +48,7 @@ MOST_LISTS, MOST_STARTS = 1_000, 64
 
 
 class PageStarts:
-    """Remembered starting points, from which deep pages are read by key.
+    """Remembered starting points of deep pages, which are then read by key.
 
     Without a remembered starting point, the database took 30 ms to count the 15,000 rows before a page.
     """

@@ -137,7 +137,7 @@ def _delay(after: object) -> timedelta | None:
 def _status_code(code: object) -> int | None:
     if not isinstance(code, int) or isinstance(code, bool) or not 0 <= code < HIGHEST_STATUS_CODE:
         return None
-    return int(code)  # an HTTPStatus is an int too, but psycopg cannot adapt an array of them
+    return int(code)  # an HTTPStatus is also an int, but psycopg cannot adapt an array of HTTPStatus values
 
 
 def _described(begun: Begun, transport: str) -> dict[str, str | int]:
@@ -154,7 +154,7 @@ class CallTimeout:
     """Cancels every task whose call takes longer than the limit. An instance belongs to one event loop."""
 
     def __init__(self, limit: timedelta) -> None:
-        """Set the longest duration of a call to ``limit``."""
+        """Set the time limit of a call to ``limit``."""
         self.seconds = limit.total_seconds()
         self._ends: dict[Task, float] = {}
         """The time by which each task's call must have ended, measured by the event loop's clock. All calls have the

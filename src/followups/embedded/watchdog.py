@@ -1,6 +1,6 @@
 """Stops the children of a process that ended without stopping them itself.
 
-The watchdog reads from a pipe, and its owner holds the other end open. The kernel closes the owner's end of the pipe
+The watchdog reads from a pipe, whose other end is held open by its owner. The kernel closes the owner's end of the pipe
 whichever way the owner process ends (return, signal, SIGKILL). This works on every Unix and from every thread, whereas
 Linux's parent-death signal is bound to the thread that started the child and is not sent to grandchildren.
 

@@ -38,7 +38,7 @@ def create_workspace(session: Session, actor: Actor, name: str) -> tuple[Workspa
 def create_key(
     session: Session, actor: Actor, workspace_id: UUID, name: str = "", expires: timedelta | None = None
 ) -> tuple[ApiKey, str]:
-    """Create an API key. Return the row of the key, and the key itself.
+    """Create an API key. Return the key's row and the key itself.
 
     Raises the same errors as `followups.store.api_keys.create`.
     """

@@ -85,7 +85,7 @@ def _plain(value: object) -> object:
 
 
 class BrowseCursor(NamedTuple):
-    """The position of a follow-up in the order of the list: newest first, ties by id."""
+    """The position of a follow-up in the list, which is sorted newest first and then by id."""
 
     created_at: datetime
     id: UUID

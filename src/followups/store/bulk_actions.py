@@ -122,7 +122,7 @@ _FINISHED = text("""
 
 
 def cancel_if_not_begun(connection: Connection, ids: Sequence[UUID], final: Final) -> tuple[list[UUID], dict[str, int]]:
-    """Cancel these follow-ups; return those that were cancelled, and the number of skipped ones by reason.
+    """Cancel these follow-ups; return those that were cancelled, and how many were skipped for each reason.
 
     A follow-up in flight is not cancelled, but it will not be retried. Follow-ups whose rows are locked or cannot be
     written are skipped.

@@ -126,7 +126,7 @@ all pending rows for each workspace, although an index has this order. Measured 
 """
 
 _NAME = " SELECT f.id FROM taken JOIN follow_ups f ON f.ctid = taken.place"
-# Each of these queries only returns the ids of the follow-ups that a claim would lease.
+# Each of these queries returns only the ids of the follow-ups that a claim would lease.
 _CANDIDATES, _CANDIDATES_FAIRLY = (text(sql.partition(", claimed AS")[0] + _NAME) for sql in (_IN_ORDER, _FAIRLY))
 _TRY = text(f"""
     WITH taken AS MATERIALIZED (

@@ -56,7 +56,8 @@ class OverviewFigures:
     sent: list[int] | None = None
     """Number of follow-ups sent in each of the last minutes, oldest first."""
     failures: Mapping[str, int] = field(default_factory=dict)
-    """The number of failures in the last hour, for each code, among the most recently finished follow-ups."""
+    """The number of failures in the last hour for each code; only the most recently finished follow-ups are examined.
+    """
 
 
 _DUE = "COALESCE(next_attempt_at, due_date)"

@@ -55,7 +55,7 @@ def _failed(failures: Failures) -> str:
 
 
 def count_failed(connection: Connection, failures: Failures) -> int:
-    """Count the failed follow-ups that a bulk retry would retry."""
+    """Return how many failed follow-ups a bulk retry would retry."""
     number: int = connection.execute(text(f"SELECT count(*) {_failed(failures)}"), failures.parameters).scalar_one()
     return number
 

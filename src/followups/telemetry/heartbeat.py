@@ -143,7 +143,7 @@ class Heartbeat:
         self._waits = {"why": why, "since": since} if why else None
 
     def waits(self) -> str:
-        """Return why this process makes no progress and for how long, for readers of its heartbeat file."""
+        """Return why, and for how long, this process has made no progress; the heartbeat file shows it."""
         return _waits({"waits": self._waits}, time.monotonic())
 
     def end(self, within: timedelta, otherwise: str) -> None:

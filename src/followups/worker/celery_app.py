@@ -336,7 +336,7 @@ nudge = Nudger(ask_for_tick)
 
 
 def ask_workers() -> Replies:
-    """Collect the workers' reports of their states (`liveness.signs_of_life`) for a second, and return them."""
+    """Collect the state reports of the workers (`liveness.signs_of_life`) for a second, and return them."""
     return app.control.broadcast("signs_of_life", reply=True, timeout=1.0) or []
 
 

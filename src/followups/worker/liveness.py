@@ -46,7 +46,7 @@ machine.
 """
 
 CONSUMING = timedelta(seconds=5)
-"""Longest time between two answers of the broker. `CONSUMING` exceeds the time in which a half-open connection is
+"""Longest time between two replies from the broker. `CONSUMING` exceeds the time in which a half-open connection is
 detected; a healthy broker answers within a second.
 """
 
@@ -99,7 +99,7 @@ def stop() -> None:
 def watch_consumer(heart: Heartbeat, silence: timedelta, wanted: Callable[[], Collection[str]]) -> None:
     """Make the heartbeat monitor the consumer, too.
 
-    ``wanted`` returns the consumer's queues. ``silence`` is the longest time that the broker may take to answer.
+    ``wanted`` returns the consumer's queues. ``silence`` is the longest time that the broker may take to reply.
     """
     heart.report("consumer", STARTING, "has not begun to consume")
     heart.probe(partial(_report_consumer, heart, silence * 3 + CONSUMING, wanted))

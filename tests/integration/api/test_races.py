@@ -216,7 +216,7 @@ class TestPatchAgainstTick:
 
 
 def test_chat_put_against_message(api: Api, engine: Engine) -> None:
-    """If a chat is created by PUT while the first message arrives, the message is kept."""
+    """If a chat is created by PUT while its first message arrives, the message is kept."""
     chat_id = uuid4()
     with ThreadPoolExecutor(1) as pool, Session(engine) as session:
         chats.receive(

@@ -146,7 +146,7 @@ def _reschedule_in_a_process(follow_up: UUID) -> None:
 
 
 def test_a_change_due_soon_requests_a_tick(environment: pytest.MonkeyPatch, world: World, broker_url: str) -> None:
-    """A change that makes a follow-up due before the next tick requests a tick.
+    """If a change makes a follow-up due before the next tick, a tick is requested.
 
     The command succeeds even if the broker is unreachable.
     """

@@ -282,7 +282,7 @@ async def stay_silent(_stream: Stream) -> None:
 async def test_a_silent_stream_affects_only_its_call(server: Http2Server) -> None:
     """If one call gets no response, other calls in flight are answered.
 
-    After a call without a response, the next call uses a new connection.
+    If a call gets no response, the next call uses a new connection.
     """
     async with opened(HttpTransport(settings_for(server.url, transport_timeout=1))) as transport:
         assert await transport.send(a_delivery()) == OK
