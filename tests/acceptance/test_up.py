@@ -143,7 +143,7 @@ def test_a_crashed_process_is_named_and_stops_the_others(open_directory: Path) -
 
 
 def test_stopped_while_it_starts() -> None:
-    """A signal during the start of `followups up` stops it and leaves no process."""
+    """A signal during the start of `followups up` stops it and leaves no process running."""
     with up() as system:
         wait_until(lambda: any("Starting sandbox" in line for line in system.remarks), within=120)
         children = descendants(system.process.pid)

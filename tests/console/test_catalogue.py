@@ -40,7 +40,7 @@ BY_VALUE = {
     *(label for _, label, _ in MENU),
     *("user", "message", "due date", "reason", "chat", "Not allowed", "Not found", "Not available"),
 }
-"""Texts that the code chooses by a value, so that no call contains them literally."""
+"""Texts that the code selects by a value, so that they do not appear literally in any call."""
 
 
 def sentences() -> Iterator[str]:

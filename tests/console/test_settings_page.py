@@ -64,7 +64,7 @@ def test_a_key_is_shown_once_and_revoked_after_a_confirmation(person: Callable[.
 def test_another_workspaces_key_and_session_are_not_found(
     person: Callable[..., Person], own: World, foreign: World
 ) -> None:
-    """A key or session of another workspace cannot be shown, revoked or ended."""
+    """A key or session that belongs to another workspace cannot be shown, revoked or ended."""
     key_id, _ = key_of(foreign)
     other = person("viewer", foreign)
     session_id = foreign.scalar(f"SELECT id FROM console_sessions WHERE workspace_id = '{foreign.workspace_id}'")  # noqa: S608 - a test

@@ -235,7 +235,7 @@ def test_not_left_alone(rig: Rig, figures: Figures) -> None:
 
 @pytest.mark.faults_long
 def test_some_fail_of_many(rig: Rig, figures: Figures) -> None:
-    """If a few chats among thousands fail once, their follow-ups need two attempts, and all others one."""
+    """If a few chats among thousands fail once, only their follow-ups need a second attempt."""
     some_fail(rig, figures, count=5_000)
 
 

@@ -249,7 +249,7 @@ IDLE = """
 
 
 def without_sorting(connection: Connection) -> None:
-    """Set the same planner options as a fair claim."""
+    """Set the same planner options as a fair claim does."""
     connection.execute(claims.WITHOUT_SORTING)
 
 

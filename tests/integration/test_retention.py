@@ -27,7 +27,7 @@ HOUR = timedelta(hours=1)
 
 
 def ended(world: World, ago: timedelta, **columns: Any) -> UUID:
-    """Insert a follow-up that was sent the given time ago."""
+    """Insert a follow-up that was sent ``ago`` before now."""
     return world.follow_up(status="sent", finished_at=datetime.now(UTC) - ago, **columns)
 
 
@@ -52,7 +52,7 @@ def receive(world: World, chat_id: UUID, ago: timedelta) -> UUID:
 
 
 def test_old_finished_follow_ups_are_deleted(world: World, engine: Engine, settings: Settings) -> None:
-    """A finished follow-up is deleted after its retention, with its failed attempts.
+    """A finished follow-up is deleted after its retention period, along with its failed attempts.
 
     Younger and pending follow-ups are kept.
     """

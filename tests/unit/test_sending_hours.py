@@ -75,7 +75,7 @@ def test_open_times_are_within_the_hours(hours: SendingHours, moment: datetime) 
 
 @given(HOURS, MOMENTS | NEAR_TRANSITIONS)
 def test_times_before_the_next_opening_are_closed(hours: SendingHours, moment: datetime) -> None:
-    """Until the next opening, every local time is outside sending hours, except a time that occurs twice."""
+    """Until the next opening, local times are outside sending hours, except times that occur twice."""
     opening = opens_at(hours, moment)
     assert opening >= moment
     for n in range(40):

@@ -31,7 +31,7 @@ BROKER = "redis://:pa55@broker:6379/0"
     ],
 )
 def test_hosts_of_a_database(text: str, host: str, port: str) -> None:
-    """Several database hosts are read in libpq's form and in both forms of SQLAlchemy."""
+    """A URL with several database hosts is accepted in libpq's form and in both of SQLAlchemy's forms."""
     url = database_url(text)
     (_, options) = url.get_dialect()().create_connect_args(url)
     assert (options["host"], (options.get("port") or "").rstrip(",")) == (host, port)

@@ -52,7 +52,7 @@ def audit(
     """Show who changed what and when, newest first.
 
     The audit log records the creation, revocation and expiry of API keys; pauses, rate limits and sending hours; bulk
-    commands; deleted chats and workspaces; and each change of an existing follow-up by PATCH, a command or
+    commands; deleted chats and workspaces; and each change to an existing follow-up by PATCH, a command or
     followups.cancel. Deliveries are not recorded, nor are cancellations by a reply. Each event is recorded in the same
     transaction as the change, without any message text. FOLLOWUPS_AUDIT_RETENTION sets how long events are kept.
     """

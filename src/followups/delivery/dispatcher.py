@@ -190,7 +190,7 @@ class Dispatcher:
                 return
 
     def _release_orphans(self) -> None:
-        """Unblock follow-ups that no longer wait for another follow-up, on every tick or less often if slow.
+        """On every tick, or less often if it is slow, unblock follow-ups that no longer have to wait.
 
         An error during unblocking does not stop the claims.
         """

@@ -149,7 +149,7 @@ class DueQueue:
         """
         if self._fair.has_turn(tripped):
             return -LEAD.total_seconds()
-        # Anyone with access to the broker can write a hint with the earliest time that exists, from which no lead can
+        # Anyone with access to the broker can write a hint with the earliest representable time, from which no lead can
         # be subtracted.
         return self._clock.until(self._heap[0][0]) - LEAD.total_seconds() if self._heap else None
 

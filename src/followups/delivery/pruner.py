@@ -87,7 +87,7 @@ class Pruner(BackgroundThread):
             events.failed("tidy", error, self._engine)
 
     def prune(self) -> dict[str, int]:
-        """Delete old rows until none is left or the time is up; return the number of rows deleted by table."""
+        """Delete old rows until none is left or the time is up; return the number of deleted rows per table."""
         started = time.monotonic()
         removed: dict[str, int] = {}
         with self._engine.connect() as connection, _alone(connection) as alone:

@@ -46,8 +46,8 @@ calls, those messages are sent again under the same key. The wait is no longer t
 because a kill during the wait would lose the outcome of that call too.
 """
 SHORT_GATHER = timedelta(milliseconds=5)
-"""How long to wait for enough results if the receiver cannot deduplicate. If the process were killed, the outcome of
-each unrecorded result would be unknown.
+"""How long to wait for enough results if the receiver cannot deduplicate. If the process were killed, each outcome that
+is not yet recorded would become unknown.
 """
 SETTLE_RETRY_DELAY = timedelta(milliseconds=50)
 """Pause before another attempt to settle a row that is locked by another transaction."""

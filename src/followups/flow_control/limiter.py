@@ -117,7 +117,7 @@ class Limiter:
         return LimiterReply(tuple(wait * MICROSECOND for wait in waits), moment)
 
     async def give_back(self, requests: Sequence[TokenRequest], moment: int) -> None:
-        """Return tokens that were acquired at ``moment`` for follow-ups that then did not begin.
+        """Return tokens that were acquired at ``moment`` for follow-ups that did not begin after all.
 
         The tokens are lost if Redis is unreachable.
         """

@@ -54,7 +54,7 @@ class OverviewFigures:
     The value is None if no message was accepted in this period or if the query took too long.
     """
     sent: list[int] | None = None
-    """Number of follow-ups sent in each of the last minutes, oldest first."""
+    """Number of follow-ups sent in each of the last few minutes, oldest first."""
     failures: Mapping[str, int] = field(default_factory=dict)
     """The number of failures in the last hour for each code; only the most recently finished follow-ups are examined.
     """

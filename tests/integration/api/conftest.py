@@ -51,7 +51,7 @@ def api(web_url: str, web_engine: Engine) -> Iterator[Api]:
 
 @pytest.fixture
 def other(web_url: str, web_engine: Engine) -> Iterator[Api]:
-    """Return an API client of another workspace."""
+    """Return an API client for another workspace."""
     other = Api(web_url, World(web_engine))
     with other.client:
         yield other

@@ -137,7 +137,7 @@ class TestFinished:
 
     @pytest.mark.parametrize("status", ["sent", "failed", "cancelled"])
     def test_never_changes(self, api: Api, status: str) -> None:
-        """A finished follow-up rejects every change with 409."""
+        """Every change to a finished follow-up is rejected with 409."""
         created = api.create()
         ended = api.patch(created, status=status).json()
         others = {"sent", "failed", "cancelled", "pending"} - {status}

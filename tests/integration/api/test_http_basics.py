@@ -198,7 +198,7 @@ def test_a_revoked_key_is_refused_at_once(api: Api) -> None:
 def test_bodies_have_a_budget(settings: Settings, world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     """A workspace whose bodies exceed half of the shared memory gets 503 until memory is free again.
 
-    Request bodies of other workspaces are still read.
+    Meanwhile, request bodies of other workspaces are read.
     """
     monkeypatch.setattr(gate, "MAX_BUFFERED", 600_000)
     other_key = key_of(World(world.engine))[1]

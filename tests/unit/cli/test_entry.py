@@ -104,7 +104,7 @@ def test_wrong_usage_is_one_sentence_and_code_2(
 
 
 def test_missing_settings_are_code_2(capsys: pytest.CaptureFixture[str]) -> None:
-    """A command with missing settings names each one and exits with code 2."""
+    """If settings are missing, a command names each missing setting and exits with code 2."""
     assert main(["list"]) == 2
     remarks = capsys.readouterr().err
     assert "FOLLOWUPS_DATABASE_URL is required" in remarks

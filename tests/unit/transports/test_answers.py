@@ -240,7 +240,7 @@ def test_a_matrix_message_id_is_derived_from_the_event_id() -> None:
 def test_a_homeservers_rate_limit_is_honoured(headers: dict[str, str], body: bytes, seconds: float | None) -> None:
     """M_LIMIT_EXCEEDED has the delay in a header or, from older homeservers, in its body.
 
-    The header of M_LIMIT_EXCEEDED takes precedence over the body.
+    The delay in the header of an M_LIMIT_EXCEEDED response takes precedence over the delay in its body.
     """
     after = None if seconds is None else timedelta(seconds=seconds)
     assert outcome_of(Answer(429, headers, body), MATRIX) == Snoozed("HTTP 429", after, 429)

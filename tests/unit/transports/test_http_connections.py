@@ -107,7 +107,7 @@ async def test_an_unread_unsolicited_response_is_discarded(threaded: ThreadedSer
 
 @pytest.mark.parametrize("behind", [OTHER, OTHER[:1], b"garbage", b"\x00"])
 async def test_extra_bytes_after_a_response_close_the_connection(behind: bytes) -> None:
-    """If extra bytes follow a response, the connection is closed, and each call gets its own response."""
+    """If extra bytes follow a response, the connection is closed, so that each call gets its own response."""
     async with scripted(OK + behind) as server, opened(HttpTransport(settings_for(server.url))) as transport:
         for _ in range(3):
             assert await transport.send(a_delivery()) == Sent(None, 200)
