@@ -133,7 +133,7 @@ class Stack:
         return [one["attempt"] for one in self.received() if one["followUpId"] == str(follow_up_id)]
 
     def behave(self, chat_id: UUID | None = None, **behaviour: Any) -> None:
-        """Set the behaviour of one chat, or of every chat if ``chat`` is None."""
+        """Set the behaviour of one chat, or of every chat if ``chat_id`` is None."""
         path = f"/sandbox/chats/{chat_id}/behaviour" if chat_id else "/sandbox/behaviour"
         self._call("PUT", path, behaviour)
 
