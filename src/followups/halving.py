@@ -63,7 +63,7 @@ def halve_within(
 ) -> Halved[T, R]:
     """Do the work within the connection's transaction, with a savepoint for each sub-batch.
 
-    ``refused`` is called for each refused item. All items that are not refused succeed.
+    ``refused`` is called for each refused item. Every item that is not refused succeeds.
     """
 
     def under_savepoint(part: Sequence[T]) -> R:

@@ -462,7 +462,9 @@ class FollowUp(Base):
     While the follow-up is held, its next attempt is far in the future, so the claim ignores it.
     """
     retry_of: Mapped[UUID | None]
-    """The failed follow-up that this follow-up retries. A failed follow-up is retried in this way at most once."""
+    """The failed follow-up that this follow-up retries. Each failed follow-up is retried by at most one other
+    follow-up.
+    """
 
     @property
     def in_flight(self) -> bool:

@@ -78,7 +78,7 @@ def ask_for_tick() -> None:
 
 
 def ask_workers() -> Replies:
-    """Wait a second for the workers' replies and return them. Raises the errors of the broker's client."""
+    """Wait one second for the workers' replies and return them. Raises the errors of the broker's client."""
     from followups.worker import celery_app  # noqa: PLC0415 - likewise
 
     return celery_app.ask_workers()

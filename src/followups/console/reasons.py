@@ -70,7 +70,7 @@ def of_rows(services: ConsoleServices, session: Session, rows: Sequence[Row], no
 def consequences_of(visit: Visit, session: Session, chat: Chat, due: datetime, now: datetime) -> list[str]:
     """Return sentences on the consequences of a due date in this chat, starting with the date and time.
 
-    Raises `InvalidRequestError` for a due date at the edge of the calendar.
+    Raises `InvalidRequestError` for a due date outside the accepted years.
     """
     checks.check_time(due, "due_date")
     t, zone = visit.t, visit.zone

@@ -1,6 +1,6 @@
 """The due queue: leases in the order of their due times; workspaces take turns if several are due.
 
-The due queue does no I/O. Only one event loop may use it.
+The due queue does no I/O. Only one event loop may use a due queue.
 """
 
 from __future__ import annotations

@@ -58,7 +58,7 @@ class Command:
 
 
 class Child:
-    """A running command. The command can be started again after it was stopped or killed."""
+    """A running command. The command can be started again after it has been stopped or killed."""
 
     def __init__(self, command: Command) -> None:
         """Store the command, which `start` runs."""

@@ -42,7 +42,7 @@ PATIENCE = timedelta(seconds=1)
 
 @dataclass(frozen=True, slots=True)
 class Explained:
-    """A follow-up with everything that explains it."""
+    """A follow-up, with all the facts that explain its state."""
 
     follow_up: FollowUp
     workspace: str

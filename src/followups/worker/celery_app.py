@@ -308,7 +308,7 @@ class Nudger:
         self._pid = 0
 
     def __call__(self) -> None:
-        """Request a tick. If the broker is unreachable, beat's next tick does the same work."""
+        """Request a tick. If the broker is unreachable, the work is done on beat's next tick."""
         with self._started:
             if self._pid != os.getpid():
                 self._pid = os.getpid()
