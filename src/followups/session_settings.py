@@ -39,8 +39,8 @@ SESSION: Mapping[str, str] = {
     "TimeZone": "UTC",
     "array_nulls": "on",
     "extra_float_digits": "1",
-    # A statement may wait for a row lock, and a pooled session may be idle, so these timeouts are off. Operations that
-    # take too long are ended by the limits of `make_engine`, and migrations set their own `lock_timeout`.
+    # A statement may wait for a row lock, and a pooled session may be idle, so these timeouts are off. The limits of
+    # `make_engine` end operations that take too long, and migrations set their own `lock_timeout`.
     "lock_timeout": "0",
     "transaction_timeout": "0",
     "idle_session_timeout": "0",

@@ -32,7 +32,7 @@ RULES = ("~tenant-a:*", "allchannels", "+@all", "-@admin", "-@dangerous", "+info
 
 @pytest.fixture
 def under_acl(stack: Stack) -> Iterator[tuple[Stack, redis.Redis]]:
-    """Return a system under an ACL on a separate Valkey, and a client with all permissions on it."""
+    """Return a system on a separate Valkey with an ACL, and a Valkey client with all permissions."""
     with EmbeddedValkey() as valkey, Processes() as processes, redis.Redis.from_url(valkey.url()) as admin:
         admin.execute_command("ACL", "SETUSER", "app", "on", ">s3cret", *RULES)
         url = f"redis://app:s3cret@{valkey.url().rpartition('@')[2]}"

@@ -67,7 +67,7 @@ class Up:
         return "".join(self.remarks)
 
     def found(self, pattern: str) -> str:
-        """Return the first group of a pattern in the output."""
+        """Return what the first group of a pattern matches in the output."""
         match = re.search(pattern, self.said, re.DOTALL)
         assert match, self.said
         return match.group(1)

@@ -132,7 +132,7 @@ def others_pending(arena: Arena, count: int) -> None:
 
 
 def tick(arena: Arena, claims: int = 200) -> Figures:
-    """Claim a hundred due rows repeatedly; return the median duration of a claim in milliseconds."""
+    """Repeatedly claim a hundred due rows; return the median duration of a claim in milliseconds."""
     from followups.database import make_engine  # noqa: PLC0415 - here alone
     from followups.delivery.claim import claim  # noqa: PLC0415
     from followups.session_settings import BY_KEY  # noqa: PLC0415 - here alone

@@ -195,7 +195,7 @@ def test_a_form_is_parsed_after_origin_session_and_role(
 ) -> None:
     """A form of more than 1 KiB is not parsed without a session.
 
-    In a session, a form with a message of 65,536 four-byte characters is accepted.
+    With a session, a form with a message of 65,536 four-byte characters is accepted.
     """
     parsed: list[bytes] = []
     real = application._parse  # noqa: SLF001 - what the test is about

@@ -370,7 +370,7 @@ def one_takes_all(scene: Scene) -> None:
 
 
 def two_in_a_chat(scene: Scene) -> tuple[UUID, Lease]:
-    """Lease two follow-ups of one chat; return the id of the earlier one and the lease of the later one."""
+    """Lease two follow-ups in one chat; return the id of the earlier one and the lease of the later one."""
     chat_id = scene.world.chat()
     earlier = scene.world.follow_up(chat_id, due=-timedelta(seconds=2))
     scene.world.follow_up(chat_id, due=-timedelta(seconds=1))

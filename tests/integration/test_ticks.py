@@ -294,7 +294,7 @@ class TestToken:
         assert again.token > unblocked.token
 
     def test_exact_in_json(self, world: World, engine: Engine, settings: Settings) -> None:
-        """A fencing token is exact as a number in JSON, and is greater than any earlier token."""
+        """A fencing token can be represented exactly as a JSON number, and is greater than all earlier tokens."""
         ahead = 2**53 - 3
         world.follow_up()
         tokens = {claim(engine, settings).leases[0].token}

@@ -57,8 +57,8 @@ def rhythm_of(settings: Settings) -> Rhythm:
 
     During a longer gap between ticks, leases may expire unnoticed; the grace period then gives their workers time to
     record the outcomes. After an outage, a worker must connect before it can record its outcomes. If the database's
-    clock was set forward, calls that have just begun need time to end. With the default settings the grace period is 13
-    s, after a gap of more than 3 s.
+    clock has been set forward, calls that have just begun need time to end. With the default settings the grace period
+    is 13 s, after a gap of more than 3 s.
     """
     known_within = max(settings.transport_timeout + GRACE, _connecting(settings.database_url.get_secret_value()))
     # If the interval between ticks is longer than a lease, a lease can expire between any two ticks without being

@@ -1,9 +1,9 @@
 """Pages of follow-ups for the console, newest first, with the data that explain each follow-up.
 
-As in `followups.store.listing`, a page is merged from the first rows of each workspace and of each value of one column.
-These rows are read in the order of an index. Conditions without an index are checked row by row. The search therefore
-works backwards one time interval after another, and stops when the caller's time limit expires. The next search
-continues where this one stopped.
+As in `followups.store.listing`, a page is merged from several lists of rows, one for each workspace and each value of
+one column. These rows are read in the order of an index. Conditions without an index are checked row by row. The search
+therefore works backwards one time interval after another, and stops when the caller's time limit expires. The next
+search continues where this one stopped.
 """
 
 from __future__ import annotations

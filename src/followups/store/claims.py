@@ -109,9 +109,9 @@ LOW_WATER_MARGIN = timedelta(seconds=10)
 FEW = 6
 """Number of rows that a fair claim reads in each workspace, regardless of the number of workspaces."""
 STRIDE = 32
-"""Number of rows read in one step of the scan over all workspaces. The scan skips the rest of a workspace's rows, and
-workspaces with few rows share a step. A workspace with a single row that is not yet due costs 0.5 us (2.4 us with a
-stride of 1). A workspace without pending rows costs nothing.
+"""Number of rows read in one step of the scan over all workspaces. The scan skips the rest of a workspace's rows.
+Workspaces with few rows are read together in one step. A workspace with a single row that is not yet due costs 0.5 us
+(2.4 us with a stride of 1). A workspace without pending rows costs nothing.
 """
 
 _IN_ORDER, _FAIRLY = (read_sql(name) + read_sql("lease") for name in ("claim", "fair_claim"))

@@ -29,7 +29,7 @@ due time that an operator has written into the table.
 
 LATENESS_FROM = "COALESCE(f.sendable_from, GREATEST(f.due_date, f.scheduled_at, f.held_until))"
 """The time from which a follow-up's lateness counts. If sending hours have never held a follow-up, it has no
-``sendable_from``. If a process of an older version held the follow-up, it has only ``held_until``.
+``sendable_from``. If a follow-up was held by a process of an older version, it has only ``held_until``.
 """
 
 WINDOWED = ", ".join(f"'{channel.value}'" for channel in sorted(WINDOWED_CHANNELS))

@@ -47,9 +47,10 @@ class Tick:
 
 
 # A tick is recorded at most five times a second, since each update leaves a dead row behind. A recorded time in the
-# future means that the clock was set back. A small difference is ignored, since two transactions may simply have begun
-# in the opposite order. A short gap that begins within a grace period does not start another grace period. If every
-# short gap started a grace period, no lease would ever be taken over on a starved machine where every tick is late.
+# future means that the clock was set back. A small difference is ignored, since it may only mean that two transactions
+# began in the opposite order. A short gap that begins within a grace period does not start another grace period. If
+# every short gap started a grace period, no lease would ever be taken over on a starved machine where every tick is
+# late.
 _BEGIN = text("""
     WITH state AS MATERIALIZED (
         SELECT id, last_tick_at,

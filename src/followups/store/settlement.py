@@ -46,8 +46,8 @@ class Settlement(NamedTuple):
     cancel_takes_precedence: bool = True
     """Whether a cancel that was requested during the attempt takes precedence over this outcome."""
     cancel_detail: str = ""
-    """If the cancel requested during the attempt has only a code as its reason, this text is appended to the code: ':
-    ...' or an empty string.
+    """The text that is appended to the reason of a cancel requested during the attempt, if this reason is only a code:
+    ': ...' or an empty string.
     """
 
 

@@ -78,8 +78,8 @@ class CurlLoop:
         for callback in (pycurl.M_SOCKETFUNCTION, pycurl.M_TIMERFUNCTION):
             self._multi.setopt(callback, None)
         if self._looks_up:
-            # libcurl waits for its threads that look up host names. If the name server does not answer, the wait takes
-            # up to half a minute.
+            # libcurl waits for its threads, which look up host names. If the name server does not answer, the wait
+            # takes up to half a minute.
             threading.Thread(target=self._multi.close, name="curl-close", daemon=True).start()
         else:
             self._multi.close()

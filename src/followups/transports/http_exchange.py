@@ -151,7 +151,7 @@ class Exchange:
             self.curl.setopt(option, value)
 
     def prepare(self, url: str, headers: Sequence[bytes], body: bytes, until: float) -> None:
-        """Set the request, which must not be sent after ``until``, a time of the `uptime` clock."""
+        """Set the request to send, and the time on the `uptime` clock (``until``) after which it must not be sent."""
         if url != self._url:
             self._url = url
             self.curl.setopt(pycurl.URL, url)

@@ -73,7 +73,7 @@ class Scheduler(CelerysScheduler):
         return pause
 
     def _follow_clock_change(self) -> None:
-        """Restart the schedule if the host's clock was set back.
+        """Restart the schedule if the host's clock has been set back.
 
         Without a restart, Celery would send nothing until the clock had reached the earlier time again.
         """

@@ -164,7 +164,7 @@ class TestWorkspace:
         assert counts(world) == {"audit_events": 1}
 
     def test_a_lost_lease_ends_without_a_tick(self, world: World) -> None:
-        """An attempt of a crashed worker ends once its lease has expired, even if no tick runs."""
+        """If a worker has crashed, its attempt ends once the lease has expired, even if no tick runs."""
         world.put_in_flight(world.follow_up())
         world.sql("UPDATE follow_ups SET lease_until = now() + interval '0.3 s'")
         delete(world.engine, DeletionScope(world.workspace_id))
