@@ -290,7 +290,7 @@ class _Pooler:
 
 
 def _drop_read_only(context: ExceptionContext) -> None:
-    """Treat a read-only session as broken: close it and all older connections of its pool."""
+    """Treat a read-only session as broken: close the session and all older connections of its pool."""
     if getattr(context.original_exception, "sqlstate", None) == READ_ONLY:
         context.is_disconnect = True
 

@@ -22,7 +22,7 @@ WAIT = 60.0
 """Seconds for which a migration waits for another migration to end."""
 
 PATIENCE = 600.0
-"""Seconds for which a migration tries to lock tables that long transactions use."""
+"""The number of seconds for which a migration tries to lock tables that are used by long transactions."""
 
 
 def alembic_config(database_url: str = "", *, wait: float = WAIT, patience: float = PATIENCE) -> Config:

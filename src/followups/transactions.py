@@ -1,11 +1,11 @@
 """A transaction whose outcome is known even if the response to its commit is lost.
 
-A connection that breaks during a commit leaves the outcome unknown. After a claim, a begin or a settle, an unknown
-outcome would cost the time of a lease, since the rows may be leased without the process knowing it. To avoid an unknown
-outcome, a statement registers a query (`ask_if_lost`) that reads back what the statement has written. If the response
-to the commit is lost, the query runs on whichever database server is then reachable. The server that is reached may be
-a promoted standby, which either has the rows that were written or does not. The id of the lost transaction would prove
-nothing, since the new server may have given it to another transaction.
+A connection that breaks during a commit leaves the outcome unknown. If the outcome of a claim, begin or settle stayed
+unknown, the rows might be leased without the process knowing it, and would be delayed by a whole lease. To avoid an
+unknown outcome, a statement registers a query (`ask_if_lost`) that reads back what the statement has written. If the
+response to the commit is lost, the query runs on whichever database server is then reachable. The server that is
+reached may be a promoted standby, which either has the rows that were written or does not. The id of the lost
+transaction would prove nothing, since the new server may have given it to another transaction.
 """
 
 from __future__ import annotations

@@ -225,7 +225,7 @@ def test_untrusted_text_is_escaped(person: Callable[..., Person], own: World) ->
 
 
 def test_the_timeline_shows_each_event(person: Callable[..., Person], own: World) -> None:
-    """The timeline shows the creation, the acceptance, the end, and each attempt.
+    """The timeline shows a follow-up's creation, acceptance and end, and each of its attempts.
 
     For each attempt, the timeline shows the outcome, the code and the duration.
     """

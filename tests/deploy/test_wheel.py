@@ -74,7 +74,7 @@ def test_the_wheel_contains_the_migrations(built: Built, postgres_url: str) -> N
 
 
 def test_a_missing_extra_is_named(built: Built) -> None:
-    """`up` and `demo` without their extra say what to install; all other commands work without the extra."""
+    """Without their extra, `up` and `demo` say what to install; all other commands work."""
     for command in ("up", "demo"):
         ran = run(built, command, bare=True)
         assert ran.returncode == 1

@@ -393,7 +393,7 @@ def stale_park(scene: Scene) -> None:
 
 
 def parked_behind_an_end(scene: Scene) -> None:
-    """Park a follow-up behind an earlier one that is ending, too late for that ending to unblock it."""
+    """Park a follow-up behind an earlier one that is being cancelled and can no longer unblock it."""
     earlier, later = two_in_a_chat(scene)
     with Session(scene.engine) as session:
         followups.cancel(session, earlier)

@@ -45,7 +45,7 @@ _BEGUN_AFTER_CANCEL = text("""
 
 
 def rewritten(engine: Engine) -> int:
-    """Return how often finished follow-ups were changed."""
+    """Return how often a follow-up was changed after it had finished."""
     with engine.connect() as connection:
         return int(connection.execute(_REWRITTEN).scalar_one())
 

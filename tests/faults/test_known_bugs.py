@@ -1,4 +1,4 @@
-"""Known bugs of similar systems, and for each the test that would fail if this service had it.
+"""Known bugs of similar systems, each with the test that would fail if this service had the same bug.
 
 | bug | test |
 | --- | --- |

@@ -31,7 +31,7 @@ PATIENT = {
     "FOLLOWUPS_RETRY_CAP": "2",
     "FOLLOWUPS_MAX_ATTEMPTS": "200",
 }
-"""Settings for a slow machine: attempts last longer than an outage, and delays do not count as failures."""
+"""Settings for a slow machine: attempts continue for longer than an outage, and delays do not count as failures."""
 WINDOWS = {"100_ms": 0.1, "1_s": 1.0}
 """The lengths, in seconds, of the windows in which requests are counted."""
 

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from web import Api
 
 SECONDS = "FOLLOWUPS_TEST_SOAK"
-"""The duration of the long form, in seconds."""
+"""The duration of the long form of this test, in seconds."""
 STEP = 0.25
 """The number of seconds between two inserts."""
 AHEAD = 5.0

@@ -145,7 +145,7 @@ def test_a_held_workspace_does_not_block_others(world: World, engine: Engine, ow
 
 
 def test_held_follow_ups_release_their_leases(world: World, engine: Engine, own: Settings) -> None:
-    """Except for a few probes, held follow-ups have no lease, use no attempt and can be cancelled."""
+    """While follow-ups are held, all but a few probes have no lease, use up no attempt and can be cancelled."""
     world.burst([-SECOND] * OVERDUE)
     with worker(own, engine, SelectiveTransport(), FOR_LONG):
         wait_until(lambda: len(deferred(world)) > OVERDUE * 0.8)
@@ -178,7 +178,7 @@ def test_many_workers_lease_few_held_follow_ups(world: World, engine: Engine, ow
 
 
 def test_deferred_follow_ups_are_sent_after_the_recovery(world: World, engine: Engine, own: Settings) -> None:
-    """Once the transport recovers, deferred follow-ups are sent long before the time to which they were deferred.
+    """After the transport has recovered, deferred follow-ups are sent long before their deferral would have ended.
 
     The follow-ups due earliest are sent first.
     """

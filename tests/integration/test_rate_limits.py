@@ -250,7 +250,7 @@ def test_a_parked_follow_up_returns_its_token(world: World, limited: LimitedPipe
 
 
 def test_each_attempt_takes_a_token(world: World, limited: LimitedPipeline) -> None:
-    """Each attempt, including a retry, takes a token; waiting for a retry's token uses up no attempt."""
+    """Each attempt, including a retry, takes a token. No attempt is used up while a retry waits for its token."""
     limit(world, 5)
     follow_up = world.follow_up()
     receiver = Receiver(lambda delivery: Retry("HTTP 500") if delivery.attempt < 4 else Sent())

@@ -67,7 +67,7 @@ def reporting_process(tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
 def test_an_overdue_component(reporting_process: subprocess.Popen[str], tmp_path: Path) -> None:
     """A process is healthy until a report of one of its components is overdue.
 
-    A killed process leaves no heartbeat.
+    A process that has been killed has no heartbeat.
     """
     (state,) = read_states(tmp_path, "worker")
     assert (state.name, state.pid, state.trouble) == ("w@here", reporting_process.pid, "")
@@ -121,7 +121,7 @@ def test_probes_run_before_each_write(tmp_path: Path) -> None:
 
 
 def test_the_directory(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """The heartbeat directory is the configured one, by default a per-user one in the temporary directory."""
+    """The heartbeat directory is the configured one, or by default a per-user directory in the temporary directory."""
     assert directory_of(str(tmp_path)) == tmp_path
     monkeypatch.setattr(heartbeat.tempfile, "gettempdir", lambda: str(tmp_path))
     assert directory_of("") == directory_of(None) == tmp_path / f"followups-{os.getuid()}"

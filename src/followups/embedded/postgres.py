@@ -66,7 +66,7 @@ TEMPORARY_SETTINGS = {
     # page cache for each commit.
     "fsync": "off",
     "full_page_writes": "off",
-    # these files are in the data directory, so that a killed server leaves nothing behind
+    # these files are in the data directory, so that nothing is left behind if the server is killed
     "dynamic_shared_memory_type": "mmap",
 }
 

@@ -316,7 +316,7 @@ def _changing(names: frozenset[str]) -> Statement:
     if names & {"due_date", "chat_id"}:
         changes.append(_RESCHEDULED)
     if "chat_id" in names:
-        # The clock is read only after the chat's lock has been obtained, so the time read is later than the new chat's
+        # The clock is read only after the chat's lock has been obtained, so the result is later than the new chat's
         # last message.
         changes.append("scheduled_at = clock_timestamp()")
     elif "due_date" in names:
@@ -360,7 +360,7 @@ _NAME_CHAT_MESSAGE = Statement(
 def name_chat_message_if_unnamed(follow_up_id: UUID, chat_message_id: UUID) -> Steps[FollowUp | None]:
     """Set the transport's message id of a sent follow-up that has no message id yet.
 
-    Return the updated follow-up, or None if it had a message id already.
+    Return the updated follow-up, or None if it already had a message id.
     """
     named: Sequence[FollowUp] = yield _NAME_CHAT_MESSAGE(id=follow_up_id, chat_message_id=chat_message_id)
     return named[0] if named else None

@@ -71,7 +71,7 @@ def pause(connection: Connection, scope: PauseScope) -> bool:
 def resume(connection: Connection, scope: PauseScope) -> bool:
     """End the pause of this scope; return whether there was one.
 
-    Afterwards, `release_orphaned` releases the follow-ups that the pause held.
+    The caller must then call `release_orphaned`, which releases the follow-ups that the pause held.
     """
     return connection.execute(_RESUME, scope.parameters).rowcount == 1
 

@@ -119,7 +119,7 @@ class Heartbeat:
         self._thread.start()
 
     def probe(self, report_progress: Callable[[], None]) -> None:
-        """Call the function before each write of the file, for a component that cannot report its own progress."""
+        """Call the function before each heartbeat write, for a component that cannot report its own progress."""
         self._probes.append(report_progress)
 
     def report(self, component: str, within: timedelta, otherwise: str, at: float | None = None) -> None:

@@ -295,7 +295,7 @@ def publish(hint: Hint) -> None:
 
 
 class Nudger:
-    """Requests a tick soon; a call returns immediately, never raises, and is rate-limited."""
+    """Requests that a tick run soon; a call returns immediately, never raises, and is rate-limited."""
 
     INTERVAL = 0.01
     """The minimum number of seconds between two nudges from one process."""

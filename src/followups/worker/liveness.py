@@ -4,14 +4,14 @@ A worker that has stopped consuming must be detected. A canary message in the sh
 worker could consume it. A canary in a separate queue would leave keys in the broker for each killed worker. No extra
 message is needed, because the consumer polls the broker continuously, and the broker answers each poll within a second,
 even when the queues are empty (`followups.worker.broker.Consumer`). An idle worker among fifty therefore reports as
-often as a busy worker. The pipeline's event loop reports while it is running. The dispatcher's thread reports while it
-is idle, and while it is busy for no longer than a tick can take.
+often as a busy worker. The pipeline's event loop sends reports for as long as it runs. The dispatcher's thread reports
+while it is idle, and while it is busy for no longer than a tick can take.
 
 While the broker or the database is unreachable, or the database is read-only, all components keep retrying. Retrying
-also counts as progress. A process fails its liveness check only because of failures that a restart would fix. During an
-outage, a restart would lose the outcomes of accepted messages that are not recorded yet. A worker therefore counts as
-alive during an outage, and its heartbeat shows what it waits for. `/readyz` and `followups doctor` show which server is
-unreachable.
+also counts as progress. A process fails its liveness check only because of failures that a restart would fix. A restart
+during an outage would lose the outcomes of accepted messages that have not yet been recorded. A worker therefore counts
+as alive during an outage, and its heartbeat shows what it waits for. `/readyz` and `followups doctor` show which server
+is unreachable.
 """
 
 from __future__ import annotations

@@ -76,7 +76,7 @@ def test_links_lead_to_pages(api: Api) -> None:
 def test_invalid_queries(api: Api, query: str) -> None:
     """An invalid number, or a filter without a value, is rejected with 422.
 
-    A list request with an invalid filter is never answered with all follow-ups.
+    If a filter of a list request is invalid, the response never lists all follow-ups.
     """
     is_problem(api.client.get(f"{FOLLOW_UPS}?{query}"), 422, "invalid-request")
 

@@ -209,7 +209,7 @@ def test_bodies_that_do_not_end(web: Web) -> None:
 
 
 def test_clients_that_do_not_read(web: Web) -> None:
-    """15 clients that request a page of 26 MB and do not read it neither fill the memory nor delay others."""
+    """If 15 clients do not read their page of 26 MB, memory does not fill up and no other client is delayed."""
     chat = web.api.world.chat()
     web.api.world.sql(
         "INSERT INTO follow_ups (workspace_id, chat_id, message, due_date, trigger_chat_message_id)"

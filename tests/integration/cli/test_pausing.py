@@ -37,7 +37,7 @@ def _no_tick(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_paused_listed_and_resumed(run: RunCommand, world: World, engine: Engine, settings: Settings) -> None:
     """A pause is listed with the number of follow-ups held by it.
 
-    `resume` prints how many follow-ups continue, and which pauses remain.
+    `resume` prints how many follow-ups are released and which pauses remain.
     """
     name = str(world.workspace_id)
     assert run("pause", "--workspace", name).stdout == f"Workspace {name} is paused.\n"

@@ -31,7 +31,7 @@ BERLIN = SendingHours("Europe/Berlin", time(12), time(20))
 def explained(
     status: Status = Status.PENDING, due: timedelta = timedelta(0), around: Circumstances = TICKING, **columns: Any
 ) -> str:
-    """Explain a follow-up whose due date is ``due`` from now."""
+    """Explain a follow-up that is due after the time ``due`` from now."""
     values = {
         "workspace_id": WORKSPACE,
         "status": status,
@@ -275,6 +275,6 @@ LIMITED = {"due": -HOUR, "next_attempt_at": NOW + HOUR, "limited_until": NOW + H
 def test_causes_of_delay_are_named(around: Circumstances, columns: dict[str, Any], said: str) -> None:
     """The explanation names the cause: a pause, sending hours, the chat's order or missing processes.
 
-    The explanation also names the event that will end the delay.
+    The explanation also names the event that will end the wait.
     """
     assert said in explained(around=around, **columns)

@@ -28,7 +28,7 @@ class TransportRig:
     chats: SandboxChats
 
     async def send(self, delivery: Delivery, **behaviour: object) -> Outcome:
-        """Deliver a message into a chat with the given behaviour."""
+        """Deliver a message to a chat that has the given behaviour."""
         self.chats.behave(str(delivery.chat_id), Behaviour(**behaviour))
         return await self.transport.send(delivery)
 

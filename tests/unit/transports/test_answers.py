@@ -205,7 +205,7 @@ def test_any_body_is_accepted(dialect: Dialect, body: bytes) -> None:
     ],
 )
 def test_the_id_of_the_message_is_taken_if_there_is_one(body: bytes, message_id: UUID | None, detail: str) -> None:
-    """A 2xx may contain the message's id; an invalid body is reported without changing the outcome."""
+    """A 2xx response may contain the message's id; an invalid body is reported but does not change the outcome."""
     assert outcome_of(Answer(200, body=body), HTTP) == Sent(message_id, 200, detail)
 
 

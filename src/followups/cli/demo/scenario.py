@@ -137,8 +137,8 @@ Every follow-up is created before it is due, so that its lag shows only how punc
 """
 
 CALLS_A_CHAT = 3
-"""Number of requests that are needed to open one chat. The duration of these requests predicts how long all other
-requests take.
+"""Number of requests that are needed to open one chat. The duration of these requests is used to predict how long all
+other requests will take.
 """
 
 

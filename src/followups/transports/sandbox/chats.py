@@ -176,7 +176,7 @@ class SandboxChats:
         self.changes += 1
 
     def behaviour(self, chat_id: str) -> Behaviour | None:
-        """Return the chat's own behaviour, with its remaining ``times``, or None if the chat has none."""
+        """Return the behaviour set for the chat, with its remaining ``times``, or None if none is set."""
         applied = self._applied.get(chat_id)
         return None if applied is None else applied.behaviour.model_copy(update={"times": applied.left})
 
@@ -186,7 +186,7 @@ class SandboxChats:
         self._touched(chat_id)
 
     def reset(self, chat_id: str) -> None:
-        """Remove a chat's own behaviour."""
+        """Remove a chat's behaviour, so that the default applies."""
         self._applied.pop(chat_id, None)
         self._touched(chat_id)
 

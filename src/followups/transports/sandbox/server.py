@@ -143,7 +143,7 @@ BACKLOG = 1024
 def build_app(chats: SandboxChats | None = None, *, secret: str | None = None) -> web.Application:
     """Return the web application for ``chats``; the default is new chats that deduplicate messages.
 
-    If ``secret`` is given (Standard Webhooks), a delivery must be signed. Raises `TransportConfigurationError` for an
+    If ``secret`` is given (Standard Webhooks), deliveries must be signed. Raises `TransportConfigurationError` for an
     invalid secret.
     """
     app = web.Application()
