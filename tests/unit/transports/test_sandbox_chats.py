@@ -220,7 +220,7 @@ def test_the_oldest_key_is_discarded_first(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_clearing_keeps_the_behaviours() -> None:
-    """After `clear`, a known idempotency key counts as new again, and a chat keeps its behaviour."""
+    """After `clear`, a known idempotency key counts as new again, but each chat keeps its behaviour."""
     chats = SandboxChats()
     chats.behave("c2", Behaviour(kind="fail"))
     chats.receive(incoming(), "key")
