@@ -639,8 +639,8 @@ class AuditEvent(Base):
     __table_args__ = (
         CheckConstraint("way IN ('api', 'command', 'console', 'python', 'service')", name="way_is_known"),
         CheckConstraint("number >= 0", name="number_is_a_count"),
-        # These indexes serve lists of all events or of one workspace's events, newest first, and the timeline of one
-        # follow-up.
+        # These indexes serve three lists: all events and one workspace's events, both newest first, and the timeline of
+        # one follow-up.
         Index("ix_audit_events_at", "at", "id"),
         Index("ix_audit_events_workspace", "workspace_id", "at", "id"),
         Index("ix_audit_events_target", "target_id", postgresql_where=text("target_id IS NOT NULL")),

@@ -78,7 +78,7 @@ def test_a_worker_that_starts_during_a_pause(stack: Stack) -> None:
 
 
 def test_held_until_sending_hours_begin(stack: Stack) -> None:
-    """Nothing is sent before the sending hours begin. When the hours begin, all follow-ups are sent once."""
+    """Nothing is sent before the sending hours begin. When the sending hours begin, each follow-up is sent once."""
     stack.start()
     now = stack.world.scalar("SELECT now()")
     opening = now + 5 * SECOND

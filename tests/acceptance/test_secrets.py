@@ -40,7 +40,7 @@ FOR_PEOPLE = {"", "worker: Warm shutdown (MainProcess)"}
 
 LOGS = ("worker", "beat", "web", "flower")
 
-# The database refuses to insert one follow-up and to end another; its error messages quote the rows.
+# The database rejects the insert of one follow-up and the end of another; its error messages quote the rows.
 QUOTING = """
     CREATE FUNCTION quote_it() RETURNS trigger LANGUAGE plpgsql AS $$
     BEGIN

@@ -181,7 +181,7 @@ def test_the_api_never_reads_the_cookie(person: Callable[..., Person], own: Worl
 
 
 def test_a_body_is_bounded(person: Callable[..., Person], own: World) -> None:
-    """The maximum body size is small for requests without a session, and enough for any message with one."""
+    """The maximum body size is small for requests without a session; with a session, it is enough for any message."""
     assert person().post("/login", secret="x" * 20_000).status_code == 413
     assert person("agent", own).post("/nothing", message="x" * 200_000).status_code == 404
     assert person("agent", own).post("/nothing", message="x" * 1_100_000).status_code == 413

@@ -152,7 +152,7 @@ def test_a_search_out_of_time_continues_by_a_link(
 
 
 def test_operators_see_all_workspaces_and_no_texts(person: Callable[..., Person], own: World, foreign: World) -> None:
-    """An operator sees messages only on request, even on the page of one follow-up.
+    """An operator must request to see a message, even on the page of one follow-up.
 
     Each request is recorded in the audit log.
     """

@@ -1,4 +1,4 @@
-"""Tests of a failover to a real replica: no message is lost or sent twice, and health checks fail meanwhile."""
+"""Tests of a failover to a real replica: no message is lost or sent twice; meanwhile, health checks fail."""
 
 from __future__ import annotations
 

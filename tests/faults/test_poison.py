@@ -58,5 +58,5 @@ def test_poison(rig: Rig, figures: Figures) -> None:
 
 @pytest.mark.faults_long
 def test_poison_among_many(rig: Rig, figures: Figures) -> None:
-    """Of two thousand follow-ups, one poison pill fails as worker_lost, and all others are sent."""
+    """If one of two thousand follow-ups is a poison pill, it fails as worker_lost and all others are sent."""
     poisoned(rig, figures, neighbours=2000)

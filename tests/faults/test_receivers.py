@@ -197,7 +197,7 @@ def test_storm_of_429(rig: Rig, figures: Figures) -> None:
 
 
 def test_outage(rig: Rig, figures: Figures) -> None:
-    """A receiver that was unreachable gets every message once after it recovers, and not all in one burst."""
+    """After a receiver that was unreachable recovers, it gets every message once, and not all of them in one burst."""
     outage(rig, figures, rate=60, seconds=2)
 
 

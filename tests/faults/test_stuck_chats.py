@@ -1,4 +1,4 @@
-"""Tests with thousands of follow-ups that wait behind two stuck ones: claims and other chats stay fast."""
+"""Tests with thousands of follow-ups that wait behind two stuck ones: claims and other chats are not slowed down."""
 
 from __future__ import annotations
 

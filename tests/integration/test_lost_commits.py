@@ -1,4 +1,4 @@
-"""Tests for lost commits: delivery steps continue, whether the commit succeeded, failed or is slow."""
+"""Tests for lost commits: delivery steps continue, whether the commit succeeds, fails or is slow."""
 
 from __future__ import annotations
 

@@ -112,7 +112,7 @@ def test_full_chat(world: World) -> None:
 
 
 def test_another_workspaces_chat(world: World) -> None:
-    """A chat of another workspace is reported as not found."""
+    """A chat that belongs to another workspace is reported as not found."""
     from world import World as Another  # noqa: PLC0415 - the name is used by a fixture
 
     with pytest.raises(SomeRefusedError) as refused:

@@ -198,7 +198,7 @@ class TestFullChat:
 
 
 def test_no_row_joins_two_workspaces(world: World) -> None:
-    """PostgreSQL rejects a follow-up or a message of one workspace in another workspace's chat."""
+    """PostgreSQL rejects a follow-up or message whose chat belongs to another workspace."""
     from world import World  # noqa: PLC0415 - used only in this test
 
     chat_id, stranger = world.chat(), World(world.engine)
@@ -314,7 +314,7 @@ class TestChats:
         assert (chat.last_message_id, chat.last_user_message_at) == (agent.id, user.created_at)
 
     def test_same_timestamp(self, caller: Caller) -> None:
-        """If two messages have equal timestamps, the message that arrived later counts as the last."""
+        """If two messages have equal timestamps, the message that arrived later counts as the last message."""
         chat_id, at = uuid4(), soon(-1)
         caller.receive(chat_id, Role.USER, at)
         agent = caller.receive(chat_id, Role.AGENT, at)

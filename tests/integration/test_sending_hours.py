@@ -189,7 +189,7 @@ def test_changed_before_the_hold(world: World, engine: Engine, settings: Setting
 
 
 class TestLateness:
-    """MAX_LATENESS counts from the first time at which the sending hours allow sending."""
+    """MAX_LATENESS is counted from the first time at which the sending hours allow sending."""
 
     OLD: ClassVar = {"due": -5 * HOUR, "scheduled_at": text("now() - interval '5 h'")}
 

@@ -99,7 +99,7 @@ def test_rates_with_fractions() -> None:
 
 
 def test_default_burst() -> None:
-    """By default, the burst is one second's worth of messages, and at least one message."""
+    """By default, the burst is one second's worth of messages, but at least one message."""
     assert [default_burst(rate) for rate in (50, 1.9, 0.001)] == [50, 1, 1]
 
 

@@ -251,7 +251,7 @@ def workspace_id_of(session: Session, name: str | None) -> UUID | None:
 
 
 def require_either(follow_up_id: UUID | None, many: object, options: str) -> None:
-    """Raise a usage error unless the ID of one follow-up or a bulk option is given."""
+    """Raise a usage error unless either the ID of one follow-up or a bulk option is given."""
     if bool(follow_up_id) == bool(many):
         message = f"give the ID of one follow-up, or select many with {options}."
         raise typer.BadParameter(message)

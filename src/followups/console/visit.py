@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 
 MAX_FIELDS = 300
-"""Maximum number of fields in a form or query string: one check box per row, and a dozen other fields."""
+"""Maximum number of fields in a form or query string: one check box for each row, and a dozen other fields."""
 
 
 class Fields:

@@ -35,7 +35,7 @@ MAX_LOSSES = 3
 """Number of lost leases after which a follow-up counts as a poison pill."""
 
 AHEAD_TICKS = 2
-"""Number of tick intervals that a claim covers, so that one late tick makes no follow-up late."""
+"""Number of tick intervals that a claim covers, so that a single late tick does not make any follow-up late."""
 
 CLAIM_SIZE = 1000
 """Number of rows that a claim may always lease, however many follow-ups are in flight."""
@@ -46,7 +46,7 @@ claim runs.
 
 
 SETTLE_MARGIN = timedelta(seconds=2)
-"""Time that is needed to record an outcome once the database responds.
+"""Time needed to record an outcome after the database responds again.
 
 This time covers the statement and the longest pause before the statement is tried again.
 """

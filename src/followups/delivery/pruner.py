@@ -106,7 +106,7 @@ class Pruner(BackgroundThread):
             audit.record_expired_keys(connection, now(connection) - kept if kept else OLDEST.created_at)
 
     def _steps(self, connection: Connection) -> dict[str, Callable[[Connection], int | None]]:
-        """Return for each table a function that deletes one batch of rows.
+        """For each table, return a function that deletes one batch of its rows.
 
         The function returns the size of the batch, or None if no old row is left.
         """

@@ -103,6 +103,6 @@ def remember(workspace_id: UUID, key: str, request_hash: bytes, answer: StoredRe
 
 def _lock_number(workspace_id: UUID, key: str) -> int:
     # PostgreSQL identifies advisory locks by signed 64-bit numbers. If two different keys are mapped to the same
-    # number, the only effect is that one request may be refused while another is running.
+    # number, a request may be refused while another is running; nothing else happens.
     digest = sha256(b"idempotency-key:" + workspace_id.bytes + key.encode()).digest()
     return int.from_bytes(digest[:8], signed=True)

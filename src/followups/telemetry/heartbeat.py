@@ -189,7 +189,7 @@ def _component_state(within: timedelta, otherwise: str, at: float) -> dict[str, 
 
 
 def _open_locked(path: Path) -> int:
-    """Return the open heartbeat file, which stays locked as long as this process runs. Raises OSError."""
+    """Return the open heartbeat file, which stays locked while this process runs. Raises OSError."""
     for _ in range(TRIES):
         file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
         try:

@@ -104,7 +104,7 @@ def test_filters_and_table(run: RunCommand, world: World) -> None:
 
 
 def test_bulk_commands_are_one_event_each(run: RunCommand, world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A bulk command leaves one audit event with the total count, even if it ran in many batches.
+    """A bulk command records one audit event with the total count, even if it ran in many batches.
 
     A dry run leaves no event.
     """

@@ -136,7 +136,7 @@ class SandboxChats:
         self._conversations: OrderedDict[str, Conversation] = OrderedDict()
 
     def receive(self, incoming: Incoming, key: str, received: Arrival | None = None) -> Reply:
-        """Receive one request and return its answer; ``key`` is its idempotency key."""
+        """Receive one request and return its answer; ``key`` is the request's idempotency key."""
         behaviour = self._next_behaviour(incoming.chat_id)
         known = self.ledger.message_id(key)
         accepted = behaviour.accepts and not (known and self._deduplicates)
