@@ -82,6 +82,20 @@ async def test_a_call_in_time() -> None:
     assert await outcome(answer) == Sent(status_code=200)
 
 
+class Accepted(Sent):
+    """A plug-in's own kind of accepted message."""
+
+
+@pytest.mark.parametrize("given", [Accepted(status_code=200), Sent(None, 200, None), Sent(None, 200, b"")])  # type: ignore[arg-type]
+async def test_a_plug_in_s_own_kind_of_outcome(given: Sent) -> None:
+    """If a plug-in returns a subclass of an outcome, or a detail that is not text, the plain outcome is recorded."""
+
+    async def answer() -> Outcome:
+        return given
+
+    assert repr(await outcome(answer)) == repr(Sent(status_code=200))
+
+
 async def test_an_outcome_while_being_stopped() -> None:
     """If a transport returns an outcome while it is being stopped, this outcome is recorded."""
 

@@ -120,7 +120,7 @@ def checked(outcome: object) -> Outcome:
 def _checked_sent(sent: Sent) -> Sent:
     named = sent.chat_message_id if isinstance(sent.chat_message_id, UUID) else None
     code = _status_code(sent.status_code)
-    if named is sent.chat_message_id and code is sent.status_code and not sent.detail:
+    if type(sent) is Sent and named is sent.chat_message_id and code is sent.status_code and sent.detail == "":
         return sent  # almost every outcome; a copy takes 2 us
     odd = "the chat message id is not a UUID" if sent.chat_message_id and not named else _text(sent.detail)
     return Sent(named, code, odd)
