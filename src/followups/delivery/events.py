@@ -9,6 +9,7 @@ from functools import cache
 from typing import TYPE_CHECKING
 
 from sqlalchemy.exc import DBAPIError
+from structlog.contextvars import get_contextvars
 
 from followups.database_errors import is_passing, is_read_only, unfit
 from followups.delivery.send import OUTCOME_NAMES
@@ -181,10 +182,11 @@ def broker_unreachable(step: str, error: Exception) -> None:
 
 def _transitions(ends: Iterable[tuple[UUID, str, str | None]]) -> None:
     counts: Counter[tuple[str, str]] = Counter()
+    bound = get_contextvars()  # of the request, in a process that serves HTTP
     for follow_up_id, status, reason in ends:
         code = code_of(reason)
         counts[status, code] += 1
-        lines.info("transition", follow_up_id=follow_up_id, status=status, code=code)
+        lines.info("transition", **bound | {"follow_up_id": follow_up_id, "status": status, "code": code})
     for labels, number in counts.items():
         metrics.TRANSITIONS.labels(*labels).inc(number)
     lines.flush()
