@@ -60,7 +60,7 @@ POOLER_ROUNDS = 4
 Under load, the first comparison is enough to detect a changed session.
 """
 
-_OURS = "followups.set_up"
+_MADE = "followups.made"
 
 RECENTLY = 1.0
 """Seconds after a connection's last use during which it is reused without a test."""
@@ -163,7 +163,8 @@ def make_engine(
         return connection
 
     event.listen(engine, "do_connect", connect)
-    event.listen(engine, "connect", _note_set_up)
+    event.listen(engine, "connect", _note_time)
+    _replace_dropped(engine)
     event.listen(engine, "handle_error", _drop_read_only)
     return engine
 
@@ -186,6 +187,7 @@ def make_async_engine(
     # The pool does not reset returned connections, because the `with` block has already rolled back uncommitted
     # changes.
     engine = create_async_engine(url, **arguments | {"pool_pre_ping": False, "pool_reset_on_return": None})
+    _replace_dropped(engine.sync_engine)
     _test_what_lay_idle(engine.sync_engine)
     session = _session(options, statement_timeout)
     patience = _patience(statement_timeout)
@@ -208,7 +210,7 @@ def make_async_engine(
         named["async_creator_fn"] = connect
 
     event.listen(engine.sync_engine, "do_connect", choose)
-    event.listen(engine.sync_engine, "connect", _note_set_up)
+    event.listen(engine.sync_engine, "connect", _note_time)
     event.listen(engine.sync_engine, "handle_error", _drop_read_only)
     return engine
 
@@ -295,8 +297,8 @@ def _drop_read_only(context: ExceptionContext) -> None:
         context.is_disconnect = True
 
 
-def _note_set_up(_connection: object, record: ConnectionPoolEntry) -> None:
-    record.info[_OURS] = True
+def _note_time(_connection: object, record: ConnectionPoolEntry) -> None:
+    record.info[_MADE] = time.monotonic()
 
 
 def is_read_committed(connection: Connection) -> bool:
@@ -305,7 +307,7 @@ def is_read_committed(connection: Connection) -> bool:
     The result is also False if the connection was not opened by this module's engine.
     """
     driver = connection.connection.driver_connection
-    if _OURS not in connection.info or driver is None or driver.autocommit:
+    if _MADE not in connection.info or driver is None or driver.autocommit:
         return False
     return driver.isolation_level in {None, psycopg.IsolationLevel.READ_COMMITTED}
 
@@ -314,11 +316,20 @@ _dropped_at: WeakKeyDictionary[Engine, float] = WeakKeyDictionary()
 
 
 def drop_all(engine: Engine) -> None:
-    """Make the engine of an event loop replace all open connections.
+    """Make the engine replace all open connections, each when it is next checked out.
 
-    Call this if the server of these connections is unreachable or read-only.
+    Call this if the server of these connections is unreachable or read-only, unless SQLAlchemy has raised the error:
+    SQLAlchemy itself replaces them.
     """
     _dropped_at[engine] = time.monotonic()
+
+
+def _replace_dropped(engine: Engine) -> None:
+    def check(_connection: object, record: ConnectionPoolEntry, _proxy: object) -> None:
+        if record.info[_MADE] <= _dropped_at.get(engine, -math.inf):
+            raise InvalidatePoolError
+
+    event.listen(engine, "checkout", check)
 
 
 def _test_what_lay_idle(engine: Engine) -> None:
@@ -326,10 +337,7 @@ def _test_what_lay_idle(engine: Engine) -> None:
         record.info["used"] = time.monotonic()
 
     def test(connection: DBAPIConnection, record: ConnectionPoolEntry, _proxy: object) -> None:
-        used = record.info.get("used", math.inf)
-        if used <= _dropped_at.get(engine, -math.inf):
-            raise InvalidatePoolError
-        if time.monotonic() - used > RECENTLY:
+        if time.monotonic() - record.info.get("used", math.inf) > RECENTLY:
             try:
                 engine.dialect.do_ping(connection)
             except psycopg.OperationalError as error:

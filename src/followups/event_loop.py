@@ -8,12 +8,10 @@ rejected: two round trips in pipeline mode cost 0.28 ms of CPU, while four plain
 
 from __future__ import annotations
 
-import time
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import psycopg
 from psycopg.rows import namedtuple_row, tuple_row
-from sqlalchemy import event
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.util.concurrency import await_only, greenlet_spawn
 
@@ -25,15 +23,13 @@ if TYPE_CHECKING:
     from datetime import timedelta
 
     from sqlalchemy import Connection as SyncConnection
-    from sqlalchemy.pool import ConnectionPoolEntry, PoolProxiedConnection
+    from sqlalchemy.pool import PoolProxiedConnection
 
     from followups.statements import Statement, Steps
 
     Connection = psycopg.AsyncConnection[Any]
 
 T = TypeVar("T")
-
-_MADE = "followups.made"
 
 
 class Database:
@@ -49,8 +45,6 @@ class Database:
             application_name=application_name,
             statement_timeout=statement_timeout,
         )
-        event.listen(self._engine.sync_engine, "connect", _note_time)
-        self._lost_at = 0.0
 
     def reading(self) -> Use:
         """Return a context manager for a connection in autocommit mode."""
@@ -69,14 +63,11 @@ class Database:
 
     def take(self) -> PoolProxiedConnection:
         """Check out a connection from the pool in a greenlet."""
-        pool = self._engine.sync_engine.pool
-        while (pooled := pool.connect()).info[_MADE] <= self._lost_at:
-            pooled.invalidate()
-        return pooled
+        return self._engine.sync_engine.pool.connect()
 
     def drop_all(self) -> None:
         """Discard all open connections, because their server has failed or become read-only."""
-        self._lost_at = time.monotonic()
+        drop_all(self._engine.sync_engine)
 
 
 class Use:
@@ -123,10 +114,6 @@ class Use:
             await greenlet_spawn(self._pooled.invalidate)
         else:
             self._pooled.close()  # closing the connection needs no exchange with the server
-
-
-def _note_time(_connection: object, record: ConnectionPoolEntry) -> None:
-    record.info[_MADE] = time.monotonic()
 
 
 def driver_rows(

@@ -11,16 +11,20 @@ from sqlalchemy.exc import DBAPIError, OperationalError
 
 from followups.database import make_async_engine, make_engine
 from followups.database_errors import is_passing, is_read_only
+from followups.event_loop import driver_rows
+from followups.statements import Statement
 from followups.transactions import in_loop
 from foreign import read_only, refused_once, url_for_any_server
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from sqlalchemy import Engine
 
     from world import World
 
 SESSIONS = 3
-WRITE = text("UPDATE dispatcher_state SET last_tick_at = now()")
+WRITE = Statement("UPDATE dispatcher_state SET last_tick_at = now() RETURNING id")
 
 
 def fill(engine: Engine) -> None:
@@ -33,12 +37,18 @@ def fill(engine: Engine) -> None:
 def write(engine: Engine) -> None:
     """Update a row."""
     with engine.begin() as connection:
-        connection.execute(WRITE)
+        connection.execute(text(WRITE.driver_sql))
 
 
+def write_as_a_claim(engine: Engine) -> None:
+    """Update a row as a claim does: psycopg executes the statement without SQLAlchemy."""
+    with engine.begin() as connection:
+        driver_rows(connection, WRITE, {})
+
+
+@pytest.mark.parametrize("write", [write, write_as_a_claim])
 def test_sessions_opened_on_a_read_only_server_are_dropped(
-    world: World,
-    database_url: str,
+    world: World, database_url: str, write: Callable[[Engine], None]
 ) -> None:
     """The first write that is rejected as read-only drops all sessions of the pool, and the next write succeeds."""
     assert world
