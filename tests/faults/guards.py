@@ -13,10 +13,11 @@ from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 
-from sqlalchemy import event, text
+from sqlalchemy import text
 from sqlalchemy.orm import Session
 
 import followups
+from cursors import intercepted
 from followups.delivery.attempts import Attempt
 from followups.delivery.begin import begin
 from followups.delivery.claim import claim, claim_fairly, rhythm_of
@@ -501,19 +502,18 @@ def without(engine: Engine, within: str, cuts: dict[str, str]) -> Iterator[None]
     """Replace the given pieces in each SQL statement that contains ``within``; fail if a piece was never found."""
     found = set()
 
-    def cut(_connection: Any, _cursor: Any, statement: str, parameters: Any, *_: Any) -> tuple[str, Any]:
+    def cut(statement: str, _parameters: object) -> str:
         if within in statement:
             for piece, instead in cuts.items():
                 if piece in statement:
                     found.add(piece)
                     statement = statement.replace(piece, instead)
-        return statement, parameters
+        return statement
 
-    event.listen(engine, "before_cursor_execute", cut, retval=True)
     try:
-        yield
+        with intercepted(engine, cut):
+            yield
     finally:
-        event.remove(engine, "before_cursor_execute", cut)
         missing = cuts.keys() - found
         if missing:
             message = f"no statement with {within!r} holds {missing}"

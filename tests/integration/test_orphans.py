@@ -7,10 +7,11 @@ from datetime import timedelta
 from typing import TYPE_CHECKING
 
 import pytest
-from sqlalchemy import event, text
+from sqlalchemy import text
 from sqlalchemy.orm import Session
 
 import followups
+from cursors import intercepted
 from followups.delivery import dispatcher
 from followups.delivery.begin import begin
 from followups.delivery.claim import claim
@@ -91,18 +92,18 @@ def test_an_expensive_search_runs_rarely(engine: Engine, settings: Settings, mon
     monkeypatch.setattr(dispatcher, "ORPHAN_SEARCH_SHARE", 1e-9)
     seen: Counter[str] = Counter()
 
-    def note(_connection: object, _cursor: object, statement: str, *_: object) -> None:
+    def note(statement: str, _parameters: object) -> str:
         seen.update(["look"] if "ended AS MATERIALIZED" in statement else ["claim"] if "looked AS" in statement else [])
+        return statement
 
-    event.listen(engine, "before_cursor_execute", note)
     ticking = Dispatcher(settings.model_copy(update={"lease": timedelta(hours=1)}), engine, lambda _: None)
-    ticking.start()
 
     def claimed() -> bool:
         ticking.tick()
         return seen["claim"] >= 3
 
-    wait_until(claimed)
-    ticking.stop()
-    event.remove(engine, "before_cursor_execute", note)
+    with intercepted(engine, note):
+        ticking.start()
+        wait_until(claimed)
+        ticking.stop()
     assert seen["look"] == 1

@@ -10,12 +10,12 @@ import threading
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any
 
-import psycopg
 import pytest
-from sqlalchemy import event, text
+from sqlalchemy import text
 
+from cursors import intercepted
 from followups.database import make_engine
 from followups.delivery import dispatcher
 from followups.delivery.attempts import Attempt
@@ -63,26 +63,13 @@ def statements(engine: Engine) -> Iterator[list[tuple[str, Any]]]:
     """Record every statement that touches follow-ups, with its parameters."""
     seen: list[tuple[str, Any]] = []
 
-    class RecordingCursor(psycopg.Cursor[Any]):
-        """A cursor that records all statements that SQLAlchemy or psycopg itself executes on it."""
+    def record(statement: str, parameters: Any) -> str:
+        if "follow_ups" in statement and not statement.startswith("EXPLAIN"):
+            seen.append((statement, parameters))
+        return statement
 
-        def execute(self, query: Any, params: Any = None, **options: Any) -> Self:
-            statement = query.decode() if isinstance(query, bytes) else query
-            if "follow_ups" in statement and not statement.startswith("EXPLAIN"):
-                seen.append((statement, params))
-            return super().execute(query, params, **options)
-
-    def record(connection: Any, *_: object) -> None:
-        connection.cursor_factory = RecordingCursor
-
-    def stop(connection: Any, *_: object) -> None:
-        connection.cursor_factory = psycopg.Cursor
-
-    event.listen(engine, "checkout", record)
-    event.listen(engine, "checkin", stop)
-    yield seen
-    event.remove(engine, "checkout", record)
-    event.remove(engine, "checkin", stop)
+    with intercepted(engine, record):
+        yield seen
 
 
 def read(plan: dict[str, Any]) -> Iterator[tuple[str, float]]:
