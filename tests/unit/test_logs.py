@@ -313,10 +313,14 @@ def test_the_console_format_escapes_control_characters(text: str, monkeypatch: p
 def test_json_lines_have_no_raw_control_characters(capsys: pytest.CaptureFixture[str]) -> None:
     """C1 and bidirectional controls, allowed unescaped in JSON, are escaped; the value stays the same."""
     configure_logging("json", "info")
-    get_logger("x").info("a", reason="\x9b31m \u202e \x7f")
-    line = capsys.readouterr().err
-    assert line.isascii()
-    assert json.loads(line)["reason"] == "\x9b31m \u202e \x7f"
+    lines = Lines("x")
+    for info in (get_logger("x").info, lines.info):
+        info("a", reason="\x9b31m \u202e \x7f")
+    lines.flush()
+    written = capsys.readouterr().err
+    assert written.replace("\n", "").isascii()
+    assert "\x7f" not in written
+    assert [json.loads(line)["reason"] for line in written.splitlines()] == ["\x9b31m \u202e \x7f"] * 2
 
 
 @pytest.mark.parametrize("value", ['say "no"\\\n\x00', "é\u200b", "", None, True, 7, 0.25, uuid4(), {"a": [1]}])
