@@ -87,10 +87,14 @@ class Ours(Contestant):
         self.arena.sql(CHATS.format(workspace=self.arena.workspace, chats=count // each, each=each, due=due))
 
     def release(self) -> None:
+        self.make_due()
+        self.nudge()
+
+    def make_due(self) -> None:
+        """Let the backlog fall due without requesting a tick."""
         self.arena.sql(
             "UPDATE follow_ups SET due_date = now(), scheduled_at = now() WHERE due_date < now() + interval '10 days'"
         )
-        self.nudge()
 
     def start(self) -> None:
         os.environ |= self.arena.environment()  # the Celery application reads its settings when it is imported
@@ -98,6 +102,10 @@ class Ours(Contestant):
 
         self.nudge = ask_for_tick
         self.nudge()  # opens the connection to the broker
+        self.start_processes()
+
+    def start_processes(self) -> None:
+        """Start beat and the workers, without loading the Celery application in this process."""
         self.arena.spawn("beat", PROCFILE["beat"])
         settings = {"FOLLOWUPS_CONCURRENCY": str(self.concurrency)}
         names = [f"worker{number}" for number in range(self.workers)]

@@ -159,10 +159,11 @@ def cost(contestant: Ours, count: int) -> Figures:
     arena.clear()
     contestant.fill(count, "now() + interval '1 day'")
     contestant.start()
-    contestant.release()
+    contestant.make_due()
     arena.sql("VACUUM follow_ups")
     wal = "SELECT pg_current_wal_insert_lsn() - '0/0'::pg_lsn"
     before, wal_before = arena.broker_mb(), arena.sql(wal)[0][0]
+    contestant.nudge()
     worker, broker = 0.0, 0.0
     end = time.monotonic() + PATIENCE
     while contestant.sent() < count and time.monotonic() < end:
@@ -189,7 +190,7 @@ def startup(arena: Arena) -> Figures:
     subprocess.run([BIN / "followups", "--help"], check=True, capture_output=True)
     took = time.monotonic() - began
     began = time.monotonic()
-    Ours(arena).start()
+    Ours(arena).start_processes()
     ready = time.monotonic() - began
     arena.processes.stop()
     return {"help_s": took, "worker_ready_s": ready}
