@@ -124,7 +124,7 @@ def listening(port: int) -> set[str]:
     return {address for address, each in places if int(each, 16) == port}
 
 
-def test_what_flower_shows(stack: Stack) -> None:
+def test_flower_shows_ticks_and_deliveries(stack: Stack) -> None:
     """Flower shows ticks and deliveries by name, with the number and first id of a delivery's follow-ups."""
     url = start_flower(stack, FLOWER_BASIC_AUTH="me:pa55w0rd")
     stack.start()

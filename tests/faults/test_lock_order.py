@@ -53,7 +53,7 @@ def replace_one(rig: Rig, follow_up: UUID, chat_id: UUID, delays: Sequence[float
     return "replaced"
 
 
-def replace_beside_replies(rig: Rig, figures: Figures, pairs: int) -> None:
+def replace_during_replies(rig: Rig, figures: Figures, pairs: int) -> None:
     """Replace the follow-up of each chat while a reply arrives and a worker sends due follow-ups."""
     rig.start(workers=1)
     api = rig.web()
@@ -81,12 +81,12 @@ def replace_beside_replies(rig: Rig, figures: Figures, pairs: int) -> None:
     figures.keep(27, verdict, replaced=dict(replaced), replies=dict(answers), deadlocks=lost)
 
 
-def test_replace_beside_replies(rig: Rig, figures: Figures) -> None:
+def test_replace_during_replies(rig: Rig, figures: Figures) -> None:
     """If a cancel-and-schedule transaction and a user's reply run concurrently, both take full effect."""
-    replace_beside_replies(rig, figures, pairs=150)
+    replace_during_replies(rig, figures, pairs=150)
 
 
 @pytest.mark.faults_long
-def test_replace_beside_many_replies(rig: Rig, figures: Figures) -> None:
+def test_replace_during_many_replies(rig: Rig, figures: Figures) -> None:
     """In five thousand chats, cancel-and-schedule transactions and concurrent replies all take effect."""
-    replace_beside_replies(rig, figures, pairs=5_000)
+    replace_during_replies(rig, figures, pairs=5_000)

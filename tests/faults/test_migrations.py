@@ -122,24 +122,24 @@ def from_old_versions(
 
 
 @pytest.mark.parametrize("version", OLD)
-def test_beside_an_idle_reader(world: World, engine: Engine, figures: Figures, version: str) -> None:
+def test_during_an_idle_reader(world: World, engine: Engine, figures: Figures, version: str) -> None:
     """A migration blocked by an idle reader delays others by less than 3 s; its error names the reader."""
     from_old_versions(world, engine, figures, [(version, READER)], patience=1)
 
 
 @pytest.mark.parametrize("table", ["follow_ups", "chats", "sending_hours"])
-def test_beside_a_reader_of_one_table(world: World, engine: Engine, figures: Figures, table: str) -> None:
+def test_during_a_reader_of_one_table(world: World, engine: Engine, figures: Figures, table: str) -> None:
     """A migration delays other transactions by less than 3 s, whichever table a long transaction reads."""
     from_old_versions(world, engine, figures, [("0008", f"TABLE {table}")], patience=1)
 
 
-def test_an_index_beside_a_writer(world: World, engine: Engine, figures: Figures) -> None:
+def test_an_index_during_a_writer(world: World, engine: Engine, figures: Figures) -> None:
     """A concurrent index build waits for a writer no longer than the migration's limit."""
     from_old_versions(world, engine, figures, [("0005", WRITER)], patience=1)
 
 
 @pytest.mark.faults_long
-def test_beside_readers_and_writers_for_long(
+def test_during_readers_and_writers_for_long(
     world: World, engine: Engine, figures: Figures, many_rows: Callable[[], None]
 ) -> None:
     """A migration of 50,000 rows with many retries delays concurrent readers and writers by less than 3 s."""

@@ -45,7 +45,7 @@ def poisoned(rig: Rig, figures: Figures, neighbours: int, spread: float = 2.0, d
     assert sum(count for losses, count in lost if losses > 1) < POISON_PILLS
 
 
-def test_poison_in_a_crowd(rig: Rig, figures: Figures) -> None:
+def test_poison_with_many_calls_in_flight(rig: Rig, figures: Figures) -> None:
     """A poison pill kills workers with many slow calls in flight; few of these calls are lost twice."""
     rig.options |= {"FOLLOWUPS_LEASE": "6", "FOLLOWUPS_TRANSPORT_TIMEOUT": "4"}
     poisoned(rig, figures, neighbours=60, spread=0.0, delay=1.0)

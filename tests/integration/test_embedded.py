@@ -81,7 +81,7 @@ class TestPostgres:
                     connection.execute(statement.encode())
 
     @pytest.mark.parametrize("end", [EmbeddedPostgres.restart, EmbeddedPostgres.kill])
-    def test_what_was_committed_survives_restart_and_kill(
+    def test_committed_data_survives_restart_and_kill(
         self, postgres: EmbeddedPostgres, end: Callable[[EmbeddedPostgres], None]
     ) -> None:
         """After a restart, even after a SIGKILL, the embedded server has the same URL and every confirmed commit."""

@@ -85,7 +85,7 @@ def test_no_limits() -> None:
 
 
 @pytest.mark.parametrize("text", ["50/s", "20/min", "1000/h", "5/d", "90/min", "7/h", "1/d"])
-def test_a_rate_is_shown_as_it_was_written(text: str) -> None:
+def test_a_rate_is_shown_as_entered(text: str) -> None:
     """A rate limit's rate is displayed as it was entered."""
     assert rate_in_words(parse_rate(text)) == text
 

@@ -113,7 +113,7 @@ def test_a_reason_begins_with_its_code(code: ReasonCode, detail: str) -> None:
     reason.encode()
 
 
-def test_what_postgresql_cannot_store_is_replaced() -> None:
+def test_unstorable_characters_are_replaced() -> None:
     """NUL characters and lone surrogates, which JSON can contain, are replaced before storing."""
     assert explain(ReasonCode.REJECTED, "a\x00b\ud800c") == "rejected: a\N{REPLACEMENT CHARACTER}b?c"
 

@@ -57,7 +57,7 @@ def test_the_script_has_at_least_50_follow_ups() -> None:
     assert list(SCENARIO.parts) == sorted(SCENARIO.parts, key=lambda part: part.due)
 
 
-def test_the_reply_comes_before_what_it_cancels() -> None:
+def test_the_reply_precedes_the_cancelled_follow_ups() -> None:
     """In the demo, the user replies after the chat's first follow-up and well before the follow-ups to be cancelled."""
     first, *cancelled = [part for part in SCENARIO.parts if part.chat == REPLYING]
     assert SCENARIO.replies == {REPLYING: REPLY_AT}

@@ -35,7 +35,7 @@ def meaning(status: int) -> type:
 
 
 @pytest.mark.parametrize("status", [*range(100, 600), 600, 700, 999])
-def test_every_status_means_what_the_contract_says(status: int) -> None:
+def test_every_status_has_its_documented_outcome(status: int) -> None:
     """Each status code leads to its documented outcome, and the outcome contains the code."""
     outcome = outcome_of(Answer(status), HTTP)
     assert type(outcome) is meaning(status)

@@ -44,7 +44,7 @@ async def test_the_transport_has_its_entry_points_name(rig: TransportRig) -> Non
     assert rig.transport.name in {"http", "matrix", "sandbox"}
 
 
-async def test_what_is_accepted_is_sent_with_the_receivers_id(rig: TransportRig) -> None:
+async def test_accepted_messages_have_the_receivers_id(rig: TransportRig) -> None:
     """An accepted message is `Sent` with a UUID."""
     outcome = await rig.transport.send(a_delivery())
     assert isinstance(outcome, Sent)

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 IN_FLIGHT = "SELECT count(*) FROM follow_ups WHERE status = 'pending' AND begun_at IS NOT NULL"
 
 
-def both_away(
+def both_unavailable(
     proxied: Proxied, figures: Figures, *, deduplicates: bool, count: int, lease: float, rounds: int = 1
 ) -> None:
     """Cut off the database and stop the ticks while the chat accepts ``count`` calls in flight."""
@@ -76,16 +76,16 @@ def outage(rig: Rig, proxies: Sequence[Proxy], seconds: float) -> None:
 
 
 @pytest.mark.parametrize("deduplicates", [True, False])
-def test_both_away(proxied: Proxied, figures: Figures, *, deduplicates: bool) -> None:
+def test_both_unavailable(proxied: Proxied, figures: Figures, *, deduplicates: bool) -> None:
     """If the database and the ticks are unavailable until a lease expires, accepted calls are not repeated.
 
     The outcomes of these calls are recorded later.
     """
-    both_away(proxied, figures, deduplicates=deduplicates, count=60, lease=4)
+    both_unavailable(proxied, figures, deduplicates=deduplicates, count=60, lease=4)
 
 
 @pytest.mark.faults_long
 @pytest.mark.parametrize("deduplicates", [True, False])
-def test_both_away_for_long(proxied: Proxied, figures: Figures, *, deduplicates: bool) -> None:
+def test_both_unavailable_for_long(proxied: Proxied, figures: Figures, *, deduplicates: bool) -> None:
     """Five successive outages of database and ticks, with a lease of 20 s, cause no repeated call."""
-    both_away(proxied, figures, deduplicates=deduplicates, count=100, lease=20, rounds=5)
+    both_unavailable(proxied, figures, deduplicates=deduplicates, count=100, lease=20, rounds=5)
