@@ -3,11 +3,11 @@
 A chat's key consists of the workspace's id and the chat's id, so that no workspace can reach another workspace's chat
 by guessing ids. The foreign keys that refer to this key make PostgreSQL refuse a row that would mix two workspaces.
 
-Row-level security was tried and rejected. Row-level security costs little: 6 % of the SQL time of a create and 16 % of
-a list (2 cores, 20,000 rows). But row-level security does not apply to the tables' owner, and the only configured URL
-is the owner's. Row-level security would need a second role, which many hosted databases do not let you create. The
-alternative is FORCE ROW LEVEL SECURITY, but then the owner's own pg_dump fails. Reads are protected by the predicate of
-each query, and by a test that calls every documented endpoint with another workspace's key and ids.
+Row-level security was tried and rejected. Row-level security costs 6 % of the SQL time of a create and 16 % of a list
+(2 cores, 20,000 rows). But row-level security does not apply to the tables' owner, and the only configured URL is the
+owner's. Row-level security would need a second role, which many hosted databases do not let you create. The alternative
+is FORCE ROW LEVEL SECURITY, but then the owner's own pg_dump fails. Reads are protected by the predicate of each query,
+and by a test that calls every documented endpoint with another workspace's key and ids.
 
 A follow-up's ``status`` is written only by guarded UPDATE statements in `followups.store`, never by assigning to an
 object. In another system, saving a full row changed a sent message back to pending (zulip#39521).
@@ -358,7 +358,7 @@ class FollowUp(Base):
         ),
         Index("ix_follow_ups_waits_for", "waits_for", postgresql_where=text("waits_for IS NOT NULL")),
         # This index serves the API's lists, newest first (`followups.store.listing`). A list without a filter merges
-        # the results for the four states, so no second index is needed.
+        # the four states' results, so no second index is needed.
         Index("ix_follow_ups_list", "workspace_id", "status", text("created_at DESC"), "id"),
         Index("ix_follow_ups_list_chat", "workspace_id", "chat_id", text("created_at DESC"), "id"),
         Index("ix_follow_ups_trigger", "workspace_id", "trigger_chat_message_id"),
@@ -454,7 +454,7 @@ class FollowUp(Base):
     limited_until: Mapped[datetime | None]
     """The time of the next attempt as set by a rate limit or the breaker.
 
-    While ``next_attempt_at`` is equal to this time, the follow-up is waiting for the rate limit or the breaker.
+    While ``next_attempt_at`` equals this time, the follow-up waits for the rate limit or breaker.
     """
     pause_id: Mapped[UUID | None]
     """The pause that holds the follow-up.

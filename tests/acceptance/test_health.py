@@ -171,7 +171,7 @@ def test_a_stopped_beat(own_runtime: Stack) -> None:
 
 
 def test_a_directory_that_cannot_be_used(stack: Stack) -> None:
-    """If a process cannot write its heartbeat, messages are still sent, and the process logs one warning."""
+    """If a process cannot write its heartbeat, it still sends messages and logs one warning."""
     stack.options["FOLLOWUPS_RUNTIME_DIR"] = "/proc/nowhere"
     stack.start()
     stack.wait_until_done(stack.world.follow_up())

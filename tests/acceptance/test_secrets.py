@@ -115,8 +115,7 @@ def record_traffic(broker_url: str) -> Iterator[BrokerTraffic]:
 
             def hear(event: Any) -> None:
                 traffic.events.append(event)
-                # ticks may produce events so often that `capture` never times out, so the handler also checks whether
-                # to end
+                # with frequent events from ticks, `capture` never times out, so the handler also checks whether to end
                 receiver.should_stop = done.is_set()
 
             receiver = app.events.Receiver(connection, handlers={"*": hear})

@@ -123,7 +123,7 @@ def test_failed_follow_ups_are_retried_once_per_request(person: Callable[..., Pe
 def test_an_action_is_stopped_after_its_batch(
     person: Callable[..., Person], own: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """When a bulk action is stopped, the follow-ups it has cancelled stay cancelled; no others change."""
+    """When a bulk action is stopped, cancelled follow-ups stay cancelled, and no others change."""
     carry_out(own)
     own.burst([HOUR] * 10)
     monkeypatch.setattr(bulk_runner, "CANCELS", 4)

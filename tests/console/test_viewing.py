@@ -285,7 +285,7 @@ def test_explanations_are_in_the_persons_language_and_zone(person: Callable[...,
 
 
 def test_a_chat_shows_its_messages_and_follow_ups(person: Callable[..., Person], own: World) -> None:
-    """The page of a chat shows its messages without their text, its follow-ups, and the messaging window."""
+    """A chat's page shows its messages without text, its follow-ups, and the messaging window."""
     chat_id = own.chat(channel="whatsapp", last_user_message_at=NOW)
     own.sql(
         "INSERT INTO chat_messages (workspace_id, id, chat_id, role) VALUES (:w, gen_random_uuid(), :c, 'user')",

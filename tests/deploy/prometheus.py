@@ -1,4 +1,4 @@
-"""Prometheus for tests, with the rules from deploy/ sped up so that tests need not wait for minutes."""
+"""Prometheus for tests, with the rules from deploy/ sped up to avoid long waits."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tests of Prometheus with the real system: dashboard queries return data, and faults trigger the alerts.
+"""Tests of Prometheus with the real system: dashboard queries return data, and faults trigger alerts.
 
 To keep these tests short, each minute in the Prometheus configuration is scaled down to two seconds.
 """

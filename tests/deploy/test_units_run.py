@@ -1,4 +1,4 @@
-"""Tests that run the commands of the systemd units: the processes deliver a follow-up and stop on SIGTERM."""
+"""Tests that run the systemd units' commands: the processes deliver a follow-up and stop on SIGTERM."""
 
 from __future__ import annotations
 

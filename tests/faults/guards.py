@@ -1,7 +1,7 @@
 """The guards on which the promises depend, how each is removed from the SQL, and what fails without it.
 
-To remove a guard, its text is cut out of the SQL statements before they reach PostgreSQL. The text to be cut must occur
-in the statement, so that a changed statement does not silently keep its guard.
+To remove a guard, its text is cut out of the SQL statements before they reach PostgreSQL. The text must occur in the
+statement. Otherwise a changed statement would silently keep its guard.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Tests in which a commit succeeds but the worker sees an error, and then queries the result."""
+"""Tests in which a commit succeeds, but the worker sees an error and queries the result."""
 
 from __future__ import annotations
 

@@ -85,7 +85,7 @@ def test_frozen_inside_a_transaction(rig: Rig, figures: Figures) -> None:
 
 
 def test_frozen_inside_a_claim(rig: Rig, figures: Figures) -> None:
-    """A dispatcher frozen in its claim blocks other claims for seconds, until PostgreSQL ends its session."""
+    """If a dispatcher freezes in its claim, other claims wait for seconds until PostgreSQL ends its session."""
     frozen, other = rig.start(workers=2, harmed=True)
     other.signal(signal.SIGSTOP)
     rig.failpoints.arm("claim.before_commit", "stop")

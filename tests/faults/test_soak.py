@@ -29,9 +29,7 @@ STEP = 0.25
 AHEAD = 5.0
 """The seconds until the last follow-up of an insert falls due."""
 ROOM_MB = 32.0
-"""The megabytes by which a process's memory may grow, in addition to a quarter of its median, because allocators keep
-freed memory.
-"""
+"""Megabytes by which a process's memory may grow beyond a quarter of its median: allocators keep freed memory."""
 
 # Include only follow-ups that could be on time: due some ticks after their creation, and accepted at the first attempt.
 # The query uses the index of the lists, so that a sample costs the same at the end of the test as at its beginning.

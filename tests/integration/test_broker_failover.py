@@ -1,4 +1,4 @@
-"""When a broker has become a replica in a failover, clients close their connections to it."""
+"""When a failover makes a broker a replica, clients close their connections to it."""
 
 from __future__ import annotations
 

@@ -186,7 +186,7 @@ def test_doctor_reports_the_connection(settings: Settings, redis_server: RedisSe
 
 @pytest.mark.skipif(PROGRAM is None, reason=MISSING)
 def test_a_certificate_of_another_host(settings: Settings, engine: Engine) -> None:
-    """A trusted certificate for another host name is rejected, unless the URL disables the name check."""
+    """A certificate for another host name is rejected, unless the URL disables the name check."""
     with RedisServer(trustme.CA(), "broker.example") as server:
         for ask in CLIENTS:
             with pytest.raises((redis.RedisError, OSError)):

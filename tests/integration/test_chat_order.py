@@ -45,7 +45,7 @@ class TestOrder:
         assert [one.lease.id for one in steps.begin(settling.unblocked).begun] == [second]
 
     def test_pile(self, world: World, steps: Steps, settings: Settings) -> None:
-        """Due follow-ups that wait for an earlier one in their chat are parked, each behind the previous one."""
+        """Due follow-ups that wait for an earlier one are parked, each behind the previous one."""
         chat, seen = world.chat(), settings.model_copy(update={"max_in_flight": 3})
         ids = [world.follow_up(chat, (number - 30) * SECOND) for number in range(20)]
         ahead, elsewhere = world.follow_up(chat, timedelta(hours=1)), world.follow_up(due=-SECOND)
@@ -112,7 +112,7 @@ class TestOrder:
         assert [lease.id for lease in steps.begin([early]).unblocked] == [second]
 
     def test_many_behind_one_stuck_follow_up(self, world: World, steps: Steps) -> None:
-        """If a follow-up is stuck, each later follow-up in its chat is parked once and not scanned again.
+        """If a follow-up is stuck, each later one is parked once and not scanned again.
 
         Each of these follow-ups waits for the one before it in the chat.
         """

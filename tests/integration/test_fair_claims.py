@@ -90,7 +90,7 @@ def test_fewest_first(
 
 
 def test_earliest_of_each_first(world: World, engine: Engine, settings: Settings) -> None:
-    """A claim takes the earliest follow-ups of each workspace, and none that are due after the look-ahead."""
+    """A claim takes each workspace's earliest follow-ups, and none due after the look-ahead."""
     ids = [world.follow_up(due=-number * SECOND) for number in range(9)][::-1]
     world.follow_up(due=settings.tick_interval * 20)
     first, second = (claim_fairly(engine, bounded(settings, window)) for window in (4, 20))
@@ -267,7 +267,7 @@ def test_dispatcher_continues_with_a_fair_claim(
 def test_a_small_free_window_is_filled_without_growing_pauses(
     world: World, engine: Engine, settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """If all slots become free in time, the dispatcher's pauses do not grow, even with very few slots."""
+    """If all slots become free in time, the dispatcher's pauses do not grow."""
     monkeypatch.setattr(claim_interval, "LONGEST", 60.0)
 
     def end(hint: Hint) -> None:

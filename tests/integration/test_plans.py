@@ -166,7 +166,7 @@ class StepValues:
 
 
 LIGHT, EACH = 20, 3
-"""The number of workspaces without a backlog, and the number of follow-ups due in each of them."""
+"""The number of workspaces without a backlog, and the number of each one's due follow-ups."""
 
 
 @pytest.mark.parametrize("others", [20_000, pytest.param(1_000_000, marks=pytest.mark.large)])

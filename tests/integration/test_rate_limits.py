@@ -239,7 +239,7 @@ def test_a_paused_follow_up_returns_its_token(world: World, limited: LimitedPipe
 
 
 def test_a_parked_follow_up_returns_its_token(world: World, limited: LimitedPipeline) -> None:
-    """A follow-up that must wait for an earlier follow-up of its chat returns its token, and is sent later."""
+    """A follow-up that waits for an earlier one in its chat gives back its token."""
     limit(world, NONE_COMES_IN, burst=3)
     chat = world.chat()
     ids = world.follow_ups_at_once([(chat, -3 * SECOND), (chat, -2 * SECOND), (chat, -SECOND)])

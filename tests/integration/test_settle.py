@@ -251,7 +251,7 @@ def test_release(world: World, steps: Steps, engine: Engine) -> None:
 
 
 def test_lag_of_a_delayed_result(world: World, steps: Steps) -> None:
-    """Lag ends when the transport accepts the message, even if its result waits a long time to be settled."""
+    """Lag ends when the transport accepts the message, even if the result is settled much later."""
     follow_up = world.follow_up()
     result = attempt(steps.begun(), Sent())
     steps.settle([result._replace(answered=result.answered - 7)])

@@ -21,7 +21,7 @@ HOUR = timedelta(hours=1)
 def test_exact(world: World, engine: Engine) -> None:
     """A small table is counted exactly: pending, overdue, in flight, and the oldest age.
 
-    A follow-up that waits for an earlier one in its chat does not count as overdue.
+    A follow-up that waits for an earlier one in its chat is not overdue.
     """
     chat_id = world.chat()
     first = world.follow_up(chat_id, due=-2 * HOUR, begun_at=text("now()"), lease_until=text("now()"))

@@ -78,7 +78,7 @@ INDEX_SCANS = {"Index Scan", "Index Only Scan"}
 
 
 def test_every_list_uses_an_index(filled: Engine) -> None:
-    """Every combination of filters uses an index and reads about as many follow-ups as the page shows."""
+    """Every combination of filters uses an index and reads about one page of follow-ups."""
     largest = "SELECT workspace_id FROM follow_ups GROUP BY 1 ORDER BY count(*) DESC LIMIT 1"
     with filled.connect() as connection:
         row = connection.execute(text("SELECT * FROM follow_ups WHERE status = 'sent' LIMIT 1")).one()

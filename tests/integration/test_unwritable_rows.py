@@ -50,7 +50,7 @@ SECOND = timedelta(seconds=1)
 def test_begun_attempts_are_returned(
     world: World, engine: Engine, settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The attempts that a batch has begun are returned, even if deferring the rejected row fails too."""
+    """If deferring the rejected row fails too, the batch's begun attempts are returned."""
     world.follow_up(attempts=2**31 - 1)
     others = {type(world)(engine).follow_up() for _ in range(9)}
 
@@ -313,7 +313,7 @@ def test_a_row_that_cannot_end(world: World, engine: Engine, settings: Settings)
 
 
 def test_more_unwritable_rows_than_one_claim(world: World, engine: Engine, settings: Settings) -> None:
-    """Rows that cannot be written do not stop claims, even if there are more of them than may be in flight."""
+    """Claims continue even if more rows cannot be written than may be in flight."""
     others = type(world)(engine)
     world.burst([-10 * SECOND] * 30)
     world.sql("UPDATE follow_ups SET attempts = 99")
@@ -363,7 +363,7 @@ def test_the_chats_next_follow_up_when_begin_ends_the_first(world: World, engine
 
 
 def test_a_later_row_of_the_chat_cannot_be_written(world: World, engine: Engine, settings: Settings) -> None:
-    """A follow-up waits for an earlier one in its chat, even if the row of a later one cannot be written."""
+    """A follow-up waits for the earlier one in its chat, even if a later row cannot be written."""
     chat = world.chat()
     first = world.follow_up(chat, -3 * SECOND, next_attempt_at=text("now() + interval '1 h'"))
     second = world.follow_up(chat, -2 * SECOND)
@@ -432,7 +432,7 @@ def test_a_time_before_the_calendar(
 
 
 def test_the_chats_next_follow_up_before_the_calendar(world: World, engine: Engine, settings: Settings) -> None:
-    """A follow-up due before Python's calendar begins is sent once the earlier one in its chat is settled."""
+    """If a follow-up is due before Python's calendar, it is sent once the earlier one is settled."""
     unchecked(world, "follow_ups")
     chat = world.chat()
     world.follow_up(chat, -2 * SECOND)

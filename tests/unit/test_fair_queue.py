@@ -35,7 +35,7 @@ def overdue(key: int, *seconds: float, losses: int = 0) -> list[Lease]:
 
 
 def test_workspaces_take_turns() -> None:
-    """Workspaces take turns, however long their queues are, and each workspace's leases are taken in due order."""
+    """Workspaces take turns, and each workspace's leases are taken in due order."""
     queue = queue_of()
     queue.add(overdue(NOISY, *range(10, 60)))
     queue.add(overdue(QUIET, 1, 2))
@@ -94,7 +94,7 @@ def test_a_single_workspace_gets_all_slots() -> None:
 
 
 def test_all_slots_after_the_others_are_inactive(monkeypatch: pytest.MonkeyPatch) -> None:
-    """If the other workspaces have been inactive for a long time, no slots are reserved for them."""
+    """If the other workspaces have long been inactive, no slots are reserved for them."""
     queue = queue_of(slots=16)
     queue.add(overdue(QUIET, 1))
     queue.slots.release(queue.take(1)[0])

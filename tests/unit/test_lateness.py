@@ -1,4 +1,4 @@
-"""Lateness is measured from the first time at which sending hours allow the follow-up to be sent."""
+"""Lateness is measured from the first time at which sending hours allow a send."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def blocked(obstacle: Obstacle, max_lateness: timedelta) -> Obstacle:
 
 @given(HOURS, MOMENTS, GAPS)
 def test_repeated_holds(hours: SendingHours, wanted: datetime, gaps: list[timedelta]) -> None:
-    """Lateness counts from the first sending hours at or after the due date, however often the follow-up is checked."""
+    """Lateness counts from the first sending hours at or after the due date, even after repeated checks."""
     now, known = wanted, None
     for gap in gaps:
         known = sendable_from(found(hours, wanted, now, known))

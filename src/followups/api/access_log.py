@@ -81,8 +81,8 @@ class Access:
         inner = {**scope, KEY: seen}
         if scope["method"] == "HEAD":  # HEAD is served as GET; the server omits the body
             inner["method"] = "GET"
-        # The log context is cleared first, because on a keep-alive connection each request's task inherits the previous
-        # request's context.
+        # The log context is cleared first: on a keep-alive connection, a request's task inherits the previous request's
+        # context.
         clear_contextvars()
         bind_contextvars(request_id=seen.request_id, method=scope["method"], path=scope["path"][:LONGEST_PATH])
 

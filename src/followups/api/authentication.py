@@ -216,8 +216,7 @@ class Caller:
 
         ``at_once`` is an alternative rule with the same effect. The alternative rule uses a single statement to check
         the API key and make the change. If ``at_once`` returns None, it has changed nothing. If a conflict rolls back
-        the transaction, it is retried once, since none of its work was committed. Raises `UnauthorizedError` and
-        `TooManyRequestsError`.
+        the transaction, the transaction is retried once. Raises `UnauthorizedError` and `TooManyRequestsError`.
         """
         await self._services.rate_limit.check(self._identity.key_id)
         async with self._services.request_limits.of(self._identity.workspace_id):

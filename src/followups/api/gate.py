@@ -78,13 +78,13 @@ class Budget:
 
 @dataclass(slots=True)
 class RequestBody:
-    """A request body that is being received, its reserved memory, and any error that the server has found in it."""
+    """A request body that is being received, its reserved memory, and an error found in it."""
 
     budget: Budget
     most: int = MAX_BODY_SIZE
     size: int = 0
     owner: RequestLimit | None = None
-    """The workspace whose share the body uses, or None if the request has no valid API key."""
+    """The workspace whose share the body uses, or None without a valid API key."""
     problem: problems.ProblemAnswer | None = None
 
     def take(self, size: int) -> problems.ProblemAnswer | None:

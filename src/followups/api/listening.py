@@ -1,4 +1,4 @@
-"""The sockets of the `web` process: all IPv6 and IPv4 addresses, and an optional port for `/metrics`."""
+"""The sockets of `web`: all IPv6 and IPv4 addresses, and an optional port for `/metrics`."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ class MetricsPort:
         self._app, self._port = app, port
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Pass the request to the application, or respond with 404 if this port does not serve the request's path."""
+        """Call the application, or respond with 404 if this port does not serve the path."""
         if self._port and scope["type"] == "http" and (scope["path"] == METRICS) != (scope["server"][1] == self._port):
             nothing = problems.of_status(HTTPStatus.NOT_FOUND, "There is nothing at this path.")
             await nothing.response()(scope, receive, send)

@@ -76,8 +76,8 @@ class RequestLimits:
 class RequestLimit:
     """A limit on the requests of one workspace, or on all requests with an unknown API key.
 
-    A request is counted from `acquire` until `release`. Used as a context manager, a limit also waits until a database
-    connection is available for the request.
+    A request is counted from `acquire` until `release`. As a context manager, a limit also waits until a database
+    connection is available.
     """
 
     def __init__(self, share: int = SHARE, refusal: str = TOO_MANY_WAIT) -> None:

@@ -215,7 +215,7 @@ def many(model: type[ResponseModel], rows: Iterable[object]) -> bytes:
 
 @lru_cache(maxsize=8)  # larger than the number of the API's models
 def _fields(model: type[ResponseModel]) -> tuple[tuple[str, ...], Callable[[object], tuple[Any, ...]]]:
-    """Return the JSON names of a model's fields, and a function that reads these fields from a row."""
+    """Return a model's JSON field names, and a function that reads the fields from a row."""
     names = tuple(field.serialization_alias or name for name, field in model.model_fields.items())
     return names, attrgetter(*model.model_fields)
 

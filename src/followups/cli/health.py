@@ -30,8 +30,8 @@ app = typer.Typer(
 def group() -> None:
     """Check whether a process on this machine is alive: exit code 0 if so, 1 if it should be restarted.
 
-    A process that is waiting for an unreachable database or broker counts as alive, since restarting it would not help.
-    The output shows what the process is waiting for. See also `doctor`.
+    A process that is waiting for an unreachable database or broker counts as alive. The output shows what the process
+    is waiting for. See also `doctor`.
     """
 
 

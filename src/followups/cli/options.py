@@ -251,14 +251,14 @@ def workspace_id_of(session: Session, name: str | None) -> UUID | None:
 
 
 def require_either(follow_up_id: UUID | None, many: object, options: str) -> None:
-    """Raise a usage error unless either the ID of one follow-up or a bulk option is given."""
+    """Raise a usage error unless a follow-up's ID or a bulk option is given."""
     if bool(follow_up_id) == bool(many):
         message = f"give the ID of one follow-up, or select many with {options}."
         raise typer.BadParameter(message)
 
 
 def refuse_bulk_options(**options: object) -> None:
-    """Raise a usage error if a bulk option is combined with the ID of a single follow-up."""
+    """Raise a usage error if a bulk option is combined with a follow-up's ID."""
     for name, value in options.items():
         if value:
             message = "cannot be combined with the ID of one follow-up."

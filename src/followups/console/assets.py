@@ -1,6 +1,6 @@
 """Templates and static files of the console.
 
-A static file's name contains a hash of its content, so browsers may cache the file indefinitely.
+A static file's name contains a hash of its content, so browsers may cache it forever.
 """
 
 from __future__ import annotations

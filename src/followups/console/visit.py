@@ -140,7 +140,7 @@ class Visit:
 
     @property
     def zone(self) -> Zone:
-        """The time zone in the person's cookie, or else that of the workspace, or else UTC."""
+        """The time zone in the person's cookie, or else the workspace's, or else UTC."""
         chosen = self.cookies.get("followups_zone", "")
         if chosen and self.services.is_zone(chosen):
             return Zone(chosen)

@@ -62,7 +62,7 @@ async def begin_within_limits(
 
 
 def begin(engine: Engine, settings: Settings, batch: Sequence[Lease]) -> BatchResult:
-    """Begin the follow-ups that may be sent, end those that must not be sent, and hold or park all others.
+    """Begin the follow-ups that may be sent, end those that must not, and hold or park the rest.
 
     Begin uses one transaction for the whole batch. If a row makes the transaction fail, its follow-up is deferred, and
     all other follow-ups begin.

@@ -35,7 +35,7 @@ MAX_LOSSES = 3
 """Number of lost leases after which a follow-up counts as a poison pill."""
 
 AHEAD_TICKS = 2
-"""Number of tick intervals that a claim covers, so that a single late tick does not make any follow-up late."""
+"""Number of tick intervals that a claim covers, so that one late tick delays no follow-up."""
 
 CLAIM_SIZE = 1000
 """Number of rows that a claim may always lease, however many follow-ups are in flight."""
@@ -55,10 +55,10 @@ This time covers the statement and the longest pause before the statement is tri
 def rhythm_of(settings: Settings) -> Rhythm:
     """Return the longest harmless gap between ticks, and the grace period that follows a longer gap.
 
-    During a longer gap between ticks, leases may expire unnoticed; the grace period then gives their workers time to
-    record the outcomes. After an outage, a worker must connect before it can record its outcomes. If the database's
-    clock has been set forward, calls that have just begun need time to end. With the default settings the grace period
-    is 13 s, after a gap of more than 3 s.
+    During a longer gap, leases may expire unnoticed. In the grace period, their workers can record the outcomes. After
+    an outage, a worker must connect before it can record its outcomes. If the database's clock has been set forward,
+    calls that have just begun need time to end. With the default settings the grace period is 13 s, after a gap of more
+    than 3 s.
     """
     known_within = max(settings.transport_timeout + GRACE, _connecting(settings.database_url.get_secret_value()))
     # If the interval between ticks is longer than a lease, a lease can expire between any two ticks without being

@@ -31,8 +31,8 @@ A cancel that arrives after the begin is too late.
 BEGIN_BATCH = 200
 """The largest number of leases in one batch. A statement for more leases would take longer and save no time per row."""
 GATHER = timedelta(milliseconds=5)
-"""How long to wait for more free slots or more due follow-ups while there are only a few. A statement for five rows
-costs almost as much as a statement for fifty. This wait is a third of `LEAD`.
+"""How long to wait for more free slots or due follow-ups while there are few. A statement for five rows costs almost as
+much as a statement for fifty. This wait is a third of `LEAD`.
 """
 ENOUGH_SLOTS = 0.4
 """If at least this share of the slots is free, the next batch does not wait for more slots."""

@@ -66,7 +66,7 @@ ROOM = MAX_REASON_LENGTH - 100
 
 
 class Settler:
-    """Collects the outcomes of attempts and records them in batches, by size or after a short wait.
+    """Collects the attempts' outcomes and records them in batches, by size or after a short wait.
 
     An accepted message is recorded without waiting for the slowest call of a batch. If the database is unreachable or a
     row is locked, the settler tries to record the result again until the lease expires. An instance belongs to one

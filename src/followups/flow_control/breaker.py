@@ -1,6 +1,6 @@
 """Breaker: while the transport fails as a whole, only a few probes begin, so no attempts are wasted.
 
-Due follow-ups are deferred in the database (`followups.delivery.deferral`), except for a few in the due queue. All
+Due follow-ups are deferred in the database (`followups.delivery.deferral`), and a few stay in the due queue. All
 workers share one state in Redis (`BreakerStore`). Deliveries continue while Redis is unreachable. While Redis is
 unreachable, a worker stops beginning follow-ups only after the configured number of its own attempts have failed in a
 row. The worker continues when it next queries Redis, some seconds later. If Redis is wiped, the breaker is closed, and

@@ -55,10 +55,9 @@ def _bound_locks(connection: Connection) -> None:
 def _lock(connection: Connection, wait: float) -> None:
     """Exclude other migrations until the transaction ends.
 
-    Raises `FollowUpsError` after ``wait`` seconds. The lock belongs to the transaction, not to the session: behind a
-    pooler the session outlives its client and would keep the lock. The lock is polled rather than waited for. A
-    concurrent index creation waits for every running statement, and would also wait for a statement that waits for this
-    lock.
+    Raises `FollowUpsError` after ``wait`` seconds. The lock belongs to the transaction: behind a pooler, the session
+    outlives its client and would keep the lock. The lock is polled rather than waited for. A concurrent index creation
+    waits for every running statement, and would also wait for a statement that waits for this lock.
     """
     deadline = time.monotonic() + wait
     while not connection.scalar(_TRY_LOCK):

@@ -168,7 +168,7 @@ def _pending(follow_up: FollowUp, now: datetime, around: Circumstances) -> Sente
 
 
 def _window(follow_up: FollowUp, moment: datetime, now: datetime, around: Circumstances) -> Sentence | None:
-    """Return a sentence about the end of the messaging window if the follow-up will or may fail because of it.
+    """Return a sentence about the messaging window's end if the follow-up will or may fail because of it.
 
     Return None if the follow-up can be sent before its messaging window closes.
     """

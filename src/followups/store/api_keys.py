@@ -164,7 +164,7 @@ def record_use(key_id: UUID) -> Steps[bool]:
 
 
 def hash_of(key: str) -> bytes | None:
-    """Return the stored hash of an API key, or None if the key is malformed or mistyped.
+    """Return the stored hash of an API key, or None if the key is malformed.
 
     >>> hash_of("fup_" + "A" * 43 + "wrong!") is None
     True

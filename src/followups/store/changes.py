@@ -1,8 +1,8 @@
 """Change detection for a workspace or a follow-up, which is cheap enough for one query per second.
 
-After each change to a topic, `read_values` returns a new value for the topic. If there are very many follow-ups, a
-change may be missed unless it moves a follow-up to another state. Because a change may be missed, the console's pages
-also reload their contents from time to time.
+After each change to a topic, `read_values` returns a new value for the topic. If there are very many follow-ups,
+changes that keep a follow-up's state may be missed. Because a change may be missed, the console's pages also reload
+their contents from time to time.
 """
 
 from __future__ import annotations

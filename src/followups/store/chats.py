@@ -269,7 +269,7 @@ def counts_as(created_at: datetime) -> datetime:
 def receive(
     workspace_id: UUID, *, message_id: UUID, chat_id: UUID, role: Role, created_at: datetime | None
 ) -> Steps[RecordedMessage]:
-    """Record a chat message; a message of a user or an operator cancels the chat's pending follow-ups.
+    """Record a chat message; a user's or operator's message cancels the chat's pending follow-ups.
 
     If the chat is unknown, it is created. A message that is older than the chat's last one is recorded but cancels
     nothing; if a user wrote it, it still opens the messaging window from the time of the message. A message that has

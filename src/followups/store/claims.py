@@ -1,17 +1,16 @@
 """Claims: the statements that lease due follow-ups, by due date or shared fairly between workspaces.
 
 While all due follow-ups fit into the window (the in-flight limit), claiming in the order of due dates is both fair and
-cheapest. When there is a backlog, claiming by due date is not fair, because a workspace with a hundred thousand overdue
-follow-ups would be served before all other workspaces. In that case, free slots go to the workspaces with the fewest
-follow-ups in flight.
+cheapest. During a backlog, claiming by due date is not fair: a workspace with a hundred thousand overdue follow-ups
+would be served first. In that case, free slots go to the workspaces with the fewest follow-ups in flight.
 
 Each claim is one guarded statement, which skips rows that another transaction has locked.
 
 The planner's statistics are updated here because the claim needs them first. Autovacuum updates the statistics only
 minutes later. Until autovacuum has run, the planner estimates one row for a table that was emptied, vacuumed, and then
-filled in a burst. The planner then rates any index that contains the id as highly as the primary key, although with
-some of these indexes each look-up scans the whole index. With 50,000 due follow-ups in such a table, the claim, begin
-and settle of one batch took seconds each.
+filled in a burst. The planner then rates any index with the id as highly as the primary key. With some of these
+indexes, each look-up scans the whole index. With 50,000 due follow-ups in such a table, the claim, begin and settle of
+one batch took seconds each.
 """
 
 from __future__ import annotations
@@ -121,8 +120,8 @@ WITHOUT_SORTING = text(
     "SELECT set_config('enable_sort', 'off', true), set_config('enable_incremental_sort', 'off', true)"
 )
 """Disables sorting for a fair claim. If the planner estimates that the table is almost empty, its plan reads and sorts
-all pending rows for each workspace, although an index has this order. Measured right after an insert of 30,000 rows:
-311 ms, and with a thousand other workspaces more than 10 s.
+all pending rows for each workspace, although an index has this order. Measured after an insert of 30,000 rows: 311 ms,
+and over 10 s with a thousand other workspaces.
 """
 
 _NAME = " SELECT f.id FROM taken JOIN follow_ups f ON f.ctid = taken.place"

@@ -2,8 +2,8 @@
 
 The counts of pending, waiting, overdue and in-flight follow-ups are exact, and are read from small partial indexes.
 Follow-ups in a final state are counted up to `EXACT_UP_TO` for each state. For larger numbers the planner's estimate is
-used, which costs nothing even for many millions of rows. Lag and throughput are computed, by an index, from the
-follow-ups that ended in the last few minutes; a query that takes longer than `LIMIT` is cancelled.
+used, which costs nothing even for many millions of rows. Lag and throughput are computed from an index of the
+follow-ups that ended in the last few minutes. A query that exceeds `LIMIT` is cancelled.
 
 The backlog is measured for metrics, which are read every few seconds. Counting ten million pending rows takes seconds.
 If a trigger maintained counters, each follow-up's insert and end would have to update one shared row. Rows are counted

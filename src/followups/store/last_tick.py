@@ -1,8 +1,7 @@
 """Dispatcher ticks: one dispatcher claims at a time, and each claim checks when the last tick ran.
 
-The claim lock and the time of the last tick are stored in one row of the database, because a dispatcher cannot see the
-ticks of other dispatchers. To enforce the in-flight limit, only one dispatcher at a time may count the follow-ups in
-flight.
+One row of the database holds the claim lock and the last tick's time, because dispatchers cannot see each other's
+ticks. To enforce the in-flight limit, only one dispatcher at a time may count the follow-ups in flight.
 
 A long gap between ticks means an outage, or a database clock that was set forward. During such a gap, leases expire,
 although their workers may still be running and know the outcomes. Workers therefore get a grace period, in which they
@@ -47,10 +46,9 @@ class Tick:
 
 
 # A tick is recorded at most five times a second, since each update leaves a dead row behind. A recorded time in the
-# future means that the clock was set back. A small difference is ignored, since it may only mean that two transactions
-# began in the opposite order. A short gap that begins within a grace period does not start another grace period. If
-# every short gap started a grace period, no lease would ever be taken over on a starved machine where every tick is
-# late.
+# future means that the clock was set back. A small difference is ignored: two transactions may simply have begun in the
+# opposite order. A short gap that begins within a grace period does not start another grace period. If every short gap
+# started a grace period, no lease would ever be taken over on a starved machine where every tick is late.
 _BEGIN = text("""
     WITH state AS MATERIALIZED (
         SELECT id, last_tick_at,

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from followups.states import ReasonCode
 
 PIECE = 256 * 1024
-"""Maximum size in bytes of the messages read in one query; no single message is larger."""
+"""Maximum size in bytes of the messages read in one query; no message is larger."""
 
 MAX_ROWS = 2**62
 """The largest offset; larger offsets overflow in PostgreSQL. A page beyond this offset is empty, like any page after

@@ -104,7 +104,7 @@ class MessageCursor(NamedTuple):
 OLDEST = MessageCursor()
 
 # The last message of each chat is kept, so that a repeated request with the same message is recognised. The kept
-# messages accumulate among the oldest rows, so each scan continues where the previous scan ended.
+# messages are among the oldest rows, so each scan continues where the previous one ended.
 _DELETE_MESSAGES = text("""
     WITH old AS MATERIALIZED (
         SELECT workspace_id, id, chat_id, created_at FROM chat_messages

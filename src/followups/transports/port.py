@@ -82,7 +82,7 @@ class Rejected:
 
 @dataclass(frozen=True, slots=True)
 class Unknown:
-    """The request was sent but no answer arrived, so it is not known whether the message was accepted."""
+    """No answer arrived, so it is not known whether the message was accepted."""
 
     detail: str
     status_code: int | None = None

@@ -34,7 +34,7 @@ class Signer:
 
         Raises `TransportConfigurationError`. A secret that is not base64 is rejected rather than used as raw bytes,
         because libraries on the receiving side interpret such a secret differently: some skip unknown characters, some
-        stop at them. If such a secret were used as raw bytes, every signature would be wrong for some libraries.
+        stop at them. With such a secret as raw bytes, every signature would be wrong for some libraries.
         """
         self._webhooks = [Webhook(_key(secret)) for secret in secrets.split()]
         if not self._webhooks:

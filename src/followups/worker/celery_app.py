@@ -63,8 +63,8 @@ otherwise follow-ups behind a hanging statement could not begin in time.
 """
 
 BROKER_SILENCE = timedelta(seconds=5)
-"""Time without an answer after which the broker's connection is replaced; an answer takes well under a millisecond. The
-limit is at most half a lease, because the follow-ups of a hint that is delayed for longer have been claimed again.
+"""Time without an answer after which the broker's connection is replaced. The limit is at most half a lease, because
+the follow-ups of a hint that is delayed for longer have been claimed again.
 """
 
 SWITCH_INTERVAL = 0.0005

@@ -1,4 +1,4 @@
-"""The model's decisions: they are made by the package's own functions, and the results are cached."""
+"""The model's decisions are made by the package's own functions, with cached results."""
 
 from __future__ import annotations
 

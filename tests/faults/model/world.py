@@ -13,7 +13,7 @@ from followups.states import Status
 
 
 class ModelRow(NamedTuple):
-    """A follow-up in the model's database; the first of the two follow-ups in a `ModelWorld` is due first."""
+    """A follow-up in the model's database; a `ModelWorld` has two, the earlier one first."""
 
     status: Status = Status.PENDING
     reason: str = ""

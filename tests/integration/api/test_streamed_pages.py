@@ -1,4 +1,4 @@
-"""Tests for pages with long messages, which are sent in pieces, and for how message texts are stored."""
+"""Tests of pages with long messages, sent in pieces, and of stored message texts."""
 
 from __future__ import annotations
 

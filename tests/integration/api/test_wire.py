@@ -59,7 +59,7 @@ def answers(address: tuple[str, int], sent: bytes, methods: Sequence[str], key: 
 
 
 def piece_of(connection: socket.socket, wait: float) -> bytes:
-    """Return the next bytes received, or nothing if the connection is closed or no bytes arrive."""
+    """Return the next bytes received, or nothing after a close or a timeout."""
     connection.settimeout(wait)
     try:
         return connection.recv(65_536)
@@ -164,7 +164,7 @@ def test_an_endless_head(api: Api, start: bytes) -> None:
 
 
 def test_chunk_overhead_counts_towards_the_body(api: Api) -> None:
-    """A body with too many chunks, or with an endless chunk extension, is rejected as too large."""
+    """A body with too many chunks, or an endless chunk extension, is rejected as too large."""
     assert answers(address_of(api), posted(CHUNKED, b"1\r\n \r\n" * 230_000), ["POST"], api.key) == [413]
     assert answers(address_of(api), posted(CHUNKED, b"1\r\n \r\n" * 50_000), ["POST"], api.key) == [413]
     read_timeout = b"80\r\n" + b" " * 128 + b"\r\n"
@@ -235,7 +235,7 @@ def test_unread_answers_have_a_budget(settings: Settings, world: World, monkeypa
 def test_unread_connections_are_closed_at_the_limit(
     settings: Settings, world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """If no connection is idle, one whose client does not read is closed to admit a new connection."""
+    """If no connection is idle, an unread one is closed to admit a new connection."""
     page = big_page(world)
     monkeypatch.setattr(server, "MAX_CONNECTIONS", 3)
     with served(settings) as address:

@@ -124,7 +124,7 @@ class TestCancel:
         assert (world.row(held).status, world.row(free).status) == ("pending", "cancelled")
 
     def test_without_a_terminal_yes_is_required(self, run: RunCommand, world: World) -> None:
-        """A bulk cancel without a terminal and without --yes is a usage error of one sentence."""
+        """Without a terminal and --yes, a bulk cancel is a usage error."""
         follow_up = world.follow_up(due=HOUR)
         ran = run("cancel", "--workspace", world.workspace_id)
         assert (ran.code, ran.stdout) == (2, "")
@@ -269,7 +269,7 @@ class TestRetry:
         ],
     )
     def test_wrong_choices(self, run: RunCommand, arguments: tuple[object, ...]) -> None:
-        """An invalid or empty selection for a bulk retry is a usage error, reported in one sentence."""
+        """An invalid or empty selection for a bulk retry is a usage error."""
         ran = run("retry", *arguments)
         assert (ran.code, ran.stdout) == (2, "")
         assert ran.stderr.startswith("followups: ")

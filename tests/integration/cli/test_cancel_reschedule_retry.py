@@ -111,7 +111,7 @@ class TestRetry:
     """The command `followups retry`."""
 
     def test_a_retry_creates_a_new_follow_up(self, run: RunCommand, world: World, nudges: list[datetime]) -> None:
-        """`retry` creates a new follow-up, due now, with the message and chat of the failed one.
+        """`retry` creates a new follow-up, due now, with the failed one's message and chat.
 
         The failed follow-up is unchanged, and the id of the new one is printed.
         """

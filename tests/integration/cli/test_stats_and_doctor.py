@@ -218,7 +218,7 @@ class TestDoctor:
 
     @pytest.mark.usefixtures("environment")
     def test_missing_processes_are_named_with_advice(self, world: World) -> None:
-        """If no worker, beat or receiver is running, `doctor` exits with 1 and gives advice for each failed check."""
+        """If no worker, beat or receiver is running, `doctor` exits with 1 and gives advice."""
         world.sql("UPDATE dispatcher_state SET last_tick_at = now() - interval '1 hour'")
         ran = doctor()
         assert ran.returncode == 1

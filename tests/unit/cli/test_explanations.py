@@ -102,7 +102,7 @@ def test_a_callers_reason_is_shown_unchanged() -> None:
     ],
 )
 def test_a_pending_follow_up_is_explained(columns: dict[str, Any], said: str) -> None:
-    """The explanation of a pending follow-up says why it has not been sent yet, and what will happen next."""
+    """A pending follow-up's explanation says why it waits and what will happen next."""
     assert said in explained(**columns)
 
 

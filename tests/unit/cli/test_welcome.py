@@ -22,7 +22,7 @@ CURL_INSTEAD = 'curl() { printf "%s\\n" "${@: -1}"; }\n'
 
 @pytest.mark.skipif(not BASH, reason="needs bash")
 def test_the_request_can_be_pasted() -> None:
-    """The commands that `up` prints can be pasted into a shell; they send an agent's message and a follow-up.
+    """The commands that `up` prints can be pasted into a shell.
 
     The follow-up is due in five seconds.
     """

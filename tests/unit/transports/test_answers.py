@@ -120,7 +120,7 @@ def test_a_date_is_measured_by_the_receivers_own_clock() -> None:
 @QUICK
 @given(st.text(max_size=60), st.text(max_size=60))
 def test_any_retry_after_is_within_the_limits(value: str, date: str) -> None:
-    """Whatever a Retry-After header contains, the resulting delay is within the limits, or there is none."""
+    """For any Retry-After header, the resulting delay is within the limits, or there is none."""
     wished = retry_after({"retry-after": value, "date": date}, NOW)
     assert wished is None or timedelta(seconds=1) <= wished <= timedelta(hours=24)
 
@@ -240,7 +240,7 @@ def test_a_matrix_message_id_is_derived_from_the_event_id() -> None:
 def test_a_homeservers_rate_limit_is_honoured(headers: dict[str, str], body: bytes, seconds: float | None) -> None:
     """M_LIMIT_EXCEEDED has the delay in a header or, from older homeservers, in its body.
 
-    The delay in the header of an M_LIMIT_EXCEEDED response takes precedence over the delay in its body.
+    In an M_LIMIT_EXCEEDED response, the header's delay takes precedence over the body's.
     """
     after = None if seconds is None else timedelta(seconds=seconds)
     assert outcome_of(Answer(429, headers, body), MATRIX) == Snoozed("HTTP 429", after, 429)

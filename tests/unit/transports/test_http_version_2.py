@@ -171,7 +171,7 @@ async def send_garbage(stream: Stream) -> None:
 async def test_however_a_stream_ends_the_request_went_out_once(
     end: Callable[[Stream], Awaitable[None]], server: Http2Server, transport: Transport, *, kept: bool
 ) -> None:
-    """If the response is lost, the outcome is unknown and nothing is repeated; the next call succeeds."""
+    """If the response is lost, the outcome is unknown and no request is repeated."""
     if kept:
         assert await transport.send(a_delivery()) == OK
     server.serve = end

@@ -150,7 +150,7 @@ async def test_an_endless_chunk_size_costs_the_timeout() -> None:
 
 
 async def test_garbage_in_the_body_does_not_change_the_status() -> None:
-    """The outcome depends on the status alone, even if the response is followed by garbage in the same segment."""
+    """The outcome depends on the status alone, even if garbage follows the response."""
     outcome = await outcome_of(CHUNKED + b"no number\r\n")
     assert isinstance(outcome, Sent)
     assert outcome.detail.startswith("the body of the answer is incomplete")

@@ -42,7 +42,7 @@ async def test_the_process_stops_with_open_requests() -> None:
 
 
 def test_a_port_in_use_stops_the_start(capsys: pytest.CaptureFixture[str]) -> None:
-    """If the port is in use, the sandbox exits with code 1 and one sentence on stderr."""
+    """If the port is in use, the sandbox prints one sentence and exits with 1."""
     with socket.create_server(("127.0.0.1", 0)) as taken:
         assert server.main(["--port", str(taken.getsockname()[1])]) == 1
     said = capsys.readouterr()

@@ -67,7 +67,7 @@ def show(visit: Visit) -> Response:
 
 
 def reveal(visit: Visit) -> Response:
-    """Show the message to a person who sees all workspaces, and record that in the audit log."""
+    """Show the message to a person who sees all workspaces, and record this in the audit log."""
     with visit.transaction() as session:
         found = _own(visit, session)
         visit.record(session, Action.MESSAGES_SHOWN, found.workspace_id, found.id)
