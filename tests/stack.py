@@ -81,7 +81,7 @@ class Stack:
 
     def start(self) -> Child:
         """Start one process of each type; return the worker."""
-        # beat is the slowest to start, so it is started first; the test does not wait until beat is ready
+        # beat starts first because it is the slowest; the test does not wait for beat
         beat = self.beat()
         assert beat.running
         self.sandbox()

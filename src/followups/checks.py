@@ -1,4 +1,4 @@
-"""Validation of values from callers and of what a chat allows, with the same rules for every caller."""
+"""Checks of callers' values and of what a chat allows, equal for every caller."""
 
 from __future__ import annotations
 
@@ -109,7 +109,7 @@ def check_message(message: str) -> None:
 
 
 def check_text(text: str, field: str) -> None:
-    """Raise an error for text that cannot be stored: it contains a NUL character or a lone surrogate."""
+    """Raise an error if the text contains a NUL character or a lone surrogate."""
     if text != storable(text):
         message = Sentence("The {field} must not contain NUL characters or lone surrogates.", field=_named(field))
         raise InvalidRequestError(message, field=field)

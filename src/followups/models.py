@@ -298,7 +298,7 @@ class ChatMessage(Base):
 
 
 class FollowUp(Base):
-    """A message to be sent into a chat at its due date: the row is the job.
+    """A message to be sent into a chat when due: the row is the job.
 
     The columns below ``trigger_chat_message_id`` contain the dispatcher's state. No index contains the lease columns,
     so acquiring and returning a lease is a heap-only update.

@@ -1,9 +1,9 @@
 """Sending hours: the hours of a workspace's local day in which its messages may be sent.
 
-Sending hours are local times. A message is sent only if the local clock shows a time from the opening until just before
-the closing. If the clock is set forward past the opening or closing time, the change takes effect at once. If the clock
-is set back and shows a time twice, the sending hours open at the second occurrence of a time and close at the first. No
-message is therefore sent while the local clock shows a time outside the sending hours.
+Sending hours are local times. Messages are sent at local times from the opening until just before the closing. If the
+clock is set forward past the opening or closing time, the change takes effect at once. If the clock is set back and
+shows a time twice, the sending hours open at the second occurrence of a time and close at the first. No message is
+therefore sent while the local clock shows a time outside the sending hours.
 """
 
 from __future__ import annotations

@@ -39,7 +39,7 @@ SESSION: Mapping[str, str] = {
     "TimeZone": "UTC",
     "array_nulls": "on",
     "extra_float_digits": "1",
-    # A statement may wait for a row lock, and a pooled session may be idle, so these timeouts are off. The limits of
+    # These timeouts are off. A statement may wait for a row lock, and a pooled session may be idle. The limits of
     # `make_engine` end operations that take too long, and migrations set their own `lock_timeout`.
     "lock_timeout": "0",
     "transaction_timeout": "0",

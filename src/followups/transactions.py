@@ -3,9 +3,9 @@
 A connection that breaks during a commit leaves the outcome unknown. If the outcome of a claim, begin or settle stayed
 unknown, the rows might be leased without the process knowing it, and would be delayed by a whole lease. To avoid an
 unknown outcome, a statement registers a query (`ask_if_lost`) that reads what the statement has written. If the
-response to the commit is lost, the query runs on whichever database server is then reachable. The server that is
-reached may be a promoted standby, which either has the rows that were written or does not. The id of the lost
-transaction would prove nothing, since the new server may have given it to another transaction.
+commit's response is lost, the query runs on whichever server is then reachable. The server that is reached may be a
+promoted standby, which either has the rows that were written or does not. The id of the lost transaction would prove
+nothing, since the new server may have given it to another transaction.
 """
 
 from __future__ import annotations

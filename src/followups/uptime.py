@@ -1,4 +1,4 @@
-"""The clock by which a worker checks, without a database query, whether its leases are still valid."""
+"""The clock by which a worker checks its leases without a database query."""
 
 from __future__ import annotations
 

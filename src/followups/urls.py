@@ -50,7 +50,7 @@ _BROKERS_HOST = re.compile(r"\[[0-9a-fA-F:.%a-z]+\]|[^\s,;%\[\]]*")
 
 _NUMBERS = ("socket_timeout", "socket_connect_timeout", "health_check_interval", "max_connections")
 _TUNING = frozenset({"socket_keepalive", "retry_on_timeout", "client_name", "protocol"})
-"""Parameters of a broker URL that are accepted but ignored, because each client sets its own values."""
+"""Parameters of a broker URL that are ignored, because each client sets its own values."""
 
 _CERTIFICATE, _CHECK_HOST = "ssl_cert_reqs", "ssl_check_hostname"
 _FILES = frozenset({"ssl_ca_certs", "ssl_ca_path", "ssl_certfile", "ssl_keyfile"})

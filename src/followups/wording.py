@@ -23,7 +23,7 @@ def rfc3339(moment: datetime | None) -> str | None:
 
 
 def readable(moment: datetime | None) -> str:
-    """Return a time for a table, in UTC to the second, or '-' if the time is None."""
+    """Return a time for a table, in UTC to the second; None becomes '-'."""
     return moment.astimezone(UTC).strftime("%Y-%m-%d %H:%M:%SZ") if moment else "-"
 
 

@@ -1,4 +1,4 @@
-"""Processes on a read-only root file system without a temporary directory, as in a hardened container.
+"""Processes on a read-only root file system without a temporary directory, as in a container.
 
 The directory of the heartbeat files is also read-only.
 """

@@ -173,7 +173,7 @@ async def turn(load: ApiLoad) -> None:
 
 
 async def paced(load: ApiLoad, rate: float, seconds: float) -> list[float]:
-    """Send requests at this rate; return each response's delay since the scheduled time of its request."""
+    """Send requests at this rate; return the delays between scheduled times and responses."""
     times: list[float] = []
     started = time.perf_counter()
 
@@ -269,7 +269,7 @@ def loads_of(
 
 
 def report(loads: list[ApiLoad]) -> None:
-    """Print the medians of all rounds; ratios are calculated within each round to cancel out other load."""
+    """Print the medians of all rounds; ratios within each round cancel out other load."""
     bare = loads[0].rates
     sys.stdout.write(f"{'':12} {'requests/s':>10} {'of bare':>8} {'p50 ms':>8} {'p99 ms':>8} {'CPU ms':>8}\n")
     for load in loads:

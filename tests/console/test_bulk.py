@@ -58,7 +58,7 @@ def start(one: Person, **fields: object) -> httpx.Response:
 def test_selected_follow_ups_are_cancelled_after_a_preview(
     person: Callable[..., Person], own: World, foreign: World
 ) -> None:
-    """A bulk cancel skips follow-ups that are in flight or finished, or that belong to another workspace.
+    """A bulk cancel skips finished follow-ups, those in flight, and those of another workspace.
 
     The preview of the bulk cancel changes nothing.
     """
@@ -158,7 +158,7 @@ def test_another_workspaces_action_is_not_found(person: Callable[..., Person], o
 
 
 def test_invalid_actions_are_refused(person: Callable[..., Person], own: World) -> None:
-    """An action is refused without a selection, without a preview, or with a filter for another state."""
+    """An action without a selection, without a preview or with another state's filter is refused."""
     one = person("agent", own)
     for fields in (
         {"do": "cancel"},

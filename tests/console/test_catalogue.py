@@ -44,7 +44,7 @@ BY_VALUE = {
 
 
 def sentences() -> Iterator[str]:
-    """Yield each text that the code passes to ``t``, to ``Sentence`` or to a refusal that has no text of its own."""
+    """Yield each text given to ``t``, ``Sentence`` or a refusal without its own text."""
     for file in ROOT.rglob("*.py"):
         for node in ast.walk(ast.parse(file.read_text("utf-8"))):
             if isinstance(node, ast.Call) and node.args and isinstance(node.args[0], ast.Constant):

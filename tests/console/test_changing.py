@@ -176,7 +176,7 @@ def test_two_people_edit_one_follow_up(person: Callable[..., Person], own: World
 
 @pytest.mark.parametrize("doing", ["", "/cancel", "/send"])
 def test_a_conflict_keeps_the_typed_values(doing: str, person: Callable[..., Person], own: World) -> None:
-    """Changing a follow-up that is in flight or finished returns 409, and the form keeps the typed values."""
+    """If a follow-up cannot be changed (409), the form keeps the typed values."""
     one_id = own.follow_up(due=HOUR)
     one = person("agent", own)
     page = one.get(f"/follow-ups/{one_id}")

@@ -32,7 +32,7 @@ def section(page: httpx.Response, name: str) -> str:
 
 
 def test_a_key_is_shown_once_and_revoked_after_a_confirmation(person: Callable[..., Person], own: World) -> None:
-    """A new key is shown once, works, and can be revoked after a confirmation that shows its last use.
+    """A new key is shown once, works, and can be revoked after a confirmation.
 
     Only a hash of the key is stored.
     """

@@ -27,7 +27,7 @@ COMMANDS = {
 LASTING = [name for name in COMMANDS if "migrate" not in name]
 OLDEST_SYSTEMD = 252
 MOST_EXPOSED = 20
-"""The highest exposure score that systemd may compute for a unit; an unconfined service has 100."""
+"""The highest allowed systemd exposure score; an unconfined service has 100."""
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""Runs the real store in step with the model, and checks that PostgreSQL contains what the model predicts."""
+"""Runs the real store in step with the model, and compares PostgreSQL with the predictions."""
 
 from __future__ import annotations
 

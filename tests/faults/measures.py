@@ -24,7 +24,7 @@ PORTION = 2_000
 
 
 def punctual(rig: Rig, count: int, spread: float, world: World | None = None, notice: timedelta = NOTICE) -> list[UUID]:
-    """Insert follow-ups that fall due within ``spread`` seconds, early enough for all to be sent on time."""
+    """Insert follow-ups due within ``spread`` seconds, early enough for all to be sent on time."""
     due = [notice + timedelta(seconds=rig.rng.random() * spread) for _ in range(count)]
     ids = [
         id_ for first in range(0, count, PORTION) for id_ in (world or rig.world).burst(due[first : first + PORTION])

@@ -48,5 +48,5 @@ def test_several_beats(number: int, rig: Rig, figures: Figures) -> None:
 
 @pytest.mark.faults_long
 def test_several_beats_for_long(rig: Rig, figures: Figures) -> None:
-    """With several beats running, no message is sent twice, and the ticks continue for a minute."""
+    """If several beats run, no message is sent twice and the ticks continue."""
     beats(rig, figures, 3, seconds=60)

@@ -61,7 +61,7 @@ def test_flushed_in_mid_burst(rig: Rig, figures: Figures) -> None:
 
 @pytest.mark.faults_long
 def test_flushed_for_long(rig: Rig, figures: Figures) -> None:
-    """A burst of 20,000 follow-ups is sent completely even though the broker is flushed a hundred times."""
+    """If the broker is flushed a hundred times, a burst of 20,000 is still sent completely."""
     flushes(rig, figures, count=20_000, spread=20, times=100)
 
 

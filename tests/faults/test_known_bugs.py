@@ -56,7 +56,7 @@ def deliver(engine: Engine, settings: Settings, outcome: Outcome) -> None:
 
 
 def test_stale_row_is_saved(world: World, engine: Engine, settings: Settings) -> None:
-    """A row read before its follow-up was sent cannot be saved, and the stored state remains sent."""
+    """If a row was read before its follow-up was sent, the row cannot be saved."""
     follow_up = world.follow_up()
     with Session(engine) as session:
         assert session.get_one(FollowUp, follow_up).status == "pending"
@@ -136,7 +136,7 @@ def test_a_cancel_ends_a_claimed_follow_up(world: World, engine: Engine, setting
 
 
 def test_stopped_in_mid_commit(rig: Rig, figures: Figures) -> None:
-    """If SIGTERM arrives during a settle, the settle commits, the worker exits, and no message is sent again."""
+    """If SIGTERM arrives during a settle, the settle commits and no message is sent again."""
     rig.options |= {"FOLLOWUPS_LEASE": "60", "FOLLOWUPS_TRANSPORT_TIMEOUT": "20"}
     rig.beat()
     rig.sandbox()

@@ -30,7 +30,7 @@ DELAY = 0.01
 
 
 def replace_one(rig: Rig, follow_up: UUID, chat_id: UUID, delays: Sequence[float]) -> str:
-    """In one transaction, cancel a follow-up and schedule another in the same chat; return the outcome."""
+    """Cancel a follow-up and schedule another in the same chat, in one transaction."""
     before, between = delays
     time.sleep(before)
     try:

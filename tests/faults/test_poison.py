@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def poisoned(rig: Rig, figures: Figures, neighbours: int, spread: float = 2.0, delay: float = 0.0) -> None:
-    """Let one follow-up kill each worker that sends it, and replace the workers as a supervisor would."""
+    """Let one follow-up kill each worker that sends it, and replace the killed workers."""
     rig.start(workers=1, beats=1, harmed=True)
     if delay:
         rig.behave(kind="slow", delay=delay)
@@ -46,7 +46,7 @@ def poisoned(rig: Rig, figures: Figures, neighbours: int, spread: float = 2.0, d
 
 
 def test_poison_with_many_calls_in_flight(rig: Rig, figures: Figures) -> None:
-    """A poison pill kills workers with many slow calls in flight; few of these calls are lost twice."""
+    """If a poison pill kills busy workers, few of their calls are lost twice."""
     rig.options |= {"FOLLOWUPS_LEASE": "6", "FOLLOWUPS_TRANSPORT_TIMEOUT": "4"}
     poisoned(rig, figures, neighbours=60, spread=0.0, delay=1.0)
 

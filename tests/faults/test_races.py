@@ -51,7 +51,7 @@ def cancel_against_deliver(rig: Rig, figures: Figures, pairs: int, spread: float
 
 
 def reply_against_create(rig: Rig, figures: Figures, pairs: int) -> None:
-    """Send a reply and a create request for the same chat concurrently, then deliver due follow-ups."""
+    """Send a reply and a create request for one chat concurrently, then deliver due follow-ups."""
     api = rig.web()
     chats = [str(uuid4()) for _ in range(pairs)]
     for chat_id in chats:

@@ -24,7 +24,7 @@ DUE = datetime.now(UTC) + timedelta(days=1)
 
 
 def create(world: World, chat_id: UUID, key_id: UUID | None = None) -> FollowUp | None:
-    """Create a follow-up in a single statement, using a valid API key unless another key is given."""
+    """Create a follow-up in a single statement, with a valid API key by default."""
     key = key_id or key_of(world)[0]
     with Session(world.engine, expire_on_commit=False) as session, session.begin():
         return run(session, scheduling.scheduling_alone(world.workspace_id, chat_id, "?", DUE, key))
@@ -88,7 +88,7 @@ def test_keys_quotas_and_workspaces(world: World) -> None:
 
 
 def test_a_locked_chat(world: World) -> None:
-    """The single statement does not wait if another transaction, for example a reply's, has locked the chat."""
+    """If another transaction has locked the chat, the single statement does not wait."""
     chat_id = world.chat()
     with world.engine.connect() as connection:
         connection.execute(text("SELECT FROM chats WHERE id = :id FOR NO KEY UPDATE"), {"id": chat_id})

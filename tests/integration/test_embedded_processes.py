@@ -128,7 +128,7 @@ class TestProcesses:
 
 @pytest.mark.parametrize("end", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT, None], ids=str)
 def test_nothing_outlives_a_killed_owner(end: signal.Signals | None) -> None:
-    """Servers, processes and directories are removed soon after their owner exits, even if it is killed by SIGKILL.
+    """If an owner is killed by SIGKILL, its servers, processes and directories are soon removed.
 
     Servers, processes and directories are removed even if a forked child of the owner survives.
     """

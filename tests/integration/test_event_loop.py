@@ -1,4 +1,4 @@
-"""Tests of the event loop's database engine, which uses only the driver: sessions, errors and transactions."""
+"""Tests of the event loop's driver-only database engine: sessions, errors and transactions."""
 
 from __future__ import annotations
 

@@ -132,7 +132,7 @@ def test_more_workspaces_than_slots(engine: Engine, settings: Settings, monkeypa
 def test_one_claim_takes_half_of_the_window(
     engine: Engine, settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """If the in-flight limit is large, one claim takes half of it and returns whether another would find more."""
+    """If the in-flight limit is large, one claim takes half of the limit."""
     monkeypatch.setattr(claiming, "CLAIM_SIZE", 2)
     worlds_of(engine, 20)
     taken = [claim_fairly(engine, bounded(settings, 12)) for _ in range(3)]

@@ -83,7 +83,7 @@ class ScriptedTransport:
 
 @pytest.fixture
 def started(database_url: str, settings: Settings) -> Iterator[Callable[..., Pipeline]]:
-    """Return a function that starts a pipeline over a transport; the pipeline is drained after the test."""
+    """Return a function that starts a pipeline; the pipeline is drained after the test."""
     pipelines: list[Pipeline] = []
 
     def start(transport: ScriptedTransport, **changes: Any) -> Pipeline:

@@ -265,7 +265,7 @@ class TestRetry:
     """Manual retries of failed follow-ups by an operator."""
 
     def test_a_retry_creates_a_new_follow_up(self, caller: Caller) -> None:
-        """A retry creates a new follow-up, due now or at a given time, and leaves the failed one unchanged."""
+        """A retry creates a new follow-up and leaves the failed one unchanged."""
         chat_id = caller.world.chat()
         failed = caller.world.follow_up(chat_id, status="failed", reason="too_late", finished_at=NOW, message="Hey")
         before, due = caller.world.row(failed), soon(2)

@@ -233,7 +233,7 @@ class TestLateness:
     def test_hours_that_are_widened_or_cleared(
         self, world: World, engine: Engine, settings: Settings, hours: SendingHours | None
     ) -> None:
-        """Held follow-ups that the new sending hours allow are sent; their lateness counts from the change."""
+        """If new sending hours allow held follow-ups, they are sent; lateness counts from the change."""
         brief = settings.model_copy(update={"max_lateness": HOUR})
         put(world, CLOSED)
         ids = {world.follow_up(**self.OLD), world.follow_up(**self.OLD)}
@@ -315,7 +315,7 @@ class TestWindow:
         assert world.row(fits).held_until is not None
 
     def test_rejected_when_scheduled(self, world: World) -> None:
-        """A due date is rejected if sending hours do not begin before the messaging window closes.
+        """A due date is rejected if the messaging window closes before sending hours begin.
 
         A due date is accepted if sending hours begin within the messaging window.
         """

@@ -31,7 +31,7 @@ def insert_workspace(connection: Connection) -> str:
 
 
 def test_answer_lost_after_the_commit(world: World, engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A transaction whose commit succeeded counts as done, even if the answer to the commit was lost."""
+    """If a commit succeeded but its answer was lost, the transaction counts as done."""
     break_once(monkeypatch, psycopg.Connection.commit)
     assert transact(engine, insert_workspace) == "acme"
     assert world.scalar("SELECT count(*) FROM workspaces WHERE name = 'acme'") == 1

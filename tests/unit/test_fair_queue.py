@@ -161,7 +161,7 @@ def test_each_is_taken_once(steps: list[tuple[str, int, int]], slots: int) -> No
 
 
 def test_expired_leases_are_removed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """While no lease can be taken, expired leases are removed from the queue to make room for new leases."""
+    """While no lease can be taken, the queue removes expired leases to make room."""
     queue = queue_of()
     queue.add(overdue(NOISY, *range(50)) + overdue(QUIET, 1))
     assert queue.take(0) == []

@@ -75,6 +75,6 @@ def test_any_json(value: object, keys: object) -> None:
     ],
 )
 def test_refused(entry: object) -> None:
-    """A whole batch of hint entries is rejected if one of its entries could not come from a worker."""
+    """If one hint entry cannot come from a worker, its whole batch is rejected."""
     with pytest.raises(ValueError, match=r".+"):
         leases_of([entry])

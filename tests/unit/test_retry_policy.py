@@ -44,7 +44,7 @@ def test_the_last_attempt_has_no_next(policy: RetryPolicy, attempt: int) -> None
 
 
 def test_the_ceiling_grows_by_the_factor_up_to_the_cap() -> None:
-    """The ceiling is the base times the factor raised to the number of earlier attempts, up to the cap."""
+    """The ceiling is multiplied by the factor after each attempt, up to the cap."""
     policy = RetryPolicy(timedelta(seconds=5), 2.0, HOUR, max_attempts=1000)
     assert [policy.ceiling(attempt).total_seconds() for attempt in (1, 2, 3, 10, 11, 12)] == [
         5,
@@ -81,6 +81,6 @@ def test_a_requested_delay_is_clamped(wished: timedelta) -> None:
 
 @given(st.timedeltas(MIN_RETRY_AFTER, MAX_RETRY_AFTER), st.floats(0, 1, exclude_max=True))
 def test_a_requested_delay_is_spread(wished: timedelta, fraction: float) -> None:
-    """A retry starts no earlier than the transport requested and at most a tenth later, within a day."""
+    """A retry starts after the requested delay, at most a tenth late, within a day."""
     waited = spread(wished, lambda: fraction)
     assert wished <= waited <= min(wished * (1 + SPREAD), MAX_RETRY_AFTER)

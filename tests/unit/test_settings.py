@@ -207,7 +207,7 @@ def test_a_missing_required_setting_is_named(monkeypatch: pytest.MonkeyPatch, fi
     ],
 )
 def test_a_wrong_value_stops_the_start_with_its_name(monkeypatch: pytest.MonkeyPatch, name: str, value: str) -> None:
-    """The error for an invalid value is one sentence that begins with the variable and shows no password."""
+    """If a value is invalid, the error begins with the variable and shows no password."""
     monkeypatch.setenv(f"FOLLOWUPS_{name}", value)
     with pytest.raises(SettingsError, match=rf"^FOLLOWUPS_{name} should .*\.$") as caught:
         load_settings()

@@ -41,7 +41,7 @@ For a page before this offset, the preceding rows are counted each time, which t
 """
 
 KNOWN_FOR = 60.0
-"""Seconds for which a deep page starts at the same row, even if rows are added before that row."""
+"""Seconds for which a deep page starts at the same row despite added rows."""
 
 MOST_LISTS, MOST_STARTS = 1_000, 64
 """The maximum number of remembered lists, and the maximum number of starting points for each list."""

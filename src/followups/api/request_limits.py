@@ -30,7 +30,7 @@ BUSY = 32
 """Once a workspace has this many requests running or waiting, its further requests use a turnstile."""
 
 UNKNOWN_KEYS_SHARE = 2
-"""Maximum number of database connections for looking up API keys that this process does not know yet."""
+"""Maximum number of database connections for looking up unknown API keys."""
 
 KEPT = 1.0
 """Seconds for which the result of a probe or scrape is reused."""
@@ -42,7 +42,7 @@ TOO_MANY_UNKNOWN_KEYS = "Too many requests whose keys are not yet checked are wa
 class Throttle:
     """Lets one request pass in each iteration of the event loop, in the order of arrival.
 
-    All requests without a known API key share one turnstile; each busy workspace has a separate turnstile. All other
+    All requests without a known API key share one turnstile. Each busy workspace has a separate turnstile. All other
     requests pass in every iteration, however many requests wait at the turnstiles.
     """
 

@@ -1,8 +1,8 @@
 """The responses of every endpoint, as documented and as written from database rows.
 
 The documentation contains a description, schema, headers and example for each response. The response models only serve
-as documentation: they name the fields of the responses. The models validate nothing, because the types and constraints
-of the tables already ensure valid values.
+as documentation: they name the fields of the responses. The models validate nothing, because the tables' types and
+constraints already ensure valid values.
 """
 
 from __future__ import annotations

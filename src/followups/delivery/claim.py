@@ -76,7 +76,7 @@ def _connecting(url: str) -> timedelta:
 def size_of_claim(window: int) -> int:
     """Return the maximum number of rows per claim: half of the in-flight limit, and at least `CLAIM_SIZE`.
 
-    Each claim reads all follow-ups in flight, so a few large claims are the cheapest way to reduce a backlog. While one
+    Each claim reads all follow-ups in flight. A few large claims therefore reduce a backlog most cheaply. While one
     half is being claimed, workers send the follow-ups of the other half.
     """
     return min(window, max(CLAIM_SIZE, window // 2), LARGEST_CLAIM)

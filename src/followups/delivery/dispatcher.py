@@ -165,7 +165,7 @@ class Dispatcher:
         return tuple(self._skipped)
 
     def _seconds_to_next_claim(self) -> float | None:
-        """Return the seconds until a claim that does not need a tick, or None if the next claim needs one."""
+        """Return the seconds until the next claim, or None if that claim needs a tick."""
         if self._in_grace:
             return IN_GRACE
         # A possible reason for the requested tick is that a row was inserted below the low-water mark.
@@ -237,7 +237,7 @@ class Dispatcher:
         return claimed.more
 
     def _refresh_statistics(self, took: float, leased: int) -> None:
-        """Update the planner's statistics if they are certain to be wrong, in a thread so that claims continue."""
+        """In a thread, update the planner's statistics if they are certainly wrong."""
         if (took > SLOW or leased >= MANY) and time.monotonic() >= self._next_statistics:
             self._next_statistics = time.monotonic() + NEXT_STATISTICS
             refreshing = threading.Thread(target=self._refresh, args=(took, leased), name="statistics", daemon=True)

@@ -149,8 +149,8 @@ class DueQueue:
         """
         if self._fair.has_turn(tripped):
             return -LEAD.total_seconds()
-        # Anyone with access to the broker can write a hint with the earliest representable time, from which no lead can
-        # be subtracted.
+        # Anyone with broker access can write a hint with the earliest representable time. No lead can be subtracted
+        # from that time.
         return self._clock.until(self._heap[0][0]) - LEAD.total_seconds() if self._heap else None
 
     def is_due(self) -> bool:

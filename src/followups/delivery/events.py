@@ -37,7 +37,7 @@ _attempts = cache(metrics.ATTEMPTS.labels)
 
 @dataclass(frozen=True, slots=True)
 class Outage:
-    """A period in which this process makes no progress: its start (monotonic seconds), and the reason."""
+    """A period without progress in this process: its start (monotonic seconds), and the reason."""
 
     since: float
     why: str
@@ -60,7 +60,7 @@ def attempted(attempt: Attempt, transport: str) -> None:
     delivery = attempt.begun.delivery
     outcome = OUTCOME_NAMES[type(attempt.outcome)]
     seconds = attempt.duration.total_seconds()
-    # If a response was accepted although it was unusual, the transport describes it without quoting it.
+    # If an accepted response was unusual, the transport describes it without quoting it.
     odd = {"odd": attempt.outcome.detail} if isinstance(attempt.outcome, Sent) and attempt.outcome.detail else {}
     lag = (attempt.answered_at - delivery.due_date).total_seconds()
     _attempts(transport, outcome).inc()

@@ -154,7 +154,7 @@ class Pipeline:
         """Take due leases, begin and send them, and settle their outcomes, until the pipeline is drained."""
         await self._transport.open()
         if await self._upkeep.start(lambda: self._draining):
-            # If one loop crashes, the other loops end too, because a worker that only seems to work is worse than none.
+            # If one loop crashes, the other loops end too: a half-working worker is worse than none.
             async with asyncio.TaskGroup() as beside:
                 upkeep = beside.create_task(self._upkeep.run())
                 breaker = beside.create_task(self._breaker.run(self._waiting_for_breaker, self._check_again))

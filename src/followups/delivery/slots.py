@@ -25,7 +25,7 @@ loses a third lease, which would end the follow-up.
 
 
 class Slots:
-    """The ledger of slots: the free slots, the slots that each workspace uses, and the poison pill quota."""
+    """The ledger of slots: free slots, each workspace's slots, and the poison pill quota."""
 
     def __init__(self, number: int) -> None:
         """Allow ``number`` simultaneous calls."""

@@ -44,7 +44,7 @@ class Upkeep:
         self._rate_limits = rate_limits
 
     async def start(self, stopping: Callable[[], bool]) -> bool:
-        """Read the clock and the rate limits for the first time; return whether both were read.
+        """Read the clock and the rate limits for the first time; return whether this succeeded.
 
         The result is false only if ``stopping`` returned true before the database could be reached.
         """
@@ -55,7 +55,7 @@ class Upkeep:
     async def run(self) -> None:
         """Read the clock and the rate limits repeatedly, until cancelled.
 
-        A warning is logged once if this host's clock and the database's clock differ too much.
+        If this host's clock differs too much from the database's, one warning is logged.
         """
         was_off = False
         while True:

@@ -211,8 +211,8 @@ def _initialise(data: Path, run_as: tuple[int, int] | None, binaries: Path) -> N
             )
             raise EmbeddedError(message)
         return
-    # The collation is the same on every machine. 'trust' is safe because only permitted users can enter the socket's
-    # directory.
+    # The collation is the same on every machine. 'trust' is safe because the socket's directory admits only permitted
+    # users.
     arguments = ["--username=postgres", "--auth=trust", "--encoding=UTF8", "--no-instructions", "--no-sync"]
     arguments += ["--locale=C", "--locale-provider=builtin", "--builtin-locale=C.UTF-8"]
     as_user = {} if run_as is None else {"user": run_as[0], "group": run_as[1], "extra_groups": []}

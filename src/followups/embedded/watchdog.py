@@ -26,7 +26,7 @@ POLL = 0.02
 """Seconds between two checks of a process that has received its stop signal."""
 
 REMOVAL_TRIES = 50
-"""Number of tries to remove a directory, at intervals of `POLL`; a program may still be writing into the directory."""
+"""Number of tries, at intervals of `POLL`, to remove a directory still in use."""
 
 
 class Watchdog:

@@ -2,9 +2,9 @@
 
 Due follow-ups are deferred in the database (`followups.delivery.deferral`), and a few stay in the due queue. All
 workers share one state in Redis (`BreakerStore`). Deliveries continue while Redis is unreachable. While Redis is
-unreachable, a worker stops beginning follow-ups only after the configured number of its own attempts have failed in a
-row. The worker continues when it next queries Redis, some seconds later. If Redis is wiped, the breaker is closed, and
-new failures open it again.
+unreachable, a worker counts only its own failed attempts. After the configured number in a row, the worker begins no
+follow-ups. The worker continues when it next queries Redis, some seconds later. If Redis is wiped, the breaker is
+closed, and new failures open it again.
 
     closed -> open: so many different follow-ups failed, and none succeeded in between
     open -> probing: after a pause that doubles from one time to the next, a few may begin
@@ -224,7 +224,7 @@ class Breaker:
         """Use up a permit for each begun follow-up of a tripped workspace.
 
         ``keys`` are the workspace keys of all follow-ups that have begun. If the breaker opened in the meantime, there
-        may be fewer permits than follow-ups that need one.
+        may be too few permits.
         """
         if tripped := self.tripped:
             self.permits = max(0, self.permits - sum(key in tripped for key in keys))

@@ -293,8 +293,8 @@ class RateLimits:
         """Return for how long a follow-up is deferred.
 
         The deferral ends at the latest when the follow-up expires, so that the follow-up is ended on time. The due
-        queue releases follow-ups slightly before their due time, so this lead is added to the wait. If the due queue's
-        lead were not added to the wait, a follow-up would ask for a token before its turn.
+        queue releases follow-ups slightly before their due time, so this lead is added to the wait. Without this
+        addition, a follow-up would ask for a token before its turn.
         """
         wait = min(max(wait, SHORTEST) + self._lead, LONGEST)
         return wait if one.left is None else min(wait, one.left + SHORTEST + self._lead)

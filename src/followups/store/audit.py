@@ -164,7 +164,7 @@ def newest(
 ) -> Sequence[AuditEvent]:
     """Return the newest audit events, newest first.
 
-    ``before`` is the time and id of an event: only events older than that event are returned.
+    ``before`` is an event's time and id; only older events are returned.
     """
     query = select(AuditEvent).order_by(AuditEvent.at.desc(), AuditEvent.id.desc()).limit(limit)
     if wanted.workspace_id:

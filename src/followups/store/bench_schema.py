@@ -79,7 +79,7 @@ def release(connection: Connection, ids: Sequence[UUID]) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """The result of a benchmark: times in seconds, lags in milliseconds; lags are None if nothing was sent."""
+    """A benchmark's result: times in seconds, lags in milliseconds (None if nothing was sent)."""
 
     sent: int
     pending: int

@@ -85,7 +85,7 @@ def _plain(value: object) -> object:
 
 
 class BrowseCursor(NamedTuple):
-    """The position of a follow-up in the list, which is sorted newest first and then by id."""
+    """A follow-up's position in the list, which is sorted newest first, then by id."""
 
     created_at: datetime
     id: UUID
@@ -232,7 +232,7 @@ class FollowUpPage(NamedTuple):
 
     rows: list[Row]
     following: BrowseCursor | None
-    """The position from which the search continues, or None if the search has reached the end."""
+    """The position where the search continues, or None at the end."""
 
 
 def search(

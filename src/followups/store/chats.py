@@ -304,9 +304,9 @@ def receive(
 def _advance(chat: Any, message_id: UUID, role: Role, at: datetime) -> tuple[bool, dict[str, Any]]:  # noqa: ANN401 - a row
     """Return whether the message is the latest in its chat, and the new values of the chat's columns, if any.
 
-    The clock of the host that wrote the message may be fast. A message with a time in the future counts as written now;
-    otherwise every later reply would seem older than that message and cancel nothing. The time of an agent's message is
-    stored exactly, so a reply within the same second counts as later.
+    The clock of the host that wrote the message may be fast. A message with a time in the future counts as written now.
+    Otherwise, later replies would seem older and cancel nothing. The time of an agent's message is stored exactly, so a
+    reply within the same second counts as later.
     """
     counted = min(counts_as(at), chat.now)
     is_last = chat.last_message_at is None or chat.last_message_at <= counted

@@ -61,7 +61,7 @@ class Claim:
     low_water: datetime | None
     """The due time from which the next claim may start, unless rows are added with an earlier due date."""
     ended: tuple[tuple[UUID, Final], ...] = ()
-    """Follow-ups that have lost their lease and must not be retried; ``leases`` does not contain them."""
+    """Follow-ups not in ``leases``: their leases are lost, and they must not be retried."""
     in_grace: bool = False
     """Whether expired leases with an attempt in flight were left to their workers.
 

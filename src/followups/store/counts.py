@@ -7,12 +7,12 @@ follow-ups that ended in the last few minutes. A query that exceeds `LIMIT` is c
 
 The backlog is measured for metrics, which are read every few seconds. Counting ten million pending rows takes seconds.
 If a trigger maintained counters, each follow-up's insert and end would have to update one shared row. Rows are counted
-one by one only up to `BACKLOG_EXACT_UP_TO`, which exceeds the number of overdue follow-ups in a healthy system. Beyond
-that limit the numbers are the planner's estimates. The estimates are as exact as the last ANALYZE (which runs after 2 %
-of the rows have changed), and never below the number of rows already counted. On two busy cores with half a million
-rows pending, 36,000 of them overdue, the measurement took 16 ms. An exact count of pending rows takes 83 ms, and grows
-with their number. If 60,000 rows have just been sent and not yet vacuumed, the first measurement takes 287 ms, and
-later ones 13 to 16 ms. The time that the backlog's measurement takes does not depend on the number of rows.
+one by one only up to `BACKLOG_EXACT_UP_TO`. A healthy system has fewer overdue follow-ups than this limit. Beyond that
+limit the numbers are the planner's estimates. The estimates are as exact as the last ANALYZE (which runs after 2 % of
+the rows have changed), and never below the number of rows already counted. On two busy cores with half a million rows
+pending, 36,000 of them overdue, the measurement took 16 ms. An exact count of pending rows takes 83 ms, and grows with
+their number. If 60,000 rows have just been sent and not yet vacuumed, the first measurement takes 287 ms, and later
+ones 13 to 16 ms. The time that the backlog's measurement takes does not depend on the number of rows.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """SQL fragments that several statements share.
 
 In these fragments, ``f`` is a follow-up, ``c`` its chat, and ``b`` a batch of leases. Each follow-up is looked up by
-its key with LATERAL, because the planner's statistics are wrong right after a burst of inserts. Without LATERAL, the
-planner might read every pending row instead of looking up a hundred keys.
+its key with LATERAL. After a burst of inserts, the planner's statistics are wrong. Without LATERAL, the planner might
+read every pending row instead of looking up a hundred keys.
 """
 
 from __future__ import annotations

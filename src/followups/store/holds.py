@@ -112,8 +112,8 @@ def hold_if_leased(connection: Connection, holds: Sequence[Hold]) -> set[UUID]:
     return set(connection.scalars(_HOLD, parameters))
 
 
-# The next sending period is stored only if the sending hours have not changed since they were read. The statement does
-# not wait for locks, since many workers may compute the next sending period at the same time.
+# The next sending period is stored only if the sending hours have not changed meanwhile. The statement does not wait
+# for locks. Many workers may compute the next sending period at the same time.
 _OPEN_NEXT = text("""
     UPDATE sending_hours h SET open_from = :new_from, open_until = :new_until
       FROM (SELECT workspace_id FROM sending_hours

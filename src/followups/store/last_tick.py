@@ -1,12 +1,12 @@
-"""Dispatcher ticks: one dispatcher claims at a time, and each claim checks when the last tick ran.
+"""Dispatcher ticks: one dispatcher claims at a time, and checks when the last tick ran.
 
 One row of the database holds the claim lock and the last tick's time, because dispatchers cannot see each other's
 ticks. To enforce the in-flight limit, only one dispatcher at a time may count the follow-ups in flight.
 
-A long gap between ticks means an outage, or a database clock that was set forward. During such a gap, leases expire,
-although their workers may still be running and know the outcomes. Workers therefore get a grace period, in which they
-can record the outcomes of their attempts in flight. Until the grace period ends, the leases of attempts in flight are
-not claimed again.
+A long gap between ticks means an outage or a database clock set forward. During such a gap, leases expire, although
+their workers may still be running and know the outcomes. Workers therefore get a grace period, in which they can record
+the outcomes of their attempts in flight. Until the grace period ends, the leases of attempts in flight are not claimed
+again.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """The statements that begin, end or release leased follow-ups. Claims are in `followups.store.claims`.
 
-Beginning, ending or releasing a batch takes one guarded SQL statement. If a row is not returned, another transaction
-has ended, released or claimed its follow-up, which is a normal result. No statement in this module waits for another
-transaction's locks. Locked rows are skipped, reported and tried again.
+Beginning, ending or releasing a batch takes one guarded SQL statement. A missing row is normal: another transaction has
+ended, released or claimed its follow-up. No statement in this module waits for another transaction's locks. Locked rows
+are skipped, reported and tried again.
 """
 
 from __future__ import annotations

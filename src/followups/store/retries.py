@@ -29,7 +29,7 @@ FIRST = datetime(1, 1, 1, tzinfo=UTC)
 class Failures:
     """Criteria for the failed follow-ups to retry.
 
-    Failed follow-ups of a workspace are selected by time and reason, if they have not been retried yet.
+    Failed follow-ups are selected by time and reason, unless they have already been retried.
     """
 
     since: datetime

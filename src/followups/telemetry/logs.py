@@ -65,7 +65,7 @@ class _Configured:
 
 
 def configure_logging(settings_format: Literal["json", "console"] | None, level: str) -> None:
-    """Write every log line of this process with at least ``level`` to stderr, in one format.
+    """Write this process's log lines of at least ``level`` to stderr, in one format.
 
     Without ``settings_format`` the format is console on a terminal and JSON otherwise. A second call of the function
     replaces the configuration of the first.

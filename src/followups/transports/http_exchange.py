@@ -4,8 +4,8 @@ This module decides which calls may be repeated. libcurl requests the body after
 before it sends the first byte. Until libcurl requests the body, which it can get only once, nothing has been sent. If a
 kept connection ends without a response, or if an HTTP/2 server refuses a stream, libcurl itself tries again on another
 connection. To repeat a request on another connection, libcurl would have to rewind the body. Since the body cannot be
-rewound, libcurl gives up (CURLE_SEND_FAIL_REWIND). libcurl reports a refused stream (REFUSED_STREAM, GOAWAY) exactly
-like a lost stream, so both have an unknown outcome.
+rewound, libcurl gives up (CURLE_SEND_FAIL_REWIND). Refused streams (REFUSED_STREAM, GOAWAY) are reported exactly like
+lost streams, so a refused stream has an unknown outcome.
 """
 
 from __future__ import annotations

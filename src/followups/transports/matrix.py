@@ -24,8 +24,8 @@ if TYPE_CHECKING:
     from followups.settings import Settings
 
 EVENT_NAMESPACE = uuid5(NAMESPACE_URL, "https://matrix.to/")
-"""UUID namespace of the chat message ids. Event ids (``$...``) are not UUIDs, so a chat message's id is
-``uuid5(EVENT_NAMESPACE, event_id)``, which can be computed from the event.
+"""UUID namespace of the chat message ids. Event ids (``$...``) are not UUIDs. A chat message's id is therefore
+``uuid5(EVENT_NAMESPACE, event_id)``.
 """
 
 

@@ -250,7 +250,7 @@ def code_of(error: Exception) -> str:
 
 
 def _refuse_cluster(client: Any) -> None:  # noqa: ANN401 - of a class that kombu makes
-    """End the process with an error message if the broker is a cluster, which is not supported."""
+    """If the broker is a cluster, end the process with an error: clusters are not supported."""
     try:
         clustered = client.info("cluster").get("cluster_enabled")
     except NoPermissionError:

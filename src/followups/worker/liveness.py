@@ -7,8 +7,8 @@ even when the queues are empty (`followups.worker.broker.Consumer`). An idle wor
 often as a busy worker. The pipeline's event loop sends reports for as long as it runs. The dispatcher's thread reports
 while it is idle, and while it is busy for no longer than a tick can take.
 
-While the broker or the database is unreachable, or the database is read-only, all components keep retrying. Retrying
-also counts as progress. A process fails its liveness check only because of failures that a restart would fix. A restart
+While the broker is unreachable, or the database unreachable or read-only, all components keep retrying. Retrying also
+counts as progress. A process fails its liveness check only because of failures that a restart would fix. A restart
 during an outage would lose the outcomes that are not yet recorded. A worker therefore counts as alive during an outage,
 and its heartbeat shows what it waits for. `/readyz` and `followups doctor` show which server is unreachable.
 """

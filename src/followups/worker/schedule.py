@@ -40,7 +40,7 @@ log = get_logger(__name__)
 
 
 def beat_schedule(settings: Settings) -> dict[str, dict[str, Any]]:
-    """Return beat's schedule: a tick each interval, and the deletion of old rows once an hour."""
+    """Return beat's schedule: a tick each interval, and an hourly deletion of old rows."""
     return {
         "dispatch-due": {
             "task": "followups.dispatch_due",

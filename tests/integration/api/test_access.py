@@ -76,7 +76,7 @@ def test_transitions_have_the_requests_id(stack: Stack, logged: Api) -> None:
 
 
 def test_a_request_without_a_key_has_no_workspace(stack: Stack, logged: Api) -> None:
-    """A request without a key is logged without a workspace, even after a keyed one on the connection."""
+    """On a reused connection, a request without a key is logged without a workspace."""
     url = httpx.URL(logged.url)
     with socket.create_connection((url.host, url.port or 80)) as connection:
         first, second = uuid4().hex, uuid4().hex

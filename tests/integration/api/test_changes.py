@@ -106,7 +106,7 @@ class TestChange:
         ],
     )
     def test_bad_change(self, api: Api, changes: dict[str, Any], pointer: str) -> None:
-        """A forbidden change to a follow-up is rejected with 422 and an error that names the field.
+        """A forbidden change is rejected with 422 and an error that names the field.
 
         The rejected request changes nothing.
         """

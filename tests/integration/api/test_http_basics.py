@@ -28,7 +28,7 @@ HOSTILE = {"host": "attacker.example", "x-forwarded-host": "attacker.example", "
 
 
 def raw(api: Api, request: bytes, wait: float = 5) -> bytes:
-    """Send bytes on a new connection, and return all data received until it is closed or silent."""
+    """Send bytes on a new connection; return all data until the connection closes or falls silent."""
     url = urlsplit(str(api.client.base_url))
     assert url.hostname
     with socket.create_connection((url.hostname, url.port or 80), timeout=wait) as connection:

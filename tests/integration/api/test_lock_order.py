@@ -138,7 +138,7 @@ def test_reply_that_loses_a_deadlock(api: Api, engine: Engine) -> None:
 
 
 def test_create_that_loses_a_deadlock(api: Api, engine: Engine) -> None:
-    """If a deadlock aborts a create request with an Idempotency-Key, its retry creates only one follow-up.
+    """If a deadlock aborts a create request with an Idempotency-Key, the retry creates one follow-up.
 
     The response to the create request can be replayed.
     """

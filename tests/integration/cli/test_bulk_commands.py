@@ -72,7 +72,7 @@ class TestCancel:
         assert {row.status for row in world.rows()} == {"pending"}
 
     def test_one_chat(self, run: RunCommand, world: World) -> None:
-        """With --chat, a bulk cancel affects only the chat's pending follow-ups and stores the given reason."""
+        """With --chat, a bulk cancel affects only that chat's pending follow-ups and stores the reason."""
         chat = world.chat()
         ids = [world.follow_up(chat, HOUR * n) for n in range(1, 4)]
         other, ended = world.follow_up(due=HOUR), failed(world, chat=chat)
@@ -98,7 +98,7 @@ class TestCancel:
         assert run("cancel", "--workspace", world.workspace_id, "--yes", "--json").document["matched"] == 0
 
     def test_in_flight_follow_ups_are_only_not_retried(self, run: RunCommand, world: World) -> None:
-        """A bulk cancel does not end a follow-up in flight, but prevents its retry and counts it as in flight."""
+        """A bulk cancel does not end a follow-up in flight, but prevents its retry."""
         later = datetime.now(UTC) + HOUR
         in_flight = world.follow_up(begun_at=later, lease_until=later)
         waiting = world.follow_up(world.row(in_flight).chat_id, HOUR, waits_for=in_flight)

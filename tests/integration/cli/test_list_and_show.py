@@ -203,7 +203,7 @@ class TestShow:
 
 
 def test_the_help_explains_unsent_follow_ups(run: RunCommand, world: World) -> None:
-    """The top-level help shows a new user how to find out why a follow-up was not sent.
+    """The top-level help shows how to find out why a follow-up was not sent.
 
     The help names the command that finds a follow-up and the command that explains it.
     """

@@ -164,7 +164,7 @@ class TestWorkspace:
         assert counts(world) == {"audit_events": 1}
 
     def test_a_lost_lease_ends_without_a_tick(self, world: World) -> None:
-        """If a worker has crashed, its attempt ends once the lease has expired, even if no tick runs."""
+        """If a worker crashes, its attempt ends when the lease expires, even without a tick."""
         world.put_in_flight(world.follow_up())
         world.sql("UPDATE follow_ups SET lease_until = now() + interval '0.3 s'")
         delete(world.engine, DeletionScope(world.workspace_id))
@@ -223,7 +223,7 @@ class TestChat:
 
 
 def test_every_table_of_a_workspace_is_known() -> None:
-    """Every table that refers to a workspace has a column by which its rows are found for deletion."""
+    """Each table that refers to a workspace has a column for finding rows to delete."""
     referring: Sequence[Any] = [
         table
         for table in Base.metadata.sorted_tables

@@ -111,7 +111,7 @@ def test_a_retry_after_that_cannot_be_read_is_ignored(value: str) -> None:
 
 
 def test_a_date_is_measured_by_the_receivers_own_clock() -> None:
-    """With a Date header, the delay does not depend on the difference between the hosts' clocks."""
+    """If there is a Date header, clock differences between hosts do not affect the delay."""
     headers = {"retry-after": "Sun, 01 Mar 2026 12:00:30 GMT", "date": "Sun, 01 Mar 2026 12:00:20 GMT"}
     assert retry_after(headers, datetime(2020, 1, 1, tzinfo=UTC)) == timedelta(seconds=10)
     assert retry_after(headers | {"date": "yesterday"}, NOW) == timedelta(seconds=30)
@@ -152,7 +152,7 @@ def test_any_number_of_seconds_is_kept(seconds: int) -> None:
 @QUICK
 @given(st.binary(max_size=2_000))
 def test_an_excerpt_of_any_body_can_be_stored(body: bytes) -> None:
-    """An excerpt of any body has at most 200 characters, without NUL, and can be encoded as UTF-8."""
+    """An excerpt has at most 200 characters, no NUL, and can be encoded as UTF-8."""
     text = excerpt(body)
     assert len(text) <= 200
     assert "\x00" not in text

@@ -1,4 +1,4 @@
-"""Add the end of the grace period in which workers keep leases with an attempt in flight.
+"""Add the end of the grace period for leases with an attempt in flight.
 
 The grace period begins after a gap between ticks.
 """
