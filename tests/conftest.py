@@ -38,14 +38,14 @@ TEMPLATE, UNFINISHED = "template_migrated", "template_unfinished"
 """
 
 TEMPLATE_LOCK = 4_071_969
-"""The key of the advisory lock for creating the template; any number that nothing else uses."""
+"""The advisory lock for creating the template: any number that nothing else uses."""
 
 pytest_plugins = ["pgbouncer", "redis_server", "stack_fixtures"]
 
 # Tests start hundreds of processes. If no bytecode were written, each process would compile everything that it imports.
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 
-# Some tests send Ctrl-C, which a process and its children ignore if a shell has started the process in the background.
+# Some tests send Ctrl-C. A process that a shell started in the background ignores Ctrl-C, as do its children.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
@@ -81,7 +81,7 @@ class Servers:
             return self._postgres.url(), self._valkey.url()
 
     def address(self) -> str:
-        """Return the path of a socket, in a private directory, from which other processes read the URLs."""
+        """Return the path of a private socket from which other processes read the URLs."""
         if self._listener is None:
             self._listener = Listener(family="AF_UNIX")
             self._thread = threading.Thread(target=self._serve, args=(self._listener,), daemon=True)

@@ -120,7 +120,7 @@ class Api:
 
     def __post_init__(self) -> None:
         self.key_id, self.key = key_of(self.world)
-        # Certificates are loaded only if TLS is used, because loading them takes a tenth of a second.
+        # Certificates are loaded only for TLS, because loading takes a tenth of a second.
         headers = {"authorization": self.key}
         self.client = httpx.Client(base_url=self.url, headers=headers, timeout=20, verify=False)  # noqa: S501
 

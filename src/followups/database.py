@@ -69,7 +69,7 @@ RECENTLY = 1.0
 class BoundedConnection(psycopg.Connection[Any]):
     """A connection that is closed if its server stops responding.
 
-    libpq does not limit the wait for a response, and TCP detects nothing as long as a machine between client and server
+    libpq does not limit the wait for a response. TCP detects nothing while a machine between client and server
     acknowledges packets.
     """
 

@@ -70,7 +70,7 @@ WAYS = {
 def readable(*columns: str) -> str:
     """Return the SQL condition for times that Python can represent.
 
-    If a row contained a time outside this range, for example after a manual change, every query of the row would fail.
+    A manual change could store a time outside this range. Every query of that row would then fail.
     """
     named = ", ".join(columns)
     return (
@@ -330,8 +330,8 @@ class FollowUp(Base):
         CheckConstraint("attempts >= 0 AND losses >= 0 AND snoozes >= 0", name="budgets_are_counts"),
         CheckConstraint("begun_at IS NULL OR lease_until IS NOT NULL", name="begun_holds_lease"),
         CheckConstraint("waits_for IS NULL OR status = 'pending'", name="waiting_is_pending"),
-        # The claim's index contains due follow-ups, oldest first. Follow-ups that wait for an earlier follow-up in
-        # their chat are not in the index, because each claim would lease them and begin would refuse them.
+        # The claim's index contains due follow-ups, oldest first. The index excludes follow-ups that wait for an
+        # earlier one in their chat. Otherwise, each claim would lease follow-ups that begin then refuses.
         Index(
             "ix_follow_ups_due",
             text("COALESCE(next_attempt_at, due_date)"),
@@ -407,8 +407,8 @@ class FollowUp(Base):
     scheduled_at: Mapped[datetime] = mapped_column(server_default=func.now())
     """The time at which the due date or the chat was last set.
 
-    Lateness is counted from this time or from the due date, whichever is later. A follow-up whose due date was already
-    past when it was set is due immediately, but is not late yet.
+    Lateness is counted from this time or from the due date, whichever is later. A follow-up set to a past due date is
+    immediately due, but not yet late.
     """
     next_attempt_at: Mapped[datetime | None]
     """The time of the next attempt after a retry or a deferral, or None if the due date determines the time."""
@@ -657,7 +657,7 @@ class AuditEvent(Base):
     """The actor's name at the time of the event."""
     workspace_id: Mapped[UUID | None]
     workspace: Mapped[str | None]
-    """The workspace's name at the time of the event, or None if the event concerns all workspaces."""
+    """The workspace's name at the event's time, or None for an event of all workspaces."""
     action: Mapped[str]
     target_id: Mapped[UUID | None]
     """The follow-up, API key, chat or workspace that was changed, or None if the target has no id."""

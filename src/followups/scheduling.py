@@ -190,7 +190,7 @@ def retry(
 
 
 def retry_once(session: Session, follow_up_id: UUID) -> FollowUp:
-    """Create a new follow-up, due now, from a failed one that has not been retried yet.
+    """Create a new follow-up, due now, from a failed one that has no retry yet.
 
     The caller records the audit event. Raises `AlreadyRetriedError` if the failed follow-up has already been retried.
     Also raises the errors of `schedule`.

@@ -22,7 +22,7 @@ WAIT = 60.0
 """Seconds for which a migration waits for another migration to end."""
 
 PATIENCE = 600.0
-"""The number of seconds for which a migration tries to lock tables that are used by long transactions."""
+"""The seconds for which a migration tries to lock tables used by long transactions."""
 
 
 def alembic_config(database_url: str = "", *, wait: float = WAIT, patience: float = PATIENCE) -> Config:
@@ -37,8 +37,8 @@ def migrate(database_url: str, revision: str = "head", *, wait: float = WAIT, pa
     """Migrate the database to ``revision``.
 
     Concurrent migrations are safe: the second migration waits for the first, and then finds nothing to do. Raises
-    `FollowUpsError` if another migration keeps its lock for ``wait`` seconds, or if a long transaction keeps a table
-    locked for ``patience`` seconds.
+    `FollowUpsError` if another migration keeps its lock for ``wait`` seconds. Also raises `FollowUpsError` if a long
+    transaction locks a table for ``patience`` seconds.
     """
     command.upgrade(alembic_config(database_url, wait=wait, patience=patience), revision)
 

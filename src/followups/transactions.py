@@ -1,11 +1,11 @@
 """A transaction whose outcome is known even if the response to its commit is lost.
 
-A connection that breaks during a commit leaves the outcome unknown. If the outcome of a claim, begin or settle stayed
-unknown, the rows might be leased without the process knowing it, and would be delayed by a whole lease. To avoid an
-unknown outcome, a statement registers a query (`ask_if_lost`) that reads what the statement has written. If the
-commit's response is lost, the query runs on whichever server is then reachable. The server that is reached may be a
-promoted standby, which either has the rows that were written or does not. The id of the lost transaction would prove
-nothing, since the new server may have given it to another transaction.
+A connection that breaks during a commit leaves the outcome unknown. If an outcome stayed unknown, rows might be leased
+without the process's knowledge. Such rows would be delayed by a whole lease. To avoid an unknown outcome, a statement
+registers a query (`ask_if_lost`) that reads what the statement has written. If the commit's response is lost, the query
+runs on whichever server is then reachable. The server that is reached may be a promoted standby, which either has the
+rows that were written or does not. The id of the lost transaction would prove nothing, since the new server may have
+given it to another transaction.
 """
 
 from __future__ import annotations
@@ -92,9 +92,9 @@ def _was_committed(engine: Engine, question: Question) -> bool:
 async def in_loop(engine: AsyncEngine, work: Callable[[Engine, Unpack[Ts]], T], *arguments: *Ts) -> T:
     """Run ``work(engine, ...)``, written for an `Engine`, on an event loop without blocking the loop.
 
-    This function uses no thread. If threads used the database while the event loop is busy, they and the loop would
-    compete for the interpreter lock (GIL) at each round trip. With four threads, 1,500 follow-ups/s were measured, and
-    the event loop spent 39 % of its time waiting for Python's global lock.
+    This function uses no thread. At each round trip, threads would compete with the event loop for Python's global
+    lock. With four threads, 1,500 follow-ups/s were measured, and the event loop spent 39 % of its time waiting for
+    Python's global lock.
     """
     return await greenlet_spawn(work, engine.sync_engine, *arguments)
 

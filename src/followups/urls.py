@@ -153,8 +153,8 @@ def port_of(text: str | None, default: str) -> str:
 def broker_url(text: str) -> str:
     """Return the URL in a form that redis-py, kombu and Flower interpret identically.
 
-    Raises ValueError with a reason. kombu verifies a server certificate only if the URL says so, whereas redis-py
-    always verifies it.
+    Raises ValueError with a reason. kombu verifies a server certificate only if the URL requests this. redis-py always
+    verifies a server certificate.
 
     >>> broker_url("rediss://:p/a?s#s@broker?ssl_cert_reqs=CERT_REQUIRED&db=3")
     'rediss://:p%2Fa%3Fs%23s@broker/3?ssl_cert_reqs=required'

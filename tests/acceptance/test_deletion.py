@@ -1,4 +1,4 @@
-"""Tests of deleting a workspace and a chat during deliveries; a killed deletion is run again."""
+"""Tests that delete a workspace and a chat during deliveries, and rerun a killed deletion."""
 
 from __future__ import annotations
 

@@ -40,7 +40,7 @@ def test_each_at_its_due_date(running: Stack) -> None:
 
 
 def test_scheduled_in_a_callers_transaction(running: Stack) -> None:
-    """A follow-up of a committed transaction is sent; after a rollback the follow-up does not exist."""
+    """A follow-up is sent after a commit, and does not exist after a rollback."""
     chat_id = running.world.chat()
     now = running.world.scalar("SELECT now()")
     with Session(running.world.engine) as session:

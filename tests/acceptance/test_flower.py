@@ -1,4 +1,4 @@
-"""Tests for Flower: it listens only on this machine or requires a password, and shows readable tasks."""
+"""Tests that Flower requires a password or listens only locally, and shows readable tasks."""
 
 from __future__ import annotations
 

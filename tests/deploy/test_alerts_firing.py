@@ -74,7 +74,7 @@ def unanswered(stack: Stack) -> None:
 
 
 def too_slow(stack: Stack) -> None:
-    """Make a hundred follow-ups due, with one slot and a chat server that takes half a second per call."""
+    """Make a hundred follow-ups due, with one slot and half a second per call."""
     replaced(stack, "FOLLOWUPS_CONCURRENCY", "1")
     if not stack.world.scalar("SELECT count(*) FROM follow_ups"):
         stack.behave(kind="slow", delay=0.4)
@@ -148,7 +148,7 @@ FAULTS: list[tuple[Callable[[Stack], None], set[str], set[str]]] = [
     (locked, {"FollowUpsTicksSlow"}, {"FollowUpsDatabaseUnreachable", "FollowUpsWebDown", "FollowUpsTicksStopped"}),
     (no_sessions, {"FollowUpsDatabaseUnreachable"}, {"FollowUpsTicksStopped"}),
 ]
-"""Each fault, with the alert that it must trigger and the other alerts that it may trigger."""
+"""The required alert and the other permitted alerts of each fault."""
 
 
 @pytest.mark.parametrize(("fault", "woken", "besides"), FAULTS, ids=[fault.__name__ for fault, _, _ in FAULTS])

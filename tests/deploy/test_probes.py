@@ -15,7 +15,7 @@ PROCESSES = ("web", "worker", "beat")
 
 
 def probes() -> dict[str, list[str]]:
-    """Return the probes' commands, keyed by their places; each place ends with the name of the process."""
+    """Return each probe's command, keyed by a place that ends with the process's name."""
     found = {}
     for name, service in compose()["services"].items():
         if name in PROCESSES:

@@ -25,7 +25,7 @@ accepted must be in the state sent, unless its reason contains this text.
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """The requests that were acknowledged to a test, and the follow-ups that were sent by other means."""
+    """The requests acknowledged to a test, and the follow-ups sent by other means."""
 
     created: frozenset[UUID] = frozenset()
     """The follow-ups whose creation was confirmed by the system."""

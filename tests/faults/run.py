@@ -136,7 +136,7 @@ def report(lines: list[dict[str, Any]], earlier: str) -> str:
     """Return the results as Markdown; results of tests that were not run are copied from ``earlier``.
 
     Most fault tests have a short and a long form. For each long form that was not run, the earlier result is copied.
-    The earlier results of the short forms are copied only if no short form was run.
+    Earlier results of short forms are copied only if no short form was run.
     """
     short, long = _rows(lines, "short"), _rows(lines, "long")
     kept = {key: row for key, row in _earlier_rows(earlier, "Long forms").items() if key not in long}

@@ -83,7 +83,7 @@ def behind_stuck(rig: Rig, figures: Figures, count: int, spread: float) -> None:
 
 
 def test_stuck_chats(rig: Rig, figures: Figures) -> None:
-    """Five thousand follow-ups behind two stuck ones cause no calls, and a reply cancels all of them."""
+    """5,000 follow-ups behind two stuck ones cause no calls, and a reply cancels them all."""
     behind_stuck(rig, figures, count=5_000, spread=1.5)
 
 

@@ -134,7 +134,7 @@ class TestOrder:
 
 
 def test_lost_leases_of_an_unblocked_follow_up(world: World, steps: Steps) -> None:
-    """The count of a follow-up's lost leases does not change while the follow-up is parked in its chat."""
+    """The count of lost leases does not change while a follow-up is parked."""
     chat = world.chat()
     earlier = world.follow_up(chat, -SECOND)
     later = world.follow_up(chat, losses=2, waits_for=earlier)

@@ -62,7 +62,7 @@ class TestPostgres:
         engine.dispose()
 
     def test_only_the_owner_can_connect(self, postgres: EmbeddedPostgres) -> None:
-        """The embedded PostgreSQL listens on a socket in a private directory and on no TCP port."""
+        """The embedded PostgreSQL listens only on a socket in a private directory."""
         socket_directory = _directory_of(postgres) / "socket"
         assert stat.S_IMODE(socket_directory.stat().st_mode) == 0o700
         with psycopg.connect(postgres.url()) as connection:
@@ -84,7 +84,7 @@ class TestPostgres:
     def test_committed_data_survives_restart_and_kill(
         self, postgres: EmbeddedPostgres, end: Callable[[EmbeddedPostgres], None]
     ) -> None:
-        """After a restart, even after a SIGKILL, the embedded server has the same URL and every confirmed commit."""
+        """Even after a SIGKILL, the embedded server keeps its URL and all confirmed commits."""
         url = postgres.url()
         with psycopg.connect(url, autocommit=True) as connection:
             connection.execute("DROP TABLE IF EXISTS survivor")

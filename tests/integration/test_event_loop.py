@@ -186,7 +186,7 @@ async def test_in_a_greenlet(world: World, engine: Engine, database_url: str) ->
 
 
 async def test_in_a_greenlet_lost_sessions_are_dropped_together(world: World, database_url: str) -> None:
-    """After the first lost connection or the first rejected write, the pool replaces all its connections."""
+    """After the first lost connection or rejected write, the pool replaces all its connections."""
     in_a_loop = make_async_engine(url_for_any_server(database_url), pool_size=SESSIONS, application_name="lost")
     write = partial(written, statement=RENAME, more="+")
     await in_loop(in_a_loop, open_sessions)

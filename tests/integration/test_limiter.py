@@ -257,7 +257,7 @@ STEPS = [-timedelta(days=1), timedelta(minutes=-1), timedelta(minutes=1), timede
 
 @pytest.mark.parametrize("step", STEPS, ids=str)
 async def test_the_clock_is_set(clock: ServerClock, limiter_settings: Settings, step: timedelta) -> None:
-    """If the clock of Redis is changed, tokens are still added at the usual rate, up to the burst."""
+    """If Redis's clock is changed, tokens are still added at the usual rate."""
     limiter = Limiter(limiter_settings, PATIENCE)
     limit = bucket(rate=1, burst=2)
     waiting = [request(since, limit) for since in range(9)]

@@ -36,7 +36,7 @@ STATES = "SELECT max(last_tick_at) FROM dispatcher_state"
 
 
 def locked_when_the_earlier_one_was_cancelled(world: World, settings: Settings) -> UUID:
-    """Return a follow-up whose row was locked when an earlier follow-up of its chat was cancelled."""
+    """Return a follow-up that was locked when its chat's earlier follow-up was cancelled."""
     chat = world.chat()
     first, second = world.follow_ups_at_once([(chat, -2 * SECOND), (chat, -SECOND)])
     leases = claim(world.engine, settings).leases

@@ -224,7 +224,7 @@ class TestAmend:
                 scheduling.amend(caller.session, created.id, changes, workspace_id=uuid4())
 
     def test_cancel(self, caller: Caller) -> None:
-        """A cancel ends the follow-up with the caller's reason, or with the default code if there is none.
+        """A cancel ends the follow-up with the caller's reason or the default code.
 
         A repeated cancel has no effect.
         """

@@ -93,7 +93,7 @@ class TestGap:
         assert claimed(engine, settings) == [follow_up]
 
     def test_not_begun(self, world: World, engine: Engine, settings: Settings) -> None:
-        """A leased follow-up that has not begun is claimed by the first tick after a gap.
+        """After a gap, the first tick claims leased follow-ups that have not begun.
 
         Before an attempt begins, the worker has no outcome to record.
         """
@@ -231,7 +231,7 @@ class TestOneAtATime:
         assert claims_of_first_tick == 1
 
     def test_waits_and_claims_without_another_tick(self, world: World, engine: Engine, settings: Settings) -> None:
-        """A dispatcher waits while another dispatcher is claiming, and then claims without waiting for a tick."""
+        """If another dispatcher is claiming, a dispatcher waits and then claims without another tick."""
         rare = settings.model_copy(update={"tick_interval": MINUTE})
         world.follow_up()
         hints: list[Hint] = []

@@ -73,7 +73,7 @@ def attempt(begun_one: Begun, outcome: Outcome) -> Attempt:
 
 
 def hours_of_24(world: World) -> None:
-    """For the workspace, insert sending hours that exclude the current time and that Python cannot read."""
+    """Insert sending hours that exclude the current time and that Python cannot read."""
     unchecked(world, "sending_hours")
     world.sql(
         "INSERT INTO sending_hours (workspace_id, time_zone, opening, closing, days, open_from, open_until)"
@@ -83,7 +83,7 @@ def hours_of_24(world: World) -> None:
 
 
 def endless_window(world: World) -> None:
-    """Put the workspace outside its sending hours, and set the time of every chat's last user message to infinity."""
+    """Put the workspace outside its sending hours, and every chat's last user message at infinity."""
     unchecked(world, "chats")
     world.sql(
         "UPDATE chats SET channel = 'whatsapp', last_user_message_at = 'infinity' WHERE workspace_id = :id",

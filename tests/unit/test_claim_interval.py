@@ -50,8 +50,7 @@ def test_the_interval_converges(rate: float, window: int, pause: float) -> None:
 def test_size_of_claim(window: int, expected: int) -> None:
     """A claim takes half of the window.
 
-    However, a claim in a small window takes a certain minimum, and a claim in a large window takes only as many as fit
-    into a short claim.
+    However, a claim has a minimum size in a small window. In a large window, a claim must remain short.
     """
     assert size_of_claim(window) == expected
 
@@ -96,6 +95,6 @@ def test_the_window_is_refilled_in_time(dispatchers: int, rate: int) -> None:
 
 @pytest.mark.parametrize("dispatchers", [1, 2, 4])
 def test_few_claims(dispatchers: int) -> None:
-    """A tick does not begin with several small claims, since each of them would read all follow-ups in flight."""
+    """A tick begins with no small claims, since each would read all follow-ups in flight."""
     _, claims = sent(dispatchers, rate=5000, seconds=20)
     assert claims <= 20 * 3

@@ -108,7 +108,7 @@ class Access:
 
 
 def request_id_of(headers: Iterable[tuple[bytes, bytes]]) -> str:
-    """Return the request id from the headers, or a new id if the header is missing or unsafe.
+    """Return the safe request id in the headers, or else a new id.
 
     >>> request_id_of([(b"x-request-id", b"abc-1")])
     'abc-1'

@@ -1,4 +1,4 @@
-"""Links to the previous and the next page (RFC 8288), and the starting points from which deep pages are read by key."""
+"""Links to the previous and next page (RFC 8288), and the starting points of deep pages."""
 
 from __future__ import annotations
 

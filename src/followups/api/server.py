@@ -38,7 +38,7 @@ MAX_WIRE_SIZE = 1024 * 1024 * 5 // 4
 """Maximum bytes of a body on the wire: the largest body plus a quarter for chunk framing."""
 
 CHUNK_COST = 32
-"""Bytes added to the size of each chunk of a body, because parsing even a one-byte chunk takes 1 us."""
+"""Bytes added to each chunk's size, because parsing even a one-byte chunk takes 1 us."""
 
 MAX_PIPELINED = 16
 """Maximum number of pipelined requests that may wait on one connection."""

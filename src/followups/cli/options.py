@@ -1,4 +1,4 @@
-"""Arguments and options that several commands share, and parsers for the times, durations, days and rates in them."""
+"""Arguments and options that several commands share, and the parsers of their values."""
 
 from __future__ import annotations
 
@@ -189,7 +189,7 @@ def parse_rate(text: str) -> float:
 
 
 def default_burst(rate: float) -> int:
-    """Return the default burst: the number of follow-ups that the rate allows in one second, but at least one.
+    """Return the default burst: the follow-ups that the rate allows per second, at least one.
 
     >>> default_burst(50), default_burst(1 / 3)
     (50, 1)

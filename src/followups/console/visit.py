@@ -37,7 +37,7 @@ MAX_FIELDS = 300
 
 
 class Fields:
-    """The fields of a form or query string, in the order in which they were sent."""
+    """The fields of a form or query string, in the order sent."""
 
     def __init__(self, encoded: str) -> None:
         """Parse the fields. Raises `InvalidRequestError` if there are too many or any is not valid UTF-8."""
@@ -210,7 +210,7 @@ class Visit:
         return found
 
     def menu(self) -> list[tuple[str, str, str]]:
-        """Return the menu entries that the viewer may see, each with its path, name and permission."""
+        """Return the menu entries that the viewer may see, each with path, name and permission."""
         return [entry for entry in MENU if self.may(entry[2])]
 
     def is_at(self, path: str) -> bool:

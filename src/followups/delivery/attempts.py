@@ -52,7 +52,7 @@ class BatchResult:
     retry_later: tuple[Lease, ...] = ()
     """Follow-ups to be tried again shortly, because another transaction has locked their rows."""
     deferred: tuple[tuple[Lease, timedelta], ...] = ()
-    """Follow-ups that remain leased, each with the time until a rate limit allows the follow-up to begin."""
+    """Follow-ups that remain leased, each with the wait that a rate limit requires."""
     unblocked: tuple[Lease, ...] = ()
     """Follow-ups that waited for an ended follow-up, and are now unblocked and leased to the caller."""
     blocking: tuple[UUID, ...] = ()

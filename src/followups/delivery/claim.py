@@ -53,12 +53,11 @@ This time covers the statement and the longest pause before the statement is tri
 
 
 def rhythm_of(settings: Settings) -> Rhythm:
-    """Return the longest harmless gap between ticks, and the grace period that follows a longer gap.
+    """Return the longest harmless gap between ticks, and the grace period after a longer gap.
 
     During a longer gap, leases may expire unnoticed. In the grace period, their workers can record the outcomes. After
     an outage, a worker must connect before it can record its outcomes. If the database's clock has been set forward,
-    calls that have just begun need time to end. With the default settings the grace period is 13 s, after a gap of more
-    than 3 s.
+    calls that have just begun need time to end. By default, the grace period is 13 s, after a gap of more than 3 s.
     """
     known_within = max(settings.transport_timeout + GRACE, _connecting(settings.database_url.get_secret_value()))
     # If the interval between ticks is longer than a lease, a lease can expire between any two ticks without being

@@ -31,8 +31,8 @@ class DatabaseClock:
 
     A sample means that the database's time was ``read`` at some time between ``asked`` and ``answered``. The estimate
     uses ``read`` as the time at ``answered``. The error of the estimate is at most the travel time of the answer. The
-    estimate is never ahead of the database's clock, so no follow-up is sent early. The sample with the quickest answer
-    has the smallest error and the largest offset, so the largest offset of the last samples is used.
+    estimate is never ahead of the database's clock, so no follow-up is sent early. A quicker answer means a smaller
+    error and a larger offset. The largest offset of the last samples is therefore used.
     """
 
     def __init__(self, seconds: Callable[[], float] = uptime) -> None:

@@ -50,7 +50,7 @@ DEFER_SIZE = 500
 BUSY = 0.5
 """A batch's duration divided by the length of the pause after it: the pause is twice as long as the batch.
 
-Without this pause, the begin statements of other workers would have to wait for the database.
+Without this pause, begin statements of other workers would have to wait for the database.
 """
 SOONEST = LONGEST / 2
 SPREAD = 10_000

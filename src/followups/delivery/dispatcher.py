@@ -53,7 +53,7 @@ SKIPPED_FOR = 60.0
 
 BACKOFF = 0.05
 LONGEST_BACKOFF = 4.0
-"""Longest pause in seconds between two attempts to reach the database; each pause is twice the previous one."""
+"""Longest pause in seconds between two attempts to reach the database; pauses double."""
 AFTER_ANOTHER = 0.01
 """Seconds before a claim is tried again if another dispatcher is claiming; each further pause is twice as long.
 
@@ -168,7 +168,7 @@ class Dispatcher:
         """Return the seconds until the next claim, or None if that claim needs a tick."""
         if self._in_grace:
             return IN_GRACE
-        # A possible reason for the requested tick is that a row was inserted below the low-water mark.
+        # The tick may have been requested because of a row inserted below the low-water mark.
         if self._claimed_from_all:
             return None
         return max(0.0, max(self._next_whole, self._interval.next) - time.monotonic())

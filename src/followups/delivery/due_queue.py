@@ -93,7 +93,7 @@ class DueQueue:
         self.defer(lease._replace(refusals=min(lease.refusals + 1, 10)), delay)
 
     async def next_batch(self, breaker: Breaker) -> list[Lease]:
-        """Wait for due leases and free slots, and take the leases; return no leases once the queue is closed."""
+        """Wait for due leases and free slots; return no leases once the queue is closed."""
         while not self._closed:
             await self._gather()
             if self._closed:

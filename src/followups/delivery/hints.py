@@ -1,9 +1,9 @@
 """Hints: the messages that are sent through the broker after a claim's commit, written and parsed here.
 
-A hint lists follow-ups with their lease tokens and due times, so the worker does not have to query them. A hint
-contains no message text and is not trusted. A hint may be lost, repeated or late without harm, because begin reads the
-follow-up's row. A hint also contains the keys of the workspace queues. A worker that ignores these keys, or receives
-none during an upgrade, still sends the same follow-ups.
+A hint lists follow-ups with lease tokens and due times, so workers need no query. A hint contains no message text and
+is not trusted. A hint may be lost, repeated or late without harm, because begin reads the follow-up's row. A hint also
+contains the keys of the workspace queues. A worker that ignores or lacks these keys (during an upgrade) still sends the
+same follow-ups.
 """
 
 from __future__ import annotations

@@ -77,8 +77,7 @@ def hold_or_end(obstacle: Obstacle, max_lateness: timedelta) -> Hold | Final | N
 def closed_until(obstacle: Obstacle) -> datetime | None:
     """Return when sending hours next open, or None if none are set or they are open at the time of sending.
 
-    The sending period stored in the database is valid until it ends, whatever time zone data this machine has. This
-    function is pure.
+    A stored sending period is valid until its end, whatever this machine's time zone data. This function is pure.
     """
     hours, moment = obstacle.hours, obstacle.send_time
     if hours is None:

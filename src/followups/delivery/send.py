@@ -59,8 +59,8 @@ async def send(
     """Wait until the follow-up is due and call the transport once, within ``limit``.
 
     The transport is never called early. If ``latest`` (an `uptime`) has passed, the transport is not called and the
-    result is None. If ``latest`` has passed, the process was frozen, and another worker might lease the follow-up
-    before the answer to the call arrives. The only exception that this function raises is cancellation.
+    result is None. ``latest`` passes only in a frozen process. Another worker might lease the follow-up before the
+    call's answer arrives. The only exception that this function raises is cancellation.
     """
     # A timer uses another clock and may fire a little early, so the remaining time is checked again.
     while (wait := clock.until(begun.lease.due)) > 0:  # noqa: ASYNC110 - time is what is waited for

@@ -72,7 +72,7 @@ class Upkeep:
 async def repeat_until_done(
     engine: AsyncEngine, work: Callable[[Engine], object], step: str, stopping: Callable[[], bool] = lambda: False
 ) -> bool:
-    """Do the work, and repeat it while the database is unreachable; return whether the work succeeded.
+    """Repeat the work while the database is unreachable; return whether the work succeeded.
 
     The work is not repeated once ``stopping`` returns true.
     """

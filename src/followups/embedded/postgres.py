@@ -45,8 +45,8 @@ STOP_WITHIN = timedelta(seconds=30)
 """Maximum duration of a fast shutdown. A fast shutdown ends the sessions and writes a checkpoint."""
 
 SETTINGS = {
-    # TCP is disabled in favour of a Unix socket, whose directory only the owner (and root) can enter. There is
-    # therefore no password to generate, leak or lose, and the server cannot be reached over the network.
+    # TCP is disabled. Only the owner and root can enter the directory of the Unix socket. There is therefore no
+    # password to generate, leak or lose, and the server cannot be reached over the network.
     "listen_addresses": "''",
     "unix_socket_permissions": "0700",
     "max_connections": "200",

@@ -12,8 +12,8 @@ closed, and new failures open it again.
     recovering -> closed: the rate of begins doubles every second until nothing needs to wait
 
 The breaker affects only tripped workspaces: those whose most recent attempts have all failed. Follow-ups of all other
-workspaces begin without restriction. Even a workspace with thousands of chats that all fail therefore does not delay a
-workspace with occasional failures.
+workspaces begin without restriction. A workspace with thousands of failing chats therefore does not delay one with
+occasional failures.
 
 (Nygard, "Release It!", 2nd edition, 2018, chapter 5; the slow start is nginx's and Envoy's.)
 """
@@ -179,7 +179,7 @@ class BreakerStore:
 
 
 class Breaker:
-    """A worker's part of the breaker: it records outcomes, reports them, and decides what may begin."""
+    """A worker's breaker, which records and reports outcomes, and decides what may begin."""
 
     def __init__(self, store: BreakerStore | None, transport: str, failures: int) -> None:
         """Create a breaker that opens after ``failures`` different follow-ups have failed in a row.
@@ -309,7 +309,7 @@ class Breaker:
 
 @dataclass(frozen=True, slots=True)
 class BreakerStatus:
-    """The breaker's state as displayed, with its age in seconds, the failed probes and the tripped workspaces."""
+    """The breaker's displayed state, its age in seconds, the failed probes and the tripped workspaces."""
 
     state: str
     seconds: float

@@ -69,7 +69,7 @@ def user_of_process(way: Way) -> Actor:
 
 
 class Action(StrEnum):
-    """The recorded action, with a singular name for an action on one object and a plural name for a bulk command."""
+    """The recorded action: singular for an action on one object, plural for a bulk command."""
 
     FOLLOW_UP_CREATED = "follow_up.created"
     FOLLOW_UP_CHANGED = "follow_up.changed"

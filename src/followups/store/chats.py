@@ -42,7 +42,7 @@ CANCELLING = {Role.USER: ReasonCode.USER_REPLIED, Role.OPERATOR: ReasonCode.HUMA
 class RecordedMessage:
     """A recorded chat message.
 
-    ``new`` is False if the message was already recorded earlier, in which case nothing was changed.
+    If the message was already recorded, ``new`` is False and nothing was changed.
     """
 
     id: UUID

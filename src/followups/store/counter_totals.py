@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from sqlalchemy import Connection, Engine
 
 Sample = tuple[str, str]
-"""The name and the labels of a sample; the labels are a JSON object with sorted keys."""
+"""The name and labels of a sample; the labels are JSON with sorted keys."""
 
 INTERVAL = timedelta(seconds=1)
 """The longest time for which a count exists only in its process's memory and would be lost in a crash."""

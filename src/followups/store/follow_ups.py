@@ -33,8 +33,8 @@ if TYPE_CHECKING:
 
 
 MOST_PENDING = 10_000
-"""The largest number of pending follow-ups in a chat. A reply cancels all pending follow-ups of a chat in one
-transaction, which takes half a second if the chat has this many.
+"""The largest number of pending follow-ups in a chat. A reply cancels all these follow-ups in one transaction, in half
+a second.
 """
 
 FIELDS = (

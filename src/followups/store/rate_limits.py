@@ -232,7 +232,7 @@ BATCH = 1000
 def release(
     connection: Connection, scope: tuple[UUID | None, str | None], longest: timedelta, without: Collection[UUID] = ()
 ) -> Halved[UUID, int]:
-    """End the deferral of up to a thousand follow-ups deferred by a rate limit, which are then due immediately.
+    """Release up to a thousand follow-ups deferred by a rate limit; each is then due.
 
     Only follow-ups whose deferral was at most ``longest`` are released. ``scope`` is the limit's workspace and channel;
     None means all. Follow-ups whose ids are in ``without`` are skipped. Returns the released follow-ups, and those

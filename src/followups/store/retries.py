@@ -61,7 +61,7 @@ def count_failed(connection: Connection, failures: Failures) -> int:
 
 
 class FailureCursor(NamedTuple):
-    """The position at which a batch of retries ended; follow-ups are ordered by the time of their failure."""
+    """The position where a batch of retries ended, in the order of failures."""
 
     finished_at: datetime = FIRST
     id: UUID = NIL
@@ -100,7 +100,7 @@ _NOTE = text("UPDATE follow_ups SET retry_of = :original WHERE id = :id")
 
 
 def last_of(session: Session, follow_up_id: UUID) -> UUID:
-    """Return the last follow-up of a chain of retries, or the given follow-up if it has no retry.
+    """Return the last retry in a chain, or the given follow-up if there is none.
 
     A caller that adds a retry to the chain must have locked the chat first.
     """

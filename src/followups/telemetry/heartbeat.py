@@ -1,9 +1,9 @@
 """Heartbeat files: each worker or beat writes its state to a file that supervisors read.
 
-Each process keeps one small file in the runtime directory, and rewrites the file every second. The file lists the
-components that must make progress (the consumer, the dispatcher, ...), each with the time by which it must report
-again. Reading the file requires neither Celery nor the broker, so a check costs little more than starting a Python
-interpreter. A broker outage does not make supervisors restart the processes, because a restart cannot fix it.
+Each process keeps one small file in the runtime directory, and rewrites the file every second. For each component that
+must make progress, the file contains the deadline of its next report. Reading the file requires neither Celery nor the
+broker, so a check costs little more than starting a Python interpreter. A broker outage does not make supervisors
+restart the processes, because a restart cannot fix it.
 
 - Times are on the monotonic clock, which all processes of a machine share. So setting the wall clock raises no alarm,
   and after a machine has slept, its processes do not count as dead.
@@ -60,9 +60,9 @@ class HeartbeatError(Exception):
 def default_directory() -> Path:
     """Return the default runtime directory.
 
-    Each user has a separate directory, since the directory of another user could be a trap. The directory is not below
-    ``XDG_RUNTIME_DIR``, which exists in a login session but not in a service. If this directory were used, a process in
-    a login session and a service would look for each other's files in different directories.
+    Each user has a separate directory, since the directory of another user could be a trap. ``XDG_RUNTIME_DIR`` is not
+    used, because it exists in login sessions but not in services. If this directory were used, a process in a login
+    session and a service would look for each other's files in different directories.
     """
     try:
         parent = tempfile.gettempdir()
@@ -221,8 +221,7 @@ class ProcessState:
 def read_states(directory: Path, role: str, name: str = "") -> list[ProcessState]:
     """Return the state of each process of a role on this machine, or only of the process called ``name``.
 
-    ``name`` is the name of a Celery node, or the part of that name before the ``@``. Processes that have ended are not
-    included.
+    ``name`` is a Celery node's name, or the part before the ``@``. Processes that have ended are not included.
     """
     documents = [document for path in _files(directory, role) if (document := _read(path)) is not None]
     return [

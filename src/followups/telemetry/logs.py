@@ -112,7 +112,7 @@ class Lines:
         self.name = name
         self._finished: deque[str] = deque()
         self._starts: dict[str, str] = {}
-        """For each event, the JSON of the keys that are the same in each of its lines."""
+        """For each event, the JSON of the keys that all its lines share."""
 
     def info(self, event: str, **fields: object) -> None:
         """Collect a line."""

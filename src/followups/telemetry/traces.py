@@ -5,10 +5,9 @@ Tracing is off, and costs almost nothing, unless the environment names a collect
 standard variables work as OpenTelemetry describes them (``OTEL_SERVICE_NAME``, ``OTEL_TRACES_SAMPLER``, headers,
 ``OTEL_SDK_DISABLED``, ...). Spans are exported as OTLP over HTTP.
 
-Each process creates its tracer provider after the fork, because the exporter's thread would not survive a fork. The
-provider is not registered globally. Libraries that find a global provider add spans with texts outside our control. The
-attributes of spans are only ids and numbers. Exception messages are left out, since they may quote a follow-up's
-message.
+Each process creates its tracer provider after the fork, which the exporter's thread would not survive. The provider is
+not registered globally. Libraries that find a global provider add spans with texts outside our control. The attributes
+of spans are only ids and numbers. Exception messages are left out, since they may quote a follow-up's message.
 """
 
 from __future__ import annotations

@@ -22,7 +22,7 @@ class Delivery:
     """One attempt to deliver a message into a chat. ``attempt`` counts from 1."""
 
     follow_up_id: UUID
-    """The follow-up's id, which is also the idempotency key and is the same on every attempt."""
+    """The follow-up's id, which is also the idempotency key of every attempt."""
     workspace_id: UUID
     chat_id: UUID
     channel: str

@@ -227,8 +227,8 @@ def current_process() -> Process:
 
 def _collect_seldom() -> None:
     # All objects that exist by now are kept, so the garbage collector need not scan them. Objects that deliveries
-    # allocate contain no cycles, and are freed by reference counting. With the default thresholds of the garbage
-    # collector, collections took a fifth of the worker's time under load.
+    # allocate contain no cycles, and are freed by reference counting. With default thresholds, garbage collection took
+    # a fifth of a loaded worker's time.
     gc.collect()
     gc.freeze()
     gc.set_threshold(50_000, 20, 50)

@@ -1,4 +1,4 @@
-"""Celery's log lines in the project's format, with the task's id in every line that a task causes."""
+"""Celery's log lines in the project's format, with the id of the task."""
 
 from __future__ import annotations
 

@@ -9,8 +9,9 @@ while it is idle, and while it is busy for no longer than a tick can take.
 
 While the broker is unreachable, or the database unreachable or read-only, all components keep retrying. Retrying also
 counts as progress. A process fails its liveness check only because of failures that a restart would fix. A restart
-during an outage would lose the outcomes that are not yet recorded. A worker therefore counts as alive during an outage,
-and its heartbeat shows what it waits for. `/readyz` and `followups doctor` show which server is unreachable.
+during an outage would lose the outcomes that are not yet recorded. A worker therefore counts as alive during an outage.
+The worker's heartbeat shows what the worker is waiting for. `/readyz` and `followups doctor` show which server is
+unreachable.
 """
 
 from __future__ import annotations

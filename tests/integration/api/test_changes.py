@@ -126,7 +126,7 @@ class TestChange:
         is_problem(api.patch(api.create(), chatId=api.chat("api", "user")), 409, "nothing-to-follow-up")
 
     def test_messaging_window(self, api: Api) -> None:
-        """The new due date of a follow-up must be within the messaging window of the channel."""
+        """The new due date of a follow-up must be within the channel's messaging window."""
         created = api.create(api.chat("whatsapp", "user", "agent"), in_days(0.5))
         is_problem(api.patch(created, dueDate=in_days(2)), 422, "outside-messaging-window")
         assert api.patch(created, dueDate=in_days(0.6)).status_code == 200

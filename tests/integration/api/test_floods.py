@@ -112,7 +112,7 @@ class Web:
 
     @contextmanager
     def flooded(self, what: str) -> Iterator[Flood]:
-        """Measure the cost of a block of code; the yielded cost is complete when the block ends."""
+        """Yield the cost of a code block; the cost is complete when the block ends."""
         flood, over = Flood(), threading.Event()
         cpu, memory, peak = self.cpu(), self.memory(), [0.0]
 

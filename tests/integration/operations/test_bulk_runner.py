@@ -73,7 +73,7 @@ def state(world: World, action_id: UUID) -> tuple[Any, ...]:
 
 
 def test_a_retry_over_the_quota_is_skipped(world: World) -> None:
-    """A bulk action in the console creates retries up to the quota; it skips and counts the remaining ones.
+    """A bulk retry in the console skips and counts the follow-ups over the quota.
 
     The runner then performs the next bulk action.
     """

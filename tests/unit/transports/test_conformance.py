@@ -26,7 +26,7 @@ TIMEOUT = 0.25
 
 @pytest.fixture(params=RIGS)
 async def rig(request: pytest.FixtureRequest) -> AsyncIterator[TransportRig]:
-    """Return each transport after opening it, with a timeout that is long enough for any machine."""
+    """Return each opened transport, with a timeout that is long enough for any machine."""
     async with RIGS[request.param](10.0) as made:
         yield made
 

@@ -56,7 +56,7 @@ class Scenario:
 
     parts: tuple[ScenarioStep, ...]
     failures: dict[str, int]
-    """The number of times that the receiver responds with 500 in each chat before it accepts a message."""
+    """The number of 500 responses in each chat before the receiver accepts a message."""
     refused: frozenset[str]
     """The chats in which the receiver responds with 403."""
     replies: dict[str, float]
@@ -205,7 +205,7 @@ class DemoRun:
     def schedule(self, call: timedelta) -> list[Scheduled]:
         """Create every follow-up.
 
-        All follow-ups are created before the first one is due, provided that no request takes more than twice ``call``.
+        If no request takes more than twice ``call``, all follow-ups exist before any is due.
         """
         lead = max(timedelta(seconds=LEAST_LEAD), 2 * call * len(self._scenario.parts))
         self.start = datetime.now(UTC) + lead

@@ -33,7 +33,7 @@ REFUSAL = {"error": "refused by the sandbox"}
 
 @dataclass(slots=True)
 class Message:
-    """A message in the chat: either a follow-up with its attempts, or a participant's message without attempts."""
+    """A message in the chat: a follow-up with attempts, or a participant's message without attempts."""
 
     id: str
     role: str
@@ -65,8 +65,7 @@ class Conversation:
 
     chat_id: str
     changed: int = 0
-    """A number that increases with every change to any chat, so the most recently changed chat has the greatest number.
-    """
+    """A number that increases with every change to any chat."""
     total: int = 0
     """Number of all messages so far, including messages that are no longer kept."""
     messages: dict[str, Message] = field(default_factory=dict)
