@@ -184,8 +184,7 @@ def make_async_engine(
     """
     url = parse(database_url)
     arguments = _arguments(url, pool_size, application_name)
-    # The pool does not reset returned connections, because the `with` block has already rolled back uncommitted
-    # changes.
+    # The pool does not reset connections: the `with` block has already rolled back uncommitted changes.
     engine = create_async_engine(url, **arguments | {"pool_pre_ping": False, "pool_reset_on_return": None})
     _replace_dropped(engine.sync_engine)
     _test_what_lay_idle(engine.sync_engine)
@@ -292,7 +291,7 @@ class _Pooler:
 
 
 def _drop_read_only(context: ExceptionContext) -> None:
-    """Treat a read-only session as broken: close the session and all older connections of its pool."""
+    """Close a read-only session and all older connections of its pool."""
     if getattr(context.original_exception, "sqlstate", None) == READ_ONLY:
         context.is_disconnect = True
 

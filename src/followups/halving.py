@@ -30,7 +30,7 @@ class Halved(Generic[T, R]):
 
 
 def halve(batch: Sequence[T], work: Callable[[Sequence[T]], R]) -> Halved[T, R]:
-    """Do the work for a whole batch, and split the batch in half whenever a row's content makes it fail.
+    """Do the work for a batch, and halve any batch with a row that fails.
 
     The halving ends when a batch contains only the failing row. Any other error is raised if no part of the batch has
     been done yet.

@@ -369,7 +369,7 @@ class FollowUp(Base):
             postgresql_where=text("chat_message_id IS NOT NULL"),
         ),
         # This index serves queries for follow-ups that ended recently (lag, throughput, retries) or long ago (pruning).
-        # New entries are added at the index's right edge, and follow-ups that are settled together have the same key.
+        # New entries are added at the index's right edge. Follow-ups that are settled together have the same key.
         Index("ix_follow_ups_finished", "finished_at", postgresql_where=text("finished_at IS NOT NULL")),
         Index("ix_follow_ups_retry_of", "retry_of", unique=True, postgresql_where=text("retry_of IS NOT NULL")),
         # This index contains only the follow-ups that are held by a pause or by sending hours. The index is usually
@@ -448,8 +448,8 @@ class FollowUp(Base):
     sendable_from: Mapped[datetime | None]
     """The first time at which the sending hours allow the message to be sent, or None if they never held the follow-up.
 
-    If the first possible time is in the future, it is derived from the current sending hours. A time that is already
-    past is not changed, even if the sending hours change. A follow-up's lateness is counted from this time.
+    A first possible time in the future is derived from the current sending hours. A time that is already past is not
+    changed, even if the sending hours change. A follow-up's lateness is counted from this time.
     """
     limited_until: Mapped[datetime | None]
     """The time of the next attempt as set by a rate limit or the breaker.

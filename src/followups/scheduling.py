@@ -98,7 +98,7 @@ def scheduling_alone(
     """Apply the rule of `schedule` in a single statement, which needs no transaction.
 
     Return None if a single statement is not enough to apply the rule. When None is returned, nothing has been changed.
-    If the result is None, the caller uses `scheduling`, which creates the follow-up or raises the error.
+    On None, the caller uses `scheduling`, which creates the follow-up or raises the error.
     """
     check_planned(Planned(chat_id, message, due_date))
     return (
@@ -202,7 +202,7 @@ def retry_once(session: Session, follow_up_id: UUID) -> FollowUp:
 
 
 def _failed(session: Session, follow_up_id: UUID) -> FollowUp:
-    """Return the failed follow-up and lock its chat, so that no other transaction can retry it."""
+    """Lock the chat against other retries, and return the failed follow-up."""
     old = follow_ups.find(session, follow_up_id, None)
     if old is None:
         raise FollowUpNotFoundError
@@ -256,7 +256,7 @@ def amending(
     fresh = {name: value for name, value in changes.items() if getattr(found, name) != value}
     if not fresh:
         return found
-    # On an event loop, the workspace's id is not looked up, because the caller has passed it.
+    # On an event loop, the caller passes the workspace's id.
     event = _event(actor, workspace_id or found.workspace_id, found, fresh)
     if found.status in FINAL:
         changed = yield from _amend_finished(found, fresh)

@@ -49,7 +49,7 @@ def downgrade(database_url: str, revision: str) -> None:
 
 
 def is_ready(current: str | None) -> bool:
-    """Return whether this code works with a schema of this version: its own newest version or a newer one.
+    """Return whether this schema version is this code's newest version or a newer one.
 
     Migrations only add to the schema, so that old processes keep working while an upgrade replaces them one by one.
     """

@@ -142,7 +142,7 @@ def _check_port(port: str) -> None:
 
 
 def port_of(text: str | None, default: str) -> str:
-    """Return the port from the environment, or the default if the variable was set by Kubernetes for a Service.
+    """Return the port from the environment, or the default if Kubernetes set the variable.
 
     >>> port_of("9000", "8000"), port_of("tcp://10.0.0.7:80", "8000"), port_of(None, "8000")
     ('9000', '8000', '8000')

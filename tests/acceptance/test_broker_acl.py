@@ -58,7 +58,7 @@ def permissions(stack: Stack) -> dict[str, Any]:
 
 
 def test_all_keys_have_the_prefix(under_acl: tuple[Stack, redis.Redis]) -> None:
-    """Deliveries, rate limits, breaker, API rate limit and remote control use only keys under the prefix."""
+    """All keys of deliveries, limits, breaker and remote control have the prefix."""
     stack, admin = under_acl
     stack.start()
     assert followups(stack, "limit", "set", "100/s", "--each", "chat", "--channel", "api").returncode == 0
@@ -98,7 +98,7 @@ def test_doctor_names_forbidden_commands(under_acl: tuple[Stack, redis.Redis]) -
 
 
 def test_doctor_reports_refused_writes(under_acl: tuple[Stack, redis.Redis]) -> None:
-    """Doctor reports a broker that is a replica, or that refuses writes because its memory is full."""
+    """Doctor reports a broker that is a replica or refuses writes for lack of memory."""
     stack, admin = under_acl
     admin.config_set("maxmemory", 1)
     found = permissions(stack)

@@ -237,7 +237,7 @@ def test_two_workers_and_two_beats(stack: Stack) -> None:
 
 
 def test_stop_drains(stack: Stack) -> None:
-    """On SIGTERM a worker settles its calls in flight, returns its other leases, and exits in time."""
+    """On SIGTERM, a worker settles calls in flight, returns other leases and exits in time."""
     # If the worker kept a follow-up when it stopped, the follow-up would not be sent while this test waits. The timeout
     # is so long that no response is late, even on a busy machine.
     stack.options |= {"FOLLOWUPS_LEASE": "120", "FOLLOWUPS_TRANSPORT_TIMEOUT": "20"}

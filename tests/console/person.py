@@ -1,4 +1,4 @@
-"""Acts as a person at the console without a browser: an HTTP client with a cookie, and page parsers."""
+"""A person at the console without a browser: an HTTP client and page parsers."""
 
 from __future__ import annotations
 

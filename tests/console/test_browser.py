@@ -93,7 +93,7 @@ def test_every_page_is_accessible(options: dict[str, object], window: Callable[.
 
 
 def test_a_links_token_is_removed_from_the_url(window: Callable[..., BrowserWindow], own: World) -> None:
-    """The sign-in page removes the token from the URL's fragment before it makes any other request."""
+    """The sign-in page removes the token from the URL's fragment before any other request."""
     sitting = window()
     asked: list[str] = []
     sitting.page.on("request", lambda request: asked.append(request.url))

@@ -41,7 +41,7 @@ SECRET = "whsec_MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw"  # noqa: S105 - of a server th
 
 @pytest.fixture
 def servers(tmp_path: Path) -> Iterator[dict[str, str]]:
-    """Return the database's URL by role and the broker's URL by user, on servers that accept TLS only."""
+    """Return the URLs of TLS-only servers: the database's by role, the broker's by user."""
     assert replica.INSTALLED
     authority = trustme.CA()
     trusted = tmp_path / "ca.pem"

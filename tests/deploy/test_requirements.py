@@ -35,7 +35,7 @@ def pinned(requirement: Requirement) -> Version:
 
 @pytest.mark.parametrize("name", LISTS)
 def test_each_is_pinned_and_hashed(name: str) -> None:
-    """Each requirement is pinned to one version with its SHA-256 hashes, and contains no host, index or path."""
+    """Each requirement is pinned with SHA-256 hashes, and contains no host, index or path."""
     for requirement, hashes in entries(name).values():
         assert pinned(requirement)
         assert requirement.url is None

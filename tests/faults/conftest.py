@@ -1,4 +1,4 @@
-"""Fixtures of the fault tests: the seed, the system under test, and a recorder of figures."""
+"""Fixtures of the fault tests: seed, system under test, and recorder of figures."""
 
 from __future__ import annotations
 

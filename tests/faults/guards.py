@@ -212,7 +212,7 @@ def result_settles_again(scene: Scene) -> None:
 
 
 def reply_in_flight_is_forgotten(scene: Scene) -> None:
-    """Receive a user's reply while an attempt is in flight, and then let the attempt fail."""
+    """Let a user's reply arrive during an attempt that then fails."""
     chat_id = scene.world.chat()
     scene.world.follow_up(chat_id)
     (begun,) = scene.begin(scene.lease())

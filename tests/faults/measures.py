@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from world import World
 
 NOTICE = timedelta(seconds=0.5)
-"""The minimum time from a follow-up's creation to its due date: several ticks, so that it can be on time."""
+"""Minimum time from creation to due date: several ticks, so that follow-ups can be on time."""
 
 
 PORTION = 2_000

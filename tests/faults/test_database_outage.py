@@ -132,7 +132,7 @@ def test_sessions_ended_for_minutes(rig: Rig, figures: Figures) -> None:
 
 
 def test_started_before_its_servers(breakable: Rig) -> None:
-    """If worker and beat start before their servers, they log what is missing, wait, and then start."""
+    """If worker and beat start before their servers, they log what is missing and wait."""
     assert breakable.postgres
     assert breakable.valkey
     servers = (breakable.postgres, breakable.valkey)

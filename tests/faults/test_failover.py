@@ -215,8 +215,7 @@ def test_several_hosts_in_the_url() -> None:
 def test_a_begin_lost_in_an_asynchronous_failover_fails(broker_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """If a failover loses a begin and its answer is lost too, the begin counts as failed immediately.
 
-    The worker does not wait for the lost begin, and does not confuse the lost transaction with a transaction that has
-    the same id on the new primary.
+    A new transaction with the same id is not mistaken for the lost transaction.
     """
     with Replicated(synchronous=False) as postgres:
         make_roles(postgres.url())

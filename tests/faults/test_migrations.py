@@ -123,7 +123,7 @@ def from_old_versions(
 
 @pytest.mark.parametrize("version", OLD)
 def test_during_an_idle_reader(world: World, engine: Engine, figures: Figures, version: str) -> None:
-    """A migration blocked by an idle reader delays others by less than 3 s; its error names the reader."""
+    """If an idle reader blocks a migration, others are delayed by less than 3 s."""
     from_old_versions(world, engine, figures, [(version, READER)], patience=1)
 
 

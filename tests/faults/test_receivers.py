@@ -247,5 +247,5 @@ def test_long_storm_of_429(rig: Rig, figures: Figures) -> None:
 
 @pytest.mark.faults_long
 def test_long_outage(rig: Rig, figures: Figures) -> None:
-    """After a one-minute outage at a hundred follow-ups per second, the receiver gets every message once."""
+    """After a one-minute outage at 100 follow-ups per second, the receiver gets every message once."""
     outage(rig, figures, rate=100, seconds=60)

@@ -80,7 +80,7 @@ def _rule_of(kind: str) -> Any:
 
 
 def drive(world: World, settings: Settings, seed: int, examples: int) -> None:
-    """Run the given number of examples, each of up to forty steps and generated from the seed."""
+    """Run examples of up to forty steps, generated from the seed."""
     how = hypothesis.settings(
         max_examples=examples,
         stateful_step_count=40,

@@ -172,7 +172,7 @@ def test_fails_again(own: Settings) -> None:
 
 
 def test_probes_that_never_end(own: Settings) -> None:
-    """If a worker crashes without reporting the outcomes of its probes, other workers may send probes."""
+    """If a worker crashes without reporting its probes, other workers may send probes."""
 
     async def script(store: BreakerStore) -> None:
         await opened(store)

@@ -123,7 +123,7 @@ class TestPostgres:
             server.url()
 
     def test_kept_data_is_durable(self, open_directory: Path) -> None:
-        """Data in a given directory is durable, and the next server for this directory uses it.
+        """If a directory is given, the next server there uses the same data.
 
         While a server runs, a second server for the same directory is rejected.
         """

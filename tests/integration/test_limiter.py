@@ -72,7 +72,7 @@ def request(since: int, *buckets: Bucket, id_: UUID | None = None) -> TokenReque
 
 
 def assert_never_faster(moments: list[int], limit: Bucket) -> None:
-    """Check that grants in any period never exceed a full bucket plus the tokens added in the period."""
+    """Check that grants in any period never exceed a full bucket plus the tokens added."""
     moments = sorted(moments)
     for first, start in enumerate(moments):
         for last in range(first, len(moments)):

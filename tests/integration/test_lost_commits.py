@@ -130,7 +130,7 @@ def delivery(world: World, settings: Settings) -> DeliverySteps:
 
 @pytest.mark.parametrize("name", STEPS)
 def test_answer_lost_after_the_commit(delivery: DeliverySteps, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A delivery step counts as done if its commit succeeded, even if the response to the commit is lost."""
+    """If only the commit's response is lost, the delivery step counts as done."""
     step = STEPS[name](delivery)
     break_once(monkeypatch, psycopg.Connection.commit)
     before = delivery.rows()

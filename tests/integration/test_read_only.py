@@ -50,7 +50,7 @@ def write_as_a_claim(engine: Engine) -> None:
 def test_sessions_opened_on_a_read_only_server_are_dropped(
     world: World, database_url: str, write: Callable[[Engine], None]
 ) -> None:
-    """The first write that is rejected as read-only drops all sessions of the pool, and the next write succeeds."""
+    """If a write is rejected as read-only, all sessions are dropped; the next write succeeds."""
     assert world
     engine = make_engine(url_for_any_server(database_url), pool_size=SESSIONS)
     with read_only(database_url):
@@ -65,7 +65,7 @@ def test_sessions_opened_on_a_read_only_server_are_dropped(
 
 
 async def test_an_event_loop_drops_its_sessions_too(world: World, database_url: str) -> None:
-    """A worker's event loop also drops its read-only sessions, even those that it has used recently."""
+    """A worker's event loop also drops its read-only sessions, even those used recently."""
     assert world
     engine = make_async_engine(url_for_any_server(database_url), pool_size=SESSIONS)
     with read_only(database_url):

@@ -352,7 +352,7 @@ class TestChats:
         assert caller.schedule(chat_id)
 
     def test_immediate_answer(self, caller: Caller) -> None:
-        """A user's message is never dated in the future, so an agent's immediate answer is always later."""
+        """If an agent answers immediately, the answer is dated after the user's message."""
         chat_id = uuid4()
         now = caller.session.execute(text("SELECT now()")).scalar_one()
         caller.receive(chat_id, Role.USER, now.replace(microsecond=0))

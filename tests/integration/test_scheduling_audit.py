@@ -1,4 +1,4 @@
-"""Each manual change to a follow-up is an audit event in the caller's transaction; a reply is not."""
+"""Each manual change, but no reply, is an audit event in the caller's transaction."""
 
 from __future__ import annotations
 

@@ -30,7 +30,7 @@ def events(engine: Engine, wanted: AuditFilter | None = None, limit: int = 100) 
 
 
 def test_events_name_the_key_and_the_workspace(world: World) -> None:
-    """An audit event identifies a workspace by name, and an API key by its prefix and its name, if it has one."""
+    """An audit event contains the workspace's name, and the API key's prefix and name."""
     with Session(world.engine) as session, session.begin():
         named, _ = api_keys.create(session, world.workspace_id, "website")
         nameless, _ = api_keys.create(session, world.workspace_id)

@@ -1,4 +1,4 @@
-"""Tests of dispatcher ticks: one dispatcher claims at a time, and after a pause in ticks, workers settle first."""
+"""Tests of ticks: one dispatcher claims at a time; after a pause, workers settle first."""
 
 from __future__ import annotations
 
@@ -103,7 +103,7 @@ class TestGap:
         assert claimed(engine, settings) == [follow_up]
 
     def test_in_flight_counts(self, world: World, engine: Engine, settings: Settings) -> None:
-        """An attempt that is left to its worker during the grace period still counts as in flight."""
+        """An attempt left to its worker during the grace period counts as in flight."""
         one = settings.model_copy(update={"max_in_flight": 1})
         world.follow_up(due=-MINUTE)
         in_flight(engine, one)

@@ -121,7 +121,7 @@ def test_probes_run_before_each_write(tmp_path: Path) -> None:
 
 
 def test_the_directory(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """The heartbeat directory is the configured one, or by default a per-user directory in the temporary directory."""
+    """The heartbeat directory is the configured one, or a per-user temporary directory."""
     assert directory_of(str(tmp_path)) == tmp_path
     monkeypatch.setattr(heartbeat.tempfile, "gettempdir", lambda: str(tmp_path))
     assert directory_of("") == directory_of(None) == tmp_path / f"followups-{os.getuid()}"

@@ -170,7 +170,7 @@ def test_the_platforms_usual_names_are_read_too(
 
 @pytest.mark.parametrize("field", ["database_url", "broker_url"])
 def test_a_missing_required_setting_is_named(monkeypatch: pytest.MonkeyPatch, field: str) -> None:
-    """If a required URL is missing, startup fails with an error that names the setting and gives an example."""
+    """If a required URL is missing, the error names the setting and an example."""
     monkeypatch.delenv(environment_name(field))
     with pytest.raises(SettingsError, match=rf"^{environment_name(field)} is required: set it to .*\w+://.*\.$"):
         load_settings()

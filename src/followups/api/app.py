@@ -172,8 +172,7 @@ def _routes() -> FastAPI:
         swagger_ui_oauth2_redirect_url=None,
         redirect_slashes=False,
         strict_content_type=False,
-        # By default, newer versions of FastAPI trace and log requests including their bodies, which contain message
-        # texts.
+        # By default, newer versions of FastAPI trace and log request bodies, which contain message texts.
         telemetry={"auto_configure": False, "tracing": False, "metrics": False, "logs": False},
         exception_handlers={
             FollowUpsError: _error_response,

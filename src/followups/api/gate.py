@@ -2,7 +2,7 @@
 
 The key is checked first, so the body of an unauthenticated request is never read. The whole body is read before any
 other component handles the request. A slow client therefore occupies a socket, but no thread and no database
-connection. A request for anything other than the API and the console needs no key, has no body, and is answered from
+connection. Requests outside the API and the console need no key and have no body. Such requests are answered from
 memory.
 """
 

@@ -24,7 +24,7 @@ SHARE = 6
 """Maximum number of database connections that one workspace uses at a time, out of 8 in the pool."""
 
 WAITING_SHARE = 128
-"""Maximum number of one workspace's requests that are running or waiting: half of the process's limit."""
+"""Maximum of a workspace's running and waiting requests: half of the process's limit."""
 
 BUSY = 32
 """Once a workspace has this many requests running or waiting, its further requests use a turnstile."""
@@ -57,7 +57,7 @@ class Throttle:
 
 
 class RequestLimits:
-    """The limits of each workspace: `SHARE` requests run at a time, and `WAITING_SHARE` run or wait."""
+    """The limits of each workspace: `SHARE` running requests, and `WAITING_SHARE` running or waiting requests."""
 
     def __init__(self) -> None:
         """Create the limits; no workspace has an entry yet."""

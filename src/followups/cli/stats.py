@@ -261,7 +261,7 @@ class Attempts:
 
 
 def sparkline(numbers: Sequence[int]) -> str:
-    """Return numbers as a one-line bar chart, in which the highest number is a full bar.
+    """Return numbers as a one-line bar chart; the highest number is a full bar.
 
     >>> sparkline([0, 1, 2, 4, 8])
     ' ▁▂▄█'

@@ -93,7 +93,7 @@ def own_origin(public_url: str | None, scheme: str, host: str) -> str:
 
 
 def origin_refusal(headers: Mapping[str, str], own: str, *, configured: bool) -> Sentence | None:
-    """Return why the request is refused, or None if it comes from the console's own pages.
+    """Return why the request is refused, or None for requests from the console's own pages.
 
     >>> origin_refusal({"origin": "http://localhost:8000"}, "http://localhost:8000", configured=False)
     """

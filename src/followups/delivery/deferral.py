@@ -37,8 +37,8 @@ if TYPE_CHECKING:
 SHARE = 1024
 """Divisor of the in-flight limit: a worker requests 1/1024 of the limit each time, but at most a lease per slot.
 
-A worker keeps at most the leases from two requests, so a hundred workers keep at most a fifth of the window. A probe
-needs only three follow-ups from all workers together.
+A worker keeps at most two requests' leases. A hundred workers keep at most a fifth of the window. A probe needs only
+three follow-ups from all workers together.
 """
 SHARE_WHILE_RECOVERING = 128
 """Divisor of the window during recovery, while the rate of begins rises.

@@ -129,7 +129,7 @@ def failed(step: str, error: Exception, engine: Engine) -> None:
     why = f"its {step} fails (see its log)"
     if is_passing(error):
         why = "the database is read-only" if is_read_only(error) else "the database is unreachable"
-        # The text of the error is not logged, because the server's detail message may quote a row.
+        # The error's text is not logged, because the server's detail may quote a row.
         database = engine.url.render_as_string(hide_password=True)
         log.warning("database_unreachable", step=step, error=type(error).__name__, database=database)
     elif reason := unfit(error):
@@ -171,7 +171,7 @@ def refused(step: str, follow_up_id: UUID, error: Exception) -> None:
 
 
 def clock_off(ahead: float) -> None:
-    """Log that this host's clock differs much from the database's, which affects only the times in logs."""
+    """Log that this host's clock differs much from the database's; only log times are affected."""
     log.warning("clock_off", ahead_s=round(ahead, 1))
 
 

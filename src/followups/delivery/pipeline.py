@@ -123,7 +123,7 @@ class Pipeline:
         self.ask(self._close)
 
     def drain(self, limit: timedelta) -> int:
-        """Begin no further follow-ups, wait for calls in flight, settle them, and release the unused leases.
+        """Begin no more follow-ups, settle the calls in flight, and release the unused leases.
 
         Returns the number of results that could not be recorded within ``limit``; the leases of their follow-ups will
         expire.

@@ -45,8 +45,8 @@ STOP_WITHIN = timedelta(seconds=30)
 """Maximum duration of a fast shutdown. A fast shutdown ends the sessions and writes a checkpoint."""
 
 SETTINGS = {
-    # TCP is disabled. Only the owner and root can enter the directory of the Unix socket. There is therefore no
-    # password to generate, leak or lose, and the server cannot be reached over the network.
+    # TCP is disabled. Only the owner and root can enter the directory of the Unix socket. So there is no password to
+    # leak, and no access over the network.
     "listen_addresses": "''",
     "unix_socket_permissions": "0700",
     "max_connections": "200",
@@ -94,8 +94,8 @@ class EmbeddedPostgres(EmbeddedServer):
     def __init__(self, data: Path | None = None, *, parent: Path | None = None) -> None:
         """Keep the data in ``data``; if ``data`` is None, delete the data when the server stops.
 
-        ``parent`` is the parent of the temporary directory. If ``parent`` is in an in-memory file system
-        (`memory_directory`), a database is copied ten times as fast.
+        ``parent`` is the parent of the temporary directory. In an in-memory file system (`memory_directory`), a
+        database is copied ten times as fast.
         """
         super().__init__(parent)
         self._kept = data

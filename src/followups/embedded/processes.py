@@ -86,7 +86,7 @@ class Processes:
     ) -> Child:
         """Start a command with ``environment`` added to our own environment, and wait until it is ready.
 
-        Raises `EmbeddedError`, with the end of the command's log, if the command ends early or is not ready in time.
+        If the command does not become ready, raises `EmbeddedError` with the end of the log.
         """
         echo = self._echo
         command = Command(

@@ -25,7 +25,7 @@ START_WITHIN = timedelta(seconds=30)
 STOP_WITHIN = timedelta(seconds=10)
 
 START_TRIES = 3
-"""Number of times the start is tried, since another program may take a free port before the server listens on it."""
+"""Number of tries, since another program may take the port before the server listens."""
 
 
 class EmbeddedValkey(EmbeddedServer):

@@ -24,7 +24,7 @@ ASK_AGAIN = 0.2
 LOCK_TIMEOUT = "2s"
 """How long a change to a table waits for the lock on that table.
 
-All other transactions on the table queue behind a waiting change, so a migration delays each of them by less than three
+Other transactions on the table wait behind such a change. A migration therefore delays each of them by less than three
 seconds.
 """
 

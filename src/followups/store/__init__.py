@@ -13,8 +13,8 @@ Every operation that creates, changes or cancels a follow-up for a caller locks 
 chat message and removing a chat also lock the chat first. A transaction that changes several chats locks them in
 ascending order of their ids.
 
-The dispatcher's statements lock no chat, and never wait for a lock on a follow-up: they skip locked rows (``SKIP
-LOCKED``) and retry them later. The bulk cancel, the release of held follow-ups and pruning also skip locked rows. A
-caller's change never locks a follow-up in flight, because the lock would delay the follow-up's settlement. A reply is
-the exception: it briefly locks the chat's follow-ups in flight to request their cancellation.
+The dispatcher's statements lock no chat. Locked follow-ups are skipped (``SKIP LOCKED``) and retried later. The bulk
+cancel, the release of held follow-ups and pruning also skip locked rows. A caller's change never locks a follow-up in
+flight, because the lock would delay the follow-up's settlement. A reply is the exception: it briefly locks the chat's
+follow-ups in flight to request their cancellation.
 """

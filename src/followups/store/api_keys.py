@@ -156,7 +156,7 @@ _RECORD_USE = Statement("""
 
 @Rule
 def record_use(key_id: UUID) -> Steps[bool]:
-    """Record that the API key is in use, without waiting for locks; return whether this call recorded it.
+    """Return whether this call recorded the API key's use, without waiting for locks.
 
     At most one use per minute is recorded for each key.
     """
@@ -180,5 +180,5 @@ def hash_of(key: str) -> bytes | None:
 
 
 def _checksum(key: str) -> str:
-    """Return the checksum of the first part of an API key: its CRC-32 in URL-safe base 64."""
+    """Return the checksum of an API key's first part: the CRC-32 in URL-safe base 64."""
     return urlsafe_b64encode(crc32(key.encode()).to_bytes(4)).decode().rstrip("=")

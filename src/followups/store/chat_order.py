@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 # Because of the lock, the earlier follow-up can end only after this transaction has committed. When the earlier
 # follow-up ends, it unblocks the parked follow-up. If another transaction is about to end the earlier follow-up, that
-# follow-up's row is skipped, and the caller tries again shortly.
+# row is skipped. The caller tries again shortly.
 _LOCK_EARLIER = text(f"""
     SELECT f.id FROM follow_ups f
      WHERE f.id = ANY(CAST(:ids AS uuid[])) AND {OPEN}

@@ -9,8 +9,8 @@ Each claim is one guarded statement, which skips rows that another transaction h
 The planner's statistics are updated here because the claim needs them first. Autovacuum updates the statistics only
 minutes later. Until autovacuum has run, the planner estimates one row for a table that was emptied, vacuumed, and then
 filled in a burst. The planner then rates any index with the id as highly as the primary key. With some of these
-indexes, each look-up scans the whole index. With 50,000 due follow-ups in such a table, the claim, begin and settle of
-one batch took seconds each.
+indexes, each look-up scans the whole index. In such a table with 50,000 due follow-ups, each step of a batch took
+seconds.
 """
 
 from __future__ import annotations

@@ -51,7 +51,7 @@ def by_time(connection: Connection, moments: Iterable[tuple[UUID, datetime]]) ->
 
 
 def _still_written(query: TextClause, rows: list[tuple[UUID, int | datetime]], connection: Connection) -> bool | None:
-    """Return whether any row still has the written values, or None while all rows are locked."""
+    """Return whether any row still has the written values, or None while all are locked."""
     parameters = {"ids": [row_id for row_id, _ in rows], "marks": [mark for _, mark in rows]}
     found = list(connection.scalars(query, parameters))
     return any(found) if found else None

@@ -1,4 +1,4 @@
-"""Responses by Idempotency-Key, stored in the transaction of the request's changes and kept for a day.
+"""Responses by Idempotency-Key, kept for a day.
 
 The changes and the stored response are committed together, so a crash cannot separate them. While a request is running,
 its transaction has an advisory lock on the idempotency key. Another request with the same idempotency key does not wait

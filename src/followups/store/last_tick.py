@@ -3,10 +3,9 @@
 One row of the database holds the claim lock and the last tick's time, because dispatchers cannot see each other's
 ticks. To enforce the in-flight limit, only one dispatcher at a time may count the follow-ups in flight.
 
-A long gap between ticks means an outage or a database clock set forward. During such a gap, leases expire, although
-their workers may still be running and know the outcomes. Workers therefore get a grace period, in which they can record
-the outcomes of their attempts in flight. Until the grace period ends, the leases of attempts in flight are not claimed
-again.
+A long gap between ticks means an outage or a database clock set forward. During such a gap, leases expire although
+their workers may still be running. Workers therefore get a grace period to record the outcomes of their attempts in
+flight. Until the grace period ends, the leases of attempts in flight are not claimed again.
 """
 
 from __future__ import annotations
@@ -47,8 +46,8 @@ class Tick:
 
 # A tick is recorded at most five times a second, since each update leaves a dead row behind. A recorded time in the
 # future means that the clock was set back. A small difference is ignored: two transactions may simply have begun in the
-# opposite order. A short gap that begins within a grace period does not start another grace period. If every short gap
-# started a grace period, no lease would ever be taken over on a starved machine where every tick is late.
+# opposite order. A short gap that begins within a grace period does not start another grace period. Otherwise, on a
+# machine where every tick is late, no lease would be taken over.
 _BEGIN = text("""
     WITH state AS MATERIALIZED (
         SELECT id, last_tick_at,

@@ -3,8 +3,8 @@
 Each page is read from an index in the order of the list. The cost of a page depends only on the rows up to its end, not
 on the number of follow-ups. An index returns rows in the order of the list only if its leading columns are restricted
 to single values. The first rows are read separately for each value of one filter and each workspace. The separate
-results are merged. If no filter is given, the rows are read for each of the four states, which saves an index that
-every write would have to maintain.
+results are merged. Without a filter, the rows are read for each of the four states. An additional index would slow down
+every write.
 """
 
 from __future__ import annotations

@@ -124,7 +124,7 @@ class Limitable:
 
     id: UUID
     ended: bool
-    """Whether no limit applies any more, because the follow-up was cancelled or was sent by another worker."""
+    """Whether the follow-up was cancelled or sent by another worker, so that no limit applies."""
     workspace_id: UUID
     chat_id: UUID
     channel: str
@@ -248,7 +248,7 @@ def _release(connection: Connection, ids: Sequence[UUID]) -> int:
     return connection.execute(_RELEASE, {"ids": uuid_array(ids)}).rowcount
 
 
-# The key of a workspace queue consists of the last bits of the workspace's id, as in `followups.store.leases.key_of`.
+# A workspace queue's key is the last bits of the workspace's id (`followups.store.leases.key_of`).
 _WORKSPACES = text("""
     SELECT w.id FROM workspaces w
      WHERE ('x' || right(CAST(w.id AS text), 5))::bit(20)::int = ANY(CAST(:keys AS int[]))

@@ -1,9 +1,9 @@
 """Traces (OpenTelemetry): from the request that creates a follow-up to the call that sends it.
 
-Tracing is off, and costs almost nothing, unless the environment names a collector (``OTEL_EXPORTER_OTLP_ENDPOINT`` or
-``OTEL_EXPORTER_OTLP_TRACES_ENDPOINT``) and the extra is installed: ``pip install chat-followups[otel]``. The other
-standard variables work as OpenTelemetry describes them (``OTEL_SERVICE_NAME``, ``OTEL_TRACES_SAMPLER``, headers,
-``OTEL_SDK_DISABLED``, ...). Spans are exported as OTLP over HTTP.
+By default tracing is off and costs almost nothing. For tracing, install ``chat-followups[otel]`` and set
+``OTEL_EXPORTER_OTLP_ENDPOINT`` or ``OTEL_EXPORTER_OTLP_TRACES_ENDPOINT``. The other standard variables work as
+OpenTelemetry describes them (``OTEL_SERVICE_NAME``, ``OTEL_TRACES_SAMPLER``, headers, ``OTEL_SDK_DISABLED``, ...).
+Spans are exported as OTLP over HTTP.
 
 Each process creates its tracer provider after the fork, which the exporter's thread would not survive. The provider is
 not registered globally. Libraries that find a global provider add spans with texts outside our control. The attributes

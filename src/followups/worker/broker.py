@@ -116,8 +116,8 @@ class Consumer:
     """The latest activity of this process's consumer, which proves that messages are being consumed.
 
     The consumer polls the broker continuously (BRPOP), and gets an answer within a second even if the queues are empty.
-    Celery's ``ping`` proves less: a worker that has stopped consuming still answers ``ping`` on another connection.
-    Times are monotonic seconds.
+    Celery's ``ping`` proves less: a worker that stopped consuming still answers on another connection. Times are
+    monotonic seconds.
     """
 
     def __init__(self) -> None:
@@ -157,7 +157,7 @@ CONSUMER = Consumer()
 
 
 class BrokerChannel(kombu_redis.Channel):
-    """A channel that drops unreadable entries, and closes its connections if the server rejects a message."""
+    """A channel that drops unreadable entries and closes its connections after a rejected message."""
 
     def _put(self, *arguments: Any, **named: Any) -> None:  # noqa: ANN401 - kombu's own
         try:

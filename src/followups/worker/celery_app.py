@@ -143,7 +143,8 @@ def make_app(settings: Settings) -> Celery:
             # plus a second.
             "health_check_interval": silence,
             # kombu itself retries, and redis-py's own retries would multiply the number of retries. With both kombu's
-            # and redis-py's retries, a publish to a silent broker took 51 s; without redis-py's retries, it takes 26 s.
+            # and redis-py's retries, a publish to a silent broker took 51 s. Without redis-py's retries, the publish
+            # takes 26 s.
             "retry_on_timeout": False,
         },
         # While the broker is unreachable, a publish takes at most two seconds before it fails. After the failure, the
@@ -238,7 +239,7 @@ class Bounded(Task):
     """A Celery task that is not sent while its queue has enough unread messages."""
 
     def apply_async(self, args: Any = None, kwargs: Any = None, *, producer: Any = None, **options: Any) -> Any:  # noqa: ANN401 - Celery's own
-        """Send the task over the connection that checked the queue; return None if the task is not sent."""
+        """Send the task over the connection that checked the queue; return None if unsent."""
         with self.app.producer_or_acquire(producer) as acquired:
             if unread(acquired, DISPATCH) >= UNREAD:
                 return None

@@ -1,4 +1,4 @@
-"""Celery with ETAs: a task for each row is published with its due time and waits in a worker's memory."""
+"""Celery with ETAs: a task for each row waits in a worker's memory."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Failpoints in processes under test; Python loads this file only if its directory is on PYTHONPATH.
+"""Failpoints in processes under test; Python loads this file only from PYTHONPATH.
 
 When `followups.worker` is imported, its dispatching steps are wrapped. At each failpoint, a process looks into the
 directory FOLLOWUPS_TEST_FAILPOINTS. A file in this directory arms the failpoint for one hit and contains the action

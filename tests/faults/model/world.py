@@ -60,7 +60,7 @@ class ModelWorld(NamedTuple):
     """For each follow-up, how often the chat has accepted its message."""
     replied: bool = False
     may_create: bool = False
-    """Whether the second follow-up may be created, as seen when the chat was checked without a lock."""
+    """Whether the second follow-up may be created, according to a check without a lock."""
 
     def with_row(self, number: int, row: ModelRow) -> ModelWorld:
         """Return a copy of this state in which one row is replaced."""

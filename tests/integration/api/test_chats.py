@@ -97,7 +97,7 @@ class TestMessages:
         ("role", "reason"), [("user", "user_replied"), ("operator", "human_takeover"), ("agent", None)]
     )
     def test_cancels(self, api: Api, role: str, reason: str | None) -> None:
-        """A message of a user or operator cancels the chat's pending follow-ups; an agent's message does not."""
+        """A user's or operator's message cancels the chat's pending follow-ups; an agent's message does not."""
         chat_id = api.chat()
         created, other = [api.create(chat_id) for _ in range(3)], api.create()
         answer = api.message(chat_id, role)

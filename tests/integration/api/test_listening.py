@@ -26,7 +26,7 @@ ARGV = [sys.executable, "-m", "followups.api"]
 
 @pytest.fixture
 def web(settings: Settings) -> Iterator[tuple[Child, int, int]]:
-    """Start a web process with a separate metrics port, and return the process and both ports."""
+    """Start a web process with a separate metrics port; return the process and both ports."""
     port, metrics = free_port(), free_port()
     own = KUBERNETES | {"FOLLOWUPS_METRICS_PORT": str(metrics)}
     with Processes() as processes:

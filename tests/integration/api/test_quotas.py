@@ -137,7 +137,7 @@ def test_without_a_quota_there_is_no_extra_statement(api: Api) -> None:
 
 
 def test_chats(api: Api) -> None:
-    """A workspace that has reached its quota of chats can create no more, by PUT or by a message.
+    """If a workspace has reached its chat quota, neither PUT nor a message creates chats.
 
     After a chat is removed, a new chat can be created.
     """

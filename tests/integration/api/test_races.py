@@ -190,7 +190,7 @@ class TestCancelAgainstDeliver:
 
 
 class TestPatchAgainstTick:
-    """A new due date takes effect as soon as its response is sent, even for a claimed follow-up."""
+    """After the response, a new due date applies, even to a claimed follow-up."""
 
     def test_claim_first(self, api: Api, engine: Engine) -> None:
         """A reschedule waits for a claim that is running, and then makes the claimed lease stale."""
@@ -235,7 +235,7 @@ def test_chat_put_against_message(api: Api, engine: Engine) -> None:
 
 
 def test_remove_against_create(api: Api, engine: Engine) -> None:
-    """A create request waits while its chat is being removed, and then does not find the chat."""
+    """If a chat is being removed, a create request waits and then finds no chat."""
     chat_id = UUID(api.chat())
     body = {"chatId": str(chat_id), "dueDate": in_days(1), "message": "?"}
     with ThreadPoolExecutor(1) as pool, Session(engine) as session:

@@ -47,7 +47,7 @@ SIGNED = {"FOLLOWUPS_TRANSPORT_SECRET": "whsec_c2VjcmV0c2VjcmV0c2VjcmV0c2VjcmV0"
 
 
 def fill(world: World) -> None:
-    """Insert two overdue follow-ups (one of them in flight), one waiting, one due later and 100 sent ones.
+    """Insert two overdue follow-ups (one in flight), one waiting, one due later and 100 sent.
 
     The 100 sent follow-ups were 1 to 100 ms late.
     """
@@ -98,7 +98,7 @@ class TestStats:
         assert "\x1b" not in shown
 
     def test_a_state_with_many_rows_is_estimated(self, run: RunCommand, world: World, engine: Engine) -> None:
-        """If a final state has many rows, `stats` shows the planner's estimate; other counts are exact."""
+        """If a final state has many rows, `stats` shows an estimate; other counts are exact."""
         fill(world)
         with engine.begin() as connection:
             unknown = store.count(connection, window=WINDOW, exact_up_to=10)
@@ -179,7 +179,7 @@ def test_the_dashboard(running: Stack) -> None:
 
 
 def test_attempts_since_the_first_sample() -> None:
-    """The dashboard counts attempts since its first sample, and computes their rate from its last two samples."""
+    """Attempts are counted since the first sample; their rate comes from the last two."""
     attempts = stats.Attempts()
     attempts.see({"sent": 100, "retry": 3}, 10.0)
     attempts.see({"sent": 110, "retry": 3, "rejected": 1}, 12.0)

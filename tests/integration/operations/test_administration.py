@@ -71,7 +71,7 @@ def test_changes_that_are_rolled_back_are_not_recorded(world: World) -> None:
 
 
 def test_no_change_is_not_recorded(world: World) -> None:
-    """Actions without an effect, such as a second pause or ending a limit that does not exist, are not audited."""
+    """Actions without an effect, such as a second pause, are not audited."""
     scope, limit = pauses.PauseScope(world.workspace_id, None), rate_limits.LimitScope(None, None, "all")
     with Session(world.engine) as session, session.begin():
         assert administration.pause(session, ACTOR, scope)

@@ -1,4 +1,4 @@
-"""Fixtures for the transports: unreachable endpoints, each as a URL or a port, and event loops."""
+"""Fixtures for the transports: unreachable endpoints and event loops."""
 
 from __future__ import annotations
 

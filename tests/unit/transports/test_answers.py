@@ -136,7 +136,7 @@ def test_almost_valid_dates_are_within_the_limits(value: str) -> None:
 @QUICK
 @given(st.datetimes(min_value=NOW.replace(tzinfo=None), max_value=datetime(2026, 3, 2)))  # noqa: DTZ001 - the test adds UTC
 def test_any_date_within_a_day_is_kept_to_the_second(moment: datetime) -> None:
-    """A Retry-After date within a day is honoured to the second, the precision of an HTTP date."""
+    """A Retry-After date within a day is honoured to the second."""
     moment = moment.replace(tzinfo=UTC, microsecond=0)
     wished = retry_after({"retry-after": format_datetime(moment, usegmt=True)}, NOW)
     assert wished == max(moment - NOW, timedelta(seconds=1))

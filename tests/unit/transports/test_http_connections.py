@@ -143,7 +143,7 @@ async def test_the_receiver_decides_whether_a_connection_is_kept(reply: bytes, c
 
 
 async def test_a_body_that_ends_with_the_connection_closes_it() -> None:
-    """If the server ends a response by closing the connection, the next call uses a new connection."""
+    """If a response ends with its connection, the next call uses a new connection."""
 
     async def until_the_end(writer: asyncio.StreamWriter, _request: Request) -> None:
         writer.write(b"HTTP/1.1 200 OK\r\n\r\n")
@@ -295,7 +295,7 @@ async def test_the_rest_of_a_timed_out_request_is_not_sent() -> None:
 
 
 async def test_a_connection_with_half_a_request_is_not_used_again() -> None:
-    """A connection with a half-sent request is closed, so that the rest is not read as the next request."""
+    """If a request was half sent, its connection is closed."""
 
     async def refuse(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         peers.append(writer)

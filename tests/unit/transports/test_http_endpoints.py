@@ -313,7 +313,7 @@ async def test_an_address_of_ip_version_6(authority: trustme.CA, *, secure: bool
 async def test_a_host_of_two_families_is_reached_by_the_one_that_answers(
     host: str, first: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A host with IPv4 and IPv6 addresses is reached even if only one of the addresses listens.
+    """A host with IPv4 and IPv6 addresses is reached even if only one address listens.
 
     The order of the host's addresses does not matter.
     """

@@ -60,7 +60,7 @@ class Scenario:
     refused: frozenset[str]
     """The chats in which the receiver responds with 403."""
     replies: dict[str, float]
-    """The chats in which the user replies, each with the time of the reply in seconds after the start."""
+    """The chats in which the user replies, each with the seconds until the reply."""
 
     @property
     def chats(self) -> list[str]:

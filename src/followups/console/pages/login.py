@@ -32,7 +32,7 @@ def show(visit: Visit) -> Response:
 
 
 def sign_in(visit: Visit) -> Response:
-    """Begin a session for a valid API key or link token, and redirect to the page that was requested."""
+    """Sign in with an API key or link token, and redirect to the requested page."""
     wanted = identity.safe_place(visit.form.text("next", "/"))
     secret = visit.form.text("secret").rpartition("#token=")[2]
     with visit.transaction() as session:

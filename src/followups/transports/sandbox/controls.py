@@ -43,7 +43,7 @@ class NewMessage(WireModel):
 
 @routes.post("/messages")
 async def deliver(request: web.Request) -> web.StreamResponse:
-    """Receive a delivery: 200 with the message's id, 400 for an invalid delivery, 401 for a wrong signature."""
+    """Receive a delivery: 200 with the id, 400 if invalid, 401 for a wrong signature."""
     received, chats = Arrival.now(), request.app[CHATS]
     body = await request.read()
     try:
