@@ -1,6 +1,6 @@
 """A flood of requests: ``python tests/flood.py HOST PORT CONNECTIONS SECONDS PATH...``, with the API key in $FLOOD_KEY.
 
-The flood runs in a separate process, so that it does not slow down the test. Each connection sends one request after
+The flood is a separate process, so that it does not slow down the test. Each connection sends one request after
 another, and is reopened when the server closes it.
 """
 

@@ -64,7 +64,7 @@ WAYS = {
     "python": "Python as {actor}",
     "service": "service {actor}",
 }
-"""The words that describe the author of an audit event, keyed by the means of access (`followups.store.audit.Way`)."""
+"""The words for the author of an audit event, keyed by means of access (`followups.store.audit.Way`)."""
 
 
 def readable(*columns: str) -> str:
@@ -346,8 +346,7 @@ class FollowUp(Base):
             "id",
             postgresql_where=text("status = 'pending' AND waits_for IS NULL"),
         ),
-        # This index serves the order within a chat (to find an earlier pending follow-up) and the cancellation by a
-        # reply.
+        # This index serves the order within a chat and the cancellation by a reply.
         Index(
             "ix_follow_ups_chat_order",
             "workspace_id",

@@ -109,7 +109,7 @@ def scheduling_alone(
 
 
 def schedule_many(session: Session, *, workspace_id: UUID, planned: Sequence[Planned]) -> list[FollowUp]:
-    """Create many follow-ups of a workspace, all or none, and return them in the given order.
+    """Create many follow-ups of a workspace, or none; return them in the given order.
 
     The same rules apply as in `schedule`. The number of statements does not depend on the number of follow-ups;
     creating a thousand follow-ups takes some 100 ms. The chats are locked in ascending order of their ids. Raises

@@ -1,7 +1,7 @@
 """All settings, each declared once with its name, default, limits and meaning.
 
-Settings are read from the environment with the prefix ``FOLLOWUPS_``. With an invalid value, the process exits with an
-error message that names the setting (`SettingsError`). Durations are seconds (``60``, ``0.5``) or ISO 8601 (``PT1M``).
+Settings are read from the environment with the prefix ``FOLLOWUPS_``. An invalid value ends the process with an error
+that names the setting (`SettingsError`). Durations are seconds (``60``, ``0.5``) or ISO 8601 (``PT1M``).
 """
 
 from __future__ import annotations
@@ -288,8 +288,8 @@ class Settings(BaseSettings):
     @model_validator(mode="after")
     def _sum_of_timeouts(self) -> Self:
         # transport timeout (10 s) + margin (2 s) <= lease (60 s): a worker that is still waiting for a response must
-        # not lose its lease. Hints do not expire. The broker has no visibility timeout, so a consumed hint does not
-        # return to its queue.
+        # not lose its lease. Hints do not expire. The broker has no visibility timeout, so a consumed hint never
+        # returns to its queue.
         if self.transport_timeout + LEASE_MARGIN > self.lease:
             message = (
                 f"FOLLOWUPS_LEASE ({self.lease.total_seconds():g} s) should be at least "

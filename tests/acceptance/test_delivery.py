@@ -1,4 +1,4 @@
-"""Tests of delivery, from a due row to a received message, with a real worker, beat and broker."""
+"""Tests of delivery, with a real worker, beat and broker."""
 
 from __future__ import annotations
 

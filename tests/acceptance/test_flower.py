@@ -107,7 +107,7 @@ def test_flower_listens_on_loopback_by_default(stack: Stack) -> None:
 
 
 def test_no_api_without_a_password(stack: Stack) -> None:
-    """Without a password, Flower's API is disabled even on the loopback interface, which a web page can reach."""
+    """Without a password, Flower's API is disabled, because web pages can reach the loopback interface."""
     command = [*CELERY, "flower", f"--port={free_port()}"]
     own = os.environ | stack.environment() | {"FLOWER_UNAUTHENTICATED_API": "true"}
     ran = subprocess.run(command, env=own, capture_output=True, text=True, timeout=60, check=False)

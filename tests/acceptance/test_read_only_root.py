@@ -25,7 +25,7 @@ for directory in / /tmp /var/tmp /dev/shm; do
 done
 cd / && exec "$@"
 """
-"""Shell script that makes all file systems read-only in a mount namespace, and then runs a command in it."""
+"""Shell script that runs a command in a mount namespace with read-only file systems."""
 
 
 @pytest.fixture(autouse=True)

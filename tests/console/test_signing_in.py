@@ -111,7 +111,7 @@ def test_signing_out_ends_the_session_itself(person: Callable[..., Person], own:
 def test_a_change_from_another_origin_is_refused(
     headers: dict[str, str], status: int, person: Callable[..., Person], own: World
 ) -> None:
-    """A change that comes from another origin is refused, and the error names the setting that may be wrong."""
+    """If a change comes from another origin, the error names the setting to check."""
     one = person("viewer", own)
     if headers == {"origin": ""}:
         del one.client.headers["origin"]

@@ -98,7 +98,7 @@ def test_each_unit_runs_the_procfiles_command(name: str) -> None:
 
 @pytest.mark.parametrize("name", COMMANDS)
 def test_the_settings_of_one_process_override_those_of_all(name: str) -> None:
-    """Each unit reads the common settings first and then its own file, because systemd keeps the later value."""
+    """Each unit reads its own file last, because systemd keeps the later value."""
     process = name.removeprefix("followups-").removesuffix(".service").removesuffix("@")
     assert unit(name)["EnvironmentFile"] == ["/etc/followups/followups.env", f"-/etc/followups/{process}.env"]
 

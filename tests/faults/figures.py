@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from faults.promises import Verdict
 
 KEPT = "FOLLOWUPS_TEST_FIGURES"
-"""The file to which each figure is appended as a line of JSON; if unset, figures are only printed."""
+"""The file for figures as JSON lines; if unset, figures are only printed."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -175,7 +175,7 @@ def later_one_begins(scene: Scene) -> None:
 
 
 def begins_in(chat: Callable[[Scene], UUID], **columns: Any) -> Callable[[Scene], None]:
-    """Return a scenario that begins a follow-up in a chat to which no messages may be sent any more."""
+    """Return a scenario that begins a follow-up in a chat that must get no messages."""
 
     def scenario(scene: Scene) -> None:
         scene.world.follow_up(chat(scene), **columns)

@@ -54,7 +54,7 @@ class Rig(Stack):
     rng: random.Random = field(default_factory=lambda: random.Random(0))  # noqa: S311 - not for secrets
     postgres: EmbeddedPostgres | Replicated | None = None
     valkey: EmbeddedValkey | None = None
-    """This system's separate servers, or None if it uses the shared servers, which must not be harmed."""
+    """This system's own servers, or None for the shared servers, which must not be harmed."""
     created: set[UUID] = field(default_factory=set)
     cancelled: dict[UUID, float] = field(default_factory=dict)
     _numbers: itertools.count[int] = field(default_factory=lambda: itertools.count(1))
@@ -194,7 +194,7 @@ def own_servers(
     kinds: frozenset[str] | None = None,
     binaries: Path = embedded.BINARIES,
 ) -> Iterator[tuple[Rig, Sequence[Proxy]]]:
-    """Return a system on servers that a test may kill, with proxies in front of them if ``proxied``.
+    """Return a system on servers that a test may kill, behind proxies if ``proxied``.
 
     ``kinds`` selects the types of servers (None means `chosen_servers`), and ``binaries`` the PostgreSQL version of
     replicated servers.

@@ -61,7 +61,7 @@ def is_off(worker: Child, by: timedelta) -> int:
 
 
 def test_clocks_off(rig: Rig, figures: Figures) -> None:
-    """With hosts' clocks ten minutes off, every follow-up is sent on time by the database's clock."""
+    """If hosts' clocks are ten minutes off, every follow-up is still sent on time."""
     clocks_off(rig, figures, seconds=2.5, off=MINUTES)
 
 

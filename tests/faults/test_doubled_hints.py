@@ -43,8 +43,8 @@ def claimed_and_doubled(rig: Rig) -> int:
 
     A frozen worker's open BRPOP still takes one hint from the queue. This function therefore waits until all follow-ups
     are due, so that a claim publishes more hints than there are workers. A worker that is frozen in a claim blocks all
-    other claims until PostgreSQL ends that worker's transaction. This function repeats its own claim until it gets
-    leases, because a frozen worker may block the claim.
+    other claims until PostgreSQL ends that worker's transaction. This function therefore repeats its own claim until it
+    gets leases.
     """
     wait_until(lambda: rig.world.scalar("SELECT max(due_date) <= now() FROM follow_ups"))
     settings = rig.settings.model_copy(update={"lease": rig.settings.lease * 20})

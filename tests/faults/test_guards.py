@@ -259,7 +259,7 @@ async def test_never_early(world: World, engine: Engine, settings: Settings) -> 
 
 
 async def test_never_after_the_lease(world: World, engine: Engine, settings: Settings) -> None:
-    """A sender frozen past its lease abandons the attempt; without this guard, it would call the transport."""
+    """Only this guard stops a sender frozen past its lease from calling the transport."""
     world.follow_up()
     begun = begun_of(Scene(world, settings).lease())
     assert await sent_by(DatabaseClock(), engine, begun, uptime() - 1) == []

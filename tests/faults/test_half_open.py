@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     Proxied = tuple[Rig, Sequence[Proxy]]
 
 SLACK = 20.0
-"""Extra seconds that the assertions allow for a busy machine; the figures record the times actually taken."""
+"""Seconds that the assertions add for a busy machine; the figures record the actual times."""
 
 SAID = ("got no reply", '"broker_unreachable"', "Connection to broker lost")
 """The log events of a worker that has noticed that the broker is silent."""

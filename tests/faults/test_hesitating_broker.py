@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from faults.rig import Rig
 
 PATIENCE = 1.5
-"""Number of seconds that a worker waits for an answer from the broker: half a lease."""
+"""Seconds that a worker waits for the broker's answer: half a lease."""
 
 
 def hesitating(proxied: tuple[Rig, Sequence[Proxy]], figures: Figures, times: int) -> None:

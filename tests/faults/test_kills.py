@@ -1,6 +1,6 @@
 """Tests in which a worker is killed at each step: another takes over within a lease and a tick.
 
-The worker is one process (Celery's solo pool, fixed in its settings), so there is no child process to kill separately.
+The worker has no child process to kill, because its settings fix Celery's solo pool.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Known bugs of similar systems, each with the test that would fail if this service had the same bug.
+"""Known bugs of similar systems, each with a test that would detect the bug here.
 
 | bug | test |
 | --- | --- |

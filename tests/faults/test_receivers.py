@@ -192,7 +192,7 @@ def test_some_fail(rig: Rig, figures: Figures) -> None:
 
 
 def test_storm_of_429(rig: Rig, figures: Figures) -> None:
-    """While the receiver limits the rate, no retry arrives too early, and no attempt is used up."""
+    """While the receiver limits the rate, no retry is early and no attempt is used up."""
     storm(rig, figures, count=200, seconds=1)
 
 

@@ -102,7 +102,7 @@ class TestBegin:
 
     @pytest.mark.parametrize(("scheduled", "begun"), [("now() - interval '1 day'", 0), ("now()", 1)])
     def test_lateness(self, world: World, steps: Steps, scheduled: str, begun: int) -> None:
-        """Lateness is counted from the due date, or from the time of scheduling if that is later."""
+        """Lateness counts from the due date or the time of scheduling, whichever is later."""
         follow_up = world.follow_up(due=timedelta(days=-1), scheduled_at=text(scheduled))
         assert len(steps.begin([steps.lease()]).begun) == begun
         assert world.row(follow_up).reason == (None if begun else "too_late")

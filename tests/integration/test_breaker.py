@@ -146,7 +146,7 @@ def test_recovers_at_a_growing_rate(own: Settings) -> None:
             reading = await report(store, [], 1000, succeeded=False)
             granted += reading.permits
             elapsed = time.monotonic() - started
-            # Since the breaker doubles its rate every second, attempts at most double from second to second.
+            # The breaker doubles its rate every second, so attempts at most double each second.
             assert granted <= 20 * 2 ** (elapsed + 1) / 0.69
             await asyncio.sleep(0.02)
         assert reading == SharedState(CLOSED, 0, changed=True)

@@ -179,7 +179,7 @@ def finding_detail(settings: Settings) -> str:
     ],
 )
 def test_doctor_reports_the_connection(settings: Settings, redis_server: RedisServer, query: str, detail: str) -> None:
-    """For the broker, doctor shows the TLS version and what was verified, or that there is no TLS."""
+    """Doctor shows the broker's TLS version and what was verified, or that TLS is not used."""
     assert finding_detail(at(settings, redis_server.url(query))) == f"TLSv1.3, {detail}"
     assert finding_detail(settings).startswith("without TLS (rediss://")
 

@@ -39,7 +39,7 @@ LEASED = "SELECT count(*) FROM follow_ups WHERE lease_until > now()"
 def worlds_of(engine: Engine, *counts: int, due: timedelta = timedelta(0)) -> list[World]:
     """Create a workspace for each number, with that many overdue follow-ups; return the workspaces.
 
-    All follow-ups of the first workspace are due before those of the second, and so on.
+    All follow-ups of one workspace are due before those of the next workspace.
     """
     worlds = [World(engine) for _ in counts]
     for number, (world, count) in enumerate(zip(worlds, counts, strict=True)):
@@ -104,7 +104,7 @@ def test_a_busy_workspace_gets_the_remaining_slots(
 ) -> None:
     """A workspace with many due follow-ups gets all slots that many small workspaces do not need.
 
-    All slots are used, even though a claim reads only a few rows of each workspace.
+    A claim still fills all slots, although it reads few rows of each workspace.
     """
     monkeypatch.setattr(claims, "FEW", 1)
     worlds = worlds_of(engine, 90, *[1] * 30)

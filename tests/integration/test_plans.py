@@ -95,7 +95,7 @@ def looked_up(plan: dict[str, Any]) -> Iterator[str]:
 @pytest.mark.parametrize("others", [20_000, pytest.param(1_000_000, marks=pytest.mark.large)])
 @pytest.mark.parametrize("analyzed", [True, False], ids=["analyzed", "new"])
 def test_plans(world: World, engine: Engine, settings: Settings, others: int, *, analyzed: bool) -> None:
-    """Claim, begin and settle read only the rows that they need, whether or not the table has been analyzed."""
+    """Even without an ANALYZE, claim, begin and settle read only the rows they need."""
     for portion in range(0, others, PORTION):
         world.sql(OTHERS, workspace_id=world.workspace_id, count=min(PORTION, others - portion))
     world.burst([timedelta(0)] * DUE)
@@ -273,7 +273,7 @@ def _by_key_whatever_the_batch(engine: Engine, statement: str) -> None:
 
 
 def test_begin_with_an_old_plan(world: World, database_url: str, engine: Engine, settings: Settings) -> None:
-    """Even if a plan was made for nearly empty tables, it looks up each chat only once when the tables are full."""
+    """Even a plan made for nearly empty tables looks up each chat only once."""
     patient = settings.model_copy(update={"lease": timedelta(minutes=1)})
     rules = leases.Rules(patient.lease, patient.max_lateness, early=timedelta(seconds=1))
     prepared = make_engine(database_url, pool_size=1, options=ONCE_PLANNED)

@@ -132,7 +132,7 @@ def test_24_o_clock(world: World, column: str) -> None:
 
 
 def test_existing_invalid_rows_stop_no_migration(world: World, database_url: str) -> None:
-    """If existing rows violate a new constraint, a migration omits the constraint and keeps the rows.
+    """If existing rows violate a new constraint, the migration omits the constraint.
 
     The migration adds all constraints that no existing row violates.
     """

@@ -208,7 +208,7 @@ class TestLateness:
         assert [(one, final.reason) for one, final in beginning.ended] == [(late, "too_late")]
 
     def test_due_outside_sending_hours_without_a_worker(self, world: World, engine: Engine, settings: Settings) -> None:
-        """A follow-up that fell due outside sending hours counts as held, even if no worker ran at that time."""
+        """A follow-up due outside sending hours counts as held, even if no worker ran then."""
         brief = settings.model_copy(update={"max_lateness": HOUR})
         put(world, hours_from(-30 * MINUTE, 3 * HOUR))
         old = {"scheduled_at": text("now() - interval '9 h'")}

@@ -64,7 +64,7 @@ class TestGap:
 
     @pytest.mark.parametrize("deduplicates", [True, False])
     def test_outcome_is_recorded(self, world: World, engine: Engine, settings: Settings, *, deduplicates: bool) -> None:
-        """If the chat accepted an attempt before an outage longer than a lease, the follow-up still ends as sent."""
+        """If the chat accepted an attempt before a long outage, the follow-up ends as sent."""
         settings = settings.model_copy(update={"transport_deduplicates": deduplicates})
         follow_up = world.follow_up()
         begun = in_flight(engine, settings)

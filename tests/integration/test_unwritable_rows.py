@@ -135,7 +135,7 @@ def test_a_follow_up_that_cannot_begin(
 
 
 def test_a_row_that_cannot_be_deferred(world: World, engine: Engine, settings: Settings) -> None:
-    """A follow-up whose row cannot be written is claimed again after its lease expires; the others begin."""
+    """A follow-up with an unwritable row is claimed again after its lease; other follow-ups begin."""
     bad, good = world.follow_up(), world.follow_up()
     leases = claim(engine, settings).leases
     world.alter(f"ALTER TABLE follow_ups ADD CHECK (id <> '{bad}') NOT VALID")

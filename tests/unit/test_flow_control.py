@@ -67,7 +67,7 @@ def failed(*, key: int = FAILING, count: int = FAILURES) -> OutcomeReport:
 
 
 async def test_a_bucket_and_its_queue(own: Settings) -> None:
-    """A bucket's tokens go to the requests in its queue, in order; a returned token goes to the next request."""
+    """A bucket's tokens, including returned ones, go to the queued requests in order."""
     limiter, bucket = Limiter(own), Bucket("all", rate=0.001, burst=2)
     requests = [request(since, bucket) for since in range(4)]
     answer = await limiter.ask(requests, ())

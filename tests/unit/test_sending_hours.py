@@ -42,7 +42,7 @@ NEAR_TRANSITIONS = st.builds(
 
 
 def allowed(hours: SendingHours, moment: datetime) -> bool:
-    """Return whether a local time is within sending hours, judged only by its clock reading and weekday."""
+    """Return whether a local time is within sending hours, by its clock reading and weekday."""
     local = moment.astimezone(ZoneInfo(hours.time_zone))
     clock, today, yesterday = local.time(), local.weekday(), (local - DAY).weekday()
     if hours.opening < hours.closing:
@@ -62,7 +62,7 @@ def is_shown_twice(zone: str, moment: datetime) -> bool:
 
 @given(HOURS, MOMENTS | NEAR_TRANSITIONS)
 def test_open_times_are_within_the_hours(hours: SendingHours, moment: datetime) -> None:
-    """The local time is within the sending hours from their start until just before their end."""
+    """Sending hours include their start but not their end."""
     opening, closing = span_of(hours, moment)
     assert opening < closing
     assert moment < closing

@@ -40,7 +40,7 @@ TOO_MANY_UNKNOWN_KEYS = "Too many requests whose keys are not yet checked are wa
 
 
 class Throttle:
-    """Lets one request pass in each iteration of the event loop, in the order of arrival.
+    """Lets one request pass in each iteration of the event loop, in order of arrival.
 
     All requests without a known API key share one turnstile. Each busy workspace has a separate turnstile. All other
     requests pass in every iteration, however many requests wait at the turnstiles.

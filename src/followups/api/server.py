@@ -35,7 +35,7 @@ HEADER_WITHIN = 10.0
 """Time limit in seconds for all headers of a request to arrive."""
 
 MAX_WIRE_SIZE = 1024 * 1024 * 5 // 4
-"""Maximum bytes of a body on the wire: the largest body plus a quarter for chunk framing."""
+"""Maximum size of a body on the wire, in bytes, with a quarter added for chunk framing."""
 
 CHUNK_COST = 32
 """Bytes added to each chunk's size, because parsing even a one-byte chunk takes 1 us."""
@@ -66,8 +66,8 @@ Above this number, the connection whose response has been unread longest is clos
 KEEP_ALIVE = 65
 """Number of seconds for which a connection may be idle before it is closed.
 
-A load balancer usually keeps an idle connection for 60 seconds. The web server waits longer than a load balancer does,
-so the load balancer closes the connection first.
+A load balancer usually keeps an idle connection for 60 seconds. The web server waits longer, so the load balancer
+closes the connection first.
 """
 
 GRACE = 20

@@ -32,7 +32,7 @@ DUE_HELP = "2030-01-31T09:00:00Z (with an offset), +10m, or now."
 
 @dataclass(frozen=True, slots=True)
 class Due:
-    """A due date as the user entered it: a time, or a duration from now by the database's clock."""
+    """A due date as entered: a time, or a duration from now by the database's clock."""
 
     given: datetime | timedelta
     NOW: ClassVar[Due]

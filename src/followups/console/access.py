@@ -1,4 +1,4 @@
-"""Access to the console: what a session may do, the check of a request's origin, and the limit on failed sign-ins."""
+"""Console access: a session's permissions, the origin check, and the limit on failed sign-ins."""
 
 from __future__ import annotations
 

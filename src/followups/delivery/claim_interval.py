@@ -9,9 +9,7 @@ from __future__ import annotations
 
 SHORTEST = 0.05
 LONGEST = 0.5
-"""The longest time, in seconds, that a follow-up waits for a claim if it is created during a backlog and due
-immediately.
-"""
+"""Maximum seconds that an immediately due follow-up waits for a claim during a backlog."""
 
 
 def until_half_is_free(taken: int, seconds: float, window: int) -> float:

@@ -64,7 +64,7 @@ BACKOFF = 1.0
 
 
 class ReturnTimes:
-    """The times at which deferred follow-ups fall due again, spread over minutes in the order of deferral.
+    """The times at which deferred follow-ups fall due again, spread in the order of deferral.
 
     The first of these times are 15 ms apart. As more follow-ups are deferred, the times get closer together, so that no
     follow-up is deferred for longer than `LONGEST`.

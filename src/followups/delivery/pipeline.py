@@ -239,7 +239,7 @@ class Pipeline:
             self._spawn(self._unblock_later(step.blocking))
 
     async def _unblock_later(self, ended: Collection[UUID]) -> None:
-        """When a follow-up has ended, unblock the next one in its chat as soon as its row is not locked.
+        """Unblock the follow-ups behind ended ones as soon as their rows are not locked.
 
         While the pipeline drains, it leaves the unblocking to dispatchers.
         """

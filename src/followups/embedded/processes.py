@@ -84,7 +84,7 @@ class Processes:
         within: timedelta = timedelta(seconds=90),
         grace: timedelta = timedelta(seconds=30),
     ) -> Child:
-        """Start a command with ``environment`` added to our own environment, and wait until it is ready.
+        """Start a command with ``environment`` added to our own, and wait until it is ready.
 
         If the command does not become ready, raises `EmbeddedError` with the end of the log.
         """
@@ -112,7 +112,7 @@ class Processes:
         """Send all processes the stop signal, wait for each process's ``grace``, then kill those still running."""
         for child in reversed(self.children):
             child.ask()
-        # each process is stopped, the newest first, even if an error occurs while another one is stopped
+        # each process is stopped, the newest first, even if stopping another one fails
         with ExitStack() as stack:
             if self._temporary:
                 stack.callback(remove_directory, self.logs)

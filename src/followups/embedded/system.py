@@ -52,7 +52,7 @@ class StartPlan:
     port: int
     """Port of the API."""
     tell: Callable[[str], None]
-    """A function that is called with the name of each component before the component is started."""
+    """A function that is called with each component's name before its start."""
     signals: StopSignals
     """The stop signals that are checked between two steps."""
     data: Path | None = None

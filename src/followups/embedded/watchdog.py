@@ -5,8 +5,7 @@ whichever way the owner process ends (return, signal, SIGKILL). This works on ev
 Linux's parent-death signal is bound to the thread that started the child and is not sent to grandchildren.
 
 The owner imports this module. The watchdog process runs this file as a script, which uses only the standard library and
-starts in about 20 ms. Each owner has one watchdog, which runs from the first guarded process or directory until none is
-left.
+starts in about 20 ms. An owner's single watchdog runs while a guarded process or directory exists.
 """
 
 from __future__ import annotations

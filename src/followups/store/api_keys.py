@@ -38,8 +38,8 @@ PREFIX = "fup_"
 """Prefix of every API key, which lets people and secret scanners recognise a key."""
 
 SHOWN_LENGTH = 12
-"""Number of characters of an API key that are stored in plain text, so that its owner can tell keys apart. The stored
-characters reveal 48 of the key's 256 random bits.
+"""Number of characters of an API key stored in plain text, to tell keys apart. The stored characters reveal 48 of the
+key's 256 random bits.
 """
 
 _LENGTH = len(PREFIX) + 43  # 32 bytes in URL-safe base 64, without padding
@@ -108,7 +108,7 @@ class Identity:
 
 _VALID = "k.revoked_at IS NULL AND (k.expires_at IS NULL OR k.expires_at > now())"
 IS_VALID = f"EXISTS (SELECT FROM api_keys k WHERE k.id = :key_id AND {_VALID})"
-"""SQL condition that the API key ``key_id`` is valid, for statements that check the key themselves."""
+"""SQL condition that the API key ``key_id`` is valid, for statements that check keys themselves."""
 
 _BY_HASH = Statement(f"SELECT id, workspace_id, key_hash FROM api_keys k WHERE key_hash = :key_hash AND {_VALID}")  # noqa: S608 - no input, only the constant above
 
@@ -133,8 +133,8 @@ def authenticate(key: str) -> Steps[Identity | None]:
 def with_key(select: str) -> str:
     """Return the given SELECT, extended to look up the API key whose id is ``this_key``.
 
-    If the combined query returns no row, the key is not valid. If the key is valid, the query returns at least one row;
-    ``is_row`` is null if the given SELECT returns no row. ``key_now`` is the start time of the transaction.
+    If the combined query returns no row, the key is not valid. If the key is valid but the given SELECT returns no row,
+    ``is_row`` is null. ``key_now`` is the start time of the transaction.
     """
     return f"""
         SELECT k.id AS key_id, now() AS key_now, this.*

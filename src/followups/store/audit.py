@@ -44,8 +44,8 @@ class Way(StrEnum):
 class Actor:
     """The author of a change: an API key, a console session or an operating-system user.
 
-    API keys and console sessions are identified by id, operating-system users by name. The name and prefix of an API
-    key may be omitted, since the INSERT reads them from the key's row.
+    API keys and console sessions are identified by id, operating-system users by name. The INSERT reads an omitted name
+    or prefix from the API key's row.
     """
 
     way: Way
@@ -143,7 +143,7 @@ _RECORD = Statement("""
 
 @Rule
 def record(event: Event) -> Steps[None]:
-    """Record the audit event in the connection's transaction, or raise the count in its existing row."""
+    """Record the audit event in this transaction, or increase the count of its existing row."""
     yield _RECORD(**event.parameters)
 
 

@@ -174,8 +174,8 @@ def _matching(branches: tuple[str, ...], conditions: tuple[str, ...], *, one: bo
     """Return SQL that selects matching ids in order: at most ``:most`` ids from each index scan."""
     workspaces = "(SELECT CAST(:workspace_id AS uuid) AS id)" if one else "workspaces"
     narrowed = "".join(f" AND {condition}" for condition in conditions)
-    # Several ids of one follow-up may match the search, so duplicates are removed. The branches, one for each state,
-    # cannot return the same row twice, so UNION ALL is enough for them.
+    # Several ids of one follow-up may match the search, so duplicates are removed. Each branch reads a different state,
+    # so UNION ALL cannot return a row twice.
     union = " UNION " if any(":any_id" in branch for branch in branches) else " UNION ALL "
     ways = union.join(
         f"""(SELECT f.id, f.created_at FROM follow_ups f

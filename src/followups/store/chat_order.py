@@ -61,7 +61,7 @@ _PARK = text(f"""
 
 
 def park_if_leased(connection: Connection, pairs: Sequence[tuple[Lease, UUID]]) -> set[UUID]:
-    """Park the later follow-up of each given pair behind the earlier one; return the parked follow-ups."""
+    """Park the later follow-up of each given pair; return the parked follow-ups."""
     pending = set(connection.scalars(_LOCK_EARLIER, {"ids": sorted({earlier for _, earlier in pairs})}))
     leased = [(lease, earlier) for lease, earlier in pairs if earlier in pending]
     if not leased:

@@ -73,7 +73,7 @@ _LOCK = Statement(
 def lock_chat(workspace_id: UUID, chat_id: UUID) -> Steps[Chat]:
     """Return the chat, locked until the transaction ends.
 
-    Raises `ChatNotFoundError` if the chat does not exist or is removed, or if its workspace is being deleted.
+    Raises `ChatNotFoundError` if the chat is missing, removed, or in a workspace being deleted.
     """
     chats: Sequence[Chat] = yield _LOCK(workspace_id=workspace_id, chat_id=chat_id)
     if not chats:

@@ -103,7 +103,7 @@ class Totals(NamedTuple):
 
 
 LOW_WATER_MARGIN = timedelta(seconds=10)
-"""Margin below the low-water mark for rows that are already due but whose transaction commits a little later."""
+"""Margin below the low-water mark for due rows whose transaction commits a little later."""
 
 FEW = 6
 """Number of rows that a fair claim reads in each workspace, regardless of the number of workspaces."""
@@ -119,13 +119,13 @@ _CLAIM, _CLAIM_FAIRLY = Statement(_IN_ORDER), Statement(_FAIRLY)
 WITHOUT_SORTING = text(
     "SELECT set_config('enable_sort', 'off', true), set_config('enable_incremental_sort', 'off', true)"
 )
-"""Disables sorting for a fair claim. If the planner estimates that the table is almost empty, its plan reads and sorts
-all pending rows for each workspace, although an index has this order. Measured after an insert of 30,000 rows: 311 ms,
-and over 10 s with a thousand other workspaces.
+"""Disables sorting for a fair claim. If the planner thinks that the table is almost empty, its plan sorts each
+workspace's pending rows. An index already has this order. Measured after an insert of 30,000 rows: 311 ms, and over 10
+s with a thousand other workspaces.
 """
 
 _NAME = " SELECT f.id FROM taken JOIN follow_ups f ON f.ctid = taken.place"
-# Each of these queries returns only the ids of the follow-ups that a claim would lease.
+# Each query returns only the ids of follow-ups that a claim would lease.
 _CANDIDATES, _CANDIDATES_FAIRLY = (text(sql.partition(", claimed AS")[0] + _NAME) for sql in (_IN_ORDER, _FAIRLY))
 _TRY = text(f"""
     WITH taken AS MATERIALIZED (

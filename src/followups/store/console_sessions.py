@@ -79,7 +79,7 @@ class ValidSession:
     way: str
     name: str
     stale: bool
-    """Whether the session's last recorded use is old enough that the current use should be recorded."""
+    """Whether the session's last recorded use is so old that the current use is recorded."""
 
 
 _INSERT = text("""

@@ -316,8 +316,7 @@ def _changing(names: frozenset[str]) -> Statement:
     if names & {"due_date", "chat_id"}:
         changes.append(_RESCHEDULED)
     if "chat_id" in names:
-        # The clock is read only after the chat's lock has been obtained, so the result is later than the new chat's
-        # last message.
+        # Because the chat is locked first, the time is later than the chat's last message.
         changes.append("scheduled_at = clock_timestamp()")
     elif "due_date" in names:
         changes.append("scheduled_at = now()")

@@ -79,7 +79,7 @@ class Rules:
     lease: timedelta
     max_lateness: timedelta
     early: timedelta
-    """How long before its due time a follow-up may begin; its sender then waits until the due time."""
+    """How early a follow-up may begin; its sender then waits until the due time."""
 
     @property
     def parameters(self) -> dict[str, object]:

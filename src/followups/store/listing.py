@@ -89,7 +89,7 @@ def rows_from(
 def pieces_from(
     workspace_id: UUID, wanted: ListFilter, offset: int, size: int, start: Start | None = None
 ) -> Steps[Sequence[Any]]:
-    """Return the rows of `rows_from`, but only as many of their messages as fit into `PIECE`.
+    """Return the rows of `rows_from` with only as many messages as fit into `PIECE`.
 
     In rows whose message does not fit, ``message`` is None. This limits the memory needed for a request, even for a
     page of long messages. ``message_size`` is the size of the message in bytes.

@@ -91,7 +91,7 @@ _OF = text("""
 
 
 def of(connection: Connection, workspace_id: UUID, channel: str) -> ActivePause | None:
-    """Return the oldest pause in force on this channel of this workspace, or None if there is none.
+    """Return the oldest pause in force on this channel of this workspace, or None.
 
     Follow-ups held by the pause are not counted here: ``held`` is always 0.
     """

@@ -263,8 +263,7 @@ def workspaces_of(connection: Connection, keys: Iterable[int]) -> list[UUID]:
     return list(connection.scalars(_WORKSPACES, {"keys": int_array(keys)}))
 
 
-# Each workspace is searched separately, because almost all follow-ups that fall due in the next minutes may belong to a
-# single workspace.
+# Each workspace is searched separately, because one workspace may have almost all follow-ups due soon.
 _LOCK_DEFERRED_OF = text(f"""
     WITH deferred AS MATERIALIZED (
         SELECT f.id, f.next_attempt_at

@@ -104,7 +104,7 @@ _SETTLE = text(f"""
 """)  # noqa: S608 - no input, only the constant above
 
 
-# The outcome of most attempts is `sent`, so this statement omits the columns that only other outcomes need.
+# Most outcomes are `sent`, so this statement omits the columns that only other outcomes need.
 _SETTLE_SENT = Statement(f"""
     WITH r AS MATERIALIZED (
         SELECT b.*

@@ -123,7 +123,7 @@ class HttpClient:
     async def deliver(self, url: str, headers: Sequence[bytes], body: bytes, dialect: Dialect) -> Outcome:
         """Make one request to the receiver and return its outcome.
 
-        ``url`` is absolute, ``headers`` are the header lines of this request only, and ``body`` is JSON in UTF-8.
+        ``url`` is absolute, ``headers`` are this request's header lines, and ``body`` is JSON in UTF-8.
 
         Whatever the receiver answers, no error is raised. Raises `RuntimeError` if the transport was not opened.
         """

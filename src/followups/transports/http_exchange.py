@@ -80,8 +80,8 @@ class Sockets:
         """Return whether a request may be sent on the connection that has this local address.
 
         ``opened`` lists the sockets of a new connection, and is empty for a kept connection. libcurl checks a kept
-        connection at most once a second. Between two checks, libcurl would mistake unsolicited data on the connection
-        for the response to the next request. In HTTP/2, unsolicited data may announce the end of the connection.
+        connection at most once a second. Between two checks, libcurl would mistake unsolicited data for the response to
+        the next request. In HTTP/2, unsolicited data may announce the end of the connection.
         """
         for each in opened:
             if _port(each) == address[1]:

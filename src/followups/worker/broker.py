@@ -163,8 +163,7 @@ class BrokerChannel(kombu_redis.Channel):
         try:
             super()._put(*arguments, **named)
         except RedisError:
-            # After a failover the old server is read-only, and the broker's address may already point to another
-            # server.
+            # After a failover, the old server is read-only. The broker's address may already lead to another server.
             self._disconnect_pools()
             raise
 

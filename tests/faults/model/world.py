@@ -69,8 +69,7 @@ class ModelWorld(NamedTuple):
     def without_dead_jobs(self) -> ModelWorld:
         """Return this state without the jobs that every guard will reject from now on.
 
-        With all guards in place, removing these jobs is sound, because tokens are never reused and final states never
-        change.
+        With all guards, the removal is sound: no token is reused, no final state changes.
         """
         if all(job is IDLE or job.stage == "begun" or self._is_alive(job) for job in self.workers):
             return self

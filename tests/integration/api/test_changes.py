@@ -68,7 +68,7 @@ class TestChange:
         ],
     )
     def test_transition(self, api: Api, changes: dict[str, Any], reason: str | None) -> None:
-        """A PATCH to a final status ends the follow-up with the caller's reason or the default code.
+        """A PATCH to a final status stores the caller's reason or the default code.
 
         A repeated PATCH has no effect.
         """

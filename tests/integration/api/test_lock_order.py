@@ -81,7 +81,7 @@ def test_moved_during_a_reply(api: Api, engine: Engine) -> None:
 
 
 def test_moved_while_a_cancel_waits(api: Api, engine: Engine) -> None:
-    """A cancel that has waited for a move locks the follow-up's new chat before it ends the follow-up."""
+    """After waiting for a move, a cancel locks the follow-up's new chat first."""
     created, target = api.create(), api.chat()
     with ThreadPoolExecutor(1) as pool, Session(engine) as moving:
         scheduling.amend(moving, UUID(created["id"]), {"chat_id": UUID(target)})

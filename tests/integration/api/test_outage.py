@@ -27,7 +27,7 @@ KEY = {"authorization": f"fup_{'A' * 43}"}
 
 
 def test_nothing_reachable() -> None:
-    """Without a reachable database and broker, the web process starts and stays up but rejects requests.
+    """Without a database and broker, the web process starts and runs, but rejects requests.
 
     The readiness check names the servers that cannot be reached.
     """

@@ -138,7 +138,7 @@ class TestCancelAgainstDeliver:
     """If a cancel returned 200, the message is never sent."""
 
     def test_begin_first(self, api: Api, engine: Engine) -> None:
-        """A cancel waits for a begin that is in progress, and is then rejected with Retry-After."""
+        """A cancel waits for a running begin, and is then rejected with Retry-After."""
         created, taken = due_now(api)
         with ThreadPoolExecutor(1) as pool, engine.connect() as connection:
             assert begin(connection, taken) == [UUID(str(created["id"]))]
@@ -150,7 +150,7 @@ class TestCancelAgainstDeliver:
         assert api.read(created)["status"] == "pending"
 
     def test_cancel_first(self, api: Api, engine: Engine) -> None:
-        """During or after a cancel, begin starts no attempt and does not wait for the cancel."""
+        """If a cancel is running or finished, begin starts no attempt and does not wait."""
         created, taken = due_now(api)
         with Session(engine) as session, engine.connect() as connection:
             scheduling.cancel(session, UUID(str(created["id"])), reason="called")

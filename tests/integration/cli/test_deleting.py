@@ -53,7 +53,7 @@ def test_deleting_a_chat_keeps_other_chats(run: RunCommand, world: World) -> Non
 def test_an_attempt_that_does_not_end_is_reported(
     run: RunCommand, world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """If an attempt stays in flight, the delete command fails after a while and explains how to continue."""
+    """If an attempt stays in flight, the delete command fails and explains how to continue."""
     monkeypatch.setattr(batches, "PATIENCE", timedelta(seconds=-3))
     world.put_in_flight(world.follow_up())
     ran = run("workspace", "delete", world.workspace_id, "--yes")

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 def test_no_findings(world: World, engine: Engine) -> None:
-    """Doctor has no findings if every constraint is valid and no sequence is behind the ids in its table."""
+    """Doctor has no findings if every constraint is valid and no sequence is behind its ids."""
     assert world
     assert list(of_tables(engine)) == []
 

@@ -195,7 +195,7 @@ class TestApiKey:
         assert run("api-key", "list", "--json").document[0]["revokedAt"] == revoked
 
     def test_an_unknown_name_is_an_error(self, run: RunCommand) -> None:
-        """An unknown workspace or key is a usage error that says how to list the existing ones."""
+        """The usage error for an unknown workspace or key says how to list them."""
         ran = run("api-key", "create", "--workspace", "acme")
         assert (ran.code, ran.stdout) == (2, "")
         assert (

@@ -107,7 +107,7 @@ def test_an_unwritable_row_is_skipped(world: World, kind: str) -> None:
 
 
 def test_prevented_retries_are_audited(world: World) -> None:
-    """The audit event of a bulk cancel includes the number of follow-ups whose retry it prevents.
+    """A bulk cancel's audit event includes the number of prevented retries.
 
     The command line leaves the same audit event.
     """

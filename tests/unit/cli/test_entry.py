@@ -35,7 +35,7 @@ PATHS = [[name] for name in CATALOGUE] + [[group, name] for group, names in GROU
 
 @pytest.mark.parametrize("path", PATHS, ids=" ".join)
 def test_every_help_text_ends_with_examples(path: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    """The help of every command is printed on stdout, exits with 0 and ends with examples."""
+    """Every command's help goes to stdout, with exit code 0 and examples at the end."""
     assert main([*path, "--help"]) == 0
     shown, remarks = capsys.readouterr()
     assert f"Usage: followups {' '.join(path)}" in shown

@@ -1,4 +1,4 @@
-"""Failures of the transport ``http``: a call that fails before its request is sent is retried.
+"""Failures of the transport ``http``: a call that fails before sending its request is retried.
 
 If a call fails after its request has been sent, the outcome is unknown.
 """

@@ -265,7 +265,7 @@ async def hint_without_end(stream: Stream) -> None:
 async def test_one_stream_harms_no_other(
     misbehave: Callable[[Stream], Awaitable[None]], outcome: Outcome, server: Http2Server, transport: Transport
 ) -> None:
-    """A response with an endless body or head ends only its own stream, and the connection stays open."""
+    """An endless head or body ends only its own stream; the connection stays open."""
     assert await transport.send(a_delivery()) == OK
     first_of(server, misbehave)
     outcomes = await send_at_once(transport, STREAMS)

@@ -90,7 +90,7 @@ async def test_an_answer_may_come_in_pieces(reply: bytes, size: int) -> None:
     ids=["bare LF", "no reason", "odd headers", "spaces after the chunk size"],
 )
 async def test_a_slightly_malformed_answer_is_accepted(reply: bytes) -> None:
-    """A response with flaws that other clients tolerate is accepted, and so is the next such response."""
+    """If a response has flaws that other clients tolerate, this response and the next are accepted."""
     async with scripted(reply) as server, opened(HttpTransport(settings_for(server.url))) as transport:
         assert names(await transport.send(a_delivery()))
         assert names(await transport.send(a_delivery()))
@@ -158,7 +158,7 @@ async def test_garbage_in_the_body_does_not_change_the_status() -> None:
 
 @pytest.mark.parametrize("headers", [{}, {"connection": "upgrade", "upgrade": "h2c"}])
 async def test_a_change_of_protocols_is_a_rejection(headers: dict[str, str]) -> None:
-    """A 101 response that was not requested ends the call as a rejection and closes its connection."""
+    """An unrequested 101 response counts as a rejection and closes its connection."""
     async with (
         scripted(answer(101, **headers) + b"\x00\x01") as server,
         opened(HttpTransport(settings_for(server.url))) as transport,

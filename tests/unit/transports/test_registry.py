@@ -1,4 +1,4 @@
-"""Tests of the transport registry: which transport is selected, and the errors for a wrong choice."""
+"""Tests of the transport registry: the selected transport, and the errors for a wrong choice."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from unit.transports.doubles import TOKEN, settings_for
 
 
 class NoTransport:
-    """A class that lacks a transport's methods; a plug-in might register such a class by mistake."""
+    """A class that lacks a transport's methods, as a faulty plug-in might register."""
 
     name = "half"
 

@@ -166,7 +166,7 @@ async def test_an_invalid_chat_message_is_rejected(http: aiohttp.ClientSession, 
 
 
 async def test_the_page_loads_nothing_from_other_hosts(http: aiohttp.ClientSession) -> None:
-    """The page loads resources only from its own address, escapes data, and has a policy that blocks other sources."""
+    """The page escapes data, and a policy blocks resources from other addresses."""
     async with http.get("/") as response:
         text, policy = await response.text(), response.headers["content-security-policy"]
         assert response.content_type == "text/html"
