@@ -1,4 +1,4 @@
-"""Intercept SQL statements on their way to PostgreSQL, whether SQLAlchemy or the package itself executes them."""
+"""Intercept the SQL statements of SQLAlchemy and of the package on their way to PostgreSQL."""
 
 from __future__ import annotations
 

@@ -167,7 +167,7 @@ class World:
         )
 
     def close_gap(self) -> None:
-        """Record a tick now; on a slow machine, the time between two steps of a test may exceed the limit."""
+        """Record a tick now, because a slow machine may exceed the limit between two steps."""
         self.sql("UPDATE dispatcher_state SET last_tick_at = now(), grace_until = NULL")
 
 

@@ -150,7 +150,7 @@ async def _tuples(connection: Connection, sql: bytes, parameters: Mapping[str, A
 
 
 async def rows_of(connection: Connection, sql: str, parameters: Mapping[str, Any]) -> Sequence[Any]:
-    """Execute the statement and return its rows, or an empty sequence if it returns no rows."""
+    """Execute the statement; return its rows, or an empty sequence if there are none."""
     async with connection.cursor(row_factory=namedtuple_row) as cursor:
         await cursor.execute(sql.encode(), parameters)
         return () if cursor.rownumber is None else await cursor.fetchall()

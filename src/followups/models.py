@@ -508,7 +508,7 @@ class MetricTotal(Base):
     """One sample of a counter or a histogram, summed over all processes."""
 
     __tablename__ = "metric_totals"
-    # Every process updates rows of this table every second, so each page has free space for in-place updates.
+    # Every process updates rows each second, so pages have free space for in-place updates.
     __table_args__ = ({"postgresql_with": {"fillfactor": "50"}},)
 
     sample: Mapped[str] = mapped_column(primary_key=True)

@@ -163,8 +163,8 @@ def cancel(session: Session, follow_up_id: UUID, *, reason: str | None = None, a
     """Cancel a pending follow-up. After the transaction has committed, the follow-up is never sent.
 
     ``reason`` is stored as given; the default is ``cancelled_by_api``. If the follow-up is already cancelled, the call
-    changes nothing. A transaction that cancels follow-ups in several chats must process the chats in the same order as
-    for `schedule`. The audit log records the ``actor``, by default the user of this process.
+    changes nothing. A transaction with cancels in several chats must process the chats in `schedule`'s order. The audit
+    log records the ``actor``, by default the user of this process.
 
     Raises `FollowUpNotFoundError`, `AlreadyFinishedError`, `DeliveryInProgressError` and `TransactionError`.
     """
@@ -372,7 +372,7 @@ _NOW = Statement("SELECT now() AS now")
 def check_window(chat: Chat, due_date: datetime) -> Steps[None]:
     """Refuse a due date at which the channel's messaging window is closed.
 
-    If the due date is outside the sending hours, the messaging window must still be open when they begin.
+    The due date may be outside the sending hours. The messaging window must then still be open when the hours begin.
     """
     if chat.channel in WINDOWED_CHANNELS:
         (row,) = yield _NOW()

@@ -37,8 +37,8 @@ Ts = TypeVarTuple("Ts")
 PATIENCE = timedelta(seconds=15)
 """How long the query is retried if the database is unreachable. A restart takes a few seconds.
 
-If the database stays unreachable for longer than this, the commit is assumed to have failed. If the commit did succeed,
-the leases expire unused.
+If the database stays unreachable for longer, the commit is assumed to have failed. If the commit did succeed, the
+leases expire unused.
 """
 
 PAUSE = timedelta(milliseconds=100)

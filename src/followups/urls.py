@@ -1,6 +1,6 @@
 """Validation of database and broker URLs before a connection is opened. Each error states the reason.
 
-No error message contains any part of the URL, since that part may belong to a password that was not escaped.
+Error messages contain no part of the URL, which may belong to an unescaped password.
 """
 
 from __future__ import annotations

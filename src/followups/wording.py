@@ -70,7 +70,7 @@ def _listed(value: object) -> str:
 
 
 class Sentence:
-    """A sentence with placeholders, and their values, which is shown in the reader's language and time zone.
+    """A sentence with placeholders and values, shown in the reader's language and time zone.
 
     A value is a text, a number, a time, a duration, or another sentence. `str()` returns the sentence in English, and
     times in UTC.

@@ -1,4 +1,4 @@
-"""Tests of secrecy: every log line, message and event of a full run is searched for texts and secrets."""
+"""Tests that search all log lines, messages and events for texts and secrets."""
 
 from __future__ import annotations
 
@@ -187,7 +187,7 @@ def play(stack: Stack, api: web.Api, hidden: Secrets) -> dict[str, str]:
 def test_no_text_or_secret_is_revealed(stack: Stack, level: str) -> None:
     """A run with every type of ending, retry, error and refusal reveals no text, key or password.
 
-    The test searches every log line, broker command, message and event, and all pages of Flower.
+    The test searches every log line, broker command, message, event and Flower page.
     """
     hidden = Secrets()
     url = make_url(stack.settings.database_url.get_secret_value())

@@ -349,7 +349,7 @@ def test_the_language_follows_the_browser_and_the_choice(person: Callable[..., P
 
 
 def test_the_api_creates_sign_in_links(console_url: str, person: Callable[..., Person], own: World) -> None:
-    """A link created through the API signs a person in to the API key's workspace, with the requested role.
+    """A sign-in link from the API leads to the key's workspace, with the requested role.
 
     The session ends when the key is revoked.
     """

@@ -45,8 +45,8 @@ def built() -> Iterator[Built]:
     uv = os.environ.get("UV") or shutil.which("uv")
     if not uv:
         pytest.skip("uv is not installed")
-    # The directory is not inside pytest's own directory, which only the user who runs the tests can read. If root runs
-    # the tests, PostgreSQL runs as another user.
+    # The directory is outside pytest's directory, which only the tests' user can read. If root runs the tests,
+    # PostgreSQL runs as another user.
     with tempfile.TemporaryDirectory() as directory:
         yield build(uv, Path(directory))
 

@@ -20,7 +20,7 @@ COMMANDS = {
     "web": procfile("web"),
     "worker": procfile("worker"),
     "beat": procfile("beat"),
-    # In its container, a process must listen on more than the loopback interface; the published ports limit access.
+    # In a container, a process must listen beyond the loopback interface. The published ports limit access.
     "flower": [word.replace("127.0.0.1", "0.0.0.0") for word in procfile("flower")],  # noqa: S104
 }
 

@@ -78,9 +78,9 @@ def followups(environment: Mapping[str, str], *arguments: str) -> str:
 
 
 def test_an_installation_with_tls_and_broker_users_delivers(servers: dict[str, str], tmp_path: Path) -> None:
-    """With a certificate, a role, a user and a secret file for each process, a scheduled follow-up is sent.
+    """If each process has a certificate, role, user and secret file, a follow-up is sent.
 
-    Doctor has no findings, the broker refuses no command, the delivery is signed, and no log contains a secret.
+    Doctor has no findings, and the broker refuses no command. The delivery is signed, and no log contains a secret.
     """
     usual = {
         "PATH": os.environ["PATH"],

@@ -1,4 +1,4 @@
-"""Tests an upgrade under load without downtime: first the schema, with old code running, then the code."""
+"""Tests an upgrade under load without downtime: first of the schema, then of the code."""
 
 from __future__ import annotations
 

@@ -28,8 +28,7 @@ class Figures:
     def keep(self, fault: int, verdict: Verdict | None = None, **figures: Any) -> None:
         """Record figures under the fault's number, with a verdict on its promises; fail if one was broken.
 
-        The name of a figure consists of words joined by underscores, with the unit at the end: ``recovery_s``,
-        ``claim_p99_ms``.
+        A figure's name joins words by underscores and ends with the unit: ``recovery_s``, ``claim_p99_ms``.
         """
         line = {"fault": fault, "form": self.form, "test": self.test, "seed": self.seed, "figures": figures}
         line["at"] = f"{datetime.now(UTC):%Y-%m-%d %H:%M}"

@@ -1,4 +1,4 @@
-"""The guards on which the promises depend, how each is removed from the SQL, and what fails without it.
+"""The guards of the promises, how to remove each, and what fails without the guard.
 
 To remove a guard, its text is cut out of the SQL statements before they reach PostgreSQL. The text must occur in the
 statement. Otherwise a changed statement would silently keep its guard.

@@ -51,6 +51,6 @@ def test_answer_lost_at_each_step(rig: Rig, figures: Figures) -> None:
 @pytest.mark.faults_long
 @pytest.mark.parametrize("step", STEPS)
 def test_answers_lost_often(step: str, rig: Rig, figures: Figures) -> None:
-    """If the answers to a hundred commits are lost, no follow-up is delayed, and no attempt is lost."""
+    """If the answers to a hundred commits are lost, no follow-up is delayed."""
     start(rig)
     answers_lost(rig, figures, step, count=3000, times=100)

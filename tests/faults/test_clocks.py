@@ -1,4 +1,4 @@
-"""Tests with hosts whose clocks are minutes off: the database's clock decides what is early or late."""
+"""Tests with hosts whose clocks are minutes off: the database's clock decides."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def clocks_off(rig: Rig, figures: Figures, seconds: float, off: timedelta) -> No
 
 
 def is_off(worker: Child, by: timedelta) -> int:
-    """Return 1 if the log says that the process's clock is this many seconds ahead, and -1 if it is behind."""
+    """Return 1 if the process's clock is logged as this far ahead, -1 if behind."""
     lines = [json.loads(line) for line in worker.command.log.read_text().splitlines() if line.startswith("{")]
     off = datetime.fromisoformat(lines[-1]["timestamp"]) - datetime.now(UTC)
     return round(off / by)

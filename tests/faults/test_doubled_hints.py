@@ -39,7 +39,7 @@ def doubled(rig: Rig, figures: Figures, count: int, rounds: int) -> None:
 
 
 def claimed_and_doubled(rig: Rig) -> int:
-    """Claim and publish like a tick; enqueue each message twice, in random order, and count the messages.
+    """Claim like a tick; publish each message twice, in random order, and count the messages.
 
     A frozen worker's open BRPOP still takes one hint from the queue. This function therefore waits until all follow-ups
     are due, so that a claim publishes more hints than there are workers. A worker that is frozen in a claim blocks all

@@ -23,7 +23,7 @@ POINTS = ("begin.committed", "send.before", "send.answered", "settle.before")
 def frozen_at(
     rig: Rig, figures: Figures, point: str, workers: Sequence[Child], count: int, longer: float = 0.0
 ) -> None:
-    """Freeze one of two workers at this step until its lease has expired, then resume the worker."""
+    """Freeze one of two workers at this step until its lease has expired."""
     frozen, other = workers
     name = frozen.command.name
     time.sleep(0.5)  # earlier refusals have been counted by now

@@ -1,4 +1,4 @@
-"""Tests in which a worker is killed at each step: another takes over within a lease and a tick.
+"""Tests of workers killed at each step: another takes over within a lease and tick.
 
 The worker has no child process to kill, because its settings fix Celery's solo pool.
 """
@@ -80,7 +80,7 @@ def test_killed_in_mid_batch(rig: Rig, figures: Figures) -> None:
 
 @pytest.mark.faults_long
 def test_killed_again_and_again(rig: Rig, figures: Figures) -> None:
-    """If workers are killed at random steps and replaced for minutes, no message is lost or duplicated."""
+    """If workers are killed and replaced for minutes, no message is lost or duplicated."""
     rig.start(workers=2, beats=2, harmed=True)
     for _ in range(30):
         rig.bulk(200, spread=2.0)

@@ -19,8 +19,7 @@ if TYPE_CHECKING:
 
 CLIENTS = 8
 NEAR = 0.03
-"""Each cancel is sent at most this many seconds before or after the due time; begin happens 15 ms before the due time.
-"""
+"""Maximum seconds between a cancel and the due time (begin: 15 ms before)."""
 
 
 def cancel_against_deliver(rig: Rig, figures: Figures, pairs: int, spread: float) -> None:

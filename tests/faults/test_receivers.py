@@ -228,7 +228,7 @@ def test_left_alone_for_long(rig: Rig, figures: Figures) -> None:
 
 @pytest.mark.faults_long
 def test_not_left_alone(rig: Rig, figures: Figures) -> None:
-    """If the breaker is off, an outage uses up many attempts; the figures serve for comparison."""
+    """Without the breaker, an outage uses up many attempts; the figures serve for comparison."""
     rig.options |= AS_THEY_COME | {"FOLLOWUPS_BREAKER_FAILURES": "0", "FOLLOWUPS_RETRY_CAP": "60"}
     assert fail_for(rig, figures, rate=100, seconds=120, limit=300) > 1_000
 

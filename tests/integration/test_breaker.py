@@ -258,7 +258,7 @@ def test_few_attempts_trip_earlier(own: Settings) -> None:
 
 
 def test_without_a_held_workspace_the_breaker_closes(own: Settings) -> None:
-    """A breaker that holds no workspace closes or stays closed, since no success could close it later."""
+    """A breaker that holds no workspace is closed, since no success could close it later."""
 
     async def script(store: BreakerStore) -> None:
         for key, one in enumerate(ids(FAILURES * 2)):
@@ -288,7 +288,7 @@ DAY = 86_400.0
 
 @pytest.mark.parametrize("step", [-DAY, -60.0, 60.0, DAY])
 def test_the_clock_is_set_while_open(own: Settings, clock: ServerClock, step: float) -> None:
-    """If the clock of Redis is set back or forward, the next probe follows within the longest pause."""
+    """If Redis's clock is changed, the next probe follows within the longest pause."""
 
     async def script(store: BreakerStore) -> None:
         await opened(store)

@@ -33,7 +33,7 @@ def broker() -> Iterator[tuple[Settings, redis.Redis]]:
 
 
 def connections(admin: redis.Redis) -> set[str]:
-    """Return the ids of all connections to the broker except the connection of the admin client."""
+    """Return the ids of all broker connections except the admin client's."""
     return {client["id"] for client in admin.client_list()} - {str(admin.client_id())}
 
 

@@ -123,7 +123,7 @@ class TestOrder:
         assert steps.claim().leases == ()
 
     def test_an_earlier_follow_up_is_rescheduled(self, world: World, steps: Steps, engine: Engine) -> None:
-        """A follow-up does not wait for an earlier one that is rescheduled while the chat's order is checked."""
+        """If an earlier follow-up is rescheduled during the check, the next one does not wait."""
         chat = world.chat()
         first, second = world.follow_up(chat, -2 * SECOND), world.follow_up(chat, -SECOND)
         lease = next(one for one in steps.claim().leases if one.id == second)

@@ -39,7 +39,7 @@ print(child.pid, valkey.child.pid, postgres.child.pid)
 print(processes.logs, valkey._directory, postgres._directory, flush=True)
 sys.stdin.readline()
 """
-"""A program that starts one process of each type, forks, and exits on request without stopping the processes."""
+"""A program that starts one process of each type, forks, and exits without stopping them."""
 
 
 def _until(condition: Callable[[], bool], within: timedelta = SOON) -> bool:

@@ -67,7 +67,7 @@ def bucket(rate: float = SLOW, burst: int = 1, key: str = "") -> Bucket:
 
 
 def request(since: int, *buckets: Bucket, id_: UUID | None = None) -> TokenRequest:
-    """Return a token request for a follow-up due the given number of seconds after the start."""
+    """Return a token request for a follow-up due this many seconds after the start."""
     return TokenRequest(id_ or uuid4(), START + timedelta(seconds=since), buckets)
 
 

@@ -181,7 +181,7 @@ def test_slow_commit(delivery: DeliverySteps, name: str, monkeypatch: pytest.Mon
 
 
 def test_taken_over_meanwhile(delivery: DeliverySteps, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A worker does not treat an attempt as its own if another worker has begun it from the same hint."""
+    """If another worker has begun the attempt meanwhile, a begin with an unknown outcome fails."""
     leases = delivery.leases()
     engine = delivery.world.engine
 

@@ -1,4 +1,4 @@
-"""Tests of one worker's pipeline on PostgreSQL: concurrent calls, and the effects of a faulty transport."""
+"""Tests of one worker's pipeline on PostgreSQL, with concurrent calls and a faulty transport."""
 
 from __future__ import annotations
 

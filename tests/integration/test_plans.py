@@ -1,4 +1,4 @@
-"""Query plans of claim, begin and settle among many pending follow-ups: index look-ups, no full scans.
+"""Tests that claim, begin and settle use index look-ups among many pending follow-ups.
 
 The plans of the API's lists are tested in `test_store_listing.py`.
 """
@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 
 DUE = 300
 MOST = 12 * DUE
-"""The most rows of `follow_ups` that a statement may read for a batch, allowing a few reads of each row."""
+"""Maximum reads of `follow_ups` rows for a batch, at a few per row."""
 
 PORTION = 100_000
 """The number of rows inserted per statement, few enough for the statement timeout."""

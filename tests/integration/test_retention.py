@@ -185,7 +185,7 @@ def test_audit_events_have_a_separate_retention(world: World, engine: Engine, se
 
 
 def test_keys_that_expired_are_recorded_once(world: World, engine: Engine, settings: Settings) -> None:
-    """An expired API key is recorded once as an audit event, at the time of its expiry.
+    """An API key's expiry is recorded once as an audit event, with its time.
 
     No event is recorded for a revoked key or for a key that has not expired.
     """

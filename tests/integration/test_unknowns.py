@@ -111,7 +111,7 @@ ASKED = [
 
 @pytest.mark.parametrize(("words", "reason"), ASKED)
 def test_cancel_while_in_flight(world: World, settings: Settings, words: str | None, reason: str) -> None:
-    """The reason given for a cancel during an attempt is stored unchanged, whatever the attempt's outcome."""
+    """If a cancel arrives during an attempt, the cancel's reason is stored unchanged."""
     chat_id = world.chat()
     follow_up = world.follow_up(chat_id)
     (begun,) = begin(world.engine, settings, claim(world.engine, settings).leases).begun

@@ -355,7 +355,7 @@ def test_the_chats_next_follow_up_cannot_be_written(world: World, engine: Engine
 
 
 def test_the_chats_next_follow_up_when_begin_ends_the_first(world: World, engine: Engine, settings: Settings) -> None:
-    """A follow-up ended by begin stays ended, even if the next follow-up in its chat cannot be unblocked."""
+    """A follow-up ended by begin stays ended even if the next one cannot be unblocked."""
     chat = world.chat(removed_at=text("now()"))
     first = world.follow_up(chat, -2 * SECOND)
     unwritable(world, world.follow_up(chat, -SECOND, waits_for=first))

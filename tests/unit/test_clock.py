@@ -66,7 +66,7 @@ def test_quickest_sample_counts() -> None:
 
 
 def test_set_back() -> None:
-    """When the database's clock is set back, the estimate of that clock is corrected with the next sample."""
+    """If the database's clock is set back, the next sample corrects the estimate."""
     monotonic = Monotonic()
     clock = DatabaseClock(monotonic)
     clock.observe(moment(5000.0), 1000.0, 1000.001)

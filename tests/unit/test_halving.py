@@ -21,7 +21,7 @@ AWAY = OperationalError("", None, psycopg.OperationalError("away"))
 
 @given(st.lists(st.booleans(), min_size=1, max_size=200))
 def test_other_rows_are_processed(bad: list[bool]) -> None:
-    """Each good row of a batch is processed once, in order, and each bad row is isolated.
+    """Good rows of a batch are processed once, in order, and bad rows are isolated.
 
     The batch is halved as few times as possible.
     """

@@ -93,7 +93,7 @@ def test_files_of_ended_processes_are_removed(reporting_process: subprocess.Pope
 
 
 def test_a_process_that_waits(reporting_process: subprocess.Popen[str], tmp_path: Path) -> None:
-    """A waiting process is healthy; it reports the reason and length of its wait until it makes progress."""
+    """A waiting process is healthy, and reports the reason and length of its wait."""
     assert reporting_process.stdout
     (state,) = read_states(tmp_path, "worker")
     assert (state.trouble, state.waits) == ("", "the database is unreachable, for 5 s")

@@ -154,7 +154,7 @@ async def test_cancelled_from_outside_as_the_limit_ends() -> None:
 
 
 async def test_calls_share_one_timer() -> None:
-    """Each call is stopped at its own time limit, whenever it began, and other calls end normally."""
+    """Each call stops at its own time limit, and other calls end normally."""
     timeout = CallTimeout(timedelta(milliseconds=500))
     clock = DatabaseClock()
     clock.observe(NOW, uptime(), uptime())

@@ -31,7 +31,7 @@ def test_the_window_ends_24_hours_after_the_user_s_last_message(channel: Channel
 
 @pytest.mark.parametrize("channel", sorted(WINDOWED_CHANNELS))
 def test_without_a_user_s_message_there_is_no_window(channel: Channel) -> None:
-    """In a channel with a messaging window, nothing may be sent until the user has written."""
+    """A channel with a messaging window sends nothing until the user has written."""
     assert not is_open(channel, None, NOON)
 
 

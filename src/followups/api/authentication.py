@@ -1,9 +1,8 @@
 """Authentication: validation of the API key in the transaction that serves the request.
 
-The first statement of the request's transaction also looks up the key. A revocation takes effect as soon as it is
-committed, and looking up the key needs no additional round trip. FastAPI validates the body before it runs
-dependencies. However, a request with an invalid body and without a valid key must get 401 rather than 422: see
-`AuthenticatedRoute`.
+The first statement of the request's transaction also looks up the key. A committed revocation takes effect immediately.
+The look-up of the key needs no additional round trip. FastAPI validates the body before it runs dependencies. However,
+a request with an invalid body and without a valid key must get 401 rather than 422: see `AuthenticatedRoute`.
 """
 
 from __future__ import annotations
@@ -86,10 +85,10 @@ class LastUse:
 class KnownKeys:
     """API keys that were valid at their last use.
 
-    If a request has a known key, its body is read before the key is looked up in the database. The transaction of each
-    request checks the key again. A revocation therefore takes effect immediately, and the key is removed from the known
-    keys. A key in use is looked up only once. A flood of requests with unknown keys therefore cannot delay requests
-    with known keys. An instance belongs to one event loop.
+    For a known key, a request's body is read before the key is looked up. The transaction of each request checks the
+    key again. A revocation therefore takes effect immediately, and the key is removed from the known keys. A key in use
+    is looked up only once. A flood of requests with unknown keys therefore cannot delay requests with known keys. An
+    instance belongs to one event loop.
     """
 
     def __init__(self) -> None:
@@ -260,7 +259,7 @@ class Caller:
         steps = rule(work)
         try:
             first = next(steps)
-        except FollowUpsError:  # the request is invalid, but this is reported only to a client with a valid key
+        except FollowUpsError:  # an invalid request is reported only to a client with a valid key
             await self._ask(connection, _NOTHING())
             raise
         except StopIteration as end:  # the rule returned its result without a query

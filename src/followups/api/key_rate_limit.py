@@ -2,7 +2,7 @@
 
 The limit keeps a burst of one key from slowing down other keys. Correctness does not depend on the limit: if Redis is
 unreachable, requests are allowed, counted in a metric and logged. After a failed query, Redis is not queried for a
-while, because each query would have to wait for the timeout.
+while, to avoid further timeouts.
 """
 
 from __future__ import annotations

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 SHARE = 6
-"""Maximum number of database connections that one workspace uses at a time, out of 8 in the pool."""
+"""Maximum of the pool's 8 database connections that one workspace uses at a time."""
 
 WAITING_SHARE = 128
 """Maximum of a workspace's running and waiting requests: half of the process's limit."""

@@ -1,4 +1,4 @@
-"""The steps that all bulk commands and deletions share: count, show a sample, confirm, run in batches."""
+"""The steps of bulk commands and deletions: count, show a sample, confirm, run in batches."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ def carry_out(plan: BulkPreview, batches: Batches, manner: BulkOptions) -> None:
 def confirm(plan: BulkPreview) -> None:
     """Ask for confirmation.
 
-    Raises a usage error if stdin is not a terminal, and `typer.Exit` if the operator declines.
+    Raises a usage error if stdin is not a terminal. Raises `typer.Exit` if the operator declines.
     """
     if not sys.stdin.isatty():
         message = f"{plan.counted} to {plan.verb}: there is no terminal to ask for confirmation, so confirm with --yes"
@@ -166,7 +166,7 @@ def carry_out_deletion(whole: DeletionScope, what: str, name: str, manner: BulkO
 def _ask(what: str, name: str, counted: str) -> None:
     """Ask the operator to type the name.
 
-    Raises a usage error if stdin is not a terminal, and `typer.Exit` if anything but the name is typed.
+    Raises a usage error if stdin is not a terminal. Raises `typer.Exit` if anything but the name is typed.
     """
     if not sys.stdin.isatty():
         message = f"{what} with {counted}: there is no terminal to ask for the name, so confirm with --yes"

@@ -70,8 +70,7 @@ def ask_for_tick() -> None:
         with suppress(Exception):  # the change is committed, so the next regular tick sends what is due
             celery_app.ask_for_tick()
 
-    # The tick is sent in a thread, because the client may block on an unreachable broker longer than an operator would
-    # wait.
+    # A thread sends the tick, because an unreachable broker may block the client for long.
     sender = threading.Thread(target=send, daemon=True)
     sender.start()
     sender.join(PATIENCE.total_seconds())

@@ -2,8 +2,7 @@
 
 honcho stops every process as soon as one ends, so the end of the ``release`` process would also stop web, worker and
 beat. After a plain ``honcho start``, which starts all processes, this command therefore keeps running until honcho
-stops it. In all other cases (``honcho start release``, ``honcho run followups migrate``, a platform's release phase)
-the command ends after the upgrade.
+stops it. In all other cases, such as ``honcho start release``, the command ends after the upgrade.
 """
 
 from __future__ import annotations
@@ -47,7 +46,7 @@ LOOK = 0.2
 ANCESTORS = 4
 """Maximum number of ancestor processes to examine.
 
-There may be a shell and a child process of honcho between honcho and this process.
+A shell and a child of honcho may be between honcho and this process.
 """
 
 TRANSIENT_REFUSALS = ("starting up", "shutting down", "recovery", "too many", "remaining connection slots")

@@ -47,9 +47,9 @@ class ClaimInterval:
     def begin(self) -> None:
         """Start a tick; the rate of claims is not known yet.
 
-        A prediction cannot be based on the current number of free places, because other dispatchers may have claimed
-        since the last tick. The first pause of a tick is as long as the most recent known pause. Starting with the
-        shortest pause would double the number of claims.
+        The current number of free places predicts nothing, because other dispatchers may have claimed. The first pause
+        of a tick is as long as the most recent known pause. Starting with the shortest pause would double the number of
+        claims.
         """
         self._full_at = None
 

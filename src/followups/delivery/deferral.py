@@ -58,7 +58,7 @@ SPREAD = 10_000
 `SOONEST` to `LONGEST`.
 """
 COMING = 0.25
-"""Seconds allowed for released follow-ups to reach a worker; no others are released during this time."""
+"""Seconds in which released follow-ups must reach a worker before any more are released."""
 BACKOFF = 1.0
 """Seconds to wait if the database does not answer. No wait is longer than this."""
 

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from followups.store.claims import Claim
 
 SLOW = 1.0
-"""Duration of a claim, in seconds, that indicates wrong planner statistics; a claim normally takes milliseconds."""
+"""A claim of this many seconds indicates wrong planner statistics; milliseconds are normal."""
 MANY = 100
 """Minimum number of rows in a claim that makes the dispatcher check the planner's statistics."""
 NEXT_STATISTICS = 60.0
@@ -49,7 +49,7 @@ Even if these checks exceed the share, each blocked or paused follow-up is check
 """
 
 SKIPPED_FOR = 60.0
-"""Seconds for which claims skip a row that cannot be written, before the row is tried again."""
+"""Seconds for which claims skip a row that cannot be written."""
 
 BACKOFF = 0.05
 LONGEST_BACKOFF = 4.0
@@ -181,8 +181,8 @@ class Dispatcher:
         deadline = time.monotonic() + seconds
         self._interval.begin()
         self._release_orphans()
-        # After the deadline, the remaining claims are left to the next tick, possibly of another dispatcher. If two
-        # dispatchers alternate, claims are twice as frequent, and each takes half as many follow-ups.
+        # After the deadline, the next tick of any dispatcher makes the remaining claims. If two dispatchers alternate,
+        # claims are twice as frequent, and each takes half as many follow-ups.
         while self._interval.next <= deadline:
             if self._stopping.wait(max(0.0, self._interval.next - time.monotonic())) or not self._claim_and_publish():
                 return
@@ -259,9 +259,8 @@ class Dispatcher:
 
         Claims from the beginning also find follow-ups that were inserted later, with due dates before the low-water
         mark. If a claim leaves due follow-ups, the next claims start with the workspaces that have the fewest
-        follow-ups in flight. While a long transaction keeps a snapshot, the index entries of follow-ups sent since then
-        stay in front of the entries of pending follow-ups. Reading past 36,000 index entries of sent follow-ups took 34
-        ms.
+        follow-ups in flight. A long transaction keeps the index entries of sent follow-ups in front of pending ones.
+        Reading past 36,000 index entries of sent follow-ups took 34 ms.
         """
         started = time.monotonic()
         from_all = started >= self._next_whole

@@ -163,7 +163,7 @@ def outage() -> Outage | None:
 
 
 def refused(step: str, follow_up_id: UUID, error: Exception) -> None:
-    """Log that the content of one row made a step fail; the step continues with all other rows."""
+    """Log that one row made a step fail; the step continues with all other rows."""
     diagnosis = getattr(getattr(error, "orig", None), "diag", None)
     kind = type(getattr(error, "orig", error)).__name__
     constraint = getattr(diagnosis, "constraint_name", None)

@@ -1,7 +1,7 @@
 """Slots for calls in flight, counted in one ledger. This module does no I/O.
 
-A slot is acquired before begin. The slot is released when the call has ended, or if the follow-up did not begin. A
-possible poison pill also counts against a quota until its outcome is recorded.
+A slot is acquired before begin. The slot is released after the call, or if the follow-up did not begin. A possible
+poison pill also counts against a quota until its outcome is recorded.
 """
 
 from __future__ import annotations

@@ -161,8 +161,7 @@ class Child:
         """Send SIGKILL to the process and its group, and return once all descendants have ended."""
         if self._process is None:
             return
-        # The signal is sent even if the process has already ended, because other processes of its group may still be
-        # running.
+        # Even if the process has ended, other processes of its group may need the signal.
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(self._process.pid, signal.SIGKILL)
         self._process.wait()

@@ -54,7 +54,7 @@ SETTINGS = {
     "timezone": "'UTC'",
     "log_timezone": "'UTC'",
     "log_checkpoints": "off",
-    # The DETAIL of errors is not logged, because it quotes rows and message texts must not reach a log.
+    # The DETAIL of errors is not logged, because it quotes rows with message texts.
     "log_error_verbosity": "terse",
 }
 

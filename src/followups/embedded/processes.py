@@ -123,7 +123,7 @@ class Processes:
 
 
 def answers(url: str) -> Callable[[], bool]:
-    """Return a readiness check that tests whether a GET of the URL returns 2xx within a second."""
+    """Return a readiness check: whether a GET of the URL returns 2xx within a second."""
 
     def check() -> bool:
         try:

@@ -29,7 +29,7 @@ REMOVAL_TRIES = 50
 
 
 class Watchdog:
-    """The owner's end of the watchdog: the guarded processes and directories, and the pipe to the watchdog process."""
+    """The owner's end of the watchdog: guarded processes and directories, and a pipe."""
 
     def __init__(self) -> None:
         """Create a watchdog that does not guard anything yet.
@@ -100,7 +100,7 @@ class Watchdog:
                 process.communicate()
 
     def _close_in_fork(self) -> None:
-        """Close a forked child's copy of the pipe, so that the watchdog notices when the owner ends."""
+        """Close a forked child's pipe, so that the watchdog notices when the owner ends."""
         self._lock = threading.Lock()
         self._guarded = {}
         if self._process is not None and self._process.stdin is not None:

@@ -86,7 +86,7 @@ class LimiterReply:
 
     waits: tuple[timedelta, ...]
     moment: int | None = None
-    """The time of the reply according to the Redis server's clock, or None if no token was acquired."""
+    """The reply's time by the Redis server's clock, or None if no token was acquired."""
 
 
 class Limiter:
@@ -170,7 +170,7 @@ class Limits:
         return bool(self._of)
 
     def request(self, one: Limitable) -> TokenRequest:
-        """Return the tokens that a follow-up needs, from every limit that applies to it; there may be none."""
+        """Return the tokens that a follow-up needs from each applicable limit, if any."""
         scopes = product((None, one.workspace_id), (None, one.channel))
         matching = (limit for scope in scopes for limit in self._of.get(scope, ()))
         return TokenRequest(one.id, one.since, tuple(bucket_of(limit, one) for limit in matching))

@@ -1,6 +1,6 @@
 """Claims: the statements that lease due follow-ups, by due date or shared fairly between workspaces.
 
-While all due follow-ups fit into the window (the in-flight limit), claiming in the order of due dates is both fair and
+The window is the in-flight limit. While all due follow-ups fit into the window, claiming by due date is fair and
 cheapest. During a backlog, claiming by due date is not fair: a workspace with a hundred thousand overdue follow-ups
 would be served first. In that case, free slots go to the workspaces with the fewest follow-ups in flight.
 
@@ -225,7 +225,7 @@ _COUNTED = text("SELECT reltuples FROM pg_class WHERE oid = 'follow_ups'::regcla
 def planner_expects_fewer_than(engine: Engine, number: int) -> bool:
     """Return whether the planner's estimate of the table is below this number of rows.
 
-    The estimate is good even for a new table, because it is based on the table's size.
+    The estimate uses the table's size, and is therefore good even for a new table.
     """
     with engine.connect() as connection:
         return bool(0 <= connection.execute(_COUNTED).scalar_one() < number)

@@ -1,9 +1,9 @@
 """Counts, lag and throughput. No statement here runs for long, however many rows there are.
 
-The counts of pending, waiting, overdue and in-flight follow-ups are exact, and are read from small partial indexes.
-Follow-ups in a final state are counted up to `EXACT_UP_TO` for each state. For larger numbers the planner's estimate is
-used, which costs nothing even for many millions of rows. Lag and throughput are computed from an index of the
-follow-ups that ended in the last few minutes. A query that exceeds `LIMIT` is cancelled.
+Pending, waiting, overdue and in-flight follow-ups are counted exactly, from small partial indexes. Follow-ups in a
+final state are counted up to `EXACT_UP_TO` for each state. For larger numbers the planner's estimate is used, which
+costs nothing even for many millions of rows. Lag and throughput are computed from an index of the follow-ups that ended
+in the last few minutes. A query that exceeds `LIMIT` is cancelled.
 
 The backlog is measured for metrics, which are read every few seconds. Counting ten million pending rows takes seconds.
 A trigger with counters would update one shared row for each insert and end. Rows are counted one by one only up to
@@ -50,7 +50,7 @@ _DUE = "COALESCE(next_attempt_at, due_date)"
 class Backlog:
     """Counts of the backlog, exact up to 10,000 and estimated beyond that.
 
-    The age of the oldest follow-up is in seconds, or 0 if the backlog is empty.
+    The age of the oldest follow-up is in seconds, or 0 for an empty backlog.
     """
 
     pending: int
@@ -63,10 +63,10 @@ _PENDING_ROWS = "FROM follow_ups WHERE status = 'pending'"
 
 # The query reads only the start of the claim's index, to just past the current time. No follow-up due after the end of
 # this range has begun, so the range includes all follow-ups in flight. A follow-up that waits for an earlier follow-up
-# in its chat does not count as overdue, but the earlier follow-up does. The query has an ORDER BY so that the index is
-# read no further than needed. Without the ORDER BY, the planner would read the whole table. The planner estimates that
-# a third of all pending rows are overdue. One read of the index has to suffice, because the index begins with the
-# entries of rows that were sent but not yet vacuumed.
+# in its chat does not count as overdue, but the earlier follow-up does. The ORDER BY keeps the index from being read
+# further than needed. Without the ORDER BY, the planner would read the whole table. The planner estimates that a third
+# of all pending rows are overdue. One read of the index has to suffice, because the index begins with the entries of
+# rows that were sent but not yet vacuumed.
 _COUNT = text(f"""
     WITH head AS MATERIALIZED (
         SELECT {_DUE} AS due, begun_at {_PENDING_ROWS} AND waits_for IS NULL AND {_DUE} <= now() + interval '1 second'

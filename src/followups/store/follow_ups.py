@@ -109,7 +109,7 @@ FAR_FROM_FULL = MOST_PENDING - 1_000
 that are committed in the meantime, but at most one for each database connection.
 """
 
-# Every condition except the last one uses the chat's values as they are when the chat is locked.
+# Every condition except the last uses the chat's values at the time of the lock.
 _CREATE_IF_CLEAR = Statement(
     f"""
     WITH chat AS (

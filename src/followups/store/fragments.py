@@ -54,7 +54,7 @@ LOOKED_UP = f"""
          WHERE f.id = b.id AND f.lease_token = b.token
            AND {OPEN} AND f.begun_at IS NULL AND f.lease_until > now()
 """  # noqa: S608 - no input, only the constant above
-"""SQL for the follow-ups of a batch whose leases are valid and whose attempts have not begun."""
+"""SQL for a batch's follow-ups that have a valid lease and have not begun."""
 
 LEASED = f"CROSS JOIN LATERAL ({LOOKED_UP} FOR NO KEY UPDATE SKIP LOCKED) f"
 """SQL that locks the follow-ups of `LOOKED_UP`, and skips rows that another transaction has locked."""

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from followups.store.leases import Lease
 
 NEVER = datetime(9998, 12, 31, tzinfo=UTC)
-"""The time stored as a paused follow-up's next attempt, later than any claim and any realistic due date."""
+"""A paused follow-up's next attempt, later than any claim and any realistic due date."""
 
 
 @dataclass(frozen=True, slots=True)

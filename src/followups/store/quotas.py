@@ -4,9 +4,9 @@ By default there is no quota. Without a quota, a create request costs no extra q
 there is no quota. With a quota, the quota's row is locked after the chat's row until the transaction ends, so that two
 concurrent create requests cannot both use the last free place.
 
-The quota's row stores how much room was left at the last count of follow-ups or chats. Each create request reduces the
-stored number. The rows are counted again only when the stored number reaches zero. The new count excludes follow-ups
-that have finished in the meantime.
+The quota's row stores the room left at the last count of follow-ups or chats. Each create request reduces the stored
+number. The rows are counted again only when the stored number reaches zero. The new count excludes follow-ups that have
+finished in the meantime.
 """
 
 from __future__ import annotations

@@ -68,7 +68,7 @@ _CANCEL_REASON = f"""
     CASE WHEN f.cancel_requested IN ({_BY_CODE}) THEN {honest("f.cancel_requested || r.cancel_detail", "f")}
          ELSE f.cancel_requested END
 """
-"""SQL for the reason of a cancel requested during the attempt; an operator's own words are stored unchanged."""
+"""SQL for the reason of a cancel during the attempt; an operator's words are unchanged."""
 
 _IN_FLIGHT_ROWS = f"""
          CROSS JOIN LATERAL (

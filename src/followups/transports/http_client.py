@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 KEEPALIVE = 3
 """Seconds for which an idle connection is kept. By default, most servers keep an idle connection for longer than this:
-4 or 5 s. The outcome of a request is unknown if it is sent on a connection that the server is closing.
+4 or 5 s. If the server closes a connection during a request, the request's outcome is unknown.
 """
 
 STREAMS = 10

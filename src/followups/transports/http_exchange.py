@@ -107,7 +107,7 @@ def _port(number: int) -> int:
 
 
 class Exchange:
-    """One HTTP exchange at a time, on an easy handle that keeps its options for the next exchange."""
+    """One HTTP exchange at a time, on a curl handle that keeps its options."""
 
     __slots__ = (
         "_address",

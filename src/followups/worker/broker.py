@@ -64,7 +64,7 @@ An ACL may allow the queues and forbid the subscriptions, so one read may be ans
 
 
 LONGEST_BODY = 4 * 1024 * 1024
-"""The maximum number of characters in a broker message's body; the largest hint has one and a half million."""
+"""Maximum characters in a broker message's body; the largest hint has 1.5 million."""
 
 
 class Loader(AppLoader):
@@ -115,7 +115,7 @@ class App(Celery):
 class Consumer:
     """The latest activity of this process's consumer, which proves that messages are being consumed.
 
-    The consumer polls the broker continuously (BRPOP), and gets an answer within a second even if the queues are empty.
+    The consumer polls the broker continuously (BRPOP). Even with empty queues, the broker answers within a second.
     Celery's ``ping`` proves less: a worker that stopped consuming still answers on another connection. Times are
     monotonic seconds.
     """

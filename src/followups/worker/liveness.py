@@ -46,8 +46,8 @@ machine.
 """
 
 CONSUMING = timedelta(seconds=5)
-"""Longest time between two replies from the broker. `CONSUMING` exceeds the time in which a half-open connection is
-detected; a healthy broker answers within a second.
+"""Longest time between two replies from the broker. `CONSUMING` exceeds the time to detect a half-open connection. A
+healthy broker answers within a second.
 """
 
 TURNING = timedelta(seconds=20)

@@ -65,7 +65,7 @@ class Scheduler(CelerysScheduler):
     """
 
     def tick(self, *arguments: Any, **named: Any) -> float:  # noqa: ANN401 - Celery's own
-        """Send the ticks that are due, and return the number of seconds until the next call."""
+        """Send the due ticks; return the seconds until the next call."""
         self._report(SENDING, "has been sending one tick")
         self._follow_clock_change()
         pause: float = super().tick(*arguments, **named)

@@ -107,7 +107,7 @@ async def test_an_unread_unsolicited_response_is_discarded(threaded: ThreadedSer
 
 @pytest.mark.parametrize("behind", [OTHER, OTHER[:1], b"garbage", b"\x00"])
 async def test_extra_bytes_after_a_response_close_the_connection(behind: bytes) -> None:
-    """If extra bytes follow a response, the connection is closed, so that each call gets its own response."""
+    """If extra bytes follow a response, the connection is closed."""
     async with scripted(OK + behind) as server, opened(HttpTransport(settings_for(server.url))) as transport:
         for _ in range(3):
             assert await transport.send(a_delivery()) == Sent(None, 200)
@@ -352,7 +352,7 @@ async def test_calls_in_flight_are_answered_before_closing() -> None:
 
 
 async def test_a_connection_closed_by_libcurl_does_not_stop_the_loop() -> None:
-    """If libcurl closes an idle connection that the event loop is about to handle, the loop continues."""
+    """If libcurl closes a connection that the event loop must handle, the loop continues."""
     loop, errors = asyncio.get_running_loop(), []
     loop.set_exception_handler(lambda _, context: errors.append(context))
     with socket.create_server(("127.0.0.1", 0)) as listening, contextlib.ExitStack() as peers:

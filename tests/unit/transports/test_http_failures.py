@@ -56,7 +56,7 @@ async def test_a_failed_tls_handshake_is_retried(no_tls: str) -> None:
 
 
 async def test_a_timeout_while_connecting_is_retried() -> None:
-    """A timeout during connecting, such as an unanswered TLS handshake, is retried because nothing was sent."""
+    """A timeout during connecting is retried, because nothing was sent."""
     with socket.create_server(("127.0.0.1", 0)) as silent:
         outcome = await outcome_at(f"https://127.0.0.1:{silent.getsockname()[1]}", transport_timeout=0.2)
     assert outcome == Retry("no connection within 0.2 s")
@@ -236,7 +236,7 @@ async def test_an_invalid_compressed_answer_is_sent() -> None:
 
 
 async def test_a_decompressed_answer_is_bounded() -> None:
-    """If a few KiB of a compressed answer expand to many MiB, at most 64 KiB are read."""
+    """If a compressed answer expands to many MiB, at most 64 KiB are read."""
     async with scripted(answer(200, gzip.compress(bytes(50_000_000)), content_encoding="gzip")) as server:
         assert await outcome_at(server.url) == Sent(None, 200, "the body of the answer is longer than 64 KiB")
 

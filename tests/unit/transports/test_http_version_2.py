@@ -220,7 +220,7 @@ async def test_a_connection_that_breaks_sends_none_of_its_requests_again(
 
 
 def first_of(server: Http2Server, misbehave: Callable[[Stream], Awaitable[None]]) -> None:
-    """Handle the next request with the given function, and accept every later request after 0.2 s."""
+    """Handle the next request with this function; accept later requests after 0.2 s."""
     first = server.requests[-1].id + 2
 
     async def serve(stream: Stream) -> None:

@@ -160,7 +160,7 @@ def _create_once(work: Work, body: NewFollowUp, idempotency_key: str) -> Steps[i
         except QuotaExceededError:
             raise
         except (ChatNotFoundError, NothingToFollowUpError, InvalidRequestError) as error:
-            # Error responses are stored too, so that a repeated request gets the same response even if the chat has
+            # Error responses are stored too. A repeated request then gets the same response even if the chat has
             # changed.
             answer = idempotency.StoredResponse(problems.of_error(error).status, None, problems.of_error(error).body())
         stored = _with_message(answer, "")
