@@ -37,7 +37,7 @@ HOSTILE: Mapping[str, str] = {
     "idle_session_timeout": "5s",
     "plan_cache_mode": "force_custom_plan",
 }
-"""Unusual defaults of a server, each of which would break one of the service's statements or change its result."""
+"""Unusual server defaults, each of which would break a statement or change its result."""
 
 
 def set_defaults(database_url: str, defaults: Mapping[str, str]) -> None:

@@ -1,8 +1,8 @@
 """Makes the README's pictures from a real run: `PYTHONPATH=tests uv run python tests/pictures.py`.
 
 The program starts the embedded system and plays the demo. After the demo, several thousand follow-ups fall due within
-two minutes, and the program shows them in the form of `followups stats --watch`. The terminal output that rich draws is
-saved as deploy/pictures/*.svg.
+two minutes. The program shows these follow-ups as `followups stats --watch` does. The terminal output that rich draws
+is saved as deploy/pictures/*.svg.
 """
 
 from __future__ import annotations

@@ -179,8 +179,8 @@ def make_async_engine(
 ) -> AsyncEngine:
     """Return an engine like that of `make_engine`, for one event loop.
 
-    Transactions of this engine run in `followups.transactions.in_loop`. A connection is tested only if it has been idle
-    for `RECENTLY`: connections are checked out many times a second, and a test takes as long as a statement.
+    Transactions of this engine run in `followups.transactions.in_loop`. A connection is tested only if idle for
+    `RECENTLY`, since a test takes as long as a statement.
     """
     url = parse(database_url)
     arguments = _arguments(url, pool_size, application_name)

@@ -1,4 +1,4 @@
-"""Database access on an event loop: psycopg runs the rules, without threads and without row objects.
+"""Database access on an event loop: psycopg runs the rules, without threads or row objects.
 
 Connections come from SQLAlchemy's pool in `make_async_engine`, with the same settings, limits and tests. Checking out a
 connection in a greenlet costs 0.02 ms. With psycopg's own pool the cost would be similar, but callers would wait while

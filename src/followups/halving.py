@@ -88,7 +88,7 @@ def halving_steps(
     query: Callable[[Sequence[T]], Query],
     refused: Callable[[T, Exception], None] | None = None,
 ) -> Steps[list[Any]]:
-    """Run the query for a whole batch, and halve the batch as `halve_within` does; return all rows."""
+    """Run the query for a batch, halving it as `halve_within` does; return all rows."""
     rows: list[Any] = []
     parts = [batch] if batch else []
     while parts:

@@ -6,8 +6,8 @@ by guessing ids. The foreign keys that refer to this key make PostgreSQL refuse 
 Row-level security was tried and rejected. Row-level security costs 6 % of the SQL time of a create and 16 % of a list
 (2 cores, 20,000 rows). But row-level security does not apply to the tables' owner, and the only configured URL is the
 owner's. Row-level security would need a second role, which many hosted databases do not let you create. The alternative
-is FORCE ROW LEVEL SECURITY, but then the owner's own pg_dump fails. Reads are protected by the predicate of each query,
-and by a test that calls every documented endpoint with another workspace's key and ids.
+is FORCE ROW LEVEL SECURITY, but then the owner's own pg_dump fails. Each query's predicate protects reads. A test calls
+every documented endpoint with another workspace's key and ids.
 
 A follow-up's ``status`` is written only by guarded UPDATE statements in `followups.store`, never by assigning to an
 object. In another system, saving a full row changed a sent message back to pending (zulip#39521).
@@ -438,7 +438,7 @@ class FollowUp(Base):
     accepted_duration: Mapped[timedelta | None]
     """How long the successful attempt took, or None if it was not timed."""
     created_by_key: Mapped[UUID | None]
-    """The API key that created the follow-up, or None if it was created in another way."""
+    """The API key that created the follow-up, or None for another creator."""
     traceparent: Mapped[str | None]
     """The W3C traceparent of the trace in which the follow-up was created, or None."""
 
@@ -659,7 +659,7 @@ class AuditEvent(Base):
     """The workspace's name at the event's time, or None for an event of all workspaces."""
     action: Mapped[str]
     target_id: Mapped[UUID | None]
-    """The follow-up, API key, chat or workspace that was changed, or None if the target has no id."""
+    """The changed follow-up, API key, chat or workspace; None for a target without an id."""
     number: Mapped[int] = mapped_column(BigInteger, server_default="1")
     """The number of rows that were changed."""
     details: Mapped[dict[str, Any]] = mapped_column(JSONB, server_default="{}")

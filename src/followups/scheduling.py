@@ -54,7 +54,7 @@ if TYPE_CHECKING:
 
 
 def schedule(session: Session, *, workspace_id: UUID, chat_id: UUID, message: str, due_date: datetime) -> FollowUp:
-    """Create a follow-up that is sent into the chat at ``due_date`` unless something cancels it first.
+    """Create a follow-up that is sent into the chat at ``due_date`` unless cancelled first.
 
     A follow-up with a due date in the past is sent immediately. A transaction that schedules into several chats must do
     so in ascending order of the chats' ids (``sorted(chat_ids)``); otherwise it may deadlock with another transaction

@@ -29,8 +29,8 @@ CONNECTION: Mapping[str, str | int] = {
 """libpq parameters that apply unless the URL sets them."""
 
 SESSION: Mapping[str, str] = {
-    # A statement must see everything that was committed before the statement began. If the transaction used a single
-    # snapshot, a reply that waited for the chat's lock would not see the follow-up that it has to cancel.
+    # A statement must see everything that was committed before the statement began. With one snapshot, a reply that
+    # waited for the chat's lock would miss new follow-ups.
     "default_transaction_isolation": "read committed",
     # psycopg reads and writes these formats.
     "client_encoding": "UTF8",
@@ -68,5 +68,5 @@ ONCE_PLANNED: Mapping[str, str] = {**BY_KEY, "plan_cache_mode": "force_generic_p
 """Planner options for the pipeline, whose statements always look up rows by key.
 
 Without a cached plan, PostgreSQL plans the query again for each batch of fewer than ten rows, and begin takes 1.1 ms
-instead of 0.5 ms. A claim is planned each time, because it may need a different plan for each limit.
+instead of 0.5 ms. Claims are planned each time, because each limit may need a different plan.
 """

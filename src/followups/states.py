@@ -10,8 +10,8 @@ pending failed    rejected, retries_exhausted, window_closed, too_late, outcome_
 pending cancelled user_replied, human_takeover, chat_removed, cancelled_by_api
 ======= ========= ===================================================================================
 
-A stored reason is ``code`` or ``code: detail``. A reason in a caller's own words (from a PATCH or an operator) is
-stored as given, without a code.
+A stored reason is ``code`` or ``code: detail``. A reason in a caller's own words (PATCH or operator) is stored without
+a code.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class Status(StrEnum):
     SENT = "sent"
     """The transport accepted the message.
 
-    A follow-up enters this state by settle, or by a PATCH if its message was sent by other means.
+    Settle enters this state, or a PATCH if the message was sent by other means.
     """
     FAILED = "failed"
     """The follow-up will never be sent. The reason says why the follow-up failed. A begin, a settle, recovery or a
@@ -124,14 +124,14 @@ class Final:
     code: ReasonCode | None = field(default=None, compare=False)
     """The code of the reason, or None for ``sent`` and for a reason in a caller's own words.
 
-    A reason in a caller's own words has no code, even if it begins with the text of a code.
+    A caller's own reason has no code, even if it begins with a code's text.
     """
 
 
 def finish(
     to: Status, code: ReasonCode | None = None, detail: str = "", *, words: str = "", current: Status = Status.PENDING
 ) -> Final:
-    """Return the final state and the reason of a follow-up that changes from the state ``current`` to ``to``.
+    """Return the final state and reason of a follow-up that changes from ``current`` to ``to``.
 
     ``code`` and ``detail`` form the reason ``code: detail``. ``words`` is the caller's own text for the reason, which
     is stored unchanged. Raises `TransitionError` for a transition that is not in the table.

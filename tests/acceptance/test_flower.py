@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 def start_flower(stack: Stack, *arguments: str, **environment: str) -> str:
-    """Start Flower on a free port; return its URL on the loopback interface once it answers."""
+    """Start Flower on a free port; return its loopback URL once it answers."""
     port = free_port()
     command = [*CELERY, "flower", f"--port={port}", *arguments]
     stack.processes.spawn("flower", command, environment=stack.environment() | environment)

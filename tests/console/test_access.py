@@ -31,7 +31,7 @@ def called(person: Person, route: Route, ids: dict[str, str]) -> int:
 
 @pytest.mark.parametrize("role", list(ALLOWED))
 def test_each_route_answers_403_without_its_permission(role: str, person: Callable[..., Person], own: World) -> None:
-    """Every route responds with 403 to roles that lack its permission, and to no other role."""
+    """Every route responds with 403 to exactly the roles that lack its permission."""
     one = person(role, None if role == "operator" else own)
     for route in GUARDED:
         status = called(one, route, {"id": str(uuid4()), "state": "x"})

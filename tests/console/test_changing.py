@@ -80,7 +80,7 @@ def test_a_form_that_is_submitted_twice_schedules_one(person: Callable[..., Pers
 def test_a_refused_schedule_keeps_the_typed_values(
     fields: dict[str, str], status: int, told: str, person: Callable[..., Person], own: World
 ) -> None:
-    """If a follow-up cannot be scheduled, the form is shown again and keeps the values that the user typed."""
+    """If scheduling fails, the form is shown again with the values that the user typed."""
     given = {"chat": str(own.chat()), "message": "Take care", "due": "2100-01-31T09:00"} | fields
     answer = person("agent", own).post("/follow-ups/new", **given)
     assert answer.status_code == status

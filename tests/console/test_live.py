@@ -118,7 +118,7 @@ def test_streams_need_a_session_and_are_bounded(
 def test_a_stream_ends_with_its_session(
     sign_in: Callable[..., Person], own: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """When a person's session ends, the event stream reports that the person is signed out and closes."""
+    """When a person's session ends, the event stream reports the sign-out and closes."""
     monkeypatch.setattr(live, "CHECKED_EVERY", 0.2)
     one = sign_in()
     listening = EventStream(one)

@@ -60,7 +60,7 @@ def unit(name: str) -> dict[str, list[str]]:
 
 
 def procfile(process: str, **variables: str) -> list[str]:
-    """Return the words of a Procfile line; its variables are replaced by the given or the default values."""
+    """Return the words of a Procfile line; given or default values replace its variables."""
 
     def value(found: re.Match[str]) -> str:
         return variables.get(found[1], found[2])

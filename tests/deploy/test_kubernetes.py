@@ -30,7 +30,7 @@ def container(name: str) -> Any:
 @pytest.mark.parametrize("version", VERSIONS)
 @pytest.mark.parametrize("name", OBJECTS)
 def test_the_objects_are_valid(name: str, version: str) -> None:
-    """Each object conforms to the Kubernetes schema of the oldest supported and the newest known version."""
+    """Each object conforms to the Kubernetes schemas of the oldest supported and newest known version."""
     kubernetes_validate.validate(OBJECTS[name], version, strict=True)
 
 
@@ -105,7 +105,7 @@ def test_two_beats() -> None:
 
 
 def test_workers_are_scaled_by_overdue_follow_ups() -> None:
-    """Only the autoscaler sets the number of workers, and it uses the metric of the adapter."""
+    """Only the autoscaler sets the number of workers, using the adapter's metric."""
     autoscaler = OBJECTS["HorizontalPodAutoscaler/followups-worker"]["spec"]
     (metric,) = autoscaler["metrics"]
     name = metric["external"]["metric"]["name"]

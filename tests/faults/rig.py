@@ -218,7 +218,7 @@ def own_servers(
 
 @contextmanager
 def running(settings: Settings, engine: Any, rng: random.Random, **servers: Any) -> Iterator[Rig]:
-    """Return a system that is not yet started; all its processes are stopped at the end."""
+    """Return a system that is not started; its processes are stopped at the end."""
     with Processes() as processes:
         rig = Rig(settings, World(engine), processes, rng=rng, **servers)
         try:

@@ -77,7 +77,7 @@ Key = tuple[int, str]
 
 
 def main() -> int:
-    """Run the requested tests; return exit code 1 if a test failed or a promise was broken."""
+    """Run the requested tests; return 1 if a test failed or a promise was broken."""
     options = _parser().parse_args()
     with tempfile.TemporaryDirectory() as temporary:
         kept = options.figures or Path(temporary, "figures.jsonl")

@@ -35,7 +35,7 @@ DEFER = "limited_until = leased.again"
 TOKEN = "AND f.lease_token = b.token"  # noqa: S105 - a fencing token
 NO_LOCK = {
     "FOR NO KEY UPDATE SKIP LOCKED": "",
-    # A transaction that has waited for a row lock detects that the row was moved, so one of the two guards is enough.
+    # After a wait for the row lock, the move is detected, so one guard suffices.
     "WHERE f.ctid = taken.place": "WHERE f.id = (SELECT id FROM follow_ups WHERE ctid = taken.place)",
 }
 BEGUN_ORM = " AND follow_ups.begun_at IS NULL"

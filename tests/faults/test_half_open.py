@@ -32,7 +32,7 @@ SAID = ("got no reply", '"broker_unreachable"', "Connection to broker lost")
 """The log events of a worker that has noticed that the broker is silent."""
 
 DEFAULTS = {"FOLLOWUPS_LEASE": "60", "FOLLOWUPS_TRANSPORT_TIMEOUT": "10", "FOLLOWUPS_TICK_INTERVAL": "1"}
-"""The default settings. The limits are derived from the lease, which is shorter in the short forms of the tests."""
+"""The default settings. The limits are derived from the lease, which is shorter in the tests' short forms."""
 
 GRACE = 30.0
 """The seconds that an orchestrator allows between SIGTERM and SIGKILL."""

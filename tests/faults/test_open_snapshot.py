@@ -24,7 +24,7 @@ DEAD = "SELECT n_dead_tup FROM pg_stat_user_tables WHERE relname = 'follow_ups'"
 
 @contextmanager
 def snapshot(rig: Rig) -> Iterator[Callable[[], int]]:
-    """Keep a snapshot open; yield a function that counts the sent follow-ups visible in the snapshot.
+    """Keep a snapshot open; yield a function that counts the sent follow-ups in the snapshot.
 
     This snapshot resembles one that is held by a dump or a report. The service's own sessions cannot keep a snapshot
     open for long, because they are ended when idle in a transaction.

@@ -221,7 +221,7 @@ AS_THEY_COME = {
 
 @pytest.mark.faults_long
 def test_left_alone_for_long(rig: Rig, figures: Figures) -> None:
-    """By default, no follow-up runs out of attempts in a two-minute outage; afterwards the rate limit applies."""
+    """By default, no follow-up runs out of attempts in a two-minute outage."""
     rig.options |= AS_THEY_COME
     check_breaker_outage(rig, figures, rate=100, seconds=120, limit=300)
 

@@ -78,7 +78,7 @@ async def report(
 ) -> SharedState:
     """Report outcomes of one workspace and return the state of the breaker.
 
-    The function checks which workspaces the breaker holds, and leaves them out of the returned state.
+    The function checks the held workspaces itself, and omits them from the returned state.
     """
     runs = (WorkspaceOutcomes(key, len(failed), after_success=succeeded),) if failed or succeeded else ()
     reading = await store.report(OutcomeReport(tuple(failed), succeeded, runs), wanted)

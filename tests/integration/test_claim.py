@@ -152,7 +152,7 @@ class TestRecovery:
 
 
 def test_lost_leases_are_counted_in_the_lease(world: World, steps: Steps) -> None:
-    """A lease carries the number of leases lost so far, so that the worker runs the last attempt alone."""
+    """A lease includes the count of lost leases, so that a last attempt runs alone."""
     follow_up = world.follow_up()
     told = []
     for _ in range(MAX_LOSSES):
@@ -164,7 +164,7 @@ def test_lost_leases_are_counted_in_the_lease(world: World, steps: Steps) -> Non
 
 
 class TestLowWater:
-    """Tests of the low-water mark: claims do not read rows that were due before this time."""
+    """Tests of the low-water mark, before which claims read no rows."""
 
     def test_mark(self, world: World, steps: Steps) -> None:
         """The low-water mark is earlier than now and than the first unfinished follow-up, whether leased or not."""
@@ -174,7 +174,7 @@ class TestLowWater:
             assert timedelta(minutes=5) < datetime.now(UTC) - low < timedelta(minutes=6)
 
     def test_nothing_is_due(self, steps: Steps) -> None:
-        """If nothing is due, the low-water mark is set slightly before now, since commits may be delayed."""
+        """If nothing is due, the low-water mark is slightly before now, for delayed commits."""
         low = steps.claim().low_water
         assert timedelta(0) < datetime.now(UTC) - low - claims.LOW_WATER_MARGIN < timedelta(minutes=1)
 

@@ -315,7 +315,7 @@ async def test_unused_keys_expire(under_test: LimiterUnderTest) -> None:
 
 
 async def test_the_queue_is_bounded(under_test: LimiterUnderTest) -> None:
-    """With a hundred thousand requests queued, further requests get an estimated wait but no place in the queue.
+    """With a hundred thousand queued requests, further requests get an estimated wait but no place.
 
     Requests that are already in the queue keep their positions.
     """

@@ -153,7 +153,7 @@ def test_interrupted_while_resuming(world: World, engine: Engine, settings: Sett
 
 
 def test_resumed_during_the_hold(world: World, engine: Engine, settings: Settings) -> None:
-    """A resume waits for a concurrent pause of a follow-up, so that no follow-up stays paused forever."""
+    """A resume waits for a concurrent pause, so that no follow-up stays paused forever."""
     follow_up = world.follow_up()
     scope = pause(world)
     (lease,) = claim(engine, settings).leases

@@ -205,7 +205,7 @@ def test_unlimited_follow_ups_do_not_wait(world: World, limited: LimitedPipeline
 
 
 def test_each_chat_has_its_own_limit(world: World, limited: LimitedPipeline) -> None:
-    """A chat over its rate limit waits without a lease or a slot; other chats of the workspace are not delayed."""
+    """A chat over its rate limit waits without a lease or slot; other chats continue."""
     limit(world, NONE_COMES_IN, per="chat")
     limit(world, NONE_COMES_IN, burst=3)
     busy = world.chat()
@@ -295,7 +295,7 @@ def test_cancelled_while_waiting(world: World, limited: LimitedPipeline) -> None
 
 
 def test_set_and_removed_while_running(world: World, limited: LimitedPipeline) -> None:
-    """A worker soon applies a new rate limit, and sends the deferred follow-ups soon after the limit is removed."""
+    """Workers soon apply a new rate limit, and soon send deferred follow-ups after its removal."""
     receiver = Receiver()
     pipeline = limited.start(receiver)
     world.follow_up()

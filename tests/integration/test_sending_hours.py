@@ -127,7 +127,7 @@ def test_begun_just_before_the_opening(world: World, engine: Engine, settings: S
 
 
 def test_the_first_due_comes_back_first(world: World) -> None:
-    """Follow-ups held until the same opening become due within a second, in the order of their due dates."""
+    """Follow-ups held until the same opening become due within a second, in due order."""
     opening = world.scalar("SELECT now()")
     back = [holds.back_at(opening, opening - ago) for ago in (50 * HOUR, 9 * HOUR, 8 * HOUR, MINUTE)]
     assert back == sorted(back)

@@ -89,8 +89,7 @@ def test_every_list_uses_an_index(filled: Engine) -> None:
             assert ways <= INDEX_SCANS, (wanted, ways)
             # The query reads at most a page plus one row from each of four states, and then the page itself.
             assert rows <= 5 * 11 + 4, (wanted, rows)
-        # The query for a late page of the list reads all rows up to the end of that page, but reads no messages from
-        # earlier pages.
+        # A query for a late page reads all earlier rows, but not their messages.
         ways, rows = examined(filled, workspace_id, ListFilter(statuses=(Status.SENT,)), 10_011)
         assert ways <= INDEX_SCANS
         assert rows <= 10_011 + 11

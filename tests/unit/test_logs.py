@@ -96,7 +96,7 @@ def test_an_event_is_one_line_of_json(capsys: pytest.CaptureFixture[str]) -> Non
 
 @pytest.mark.parametrize("name", ["celery.worker.consumer", "kombu", "uvicorn.access", "anything"])
 def test_libraries_log_in_the_same_format(capsys: pytest.CaptureFixture[str], name: str) -> None:
-    """A record that a library logs through `logging` has the same keys as ours and is logged once.
+    """A library's record from `logging` has the same keys as ours and is logged once.
 
     The log handlers of the library itself do not write the line a second time.
     """

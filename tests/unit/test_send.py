@@ -88,7 +88,7 @@ class Accepted(Sent):
 
 @pytest.mark.parametrize("given", [Accepted(status_code=200), Sent(None, 200, None), Sent(None, 200, b"")])  # type: ignore[arg-type]
 async def test_a_plug_in_s_own_kind_of_outcome(given: Sent) -> None:
-    """If a plug-in returns a subclass of an outcome, or a detail that is not text, the plain outcome is recorded."""
+    """If a plug-in returns a subclass of an outcome, the plain outcome is recorded."""
 
     async def answer() -> Outcome:
         return given

@@ -166,7 +166,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command in ``arguments``, which default to this process's arguments; return the exit code."""
     options = Options()
     if isinstance(sys.stdout, TextIOWrapper):
-        # Characters that the terminal's encoding lacks are printed as escapes, as Python prints them on stderr.
+        # Characters that the terminal's encoding lacks are printed as escapes, as on Python's stderr.
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
         command: Any = get_command(app)

@@ -1,7 +1,7 @@
 """Output of the commands: results are printed on stdout, everything else on stderr.
 
-On a terminal, tables are fitted to the terminal's width; in a pipe, tables are plain and no cell is shortened. Texts
-may come from untrusted sources, so they are printed without markup, and control characters are escaped.
+On a terminal, tables fit its width; in a pipe, tables are plain and complete. Texts may come from untrusted sources, so
+they are printed without markup, and control characters are escaped.
 """
 
 from __future__ import annotations

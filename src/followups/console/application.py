@@ -89,7 +89,7 @@ class Console:
         self.services.close()
 
     async def body_limit(self, scope: Scope) -> int:
-        """Return the maximum size of a request's body in bytes, which is smaller without a valid session."""
+        """Return the maximum body size in bytes, which is smaller without a valid session."""
         if scope["method"] in {"GET", "HEAD"}:
             return STRANGERS_BODY
         known = await self._in_thread(identity.is_known, self.services, _cookies(scope), scope["scheme"])
@@ -202,7 +202,7 @@ class Console:
 
 
 def _followed(visit: Visit) -> UUID | None:
-    """Return the follow-up whose changes the stream reports, or None if the person may not see it."""
+    """Return the stream's follow-up, or None if the person may not see it."""
     asked = visit.query.uuid("follow_up")
     if asked is None:
         return None

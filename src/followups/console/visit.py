@@ -63,7 +63,7 @@ class Fields:
         return self._values.get(name, [])
 
     def uuid(self, name: str) -> UUID | None:
-        """Return the value of a field as a UUID, or None if it is missing or not a UUID."""
+        """Return a field's value as a UUID, or None if missing or invalid."""
         return uuid_or_none(self.text(name))
 
     def __contains__(self, name: object) -> bool:

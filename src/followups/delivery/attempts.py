@@ -1,4 +1,4 @@
-"""The values that begin, send and settle exchange: a begun follow-up, its attempt, and a step's result."""
+"""The values that begin, send and settle exchange: begun follow-ups, attempts, and results of steps."""
 
 from __future__ import annotations
 

@@ -95,7 +95,7 @@ class Dispatcher:
         """Follow-ups that claims must skip, each with the monotonic time until which to skip it."""
         self._interval = ClaimInterval(settings.max_in_flight)
         self.busy_since: float | None = None
-        """The monotonic time at which the current work began, or None while the dispatcher is idle."""
+        """The monotonic time at which the current work began, or None while idle."""
         self._thread = threading.Thread(target=self._run, name="dispatcher", daemon=True)
 
     def start(self) -> None:

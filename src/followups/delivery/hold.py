@@ -49,7 +49,7 @@ def hold(
 
 
 def hold_or_end(obstacle: Obstacle, max_lateness: timedelta) -> Hold | Final | None:
-    """Return the hold of a leased follow-up, or its final state if the hold would be too long.
+    """Return a leased follow-up's hold, or its final state if the hold is too long.
 
     Returns None if the follow-up should be neither held nor ended. Sending hours take precedence over a pause, because
     lateness must not count outside sending hours. This function is pure.
@@ -92,7 +92,7 @@ def closed_until(obstacle: Obstacle) -> datetime | None:
 
 
 def sendable_from(obstacle: Obstacle) -> datetime | None:
-    """Return the first time at which sending hours allow the follow-up to be sent, or None if unknown.
+    """Return the first time at which sending hours allow the follow-up, or None if unknown.
 
     The returned time may be in the future. If the recorded time has already passed, it is left unchanged. Lateness
     therefore continues to count after the sending hours end. This function is pure.

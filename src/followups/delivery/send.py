@@ -62,7 +62,7 @@ async def send(
     result is None. ``latest`` passes only in a frozen process. Another worker might lease the follow-up before the
     call's answer arrives. The only exception that this function raises is cancellation.
     """
-    # A timer uses another clock and may fire a little early, so the remaining time is checked again.
+    # A timer uses another clock and may fire early, so the time is checked again.
     while (wait := clock.until(begun.lease.due)) > 0:  # noqa: ASYNC110 - time is what is waited for
         await asyncio.sleep(math.ceil(wait / TIMER) * TIMER)
     started = uptime()
@@ -157,8 +157,8 @@ class CallTimeout:
         """Set the time limit of a call to ``limit``."""
         self.seconds = limit.total_seconds()
         self._ends: dict[Task, float] = {}
-        """The time by which each task's call must have ended, measured by the event loop's clock. All calls have the
-        same time limit, so the call that began first also reaches its limit first.
+        """The time by which each task's call must have ended, measured by the event loop's clock. All calls have one
+        time limit, so the earliest call reaches its limit first.
         """
         self._timer: asyncio.TimerHandle | None = None
 

@@ -32,7 +32,7 @@ __all__ = [
 ]
 
 SERVERS = {"EmbeddedPostgres": "followups.embedded.postgres", "EmbeddedValkey": "followups.embedded.valkey"}
-"""Names in this package that need the packages of the extra `embedded`; all other names work without these packages."""
+"""Names in this package that need the packages of the extra `embedded`."""
 
 
 def __getattr__(name: str) -> object:

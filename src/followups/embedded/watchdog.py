@@ -4,8 +4,8 @@ The watchdog reads from a pipe, whose other end is held open by its owner. The k
 whichever way the owner process ends (return, signal, SIGKILL). This works on every Unix and from every thread, whereas
 Linux's parent-death signal is bound to the thread that started the child and is not sent to grandchildren.
 
-The owner imports this module. The watchdog process runs this file as a script, which uses only the standard library and
-starts in about 20 ms. An owner's single watchdog runs while a guarded process or directory exists.
+The owner imports this module. The watchdog process runs this file as a script. The script uses only the standard
+library and starts in about 20 ms. An owner's single watchdog runs while a guarded process or directory exists.
 """
 
 from __future__ import annotations

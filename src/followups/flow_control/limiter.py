@@ -49,8 +49,8 @@ SHORTEST = timedelta(milliseconds=5)
 """The shortest wait for a token; shorter waits would cause too many requests."""
 
 LONGEST = timedelta(minutes=5)
-"""The longest time before a follow-up requests a token again. Follow-ups ahead of it in the queue may be cancelled
-during this time, so that a token is free earlier than predicted.
+"""The longest time before a follow-up requests a token again. If follow-ups ahead in the queue are cancelled, a token
+is free earlier than predicted.
 """
 
 EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
@@ -210,9 +210,7 @@ class RateLimits:
         self._standing: list[Limit] = []
         self._limits = Limits(())
         self._loosened: set[Scope] = set()
-        """The scopes of limits that were removed or raised, while some follow-ups are still deferred under these
-        limits.
-        """
+        """Scopes of removed or raised limits under which follow-ups are still deferred."""
         self._unlogged = 0
         """Number of follow-ups deferred since the last log line about deferrals."""
 
@@ -241,8 +239,8 @@ class RateLimits:
     async def tokens(self, leases: Sequence[Lease]) -> AsyncIterator[tuple[dict[UUID, timedelta], set[UUID]]]:
         """Acquire tokens for those leases whose turn it is.
 
-        Yields the wait of each lease that got no token, and an empty set, to which the caller's block adds the
-        follow-ups that begin. Tokens of follow-ups that did not begin are returned to their buckets.
+        Yields the wait of each lease without a token, and an empty set. The caller's block adds the begun follow-ups to
+        this set. Tokens of follow-ups that did not begin are returned to their buckets.
         """
         limitable = {one.id: one for one in await in_loop(self._engine, _limitable, self._settings, leases)}
         requests = [request for one in limitable.values() if (request := self._limits.request(one)).buckets]
@@ -292,9 +290,9 @@ class RateLimits:
     def _within(self, wait: timedelta, one: Limitable) -> timedelta:
         """Return for how long a follow-up is deferred.
 
-        The deferral ends at the latest when the follow-up expires, so that the follow-up is ended on time. The due
-        queue releases follow-ups slightly before their due time, so this lead is added to the wait. Without this
-        addition, a follow-up would ask for a token before its turn.
+        No deferral lasts beyond the follow-up's expiry, so the follow-up ends on time. The due queue releases
+        follow-ups slightly before their due time, so this lead is added to the wait. Without this addition, a follow-up
+        would ask for a token before its turn.
         """
         wait = min(max(wait, SHORTEST) + self._lead, LONGEST)
         return wait if one.left is None else min(wait, one.left + SHORTEST + self._lead)

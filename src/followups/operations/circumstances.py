@@ -1,4 +1,4 @@
-"""Read the data that explain a follow-up's state: its chat, attempts, manual changes, and what holds it."""
+"""Read what explains a follow-up's state: chat, attempts, manual changes, and what holds it."""
 
 from __future__ import annotations
 

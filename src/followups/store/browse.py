@@ -171,7 +171,7 @@ def _parameters(wanted: BrowseFilter) -> dict[str, Any]:
 
 @lru_cache(maxsize=256)
 def _matching(branches: tuple[str, ...], conditions: tuple[str, ...], *, one: bool) -> str:
-    """Return SQL that selects matching ids in order: at most ``:most`` ids from each index scan."""
+    """Return SQL that selects matching ids in order, up to ``:most`` from each index scan."""
     workspaces = "(SELECT CAST(:workspace_id AS uuid) AS id)" if one else "workspaces"
     narrowed = "".join(f" AND {condition}" for condition in conditions)
     # Several ids of one follow-up may match the search, so duplicates are removed. Each branch reads a different state,

@@ -53,7 +53,7 @@ class Claim:
     lost: tuple[Lost, ...]
     """The follow-ups with a lost lease: a lease that expired with an attempt in flight."""
     traced: tuple[tuple[UUID, str], ...]
-    """The ids of the claimed follow-ups that were created in a trace, each with its ``traceparent``."""
+    """The ids of claimed follow-ups created in a trace, each with its ``traceparent``."""
     more: bool
     """Whether more follow-ups may be due, because this claim or the in-flight window was full."""
     cut_short: bool

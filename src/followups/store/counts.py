@@ -61,12 +61,12 @@ class Backlog:
 
 _PENDING_ROWS = "FROM follow_ups WHERE status = 'pending'"
 
-# The query reads only the start of the claim's index, to just past the current time. No follow-up due after the end of
-# this range has begun, so the range includes all follow-ups in flight. A follow-up that waits for an earlier follow-up
-# in its chat does not count as overdue, but the earlier follow-up does. The ORDER BY keeps the index from being read
-# further than needed. Without the ORDER BY, the planner would read the whole table. The planner estimates that a third
-# of all pending rows are overdue. One read of the index has to suffice, because the index begins with the entries of
-# rows that were sent but not yet vacuumed.
+# The query reads only the start of the claim's index, slightly beyond the current time. No follow-up due after the end
+# of this range has begun, so the range includes all follow-ups in flight. A follow-up that waits for an earlier
+# follow-up in its chat does not count as overdue, but the earlier follow-up does. The ORDER BY keeps the index from
+# being read further than needed. Without the ORDER BY, the planner would read the whole table. The planner estimates
+# that a third of all pending rows are overdue. One read must suffice, because the index starts with sent but not yet
+# vacuumed rows.
 _COUNT = text(f"""
     WITH head AS MATERIALIZED (
         SELECT {_DUE} AS due, begun_at {_PENDING_ROWS} AND waits_for IS NULL AND {_DUE} <= now() + interval '1 second'
@@ -257,8 +257,8 @@ def within(
             previous = connection.scalar(_PREVIOUS)
             connection.execute(_LIMIT, {"limit": milliseconds})
             rows = connection.execute(query, parameters).all()
-            # Releasing the savepoint does not reset this setting. This setting is reset only by a rollback to the
-            # savepoint or by the end of the transaction.
+            # Releasing the savepoint does not reset this setting. Only a rollback to the savepoint or the end of the
+            # transaction resets this setting.
             connection.execute(_LIMIT, {"limit": previous})
     except OperationalError as error:
         if getattr(error.orig, "sqlstate", None) != _CANCELLED_BY_TIMEOUT:

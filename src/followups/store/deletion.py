@@ -104,7 +104,7 @@ def end_lost(connection: Connection, scope: DeletionScope) -> int:
 
 
 def conditions(scope: DeletionScope) -> dict[str, str]:
-    """Return the tables whose rows are deleted in batches, in order, each with the SQL condition for these rows."""
+    """Return the tables with rows to delete, in order, each with its SQL condition."""
     found = {"follow_ups": f"{scope.rows} AND status <> 'pending'", "chat_messages": scope.rows}
     of_workspace = "workspace_id = :workspace_id"
     if scope.chat_id is not None:

@@ -195,7 +195,7 @@ def room_in(workspace_id: UUID, chat_ids: Collection[UUID]) -> Steps[dict[UUID, 
 
 @Rule
 def insert_many(workspace_id: UUID, new: Sequence[tuple[UUID, Planned, UUID]]) -> Steps[list[FollowUp]]:
-    """Insert pending follow-ups, each with a given id and trigger, and return them in the given order.
+    """Insert pending follow-ups, each with its id and trigger; return them in the given order.
 
     The caller must have locked the chats and checked that the new follow-ups do not exceed `MOST_PENDING`.
     """
@@ -246,8 +246,8 @@ def find(follow_up_id: UUID, workspace_id: UUID | None) -> Steps[FollowUp | None
 def find_and_lock_if_not_begun(follow_up_id: UUID, chat_ids: Collection[UUID]) -> Steps[FollowUp | None]:
     """Lock and return the current row of a follow-up, or None if it is in flight or in another chat.
 
-    The lock lasts until the transaction ends. The caller must have locked the chats. A follow-up in flight is never
-    locked, since its settlement must not wait for a caller's transaction.
+    The lock lasts until the transaction ends. The caller must have locked the chats. A follow-up in flight is not
+    locked, because a lock would delay its settlement.
     """
     found: Sequence[FollowUp] = yield _LOCK_IN_CHAT(id=follow_up_id, chat_ids=list(chat_ids))
     return found[0] if found else None

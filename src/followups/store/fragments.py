@@ -2,7 +2,7 @@
 
 In these fragments, ``f`` is a follow-up, ``c`` its chat, and ``b`` a batch of leases. Each follow-up is looked up by
 its key with LATERAL. After a burst of inserts, the planner's statistics are wrong. Without LATERAL, the planner might
-read every pending row instead of looking up a hundred keys.
+read every pending row instead of a hundred.
 """
 
 from __future__ import annotations

@@ -58,9 +58,9 @@ class Hold:
     hours: SendingHours | None = None
 
 
-# The locks on the pause and on the sending hours keep these two rows unchanged until this transaction commits. A resume
-# or a change to the sending hours commits after this transaction, and then releases the follow-ups held here. Rows that
-# are locked or were changed in the meantime are checked again shortly.
+# Until this transaction commits, locks keep the pause and the sending hours unchanged. A resume or a change to the
+# sending hours commits after this transaction, and then releases the follow-ups held here. Rows that are locked or were
+# changed in the meantime are checked again shortly.
 _HOLD = text(f"""
     WITH standing AS MATERIALIZED (
         SELECT id FROM pauses WHERE id = ANY(CAST(:pauses AS uuid[])) AND ended_at IS NULL

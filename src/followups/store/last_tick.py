@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     from sqlalchemy import Connection
 
 FROZEN_AFTER = "3s"
-"""The time that a dispatcher's session may be idle within a claim before PostgreSQL ends the session. Without this
-limit, a frozen dispatcher would keep all other dispatchers from claiming.
+"""Maximum idle time of a dispatcher's session within a claim before PostgreSQL ends the session. Without this limit, a
+frozen dispatcher would keep all other dispatchers from claiming.
 """
 
 STALE_TICKS = 5

@@ -50,7 +50,7 @@ class Lease(NamedTuple):
     token: int
     due: datetime
     losses: int = 0
-    """Number of times that a lease of this follow-up was lost; above zero, the follow-up may be a poison pill."""
+    """Number of lost leases; if above zero, the follow-up may be a poison pill."""
     key: int = 0
     """The key of the workspace queue (`key_of`), or 0 if it is unknown."""
     task_id: str = ""
@@ -98,7 +98,7 @@ _BEGIN = Statement(read_sql("begin_checks") + read_sql("begin"))
 
 
 def begin_if_leased(connection: Connection, leases: Sequence[Lease], rules: Rules) -> Sequence[tuple[Any, ...]]:
-    """Begin the follow-ups that have a valid lease and no obstacle; return the attempts to send.
+    """Begin the follow-ups with a valid lease and no obstacle; return the attempts to send.
 
     Each row begins with the follow-up's id and the time of begin. `begin.sql` lists the other columns.
     """

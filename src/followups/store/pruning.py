@@ -1,7 +1,7 @@
 """Pruning deletes old finished follow-ups, old chat messages and expired idempotency keys.
 
-Finished follow-ups are deleted with their failed attempts. Rows are deleted in batches, oldest first, each batch in a
-short transaction that skips locked rows. Pending follow-ups are never deleted.
+Finished follow-ups are deleted with their failed attempts. Rows are deleted in batches, oldest first; each short
+transaction skips locked rows. Pending follow-ups are never deleted.
 """
 
 from __future__ import annotations
@@ -103,8 +103,8 @@ class MessageCursor(NamedTuple):
 
 OLDEST = MessageCursor()
 
-# The last message of each chat is kept, so that a repeated request with the same message is recognised. The kept
-# messages are among the oldest rows, so each scan continues where the previous one ended.
+# Each chat's last message is kept, to recognise a repeated request with this message. The kept messages are among the
+# oldest rows, so each scan continues where the previous one ended.
 _DELETE_MESSAGES = text("""
     WITH old AS MATERIALIZED (
         SELECT workspace_id, id, chat_id, created_at FROM chat_messages

@@ -1,6 +1,6 @@
 """Logs: one line for each event, on stderr, for this package and its libraries alike.
 
-The format is JSON (RFC 8259, one object per line) or, on a terminal, coloured columns. Keys: ``timestamp`` (RFC 3339,
+The format is JSON (RFC 8259, one object per line), or coloured columns on a terminal. Keys: ``timestamp`` (RFC 3339,
 UTC), ``level``, ``logger``, ``event``, then the event's own keys. Only the output of commands is written to stdout.
 """
 
@@ -74,8 +74,7 @@ def configure_logging(settings_format: Literal["json", "console"] | None, level:
     console = settings_format == "console" or (settings_format is None and on_terminal)
     finish: list[Processor] = [
         structlog.processors.StackInfoRenderer(),
-        # The plain traceback is logged as one string, because richer tracebacks show local variables, including message
-        # texts.
+        # The plain traceback is logged as one string: richer tracebacks would show message texts.
         structlog.processors.format_exc_info,
         redact,
         *((_escape, _console(colours=on_terminal)) if console else (render_json,)),
@@ -240,5 +239,5 @@ def _route_standard_library(level: int, finish: list[Processor]) -> None:
 
 
 def _is_ours_or_a_stream(handler: logging.Handler) -> bool:
-    # Handlers of other types, such as those of an error reporter or a test, are kept.
+    # Handlers of other types, such as an error reporter's, are kept.
     return isinstance(handler, StandardErrorHandler) or type(handler) is logging.StreamHandler

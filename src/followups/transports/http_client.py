@@ -1,8 +1,8 @@
 """HTTP calls through libcurl and their outcomes, shared by the transports that use HTTP.
 
 The outcome of a failed call depends on whether any part of the request may have left this process (`http_exchange`). An
-error before any part of the request was sent is a `Retry`. An error after part of the request was sent, but before the
-head of the response has arrived, is `Unknown`.
+error before any part of the request was sent is a `Retry`. An error between the first sent byte and the complete
+response head is `Unknown`.
 """
 
 from __future__ import annotations

@@ -30,7 +30,7 @@ class Signer:
     """Signs with every secret and accepts a signature by any secret, so that secrets can be replaced."""
 
     def __init__(self, secrets: str) -> None:
-        """Parse secrets separated by white space, each in base64, padded or not, with or without ``whsec_``.
+        """Parse secrets separated by white space, in base64, padded or not, with or without ``whsec_``.
 
         Raises `TransportConfigurationError`. A secret that is not base64 is rejected rather than used as raw bytes,
         because libraries on the receiving side interpret such a secret differently: some skip unknown characters, some

@@ -39,8 +39,7 @@ if TYPE_CHECKING:
 
 log = get_logger(__name__)
 
-# This transport is registered under the name of the kombu transport that it extends, so that logs and banners still
-# show redis://.
+# The transport keeps the name of kombu's transport, so that logs still show redis://.
 TRANSPORT_ALIASES.update(
     redis="followups.worker.broker:BrokerTransport", rediss="followups.worker.broker:BrokerTransport"
 )
@@ -267,7 +266,7 @@ def is_message(message: object) -> bool:
     """Return whether a decoded entry has the form of the messages that our processes send.
 
     Compressed messages are rejected, because a few kilobytes could fill the memory. Other content types are rejected
-    too, because kombu would decode them with any of Python's codecs, including zlib and bz2.
+    too, because kombu would decode them with any Python codec.
 
     >>> is_message({"body": "e30="}), is_message([])
     (False, False)
@@ -302,7 +301,7 @@ READ_ONLY_COMMANDS = frozenset(
 )
 """Read-only commands, whose results `celery inspect` and Flower's pages show.
 
-Any command that is not listed here stops a worker, changes it, or writes files on its host.
+Any other command stops a worker, changes it, or writes files on its host.
 """
 
 COMMAND_REFUSED = "this worker accepts no such commands; FOLLOWUPS_REMOTE_CONTROL=true allows them"

@@ -69,8 +69,8 @@ the follow-ups of a hint that is delayed for longer have been claimed again.
 
 SWITCH_INTERVAL = 0.0005
 """Longest time, in seconds, that a Python thread runs while another thread waits for the interpreter. With Python's
-default of 0.005, a due follow-up would have to wait for the dispatcher at each of several steps. At that time the
-dispatcher is claiming the next thousand follow-ups and publishing their hints.
+default of 0.005, a due follow-up would wait for the dispatcher several times. At that time the dispatcher is claiming
+the next thousand follow-ups and publishing their hints.
 """
 
 DRAIN_MARGIN = timedelta(seconds=5)

@@ -1,4 +1,4 @@
-"""Tests for the access log: one line for each request, and the request id in each line and response."""
+"""Tests for the access log, and for the request id in each line and response."""
 
 from __future__ import annotations
 

@@ -58,7 +58,7 @@ class TestCreate:
 
     @pytest.mark.parametrize("roles", [(), ("agent", "user")], ids=["no messages", "last is the user's"])
     def test_nothing_to_follow_up(self, api: Api, roles: tuple[str, ...]) -> None:
-        """A follow-up is rejected with 409 if its chat has no message or the user wrote last."""
+        """If the chat is empty or the user wrote last, scheduling fails with 409."""
         chat_id = str(uuid4())
         api.client.put(f"/api/v1/chats/{chat_id}", json={"channel": "widget"})
         for role in roles:

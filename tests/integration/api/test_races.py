@@ -179,7 +179,7 @@ class TestCancelAgainstDeliver:
         assert set(outcomes) <= {(200, False), (409, True)}
 
     def test_reply_while_begun(self, api: Api, engine: Engine) -> None:
-        """A reply waits for a begin that is running; afterwards, the follow-up that has begun is not retried."""
+        """A reply waits for a running begin; the begun follow-up is not retried afterwards."""
         created, taken = due_now(api)
         with ThreadPoolExecutor(1) as pool, engine.connect() as connection:
             begin(connection, taken)

@@ -191,7 +191,7 @@ def unread(address: tuple[str, int], sent: bytes) -> socket.socket:
 
 
 def big_page(world: World, size: int = 40) -> bytes:
-    """Create follow-ups with the longest messages, and return the request for a page with all of them."""
+    """Create follow-ups with the longest messages, and return the request for their page."""
     chat = world.chat()
     for _ in range(size):
         world.follow_up(chat, message="\N{GRINNING FACE}" * 65_536)
@@ -255,7 +255,7 @@ def test_unread_connections_are_closed_at_the_limit(
 
 
 def test_pipelined_bodies_share_the_budget(settings: Settings, world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Memory for pipelined bodies is bounded before they are read, and freed when a client disconnects."""
+    """Memory for pipelined bodies is bounded before reading, and freed when a client disconnects."""
     monkeypatch.setattr(gate, "MAX_BUFFERED", 100_000)
     key = key_of(world)[1]
     body = posted(b"content-length: 48000", b" " * 48_000)

@@ -37,7 +37,7 @@ def actions(run: RunCommand, *arguments: object) -> list[str]:
 
 
 def test_each_command_is_recorded(run: RunCommand) -> None:
-    """Each change to workspaces, keys, pauses, limits or sending hours is recorded as one audit event.
+    """Each change to workspaces, keys, pauses, limits or sending hours leaves one audit event.
 
     The audit event's actor is the operating-system user.
     """
@@ -104,7 +104,7 @@ def test_filters_and_table(run: RunCommand, world: World) -> None:
 
 
 def test_bulk_commands_are_one_event_each(run: RunCommand, world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A bulk command records one audit event with the total count, even if it ran in many batches.
+    """A bulk command records one audit event with the total count of all its batches.
 
     A dry run leaves no event.
     """

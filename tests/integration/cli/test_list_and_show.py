@@ -139,7 +139,7 @@ class TestShow:
     def test_show_works_without_the_broker(
         self, run: RunCommand, world: World, environment: pytest.MonkeyPatch
     ) -> None:
-        """If the broker is unreachable, `show` reports the breaker's state as unknown and all else as usual."""
+        """If the broker is unreachable, `show` reports only the breaker's state as unknown."""
         environment.setenv("FOLLOWUPS_BROKER_URL", "redis://127.0.0.1:9/0")
         shown = run("show", world.follow_up(due=HOUR), "--json").document
         assert shown["breaker"] is None
@@ -176,7 +176,7 @@ class TestShow:
     def test_show_names_what_holds_a_follow_up(
         self, run: RunCommand, world: World, engine: Engine, settings: Settings
     ) -> None:
-        """`show` explains how a pause, sending hours or an earlier follow-up in the chat delays the follow-up."""
+        """`show` explains a delay by a pause, sending hours or an earlier follow-up."""
         name = str(world.workspace_id)
         chat = world.chat()
         first, second = world.follow_ups_at_once([(chat, -2 * HOUR), (chat, -HOUR)])

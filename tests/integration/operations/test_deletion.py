@@ -1,4 +1,4 @@
-"""Deletion of workspaces and chats: all rows are deleted, nothing is sent later, an audit event remains."""
+"""Deletion of workspaces and chats deletes all rows, ends sending, and leaves an audit event."""
 
 from __future__ import annotations
 

@@ -56,7 +56,7 @@ async def test_a_delivery_is_answered_with_the_messages_id(http: aiohttp.ClientS
     "body", [None, [], {}, BODY | {"dueDate": "noon"}, BODY | {"dueDate": "2026-03-01T12:00:00"}, BODY | {"attempt": 0}]
 )
 async def test_an_invalid_delivery_is_rejected(http: aiohttp.ClientSession, chats: SandboxChats, body: object) -> None:
-    """A delivery with an invalid body is rejected with 400; the error names the field but not the text."""
+    """An invalid delivery is rejected with 400; the error names the field, not the text."""
     status, answer = await fetch(http, "POST", "/messages", body)
     assert status == 400
     assert "hello" not in answer["error"]

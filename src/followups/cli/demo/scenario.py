@@ -133,7 +133,7 @@ FIRST_ERROR = 400
 LEAST_LEAD = 1.5
 """Minimum seconds between a follow-up's creation and its due time.
 
-Every follow-up is created before it is due, so that its lag shows only how punctual the dispatcher is.
+Follow-ups are created before they are due, so that lag shows only the dispatcher's punctuality.
 """
 
 CALLS_A_CHAT = 3
@@ -236,7 +236,7 @@ class DemoRun:
         return Scheduled(UUID(created["id"]), part, due)
 
     def _write(self, chat: UUID, role: str, text: str) -> None:
-        # The API accepts no text for a chat message; the sandbox shows this text on its page.
+        # The API takes no message text; the sandbox shows the text on its page.
         self._sandbox.call("POST", f"/sandbox/chats/{chat}/messages", {"role": role, "text": text})
         message = {"id": str(uuid4()), "chatId": str(chat), "role": role}
         self._api.call("POST", "/api/v1/chat-messages", message)

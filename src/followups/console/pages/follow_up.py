@@ -1,4 +1,4 @@
-"""The page of one follow-up: why it is in its current state, its history, and the possible actions."""
+"""The page of one follow-up: its state and the reason, its history, and the actions."""
 
 from __future__ import annotations
 

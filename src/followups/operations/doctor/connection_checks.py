@@ -82,7 +82,7 @@ def _broker(connection: Any) -> str:  # noqa: ANN401 - redis-py has several clas
 def timeouts(settings: Settings) -> Finding:
     """Report the sum of the timeouts of a call.
 
-    A lease is at least as long as this sum, so it cannot expire during a call.
+    A lease is never shorter than this sum, so no lease expires during a call.
     """
     detail = (
         f"transport timeout {span(settings.transport_timeout)} + margin {span(LEASE_MARGIN)}"

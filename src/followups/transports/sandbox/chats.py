@@ -44,7 +44,7 @@ class Message:
     attempts: list[LedgerEntry] = field(default_factory=list)
 
     def document(self) -> dict[str, object]:
-        """Return the JSON form of the message; ``lagMs`` is the lag of the first accepted attempt."""
+        """Return the message as JSON; ``lagMs`` is the lag of the first accepted attempt."""
         accepted = next((record for record in self.attempts if record.accepted), None)
         return {
             "id": self.id,
