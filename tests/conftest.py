@@ -1,4 +1,4 @@
-"""Fixtures that all tests share: one PostgreSQL and one Valkey per run, started on first use.
+"""Fixtures for all tests: one PostgreSQL and one Valkey per run, started on first use.
 
 The controller of pytest-xdist starts and stops the servers, and passes their URLs through a socket. The controller
 outlives the xdist workers, and with ``-n 0`` it is the only process. Unit tests therefore start no server, and no
@@ -34,8 +34,7 @@ if TYPE_CHECKING:
     from world import World
 
 TEMPLATE, UNFINISHED = "template_migrated", "template_unfinished"
-"""The name of the migrated, empty database that is copied for each test, and its name before the migration is complete.
-"""
+"""Names of the empty database copied for each test: once migrated, and before."""
 
 TEMPLATE_LOCK = 4_071_969
 """The advisory lock for creating the template: any number that nothing else uses."""

@@ -51,8 +51,8 @@ def trigger_of(chat: Chat) -> UUID:
 def check_moment(chat: Chat, moment: datetime, hours: SendingHours | None) -> None:
     """Refuse a time outside the channel's messaging window.
 
-    A follow-up that is due outside the workspace's sending hours will be held until the sending hours begin. The
-    messaging window must still be open when the sending hours begin.
+    A follow-up due outside the workspace's sending hours is held until the sending hours begin. The messaging window
+    must still be open when the sending hours begin.
     """
     channel = Channel(chat.channel)
     if not is_open(channel, chat.last_user_message_at, moment):

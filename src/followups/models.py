@@ -1,13 +1,13 @@
 """The database tables. Times are ``timestamptz`` in UTC, and ids are UUID v4.
 
-A chat's key consists of the workspace's id and the chat's id, so that no workspace can reach another workspace's chat
-by guessing ids. The foreign keys that refer to this key make PostgreSQL refuse a row that would mix two workspaces.
+A chat's key consists of the workspace's id and the chat's id. No workspace can therefore reach another workspace's chat
+by guessing ids. Foreign keys to this key make PostgreSQL refuse rows that mix two workspaces.
 
 Row-level security was tried and rejected. Row-level security costs 6 % of the SQL time of a create and 16 % of a list
 (2 cores, 20,000 rows). But row-level security does not apply to the tables' owner, and the only configured URL is the
-owner's. Row-level security would need a second role, which many hosted databases do not let you create. The alternative
-is FORCE ROW LEVEL SECURITY, but then the owner's own pg_dump fails. Each query's predicate protects reads. A test calls
-every documented endpoint with another workspace's key and ids.
+owner's. Row-level security would need a second role, which many hosted databases do not allow. The alternative is FORCE
+ROW LEVEL SECURITY, but then the owner's own pg_dump fails. Each query's predicate protects reads. A test calls every
+documented endpoint with another workspace's key and ids.
 
 A follow-up's ``status`` is written only by guarded UPDATE statements in `followups.store`, never by assigning to an
 object. In another system, saving a full row changed a sent message back to pending (zulip#39521).
@@ -149,7 +149,7 @@ class WorkspaceSendingHours(Base):
 
 
 class Pause(Base):
-    """An operator's pause of a workspace, of a channel, or of one channel of a workspace."""
+    """An operator's pause of a workspace, a channel, or one channel of a workspace."""
 
     __tablename__ = "pauses"
     __table_args__ = (
@@ -638,8 +638,7 @@ class AuditEvent(Base):
     __table_args__ = (
         CheckConstraint("way IN ('api', 'command', 'console', 'python', 'service')", name="way_is_known"),
         CheckConstraint("number >= 0", name="number_is_a_count"),
-        # These indexes serve three lists: all events and one workspace's events, both newest first, and the timeline of
-        # one follow-up.
+        # These indexes serve three lists: all events, a workspace's events, and a follow-up's timeline.
         Index("ix_audit_events_at", "at", "id"),
         Index("ix_audit_events_workspace", "workspace_id", "at", "id"),
         Index("ix_audit_events_target", "target_id", postgresql_where=text("target_id IS NOT NULL")),

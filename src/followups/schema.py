@@ -51,7 +51,7 @@ def downgrade(database_url: str, revision: str) -> None:
 def is_ready(current: str | None) -> bool:
     """Return whether this schema version is this code's newest version or a newer one.
 
-    Migrations only add to the schema, so that old processes keep working while an upgrade replaces them one by one.
+    Migrations only add to the schema, so old processes keep working during an upgrade.
     """
     scripts = ScriptDirectory.from_config(alembic_config())
     return current is not None and current not in {one.revision for one in scripts.walk_revisions()} - {

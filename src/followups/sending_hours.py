@@ -36,8 +36,8 @@ The search covers a week, plus a margin for days or hours that a time zone skips
 class SendingHours:
     """Sending hours, from ``opening`` until just before ``closing``, on the days that are set.
 
-    Monday is day 0. If the closing is not later than the opening, the closing is on the next day: 22:00 to 06:00 is a
-    night, and 00:00 to 00:00 is a whole day.
+    Monday is day 0. If closing is not later than opening, closing is on the next day. 22:00 to 06:00 is a night, and
+    00:00 to 00:00 is a whole day.
     """
 
     time_zone: str

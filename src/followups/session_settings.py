@@ -39,14 +39,14 @@ SESSION: Mapping[str, str] = {
     "TimeZone": "UTC",
     "array_nulls": "on",
     "extra_float_digits": "1",
-    # These timeouts are off. A statement may wait for a row lock, and a pooled session may be idle. The limits of
-    # `make_engine` end operations that take too long, and migrations set their own `lock_timeout`.
+    # These timeouts are off. A statement may wait for a row lock, and a pooled session may be idle. `make_engine`
+    # limits the time of operations, and migrations set their own `lock_timeout`.
     "lock_timeout": "0",
     "transaction_timeout": "0",
     "idle_session_timeout": "0",
     "plan_cache_mode": "auto",
 }
-"""The settings of all sessions, regardless of the server, the database, the role or the environment.
+"""The settings of all sessions, regardless of server, database, role or environment.
 
 A single statement applies the settings. They are not sent as `options` at connection startup, because PgBouncer and RDS
 Proxy reject such options.

@@ -91,7 +91,7 @@ def test_a_stopped_worker(own_runtime: Stack) -> None:
 
 
 def test_a_killed_workers_heartbeat_is_ignored(own_runtime: Stack) -> None:
-    """The heartbeat file of a killed worker is ignored, and the next worker removes it at its start."""
+    """A killed worker's heartbeat file is ignored, and is removed by the next worker."""
     first = own_runtime.worker("first")
     kill(first)
     says(own_runtime, "worker", 1, "No worker has a heartbeat")

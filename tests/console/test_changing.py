@@ -156,7 +156,7 @@ def test_saving_changes_message_and_due_date(person: Callable[..., Person], own:
 
 
 def test_two_people_edit_one_follow_up(person: Callable[..., Person], own: World) -> None:
-    """If two people edit the same follow-up, the one who saves second sees the conflict and both texts.
+    """If two people edit one follow-up, the second person to save sees both texts.
 
     Saving again replaces the stored text.
     """
@@ -265,7 +265,7 @@ def test_a_message_with_other_line_ends_is_kept(person: Callable[..., Person], o
 
 
 def test_a_retry_in_a_removed_chat_shows_its_error(person: Callable[..., Person], own: World) -> None:
-    """If a follow-up's chat has been removed, the follow-up's page shows the error that a retry gets."""
+    """If the chat has been removed, the follow-up's page shows a retry's error."""
     one_id = own.follow_up(due=-HOUR, status="failed", reason="rejected", finished_at=NOW)
     own.sql("UPDATE chats SET removed_at = now() WHERE id = (SELECT chat_id FROM follow_ups WHERE id = :id)", id=one_id)
     told = person("agent", own).post(f"/follow-ups/{one_id}/retry")

@@ -62,7 +62,7 @@ class EventStream:
 
 @pytest.fixture
 def sign_in(console_settings: Settings, own: World) -> Iterator[Callable[..., Person]]:
-    """Serve the application for one test only, and return a function that signs a person in.
+    """Serve the application for one test, and return a function that signs a person in.
 
     The server and its streams are stopped when the test ends.
     """

@@ -181,7 +181,7 @@ def test_the_api_never_reads_the_cookie(person: Callable[..., Person], own: Worl
 
 
 def test_a_body_is_bounded(person: Callable[..., Person], own: World) -> None:
-    """The maximum body size is small for requests without a session; with a session, it is enough for any message."""
+    """Without a session, bodies must be small; with a session, any message fits."""
     assert person().post("/login", secret="x" * 20_000).status_code == 413
     assert person("agent", own).post("/nothing", message="x" * 200_000).status_code == 404
     assert person("agent", own).post("/nothing", message="x" * 1_100_000).status_code == 413
@@ -381,7 +381,7 @@ def test_the_api_creates_sign_in_links(console_url: str, person: Callable[..., P
     ],
 )
 def test_a_link_of_the_api_is_limited(body: dict[str, object], status: int, console_url: str, own: World) -> None:
-    """A link's lifetime is limited, and a link can be limited only to a chat of the workspace."""
+    """A link always expires, and can be limited to one chat of the workspace."""
     api = Api(console_url, own)
     answer = api.post("/api/v1/console-links", body)
     assert answer.status_code == status, answer.text

@@ -1,4 +1,4 @@
-"""Tests of restoring a backup: messages sent after the backup are sent again with the same keys.
+"""Tests of restored backups: messages sent after the backup are repeated with the same keys.
 
 Messages sent before the backup are not sent again.
 """

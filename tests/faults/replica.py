@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from typing import Self
 
 INSTALLED = max(Path("/usr/lib/postgresql").glob("*/bin"), default=None)
-"""The directory with the binaries of Debian's newest PostgreSQL package, or None if there is none."""
+"""The directory of Debian's newest PostgreSQL binaries, or None if there is none."""
 
 MISSING = "PostgreSQL is not installed: apt-get install postgresql."
 """Why a test is skipped if these binaries are missing."""
@@ -101,8 +101,8 @@ class Server(EmbeddedPostgres):
 class Replicated:
     """A primary and its standby behind one address; both are killed and restarted like a single server.
 
-    On a restart, the standby takes over. If ``synchronous``, every commit is also on the standby, so a failover loses
-    nothing; otherwise a failover may lose commits.
+    On a restart, the standby takes over. If ``synchronous``, a failover loses no commit; otherwise a failover may lose
+    commits.
     """
 
     def __init__(self, *, synchronous: bool = True, binaries: Path = embedded.BINARIES) -> None:

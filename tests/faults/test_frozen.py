@@ -1,4 +1,4 @@
-"""Tests of a worker frozen past its lease: once resumed, it settles its attempt and repeats nothing."""
+"""Tests of a worker frozen past its lease: once resumed, it settles and repeats nothing."""
 
 from __future__ import annotations
 

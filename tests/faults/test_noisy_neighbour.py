@@ -1,4 +1,4 @@
-"""Tests in which one workspace has a hundred times the load, or a backlog, and does not delay others."""
+"""Tests in which one workspace has a hundredfold load or a backlog, without delaying others."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def test_noisy_neighbour(rig: Rig, figures: Figures) -> None:
 
 @pytest.mark.faults_long
 def test_noisy_neighbour_for_long(rig: Rig, figures: Figures) -> None:
-    """Other workspaces' follow-ups are sent while one workspace adds five hundred per second for a minute."""
+    """If one workspace adds five hundred follow-ups per second, other workspaces' follow-ups are sent."""
     neighbour(rig, figures, each=300, spread=60.0, seconds=45.0)
 
 

@@ -109,7 +109,7 @@ def chat_of(rig: Rig, follow_up_id: UUID) -> UUID:
 def start(rig: Rig) -> Api:
     """Start one process of each type and wait until a message is sent.
 
-    A worker that logs only warnings never logs "ready", so its log cannot be used for waiting.
+    Waiting for "ready" would fail, because workers that log only warnings never log "ready".
     """
     rig.options |= {
         "FOLLOWUPS_LOG_LEVEL": "warning",

@@ -50,7 +50,7 @@ def machine(world: World, settings: Settings) -> type[RuleBasedStateMachine]:
         @precondition(lambda self: self.driven)
         @rule(data=strategies.data(), number=strategies.integers(0, 1))
         def change(self, data: Any, number: int) -> None:
-            """Change the message or the due date; the change is refused if the follow-up is in flight or has ended."""
+            """Change the message or due date unless the follow-up is in flight or has ended."""
             driven = self.driven
             assert driven
             if number >= len(driven.ids):

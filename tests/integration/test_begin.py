@@ -42,7 +42,7 @@ class TestBegin:
         assert world.row(follow_up).begun_at is None
 
     def test_forged(self, world: World, steps: Steps) -> None:
-        """A forged hint begins no attempt, whether its follow-up has no lease or does not exist."""
+        """A forged hint, without a lease or even a follow-up, begins no attempt."""
         follow_up = world.follow_up(due=timedelta(hours=1))
         forged = [leases.Lease(follow_up, 0, datetime.now(UTC)), leases.Lease(uuid4(), 1, datetime.now(UTC))]
         assert steps.begin(forged).begun == ()
@@ -96,7 +96,7 @@ class TestBegin:
         assert (world.row(follow_up).status, world.row(follow_up).reason) == (status, code)
 
     def test_open_window(self, world: World, steps: Steps) -> None:
-        """A channel with a messaging window allows sending within 24 hours of the user's last message."""
+        """A messaging window allows sending within 24 hours of the user's last message."""
         world.follow_up(world.chat(channel="whatsapp", last_user_message_at=text("now() - interval '23 h 59 min'")))
         assert steps.begun().delivery.channel == "whatsapp"
 

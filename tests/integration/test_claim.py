@@ -167,7 +167,7 @@ class TestLowWater:
     """Tests of the low-water mark, before which claims read no rows."""
 
     def test_mark(self, world: World, steps: Steps) -> None:
-        """The low-water mark is earlier than now and than the first unfinished follow-up, whether leased or not."""
+        """The low-water mark is earlier than now and than the first unfinished follow-up."""
         world.follow_up(due=-timedelta(minutes=5))
         for _ in range(2):  # the follow-up is unleased in the first round and leased in the second
             low = steps.claim().low_water
@@ -179,7 +179,7 @@ class TestLowWater:
         assert timedelta(0) < datetime.now(UTC) - low - claims.LOW_WATER_MARGIN < timedelta(minutes=1)
 
     def test_rows_inserted_before_the_mark(self, world: World, steps: Steps) -> None:
-        """If a row is inserted before the low-water mark, a claim that starts at the mark misses it.
+        """If a row is inserted before the low-water mark, claims from there miss it.
 
         A full claim finds this row.
         """

@@ -96,7 +96,7 @@ class TestProcesses:
         assert _until(lambda: not is_alive(started))
 
     def test_only_a_pools_parent_gets_sigterm(self, tmp_path: Path) -> None:
-        """SIGTERM is sent only to a pool's parent process, so that the parent can drain its child processes.
+        """SIGTERM is sent only to a pool's parent process, which drains its child processes.
 
         A process that exits by itself is reported.
         """

@@ -77,7 +77,7 @@ def opening_of(world: World, hours: SendingHours) -> datetime:
 
 
 def test_held_until_sending_hours_begin(world: World, engine: Engine, settings: Settings) -> None:
-    """Outside its sending hours, a workspace begins no follow-up and uses up no attempt; others are unaffected."""
+    """Outside its sending hours, a workspace begins no follow-up and uses up no attempt."""
     others = type(world)(engine)
     put(world, CLOSED)
     mine, theirs = world.follow_up(), others.follow_up()

@@ -27,7 +27,7 @@ WORKSPACES = 100
 _FILL = (
     f"INSERT INTO workspaces (name) SELECT 'w' || i FROM generate_series(1, {WORKSPACES}) i",  # noqa: S608
     "INSERT INTO chats (workspace_id, id) SELECT w.id, gen_random_uuid() FROM workspaces w, generate_series(1, 20)",
-    # One workspace in a hundred owns half of the rows, and one row in fifty is pending.
+    # One workspace in a hundred owns half of the rows. One row in fifty is pending.
     f"""
     WITH places AS MATERIALIZED (
         SELECT c.workspace_id, c.id, row_number() OVER (ORDER BY w.name, c.id) AS n
@@ -87,7 +87,7 @@ def test_every_list_uses_an_index(filled: Engine) -> None:
         for wanted in filters_of(row):
             ways, rows = examined(filled, workspace_id, wanted, 11)
             assert ways <= INDEX_SCANS, (wanted, ways)
-            # The query reads at most a page plus one row from each of four states, and then the page itself.
+            # At most a page plus one row is read for each state, and then the page.
             assert rows <= 5 * 11 + 4, (wanted, rows)
         # A query for a late page reads all earlier rows, but not their messages.
         ways, rows = examined(filled, workspace_id, ListFilter(statuses=(Status.SENT,)), 10_011)

@@ -57,7 +57,7 @@ class TestApiKeys:
     """API keys are shown once and stored as a hash."""
 
     def test_created_key(self, session: Session) -> None:
-        """An API key is recognisable and has 256 random bits; its row stores only the hash and the prefix."""
+        """An API key is recognisable and has 256 random bits; only hash and prefix are stored."""
         workspace, _ = workspaces.create(session, "Acme")
         row, key = api_keys.create(session, workspace.id, "laptop")
         other = api_keys.create(session, workspace.id)[1]

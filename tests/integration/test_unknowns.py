@@ -42,7 +42,7 @@ def attempted(world: World, settings: Settings, outcome: Outcome, follow_up_id: 
 
 @pytest.fixture
 def unknown_outcome(world: World, settings: Settings) -> tuple[UUID, UUID]:
-    """Return the id of a pending follow-up whose attempt has an unknown outcome, and the id of its chat."""
+    """Return the ids of a pending follow-up with an unknown outcome, and of its chat."""
     chat_id = world.chat()
     follow_up = world.follow_up(chat_id)
     attempted(world, settings, Unknown("the connection broke"), follow_up)
@@ -58,7 +58,7 @@ def test_reply(world: World, unknown_outcome: tuple[UUID, UUID]) -> None:
 
 
 def test_cancel(world: World, unknown_outcome: tuple[UUID, UUID]) -> None:
-    """The reason of a cancelled follow-up mentions the unknown outcome, unless the caller gave a reason.
+    """The cancelled follow-up's reason mentions the unknown outcome, unless the caller gave a reason.
 
     A reason given by the caller is stored unchanged.
     """
@@ -123,7 +123,7 @@ def test_cancel_while_in_flight(world: World, settings: Settings, words: str | N
 
 @pytest.mark.parametrize(("words", "reason"), ASKED)
 def test_cancel_before_the_worker_is_lost(world: World, settings: Settings, words: str | None, reason: str) -> None:
-    """If a cancel is requested during an attempt, its reason is stored unchanged, even if the worker is lost."""
+    """If the worker is lost, a cancel requested during the attempt keeps its reason."""
     chat_id = world.chat()
     follow_up = world.follow_up(chat_id)
     begin(world.engine, settings, claim(world.engine, settings).leases)

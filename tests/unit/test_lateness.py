@@ -33,7 +33,7 @@ MORNING = SendingHours("UTC", time(8), time(11))
 
 
 def found(hours: SendingHours | None, wanted: datetime, now: datetime, known: datetime | None = None) -> Obstacle:
-    """Return what blocks a follow-up now, given the recorded time from which it could be sent."""
+    """Return what blocks a follow-up now, given the time from which it could be sent."""
     span = span_of(hours, now) if hours else None
     standing = WorkspaceHours(uuid4(), hours, *span) if hours and span else None
     return Obstacle(Lease(uuid4(), 1, now), now, now, wanted, wanted, sendable_from=known, hours=standing)
@@ -57,7 +57,7 @@ def test_repeated_holds(hours: SendingHours, wanted: datetime, gaps: list[timede
 
 @given(st.lists(st.tuples(HOURS, st.timedeltas(MINUTE, timedelta(days=3))), min_size=1, max_size=8), MOMENTS)
 def test_hours_that_change(changes: list[tuple[SendingHours, timedelta]], wanted: datetime) -> None:
-    """Even if sending hours change, lateness never starts before the due date, and a past start is kept."""
+    """If sending hours change, lateness never precedes the due date; a past start is kept."""
     now, known = wanted, None
     for hours, gap in changes:
         obstacle = found(hours, wanted, now, known)

@@ -29,7 +29,7 @@ json_values = st.recursive(
 
 @given(st.lists(leases, max_size=20), st.integers(1, 7))
 def test_round_trip(given_leases: list[Lease], size: int) -> None:
-    """Published hints are read back as JSON, complete and in order, in batches of the requested size."""
+    """Published hints are read back complete and in order, in batches of the requested size."""
     hints = list(batches(given_leases, size))
     assert all(len(hint.entries) <= size for hint in hints)
     assert [lease for hint in hints for lease in leases_of(*json.loads(json.dumps(hint)))] == given_leases

@@ -27,7 +27,7 @@ fractions = st.floats(0.0, 1.0, exclude_max=True)
 
 @given(policies, attempts, fractions)
 def test_the_delay_is_between_zero_and_the_ceiling(policy: RetryPolicy, attempt: int, fraction: float) -> None:
-    """With any jitter, the delay is between zero and the attempt's ceiling, and never exceeds the cap."""
+    """With any jitter, the delay is at least zero and at most the attempt's ceiling."""
     assert ZERO <= policy.jittered(attempt, lambda: fraction) <= policy.ceiling(attempt) <= policy.cap
 
 

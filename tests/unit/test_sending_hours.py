@@ -54,7 +54,7 @@ def allowed(hours: SendingHours, moment: datetime) -> bool:
 def is_shown_twice(zone: str, moment: datetime) -> bool:
     """Return whether the zone's UTC offset changes within two days of the given time.
 
-    If the clock goes back, a local time may occur twice, and so may the start of the sending hours.
+    If the clock goes back, the start of the sending hours may occur twice.
     """
     zone_info = ZoneInfo(zone)
     return len({(moment + n * 60 * MINUTE).astimezone(zone_info).utcoffset() for n in range(-48, 49)}) > 1

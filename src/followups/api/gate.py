@@ -37,8 +37,7 @@ MAX_HEADER_SIZE = 32 * 1024
 MAX_BODY_SIZE = 1024 * 1024
 """Maximum size of a body, in bytes.
 
-The longest message has 65,536 characters. A message of this length has a JSON form of 786,432 bytes if each character
-is escaped as a surrogate pair.
+The longest message has 65,536 characters. Escaped as surrogate pairs, such a message takes 786,432 bytes of JSON.
 """
 
 BODY_WITHIN = 20.0

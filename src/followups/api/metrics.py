@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 log = get_logger(__name__)
 
 KEPT = timedelta(seconds=2)
-"""How long a database result is reused, so that several scrapers cost no more than a single scraper."""
+"""How long a database result is reused for all scrapers."""
 
 
 ESTIMATED = f"above {counts.BACKLOG_EXACT_UP_TO:,}, PostgreSQL's estimate."
@@ -104,8 +104,7 @@ class Exposition:
     def collect(self) -> Iterator[Metric]:
         """Yield the counters summed over all processes.
 
-        Yield nothing if the database is unreachable, because sums over only some of the processes would look like a
-        counter reset.
+        Yield nothing if the database is unreachable: partial sums would look like a counter reset.
         """
         try:
             self._totals.add()

@@ -21,8 +21,7 @@ POLICY = (
 HEADERS = {
     "content-security-policy": POLICY,
     "x-content-type-options": "nosniff",
-    # With no-referrer, browsers might omit the Origin header from the console's own forms, and the origin check would
-    # fail.
+    # With no-referrer, browsers might omit Origin from the console's own forms. The origin check would then fail.
     "referrer-policy": "same-origin",
     "cross-origin-opener-policy": "same-origin",
     "cross-origin-resource-policy": "same-origin",

@@ -45,7 +45,7 @@ class ResultCache:
         self._lock = threading.Lock()
 
     def get(self, key: Hashable, make: Callable[[], Any]) -> Any:  # noqa: ANN401 - what is made
-        """Return the cached result for the key, or compute a new one if the result is more than a second old."""
+        """Return the key's cached result, or compute a new result after one second."""
         with self._lock:
             own = self._locks.setdefault(key, threading.Lock())
         with own:

@@ -54,6 +54,6 @@ class BatchResult:
     deferred: tuple[tuple[Lease, timedelta], ...] = ()
     """Follow-ups that remain leased, each with the wait that a rate limit requires."""
     unblocked: tuple[Lease, ...] = ()
-    """Follow-ups that waited for an ended follow-up, and are now unblocked and leased to the caller."""
+    """Unblocked follow-ups that waited for an ended follow-up, now leased to the caller."""
     blocking: tuple[UUID, ...] = ()
     """Ended follow-ups whose successor in the chat is locked by another transaction."""

@@ -55,7 +55,7 @@ BACKOFF = 0.05
 LONGEST_BACKOFF = 4.0
 """Longest pause in seconds between two attempts to reach the database; pauses double."""
 AFTER_ANOTHER = 0.01
-"""Seconds before a claim is tried again if another dispatcher is claiming; each further pause is twice as long.
+"""Seconds before a claim is retried if another dispatcher is claiming; each further pause doubles.
 
 A claim itself takes some milliseconds.
 """

@@ -59,10 +59,9 @@ SETTINGS = {
 }
 
 TEMPORARY_SETTINGS = {
-    # The data is deleted with the server, so it need not survive a machine crash. The only crashes that the data must
-    # survive are those in the fault tests, which kill the server. synchronous_commit stays on, because without it a
-    # killed server would lose confirmed transactions. Without fsync, synchronous_commit costs only one write into the
-    # page cache for each commit.
+    # The data is deleted with the server, so it need not survive a machine crash. For the fault tests, which kill the
+    # server, synchronous_commit stays on. A killed server would otherwise lose confirmed transactions. Without fsync,
+    # synchronous_commit costs only one write into the page cache for each commit.
     "fsync": "off",
     "full_page_writes": "off",
     # the data directory also holds these files, so a killed server leaves nothing behind

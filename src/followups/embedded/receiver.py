@@ -99,7 +99,7 @@ async def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--port", type=int, required=True)
     record = RequestLog()
-    gc.disable()  # this code creates no reference cycles, and a pause of the garbage collector would count as lag
+    gc.disable()  # no reference cycles arise here, and pauses of the garbage collector would count as lag
     server = await asyncio.get_running_loop().create_server(
         lambda: ReceiverConnection(record), "127.0.0.1", parser.parse_args().port, backlog=1000
     )

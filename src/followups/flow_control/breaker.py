@@ -46,7 +46,7 @@ RECOVERING = "recovering"
 REFUSING = {401, 403}
 """Status codes with which a receiver rejects the caller rather than the message.
 
-For example, after a secret has expired, every message is rejected with one of these codes.
+After a secret has expired, for example, every message gets one of these codes.
 """
 
 READ_INTERVAL = 1.0

@@ -104,7 +104,7 @@ class Limiter:
         self._ask_again_at = 0.0
 
     async def ask(self, requests: Sequence[TokenRequest], ended: Sequence[TokenRequest]) -> LimiterReply:
-        """Acquire tokens in the given order for the requests whose turn it is; remove requests that have ended."""
+        """Acquire tokens, in the given order, for requests whose turn it is; remove ended requests."""
         buckets = _numbered((*requests, *ended))
         limits = [(bucket.rate, bucket.burst) for bucket in buckets]
         documents = (limits, _documents(requests, buckets), _documents(ended, buckets))
@@ -149,7 +149,7 @@ def _numbered(requests: Iterable[TokenRequest]) -> dict[Bucket, int]:
 
 
 def _documents(requests: Iterable[TokenRequest], buckets: dict[Bucket, int]) -> list[tuple[str, str, list[int]]]:
-    # Times are passed as text, because Lua would write a number of sixteen digits as 1.7e+15.
+    # Times are passed as text, because Lua would shorten sixteen digits to 1.7e+15.
     return [
         (request.id.hex, str((request.since - EPOCH) // MICROSECOND), [buckets[each] for each in request.buckets])
         for request in requests

@@ -194,6 +194,6 @@ def _record(
     if audited := len(done) + passed.get(bulk_actions.IN_FLIGHT, 0):
         what = Action.FOLLOW_UPS_CANCELLED if action.kind == "cancel" else Action.FOLLOW_UPS_RETRIED
         actor = Actor(Way.CONSOLE, name=action.created_by)
-        # All batches use the action's id as the id of their audit event, so that their counts add up in one event.
+        # All batches use the action's id as their audit event's id. The counts therefore add up in one event.
         event = Event(actor, what, action.workspace_id, number=audited, id=action.id)
         audit.record(session.connection(), event)

@@ -54,7 +54,7 @@ class Actor:
 
 
 SERVICE = Actor(Way.SERVICE, name="followups")
-"""The service as the author of events that no person triggers, such as the expiry of an API key."""
+"""The service as author of events without a person, such as an API key's expiry."""
 
 
 @lru_cache
@@ -153,7 +153,7 @@ class AuditFilter:
 
     workspace_id: UUID | None = None
     workspace: str | None = None
-    """The workspace's name, by which its audit events can be found even after it has been deleted."""
+    """The workspace's name, which identifies its audit events even after the workspace is deleted."""
     since: datetime | None = None
     actions: Sequence[Action] = ()
     target_id: UUID | None = None
@@ -195,7 +195,7 @@ def delete_old(connection: Connection, before: datetime, most: int) -> int:
     return connection.execute(_DELETE_OLD, {"before": before, "most": most}).rowcount
 
 
-# The audit event has the API key's id as its own id, so that each expiry is recorded only once.
+# The audit event's id is the API key's id, so each expiry is recorded once.
 _EXPIRED = text("""
     INSERT INTO audit_events (id, at, way, actor, workspace_id, workspace, action, target_id, details)
     SELECT k.id, k.expires_at, :way, :actor, k.workspace_id, w.name, :action, k.id,

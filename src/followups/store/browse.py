@@ -32,7 +32,7 @@ CHATS = 50
 
 @dataclass(frozen=True, slots=True)
 class BrowseFilter:
-    """The filter of the console's list of follow-ups; a field that is None or empty is ignored."""
+    """The filter of the console's list of follow-ups; None or empty fields are ignored."""
 
     workspace_id: UUID | None = None
     statuses: tuple[Status, ...] = ()
@@ -241,8 +241,8 @@ def search(
     """Return up to ``size`` matching follow-ups after ``after``, or fewer if ``limit`` is reached.
 
     Return None if the time limit is reached during the first step back in time. The length of each step is chosen so
-    that the step probably ends in the time that is left. A search by an id is not divided into steps, since the index
-    of that id yields few rows.
+    that the step probably ends in the time that is left. A search by id takes one step, because the id's index yields
+    few rows.
     """
     deadline = time.monotonic() + limit.total_seconds()
     step = None if wanted.ids or wanted.any_id or wanted.external_id or wanted.chat_id else FIRST_STEP

@@ -115,9 +115,8 @@ def park_pile(connection: Connection, parked: Collection[UUID]) -> int:
     return connection.execute(_PARK_PILE, {"ids": list(parked), "most": PILE}).rowcount
 
 
-# A constraint ensures that a waiting follow-up is pending. If the query repeated the condition that the follow-up is
-# pending, the planner might scan the index of all pending follow-ups, although only a few of them are waiting.
-# Follow-ups whose rows are locked are later unblocked by `unblock_orphaned`.
+# A constraint ensures that a waiting follow-up is pending. Repeating that condition might make the planner scan the
+# index of all pending follow-ups. Follow-ups whose rows are locked are later unblocked by `unblock_orphaned`.
 _WAITING = "f.waits_for = ANY(CAST(:ids AS uuid[])) AND f.waits_for IS NOT NULL"
 
 _LOCK_WAITING = Statement(f"SELECT f.id FROM follow_ups f WHERE {_WAITING} FOR NO KEY UPDATE SKIP LOCKED")  # noqa: S608 - no input, only the constant above

@@ -95,7 +95,7 @@ _LOCK_MANY = Statement(
 
 @Rule
 def lock_many(workspace_id: UUID, chat_ids: Collection[UUID]) -> Steps[dict[UUID, Chat]]:
-    """Return the chats that exist and are not removed, locked in ascending order of their ids."""
+    """Return the chats that are not removed, locked in ascending order of their ids."""
     chats: Sequence[Chat] = yield _LOCK_MANY(workspace_id=workspace_id, ids=uuid_array(chat_ids))
     return {chat.id: chat for chat in chats}
 
@@ -302,7 +302,7 @@ def receive(
 
 
 def _advance(chat: Any, message_id: UUID, role: Role, at: datetime) -> tuple[bool, dict[str, Any]]:  # noqa: ANN401 - a row
-    """Return whether the message is the latest in its chat, and the new values of the chat's columns, if any.
+    """Return whether the message is the chat's latest, and any new values for the chat.
 
     The clock of the host that wrote the message may be fast. A message with a time in the future counts as written now.
     Otherwise, later replies would seem older and cancel nothing. The time of an agent's message is stored exactly, so a

@@ -27,8 +27,8 @@ transaction is committed as a whole. One row is not enough, since another transa
 meantime.
 """
 
-# The transaction whose outcome is unknown may still lock the row, if its backend kept running after the connection was
-# lost. FOR SHARE reads the latest version of the row, but raises an error on a standby.
+# The transaction may still lock the row if its backend survived the lost connection. FOR SHARE reads the latest version
+# of the row, but raises an error on a standby.
 _ROW = "CROSS JOIN LATERAL (SELECT f.* FROM follow_ups f WHERE f.id = b.id FOR SHARE SKIP LOCKED) f"
 _LEASED = text(f"""
     SELECT f.lease_token = b.token
@@ -41,7 +41,7 @@ _WRITTEN = text(f"""
 
 
 def by_token(connection: Connection, tokens: Iterable[tuple[UUID, int]]) -> None:
-    """Register the new lease tokens of these rows, which later show whether a lost commit succeeded."""
+    """Register the rows' new lease tokens, which later show whether a lost commit succeeded."""
     ask_if_lost(connection, partial(_still_written, _LEASED, list(islice(tokens, SAMPLE))))
 
 

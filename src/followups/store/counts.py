@@ -153,8 +153,7 @@ _PENDING = text(f"""
            (SELECT count(*) FROM follow_ups
              WHERE status = 'pending' AND waits_for IS NULL AND {_DUE} <= now()) AS overdue
 """)  # noqa: S608 - no input, only the constant above
-# This query uses the index that serves the lists of follow-ups, because the first column of that index is the
-# workspace.
+# This query uses the index of the follow-up lists, whose first column is the workspace.
 _COUNT_FINAL = text("""
     SELECT s.status, (
            SELECT count(*) FROM (

@@ -44,9 +44,9 @@ begin and settle of forty follow-ups took up to 720 ms each without this conditi
 """
 
 NEXT_TOKEN = "GREATEST(f.lease_token + 1, CAST(date_part('epoch', now()) * 1000000 AS bigint))"  # noqa: S105 - a fencing token
-"""The next fencing token, which is higher than all earlier ones and never issued twice. A failover or a restore may
-lose a lease, and no later lease may get the lost lease's token. The value of a token is therefore the database's time
-in microseconds. Until the year 2255 this number is below 2^53, so JSON readers represent it exactly.
+"""The next fencing token, which is higher than all earlier ones and never issued twice. Even if a failover or restore
+loses a lease, its token is never issued again. The value of a token is therefore the database's time in microseconds.
+Until the year 2255 this number is below 2^53, so JSON readers represent it exactly.
 """
 
 LOOKED_UP = f"""
@@ -69,8 +69,8 @@ CHAT = """CROSS JOIN LATERAL (
 
 OUTCOME_UNKNOWN = "the outcome of an attempt is unknown"
 """The text added to a reason if the outcome of an attempt was unknown. A follow-up with an attempt of unknown outcome
-is retried under the same key, and usually ends as sent. If the follow-up ends in a state other than sent (because of a
-reply, a refusal or the last attempt), its reason would be misleading without this text.
+is retried under the same key, and usually ends as sent. Without this text, the reason of a follow-up that is not sent
+would be misleading.
 """
 
 

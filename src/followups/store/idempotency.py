@@ -24,9 +24,7 @@ LIFETIME = timedelta(hours=24)
 """How long a stored response is returned when its request is repeated."""
 
 SWEPT = 2
-"""Number of expired responses that are deleted whenever a response is stored, so that the table contains only about a
-day's responses.
-"""
+"""Number of expired responses deleted per stored response, so that about a day's responses remain."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -85,7 +85,7 @@ def begin(connection: Connection, rhythm: Rhythm) -> Tick | None:
 
 
 def ensure_recordable(connection: Connection) -> None:
-    """Insert the row that records ticks if an operator has deleted it; nothing is claimed without it."""
+    """Insert the row that records ticks if it was deleted; nothing is claimed without it."""
     connection.execute(_INSERT)
 
 

@@ -219,7 +219,7 @@ class ProcessState:
 
 
 def read_states(directory: Path, role: str, name: str = "") -> list[ProcessState]:
-    """Return the state of each process of a role on this machine, or only of the process called ``name``.
+    """Return the state of a role's processes on this machine, or of the process ``name``.
 
     ``name`` is a Celery node's name, or the part before the ``@``. Processes that have ended are not included.
     """

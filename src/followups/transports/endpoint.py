@@ -1,4 +1,4 @@
-"""The endpoint that a transport delivers to: its address and the connection options (TLS, proxy, timeout)."""
+"""A transport's endpoint: the address and the connection options (TLS, proxy, timeout)."""
 
 from __future__ import annotations
 

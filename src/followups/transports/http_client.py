@@ -29,8 +29,8 @@ if TYPE_CHECKING:
     from followups.settings import Settings
 
 KEEPALIVE = 3
-"""Seconds for which an idle connection is kept. By default, most servers keep an idle connection for longer than this:
-4 or 5 s. If the server closes a connection during a request, the request's outcome is unknown.
+"""Seconds for which an idle connection is kept. By default, most servers keep idle connections for longer: 4 or 5 s. If
+the server closes a connection during a request, the request's outcome is unknown.
 """
 
 STREAMS = 10
@@ -189,7 +189,7 @@ class HttpClient:
         reason = "its header is longer than 64 KiB" if code in TOO_LARGE else _reason(exchange.curl, code)
         return Unknown(f"the connection broke before an answer arrived ({reason})")
 
-    # These methods manage the connections. If there has been no call for some seconds, connections are replaced, since
+    # These methods manage the connections. Connections are replaced after some seconds without a call. Otherwise,
     # libcurl closes an idle connection only at the next call. Connections are also replaced if libcurl repeatedly
     # selects one that is unusable. The replaced connections only finish their calls in flight.
 

@@ -357,8 +357,8 @@ def _show_life(sender: str = "", **_: object) -> None:
 @signals.worker_ready.connect
 @signals.worker_process_init.connect
 def _warm_up(sender: Any = None, **_: object) -> None:  # noqa: ANN401 - the worker, or nothing in a child
-    # The process connects at its start, so that the first follow-up does not have to wait for a connection. The parent
-    # of forked children makes no deliveries.
+    # The process connects at its start, so that the first follow-up need not wait. The parent of forked children makes
+    # no deliveries.
     pool = getattr(sender, "pool", None)
     if type(pool).__module__ == "celery.concurrency.prefork":
         return

@@ -1,4 +1,4 @@
-"""Explores each reachable state once, and finds the shortest path to a state that breaks a promise."""
+"""Explores each reachable state once, and finds the shortest path to a broken promise."""
 
 from __future__ import annotations
 

@@ -93,14 +93,14 @@ def test_revoked_at_once(api: Api) -> None:
 
 
 def test_expired_at_once(api: Api) -> None:
-    """After an API key has expired, every request with it is rejected, even if the key was used before."""
+    """Once an API key has expired, every request with the key is rejected."""
     assert api.get(FOLLOW_UPS).status_code == 200
     api.world.sql("UPDATE api_keys SET expires_at = now() WHERE id = :id", id=api.key_id)
     is_problem(api.get(FOLLOW_UPS), 401, "unauthorized")
 
 
 def test_last_use(api: Api) -> None:
-    """The last use of an API key is recorded once a minute, not on every request."""
+    """The last use of an API key is recorded at most once a minute."""
 
     def last_used() -> object:
         return api.world.scalar(f"SELECT last_used_at FROM api_keys WHERE id = '{api.key_id}'")  # noqa: S608 - the test's own id

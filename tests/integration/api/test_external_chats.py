@@ -1,4 +1,4 @@
-"""External chat ids: a ``matrix`` room's id selects the receiver, so a room belongs to one workspace."""
+"""External chat ids: a ``matrix`` room is a receiver, so a room belongs to one workspace."""
 
 from __future__ import annotations
 

@@ -115,7 +115,7 @@ class TestReplyAgainstCreate:
         assert api.ids() == []
 
     def test_many(self, api: Api) -> None:
-        """After concurrent creates and replies, no follow-up is pending in a chat whose user wrote last."""
+        """After concurrent creates and replies, no follow-up is pending in chats whose user wrote last."""
         chat_ids = [api.chat() for _ in range(PAIRS)]
         together = threading.Barrier(2)
 
@@ -193,7 +193,7 @@ class TestPatchAgainstTick:
     """After the response, a new due date applies, even to a claimed follow-up."""
 
     def test_claim_first(self, api: Api, engine: Engine) -> None:
-        """A reschedule waits for a claim that is running, and then makes the claimed lease stale."""
+        """A reschedule waits for a running claim, and then makes the claimed lease stale."""
         created = api.create(due="2020-01-01T00:00:00Z")
         with ThreadPoolExecutor(1) as pool, engine.connect() as connection:
             taken = [lease for lease in claim(connection) if str(lease.id) == created["id"]]

@@ -131,7 +131,7 @@ class TestRetry:
         assert new["createdAt"] < new["dueDate"]
 
     def test_only_a_failed_follow_up(self, run: RunCommand, world: World) -> None:
-        """`retry` rejects a follow-up that has not failed, and a failed one whose user has replied since."""
+        """`retry` rejects a follow-up that has not failed, or whose user has replied since."""
         assert "this one is pending" in run("retry", world.follow_up(due=HOUR)).stderr
         answered = world.follow_up(world.chat(last_message_role="user"), **FAILED)
         ran = run("retry", answered)
@@ -140,7 +140,7 @@ class TestRetry:
 
 
 def _reschedule_in_a_process(follow_up: UUID) -> None:
-    # The worker's module reads its settings only once, but the tests in this process use different settings.
+    # The worker's module reads its settings only once, but these tests use different settings.
     command = [sys.executable, "-m", "followups.cli", "reschedule", str(follow_up), "--due", "now"]
     subprocess.run(command, check=True, capture_output=True, env=dict(os.environ), timeout=120)
 

@@ -72,7 +72,7 @@ def test_a_dry_run_changes_nothing(run: RunCommand, world: World, tmp_path: Path
 def test_archived(
     run: RunCommand, world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *, texts: bool
 ) -> None:
-    """Deleted rows are archived as one JSON object per line, in a file that only its owner can read.
+    """Deleted rows are archived as JSON lines, in a file that only its owner can read.
 
     The archive contains message texts only with --message.
     """

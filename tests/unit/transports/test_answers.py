@@ -97,7 +97,7 @@ def test_retry_after_does_not_change_a_rejection(status: int) -> None:
     ],
 )
 def test_retry_after_is_seconds_or_a_date(value: str, seconds: float) -> None:
-    """Retry-After is read as seconds or as one of three date forms, and limited to 1 second to 24 hours."""
+    """Retry-After in seconds or as a date is limited to 1 second to 24 hours."""
     assert retry_after({"retry-after": value}, NOW) == timedelta(seconds=seconds)
 
 

@@ -97,7 +97,7 @@ async def test_an_unread_close_is_noticed(threaded: ThreadedServer) -> None:
 
 
 async def test_an_unread_unsolicited_response_is_discarded(threaded: ThreadedServer) -> None:
-    """An unsolicited response that is still unread is not taken for the response to the next call."""
+    """An unread, unsolicited response is not taken for the response to the next call."""
     async with opened(HttpTransport(settings_for(threaded.url))) as transport:
         assert await transport.send(a_delivery()) == Sent(None, 200)
         threaded.connections[0].sendall(OTHER)
@@ -115,7 +115,7 @@ async def test_extra_bytes_after_a_response_close_the_connection(behind: bytes) 
 
 
 async def test_line_breaks_after_a_response_are_ignored() -> None:
-    """Line breaks that a receiver sends after its response affect neither this call nor the next."""
+    """Line breaks after a response affect neither this call nor the next."""
     async with scripted(OK + b"\r\n") as server, opened(HttpTransport(settings_for(server.url))) as transport:
         for _ in range(3):
             assert await transport.send(a_delivery()) == Sent(None, 200)
@@ -196,7 +196,7 @@ async def test_there_are_never_more_connections_than_calls_at_once(*, deduplicat
 
 
 async def test_waiting_calls_share_open_connections() -> None:
-    """An idle connection is used before a new one is opened, even by calls that waited."""
+    """Even waiting calls use an idle connection before a new connection is opened."""
     async with scripted(OK) as server, opened(HttpTransport(settings_for(server.url, concurrency=2))) as transport:
         for _ in range(3):
             outcomes = await asyncio.gather(*[transport.send(a_delivery()) for _ in range(8)])

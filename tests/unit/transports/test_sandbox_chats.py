@@ -144,7 +144,7 @@ def test_nothing_accepted_has_no_lag() -> None:
 
 
 def test_a_request_is_listed_with_all_fields() -> None:
-    """The list of requests is JSON with all recorded fields, and has times in RFC 3339."""
+    """The list of requests is JSON with all fields, and has times in RFC 3339."""
     chats = SandboxChats()
     chats.receive(incoming(attempt=2), "key", late(1.5))
     assert chats.ledger.records()[0].document() == {
@@ -220,7 +220,7 @@ def test_the_oldest_key_is_discarded_first(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_clearing_keeps_the_behaviours() -> None:
-    """After `clear`, a known idempotency key counts as new again, but each chat keeps its behaviour."""
+    """After `clear`, known idempotency keys count as new, but chats keep their behaviour."""
     chats = SandboxChats()
     chats.behave("c2", Behaviour(kind="fail"))
     chats.receive(incoming(), "key")

@@ -1,4 +1,4 @@
-"""The routes that need no session: sign-in with an API key or a link's token, sign-out, static files, preferences."""
+"""The routes without a session: sign-in (API key or link token), sign-out, static files, preferences."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Checks of the processes: workers are queried through the broker; worker, beat and web on this machine."""
+"""Checks of the processes: workers through the broker; worker, beat and web on this machine."""
 
 from __future__ import annotations
 
