@@ -89,7 +89,7 @@ def settings_on_database(prefix: str, postgres_url: str, template: str, broker_u
 
 @contextmanager
 def served(settings: Settings, nudge: Callable[[], None] = lambda: None) -> Iterator[tuple[str, int]]:
-    """Serve the application in a thread of this process, so that tests can patch it; yield its URL."""
+    """Serve the application in a thread of this process; yield its URL."""
     application = create_app(settings, nudge)
     running = Server(config_of(application))
     with socket.create_server(("127.0.0.1", 0)) as listener:

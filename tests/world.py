@@ -65,7 +65,7 @@ class World:
         )
 
     def full_chat(self) -> UUID:
-        """Insert a chat with the maximum number of pending follow-ups, due at intervals of one minute from now."""
+        """Insert a chat with the maximum number of pending follow-ups, one due each minute."""
         chat_id = self.chat()
         self.sql(
             "INSERT INTO follow_ups (workspace_id, chat_id, message, due_date, trigger_chat_message_id)"

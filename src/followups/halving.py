@@ -1,4 +1,4 @@
-"""Halving: a failing batch is split until only the failing row is left, so all other rows succeed."""
+"""Halving: a failing batch is split, so that all rows but the failing one succeed."""
 
 from __future__ import annotations
 

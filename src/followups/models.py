@@ -52,8 +52,8 @@ MAX_MESSAGE_LENGTH = 65_536
 CHURNING = {"autovacuum_vacuum_scale_factor": "0.02", "autovacuum_analyze_scale_factor": "0.02"}
 """Storage options of tables from which old rows are deleted.
 
-A search for the oldest rows also reads all rows that were deleted since the last vacuum. By default, a vacuum starts
-only when a fifth of the table's rows are dead.
+A search for the oldest rows also reads rows deleted since the last vacuum. By default, a vacuum starts only when a
+fifth of the table's rows are dead.
 """
 
 

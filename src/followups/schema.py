@@ -36,9 +36,9 @@ def alembic_config(database_url: str = "", *, wait: float = WAIT, patience: floa
 def migrate(database_url: str, revision: str = "head", *, wait: float = WAIT, patience: float = PATIENCE) -> None:
     """Migrate the database to ``revision``.
 
-    Concurrent migrations are safe: the second migration waits for the first, and then finds nothing to do. Raises
-    `FollowUpsError` if another migration keeps its lock for ``wait`` seconds. Also raises `FollowUpsError` if a long
-    transaction locks a table for ``patience`` seconds.
+    Concurrent migrations are safe: the second migration waits, and then finds nothing to do. Raises `FollowUpsError` if
+    another migration keeps its lock for ``wait`` seconds. Also raises `FollowUpsError` if a long transaction locks a
+    table for ``patience`` seconds.
     """
     command.upgrade(alembic_config(database_url, wait=wait, patience=patience), revision)
 

@@ -12,8 +12,8 @@ _CLOCK = getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC)
 def uptime() -> float:
     """Return the seconds since the machine was started, including time suspended. Never set back.
 
-    A lease keeps running while a machine is suspended. On the monotonic clock, no time seems to have passed when a
-    suspended worker resumes after its lease has expired. With the monotonic clock, a worker that resumes after its
-    lease has expired would call the transport, perhaps after a cancellation or during another worker's call.
+    A lease keeps running while a machine is suspended. The monotonic clock does not count the time in which a worker is
+    suspended. With the monotonic clock, a worker that resumes after its lease has expired would call the transport,
+    perhaps after a cancellation or during another worker's call.
     """
     return time.clock_gettime(_CLOCK)

@@ -97,7 +97,7 @@ def test_one_slow_chat(running: Stack) -> None:
 
 
 def test_order_in_a_chat(running: Stack) -> None:
-    """Follow-ups of a chat arrive in the order of their due dates, even if the first is retried."""
+    """A chat's follow-ups arrive in due-date order, even if the first is retried."""
     chat_id = running.world.chat()
     running.behave(chat_id, kind="fail", status=503, times=2)
     ids = [running.world.follow_up(chat_id, n * timedelta(milliseconds=1)) for n in range(8)]

@@ -1,4 +1,4 @@
-"""Tests for traces, with real processes: a trace covers the POST, the claim, the attempt and the call."""
+"""Tests of traces, from the POST to the transport's call, with real processes."""
 
 from __future__ import annotations
 

@@ -79,7 +79,7 @@ def sign_in(console_settings: Settings, own: World) -> Iterator[Callable[..., Pe
 
 
 def test_a_change_sends_an_event_to_open_pages(sign_in: Callable[..., Person], own: World, foreign: World) -> None:
-    """A new follow-up sends an event to open lists, and a changed follow-up sends an event to its open page.
+    """Open lists get an event for each new follow-up, open pages for each change.
 
     A stream never reports another workspace's follow-ups, even if its client requests them.
     """
@@ -105,7 +105,7 @@ def test_streams_need_a_session_and_are_bounded(
 ) -> None:
     """A client without a session gets no stream, and a session gets a limited number of streams.
 
-    A session with the maximum number of streams can still use the rest of the console.
+    A session with the maximum number of streams can still use the console.
     """
     monkeypatch.setattr(live, "BY_SESSION", 2)
     assert person().get("/stream").status_code == 401

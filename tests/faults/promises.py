@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     from sqlalchemy import Engine
 
 UNKNOWN = "unknown"
-"""Text that a follow-up's reason contains if its message may have been accepted. An ended follow-up whose message was
-accepted must be in the state sent, unless its reason contains this text.
+"""Text that a follow-up's reason contains if its message may have been accepted. Without this text, an ended follow-up
+with an accepted message must be in the state sent.
 """
 
 

@@ -1,4 +1,4 @@
-"""A TCP proxy in front of a server; it can cut, stall and refuse connections like a faulty network."""
+"""A TCP proxy that can cut, stall and refuse connections like a faulty network."""
 
 from __future__ import annotations
 

@@ -158,7 +158,7 @@ class Replicated:
         self.proxy.lead_to(self.primary.url())
 
     def replace_standby(self) -> None:
-        """Replace the standby with a new copy of the primary, because the old standby may have diverged."""
+        """Replace the standby, which may have diverged, with a new copy of the primary."""
         self.standby.stop()
         self.standby = Server(self._binaries, self.primary)
         self.standby.start()

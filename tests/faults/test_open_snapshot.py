@@ -70,7 +70,7 @@ def under_snapshot(rig: Rig, figures: Figures, rate: float, seconds: float) -> N
 
 
 def test_open_snapshot(rig: Rig, figures: Figures) -> None:
-    """While a snapshot is open, all follow-ups that fall due in a few seconds of load are sent, each once."""
+    """While a snapshot is open, all follow-ups due under load are sent once."""
     under_snapshot(rig, figures, rate=100, seconds=5)
 
 

@@ -140,7 +140,7 @@ def outage(rig: Rig, figures: Figures, rate: float, seconds: float) -> None:
 
 
 def fail_for(rig: Rig, figures: Figures, rate: float, seconds: float, limit: int | None = None) -> int:
-    """Under load, make every chat fail for some seconds and then accept again; return the failure count.
+    """Under load, make every chat fail for some seconds; return the failure count.
 
     ``limit`` is a rate limit for all deliveries, per second.
     """
@@ -202,7 +202,7 @@ def test_outage(rig: Rig, figures: Figures) -> None:
 
 
 def test_left_alone(rig: Rig, figures: Figures) -> None:
-    """If the transport fails for all workspaces, the breaker opens, and no follow-up runs out of attempts."""
+    """If the transport fails for all workspaces, no follow-up runs out of attempts."""
     rig.options |= PATIENT | {"FOLLOWUPS_BREAKER_FAILURES": "20", "FOLLOWUPS_MAX_ATTEMPTS": "8"}
     check_breaker_outage(rig, figures, rate=120, seconds=4)
 

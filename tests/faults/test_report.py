@@ -1,4 +1,4 @@
-"""Tests for the results page, which keeps the dates and broken promises of tests that were not rerun."""
+"""Tests for the results page, which keeps dates and broken promises of tests not rerun."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tests that compare the real store with the model, in orders of events that Hypothesis generates."""
+"""Tests that compare the store with the model, in event orders from Hypothesis."""
 
 from __future__ import annotations
 

@@ -409,7 +409,7 @@ SLOWLY = RecoveryPolicy(first_pause=600, longest_pause=600)
 def test_an_outage_uses_up_few_attempts(
     world: World, engine: Engine, own: Settings, started: Callable[..., Pipeline], outcome: Outcome
 ) -> None:
-    """If the transport fails for every chat, follow-ups use up attempts only until the breaker opens."""
+    """If every chat fails, follow-ups use up attempts only until the breaker opens."""
     transport = FailingTransport(outcome)
     for _ in range(100):
         world.follow_up()

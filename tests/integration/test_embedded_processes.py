@@ -111,7 +111,7 @@ class TestProcesses:
         assert done.exists()
 
     def test_output_lines_are_passed_on(self) -> None:
-        """With an echo, each line of output is both logged and passed on, with the process's name."""
+        """With an echo, output lines are logged and also passed on with the process's name."""
         lines: list[tuple[str, str]] = []
         with Processes(echo=lambda name, line: lines.append((name, line))) as processes:
             processes.spawn("talker", ["sh", "-c", "echo one; echo two >&2"], environment={"X": "1"})

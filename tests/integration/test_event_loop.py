@@ -89,7 +89,7 @@ async def test_settings(database_url: str) -> None:
 
 
 async def test_transactions(world: World, database_url: str) -> None:
-    """A transaction commits at the end of its block and is rolled back after an error.
+    """A transaction commits at the end of its block, and rolls back after an error.
 
     After a commit or a rollback, the connection can be used for another transaction.
     """

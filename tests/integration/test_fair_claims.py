@@ -102,7 +102,7 @@ def test_earliest_of_each_first(world: World, engine: Engine, settings: Settings
 def test_a_busy_workspace_gets_the_remaining_slots(
     engine: Engine, settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A workspace with many due follow-ups gets all slots that many small workspaces do not need.
+    """A workspace with many due follow-ups gets all slots that small workspaces do not need.
 
     A claim still fills all slots, although it reads few rows of each workspace.
     """

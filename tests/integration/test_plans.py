@@ -106,7 +106,7 @@ def test_plans(world: World, engine: Engine, settings: Settings, others: int, *,
 
 
 def test_plans_when_nothing_was_pending(world: World, engine: Engine, settings: Settings) -> None:
-    """Even if the planner thinks that an index of pending rows is empty, no plan uses it to find follow-ups.
+    """No plan finds follow-ups through an index of pending rows that the planner thinks empty.
 
     The planner considers the index empty after a vacuum that ran while no row was pending.
     """

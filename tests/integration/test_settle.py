@@ -104,7 +104,7 @@ class TestSettle:
         assert world.row(follow_up).status == "sent"
 
     def test_twice(self, world: World, steps: Steps) -> None:
-        """A result that is settled twice, for example because the answer to a commit was lost, counts once."""
+        """A result that is settled twice, as after a lost commit answer, counts once."""
         follow_up = world.follow_up()
         result = attempt(steps.begun(), Snoozed("HTTP 429", SECOND))
         steps.settle([result])
@@ -122,7 +122,7 @@ class TestSettle:
         ],
     )
     def test_reply_in_flight(self, world: World, steps: Steps, outcome: Outcome, status: str) -> None:
-        """If a reply arrives during an attempt, the follow-up ends as sent, or as cancelled after a failure.
+        """If a reply arrives during an attempt, the follow-up ends as sent or cancelled.
 
         After a reply, a follow-up is never retried.
         """

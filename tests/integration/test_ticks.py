@@ -246,7 +246,7 @@ class TestOneAtATime:
         dispatcher.stop()
 
     def test_frozen(self, world: World, engine: Engine, settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
-        """If a dispatcher freezes in its claim, PostgreSQL ends its session, so that others can claim."""
+        """If a dispatcher freezes in its claim, PostgreSQL ends the session, so others can claim."""
         monkeypatch.setattr(last_tick, "FROZEN_AFTER", "1s")
         follow_up = world.follow_up()
         with engine.connect() as frozen:
@@ -294,7 +294,7 @@ class TestToken:
         assert again.token > unblocked.token
 
     def test_exact_in_json(self, world: World, engine: Engine, settings: Settings) -> None:
-        """A fencing token can be represented exactly as a JSON number, and is greater than all earlier tokens."""
+        """A fencing token is exact as a JSON number, and greater than all earlier tokens."""
         ahead = 2**53 - 3
         world.follow_up()
         tokens = {claim(engine, settings).leases[0].token}

@@ -227,7 +227,7 @@ def test_more_unwritable_rows_than_one_search(
     insert: Callable[[World], UUID],
     store: ModuleType,
 ) -> None:
-    """Even if many blocked or paused follow-ups cannot be released, all releasable ones are still found."""
+    """Even with many blocked or paused follow-ups, all releasable ones are found."""
     monkeypatch.setattr(store, "BATCH", 2)
     for _ in range(5):
         insert(world)
@@ -373,7 +373,7 @@ def test_a_later_row_of_the_chat_cannot_be_written(world: World, engine: Engine,
 
 
 def test_a_reply(world: World, engine: Engine, settings: Settings) -> None:
-    """A reply is recorded and cancels the chat's follow-ups, except one whose row cannot be written."""
+    """A reply cancels the chat's follow-ups, except one whose row cannot be written."""
     chat = world.chat()
     good = world.follow_up(chat, -SECOND)
     unwritable(world, world.follow_up(chat, timedelta(hours=1)))

@@ -1,4 +1,4 @@
-"""The fair queue: workspaces take turns, each in due order, and no workspace occupies all slots."""
+"""The fair queue: workspaces take turns, each in due order, and none occupies all slots."""
 
 from __future__ import annotations
 

@@ -306,7 +306,7 @@ def _log_transitions(ends: tuple[tuple[UUID, Final], ...]) -> None:
 
 
 def key_in(given: str) -> str:
-    """Return the API key from an authorization header, with or without ``Bearer`` in front of it.
+    """Return the API key from an authorization header, with or without ``Bearer``.
 
     >>> key_in("bearer abc"), key_in(" abc ")
     ('abc', 'abc')

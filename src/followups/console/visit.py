@@ -200,7 +200,7 @@ class Visit:
         return span(duration)
 
     def workspace_names(self) -> list[str]:
-        """Return the first workspace names of the list, as suggestions for people who may see all workspaces."""
+        """Return the list's first workspace names, as suggestions for people who see all workspaces."""
 
         def names() -> list[str]:
             with self.transaction() as session:

@@ -36,8 +36,8 @@ class ClaimInterval:
         self._taken = 0
         """Number of follow-ups claimed since the window was last full, at ``_full_at``."""
         self._full_at: float | None = None
-        """The monotonic time at which the limit on follow-ups in flight was last reached, or None if unknown. At the
-        start of a backlog this time is unknown, and so is the sending speed.
+        """The monotonic time at which the in-flight limit was last reached, or None if unknown. At the start of a
+        backlog this time is unknown, and so is the sending speed.
         """
         self._pause = SHORTEST
         """The most recent pause, in seconds, that was computed from a known rate of claims."""

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from followups.store.leases import Lease
 
 SHARE = 1024
-"""Divisor of the in-flight limit: a worker requests 1/1024 of the limit each time, but at most a lease per slot.
+"""Divisor: a worker requests 1/1024 of the in-flight limit, at most a lease per slot.
 
 A worker keeps at most two requests' leases. A hundred workers keep at most a fifth of the window. A probe needs only
 three follow-ups from all workers together.
@@ -143,7 +143,7 @@ class Deferral:
         """Defer a batch of excess leases from the due queue, and release deferred follow-ups.
 
         A follow-up is released if the due queue has room for it, or if its workspace is no longer tripped. Return the
-        seconds until the next call, or None if there is nothing more to do for now.
+        seconds until the next call, or None if nothing remains to do now.
         """
         tripped = self._breaker.tripped_for_all
         self._recovered = (self._recovered | self._tripped) - tripped

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from followups.flow_control.breaker import Breaker
 
 LEAD = timedelta(milliseconds=15)
-"""How long before its due time a follow-up begins, so that the message is sent on time.
+"""How long before its due time a follow-up begins, to be sent on time.
 
 A cancel that arrives after the begin is too late.
 """
@@ -44,7 +44,7 @@ LONGEST_RETRY_DELAY = timedelta(milliseconds=800)
 class DueQueue:
     """The leases whose attempts may begin next.
 
-    A lease that expires in the queue is dropped without a log line, because a tick takes it over.
+    Expired leases in the queue are dropped without a log line: a tick takes over.
     """
 
     def __init__(self, clock: DatabaseClock, lease: timedelta, slots: Slots) -> None:

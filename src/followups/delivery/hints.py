@@ -1,4 +1,4 @@
-"""Hints: the messages that are sent through the broker after a claim's commit, written and parsed here.
+"""Hints: the broker messages sent after a claim's commit, written and parsed here.
 
 A hint lists follow-ups with lease tokens and due times, so workers need no query. A hint contains no message text and
 is not trusted. A hint may be lost, repeated or late without harm, because begin reads the follow-up's row. A hint also
@@ -56,8 +56,8 @@ def batches(leases: Sequence[Lease], size: int) -> Iterator[Hint]:
 def leases_of(entries: object, keys: object = None) -> list[Lease]:
     """Return the leases that a hint lists.
 
-    If the hint's keys are invalid, all leases are put into one workspace queue. Raises ValueError for an invalid hint,
-    since anyone with access to the broker can write one.
+    If the hint's keys are invalid, all leases are put into one workspace queue. Raises ValueError for an invalid hint:
+    anyone with access to the broker can write hints.
     """
     try:
         count = len(entries)  # type: ignore[arg-type]

@@ -54,8 +54,8 @@ SETTLE_RETRY_DELAY = timedelta(milliseconds=50)
 BACKOFF = timedelta(seconds=0.5)
 """First pause before an unreachable database is tried again; each further pause doubles."""
 LONGEST_BACKOFF = timedelta(seconds=1)
-"""Longest pause before an unreachable database is tried again. This pause is short enough that results are recorded
-before a tick treats their leases as lost.
+"""Longest pause before an unreachable database is tried again. A longer pause could delay results until a tick treats
+their leases as lost.
 """
 
 log = get_logger(__name__)

@@ -145,7 +145,7 @@ class Child:
             self.signal(self.command.stop_signal)
 
     def stop(self) -> None:
-        """Send the stop signal, wait for up to ``grace``, and kill the processes that are still running.
+        """Send the stop signal, wait for up to ``grace``, and kill what is still running.
 
         If the command is not running, nothing happens.
         """

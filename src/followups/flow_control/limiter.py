@@ -43,7 +43,7 @@ if TYPE_CHECKING:
     """A workspace and a channel; None means all workspaces or all channels."""
 
 IN_QUEUE = timedelta(seconds=1)
-"""The longest wait for which a follow-up keeps its lease and its place in the worker's due queue."""
+"""Longest wait for which a follow-up keeps its lease and stays in the due queue."""
 
 SHORTEST = timedelta(milliseconds=5)
 """The shortest wait for a token; shorter waits would cause too many requests."""

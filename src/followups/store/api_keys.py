@@ -1,8 +1,8 @@
 """API keys. A key is shown once, when it is created; the database stores its SHA-256 hash.
 
-Passwords need a slow hash, but API keys do not, because the 256 random bits of a key cannot be guessed. A key ends with
-a checksum, so that a mistyped key is rejected without a database query. Keys created before checksums were introduced
-have no checksum, and remain valid.
+An API key needs no slow hash, because its 256 random bits cannot be guessed. A key ends with a checksum, so that a
+mistyped key is rejected without a database query. Keys created before checksums were introduced have no checksum, and
+remain valid.
 """
 
 from __future__ import annotations
@@ -117,8 +117,8 @@ _BY_HASH = Statement(f"SELECT id, workspace_id, key_hash FROM api_keys k WHERE k
 def authenticate(key: str) -> Steps[Identity | None]:
     """Return the owner of an API key, or None if the key is malformed, unknown, expired or revoked.
 
-    The key is looked up by its hash, so the duration of the query reveals nothing about the key. The hashes are then
-    compared in constant time.
+    The key is looked up by its hash, so the query's duration reveals nothing. The hashes are then compared in constant
+    time.
     """
     hashed = hash_of(key)
     if hashed is None:

@@ -2,8 +2,8 @@
 
 As in `followups.store.listing`, a page is merged from several lists of rows, one for each workspace and each value of
 one column. These rows are read in the order of an index. Conditions without an index are checked row by row. The search
-therefore works backwards one time interval after another, and stops when the caller's time limit expires. The next
-search continues where this one stopped.
+therefore works backwards by time intervals, until the caller's time limit expires. The next search continues where this
+one stopped.
 """
 
 from __future__ import annotations
@@ -130,7 +130,7 @@ def _branches(wanted: BrowseFilter) -> tuple[str, ...]:
 
 
 def _statuses_of(code: ReasonCode | None) -> tuple[Status, ...]:
-    """Return the states in which a follow-up may have this code, or all states if the code is None."""
+    """Return the states in which a follow-up may have this code; all states for None."""
     return tuple(status for status in Status if code is None or code in TRANSITIONS[Status.PENDING].get(status, ()))
 
 

@@ -222,6 +222,6 @@ def use_link(session: Session, token: str) -> Grant | None:
 def hash_of(token: str) -> bytes:
     """Return the stored hash of a token.
 
-    Passwords need a slow hash, but tokens do not, because the 256 random bits of a token cannot be guessed.
+    A token needs no slow hash, because its 256 random bits cannot be guessed.
     """
     return sha256(token.encode(errors="replace")).digest()

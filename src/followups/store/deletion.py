@@ -129,7 +129,7 @@ def delete_batch(connection: Connection, scope: DeletionScope, table: str, condi
     """Delete the next batch of a table's rows; return how many were deleted.
 
     Audit events about a follow-up are deleted with the follow-up. Rows are deleted by their physical position (ctid). A
-    row that was updated in the meantime has a new position, and is left to the next batch.
+    row updated meanwhile has a new position, and waits for the next batch.
     """
     returned, events = ("id", _EVENTS) if table == "follow_ups" else ("1", "")
     statement = text(f"""

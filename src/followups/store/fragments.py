@@ -59,9 +59,8 @@ LOOKED_UP = f"""
 LEASED = f"CROSS JOIN LATERAL ({LOOKED_UP} FOR NO KEY UPDATE SKIP LOCKED) f"
 """SQL that locks the follow-ups of `LOOKED_UP`, and skips rows that another transaction has locked."""
 
-# OFFSET 0 makes the planner look up the chat for each row. A plan made while the table of chats was estimated as empty
-# scanned all chats, and locked the whole batch again for each chat. With 1,650 chats, it took more than 8 s to begin a
-# hundred follow-ups.
+# OFFSET 0 makes the planner look up the chat for each row. A plan for an empty table of chats locked the whole batch
+# again for each chat. With 1,650 chats, it took more than 8 s to begin a hundred follow-ups.
 CHAT = """CROSS JOIN LATERAL (
              SELECT c.* FROM chats c WHERE c.workspace_id = f.workspace_id AND c.id = f.chat_id OFFSET 0
          ) c"""

@@ -30,7 +30,7 @@ STALE_AT_LEAST = timedelta(seconds=10)
 
 @dataclass(frozen=True, slots=True)
 class Rhythm:
-    """The longest normal gap between two ticks, and the grace period that follows a longer gap."""
+    """The longest normal gap between ticks, and the grace period after a longer gap."""
 
     longest_gap: timedelta
     grace: timedelta
@@ -41,7 +41,7 @@ class Tick:
     """A dispatcher tick in progress; the next tick can run only after this tick's transaction has ended."""
 
     in_grace: bool
-    """Whether workers still have time to settle their own attempts in flight after the lease has expired."""
+    """Whether workers may still settle their attempts in flight after the lease has expired."""
 
 
 # A tick is recorded at most five times a second, since each update leaves a dead row behind. A recorded time in the

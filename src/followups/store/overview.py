@@ -51,13 +51,12 @@ class OverviewFigures:
     lags: tuple[timedelta, ...] | None = None
     """p50, p95 and p99 of the lag in the last five minutes, or None.
 
-    The value is None if no message was accepted in this period or if the query took too long.
+    The value is None without an accepted message, or if the query took too long.
     """
     sent: list[int] | None = None
     """Number of follow-ups sent in each of the last few minutes, oldest first."""
     failures: Mapping[str, int] = field(default_factory=dict)
-    """The number of failures in the last hour for each code; only the most recently finished follow-ups are examined.
-    """
+    """Numbers of failures by code in the last hour, among the most recently finished follow-ups."""
 
 
 _DUE = "COALESCE(next_attempt_at, due_date)"

@@ -120,7 +120,7 @@ def in_force(connection: Connection, workspace_id: UUID | None, most: int) -> li
 
 _HELD = "f.pause_id IS NOT NULL AND f.status = 'pending'"
 # The query reads one index entry for each pause that still holds follow-ups, regardless of the number of these
-# follow-ups. A pause has ended if an operator lifted it, or if its row was deleted manually.
+# follow-ups. A lifted pause has ended, and so has a pause whose row was deleted manually.
 _NOT_STANDING = f"""
     WITH RECURSIVE holding AS (
         (SELECT f.pause_id AS id FROM follow_ups f WHERE {_HELD} ORDER BY f.pause_id LIMIT 1)
@@ -166,7 +166,7 @@ def count_orphaned(connection: Connection) -> int:
 def release_orphaned(
     connection: Connection, refused: Callable[[UUID, Exception], None] | None = None, without: Collection[UUID] = ()
 ) -> int:
-    """Release up to a thousand follow-ups of each pause that is no longer in force; return how many.
+    """Release up to a thousand follow-ups of each ended pause; return how many.
 
     A lifted pause is deleted once it holds no follow-ups. ``refused`` is called for each row that cannot be written.
     Rows in ``without`` are skipped.

@@ -88,8 +88,7 @@ def _event(document: Document) -> UUID | None:
 
 
 def _requested_delay(document: Document) -> timedelta | None:
-    # Since v1.10 of the specification this field is deprecated in favour of Retry-After, but most homeservers still
-    # send it.
+    # Since v1.10, Retry-After replaces this field, but most homeservers still send the field.
     wished = document.get("retry_after_ms")
     if isinstance(wished, bool) or not isinstance(wished, int | float) or not wished >= 0:
         return None

@@ -1,12 +1,11 @@
 """Celery's broker connection: kombu's Redis transport, extended to tolerate bad entries and Redis errors.
 
-kombu 5.7 lets an exception leave the consumer if an entry is not JSON, or is JSON of an unexpected shape, or if Redis
-answers a read with an error (READONLY, MISCONF, NOPERM). Any exception that escaped from the consumer would end the
-worker. A single LPUSH, or a failover of Redis, would stop every worker in this way.
+In kombu 5.7, an entry that is not JSON, or has an unexpected shape, raises an exception out of the consumer. A Redis
+error (READONLY, MISCONF, NOPERM) on a read has the same effect. Any exception that escaped from the consumer would end
+the worker. A single LPUSH, or a failover of Redis, would stop every worker in this way.
 
 A worker shuts down cleanly even while the broker does not answer. Celery 5.7 sends its heartbeats to Flower from the
-consumer's own loop. While the broker does not answer, Celery retries a heartbeat endlessly, logs nothing and ignores
-SIGTERM.
+consumer's own loop. While the broker is silent, Celery retries a heartbeat endlessly, logs nothing and ignores SIGTERM.
 
 Of the remote control commands that arrive through the broker, a worker accepts only the read-only ones.
 """

@@ -375,10 +375,10 @@ def _warm_up(sender: Any = None, **_: object) -> None:  # noqa: ANN401 - the wor
 
 @signals.beat_init.connect
 def _stop_beat_in_order(**_: object) -> None:
-    # Celery's own handler closes the producer while the signal is being handled. If the signal interrupted a publish,
-    # the publish and the handler would wait for the same lock forever. In a test with ten ticks a second, two of about
-    # thirty beats never ended. If the handler raises an exception instead, the interrupted publish releases its locks.
-    # Beat closes the producer after the handler has raised the exception.
+    # Celery's own handler closes the producer while the signal is being handled. A handler that interrupted a publish
+    # would wait forever for the publish's lock. In a test with ten ticks a second, two of about thirty beats never
+    # ended. If the handler raises an exception instead, the interrupted publish releases its locks. Beat closes the
+    # producer after the handler has raised the exception.
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: sys.exit(0))
 

@@ -29,7 +29,7 @@ LATE = timedelta(seconds=10)
 """How much later than planned the scheduler may return from its sleep."""
 
 SET_BACK = 1.0
-"""Number of seconds by which a clock must be set back to count as set back. A smaller step is a normal result of clock
+"""Minimum seconds by which a clock is set back to count as set back. A smaller step is a normal result of clock
 synchronization.
 """
 

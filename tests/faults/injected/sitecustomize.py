@@ -27,11 +27,11 @@ ARMED = os.environ.get("FOLLOWUPS_TEST_FAILPOINTS", "")
 CLOCK_OFFSET = float(os.environ.get("FOLLOWUPS_TEST_CLOCK_OFFSET", "0"))
 
 step: contextvars.ContextVar[str] = contextvars.ContextVar("step", default="")
-"""The name of the step that this thread, or this task of the event loop, is executing."""
+"""The name of the step that this thread or event-loop task is executing."""
 
 
 def hit(point: str) -> None:
-    """Execute the action for which the failpoint is armed, if any; only one process executes each action."""
+    """Execute the failpoint's armed action, if any; only one process executes each action."""
     for name in sorted(each for each in os.listdir(ARMED) if each.startswith(f"{point}@")):  # noqa: PTH208 - on a hot path
         taken = Path(ARMED, f"taken.{name}.{os.getpid()}")
         with contextlib.suppress(FileNotFoundError):  # another process has taken this action

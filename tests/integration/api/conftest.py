@@ -1,4 +1,4 @@
-"""Fixtures for the API tests: a web process for each set of settings, and a workspace for each test."""
+"""Fixtures for API tests: one web process per set of settings, one workspace per test."""
 
 from __future__ import annotations
 

@@ -126,7 +126,7 @@ def test_stop_lets_requests_finish(settings: Settings, world: World) -> None:
     ],
 )
 def test_wrong_settings(variables: dict[str, str], names: list[str]) -> None:
-    """With an invalid setting, the web process exits with code 2; a one-sentence error names the setting."""
+    """With an invalid setting, the web process exits with code 2 and names the setting."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith("COV")}
     kept["PATH"] = str(Path(sys.executable).parent)
     run = subprocess.run(command("web"), env=kept | variables, capture_output=True, text=True, check=False, timeout=60)

@@ -81,7 +81,7 @@ class TestReplyAgainstCreate:
     """A follow-up that is created while a reply is being recorded is also cancelled."""
 
     def test_create_first(self, api: Api, engine: Engine) -> None:
-        """A reply waits for a create request that is running, and then cancels the created follow-up."""
+        """A reply waits for a running create request, and then cancels the created follow-up."""
         chat_id = api.chat()
         with ThreadPoolExecutor(1) as pool, Session(engine) as session:
             created = scheduling.schedule(

@@ -129,7 +129,7 @@ def test_pause_waits_with_any_database_role(
 @pytest.mark.parametrize("command", ["pause", "resume"])
 @pytest.mark.parametrize("options", [(), ("--workspace", "nobody"), ("--channel", "telegraph")])
 def test_wrong_choices(run: RunCommand, command: str, options: tuple[str, ...]) -> None:
-    """If the selection is empty or unknown, `pause` exits with a usage error, reported in one sentence."""
+    """If the selection is empty or unknown, `pause` exits with a one-sentence usage error."""
     ran = run(command, *options)
     assert (ran.code, ran.stdout) == (2, "")
     assert ran.stderr.startswith("followups: ")

@@ -98,7 +98,7 @@ def test_a_pruned_follow_up_is_skipped(world: World, monkeypatch: pytest.MonkeyP
 
 @pytest.mark.parametrize("kind", ["cancel", "retry"])
 def test_an_unwritable_row_is_skipped(world: World, kind: str) -> None:
-    """A row that cannot be written is skipped; the other follow-ups of its batch are processed."""
+    """A row that cannot be written is skipped; the rest of its batch is processed."""
     ids = [world.follow_up(due=HOUR) if kind == "cancel" else failed(world) for _ in range(5)]
     unwritable(world, ids[2], "id" if kind == "cancel" else "retry_of")
     one = action(world, kind, ids)

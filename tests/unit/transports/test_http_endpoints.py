@@ -338,8 +338,7 @@ async def test_a_host_of_two_families_is_reached_by_the_one_that_answers(
 async def test_a_closed_idle_connection_is_replaced(kept: float) -> None:
     """If the server has closed an idle connection, the next call uses another one.
 
-    If the server closes the connection while a request is being sent, the outcome may be unknown. No message arrives
-    twice.
+    If the server closes the connection during a send, the outcome may be unknown. No message arrives twice.
     """
     bodies: list[bytes] = []
     ends: asyncio.Queue[None] = asyncio.Queue()

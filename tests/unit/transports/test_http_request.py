@@ -61,7 +61,7 @@ async def test_a_whole_second_is_written_like_any_other_time() -> None:
 
 
 async def test_a_chat_without_an_external_id_has_null() -> None:
-    """The external chat id is always in the body; it is null if the chat has none."""
+    """The body always has the external chat id, null if the chat has none."""
     request = await requested(a_delivery(external_chat_id=None))
     assert json.loads(request.body)["externalChatId"] is None
 
@@ -232,7 +232,7 @@ WRONG = [
 
 @pytest.mark.parametrize("secret", WRONG)
 def test_an_invalid_secret_is_refused(secret: str) -> None:
-    """If a secret is too short, too long or ambiguous, startup fails without showing the secret."""
+    """If a secret is invalid or ambiguous, startup fails without showing the secret."""
     with pytest.raises(TransportConfigurationError, match="FOLLOWUPS_TRANSPORT_SECRET should be base64") as caught:
         HttpTransport(settings_for("http://host", transport_secret=secret))
     assert len(secret) < 7 or secret not in str(caught.value)

@@ -44,7 +44,7 @@ async def http(chats: SandboxChats) -> AsyncIterator[aiohttp.ClientSession]:
 
 
 async def test_a_delivery_is_answered_with_the_messages_id(http: aiohttp.ClientSession, chats: SandboxChats) -> None:
-    """A delivery to ``POST /messages`` has the key in its header, or the follow-up's id if there is none."""
+    """If a delivery to ``POST /messages`` has no key, the follow-up's id is used."""
     status, answer = await fetch(http, "POST", "/messages", BODY)
     assert (status, list(answer)) == (200, ["chatMessageId"])
     assert chats.ledger.records()[0].idempotency_key == BODY["followUpId"]
@@ -213,7 +213,7 @@ async def test_the_stream_starts_with_a_snapshot(
 
 
 async def test_an_idle_stream_sends_comments(http: aiohttp.ClientSession, monkeypatch: pytest.MonkeyPatch) -> None:
-    """An idle event stream sends a comment now and then, so that a lost connection is noticed."""
+    """An idle event stream sends comments, so that a lost connection is noticed."""
     monkeypatch.setattr(server, "INTERVAL", 0.01)
     monkeypatch.setattr(server, "SHARE", 1.0)
     monkeypatch.setattr(server, "HEARTBEAT", 0.02)

@@ -137,8 +137,8 @@ Follow-ups are created before they are due, so that lag shows only the dispatche
 """
 
 CALLS_A_CHAT = 3
-"""Number of requests that are needed to open one chat. The duration of these requests is used to predict how long all
-other requests will take.
+"""Number of requests that are needed to open one chat. The duration of these requests is used to predict that of all
+other requests.
 """
 
 
