@@ -32,7 +32,7 @@ FIRST_YEAR, LAST_YEAR = 2, 9998
 
 
 def final_of(status: Status, reason: str | None) -> Final:
-    """Return the final state that a caller requests, with the caller's reason or the default code."""
+    """Return the final state that a caller requests, with the given reason or the default code."""
     if status is Status.SENT:
         return finish(status)
     return finish(status, words=reason) if reason else finish(status, DEFAULT_CODES[status])

@@ -143,7 +143,7 @@ def driver_rows(
 
 
 async def _tuples(connection: Connection, sql: bytes, parameters: Mapping[str, Any]) -> list[tuple[Any, ...]]:
-    # The binary format of the rows takes a third less time than text, for the server and for psycopg together.
+    # In the server and psycopg together, binary rows take a third less time than text.
     async with connection.cursor(binary=True, row_factory=tuple_row) as cursor:
         await cursor.execute(sql, parameters)
         return await cursor.fetchall()

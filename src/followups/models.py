@@ -9,8 +9,8 @@ owner's. Row-level security would need a second role, which many hosted database
 ROW LEVEL SECURITY, but then the owner's own pg_dump fails. Each query's predicate protects reads. A test calls every
 documented endpoint with another workspace's key and ids.
 
-A follow-up's ``status`` is written only by guarded UPDATE statements in `followups.store`, never by assigning to an
-object. In another system, saving a full row changed a sent message back to pending (zulip#39521).
+Only guarded UPDATE statements in `followups.store` write a follow-up's ``status``; nothing assigns to an object. In
+another system, saving a full row changed a sent message back to pending (zulip#39521).
 """
 
 from __future__ import annotations
@@ -410,7 +410,7 @@ class FollowUp(Base):
     immediately due, but not yet late.
     """
     next_attempt_at: Mapped[datetime | None]
-    """The time of the next attempt after a retry or a deferral, or None if the due date determines the time."""
+    """The next attempt's time after a retry or a deferral, or None for the due date."""
     waits_for: Mapped[UUID | None]
     """The earlier follow-up of the chat that must end before this follow-up can be sent."""
     lease_token: Mapped[int] = mapped_column(BigInteger, server_default="0")
@@ -486,7 +486,7 @@ class FailedAttempt(Base):
     detail: Mapped[str]
     status_code: Mapped[int | None]
     duration: Mapped[timedelta | None]
-    """The duration of the attempt, or None if the worker was lost before it could record the duration."""
+    """The duration of the attempt, or None if the worker was lost before recording it."""
 
 
 class IdempotencyKey(Base):
@@ -538,7 +538,7 @@ class ConsoleSession(Base):
     token_hash: Mapped[bytes] = mapped_column(unique=True)
     role: Mapped[str]
     workspace_id: Mapped[UUID | None] = mapped_column(ForeignKey("workspaces.id", ondelete="CASCADE"))
-    """The workspace that the session is limited to, or None if it may see all workspaces."""
+    """The workspace that the session is limited to, or None for all workspaces."""
     chat_id: Mapped[UUID | None]
     """The only chat that the person may see, or None if the person may see all chats."""
     way: Mapped[str]
@@ -546,7 +546,7 @@ class ConsoleSession(Base):
     name: Mapped[str]
     """The person's name, if known.
 
-    The person's name is the name of the API key, the name of the link's creator, or the name that the proxy sent.
+    The name comes from the API key, the link's creator, or the proxy.
     """
     api_key_id: Mapped[UUID | None] = mapped_column(ForeignKey("api_keys.id", ondelete="CASCADE"), index=True)
     """The API key with which the person signed in. The session is valid only while this API key is valid."""

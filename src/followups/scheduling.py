@@ -58,9 +58,9 @@ def schedule(session: Session, *, workspace_id: UUID, chat_id: UUID, message: st
 
     A follow-up with a due date in the past is sent immediately. A transaction that schedules into several chats must do
     so in ascending order of the chats' ids (``sorted(chat_ids)``); otherwise it may deadlock with another transaction
-    on the same chats. This order cannot prevent every deadlock if the workspace has a quota of pending follow-ups,
-    because the quota stays locked between two calls. If the workspace has a quota of pending follow-ups, use
-    `schedule_many`, which locks all chats before the quota.
+    on the same chats. If the workspace has a quota, deadlocks remain possible, because the quota stays locked between
+    calls. If the workspace has a quota of pending follow-ups, use `schedule_many`, which locks all chats before the
+    quota.
 
     Raises `InvalidRequestError` (message not of 1..65,536 characters or with a NUL, due date without an offset),
     `ChatNotFoundError`, `NothingToFollowUpError` (no messages, or the last message is the user's),
@@ -111,10 +111,9 @@ def scheduling_alone(
 def schedule_many(session: Session, *, workspace_id: UUID, planned: Sequence[Planned]) -> list[FollowUp]:
     """Create many follow-ups of a workspace, or none; return them in the given order.
 
-    The same rules apply as in `schedule`. The number of statements does not depend on the number of follow-ups;
-    creating a thousand follow-ups takes some 100 ms. The chats are locked in ascending order of their ids. Raises
-    `SomeRefusedError`, which maps the index of each refused follow-up to its error. Also raises `QuotaExceededError` or
-    `TransactionError`.
+    The same rules apply as in `schedule`. The number of statements is constant; a thousand follow-ups take some 100 ms.
+    The chats are locked in ascending order of their ids. Raises `SomeRefusedError`, which maps the index of each
+    refused follow-up to its error. Also raises `QuotaExceededError` or `TransactionError`.
     """
     _check_transaction(session)
     return run(session, _scheduling_many(workspace_id, planned))

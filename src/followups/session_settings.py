@@ -1,6 +1,6 @@
 """The settings of every database session.
 
-Settings of the server, the database, the role or the environment do not override these settings.
+Settings of the server, database, role or environment do not override these settings.
 """
 
 from __future__ import annotations

@@ -366,7 +366,7 @@ def hide_password(url: str) -> str:
     'redis://me:***@host:6379/0'
     """
     scheme, separator, rest = url.partition("://")
-    # Everything before the last '@' is hidden, so that an unescaped '/', '?' or '@' in a password reveals nothing.
+    # Everything before the last '@' is hidden, so that an unescaped '/', '?' or '@' reveals nothing.
     user, at, host = rest.rpartition("@")
     shown = f"{re.split('[:/?#]', user)[0]}:***@" if at else ""
     return f"{scheme}{separator}{shown}{host.partition('?')[0]}"

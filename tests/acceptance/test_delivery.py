@@ -26,7 +26,7 @@ SECOND = timedelta(seconds=1)
 
 
 def test_each_at_its_due_date(running: Stack) -> None:
-    """Follow-ups are sent on time, exactly once, and end as sent with the chat's message id."""
+    """Each follow-up is sent on time and once, and ends as sent with the chat's message id."""
     ids = running.world.burst([timedelta(seconds=1 + n / 20) for n in range(40)])
     running.wait_until_done(*ids)
     rows = [running.world.row(one) for one in ids]
@@ -59,7 +59,7 @@ def test_scheduled_in_a_callers_transaction(running: Stack) -> None:
 
 
 def test_retry_reject_and_rate_limit(running: Stack) -> None:
-    """A failure is retried, a rejection is final, a 429 uses up no attempt, and the row records the outcome."""
+    """A failure is retried, a rejection is final, and a 429 uses up no attempt."""
     failing, refusing, limiting = (running.world.chat() for _ in range(3))
     running.behave(failing, kind="fail", status=500, times=2)
     running.behave(refusing, kind="reject", status=403, body="not in this channel")
@@ -74,7 +74,7 @@ def test_retry_reject_and_rate_limit(running: Stack) -> None:
 
 
 def test_dropped_answer(running: Stack) -> None:
-    """A message whose answer was lost is sent again under the same key, and is accepted once."""
+    """If an answer is lost, the message is sent again under the same key and accepted once."""
     chat_id = running.world.chat()
     running.behave(chat_id, kind="drop", times=1)
     follow_up = running.world.follow_up(chat_id)

@@ -42,7 +42,7 @@ def test_the_roles_need_no_superuser() -> None:
     ],
 )
 def test_the_role_of_the_service_changes_no_table(database_url: str, statement: str) -> None:
-    """The role of the service can read and change rows, but cannot create, alter, drop or truncate tables."""
+    """The service's role can read and change rows, but cannot create, alter, drop or truncate tables."""
     with psycopg.connect(database_url, autocommit=True) as connection:
         assert connection.execute("SELECT count(*) FROM follow_ups").fetchone()
         with pytest.raises(psycopg.errors.InsufficientPrivilege):

@@ -184,7 +184,7 @@ def cost(contestant: Ours, count: int) -> Figures:
 
 
 def startup(arena: Arena) -> Figures:
-    """Return how long ``followups --help`` takes, and how long a worker takes until it is ready."""
+    """Return the time that ``followups --help`` takes, and a worker's time until it is ready."""
     arena.clear()
     began = time.monotonic()
     subprocess.run([BIN / "followups", "--help"], check=True, capture_output=True)

@@ -91,7 +91,7 @@ def test_a_refused_schedule_keeps_the_typed_values(
 
 
 def test_a_chat_whose_last_message_is_the_users_is_a_conflict(person: Callable[..., Person], own: World) -> None:
-    """Scheduling into a chat whose last message is the user's is answered with 409, as in the API."""
+    """If a chat's last message is the user's, scheduling into the chat is answered with 409."""
     chat_id = own.chat(last_message_role="user")
     answer = person("agent", own).post("/follow-ups/new", chat=chat_id, message="Kept", due="2100-01-31T09:00")
     assert answer.status_code == 409

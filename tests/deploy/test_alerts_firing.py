@@ -84,7 +84,7 @@ def too_slow(stack: Stack) -> None:
 
 
 def begun(stack: Stack) -> object:
-    """Return the time at which the last attempt in flight began, or None if there is none."""
+    """Return the time at which the last attempt in flight began, or None."""
     return stack.world.scalar("SELECT max(begun_at) FROM follow_ups")
 
 
@@ -133,8 +133,7 @@ def no_sessions(stack: Stack) -> None:
     server.dispose()
 
 
-# Because a minute lasts only two seconds here, replacing a worker on a busy machine may trigger the alert
-# FollowUpsNothingSent.
+# A minute lasts only two seconds here, so replacing a worker may trigger FollowUpsNothingSent.
 NO_WORKER = {"FollowUpsTicksStopped", "FollowUpsNothingSent", "FollowUpsOverdue", "FollowUpsFarBehind", "FollowUpsLate"}
 """The alerts that fire while a worker is missing, and for some time afterwards."""
 

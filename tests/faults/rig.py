@@ -90,7 +90,7 @@ class Rig(Stack):
         return self.process(f"beat.{next(self._numbers)}", "beat", environment=environment)
 
     def web(self) -> web.Api:
-        """Start another web process, wait until it answers, and return a client with an API key."""
+        """Start another web process and wait for it; return a client with an API key."""
         _, url = web.start(self.processes, self.environment(), f"web.{next(self._numbers)}")
         return web.Api(url, self.world)
 

@@ -142,7 +142,7 @@ def test_an_index_during_a_writer(world: World, engine: Engine, figures: Figures
 def test_during_readers_and_writers_for_long(
     world: World, engine: Engine, figures: Figures, many_rows: Callable[[], None]
 ) -> None:
-    """A migration of 50,000 rows with many retries delays concurrent readers and writers by less than 3 s."""
+    """A migration of 50,000 rows with many retries delays readers and writers by less than 3 s."""
     many_rows()
     cases = [(version, holder) for version in OLD for holder in (READER, WRITER)]
     from_old_versions(world, engine, figures, cases, patience=20)

@@ -76,5 +76,5 @@ def test_open_snapshot(rig: Rig, figures: Figures) -> None:
 
 @pytest.mark.faults_long
 def test_long_open_snapshot(rig: Rig, figures: Figures) -> None:
-    """While a snapshot is open, every follow-up from a quarter of an hour of load is sent exactly once."""
+    """While a snapshot is open, every follow-up of a quarter of an hour is sent once."""
     under_snapshot(rig, figures, rate=40, seconds=900)

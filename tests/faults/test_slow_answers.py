@@ -60,5 +60,5 @@ def test_slow_answers(rig: Rig, figures: Figures) -> None:
 
 @pytest.mark.faults_long
 def test_very_slow_answers(rig: Rig, figures: Figures) -> None:
-    """If 1 % of the answers take five seconds, many thousands of follow-ups are each sent once."""
+    """If 1 % of the answers take five seconds, each follow-up is still sent once."""
     slow_answers(rig, figures, count=20_000, delay=5.0)

@@ -25,7 +25,7 @@ PATIENCE = timedelta(seconds=10)
 START = datetime(2030, 1, 1, tzinfo=UTC)
 GO = timedelta(0)
 SLOW = 0.001
-"""A rate in tokens per second, so low that no token is added during a test."""
+"""A rate in tokens per second, so low that a test adds no token."""
 
 
 @dataclass
@@ -125,7 +125,7 @@ async def test_several_workers(under_test: LimiterUnderTest, limiter_settings: S
 
 
 async def test_earliest_due_first(under_test: LimiterUnderTest) -> None:
-    """The token request with the earlier due date is granted first; if the dates are equal, the lower id is first."""
+    """Among token requests, the earlier due date is first; if dates are equal, the lower id."""
     limit = bucket(rate=1 / 60, burst=1)
     await under_test.ask(request(0, limit))
     late, early = request(9, limit), request(5, limit)

@@ -197,7 +197,7 @@ def test_plan_of_a_fair_claim(world: World, engine: Engine, settings: Settings, 
 
 @pytest.mark.parametrize("each", [0, 1], ids=["nothing pending", "one for later"])
 def test_idle_workspaces_are_not_searched(engine: Engine, settings: Settings, each: int) -> None:
-    """Even with 300 idle workspaces, a fair claim needs few index scans, because it does not search them."""
+    """Even with 300 idle workspaces, a fair claim needs few index scans."""
     for _ in range(2):
         World(engine).burst([timedelta(0)] * 3)
     with engine.begin() as connection:

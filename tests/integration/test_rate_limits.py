@@ -143,7 +143,7 @@ def due_in_turn(world: World, count: int, ago: timedelta = SECOND) -> list[UUID]
 
 
 def test_a_burst_is_sent_at_the_rate(world: World, limited: LimitedPipeline) -> None:
-    """Sixty follow-ups due in a burst are sent at the limit's rate, those due earliest first.
+    """Sixty follow-ups due in a burst are sent at the limit's rate, earliest due first.
 
     No follow-up waits longer than the limit requires.
     """
@@ -277,7 +277,7 @@ def test_a_waiting_follow_up_ends_at_its_limit(world: World, limited: LimitedPip
 
 
 def test_cancelled_while_waiting(world: World, limited: LimitedPipeline) -> None:
-    """If a follow-up is cancelled while it waits for a rate limit, it never begins and delays nothing else."""
+    """If a follow-up is cancelled while waiting for a rate limit, it delays nothing else."""
     limit(world, 4)
     ids = due_in_turn(world, 12)
     receiver = Receiver()

@@ -140,7 +140,7 @@ def test_locked_rows_are_skipped(world: World, engine: Engine, settings: Setting
 
 
 def test_one_worker_prunes_at_a_time(world: World, engine: Engine, settings: Settings) -> None:
-    """Only one worker prunes at a time; it releases the pruning lock when it has finished."""
+    """Only one worker prunes at a time, and then releases the pruning lock."""
     ended(world, 31 * DAY)
     with engine.connect() as other:
         other.execute(text("SELECT pg_advisory_lock(:key)"), {"key": LOCK})
@@ -187,7 +187,7 @@ def test_audit_events_have_a_separate_retention(world: World, engine: Engine, se
 def test_keys_that_expired_are_recorded_once(world: World, engine: Engine, settings: Settings) -> None:
     """An API key's expiry is recorded once as an audit event, with its time.
 
-    No event is recorded for a revoked key or for a key that has not expired.
+    No event is recorded for a revoked key or an unexpired key.
     """
     with Session(engine) as session, session.begin():
         expired, revoked, _ = (api_keys.create(session, world.workspace_id, expires=HOUR)[0].id for _ in range(3))

@@ -141,7 +141,7 @@ class TestSchedule:
     def test_chat(self, caller: Caller) -> None:
         """A follow-up is rejected if its chat is unknown, removed or empty, or belongs to another workspace.
 
-        A follow-up is also rejected if the last message in its chat is from the user.
+        A follow-up is also rejected if its chat's last message is the user's.
         """
         from world import World  # noqa: PLC0415 - used only in this test
 

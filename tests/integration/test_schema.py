@@ -148,7 +148,7 @@ def test_existing_invalid_rows_stop_no_migration(world: World, database_url: str
 
 
 def test_chat_of_another_workspace(world: World) -> None:
-    """A follow-up cannot be moved into another workspace's chat, even if the chat's id is known."""
+    """A follow-up cannot be moved into another workspace's chat."""
     theirs = type(world)(world.engine)
     chat: UUID = theirs.chat()
     with pytest.raises(IntegrityError):

@@ -264,7 +264,7 @@ class TestLateness:
         assert world.row(snoozed).sendable_from == was
 
     def test_held_repeatedly(self, world: World, engine: Engine, settings: Settings) -> None:
-        """If a follow-up was already sendable before it was held, its lateness is counted from that earlier time."""
+        """If a follow-up was sendable before its hold, lateness is counted from that earlier time."""
         brief = settings.model_copy(update={"max_lateness": 3 * HOUR})
         put(world, hours_from(-2 * HOUR, HOUR))
         due = {"due": -90 * MINUTE, "scheduled_at": text("now() - interval '2 h'")}
@@ -280,7 +280,7 @@ class TestLateness:
         assert {one for one, _ in claim_and_begin(engine, brief).ended} == {mine, often}
 
     def test_a_new_due_date(self, world: World, engine: Engine, settings: Settings) -> None:
-        """Lateness is counted anew from a new due date, but not if the follow-up is moved to another chat."""
+        """Lateness is counted anew from a new due date, unless the follow-up moves to another chat."""
         put(world, CLOSED)
         moved, elsewhere = world.follow_up(), world.follow_up()
         claim_and_begin(engine, settings)
@@ -336,7 +336,7 @@ class TestWindow:
             followups.schedule(session, chat_id=world.chat(), **kept)
 
     def test_a_time_zone_unknown_to_this_host(self, world: World, capsys: pytest.CaptureFixture[str]) -> None:
-        """If this host lacks the time zone, a create request is checked only against the messaging window.
+        """If this host lacks the time zone, create requests are checked only against the messaging window.
 
         One log line reports the unreadable sending hours.
         """

@@ -72,7 +72,7 @@ class Access:
         self._app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Serve the request with its id in the log context, and log the request after its response."""
+        """Serve the request with its id in the log context; log the request after its response."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return

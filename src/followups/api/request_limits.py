@@ -27,7 +27,7 @@ WAITING_SHARE = 128
 """Maximum of a workspace's running and waiting requests: half of the process's limit."""
 
 BUSY = 32
-"""Once a workspace has this many requests running or waiting, its further requests use a turnstile."""
+"""If a workspace has this many requests running or waiting, its further requests use a turnstile."""
 
 UNKNOWN_KEYS_SHARE = 2
 """Maximum number of database connections for looking up unknown API keys."""

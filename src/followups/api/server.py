@@ -208,7 +208,7 @@ class LimitedProtocol(HttpToolsProtocol):
         self._open_connections.idle.pop(self, None)
 
     def on_body(self, body: bytes) -> None:
-        """Store a chunk of the body, or refuse the request if there is not enough memory."""
+        """Store a chunk of the body, or refuse the request if memory is short."""
         if self.cycle.response_complete or self._wire.problem:
             return
         self._wire_size += CHUNK_COST

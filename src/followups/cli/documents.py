@@ -88,7 +88,7 @@ def failure_document(failure: FailedAttempt) -> dict[str, Any]:
 
 
 def api_key_document(key: ApiKey, workspace: str) -> dict[str, Any]:
-    """Return the JSON form of an API key, with its workspace's name and without the key itself.
+    """Return the JSON form of an API key, with its workspace's name but not the key.
 
     ``expiresAt`` is present only if the key expires. If a key does not expire, its JSON form is the same as in older
     versions.

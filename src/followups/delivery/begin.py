@@ -64,8 +64,8 @@ async def begin_within_limits(
 def begin(engine: Engine, settings: Settings, batch: Sequence[Lease]) -> BatchResult:
     """Begin the follow-ups that may be sent, end those that must not, and hold or park the rest.
 
-    Begin uses one transaction for the whole batch. If a row makes the transaction fail, its follow-up is deferred, and
-    all other follow-ups begin.
+    Begin uses one transaction for the whole batch. If a row makes the transaction fail, only its follow-up is deferred;
+    all others begin.
     """
     halved = halve(batch, lambda part: transact(engine, partial(_begin, settings, part)))
     for lease, error in halved.refused:
@@ -103,7 +103,7 @@ def _begin(settings: Settings, batch: Sequence[Lease], connection: Connection) -
 
 
 def _as_stored(lease: Lease, token: int, due: datetime) -> Lease:
-    """Return the lease with the token and due time of its row, which rarely differ from those of the hint."""
+    """Return the lease with its row's token and due time, which rarely differ from the hint's."""
     return lease if lease.token == token and lease.due == due else lease._replace(token=token, due=due)
 
 

@@ -2,8 +2,8 @@
 
     submit -> due queue -> slot -> begin -> send -> settle
 
-Begins and settles are batched: while one statement runs, the next batch gathers. A call in flight occupies a slot, and
-a follow-up begins only if a slot is free. A slow chat occupies one slot, and never delays a batch.
+Begins and settles are batched: while one statement runs, the next batch gathers. A call in flight occupies a slot;
+without a free slot, no follow-up begins. A slow chat occupies one slot, and never delays a batch.
 """
 
 from __future__ import annotations
@@ -91,7 +91,7 @@ class Pipeline:
         self._settler = Settler(settings, engine, self._settled)
         self._upkeep = Upkeep(engine, self._clock, self._rate_limits)
         self._tasks: set[asyncio.Task[None]] = set()
-        """Tasks for calls in flight, and tasks that wait for a locked row of a chat."""
+        """Tasks for calls in flight, and tasks that wait for a chat's locked row."""
         self._backoff = BACKOFF
         self._draining = False
         self._loop = uvloop.new_event_loop()

@@ -97,7 +97,7 @@ class Stack:
         return f"{self.settings.public_url or self.api}/console/login#token={token}"
 
     def create_key(self, workspace: str, name: str) -> tuple[UUID, str]:
-        """Create an API key, and its workspace if missing; return the workspace's id and the API key."""
+        """Create an API key, and its workspace if missing; return the workspace's id and the key."""
         engine = database.make_engine(self.settings.database_url.get_secret_value(), pool_size=1)
         actor = user_of_process(Way.COMMAND)
         try:

@@ -118,12 +118,11 @@ class RecoveryPolicy:
     probes: int = 3
     """Number of follow-ups that may begin in one probe."""
     first_rate: float = 10.0
-    """Follow-ups a second that all workers together may begin after a successful probe; the rate doubles every second.
-    """
+    """Begins per second of all workers together after a successful probe; the rate doubles every second."""
     last_rate: float = 10_000.0
     """The breaker closes when this many follow-ups begin per second; reaching this rate takes some ten seconds."""
     fails_again: int = 10
-    """Number of different follow-ups that must fail in a row during recovery to open the breaker again."""
+    """Number of different follow-ups that must fail in a row to open a recovering breaker again."""
     in_a_row: int = 5
     """Number of failed attempts in a row after which a workspace is tripped.
 
@@ -151,8 +150,7 @@ class BreakerStore:
         name = _key(settings, transport)
         self._keys = [name, *(f"{name}:{part}" for part in ("failing", "runs", "held"))]
         self._threshold = settings.breaker_failures
-        # This number of consecutive failures is below the maximum number of attempts, so that a workspace's only
-        # follow-up does not use up its last attempt.
+        # This number is below the maximum number of attempts, so a workspace's only follow-up keeps its last attempt.
         self._in_a_row = max(1, min(policy.in_a_row, settings.max_attempts - 1))
         self._policy = policy.arguments()
 

@@ -61,7 +61,7 @@ log = get_logger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Bucket:
-    """A token bucket: it gains ``rate`` tokens per second, up to ``burst``; each follow-up that begins uses one."""
+    """A token bucket gains ``rate`` tokens per second, up to ``burst``; each begin uses one."""
 
     key: str
     rate: float

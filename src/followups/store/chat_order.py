@@ -1,8 +1,8 @@
 """Order within a chat: a later follow-up waits until the earlier one ends.
 
 The column ``waits_for`` of a waiting follow-up contains the id of its immediate predecessor. The index for claims does
-not contain waiting follow-ups. Each follow-up waits only for its immediate predecessor, so the end of a follow-up
-unblocks only one other follow-up. If 100,000 follow-ups are queued behind one stuck chat, each is refused only once.
+not contain waiting follow-ups. Each follow-up waits only for its immediate predecessor, so each end unblocks only one
+follow-up. If 100,000 follow-ups are queued behind one stuck chat, each is refused only once.
 """
 
 from __future__ import annotations

@@ -73,7 +73,7 @@ class Claim:
 
 @dataclass(frozen=True, slots=True)
 class ClaimSearch:
-    """The search range of a claim: rows that fall due within ``ahead``, but not before ``since``.
+    """A claim's search range: rows that fall due within ``ahead``, but not before ``since``.
 
     A claim leases up to ``most`` follow-ups for the duration ``lease`` and never exceeds ``window`` follow-ups in
     flight.

@@ -1,8 +1,7 @@
 """Holds: follow-ups that are paused or outside their workspace's sending hours.
 
 A held follow-up is outside the claim's range until the hold ends. A held follow-up uses up no attempt, and claims do
-not lease it repeatedly. The order within the chat is preserved, because the chat's later follow-ups still wait for the
-held follow-up.
+not lease it repeatedly. The chat's order is preserved, because later follow-ups wait for the held follow-up.
 """
 
 from __future__ import annotations

@@ -120,7 +120,7 @@ def of(connection: Connection, workspace_id: UUID, channel: str) -> list[Limit]:
 
 @dataclass(frozen=True, slots=True)
 class Limitable:
-    """The facts about a leased follow-up that the rate limits need: workspace, chat, channel and order."""
+    """A leased follow-up's facts for the rate limits: workspace, chat, channel and order."""
 
     id: UUID
     ended: bool

@@ -227,8 +227,7 @@ def _route_standard_library(level: int, finish: list[Processor]) -> None:
     )
     root = logging.getLogger()
     root.handlers = [each for each in root.handlers if not _is_ours_or_a_stream(each)] + [handler]
-    # The level 'debug' applies only to this project's own events, because a library's debug lines may quote the data
-    # that it transmits.
+    # The level 'debug' applies only to this project's events, as libraries may log transmitted data.
     root.setLevel(max(level, logging.INFO))
     for name in OWN_HANDLERS:
         logging.getLogger(name).handlers.clear()

@@ -112,8 +112,8 @@ class CurlLoop:
         self._collect()
 
     def _set_timer(self, milliseconds: int) -> None:
-        # libcurl must not be called from one of its callbacks. libcurl sets a new time for its next call with every
-        # transfer. A timer that would fire too early keeps running, and is set again after firing.
+        # No callback may call libcurl. libcurl sets the time of its next call with every transfer. A timer that would
+        # fire too early keeps running, and is set again after firing.
         if milliseconds == 0:
             self._kick = self._kick or self._loop.call_soon(self._kicked)
             return

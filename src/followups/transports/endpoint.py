@@ -89,8 +89,7 @@ def _trusted() -> dict[int, object]:
     options: dict[int, object] = {}
     if paths.cafile:
         options[pycurl.CAINFO] = paths.cafile
-    # If a certificate directory were also set, libcurl would read the certificate file for every connection, instead of
-    # only once.
+    # With a certificate directory, libcurl would read the certificate file for every connection, instead of once.
     if paths.capath and (os.environ.get("SSL_CERT_DIR") or not paths.cafile):
         options[pycurl.CAPATH] = paths.capath
     return options

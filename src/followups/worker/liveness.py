@@ -56,7 +56,7 @@ on an overloaded machine.
 """
 
 TICKING = timedelta(seconds=90)
-"""Longest time for one tick, which consists of an interval and a few statements of at most 20 s each."""
+"""Longest time for one tick: an interval and a few statements of at most 20 s each."""
 
 log = get_logger(__name__)
 

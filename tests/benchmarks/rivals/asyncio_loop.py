@@ -1,4 +1,4 @@
-"""A bare asyncio loop without a broker, which claims, sends and records in batches, as the upper limit."""
+"""The upper limit: a bare asyncio loop without a broker, which claims, sends and records in batches."""
 
 from __future__ import annotations
 

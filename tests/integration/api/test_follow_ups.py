@@ -96,7 +96,7 @@ class TestCreate:
         "raw", [b"", b"{", b"[]", b"null", b'"\xff"', b"\xff", b"[" * 100_000, b'{"message":"\\ud800"}']
     )
     def test_bad_body(self, api: Api, raw: bytes) -> None:
-        """A create request is rejected with 422 if its body is not a JSON object or contains invalid text."""
+        """If a body is not a JSON object or contains invalid text, the create request gets 422."""
         headers = {"content-type": "application/json"}
         is_problem(api.client.post(FOLLOW_UPS, content=raw, headers=headers), 422, "invalid-request")
 

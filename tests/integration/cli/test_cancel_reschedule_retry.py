@@ -125,7 +125,7 @@ class TestRetry:
         assert nudges == [new.due_date]
 
     def test_retry_at_a_later_time(self, run: RunCommand, world: World) -> None:
-        """If a due date is given, the follow-up that `retry` creates is due at that time."""
+        """If `retry` gets a due date, the new follow-up is due at that time."""
         new = run("retry", world.follow_up(**FAILED), "--due", "+1h", "--json").document
         assert list(new) == FIELDS
         assert new["createdAt"] < new["dueDate"]

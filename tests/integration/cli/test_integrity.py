@@ -47,7 +47,7 @@ def test_a_constraint_that_was_never_validated(world: World, engine: Engine) -> 
 
 
 def test_ids_already_in_use(world: World, engine: Engine) -> None:
-    """Doctor reports a sequence that is behind its table, and the advised SQL corrects the sequence."""
+    """Doctor reports a sequence that is behind its table, and advises SQL that corrects it."""
     follow_up = world.follow_up()
     record = "INSERT INTO failed_attempts (follow_up_id, number, outcome, detail) VALUES (:id, 1, 'retry', '')"
     for _ in range(3):

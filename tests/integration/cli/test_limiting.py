@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def test_set_listed_changed_and_cleared(run: RunCommand, world: World) -> None:
-    """A rate limit is listed as it was entered, and can be changed by `limit set` and removed."""
+    """A rate limit is listed as entered, changed by `limit set`, and can be removed."""
     name = str(world.workspace_id)
     assert run("limit", "set", "50/s", "--workspace", name).stdout == f"Workspace {name}: 50/s, 50 at once.\n"
     ran = run("limit", "set", "20/min", "--channel", "whatsapp", "--each", "chat")

@@ -63,7 +63,7 @@ def test_paused_listed_and_resumed(run: RunCommand, world: World, engine: Engine
 
 
 def test_an_interrupted_resume_continues(run: RunCommand, world: World, engine: Engine, settings: Settings) -> None:
-    """If `resume` is interrupted after it has ended the pause, its next run releases the remaining follow-ups."""
+    """If `resume` is interrupted after the pause has ended, its next run releases the rest."""
     name = str(world.workspace_id)
     run("pause", "--workspace", name)
     world.follow_up()

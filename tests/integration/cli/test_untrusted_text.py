@@ -64,7 +64,7 @@ COMMANDS = (
 
 
 def test_every_command_escapes_untrusted_text(run: RunCommand, follow_up: UUID) -> None:
-    """No command fails on untrusted text or prints its control characters, whether the output is text or JSON."""
+    """No command fails on untrusted text or prints its control characters, in text or in JSON."""
     for command in COMMANDS:
         for form in ([], ["--json"]):
             ran = run(*command.format(id=follow_up).split(), *form)

@@ -88,7 +88,7 @@ async def test_a_connection_that_ended_while_idle_is_not_used() -> None:
 
 
 async def test_an_unread_close_is_noticed(threaded: ThreadedServer) -> None:
-    """No request is sent on a closed connection, even if the event loop had no time to notice the close."""
+    """No request is sent on a closed connection, even before the event loop notices the close."""
     async with opened(HttpTransport(settings_for(threaded.url))) as transport:
         assert await transport.send(a_delivery()) == Sent(None, 200)
         threaded.connections[0].shutdown(socket.SHUT_WR)

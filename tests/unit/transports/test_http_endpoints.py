@@ -158,7 +158,7 @@ async def test_a_client_certificate_is_shown(
     ("version", "outcome"),
     [
         (ssl.TLSVersion.TLSv1_2, Retry),
-        # With TLS 1.3, the server rejects a missing certificate only after the client has sent its request.
+        # With TLS 1.3, the server rejects a missing certificate only after the client's request.
         (ssl.TLSVersion.TLSv1_3, Unknown),
     ],
 )

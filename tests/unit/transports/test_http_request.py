@@ -113,7 +113,7 @@ async def test_a_delivery_is_signed_by_standard_webhooks(secret: str) -> None:
 
 
 async def test_each_of_several_secrets_signs() -> None:
-    """During a change of secrets, each delivery is signed with both the old and the new secret.
+    """If there are two secrets, each delivery is signed with both.
 
     The receiver can verify the delivery with either secret.
     """

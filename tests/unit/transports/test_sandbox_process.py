@@ -53,7 +53,7 @@ def test_a_port_in_use_stops_the_start(capsys: pytest.CaptureFixture[str]) -> No
 def test_a_secret_may_be_in_the_environment(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The sandbox's secret can be set in the environment, which the process list does not show.
+    """The sandbox's secret can come from the environment, which the process list does not show.
 
     If the secret is invalid, the sandbox does not start.
     """

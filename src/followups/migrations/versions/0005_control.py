@@ -1,4 +1,4 @@
-"""Add pauses, sending hours and retries, and vacuum settings for tables whose old rows are deleted."""
+"""Add pauses, sending hours and retries, and vacuum settings for tables with pruned rows."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Add an index of external ids, used to check whether another workspace has a chat with the same id.
+"""Add an index of external ids, which finds chats with the same id in other workspaces.
 
 This check applies only if each external id may belong to only one workspace.
 """

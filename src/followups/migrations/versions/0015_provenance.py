@@ -1,4 +1,4 @@
-"""Add two columns: the duration of the accepted attempt, and the API key that created the follow-up."""
+"""Add the duration of the accepted attempt, and the API key that created the follow-up."""
 
 from __future__ import annotations
 
