@@ -1,4 +1,4 @@
-"""Fixtures for the whole system: started for one test, or shared by tests that break nothing."""
+"""Fixtures for the whole system: one per test, or shared by tests that break nothing."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Scheduled chat follow-ups: each is sent once, at its due date, unless something cancels it first.
+"""Scheduled chat follow-ups: each is sent once, when due, unless something cancels it first.
 
 Python code schedules a follow-up in its own database transaction. The inserted row is the job, so nothing else has to
 be enqueued::

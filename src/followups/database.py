@@ -269,8 +269,8 @@ class _Pooler:
     ) -> None:
         """Raise `UnfitDatabaseError` if two connections share a session, or if one connection changes its session.
 
-        Settings are changed on both connections first, because RDS Proxy pins a connection to a session only after such
-        a change.
+        Settings are changed on both connections first. RDS Proxy pins a connection to a session only after such a
+        change.
         """
         try:
             with (

@@ -23,7 +23,7 @@ An error with one of these messages has no SQLSTATE.
 
 
 class UnfitDatabaseError(psycopg.NotSupportedError):
-    """The database cannot store every value, or cannot keep session state; the message explains what to do."""
+    """The database cannot store every value or keep session state; the message names the remedy."""
 
 
 PASSING_CLASSES = frozenset({"08", "25", "40", "53", "55", "57", "58"})
@@ -35,7 +35,7 @@ use, operator intervention and system errors.
 
 
 def is_passing(error: Exception) -> bool:
-    """Return whether a retry may help: the database was unreachable or busy, or it resolved a deadlock."""
+    """Return whether a retry may help: an unreachable or busy database, or a resolved deadlock."""
     cause = _cause(error)
     if isinstance(error, PoolTimeoutError) or isinstance(cause, psycopg.OperationalError):
         return True

@@ -143,8 +143,8 @@ class WorkspaceSendingHours(Base):
     open_until: Mapped[datetime]
     """The end of the current or next sending period. The database compares this end with the current time.
 
-    When the sending period is over, the first worker whose attempt is refused computes the next period. Workers
-    therefore need time zone data, but the database does not.
+    After a sending period, the first worker whose attempt is refused computes the next period. Workers therefore need
+    time zone data, but the database does not.
     """
 
 
@@ -540,7 +540,7 @@ class ConsoleSession(Base):
     workspace_id: Mapped[UUID | None] = mapped_column(ForeignKey("workspaces.id", ondelete="CASCADE"))
     """The workspace that the session is limited to, or None for all workspaces."""
     chat_id: Mapped[UUID | None]
-    """The only chat that the person may see, or None if the person may see all chats."""
+    """The only chat that the person may see, or None for all chats."""
     way: Mapped[str]
     """How the person signed in: key, link or proxy."""
     name: Mapped[str]

@@ -56,11 +56,10 @@ if TYPE_CHECKING:
 def schedule(session: Session, *, workspace_id: UUID, chat_id: UUID, message: str, due_date: datetime) -> FollowUp:
     """Create a follow-up that is sent into the chat at ``due_date`` unless cancelled first.
 
-    A follow-up with a due date in the past is sent immediately. A transaction that schedules into several chats must do
-    so in ascending order of the chats' ids (``sorted(chat_ids)``); otherwise it may deadlock with another transaction
-    on the same chats. If the workspace has a quota, deadlocks remain possible, because the quota stays locked between
-    calls. If the workspace has a quota of pending follow-ups, use `schedule_many`, which locks all chats before the
-    quota.
+    A follow-up with a due date in the past is sent immediately. In one transaction, schedule into several chats in
+    ascending order of chat ids (``sorted(chat_ids)``). Otherwise two transactions may deadlock on the same chats. If
+    the workspace has a quota, deadlocks remain possible, because the quota stays locked between calls. If the workspace
+    has a quota, use `schedule_many`, which locks all chats before the quota.
 
     Raises `InvalidRequestError` (message not of 1..65,536 characters or with a NUL, due date without an offset),
     `ChatNotFoundError`, `NothingToFollowUpError` (no messages, or the last message is the user's),
@@ -301,8 +300,7 @@ def _lock(
             return found, locked
         if found.chat_id in locked:
             raise DeliveryInProgressError
-        # Another transaction moved the follow-up to a different chat while this transaction waited for the lock on the
-        # first chat.
+        # While this transaction waited for the first chat's lock, another transaction moved the follow-up.
 
 
 def _present(locked: Mapping[UUID, Chat], chat_id: UUID) -> Chat:

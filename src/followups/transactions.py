@@ -93,7 +93,7 @@ async def in_loop(engine: AsyncEngine, work: Callable[[Engine, Unpack[Ts]], T], 
     """Run ``work(engine, ...)``, written for an `Engine`, on an event loop without blocking the loop.
 
     This function uses no thread. At each round trip, threads would compete with the event loop for Python's global
-    lock. With four threads, 1,500 follow-ups/s were measured, and the event loop spent 39 % of its time waiting for
+    lock. With four threads, 1,500 follow-ups/s were measured. The event loop spent 39 % of its time waiting for
     Python's global lock.
     """
     return await greenlet_spawn(work, engine.sync_engine, *arguments)

@@ -197,7 +197,7 @@ class AsyncioLoop(Contestant):
 
 @dataclass
 class ClientLoop(Contestant):
-    """A bare asyncio loop with the service's HTTP client, whose throughput is the upper limit for the service."""
+    """A bare asyncio loop with the service's HTTP client, as the throughput's upper limit."""
 
     name: str = "raw loop on our HTTP client"
 

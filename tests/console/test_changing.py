@@ -243,7 +243,7 @@ def test_a_viewer_has_no_buttons(person: Callable[..., Person], own: World) -> N
 def test_an_error_shows_an_operator_only_what_was_typed(person: Callable[..., Person], own: World) -> None:
     """After an error, the page shows an operator the text that was typed, but not the stored message.
 
-    The stored message is shown only after a click on a button, which is recorded as an audit event.
+    The stored message is shown only after a click, which is recorded as an audit event.
     """
     one_id = own.follow_up(due=HOUR, message="Private words")
     told = person("operator").post(f"/follow-ups/{one_id}", message="My words", version="stale")

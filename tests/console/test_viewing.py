@@ -129,7 +129,7 @@ def test_paging_skips_no_follow_up(person: Callable[..., Person], own: World) ->
 def test_a_search_out_of_time_continues_by_a_link(
     person: Callable[..., Person], own: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A page says how far back it has searched, and its link continues the search from that point."""
+    """A page says how far back it has searched, and links to the continuation."""
     calls = count()
     # The second step of each page exceeds the time limit, so each page covers ten minutes.
     monkeypatch.setattr(browse, "within", lambda *given: None if next(calls) % 2 else within(*given))

@@ -98,7 +98,7 @@ def test_the_broker_creates_its_users(tmp_path: Path) -> None:
 
 
 def test_flower_starts_and_is_healthy(stack: Stack) -> None:
-    """If a password is set, Flower may listen on all of the container's addresses, and its health check passes."""
+    """If a password is set, Flower listens on all addresses and its health check passes."""
     service = SERVICES["flower"]
     port = str(free_port())
     binaries = Path(sys.executable).parent

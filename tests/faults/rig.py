@@ -118,7 +118,7 @@ class Rig(Stack):
         return ids
 
     def held(self, count: int) -> list[UUID]:
-        """Insert follow-ups that fall due only when released, so that their chats can be configured first."""
+        """Insert follow-ups that fall due only when released, after their chats are configured."""
         ids = self.world.burst([timedelta(days=1)] * count)
         self.created.update(ids)
         return ids
@@ -173,9 +173,9 @@ REPLICATED, POOLED = "replicated", "pooled"
 def chosen_servers() -> frozenset[str]:
     """Return the types of servers in FOLLOWUPS_TEST_SERVERS: ``replicated``, ``pooled`` or both.
 
-    The types are separated by commas. ``replicated`` is a primary with a synchronous standby; the standby takes over
-    when a test restarts PostgreSQL. ``pooled`` puts a PgBouncer in session mode in front of PostgreSQL. If the variable
-    is empty, a plain server is used.
+    The types are separated by commas. ``replicated`` is a primary with a synchronous standby. After a restart of
+    PostgreSQL, the standby takes over. ``pooled`` puts a PgBouncer in session mode in front of PostgreSQL. If the
+    variable is empty, a plain server is used.
     """
     chosen = frozenset(os.environ.get(SERVERS, "").replace(",", " ").split())
     if unknown := chosen - {REPLICATED, POOLED}:

@@ -123,7 +123,7 @@ class RandomFaults:
 
 
 def everything(rig: Rig, figures: Figures, seconds: float, rate: float) -> None:
-    """Inject random faults under load for this long, then let all follow-ups end and check every guarantee."""
+    """Inject random faults under load, let all follow-ups end, and check every guarantee."""
     rig.options |= {"FOLLOWUPS_MAX_ATTEMPTS": "500"}
     api = rig.web()
     disorder = RandomFaults(rig, api)

@@ -56,7 +56,7 @@ def ended(child: Child) -> float:
 
 
 def test_rolling_restart(rig: Rig, figures: Figures) -> None:
-    """A rolling restart loses no message, repeats none, wastes no attempt, and drains workers in seconds."""
+    """A rolling restart loses no message, repeats none, and drains workers in seconds."""
     rig.options |= {"FOLLOWUPS_TRANSPORT_TIMEOUT": "10", "FOLLOWUPS_LEASE": "30"}
     replace_processes(rig, figures, rounds=1, rate=60)
 

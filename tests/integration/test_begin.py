@@ -88,7 +88,7 @@ class TestBegin:
     def test_changes_since_scheduling(
         self, world: World, steps: Steps, columns: dict[str, object], status: str, code: str
     ) -> None:
-        """Begin ends a follow-up if its chat was removed, the user has replied or the window has closed."""
+        """Begin ends a follow-up after a reply, a closed window or its chat's removal."""
         follow_up = world.follow_up(world.chat(**columns))
         beginning = steps.begin([steps.lease()])
         assert beginning.begun == ()

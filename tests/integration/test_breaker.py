@@ -311,7 +311,7 @@ def test_the_clock_is_set_while_open(own: Settings, clock: ServerClock, step: fl
 
 @pytest.mark.parametrize("step", [-DAY, -1.0, 1.0, DAY])
 def test_the_clock_is_set_while_recovering(own: Settings, clock: ServerClock, step: float) -> None:
-    """If the clock of the Redis server is changed, the breaker's recovery becomes neither shorter nor longer."""
+    """If the Redis clock is changed, the breaker's recovery lasts as long as before."""
     policy = replace(QUICK, first_rate=10, last_rate=10_000)
 
     async def script(store: BreakerStore) -> None:
@@ -386,7 +386,7 @@ class FailingTransport:
 
 @pytest.fixture
 def started(database_url: str) -> Iterator[Callable[..., Pipeline]]:
-    """Return a function that starts a pipeline with a breaker; the pipeline is drained after the test."""
+    """Return a function that starts a pipeline with a breaker, drained after the test."""
     pipelines: list[Pipeline] = []
 
     def start(own: Settings, transport: Any, policy: RecoveryPolicy = QUICK) -> Pipeline:

@@ -88,7 +88,7 @@ class SelectiveTransport:
 
 @contextmanager
 def worker(own: Settings, engine: Engine, chat: SelectiveTransport, policy: RecoveryPolicy) -> Iterator[None]:
-    """Run the components of a worker with dispatcher ticks, and drain the pipeline at the end."""
+    """Run a worker's components with dispatcher ticks; drain the pipeline at the end."""
     pipeline: Pipeline
 
     def submit(hint: Hint) -> None:

@@ -1,6 +1,6 @@
 """Fair claims satisfy max-min fairness.
 
-While a workspace is waiting, no slot goes to a workspace that has more follow-ups in flight.
+While a workspace waits, no slot goes to a workspace with more follow-ups in flight.
 """
 
 from __future__ import annotations

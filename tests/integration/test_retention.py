@@ -1,4 +1,4 @@
-"""Pruning on PostgreSQL: old rows are deleted, needed rows stay, and other transactions do not wait."""
+"""Pruning on PostgreSQL: old rows are deleted, needed rows stay, and nothing else waits."""
 
 from __future__ import annotations
 

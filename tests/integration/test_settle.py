@@ -84,7 +84,7 @@ class TestSettle:
         deduplicates: bool,  # noqa: FBT001 - a test parameter
         status: str,
     ) -> None:
-        """After an unknown outcome, a message is sent again under the same key if the transport deduplicates."""
+        """If a transport deduplicates, a message with an unknown outcome is repeated under its key."""
         follow_up = world.follow_up()
         chosen = settings.model_copy(update={"transport_deduplicates": deduplicates})
         steps.settle([attempt(steps.begun(chosen), Unknown("timeout"))], chosen)

@@ -38,7 +38,7 @@ def test_answer_lost_after_the_commit(world: World, engine: Engine, monkeypatch:
 
 
 def test_connection_lost_before_the_commit(world: World, engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
-    """If a commit never reached the server, it counts as failed, and the transaction has no effect."""
+    """If a commit never reached the server, the transaction counts as failed."""
     break_once(monkeypatch, lambda _: None)
     with pytest.raises(OperationalError):
         transact(engine, insert_workspace)

@@ -176,7 +176,7 @@ def paused_by_nothing(world: World) -> UUID:
 
 
 def behind_a_third_loss(world: World) -> UUID:
-    """Insert a follow-up whose predecessor in the chat has lost its lease for the third time."""
+    """Insert a follow-up whose predecessor in the chat has lost its third lease."""
     chat = world.chat()
     return world.follow_up(chat, -SECOND, waits_for=lost_twice(world, chat))
 
@@ -240,7 +240,7 @@ def test_more_unwritable_rows_than_one_search(
 
 
 def test_a_lease_that_cannot_be_released(world: World, engine: Engine, settings: Settings) -> None:
-    """Even if hints cannot be published and one of the leases cannot be released, the other leases are still released.
+    """If publishing hints and releasing one lease fail, the other leases are still released.
 
     The follow-ups of the released leases can be claimed again immediately.
     """

@@ -61,7 +61,7 @@ CLAIM = 0.03
 
 
 def sent(dispatchers: int, rate: int, seconds: int, window: int = 5000) -> tuple[int, int]:
-    """Send a backlog at ``rate`` per second; return how many follow-ups were sent and how many claims that took.
+    """Send a backlog at ``rate`` per second; return the numbers of sends and claims.
 
     The dispatchers tick in turn.
     """

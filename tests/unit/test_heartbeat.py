@@ -132,7 +132,7 @@ def test_the_directory(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 
 def test_a_link_or_file_is_rejected(tmp_path: Path) -> None:
-    """If the heartbeat directory is a link or a file, it is rejected with a one-sentence error."""
+    """If the heartbeat directory is a link or a file, a one-sentence error is shown."""
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "link").symlink_to(tmp_path / "elsewhere")
     (tmp_path / "file").touch()

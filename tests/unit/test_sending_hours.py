@@ -14,8 +14,8 @@ from followups.sending_hours import DAYS, SendingHours, opens_at, read_days, spa
 BERLIN = "Europe/Berlin"
 MINUTE = timedelta(minutes=1)
 DAY = timedelta(days=1)
-# Time zones whose clocks change by an hour, by half an hour, at midnight or never, that have skipped a day, or that
-# have unusual offsets.
+# Time zones that change by an hour or half an hour, at midnight, or never. Other zones have skipped a day or have
+# unusual offsets.
 ZONES = (
     "UTC", BERLIN, "America/New_York", "Australia/Lord_Howe", "America/Havana", "Asia/Kathmandu", "Pacific/Apia",
     "Pacific/Kiritimati", "Africa/Casablanca",
@@ -86,7 +86,7 @@ def test_times_before_the_next_opening_are_closed(hours: SendingHours, moment: d
 
 @given(HOURS, MOMENTS | NEAR_TRANSITIONS)
 def test_the_first_moment_is_open(hours: SendingHours, moment: datetime) -> None:
-    """Sending hours include their first moment; for a later time, their next start is never earlier."""
+    """Sending hours include their first moment; a later time never has an earlier next start."""
     opening = opens_at(hours, moment)
     assert opens_at(hours, opening) == opening
     assert opens_at(hours, moment + MINUTE) >= opening
@@ -104,7 +104,7 @@ def test_the_first_moment_is_open(hours: SendingHours, moment: datetime) -> None
         ("22:00", "06:00", "2030-01-31T12:00Z", "2030-01-31T21:00Z"),
         ("22:00", "06:00", "2030-01-31T02:00Z", "2030-01-31T02:00Z"),  # within the night that began on the day before
         ("00:00", "00:00", "2030-01-31T02:00Z", "2030-01-31T02:00Z"),
-        # When the clocks go forward from 02:00 to 03:00, sending hours begin and end at that jump.
+        # When clocks skip from 02:00 to 03:00, sending hours begin and end at that jump.
         ("02:30", "20:00", "2030-03-31T00:00Z", "2030-03-31T01:00Z"),
         ("00:30", "02:30", "2030-03-31T01:00Z", "2030-03-31T22:30Z"),
         ("02:10", "02:40", "2030-03-31T00:00Z", "2030-04-01T00:10Z"),

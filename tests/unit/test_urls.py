@@ -1,4 +1,4 @@
-"""Tests of the URLs of the database and the broker: accepted forms, and errors for invalid URLs."""
+"""Tests of database and broker URLs: accepted forms, and errors for invalid URLs."""
 
 from __future__ import annotations
 

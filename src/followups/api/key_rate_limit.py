@@ -1,6 +1,6 @@
 """The API's rate limit: requests per API key and minute, counted in Redis for all `web` processes.
 
-The limit keeps a burst of one key from slowing down other keys. Correctness does not depend on the limit: if Redis is
+The limit keeps a burst of one key from slowing down other keys. Correctness does not depend on the limit. If Redis is
 unreachable, requests are allowed, counted in a metric and logged. After a failed query, Redis is not queried for a
 while, to avoid further timeouts.
 """

@@ -44,7 +44,7 @@ KNOWN_FOR = 60.0
 """Seconds for which a deep page starts at the same row despite added rows."""
 
 MOST_LISTS, MOST_STARTS = 1_000, 64
-"""The maximum number of remembered lists, and the maximum number of starting points for each list."""
+"""The maximum number of remembered lists, and of starting points for each list."""
 
 
 class PageStarts:

@@ -156,7 +156,7 @@ def root(
     """
     ctx.obj.debug = debug
     if ctx.invoked_subcommand is None:
-        # the user did not request this help, so it is an error message rather than output
+        # the user did not request this help, so it is an error message
         with redirect_stdout(sys.stderr):
             ctx.get_help()
         raise typer.Exit(WRONG_USAGE)

@@ -165,7 +165,7 @@ Rates and bursts of this size are impossible in this system.
 LEAST = 0.01 / SECONDS["d"]
 """Smallest accepted rate, in follow-ups per second.
 
-At a lower rate, filling a large bucket would take longer than the maximum lifetime of a Redis key.
+At a lower rate, a Redis key would expire before its large bucket is full.
 """
 
 

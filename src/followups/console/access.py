@@ -62,7 +62,7 @@ class Viewer:
 
     @property
     def chat_id(self) -> UUID | None:
-        """The chat that the session is limited to, or None if it may see all chats of its workspace."""
+        """The session's only chat, or None if all chats of its workspace are visible."""
         return self.session.chat_id
 
     @property
@@ -180,7 +180,7 @@ def _last_minute(moments: list[float], now: float) -> list[float]:
 
 
 def network_of(client: str) -> str:
-    """Return the network that counts as one client: an IPv4 address, or an IPv6 address's /64 network.
+    """Return the network that counts as one client: an IPv4 address or IPv6 /64 network.
 
     >>> network_of("10.0.0.7"), network_of("2001:db8::1"), network_of("")
     ('10.0.0.7', '2001:db8::/64', '')

@@ -75,7 +75,7 @@ def is_known(services: ConsoleServices, cookies: Mapping[str, str], scheme: str)
 
 
 def _from_proxy_header(services: ConsoleServices, headers: Mapping[str, str], scope: Scope) -> str:
-    """Return the person's name from a trusted proxy's header, or an empty string if there is none."""
+    """Return the person's name from a trusted proxy's header, or an empty string."""
     header = services.settings.console_proxy_header
     if header is None:
         return ""

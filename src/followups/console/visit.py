@@ -1,4 +1,4 @@
-"""One request to the console, with its parsed form and everything that the requested page needs."""
+"""One request to the console, with its form and everything that the page needs."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ class Fields:
         return self.raw(name, default).strip()
 
     def raw(self, name: str, default: str = "") -> str:
-        """Return the last value of a field as the user typed it, with line breaks as line feeds."""
+        """Return a field's last value as typed, with line breaks as line feeds."""
         return self._values.get(name, [default])[-1].replace("\r\n", "\n")
 
     def every(self, name: str) -> list[str]:

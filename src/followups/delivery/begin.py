@@ -134,7 +134,7 @@ def _hold_end_or_park(
 
 
 def verdict(obstacle: Obstacle) -> Final | None:
-    """Return the final state of a follow-up that must no longer be sent, or None if it may be sent later."""
+    """Return a follow-up's final state, or None if the follow-up may be sent later."""
     if obstacle.chat_removed:
         return finish(Status.CANCELLED, ReasonCode.CHAT_REMOVED)
     if obstacle.silence_broken:

@@ -125,8 +125,7 @@ class Pipeline:
     def drain(self, limit: timedelta) -> int:
         """Begin no more follow-ups, settle the calls in flight, and release the unused leases.
 
-        Returns the number of results that could not be recorded within ``limit``; the leases of their follow-ups will
-        expire.
+        Returns the number of results not recorded within ``limit``. Leases of unrecorded results expire.
         """
         if not self._thread.is_alive():
             return 0

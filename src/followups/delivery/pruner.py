@@ -33,7 +33,7 @@ BUDGET = timedelta(minutes=2)
 """How long one run may delete rows of one table before it leaves the remaining rows to the next run."""
 
 LOCK = 0x7469_6479
-"""Key of the advisory lock that lets one worker prune at a time ("tidy" in ASCII)."""
+"""Key of the advisory lock for pruning, one worker at a time ("tidy" in ASCII)."""
 
 LEAST_PAUSE = 0.01
 
@@ -87,7 +87,7 @@ class Pruner(BackgroundThread):
             events.failed("tidy", error, self._engine)
 
     def prune(self) -> dict[str, int]:
-        """Delete old rows until none is left or the time is up; return the number of deleted rows per table."""
+        """Delete old rows until none is left or time is up; return counts per table."""
         started = time.monotonic()
         removed: dict[str, int] = {}
         with self._engine.connect() as connection, _alone(connection) as alone:

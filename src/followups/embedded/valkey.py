@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 DATABASES = 64
-"""Number of logical databases, so that each process of a test run can use a separate database."""
+"""Number of logical databases; each process of a test run uses a separate database."""
 
 START_WITHIN = timedelta(seconds=30)
 """The longest time that the server may take to start. A start takes some 50 ms, or more if much data is kept."""

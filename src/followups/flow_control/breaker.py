@@ -126,9 +126,10 @@ class RecoveryPolicy:
     in_a_row: int = 5
     """Number of failed attempts in a row after which a workspace is tripped.
 
-    At a hundred attempts per second, of which one in fifty fails, three failures in a row occur every 21 minutes, four
-    every 18 hours, and five once in 37 days. If one attempt in ten fails, five failures in a row occur every 18
-    minutes. With a higher number, every workspace would use up more attempts while the transport is unreachable.
+    The example is a hundred attempts per second, of which one in fifty fails. Three failures in a row then occur every
+    21 minutes, four every 18 hours, and five once in 37 days. If one attempt in ten fails, five failures in a row occur
+    every 18 minutes. With a higher number, every workspace would use up more attempts while the transport is
+    unreachable.
     """
 
     def arguments(self) -> tuple[float, ...]:
@@ -230,8 +231,7 @@ class Breaker:
     def record(self, follow_up_id: UUID, key: int, outcome: Outcome) -> None:
         """Record the outcome of an attempt.
 
-        A response that asks for a later retry does not count as a failure, because it shows that the endpoint is
-        reachable.
+        A response that asks for a later retry is no failure: the endpoint is reachable.
         """
         if self._store is None or isinstance(outcome, Snoozed):
             return

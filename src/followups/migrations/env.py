@@ -57,7 +57,7 @@ def _lock(connection: Connection, wait: float) -> None:
 
     Raises `FollowUpsError` after ``wait`` seconds. The lock belongs to the transaction: behind a pooler, the session
     outlives its client and would keep the lock. The lock is polled rather than waited for. A concurrent index creation
-    waits for every running statement, and would also wait for a statement that waits for this lock.
+    waits for every running statement. That includes any statement that waits for this lock.
     """
     deadline = time.monotonic() + wait
     while not connection.scalar(_TRY_LOCK):

@@ -15,6 +15,6 @@ ascending order of their ids.
 
 The dispatcher's statements lock no chat. Locked follow-ups are skipped (``SKIP LOCKED``) and retried later. The bulk
 cancel, the release of held follow-ups and pruning also skip locked rows. A caller's change never locks a follow-up in
-flight, because the lock would delay the follow-up's settlement. Only a reply briefly locks the chat's follow-ups in
-flight, to request their cancellation.
+flight; the lock would delay the settle. Only a reply briefly locks the chat's follow-ups in flight, to request their
+cancellation.
 """

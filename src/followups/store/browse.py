@@ -221,7 +221,7 @@ FIRST_STEP = timedelta(minutes=10)
 """How far back in time the first step of a search goes."""
 
 LONGEST_STEP = timedelta(days=3650)
-"""If a search step covers at least this period, the next step covers everything back to the oldest follow-up."""
+"""If a search step covers this period, the next step covers all older follow-ups."""
 
 GROWTH = 100
 """The largest factor by which one search step may be longer than the previous step."""

@@ -254,7 +254,7 @@ _SECOND = timedelta(seconds=1)
 
 
 def counts_as(created_at: datetime) -> datetime:
-    """Return the time at which a message counts as written, which is rounded up to the end of a whole second.
+    """Return when a message counts as written, rounded up to the end of its second.
 
     Several channels report times in whole seconds. A user may reply within the same second as our own message, and this
     reply must not seem older than our message.
@@ -305,7 +305,7 @@ def _advance(chat: Any, message_id: UUID, role: Role, at: datetime) -> tuple[boo
     """Return whether the message is the chat's latest, and any new values for the chat.
 
     The clock of the host that wrote the message may be fast. A message with a time in the future counts as written now.
-    Otherwise, later replies would seem older and cancel nothing. The time of an agent's message is stored exactly, so a
+    Otherwise, later replies would seem older and cancel nothing. The time of an agent's message is stored exactly. A
     reply within the same second counts as later.
     """
     counted = min(counts_as(at), chat.now)

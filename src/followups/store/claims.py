@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
 
 class Lost(NamedTuple):
-    """A follow-up claimed again after a lost lease; its interrupted attempt had the number ``attempts + 1``."""
+    """A follow-up claimed again after a lost lease; attempt ``attempts + 1`` was interrupted."""
 
     lease: Lease
     attempts: int

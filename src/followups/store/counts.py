@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from sqlalchemy import Connection, Row, TextClause
 
 EXACT_UP_TO = 100_000
-"""Up to this number, the rows of a final state are counted one by one, which takes some 20 ms."""
+"""Up to this number, rows of a final state are counted exactly, in some 20 ms."""
 
 LIMIT = timedelta(seconds=2)
 """Time limit of the queries for lag and throughput."""

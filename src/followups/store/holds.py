@@ -46,7 +46,7 @@ def hours_of(row: object) -> WorkspaceHours:
 
 @dataclass(frozen=True, slots=True)
 class Hold:
-    """The end of a leased follow-up's hold, and the pause that causes it (None if sending hours cause it)."""
+    """The end of a leased follow-up's hold, and the pause, if one causes the hold."""
 
     lease: Lease
     until: datetime
@@ -58,8 +58,8 @@ class Hold:
 
 
 # Until this transaction commits, locks keep the pause and the sending hours unchanged. A resume or a change to the
-# sending hours commits after this transaction, and then releases the follow-ups held here. Rows that are locked or were
-# changed in the meantime are checked again shortly.
+# sending hours commits after this transaction. That later transaction releases the follow-ups held here. Rows that are
+# locked or were changed in the meantime are checked again shortly.
 _HOLD = text(f"""
     WITH standing AS MATERIALIZED (
         SELECT id FROM pauses WHERE id = ANY(CAST(:pauses AS uuid[])) AND ended_at IS NULL

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 
 def uuid_array(ids: Iterable[UUID]) -> str:
-    """Return a PostgreSQL array literal of UUIDs; adapting each element would take ten times as long."""
+    """Return a PostgreSQL array literal of UUIDs; adapting each element takes ten times as long."""
     return f"{{{','.join([one.hex for one in ids])}}}"
 
 

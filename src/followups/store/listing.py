@@ -51,7 +51,7 @@ class ListFilter:
 
 @dataclass(frozen=True, slots=True)
 class Start:
-    """The key of a row in a list, and the number of rows before that row."""
+    """A row's key in a list, and the number of rows before that row."""
 
     offset: int
     created_at: datetime

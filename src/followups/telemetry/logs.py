@@ -91,7 +91,7 @@ def configure_logging(settings_format: Literal["json", "console"] | None, level:
 
 
 def get_logger(name: str) -> FilteringBoundLogger:
-    """Return the logger of a module; it may be created at import, before logging is configured."""
+    """Return a module's logger, which may be created before logging is configured."""
     return cast("FilteringBoundLogger", structlog.get_logger(name))
 
 
@@ -180,7 +180,7 @@ class StandardErrorHandler(logging.Handler):
 
 
 def render_json(_logger: object, _method: str, event: EventDict) -> str:
-    """Return the event as a line of JSON that begins with the keys common to all lines."""
+    """Return the event as one JSON line that begins with the common keys."""
     first = {key: event.pop(key, None) for key in ("timestamp", "level", "logger", "event")}
     return escape_json(ENCODER.encode({**first, **event}))
 

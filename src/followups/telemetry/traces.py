@@ -155,7 +155,7 @@ def stop() -> None:
 
 
 def current_traceparent() -> str | None:
-    """Return the current span as a W3C ``traceparent``, or None if there is no current span.
+    """Return the current span as a W3C ``traceparent``, or None without a span.
 
     The span may belong to another program's tracer provider, since other programs also call `followups.schedule`.
     """

@@ -7,7 +7,7 @@ the worker. A single LPUSH, or a failover of Redis, would stop every worker in t
 A worker shuts down cleanly even while the broker does not answer. Celery 5.7 sends its heartbeats to Flower from the
 consumer's own loop. While the broker is silent, Celery retries a heartbeat endlessly, logs nothing and ignores SIGTERM.
 
-Of the remote control commands that arrive through the broker, a worker accepts only the read-only ones.
+A worker accepts only read-only remote control commands from the broker.
 """
 
 from __future__ import annotations
@@ -142,7 +142,7 @@ class Consumer:
         self.connecting_at = time.monotonic()
 
     def connected(self) -> None:
-        """Record a new connection, which counts as refused until one of its reads is answered some seconds later."""
+        """Record a new connection as refused until one of its reads is answered."""
         self.connected_at = time.monotonic()
         self.refused += 1
 
@@ -237,7 +237,7 @@ def _report(step: str, error: Exception) -> None:
 
 
 def code_of(error: Exception) -> str:
-    """Return the code of a Redis error reply, or an empty string for any other error.
+    """Return the code of a Redis error reply, or '' for any other error.
 
     >>> code_of(RedisError("MISCONF Redis is configured to save RDB snapshots")), code_of(OSError("No route"))
     ('MISCONF', '')

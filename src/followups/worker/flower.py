@@ -45,8 +45,8 @@ NO_PASSWORD = f"{AUTH}_FILE should name a file that contains user:password."
 def install(configure_logging: Callable[[], None]) -> None:
     """Check Flower's options before it listens, if this process is Flower.
 
-    Celery's command imports Flower in every process, so a process is known to be Flower only when it parses Flower's
-    options. ``configure_logging`` restores our format in place of Tornado's.
+    Celery's command imports Flower in every process. Only a process that parses Flower's options is Flower.
+    ``configure_logging`` restores our format in place of Tornado's.
     """
     if "flower.options" not in sys.modules:
         return

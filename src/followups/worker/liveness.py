@@ -1,8 +1,8 @@
 """The components that report to worker's and beat's heartbeats, and how long each may be silent.
 
 A worker that has stopped consuming must be detected. A canary message in the shared queues could be consumed by any
-worker. A canary in a separate queue would leave keys in the broker for each killed worker. No extra message is needed:
-the consumer polls continuously (`followups.worker.broker.Consumer`). The broker answers each poll within a second, even
+worker. A canary in a separate queue would leave keys behind for each killed worker. No extra message is needed: the
+consumer polls continuously (`followups.worker.broker.Consumer`). The broker answers each poll within a second, even
 when the queues are empty. An idle worker among fifty therefore reports as often as a busy worker. The pipeline's event
 loop sends reports for as long as it runs. The dispatcher's thread reports while it is idle, and while it is busy for no
 longer than a tick can take.

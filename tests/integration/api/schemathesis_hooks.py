@@ -16,7 +16,7 @@ RULES = {"outside-messaging-window", "idempotency-key-reused"}
 """Problem types of rejections that depend on the chat or on an earlier request."""
 
 TOGETHER = {"#/reason", "#/finishedAt", "#/chatMessageId"}
-"""Fields of a PATCH that are valid only in combination with each other or with stored values."""
+"""PATCH fields whose validity depends on each other or on stored values."""
 
 
 @schemathesis.check

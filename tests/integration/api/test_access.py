@@ -61,7 +61,7 @@ def test_one_line_per_request(stack: Stack, logged: Api) -> None:
 
 @pytest.mark.parametrize(("given", "taken"), [("abc-1", True), ("a b", False), ("x" * 129, False), ("", False)])
 def test_the_request_s_own_id(api: Api, given: str, *, taken: bool) -> None:
-    """A client's request id is kept if it is a plain word of up to 128 characters."""
+    """If a client's request id is a plain word (128 characters at most), it is kept."""
     answered = api.client.get("/healthz", headers={"x-request-id": given}).headers["x-request-id"]
     assert (answered == given) is taken
     assert answered

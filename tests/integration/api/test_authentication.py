@@ -85,7 +85,7 @@ def test_forms(api: Api, form: str) -> None:
 
 
 def test_revoked_at_once(api: Api) -> None:
-    """Once an API key is revoked, the next request with it is rejected, even if the key was used before."""
+    """If an API key is revoked, its next request is rejected, even after earlier requests."""
     assert api.get(FOLLOW_UPS).status_code == 200
     with Session(api.world.engine) as session, session.begin():
         api_keys.revoke(session, api.key_id)

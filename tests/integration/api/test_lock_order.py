@@ -130,7 +130,7 @@ def lock_chat(connection: Connection, chat_id: str) -> None:
 
 
 def test_reply_that_loses_a_deadlock(api: Api, engine: Engine) -> None:
-    """If a deadlock aborts a reply's transaction, the reply is retried once and cancels the follow-up."""
+    """If a deadlock aborts a reply, the reply is retried once and cancels the follow-up."""
     created = api.create()
     answer = deadlocked(api, engine, lambda: api.message(created["chatId"], "user"), created)
     assert (answer.status_code, answer.json()["cancelledFollowUpIds"]) == (201, [created["id"]])

@@ -160,7 +160,7 @@ def test_a_change_due_soon_requests_a_tick(environment: pytest.MonkeyPatch, worl
 
 @pytest.mark.usefixtures("environment")
 def test_a_change_due_later_requests_no_tick(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A change to a follow-up requests no tick if the follow-up is due only after the next regular tick."""
+    """If a changed follow-up is due after the next regular tick, no tick is requested."""
     asked: list[str] = []
     monkeypatch.setattr(connection, "ask_for_tick", lambda: asked.append("tick"))
     now = datetime.now(UTC)

@@ -66,7 +66,7 @@ def test_the_reply_precedes_the_cancelled_follow_ups() -> None:
 
 
 def test_failures_delay_no_other_follow_up() -> None:
-    """A chat of the demo whose receiver fails has only one follow-up, so that none waits behind retries."""
+    """If a demo chat's receiver fails, the chat has only one follow-up."""
     assert all(sum(part.chat == chat for part in SCENARIO.parts) == 1 for chat in FAILURES)
 
 
@@ -121,7 +121,7 @@ def test_the_rows_are_around_now(second: float, count: int) -> None:
 
 
 def test_unusual_follow_ups_are_shown_at_the_end() -> None:
-    """At the end of the whole demo, follow-ups that were retried, rejected or cancelled are listed first."""
+    """The demo ends with a list that starts with retried, rejected or cancelled follow-ups."""
     rows = around_now(ALL_ENDED, START, 6)
     assert all(each.retried or each.status != Status.SENT for each in rows)
 

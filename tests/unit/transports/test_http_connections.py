@@ -276,7 +276,7 @@ async def test_a_connection_closed_before_any_data_is_retried(steps: int, *, res
 
 
 async def test_the_rest_of_a_timed_out_request_is_not_sent() -> None:
-    """If a call times out, the rest of its request is not sent, even if the receiver is still reading."""
+    """If a call times out, the rest of its request is never sent."""
     with socket.create_server(("127.0.0.1", 0)) as listening:
         settings = settings_for(
             f"http://127.0.0.1:{listening.getsockname()[1]}", transport_timeout=timedelta(seconds=0.1)

@@ -38,7 +38,7 @@ async def requested(delivery: Delivery, path: str = "/messages", **settings: obj
 
 
 async def test_the_body_has_exactly_the_fields_of_the_contract() -> None:
-    """The request body is a JSON object of nine fields in camelCase; its time is RFC 3339 in UTC."""
+    """The body is a JSON object of nine camelCase fields; the time is in UTC."""
     delivery = a_delivery(due_date=datetime(2026, 3, 1, 12, 30, 0, 5, timezone(timedelta(hours=2))), attempt=3)
     request = await requested(delivery)
     assert json.loads(request.body) == {

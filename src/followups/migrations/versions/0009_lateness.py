@@ -54,7 +54,7 @@ def upgrade() -> None:
 
 def _alter(change: str) -> None:
     # The statement runs outside the migration's transaction, for which `env` sets the lock timeout, so the timeout is
-    # set here. While the statement waits for its lock, every other access to the table waits behind it.
+    # set here. While the statement waits for its lock, other accesses to the table wait too.
     op.get_bind().exec_driver_sql(f"BEGIN; SET LOCAL lock_timeout = '{LOCK_TIMEOUT}'; ALTER TABLE {change}; COMMIT")
 
 
