@@ -1,4 +1,4 @@
-"""The system as operators run it, for tests: a sandbox chat, workers and beats in separate processes."""
+"""The system as in production, for tests: sandbox chat, workers and beats in separate processes."""
 
 from __future__ import annotations
 

@@ -317,8 +317,8 @@ _dropped_at: WeakKeyDictionary[Engine, float] = WeakKeyDictionary()
 def drop_all(engine: Engine) -> None:
     """Make the engine replace all open connections, each when it is next checked out.
 
-    Call this if the server of these connections is unreachable or read-only, unless SQLAlchemy has raised the error:
-    SQLAlchemy itself replaces them.
+    Call this if the connections' server is unreachable or read-only. SQLAlchemy itself replaces connections after the
+    errors that it raises.
     """
     _dropped_at[engine] = time.monotonic()
 

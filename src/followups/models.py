@@ -623,7 +623,7 @@ class DispatcherState(Base):
     grace_until: Mapped[datetime | None]
     """The end of the grace period that follows a gap in the ticks.
 
-    During the grace period, expired leases with an attempt in flight are left to their workers.
+    Until then, expired leases with an attempt in flight are left to their workers.
     """
 
 
@@ -648,7 +648,7 @@ class AuditEvent(Base):
     id: Mapped[UUID] = mapped_column(primary_key=True, default=uuid4, server_default=func.gen_random_uuid())
     at: Mapped[datetime] = mapped_column(server_default=func.now())
     way: Mapped[str]
-    """The actor's means of access: the REST API, a command, the console, Python, or the service itself."""
+    """How the actor acted: REST API, command, console, Python, or the service itself."""
     actor_id: Mapped[UUID | None]
     """The id of the API key or console session, or None for an operating-system user."""
     actor: Mapped[str]

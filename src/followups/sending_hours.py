@@ -130,7 +130,7 @@ def _moment(local: datetime, *, fold: int) -> datetime:
 
 
 def _jump(local: datetime, before: datetime, after: datetime) -> datetime:
-    """Return the moment, between the two given moments, at which the local clock is set forward."""
+    """Return the moment between ``before`` and ``after`` at which the local clock is set forward."""
     offset = before.astimezone(local.tzinfo).utcoffset()
     second = timedelta(seconds=1)
     while after - before > second:

@@ -48,8 +48,8 @@ SESSION: Mapping[str, str] = {
 }
 """The settings of all sessions, regardless of server, database, role or environment.
 
-A single statement applies the settings. They are not sent as `options` at connection startup, because PgBouncer and RDS
-Proxy reject such options.
+A single statement applies the settings. Settings in `options` at connection startup would be rejected by PgBouncer and
+RDS Proxy.
 """
 
 BY_KEY: Mapping[str, str] = {

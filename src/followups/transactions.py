@@ -3,9 +3,8 @@
 A connection that breaks during a commit leaves the outcome unknown. If an outcome stayed unknown, rows might be leased
 without the process's knowledge. Such rows would be delayed by a whole lease. To avoid an unknown outcome, a statement
 registers a query (`ask_if_lost`) that reads what the statement has written. If the commit's response is lost, the query
-runs on whichever server is then reachable. The server that is reached may be a promoted standby, which either has the
-rows that were written or does not. The id of the lost transaction would prove nothing, since the new server may have
-given it to another transaction.
+runs on whichever server is then reachable. A promoted standby, too, either has the written rows or does not. The id of
+the lost transaction would prove nothing, since the new server may have given it to another transaction.
 """
 
 from __future__ import annotations
@@ -69,8 +68,8 @@ def transact(engine: Engine, work: Callable[[Connection], T]) -> T:
 def ask_if_lost(connection: Connection, question: Question) -> None:
     """Register the query that finds out whether the current transaction was committed.
 
-    The query runs if the response to the commit is lost. Only the first query registered in a transaction is kept,
-    since a transaction is committed as a whole.
+    The query runs if the response to the commit is lost. Only a transaction's first query is kept, since a transaction
+    is committed as a whole.
     """
     connection.info.setdefault(_QUESTION, question)
 

@@ -40,7 +40,7 @@ BY_VALUE = {
     *(label for _, label, _ in MENU),
     *("user", "message", "due date", "reason", "chat", "Not allowed", "Not found", "Not available"),
 }
-"""Texts that the code selects by a value, so that they do not appear literally in any call."""
+"""Texts selected by a value, which therefore appear literally in no call."""
 
 
 def sentences() -> Iterator[str]:

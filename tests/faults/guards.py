@@ -1,7 +1,7 @@
 """The guards of the promises, how to remove each, and what fails without the guard.
 
-To remove a guard, its text is cut out of the SQL statements before they reach PostgreSQL. The text must occur in the
-statement. Otherwise a changed statement would silently keep its guard.
+A guard is removed by cutting its text out of the SQL statements. The text must occur in the statement. Otherwise a
+changed statement would silently keep its guard.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def expect(kept: object, promise: str) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Scene:
-    """The environment of a guard's scenario: an engine, a store and the steps of a delivery."""
+    """A guard's scenario: an engine, a store and the steps of a delivery."""
 
     world: World
     settings: Settings
@@ -257,7 +257,7 @@ def taken_from_its_worker(scene: Scene) -> None:
 def claimed_beside_another(scene: Scene) -> None:
     """Try to claim while another dispatcher is claiming."""
     scene.world.follow_up()
-    # A tick has just been recorded, so neither of the two claims writes the row of ticks.
+    # A tick has just been recorded, so neither claim writes the row of ticks.
     scene.world.sql("UPDATE dispatcher_state SET last_tick_at = now() + interval '900 ms'")
     with scene.engine.begin() as another:
         last_tick.begin(another, rhythm_of(scene.settings))
@@ -394,7 +394,7 @@ def stale_park(scene: Scene) -> None:
 
 
 def parked_behind_an_end(scene: Scene) -> None:
-    """Park a follow-up behind an earlier one that is being cancelled and can no longer unblock it."""
+    """Park a follow-up behind a follow-up that is being cancelled and unblocks nothing more."""
     earlier, later = two_in_a_chat(scene)
     with Session(scene.engine) as session:
         followups.cancel(session, earlier)

@@ -106,7 +106,7 @@ def _after_cancel(begun_after: set[UUID], by_id: Mapping[str, Collection[Mapping
 
 
 def _disordered(rows: Mapping[UUID, Any], requests: Collection[Mapping[str, Any]]) -> int:
-    """Count the follow-ups that a chat accepted only after a later follow-up of the same chat."""
+    """Count follow-ups that a chat accepted after one of its later follow-ups."""
     latest: dict[str, tuple[Any, UUID]] = {}
     count = 0
     for request in requests:

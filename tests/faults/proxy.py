@@ -118,7 +118,7 @@ class Proxy:
             writer.transport.abort()
             return
         self._open.add(writer)
-        # asyncio's callback fails if the handler has been cancelled and no task is waiting for the handler.
+        # asyncio's callback fails if the handler was cancelled and no task waits for the handler.
         with contextlib.suppress(OSError, asyncio.CancelledError):
             forwarding = self._forwarding
             await forwarding.wait()

@@ -10,7 +10,7 @@ PostgreSQL through a real PgBouncer in session mode. Use these servers for the l
 
     FOLLOWUPS_TEST_SERVERS=replicated,pooled uv run pytest -m faults_long tests/faults/test_kills.py ...
 
-Figures are appended to ``--figures FILE`` (one JSON object per line), so that runs can be made separately, stopped and
+Figures are appended to ``--figures FILE`` (one JSON object per line). Runs can therefore be separate, stopped and
 continued. The table is always written from all figures in this file.
 """
 

@@ -83,7 +83,7 @@ def noperm(server: redis.Redis) -> Iterator[None]:
 
 @contextmanager
 def oom(server: redis.Redis) -> Iterator[None]:
-    """Make the server exceed its memory limit, so that every write that needs memory fails with OOM."""
+    """Make the server exceed its memory limit, so that writes fail with OOM."""
     server.config_set("maxmemory", 1)
     yield
     server.config_set("maxmemory", 0)

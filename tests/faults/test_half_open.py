@@ -46,7 +46,7 @@ def proxy_of(server: str, proxies: Sequence[Proxy]) -> Proxy:
 
 
 def working(rig: Rig) -> list[Child]:
-    """Start workers and beat, use every connection, and create some follow-ups that fall due after the fault."""
+    """Start workers and beat, use every connection, and create follow-ups due after the fault."""
     workers = rig.start(workers=2)
     rig.bulk(40, spread=1.0)
     rig.settle_down(within=60)
@@ -56,7 +56,7 @@ def working(rig: Rig) -> list[Child]:
 
 
 def seconds_until_noticed(workers: Sequence[Child], server: str, proxy: Proxy) -> float:
-    """Wait until a client closes its database connection, or until all workers stop waiting for the broker."""
+    """Wait until a database connection is closed or no worker waits for the broker."""
     since = time.monotonic()
     if server == "database":  # the loss of a database connection causes only a reconnect, which is not logged
         wait_until(proxy.given_up, within=90, every=0.05)

@@ -46,7 +46,7 @@ def recovered(rig: Rig, figures: Figures, point: str, killed: float) -> None:
 
 
 def test_killed_at_each_step(rig: Rig, figures: Figures) -> None:
-    """If a worker is killed with SIGKILL at any step, no message is lost or sent twice; another worker takes over."""
+    """If a worker is killed at any step, no message is lost or sent twice."""
     workers = rig.start(workers=2, harmed=True)
     points = [point for point in POINTS if point not in BESIDE]
     for point in rig.rng.sample(points, len(points)):

@@ -47,7 +47,7 @@ SHORT = (
 
 
 class OtherTransactions(threading.Thread):
-    """Other transactions, which run one by one and briefly read the tables that a migration changes."""
+    """Other transactions, one by one, which briefly read the tables that a migration changes."""
 
     def __init__(self, url: str, holder: str) -> None:
         super().__init__(daemon=True)

@@ -178,7 +178,7 @@ def test_a_killed_watchdog_is_replaced() -> None:
 
 
 def test_the_topmost_closed_directory(open_directory: Path) -> None:
-    """For a path below directories that a user may not enter, the topmost of these directories is returned.
+    """Of the directories on a path that a user may not enter, the topmost is returned.
 
     The owner of such a directory may enter it.
     """

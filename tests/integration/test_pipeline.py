@@ -270,7 +270,7 @@ def test_a_plug_ins_error_reveals_no_message(
 def test_drain_releases_leases(
     world: World, engine: Engine, settings: Settings, started: Callable[..., Pipeline]
 ) -> None:
-    """A drained pipeline settles the attempts that have begun; its other follow-ups can be claimed immediately."""
+    """A drained pipeline settles begun attempts; its other follow-ups can be claimed immediately."""
     for _ in range(20):
         world.follow_up()
     transport = ScriptedTransport(lambda _: Sent(), 0.2)

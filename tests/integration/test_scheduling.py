@@ -345,7 +345,7 @@ class TestChats:
 
     @pytest.mark.parametrize("answer", [0.0, 1.0, 1.4])
     def test_answer_within_the_second_of_the_user_s_message(self, caller: Caller, answer: float) -> None:
-        """A follow-up can be scheduled after an agent's answer that is not older than the user's message."""
+        """If an agent answers within the second of the user's message, a follow-up can be scheduled."""
         chat_id, second = uuid4(), soon(-1).replace(microsecond=0)
         caller.receive(chat_id, Role.USER, second)
         caller.receive(chat_id, Role.AGENT, second + timedelta(seconds=answer))

@@ -38,7 +38,7 @@ TICK_ROW = "SELECT FROM dispatcher_state FOR NO KEY UPDATE"
 
 
 def pass_time(world: World, by: timedelta) -> None:
-    """Move all stored times into the past, as if there had been an outage or the clock had been set forward."""
+    """Move all stored times into the past, as if there had been an outage."""
     world.sql("UPDATE dispatcher_state SET last_tick_at = last_tick_at - :by, grace_until = grace_until - :by", by=by)
     world.sql("UPDATE follow_ups SET lease_until = lease_until - :by, begun_at = begun_at - :by", by=by)
 
@@ -271,7 +271,7 @@ class TestToken:
     """Lease tokens, which are never reused, even if the database loses a commit."""
 
     def test_claim_lost_in_a_failover(self, world: World, engine: Engine, settings: Settings) -> None:
-        """If a failover loses a claim, the result of that claim's attempt does not settle the next attempt."""
+        """If a failover loses a claim, its late result does not settle the next attempt."""
         follow_up = world.follow_up()
         before = in_flight(engine, settings)
         world.sql("UPDATE follow_ups SET lease_token = 0, lease_until = NULL, begun_at = NULL, attempts = 0")

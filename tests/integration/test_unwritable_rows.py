@@ -324,7 +324,7 @@ def test_more_unwritable_rows_than_one_claim(world: World, engine: Engine, setti
 
 
 def test_fair_claim_skips_an_unwritable_row(world: World, engine: Engine, settings: Settings) -> None:
-    """A fair claim skips an unwritable row, including one that an ordered claim would not have reached."""
+    """A fair claim also skips an unwritable row that an ordered claim would not reach."""
     others = type(world)(engine)
     world.burst([-10 * SECOND] * 25)
     with ticking(settings.model_copy(update={"max_in_flight": 10, "lease": timedelta(minutes=5)}), engine) as claimed:
@@ -397,7 +397,7 @@ def test_a_cancel(world: World, engine: Engine) -> None:
 
 @pytest.mark.parametrize("window", [100, 6])
 def test_a_row_that_cannot_be_claimed(world: World, engine: Engine, settings: Settings, window: int) -> None:
-    """Ordered and fair claims skip a row that cannot be written; the row stays pending and is logged."""
+    """Claims skip a row that cannot be written; the row stays pending and is logged."""
     others = type(world)(engine)
     bad, good = world.follow_up(due=-SECOND), {others.follow_up() for _ in range(5)}
     more = {world.follow_up() for _ in range(9)} if window < 10 else set()
@@ -451,7 +451,7 @@ def test_begun_manually(world: World, engine: Engine, settings: Settings) -> Non
 
 
 class TestRecords:
-    """Tests in which the ids of new failed attempts are already in use, as after logical replication."""
+    """Tests in which new failed attempts' ids are already in use, as after logical replication."""
 
     @pytest.fixture(autouse=True)
     def _behind(self, world: World) -> None:

@@ -20,7 +20,7 @@ NOON = datetime(2026, 6, 1, 12, tzinfo=UTC)
     ("due", "taken"), [(datetime.min.replace(tzinfo=UTC), 1), (datetime.max.replace(tzinfo=UTC), 0)]
 )
 def test_times_at_the_edge_of_the_calendar(due: datetime, taken: int) -> None:
-    """A lease due at the earliest possible time is taken immediately; a lease due at the latest waits."""
+    """A lease with the earliest possible due time is taken; with the latest, it waits."""
     clock = DatabaseClock()
     clock.observe(datetime.now(UTC), uptime(), uptime())
     queue = DueQueue(clock, timedelta(seconds=60), Slots(10))
@@ -32,7 +32,7 @@ def test_times_at_the_edge_of_the_calendar(due: datetime, taken: int) -> None:
 
 
 def test_repeated_deferrals_grow() -> None:
-    """If a follow-up repeatedly cannot begin, each deferral is longer than the one before, up to a limit."""
+    """If a follow-up repeatedly cannot begin, its deferrals grow up to a limit."""
     seconds = 0.0
     clock = DatabaseClock(lambda: seconds)
     clock.observe(NOON, 0.0, 0.0)

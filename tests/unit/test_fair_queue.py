@@ -117,7 +117,7 @@ def test_few_slots(slots: int) -> None:
 
 
 def test_emptying_returns_every_lease() -> None:
-    """When the queue is emptied, it returns every lease that is waiting for its due time, its turn or a slot."""
+    """An emptied queue returns every lease, whether waiting for its due time, turn or slot."""
     queue = queue_of(slots=2)
     waiting = overdue(NOISY, 1, 2, 3) + overdue(QUIET, -30)
     queue.add(waiting)

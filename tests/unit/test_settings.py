@@ -161,7 +161,7 @@ def test_the_environment_is_read(monkeypatch: pytest.MonkeyPatch, name: str, giv
 def test_the_platforms_usual_names_are_read_too(
     monkeypatch: pytest.MonkeyPatch, field: str, alias: str, url: str
 ) -> None:
-    """DATABASE_URL and REDIS_URL are read only if the variables with the project's prefix are not set."""
+    """DATABASE_URL and REDIS_URL are read only if the project's own variables are not set."""
     monkeypatch.setenv(alias, url)
     assert getattr(load_settings(), field).get_secret_value() != url
     monkeypatch.delenv(environment_name(field))

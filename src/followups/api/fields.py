@@ -1,4 +1,4 @@
-"""The types of the API's fields, which validate the clients' values and convert them to stored values."""
+"""The API's field types, which validate clients' values and convert them to stored values."""
 
 from __future__ import annotations
 

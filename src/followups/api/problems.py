@@ -137,8 +137,8 @@ def of_exception(error: Exception) -> ProblemAnswer:
     if is_passing(error):
         log.warning("database_unreachable", step="request", error=type(error).__name__)
         return READ_ONLY if is_read_only(error) else UNAVAILABLE
-    # The message of the error is not logged, because it may quote a row and thus a follow-up's text. The location of
-    # the error is enough to find the cause.
+    # The error's message is not logged, because it may quote a follow-up's text. The location of the error is enough to
+    # find the cause.
     log.error("request_failed", error=type(error).__name__, at=_places(error))
     return INTERNAL
 
@@ -154,8 +154,8 @@ def _places(error: BaseException) -> list[str]:
 
 
 def _path(error: Mapping[str, Any]) -> list[str]:
-    # The first element of the location names the part of the request that contains the field (body, query, path,
-    # header). For malformed JSON, the second element of the location is a byte position instead of a field.
+    # The location's first element names the part of the request (body, query, path, header). For malformed JSON, the
+    # second element of the location is a byte position instead of a field.
     return [] if error["type"] == "json_invalid" else [str(part) for part in error["loc"][1:]]
 
 

@@ -66,7 +66,7 @@ class RequestLimits:
         self._limits: WeakValueDictionary[UUID, RequestLimit] = WeakValueDictionary()
 
     def of(self, workspace_id: UUID) -> RequestLimit:
-        """Return the workspace's limit, which is used as a context manager for each of its requests."""
+        """Return the workspace's limit, a context manager for each of its requests."""
         limit = self._limits.get(workspace_id)
         if limit is None:
             limit = self._limits[workspace_id] = RequestLimit()
@@ -113,8 +113,7 @@ class RequestLimit:
 class SharedResult(Generic[T]):
     """A result that one thread computes for all simultaneous requests, and that is then reused for a while.
 
-    A request that finds a recent result starts no thread, so many requests cost little more than one. An instance
-    belongs to one event loop.
+    Requests that find a recent result start no thread and cost little. An instance belongs to one event loop.
     """
 
     def __init__(self, compute: Callable[[], T], reused_for: float = KEPT) -> None:

@@ -66,7 +66,7 @@ BACKOFF = 1.0
 class ReturnTimes:
     """The times at which deferred follow-ups fall due again, spread in the order of deferral.
 
-    The first of these times are 15 ms apart. As more follow-ups are deferred, the times get closer together, so that no
+    The first of these times are 15 ms apart. As more follow-ups are deferred, the times get closer together. No
     follow-up is deferred for longer than `LONGEST`.
 
     >>> returns = ReturnTimes()
@@ -92,7 +92,7 @@ class ReturnTimes:
 
 
 class Deferral:
-    """Keeps a few leases of tripped workspaces in the due queue, and defers their other follow-ups.
+    """Keeps a few leases of tripped workspaces, and defers their other follow-ups.
 
     An instance belongs to one event loop.
     """
@@ -142,8 +142,8 @@ class Deferral:
     async def balance(self) -> float | None:
         """Defer a batch of excess leases from the due queue, and release deferred follow-ups.
 
-        A follow-up is released if the due queue has room for it, or if its workspace is no longer tripped. Return the
-        seconds until the next call, or None if nothing remains to do now.
+        Follow-ups are released if the due queue has room, or if their workspace recovers. Return the seconds until the
+        next call, or None if nothing remains to do now.
         """
         tripped = self._breaker.tripped_for_all
         self._recovered = (self._recovered | self._tripped) - tripped

@@ -257,10 +257,10 @@ class Dispatcher:
     def _claim(self) -> tuple[Claim, float]:
         """Claim from the low-water mark on, and occasionally from the beginning.
 
-        Claims from the beginning also find follow-ups that were inserted later, with due dates before the low-water
-        mark. If a claim leaves due follow-ups, the next claims start with the workspaces that have the fewest
-        follow-ups in flight. A long transaction keeps the index entries of sent follow-ups in front of pending ones.
-        Reading past 36,000 index entries of sent follow-ups took 34 ms.
+        Claims from the beginning also find follow-ups inserted later, before the low-water mark. If a claim leaves due
+        follow-ups, the next claims start with the workspaces that have the fewest follow-ups in flight. A long
+        transaction keeps the index entries of sent follow-ups in front of pending ones. Reading past 36,000 index
+        entries of sent follow-ups took 34 ms.
         """
         started = time.monotonic()
         from_all = started >= self._next_whole

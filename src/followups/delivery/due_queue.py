@@ -1,4 +1,4 @@
-"""The due queue: leases in the order of their due times; workspaces take turns if several are due.
+"""The due queue: leases by due time; among due leases, workspaces take turns.
 
 The due queue does no I/O. Only one event loop may use a due queue.
 """

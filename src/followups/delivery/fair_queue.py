@@ -41,8 +41,8 @@ class FairQueue:
         self._turns: deque[int] = deque()
         """The keys of the workspace queues, in the order of their turns."""
         self._latest: int | None = None
-        """The key of the workspace whose lease arrived last. ``_latest_at`` is the time of the last arrival, and
-        ``_others_at`` the time of the last arrival from any other workspace.
+        """The key of the workspace whose lease arrived last. ``_latest_at`` is the time of the last arrival.
+        ``_others_at`` is the time of the last arrival from any other workspace.
         """
         self._latest_at = self._others_at = -inf
 

@@ -1,7 +1,7 @@
 """Hints: the broker messages sent after a claim's commit, written and parsed here.
 
 A hint lists follow-ups with lease tokens and due times, so workers need no query. A hint contains no message text and
-is not trusted. A hint may be lost, repeated or late without harm, because begin reads the follow-up's row. A hint also
+is not trusted. A lost, repeated or late hint does no harm, because begin reads the follow-up's row. A hint also
 contains the keys of the workspace queues. A worker that ignores or lacks these keys (during an upgrade) still sends the
 same follow-ups.
 """

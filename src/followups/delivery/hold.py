@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from followups.store.obstacles import Obstacle
 
 UNREADABLE = timedelta(minutes=1)
-"""The time after which sending hours are checked again if this machine does not know their time zone."""
+"""Time until sending hours are checked again if this machine lacks their time zone."""
 
 log = get_logger(__name__)
 

@@ -58,9 +58,9 @@ async def send(
 ) -> Attempt | None:
     """Wait until the follow-up is due and call the transport once, within ``limit``.
 
-    The transport is never called early. If ``latest`` (an `uptime`) has passed, the transport is not called and the
-    result is None. ``latest`` passes only in a frozen process. Another worker might lease the follow-up before the
-    call's answer arrives. The only exception that this function raises is cancellation.
+    The transport is never called early. Return None without a call if ``latest`` (an `uptime`) has passed. ``latest``
+    passes only in a frozen process. Another worker might lease the follow-up before the call's answer arrives. The only
+    exception that this function raises is cancellation.
     """
     # A timer uses another clock and may fire early, so the time is checked again.
     while (wait := clock.until(begun.lease.due)) > 0:  # noqa: ASYNC110 - time is what is waited for
@@ -68,8 +68,7 @@ async def send(
     started = uptime()
     if started > latest:
         return None
-    # A delivery object is used for only one send, so the time of the call is set in place. Copying a frozen value takes
-    # 2.5 us.
+    # A delivery object is used for one send, so its call time is set in place. Copying a frozen value takes 2.5 us.
     object.__setattr__(begun.delivery, "made_at", clock.now())
     with traces.attempt(begun.traceparent, partial(_described, begun, transport.name)) as note:
         outcome = await _call(transport, begun.delivery, limit)
@@ -90,7 +89,7 @@ async def _call(transport: Transport, delivery: Delivery, limit: CallTimeout) ->
             if expired:
                 return Unknown(f"no outcome within {limit.seconds:g} s")
         # A plug-in may raise any exception, even SystemExit. The exception does not show whether the message was sent,
-        # so its outcome is unknown. The error's text may contain the message, so only the class of the error is kept.
+        # so its outcome is unknown. The error's text may contain the message, so only the error's class is kept.
         return Unknown(f"the transport raised {type(error).__name__}")
     limit.end(task)
     return outcome

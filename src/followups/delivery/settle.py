@@ -68,9 +68,8 @@ ROOM = MAX_REASON_LENGTH - 100
 class Settler:
     """Collects the attempts' outcomes and records them in batches, by size or after a short wait.
 
-    An accepted message is recorded without waiting for the slowest call of a batch. If the database is unreachable or a
-    row is locked, the settler tries to record the result again until the lease expires. An instance belongs to one
-    event loop.
+    An accepted message is recorded without waiting for the slowest call of a batch. Until the lease expires, recording
+    is retried if the database or a row is unavailable. An instance belongs to one event loop.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""A command run as a child of this process, in a separate session, with its output in a log file."""
+"""A child process in a separate session, with its output in a log file."""
 
 from __future__ import annotations
 
@@ -110,7 +110,7 @@ class Child:
     def wait_until(self, ready: Callable[[], bool], within: timedelta) -> None:
         """Wait until ``ready`` returns true.
 
-        If the command ends early or is not ready in time, stop it and raise `EmbeddedError` with the end of its log.
+        Stop a command that does not become ready, and raise `EmbeddedError` with its log's end.
         """
         deadline = time.monotonic() + within.total_seconds()
         while not ready():

@@ -1,4 +1,4 @@
-"""Breaker: while the transport fails as a whole, only a few probes begin, so no attempts are wasted.
+"""Breaker: while the transport fails as a whole, only a few probes begin.
 
 Due follow-ups are deferred in the database (`followups.delivery.deferral`), and a few stay in the due queue. All
 workers share one state in Redis (`BreakerStore`). Deliveries continue while Redis is unreachable. While Redis is
@@ -133,7 +133,7 @@ class RecoveryPolicy:
     """
 
     def arguments(self) -> tuple[float, ...]:
-        """Return the arguments in the order in which the Lua script expects them; pauses are in milliseconds."""
+        """Return the arguments in the Lua script's order; pauses are in milliseconds."""
         pauses = (self.first_pause * 1000, self.longest_pause * 1000)
         return (*pauses, self.probes, self.first_rate, self.last_rate, self.fails_again, KEPT)
 
@@ -210,7 +210,7 @@ class Breaker:
     def tripped_for_all(self) -> frozenset[int]:
         """The keys of the workspaces that are tripped in the shared state.
 
-        A workspace stays tripped for at least some seconds, even if the state is read again earlier.
+        A workspace stays tripped for some seconds, even if the state is read again earlier.
         """
         return self._shared.tripped
 

@@ -72,7 +72,7 @@ class Bucket:
 class TokenRequest:
     """A follow-up that needs one token from each of its buckets.
 
-    Requests are served in the order of ``since``; requests with equal ``since`` are served in the order of their ids.
+    Requests are served in the order of ``since``, and then of their ids.
     """
 
     id: UUID
@@ -291,8 +291,8 @@ class RateLimits:
         """Return for how long a follow-up is deferred.
 
         No deferral lasts beyond the follow-up's expiry, so the follow-up ends on time. The due queue releases
-        follow-ups slightly before their due time, so this lead is added to the wait. Without this addition, a follow-up
-        would ask for a token before its turn.
+        follow-ups slightly early, so this lead is added to the wait. Without this addition, a follow-up would ask for a
+        token before its turn.
         """
         wait = min(max(wait, SHORTEST) + self._lead, LONGEST)
         return wait if one.left is None else min(wait, one.left + SHORTEST + self._lead)

@@ -76,7 +76,7 @@ class BulkRunner(BackgroundThread):
     name = "bulk"
 
     def __init__(self, engine: Engine, nudge: Callable[[], None]) -> None:
-        """Store the engine and ``nudge``, a function that requests a tick when follow-ups have become due."""
+        """Store the engine and ``nudge``, which requests a tick when follow-ups have become due."""
         super().__init__()
         self._engine = engine
         self._nudge = nudge

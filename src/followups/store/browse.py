@@ -41,7 +41,7 @@ class BrowseFilter:
     due_after: datetime | None = None
     due_before: datetime | None = None
     any_id: UUID | None = None
-    """An id to search for, which may belong to a follow-up, to its chat, or to a chat message."""
+    """An id to search for: of a follow-up, its chat, or a chat message."""
     external_id: str | None = None
     chat_id: UUID | None = None
     ids: tuple[UUID, ...] = ()

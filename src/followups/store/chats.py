@@ -1,6 +1,6 @@
 """Chats and chat messages.
 
-The row lock on a chat determines whether a reply or a new follow-up in this chat comes first.
+A chat's row lock determines whether a reply or a new follow-up comes first.
 """
 
 from __future__ import annotations

@@ -217,7 +217,7 @@ def _claim_of(connection: Connection, found: Totals, claimed: Sequence[tuple[Any
     )
 
 
-# If VACUUM or a similar command has locked the table, the statistics are updated by that command instead.
+# If VACUUM or a similar command has locked the table, that command updates the statistics.
 _ANALYZE = text("ANALYZE (SKIP_LOCKED) follow_ups")
 _COUNTED = text("SELECT reltuples FROM pg_class WHERE oid = 'follow_ups'::regclass")
 

@@ -22,9 +22,8 @@ if TYPE_CHECKING:
     from sqlalchemy import Connection, TextClause
 
 SAMPLE = 10
-"""The largest number of rows that are read again after a commit whose result is unknown. A sample is enough, since a
-transaction is committed as a whole. One row is not enough, since another transaction may have changed it in the
-meantime.
+"""The largest number of rows read again after a commit with an unknown result. A sample is enough, since a transaction
+is committed as a whole. One row is not enough, since another transaction may have changed it in the meantime.
 """
 
 # The transaction may still lock the row if its backend survived the lost connection. FOR SHARE reads the latest version

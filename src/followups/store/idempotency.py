@@ -52,8 +52,8 @@ _KNOWN = Statement("""
 def recall(workspace_id: UUID, key: str, request_hash: bytes) -> Steps[StoredResponse | None]:
     """Lock the idempotency key until the transaction ends, and return its stored response, or None.
 
-    Raises `IdempotencyKeyInUseError` while another request with the key is running, and `IdempotencyKeyReusedError` if
-    the stored response belongs to a different request.
+    Raises `IdempotencyKeyInUseError` while another request with the key is running. Raises `IdempotencyKeyReusedError`
+    if the stored response belongs to a different request.
     """
     (row,) = yield _TRY_LOCK(number=_lock_number(workspace_id, key))
     if not row.locked:

@@ -36,7 +36,7 @@ class Obstacle:
     lease: Lease
     now: datetime
     send_time: datetime
-    """The time at which the follow-up would be sent: now, or its due time if that is later."""
+    """When the follow-up would be sent: now, or at a later due time."""
     due_date: datetime
     wanted_from: datetime
     """The due date, or the time at which the due date was set if that date was already in the past."""

@@ -44,9 +44,7 @@ second or two.
 """
 
 SIZE = 2048
-"""Size of a heartbeat file in bytes. The file is written by a single system call, so that no reader sees a half-written
-file.
-"""
+"""Size of a heartbeat file in bytes. The file is written by one system call, so no reader sees half a file."""
 
 TRIES = 50
 PAUSE = 0.02

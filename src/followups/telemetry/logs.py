@@ -102,8 +102,8 @@ class Lines:
     a delivery's processor time. Half of the remaining time was structlog's own processing. A line takes 4 us with this
     class, 11.7 us on structlog's fast path (cached logger, buffered, without redaction), and 22.5 us as
     `configure_logging` sets it up. In JSON the fields are not redacted, so they must contain no secret: only numbers,
-    ids and fixed words. JSON lines also lack the log context, which a caller adds to the fields where requests are
-    served. An instance may be used from several threads. If the process crashes, lines that were not flushed are lost.
+    ids and fixed words. JSON lines also lack the log context, which request handlers add to the fields. An instance may
+    be used from several threads. If the process crashes, lines that were not flushed are lost.
     """
 
     def __init__(self, name: str) -> None:

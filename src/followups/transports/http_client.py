@@ -1,8 +1,7 @@
 """HTTP calls through libcurl and their outcomes, shared by the transports that use HTTP.
 
-The outcome of a failed call depends on whether any part of the request may have left this process (`http_exchange`). An
-error before any part of the request was sent is a `Retry`. An error between the first sent byte and the complete
-response head is `Unknown`.
+The outcome of a failed call depends on what may have been sent (`http_exchange`). An error before any part of the
+request was sent is a `Retry`. An error between the first sent byte and the complete response head is `Unknown`.
 """
 
 from __future__ import annotations
@@ -156,7 +155,7 @@ class HttpClient:
             exchange.stale = None
 
     async def check(self) -> str:
-        """Connect to the endpoint as a call does, send nothing, and return a sentence that reports success.
+        """Connect as a call does, send nothing, and return a sentence that reports success.
 
         Raises `FollowUpsError` if the connection fails. The error contains the address without its password.
         """

@@ -57,7 +57,7 @@ before.
 LASTS = 5.0
 """A connection counts as good after this many seconds if its reads are answered.
 
-An ACL may allow the queues and forbid the subscriptions, so one read may be answered while another is rejected.
+An ACL may allow the queues and forbid the subscriptions. One read may therefore be answered while another is rejected.
 """
 
 

@@ -120,9 +120,8 @@ def make_app(settings: Settings) -> Celery:
             "followups.remove_old": {"queue": DISPATCH},
             "followups.deliver": {"queue": DELIVER},
         },
-        # Tasks only pass work to the dispatcher's thread or the pipeline's loop and return immediately. Because tasks
-        # return immediately, they need no pool, and a full deliver queue does not delay a tick. To use more cores, run
-        # more worker processes.
+        # Tasks only pass work to the dispatcher's thread or the pipeline's loop and return immediately. So tasks need
+        # no pool, and a full deliver queue delays no tick. To use more cores, run more worker processes.
         worker_pool="solo",
         worker_prefetch_multiplier=1,
         worker_hijack_root_logger=False,

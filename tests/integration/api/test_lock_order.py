@@ -1,4 +1,4 @@
-"""Lock order: a request locks a chat before its follow-ups, and is retried once after a deadlock."""
+"""Lock order: a request locks a chat before its follow-ups; a deadlock causes one retry."""
 
 from __future__ import annotations
 

@@ -102,7 +102,7 @@ def test_not_ready(ticking: Api, statement: str, undo: str, failing: str) -> Non
 
 
 def test_ready_on_a_newer_schema(ticking: Api) -> None:
-    """During an upgrade, processes of the older version stay ready after the schema has been migrated."""
+    """If a newer version has migrated the schema, older processes stay ready."""
     newest = ticking.world.scalar("SELECT version_num FROM alembic_version")
     ticking.world.sql("UPDATE alembic_version SET version_num = '9999'")
     try:

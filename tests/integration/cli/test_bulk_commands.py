@@ -296,7 +296,7 @@ def test_list_by_reason_and_due_date(run: RunCommand, world: World) -> None:
 
 
 def test_killed_during_a_bulk_cancel(environment: pytest.MonkeyPatch, world: World) -> None:
-    """A killed bulk cancel leaves no follow-up half cancelled; running it again cancels what is left."""
+    """If a bulk cancel is killed, no follow-up is half cancelled; a second run continues."""
     del environment
     with world.engine.begin() as connection:
         connection.execute(
@@ -322,7 +322,7 @@ def test_killed_during_a_bulk_cancel(environment: pytest.MonkeyPatch, world: Wor
 
 
 def typed(command: list[str], answer: bytes) -> tuple[int, str]:
-    """Run a command on a terminal, answer its prompt, and return its exit code and output."""
+    """Run a command on a terminal and answer its prompt; return exit code and output."""
     ours, theirs = pty.openpty()
     argv = [sys.executable, "-m", "followups.cli", *command]
     with subprocess.Popen(argv, env=dict(os.environ), stdin=theirs, stdout=theirs, stderr=theirs) as running:

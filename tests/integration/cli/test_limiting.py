@@ -89,7 +89,7 @@ def test_show_names_the_limits(run: RunCommand, world: World) -> None:
 
 
 def test_quotas(run: RunCommand, world: World) -> None:
-    """A quota can be set, shown with its usage, changed and removed; each change is audited.
+    """A quota can be set, shown, changed and removed; each change is audited.
 
     Invalid quotas are rejected.
     """

@@ -97,7 +97,7 @@ class TestMigrate:
         )
 
     def test_a_newer_schema_is_left_alone(self, run: RunCommand, world: World) -> None:
-        """`migrate` does not touch a schema newer than itself, and its error names the version to install."""
+        """`migrate` does not touch a newer schema, and its error names the version to install."""
         world.sql("UPDATE alembic_version SET version_num = '9999'")
         ran = run("migrate")
         assert ran.code == 1
@@ -128,7 +128,7 @@ class TestWorkspace:
         assert run("workspace", "list", "--json").document == [created | {"sendingHours": None}]
 
     def test_results_without_json(self, run: RunCommand) -> None:
-        """Without --json, a command prints one result as a line and a list as a table; hints go to stderr."""
+        """Without --json, results are lines, lists are tables, and hints go to stderr."""
         assert run("workspace", "list").stderr.startswith("There is no workspace yet")
         created = run("workspace", "create", "acme")
         assert re.fullmatch(r"acme \([0-9a-f-]{36}\)\n", created.stdout)
@@ -170,7 +170,7 @@ class TestApiKey:
         assert key not in listed.stdout + run("api-key", "list").stdout
 
     def test_a_key_may_expire(self, run: RunCommand) -> None:
-        """A key created with --expires is rejected after that time; a key without --expires has no expiresAt."""
+        """A key created with --expires is rejected after that time; without --expires, expiresAt is absent."""
         run("workspace", "create", "acme")
         ran = run("api-key", "create", "--workspace", "acme", "--expires", "90d")
         assert "The key expires at " in ran.stderr

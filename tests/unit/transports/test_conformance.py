@@ -69,7 +69,7 @@ async def test_two_follow_ups_of_a_chat_are_two_messages(rig: TransportRig) -> N
 
 @pytest.mark.parametrize("status", [408, 425, 500, 502, 503, 504, 599])
 async def test_a_temporary_failure_is_retried(rig: TransportRig, status: int) -> None:
-    """408, 425 and 5xx lead to a `Retry` that names the status; the next attempt can succeed."""
+    """408, 425 and 5xx lead to a `Retry` that names the status."""
     delivery = a_delivery()
     outcome = await rig.send(delivery, kind="fail", status=status, times=1)
     assert outcome == Retry(f"HTTP {status}", None, status)

@@ -196,7 +196,7 @@ def test_a_key_of_another_certificate_stops_the_start(authority: trustme.CA, tmp
 
 @dataclass
 class ConnectProxy:
-    """A CONNECT proxy that records its targets and traffic, or always rejects with a given response."""
+    """A CONNECT proxy that records its targets and traffic, or always answers with a rejection."""
 
     refusal: bytes = b""
     url: str = ""
@@ -264,7 +264,7 @@ async def test_no_proxy_exempts_hosts(authority: trustme.CA, exempt: str, monkey
 
 
 async def test_the_proxy_is_for_https_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    """An endpoint with plain HTTP is in the same network, and is therefore reached without the proxy."""
+    """An endpoint with plain HTTP is reached without the proxy."""
     async with proxy_that() as proxy, scripted(OK) as server:
         monkeypatch.setenv("HTTPS_PROXY", proxy.url)
         assert await outcome_at(server.url) == Sent(None, 200)

@@ -19,7 +19,7 @@ def matrix(url: str | None, secret: str | None = TOKEN) -> MatrixTransport:
 
 @pytest.mark.parametrize("slash", ["", "/"])
 async def test_a_text_event_is_put_into_the_chats_room(slash: str) -> None:
-    """The request's path contains the room, and the follow-up's id as the transaction id; the body is ``m.text``."""
+    """The request's path contains the room and the follow-up's id; the body is ``m.text``."""
     delivery = a_delivery(external_chat_id="!room:example.org")
     async with scripted(answer(200, b'{"event_id": "$1"}')) as server, opened(matrix(server.url + slash)) as transport:
         assert isinstance(await transport.send(delivery), Sent)
@@ -67,7 +67,7 @@ def test_a_missing_url_names_the_setting() -> None:
 
 @pytest.mark.parametrize("url", ["http://user:hunter2@host", "http://host?x=1", "http://host/#x"])
 def test_a_url_with_credentials_query_or_fragment_is_refused(url: str) -> None:
-    """A URL with credentials, a query or a fragment is rejected, and the error does not show them."""
+    """A URL with credentials, a query or a fragment is rejected without being shown."""
     with pytest.raises(TransportConfigurationError, match="only the homeserver's base URL") as caught:
         matrix(url)
     assert "hunter2" not in str(caught.value)

@@ -1,4 +1,4 @@
-"""Add a column for the start of lateness after a hold, and constraints that reject unreadable times.
+"""Add a column for lateness after a hold, and constraints that reject unreadable times.
 
 If existing rows violate a constraint, the constraint is not added. With the constraint, every change to a row that
 violates it would fail, and so would any claim that includes the row. ``followups doctor`` lists these rows and shows

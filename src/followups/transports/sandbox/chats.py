@@ -1,4 +1,4 @@
-"""The core of the sandbox: chats that accept each idempotency key once and behave as configured.
+"""The sandbox's chats, which accept each idempotency key once and behave as configured.
 
 This module does no I/O.
 """

@@ -22,7 +22,7 @@ QUANTILES = {"p50": 0.50, "p95": 0.95, "p99": 0.99, "max": 1.0}
 
 
 class Arrival(NamedTuple):
-    """The arrival time of a request in seconds, on the wall clock (Unix time) and on the monotonic clock."""
+    """A request's arrival in seconds, by the wall clock (Unix time) and the monotonic clock."""
 
     wall: float
     monotonic: float
