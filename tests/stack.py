@@ -33,7 +33,7 @@ PAGE = 5_000
 
 
 def wait_until(true: Callable[[], Any], within: float = 20, every: float = 0.02) -> Any:
-    """Call a function until its result is true; return the result, or fail after this many seconds."""
+    """Return a function's first true result, or fail after this many seconds."""
     end = time.monotonic() + within
     while not (answer := true()):
         assert time.monotonic() < end, f"not so within {within} s"

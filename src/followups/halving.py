@@ -21,7 +21,7 @@ R = TypeVar("R")
 
 @dataclass(slots=True)
 class Halved(Generic[T, R]):
-    """The result of a halved batch: the return values of the parts, the refused items and the untried items."""
+    """A halved batch's result: the parts' return values, the refused items and the untried items."""
 
     done: list[R] = field(default_factory=list)
     refused: list[tuple[T, Exception]] = field(default_factory=list)

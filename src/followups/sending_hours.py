@@ -1,4 +1,4 @@
-"""Sending hours: the hours of a workspace's local day in which its messages may be sent.
+"""Sending hours: the local hours in which a workspace's messages may be sent.
 
 Sending hours are local times. Messages are sent at local times from the opening until just before the closing. If the
 clock is set forward past the opening or closing time, the change takes effect at once. If a time occurs twice, the
@@ -87,7 +87,7 @@ def opens_at(hours: SendingHours, moment: datetime) -> datetime:
 
 
 def span_of(hours: SendingHours, moment: datetime) -> tuple[datetime, datetime]:
-    """Return the start and end of the sending period that contains ``moment``, or of the next period.
+    """Return the sending period (start and end) that contains ``moment``, or else the next one.
 
     Raises `LookupError` if this machine does not know the time zone.
     """

@@ -91,7 +91,7 @@ def test_honcho_runs_every_process(
 
 @needs_proc
 def test_a_release_without_honcho_ends(stack: Stack) -> None:
-    """If `release` is started alone, it migrates and exits; under honcho, its exit would stop all other processes."""
+    """If `release` is started without honcho, the command migrates and exits."""
     command = honcho_start("release")
     ran = subprocess.run(command, env=os.environ | environment_of(stack), capture_output=True, timeout=120, check=False)
     assert ran.returncode == 0

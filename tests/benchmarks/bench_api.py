@@ -86,7 +86,7 @@ BARE_INSERT = """
 
 
 def bare_app() -> FastAPI:
-    """Return a bare FastAPI application whose only endpoint runs one INSERT, without API keys, rules or limits."""
+    """Return a bare FastAPI application whose only endpoint runs one INSERT."""
     pool = AsyncConnectionPool(os.environ["DATABASE_URL"], min_size=POOL_SIZE, max_size=POOL_SIZE, open=False)
 
     @asynccontextmanager
@@ -152,7 +152,7 @@ class Connection:
 
 
 async def send_for(load: ApiLoad, end: float) -> int:
-    """Send requests one by one on a separate connection until ``end``; return the number of requests."""
+    """Send requests one by one on a separate connection until ``end``; return their number."""
     connection = await Connection.open(load)
     sent = 0
     while (begun := time.perf_counter()) < end:

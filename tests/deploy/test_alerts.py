@@ -1,4 +1,4 @@
-"""The alerts and the dashboard: their series exist, and each alert fires correctly and is documented."""
+"""Tests that every alert fires correctly and is documented, and that all series exist."""
 
 from __future__ import annotations
 

@@ -42,7 +42,7 @@ def answers_lost(rig: Rig, figures: Figures, step: str, count: int, times: int) 
 
 
 def test_answer_lost_at_each_step(rig: Rig, figures: Figures) -> None:
-    """If the response to a commit is lost, each follow-up is sent once, with no lost attempt or long delay."""
+    """If a commit's response is lost, each follow-up is still sent once, without long delay."""
     start(rig)
     for step in rig.rng.sample(STEPS, len(STEPS)):
         answers_lost(rig, figures, step, count=60, times=rig.rng.randrange(1, 4))

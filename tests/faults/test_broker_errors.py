@@ -1,4 +1,4 @@
-"""Tests with errors from Redis: during a failover, on a full disk, during an endless script, or from an ACL."""
+"""Tests with Redis errors from a failover, a full disk, an endless script or an ACL."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from faults.rig import Rig
 
 BACK_WITHIN = 10.0
-"""The maximum time in seconds until workers consume again, doubled because the machine may be busy."""
+"""Maximum seconds until workers consume again, doubled because the machine may be busy."""
 
 
 @contextmanager

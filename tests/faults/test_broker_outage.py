@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from faults.rig import Rig
 
 BACK_WITHIN = 10.0
-"""The maximum time in seconds until workers consume again, doubled because the machine may be busy."""
+"""Maximum seconds until workers consume again, doubled because the machine may be busy."""
 
 
 def outages(rig: Rig, figures: Figures, times: int, between: float, rate: float) -> None:

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from faults.rig import Rig
 
 BACK_WITHIN = 10.0
-"""Maximum time, in seconds, until sending resumes; it is doubled because the machine may be busy."""
+"""Maximum seconds until sending resumes, doubled because the machine may be busy."""
 
 
 def outages(rig: Rig, figures: Figures, times: int, between: tuple[float, float], rate: float) -> None:

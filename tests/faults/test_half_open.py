@@ -141,7 +141,7 @@ def test_stalled_with_default_limits(server: str, proxied: Proxied, figures: Fig
 
 
 def stopped_in_silence(proxied: Proxied, figures: Figures, silence: tuple[float, float]) -> None:
-    """Stop all processes while the broker is silent; check that they exit, then start new processes."""
+    """Stop all processes while the broker is silent; check their exit, then start new processes."""
     rig, (_, broker) = proxied
     workers = working(rig)
     broker.stall()

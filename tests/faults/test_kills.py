@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from faults.rig import Rig
 
 SLACK = 10.0
-"""The tolerance in seconds on top of a lease and a tick, for a busy machine."""
+"""Seconds allowed in addition to a lease and a tick, for a busy machine."""
 
 POINTS = (
     "claim.before_commit",

@@ -54,7 +54,7 @@ def replace_one(rig: Rig, follow_up: UUID, chat_id: UUID, delays: Sequence[float
 
 
 def replace_during_replies(rig: Rig, figures: Figures, pairs: int) -> None:
-    """Replace the follow-up of each chat while a reply arrives and a worker sends due follow-ups."""
+    """Replace each chat's follow-up while a reply arrives and a worker sends due follow-ups."""
     rig.start(workers=1)
     api = rig.web()
     ids = rig.held(pairs)

@@ -1,4 +1,4 @@
-"""Tests that explore a small model of the protocol exhaustively: every order of events, and every crash."""
+"""Tests that explore every order of events and every crash in a small protocol model."""
 
 from __future__ import annotations
 

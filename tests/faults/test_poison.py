@@ -58,5 +58,5 @@ def test_poison(rig: Rig, figures: Figures) -> None:
 
 @pytest.mark.faults_long
 def test_poison_among_many(rig: Rig, figures: Figures) -> None:
-    """If one of two thousand follow-ups is a poison pill, it fails as worker_lost and all others are sent."""
+    """Of two thousand follow-ups, only the poison pill fails, as worker_lost."""
     poisoned(rig, figures, neighbours=2000)

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 COUNT, RATE, BURST, WIPED = 150, 30, 5, 3
 
 LET_THROUGH = "SELECT COALESCE(sum(value), 0) FROM metric_totals WHERE sample = 'followups_limiter_unavailable_total'"
-"""SQL that counts follow-ups that began without a query to Redis, which can happen on a stalled machine."""
+"""SQL to count begins without a query to Redis, as may happen on stalled machines."""
 
 
 def test_wiped_while_they_wait(rig: Rig) -> None:

@@ -187,7 +187,7 @@ def check_breaker_outage(rig: Rig, figures: Figures, rate: float, seconds: float
 
 
 def test_some_fail(rig: Rig, figures: Figures) -> None:
-    """If 1 %, 10 % or 50 % of the chats fail once, their follow-ups need two attempts and all others need one."""
+    """If some chats fail once, only their follow-ups need a second attempt."""
     some_fail(rig, figures, count=200)
 
 
@@ -197,7 +197,7 @@ def test_storm_of_429(rig: Rig, figures: Figures) -> None:
 
 
 def test_outage(rig: Rig, figures: Figures) -> None:
-    """After a receiver that was unreachable recovers, it gets every message once, and not all of them in one burst."""
+    """A receiver that was unreachable gets every message once, and not all in one burst."""
     outage(rig, figures, rate=60, seconds=2)
 
 

@@ -1,4 +1,4 @@
-"""Tests in which one chat in a hundred answers late: the other chats are not delayed."""
+"""Tests in which one chat in a hundred answers late without delaying other chats."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 def received_within(rig: Rig, ids: Sequence[UUID]) -> tuple[float, float]:
-    """Release these follow-ups; return the seconds until 99 % were received, and until all were recorded."""
+    """Release these follow-ups; return the seconds until 99 % were received and all were recorded."""
     released = time.monotonic()
     rig.release(ids)
     rig.settle_down(within=120 + len(ids) / 50)

@@ -116,7 +116,7 @@ def test_opens_for_many_in_a_row(own: Settings) -> None:
 def test_probes_then_recovers(own: Settings) -> None:
     """An open breaker permits a few probes after a pause.
 
-    If a probe fails, the next pause is longer; if a probe succeeds, more attempts may begin.
+    A failed probe lengthens the next pause; a successful probe permits more attempts.
     """
 
     async def script(store: BreakerStore) -> None:
@@ -217,7 +217,7 @@ def test_which_workspaces_are_tripped(own: Settings) -> None:
 
 
 def test_few_in_a_row_trip_no_workspace(own: Settings) -> None:
-    """The breaker holds a workspace after five failures in a row; any success restarts the count.
+    """The breaker holds a workspace after five successive failures; any success restarts the count.
 
     Failures are counted in the same way before and after the breaker opens.
     """

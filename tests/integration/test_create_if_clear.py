@@ -1,4 +1,4 @@
-"""Create a follow-up by a single statement, which handles only clear cases and otherwise changes nothing."""
+"""Create a follow-up by a single statement that changes nothing in unclear cases."""
 
 from __future__ import annotations
 

@@ -178,7 +178,7 @@ def test_many_workers_lease_few_held_follow_ups(world: World, engine: Engine, ow
 
 
 def test_deferred_follow_ups_are_sent_after_the_recovery(world: World, engine: Engine, own: Settings) -> None:
-    """After the transport has recovered, deferred follow-ups are sent long before their deferral would have ended.
+    """After the transport's recovery, deferred follow-ups are sent long before their deferral would end.
 
     The follow-ups due earliest are sent first.
     """
@@ -237,7 +237,7 @@ class TestFreeing:
         return [lease.id for lease in leases]
 
     def test_released_in_the_order_of_deferral(self, world: World, engine: Engine, settings: Settings) -> None:
-        """Over all given workspaces, follow-ups are released in the order of their deferral, up to the given number."""
+        """Up to the given number, all workspaces' follow-ups are released in the order of deferral."""
         other, third = World(engine), World(engine)
         mine = self.deferred(world, engine, settings, 10, 40)
         theirs = self.deferred(other, engine, settings, 20, 30)

@@ -127,7 +127,7 @@ async def test_cancelled_in_a_statement(world: World, database_url: str) -> None
 
 
 async def test_sessions_on_a_read_only_server_are_dropped(world: World, database_url: str) -> None:
-    """The first write that is rejected as read-only drops all sessions of the pool; later writes succeed."""
+    """The first write rejected as read-only drops all sessions of the pool; later writes succeed."""
     assert world
     async with database(url_for_any_server(database_url)) as mine:
         with read_only(database_url):
@@ -141,7 +141,7 @@ async def test_sessions_on_a_read_only_server_are_dropped(world: World, database
 
 
 async def test_lost_sessions_are_dropped_together(world: World, database_url: str) -> None:
-    """After the first lost connection, the pool reopens all connections that the same server has closed."""
+    """After the first lost connection, the pool reopens all connections closed by the same server."""
     async with database(database_url) as mine:
         await fill(mine)
         world.scalar("""
@@ -213,7 +213,7 @@ async def test_unreachable() -> None:
 
 
 async def test_rows_equal_those_of_a_session(world: World, database_url: str) -> None:
-    """The rules of a workspace are the same whether the event loop's engine or SQLAlchemy reads them.
+    """The event loop's engine and SQLAlchemy read the same rules of a workspace.
 
     Its only case is a workspace without sending hours.
     """

@@ -1,4 +1,4 @@
-"""Fair claims of a backlog, which serve the workspaces with the fewest follow-ups in flight first.
+"""Tests of fair claims, which first serve workspaces with the fewest follow-ups in flight.
 
 The number of follow-ups in flight never exceeds the limit.
 """

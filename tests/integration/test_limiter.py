@@ -212,7 +212,7 @@ async def test_an_ended_follow_up_leaves_the_queue(under_test: LimiterUnderTest)
 
 
 async def test_an_abandoned_request_leaves_the_queue(under_test: LimiterUnderTest) -> None:
-    """A token request that is not repeated in time loses its place in the queue, and may join it again."""
+    """A token request that is not repeated in time loses its place in the queue."""
     limit = bucket(rate=10, burst=1)
     lost, second = request(1, limit), request(2, limit)
     await under_test.ask(request(0, limit))

@@ -390,7 +390,7 @@ def test_poison_pills_are_sent_alone(  # noqa: PLR0913 - fixtures and three para
 def test_leases_that_expire_in_the_due_queue(
     world: World, engine: Engine, settings: Settings, started: Callable[..., Pipeline]
 ) -> None:
-    """If leases expire in the due queue, delivery continues with new leases, without any additional query."""
+    """If leases expire in the due queue, delivery continues with new leases, without extra queries."""
     short = settings.model_copy(update={"lease": timedelta(seconds=2.1), "transport_timeout": timedelta(seconds=0.1)})
     for _ in range(500):
         world.follow_up(due=-timedelta(seconds=1))

@@ -76,7 +76,7 @@ def test_a_rejected_change_is_not_audited(world: World) -> None:
 
 
 def test_a_retry_names_the_new_follow_up(world: World) -> None:
-    """The audit event of a retry belongs to the failed follow-up and names the new follow-up."""
+    """A retry's audit event belongs to the failed follow-up and names the new one."""
     failed = world.follow_up(status="failed", reason="rejected: HTTP 403", finished_at=datetime.now(UTC))
     with Session(world.engine) as session, session.begin():
         new = scheduling.retry(session, failed, actor=ACTOR).id

@@ -166,7 +166,7 @@ def test_row_with_the_contracts_columns_alone(world: World) -> None:
 
 
 def test_a_migration_may_take_long(empty_engine: Engine) -> None:
-    """A migration has no statement timeout and waits for a silent server; other sessions have both limits."""
+    """Unlike other sessions, a migration has no statement timeout and waits for a silent server."""
     limits: list[tuple[str, float | None]] = []
 
     def look(connection: BoundedConnection, _record: object) -> None:

@@ -103,7 +103,7 @@ class TestApiKeys:
         assert found.key_id == row.id
 
     def test_expiry(self, session: Session) -> None:
-        """An expired API key is rejected, and the lifetime of a new key must be positive and within the limit."""
+        """An expired API key is rejected; a new key's lifetime must be positive and limited."""
         workspace, _ = workspaces.create(session, "Acme")
         row, key = api_keys.create(session, workspace.id, expires=timedelta(days=90))
         assert row.expires_at == row.created_at + timedelta(days=90)

@@ -44,7 +44,7 @@ def pass_time(world: World, by: timedelta) -> None:
 
 
 def in_flight(engine: Engine, settings: Settings) -> Begun:
-    """Claim and begin one follow-up, so that only its attempt is in flight, and return this attempt."""
+    """Claim and begin a single follow-up; return its attempt, the only one in flight."""
     (begun,) = begin(engine, settings, claim(engine, settings).leases).begun
     return begun
 

@@ -103,7 +103,7 @@ def test_the_stored_opening_time_decides(now: datetime, off: timedelta) -> None:
 
 @pytest.mark.parametrize("known", [None, NOON - HOUR])
 def test_a_time_zone_unknown_to_this_machine(known: datetime | None) -> None:
-    """A machine that cannot read the sending hours keeps the recorded time and checks again in a minute."""
+    """Without a known time zone, a machine keeps the recorded time and rechecks in a minute."""
     hours = WorkspaceHours(uuid4(), replace(MORNING, time_zone="Mars/Olympus"), NOON - 9 * HOUR, NOON - HOUR)
     obstacle = replace(found(None, NOON, NOON, known), hours=hours)
     assert sendable_from(obstacle) == known
@@ -111,7 +111,7 @@ def test_a_time_zone_unknown_to_this_machine(known: datetime | None) -> None:
 
 
 def test_sending_hours_take_precedence_over_a_pause() -> None:
-    """Outside sending hours, a paused follow-up is held by the hours until they begin, and then by the pause."""
+    """Outside sending hours, a paused follow-up is held first by the hours, then the pause."""
     pause = uuid4()
     outside = replace(found(MORNING, NOON, NOON), pause_id=pause)
     held = hold_or_end(blocked(outside, HOUR), HOUR)

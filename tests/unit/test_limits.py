@@ -1,4 +1,4 @@
-"""Rate limits: the buckets from which a follow-up needs tokens, and when a worker requests tokens."""
+"""Rate limits: which buckets a follow-up needs tokens from, and when workers request tokens."""
 
 from __future__ import annotations
 

@@ -74,7 +74,7 @@ class RequestLimits:
 
 
 class RequestLimit:
-    """A limit on the requests of one workspace, or on all requests with an unknown API key.
+    """A limit on one workspace's requests, or on all requests with an unknown API key.
 
     A request is counted from `acquire` until `release`. As a context manager, a limit also waits until a database
     connection is available.

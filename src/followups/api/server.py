@@ -27,9 +27,7 @@ if TYPE_CHECKING:
     from starlette.types import ASGIApp
 
 PEER = "peer"
-"""The key in a request's state under which the address of the connection's peer is stored, regardless of the request's
-headers.
-"""
+"""The key of the peer's address in a request's state, regardless of the request's headers."""
 
 HEADER_WITHIN = 10.0
 """Time limit in seconds for all headers of a request to arrive."""

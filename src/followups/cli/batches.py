@@ -65,8 +65,8 @@ def carry_out(plan: BulkPreview, batches: Batches, manner: BulkOptions) -> None:
     """Run the batches, unless this is a dry run or the operator declines.
 
     Each batch yields its counts, keyed by name. The counts ``plan.done`` and ``passedOver`` advance the progress bar.
-    After Ctrl-C, each follow-up is either completely processed or unchanged, and running the command again processes
-    the remaining follow-ups.
+    After Ctrl-C, each follow-up is either completely processed or unchanged. Running the command again processes the
+    remaining follow-ups.
     """
     if manner.dry_run:
         _announce(plan, json=manner.json, then="Nothing has changed: this was a dry run.")

@@ -68,7 +68,7 @@ CATALOGUE = {
 
 
 class Catalogue(TyperGroup):
-    """The root command, which lists the commands of `CATALOGUE` and imports a command when it is called."""
+    """The root command, which lists the commands of `CATALOGUE` and imports a command when called."""
 
     def list_commands(self, ctx: object) -> list[str]:  # noqa: ARG002 - the base class's signature
         """Return the command names, in the order in which the help lists them."""

@@ -1,8 +1,8 @@
 """``followups migrate``: wait for the database, then upgrade its schema.
 
 honcho stops all processes as soon as one ends. The end of ``release`` would therefore stop web, worker and beat. After
-a plain ``honcho start``, which starts all processes, this command therefore keeps running until honcho stops it. In all
-other cases, such as ``honcho start release``, the command ends after the upgrade.
+a plain ``honcho start``, this command therefore keeps running until honcho stops it. In all other cases, such as
+``honcho start release``, the command ends after the upgrade.
 """
 
 from __future__ import annotations

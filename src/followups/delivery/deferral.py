@@ -48,7 +48,7 @@ With the default window, each worker can release 156 follow-ups a second during 
 DEFER_SIZE = 500
 """The largest number of follow-ups that one statement defers."""
 BUSY = 0.5
-"""A batch's duration divided by the length of the pause after it: the pause is twice as long as the batch.
+"""A batch's duration divided by the following pause, which is twice as long.
 
 Without this pause, begin statements of other workers would have to wait for the database.
 """
@@ -114,7 +114,7 @@ class Deferral:
         self._recovered: frozenset[int] = frozenset()
         """Workspaces that are no longer tripped, but still have deferred follow-ups."""
         self._workspaces: dict[int, list[UUID]] = {}
-        """The workspaces of the tripped and recovered keys, cached because a search for many of them is slow."""
+        """The workspaces of tripped and recovered keys, cached because a search for many is slow."""
         self._wanted = asyncio.Event()
         self._closed = False
 

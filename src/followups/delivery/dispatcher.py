@@ -40,7 +40,7 @@ QUICK = 0.01
 the beginning.
 """
 LOOKING_SHARE = 0.1
-"""The maximum share of the dispatcher's time for slow claims, which search the index from its beginning."""
+"""The maximum share of the dispatcher's time for claims from the beginning of the index."""
 
 ORPHAN_SEARCH_SHARE = 0.01
 """Largest share of its time that the dispatcher spends on checking blocked and paused follow-ups.
@@ -190,7 +190,7 @@ class Dispatcher:
                 return
 
     def _release_orphans(self) -> None:
-        """On every tick, or less often if it is slow, unblock follow-ups that no longer have to wait.
+        """Unblock follow-ups that no longer have to wait, at most on every tick.
 
         An error during unblocking does not stop the claims.
         """
@@ -212,7 +212,7 @@ class Dispatcher:
                 events.failed("unblock", error, self._engine)
         for follow_up_id, cause in refused.items():
             events.refused("unblock", follow_up_id, cause)
-        # A row that cannot be written is tried again only once within the duration of a lease.
+        # A row that cannot be written is tried only once within a lease's duration.
         took = inf if refused else time.monotonic() - started
         self._next_orphan_search = started + min(took / ORPHAN_SEARCH_SHARE, self._settings.lease.total_seconds())
 
@@ -248,7 +248,7 @@ class Dispatcher:
         try:
             if took > SLOW or claims.planner_expects_fewer_than(self._engine, leased):
                 claims.refresh_planner_statistics(self._engine)
-                # If the estimate is still too low after this step, another session is refreshing the statistics.
+                # If the estimate is still too low, another session is refreshing the statistics.
                 if not claims.planner_expects_fewer_than(self._engine, leased):
                     events.statistics_refreshed(took)
         except Exception as error:  # noqa: BLE001 - a minute later it is tried again, whatever it was
@@ -258,9 +258,9 @@ class Dispatcher:
         """Claim from the low-water mark on, and occasionally from the beginning.
 
         Claims from the beginning also find follow-ups inserted later, before the low-water mark. If a claim leaves due
-        follow-ups, the next claims start with the workspaces that have the fewest follow-ups in flight. A long
-        transaction keeps the index entries of sent follow-ups in front of pending ones. Reading past 36,000 index
-        entries of sent follow-ups took 34 ms.
+        follow-ups, the next claims prefer workspaces with the fewest in flight. A long transaction keeps the index
+        entries of sent follow-ups in front of pending ones. Reading past 36,000 index entries of sent follow-ups took
+        34 ms.
         """
         started = time.monotonic()
         from_all = started >= self._next_whole

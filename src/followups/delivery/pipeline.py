@@ -1,4 +1,4 @@
-"""The pipeline of one worker process: it begins, sends and settles leases in one event loop.
+"""A worker's pipeline, which begins, sends and settles leases in one event loop.
 
     submit -> due queue -> slot -> begin -> send -> settle
 

@@ -1,4 +1,4 @@
-"""The receiver of the benchmarks, which answers every request at minimal cost and records its arrival.
+"""The benchmarks' receiver, which answers requests at minimal cost and records their arrival.
 
     python -m followups.embedded.receiver --port 9100
 

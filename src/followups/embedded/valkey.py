@@ -84,7 +84,7 @@ class EmbeddedValkey(EmbeddedServer):
             argv=(str(get_binary_path()), "-"),
             log=data / "valkey.log",
             directory=data,
-            # The password is passed through stdin, since every user of the machine can read the arguments of a process.
+            # The password is passed through stdin, since every user can read a process's arguments.
             stdin="".join(f"{name} {value}\n" for name, value in settings.items()).encode(),
             grace=STOP_WITHIN,
         )

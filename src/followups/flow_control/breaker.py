@@ -110,7 +110,7 @@ class SharedState:
 
 @dataclass(frozen=True, slots=True)
 class RecoveryPolicy:
-    """The pauses before probes of a failed transport, and the rates of attempts while it recovers."""
+    """The pauses before probes of a failed transport, and the attempt rates during recovery."""
 
     first_pause: float = 1.0
     longest_pause: float = 15.0

@@ -208,7 +208,7 @@ _EXPIRED = text("""
 
 
 def record_expired_keys(connection: Connection, since: datetime) -> int:
-    """Record the expiry of each API key that has expired since the given time; return the number recorded.
+    """Record each API key's expiry since the given time; return the number recorded.
 
     Each expiry is recorded only once.
     """

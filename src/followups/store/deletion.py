@@ -108,7 +108,7 @@ def conditions(scope: DeletionScope) -> dict[str, str]:
     found = {"follow_ups": f"{scope.rows} AND status <> 'pending'", "chat_messages": scope.rows}
     of_workspace = "workspace_id = :workspace_id"
     if scope.chat_id is not None:
-        # The stored response to a request that created a follow-up contains the chat's id and the message.
+        # The stored response to a create request contains the chat's id.
         names_chat = "position(convert_to(CAST(:chat_id AS text), 'UTF8') IN body) > 0"
         return found | {"idempotency_keys": f"{of_workspace} AND {names_chat}"}
     empty = " AND ".join(

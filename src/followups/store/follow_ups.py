@@ -197,7 +197,7 @@ def room_in(workspace_id: UUID, chat_ids: Collection[UUID]) -> Steps[dict[UUID, 
 def insert_many(workspace_id: UUID, new: Sequence[tuple[UUID, Planned, UUID]]) -> Steps[list[FollowUp]]:
     """Insert pending follow-ups, each with its id and trigger; return them in the given order.
 
-    The caller must have locked the chats and checked that the new follow-ups do not exceed `MOST_PENDING`.
+    The caller must have locked the chats and checked them against `MOST_PENDING`.
     """
     rows: Sequence[FollowUp] = yield _INSERT_MANY(
         workspace_id=workspace_id,

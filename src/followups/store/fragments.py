@@ -23,8 +23,8 @@ DUE = "COALESCE(f.next_attempt_at, f.due_date)"
 """The time at which a follow-up falls due: its retry's time or due date."""
 
 DUE_READ = f"LEAST(GREATEST({DUE}, timestamptz '0002-01-01'), timestamptz '9998-12-31')"
-"""The due time, limited to the range of Python's dates. Without this limit, Python could not read a later or earlier
-due time that an operator has written into the table.
+"""The due time, limited to the range of Python's dates. Without this limit, Python could not read every due time that
+an operator might write.
 """
 
 LATENESS_FROM = "COALESCE(f.sendable_from, GREATEST(f.due_date, f.scheduled_at, f.held_until))"

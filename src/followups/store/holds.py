@@ -158,7 +158,7 @@ BATCH = 1000
 
 
 def release_held(connection: Connection, workspace_id: UUID) -> int:
-    """Release up to a thousand follow-ups whose sending hours have changed; return how many were released."""
+    """Release up to a thousand follow-ups whose sending hours have changed; return their number."""
     return connection.execute(_RELEASE_HELD, {"workspace_id": workspace_id, "most": BATCH}).rowcount
 
 

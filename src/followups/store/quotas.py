@@ -74,8 +74,7 @@ def take(workspace_id: UUID, kind: Kind, number: int) -> Steps[None]:
         return
     most, room = found[0]
     if room < number:
-        # This statement begins after the lock on the quota is acquired, so it sees what earlier transactions have
-        # committed.
+        # This statement begins after the quota is locked, and so sees earlier transactions' commits.
         (counted,) = yield _COUNT[kind](workspace_id=workspace_id, most=most)
         room = most - counted.number
     if room < number:

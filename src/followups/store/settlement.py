@@ -181,7 +181,7 @@ _IN_FLIGHT = text(f"""
 
 
 def still_in_flight(connection: Connection, leases: Sequence[Lease]) -> set[UUID]:
-    """Return the leases that are still in flight and are unsettled only because their rows are locked."""
+    """Return the leases in flight that are unsettled only because their rows are locked."""
     parameters = {"ids": uuid_array(one.id for one in leases), "tokens": int_array(one.token for one in leases)}
     return set(connection.scalars(_IN_FLIGHT, parameters))
 

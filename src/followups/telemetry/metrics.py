@@ -1,7 +1,6 @@
 """The counters of a process, keyed by the fixed names of their Prometheus metrics. Labels contain no ids.
 
-The numbers of pending, overdue and in-flight follow-ups and the time of the last tick are not counted here, because
-each scrape reads them from the database.
+Gauges such as pending follow-ups are not counted here: each scrape queries the database.
 """
 
 from __future__ import annotations

@@ -102,7 +102,7 @@ class Transport(Protocol):
         """Check the settings, without I/O. Raises `TransportConfigurationError` if the settings are insufficient."""
 
     async def open(self) -> None:
-        """Open long-lived resources, such as an HTTP session, in the event loop that will use them."""
+        """Open long-lived resources, such as a session, in the event loop that uses them."""
 
     async def send(self, delivery: Delivery) -> Outcome:
         """Deliver the message once, within the transport timeout. No error is raised, whatever the receiver does."""

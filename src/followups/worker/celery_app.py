@@ -209,7 +209,7 @@ class Process:
 
 
 _processes: dict[int, Process] = {}
-"""The components of each process, by process id, since a forked child creates its own components."""
+"""Each process's components, keyed by process id; a forked child creates its own components."""
 _making = threading.Lock()
 
 
@@ -226,9 +226,9 @@ def current_process() -> Process:
 
 
 def _collect_seldom() -> None:
-    # All objects that exist by now are kept, so the garbage collector need not scan them. Objects that deliveries
-    # allocate contain no cycles, and are freed by reference counting. With default thresholds, garbage collection took
-    # a fifth of a loaded worker's time.
+    # All existing objects are kept, so the garbage collector need not scan them. Objects that deliveries allocate
+    # contain no cycles, and are freed by reference counting. With default thresholds, garbage collection took a fifth
+    # of a loaded worker's time.
     gc.collect()
     gc.freeze()
     gc.set_threshold(50_000, 20, 50)

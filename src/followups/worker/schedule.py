@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from followups.settings import Settings
 
 SENDING = timedelta(seconds=60)
-"""Longest time for sending one tick; a publish to a silent broker is abandoned after half of this time."""
+"""Longest time for sending a tick; a silent broker gets half of this time."""
 
 LATE = timedelta(seconds=10)
 """How much later than planned the scheduler may return from its sleep."""

@@ -40,7 +40,7 @@ POST = b"POST /api/v1/chat-messages HTTP/1.1\r\nhost: a\r\n"
 
 @dataclass
 class Flood:
-    """The cost of a flood: the web process's CPU time and memory, and the waiting times of other clients."""
+    """A flood's cost: CPU time and memory of the web process, and other clients' waits."""
 
     cpu: float = 0.0
     memory: float = 0.0

@@ -88,7 +88,7 @@ class TestCreate:
         ],
     )
     def test_bad_field(self, api: Api, field: str, value: object) -> None:
-        """An invalid field is rejected with 422 and an error that points at that field only."""
+        """An invalid field gets 422 and an error that points only at that field."""
         body: dict[str, Any] = {"chatId": str(uuid4()), "dueDate": in_days(1), "message": "?"} | {field: value}
         assert pointers(is_problem(api.post(FOLLOW_UPS, body), 422, "invalid-request")) == [f"#/{field}"]
 

@@ -118,7 +118,7 @@ def deadlocked(api: Api, engine: Engine, request: Callable[[], Any], created: di
 
 
 def lock_chat(connection: Connection, chat_id: str) -> None:
-    """Lock a chat that the request has locked; PostgreSQL then aborts the request to end the deadlock.
+    """Lock a chat that the request has locked, so that PostgreSQL aborts the request.
 
     PostgreSQL checks a waiting transaction for deadlocks only once, after a second. A request that has already waited
     for more than a second is not aborted.

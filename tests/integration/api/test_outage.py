@@ -1,4 +1,4 @@
-"""Behaviour of the web process while the database or the broker is unreachable, or with invalid settings."""
+"""Tests of the web process without a database or broker, or with invalid settings."""
 
 from __future__ import annotations
 

@@ -133,7 +133,7 @@ class TestStats:
         assert "due, and held until the sending hours" in shown
 
     def test_watching_in_a_pipe_prints_one_line_per_sample(self, environment: pytest.MonkeyPatch, world: World) -> None:
-        """In a pipe, `stats --watch` prints one line or JSON object per sample; Ctrl-C ends it without an error."""
+        """In a pipe, `stats --watch` prints a line or JSON object per sample until Ctrl-C."""
         del environment
         fill(world)
         command = [sys.executable, "-m", "followups.cli", "stats", "--watch", "--interval", "0.2", "--json"]
@@ -272,7 +272,7 @@ class TestDoctor:
         assert bool(found) == bool(advice)
 
     def test_wrong_settings_are_wrong_usage(self, run: RunCommand, environment: pytest.MonkeyPatch) -> None:
-        """With invalid settings, doctor runs no check and exits with code 2; the error names the settings."""
+        """With invalid settings, doctor runs no check, names the settings and exits with code 2."""
         environment.setenv("FOLLOWUPS_LEASE", "1")
         ran = run("doctor")
         assert (ran.code, ran.stdout) == (2, "")

@@ -53,7 +53,7 @@ def test_hidden_transactions(settings: Settings, engine: Engine, unprivileged_ur
 
 
 def test_overdue(settings: Settings, engine: Engine, world: World) -> None:
-    """Doctor reports follow-ups overdue by more than a lease and a tick, and advises what to check."""
+    """Doctor reports follow-ups overdue by more than a lease and a tick, with advice."""
     world.follow_up(due=-timedelta(minutes=2))
     backlog = found(settings, engine)["backlog"]
     assert backlog.detail.startswith("1 pending, 0 in flight, 1 overdue, the oldest by 2 min")

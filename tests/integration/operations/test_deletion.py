@@ -149,7 +149,7 @@ class TestWorkspace:
         assert counts(world) == {"audit_events": 1}
 
     def test_attempts_in_flight_end_first(self, world: World) -> None:
-        """Deleting a workspace waits for an attempt in flight, and reports an attempt that does not end.
+        """A workspace's deletion waits for attempts in flight, and reports attempts that do not end.
 
         After an incomplete deletion, the command can be run again.
         """

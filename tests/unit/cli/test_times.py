@@ -29,7 +29,7 @@ NOW = datetime(2030, 1, 31, 9, tzinfo=UTC)
     ],
 )
 def test_due_dates(text: str, moment: datetime) -> None:
-    """A due date is `now`, a duration from now in s, m, h and d, or ISO 8601 with an offset.
+    """A due date is `now`, a duration (s, m, h, d), or ISO 8601 with an offset.
 
     A due date may be in the past.
     """

@@ -202,7 +202,7 @@ async def test_the_status_decides_when_the_body_breaks_off(
 async def test_a_connection_that_breaks_sends_none_of_its_requests_again(
     server: Http2Server, transport: Transport
 ) -> None:
-    """When a connection breaks, the outcomes of its calls are unknown, and other calls are not affected."""
+    """If a connection breaks, its calls have unknown outcomes, and other calls are not affected."""
 
     async def break_first(stream: Stream) -> None:
         await asyncio.sleep(0.1)

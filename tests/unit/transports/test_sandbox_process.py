@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 async def test_the_process_stops_with_open_requests() -> None:
-    """The process prints one line when it is ready, and exits cleanly on SIGTERM at any time."""
+    """The process prints one line when ready, and exits cleanly on SIGTERM."""
     process = await asyncio.create_subprocess_exec(
         sys.executable, "-m", "followups.transports.sandbox.server", "--port", "0", "--no-dedup",
         stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE,

@@ -156,7 +156,7 @@ def _create_once(work: Work, body: NewFollowUp, idempotency_key: str) -> Steps[i
     if answer is None:
         try:
             answer = yield from _create(work, body)
-        # the 429 response is not stored, because the workspace may be below its quota a moment later
+        # the 429 is not stored, because the workspace may soon be below its quota
         except QuotaExceededError:
             raise
         except (ChatNotFoundError, NothingToFollowUpError, InvalidRequestError) as error:

@@ -77,7 +77,7 @@ def _web() -> str:
 
 
 def trouble_of_web(host: str, port: int) -> str:
-    """Check whether `web` answers. Return an error message if `web` does not answer, or an empty string if it does."""
+    """Check whether `web` answers. Return an error message if `web` does not answer, or else an empty string."""
     place = f"{host}:{port}"
     connection = http.client.HTTPConnection(host, port, timeout=PATIENCE)
     try:

@@ -122,7 +122,7 @@ class Ledger:
         return list(self._records)
 
     def page(self, after: int, limit: int) -> list[tuple[int, LedgerEntry]]:
-        """Return up to ``limit`` requests after number ``after``, oldest first; the first request is number 1."""
+        """Return up to ``limit`` requests after number ``after``, oldest first; numbers begin at 1."""
         forgotten = self._counts["requests"] - len(self._records)
         start = max(after - forgotten, 0)
         return list(enumerate(islice(self._records, start, start + limit), forgotten + start + 1))
@@ -130,7 +130,7 @@ class Ledger:
     def summary(self, latest: int | None = None) -> dict[str, object]:
         """Return the counts, and the lag of the ``latest`` accepted messages (by default, of all).
 
-        ``duplicates`` are keys that were accepted more than once; ``repeats`` are requests whose key had been accepted
+        ``duplicates`` are keys that were accepted more than once. ``repeats`` are requests whose key had been accepted
         before, whatever the result. Lags are in milliseconds, or None if nothing was accepted.
         """
         counts = {name: self._counts[name] for name in ("requests", "accepted", "duplicates", "repeats", "invalid")}
