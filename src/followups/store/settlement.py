@@ -46,9 +46,7 @@ class Settlement(NamedTuple):
     cancel_takes_precedence: bool = True
     """Whether a cancel that was requested during the attempt takes precedence over this outcome."""
     cancel_detail: str = ""
-    """The text that is appended to the reason of a cancel requested during the attempt, if this reason is only a code:
-    ': ...' or an empty string.
-    """
+    """The text appended to a requested cancel's reason that is only a code: ': ...' or empty."""
 
 
 class SettledFollowUp(NamedTuple):
