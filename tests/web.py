@@ -1,4 +1,4 @@
-"""The REST API in a separate process, and a client with a separate workspace, for all types of tests."""
+"""The REST API in a separate process, and a client with a separate workspace."""
 
 from __future__ import annotations
 

@@ -40,7 +40,7 @@ SILENCE_MARGIN = timedelta(seconds=5)
 A connection that is silent for this long is half-open, or its server hangs and will never report the timeout.
 """
 NO_CONNECT_TIMEOUT = 130
-"""Seconds that psycopg waits if the URL sets `connect_timeout` to 0, which means no limit to libpq."""
+"""Seconds that psycopg waits if `connect_timeout` is 0, which means no limit to libpq."""
 
 ENCODING = "UTF8"
 MAKE_ANOTHER = (

@@ -108,7 +108,7 @@ A single row may also cause the usual errors about invalid data or violated cons
 
 
 def concerns_a_row(error: Exception) -> bool:
-    """Return whether a single row may have caused the error, so that the work would succeed without that row."""
+    """Return whether a single row may have caused the error."""
     cause = _cause(error)
     if isinstance(cause, psycopg.DataError | psycopg.IntegrityError):
         return True

@@ -170,7 +170,7 @@ class Pause(Base):
     ended_at: Mapped[datetime | None]
     """The time at which the pause ended.
 
-    The row of an ended pause is kept only until all held follow-ups have been released.
+    An ended pause's row is kept only until all held follow-ups have been released.
     """
 
 
@@ -367,8 +367,8 @@ class FollowUp(Base):
             "chat_message_id",
             postgresql_where=text("chat_message_id IS NOT NULL"),
         ),
-        # This index serves queries for follow-ups that ended recently (lag, throughput, retries) or long ago (pruning).
-        # New entries are added at the index's right edge. Follow-ups that are settled together have the same key.
+        # This index finds follow-ups that ended recently (lag, throughput, retries) or long ago (pruning). New entries
+        # are added at the index's right edge. Follow-ups that are settled together have the same key.
         Index("ix_follow_ups_finished", "finished_at", postgresql_where=text("finished_at IS NOT NULL")),
         Index("ix_follow_ups_retry_of", "retry_of", unique=True, postgresql_where=text("retry_of IS NOT NULL")),
         # This index contains only the follow-ups that are held by a pause or by sending hours. The index is usually

@@ -1,7 +1,7 @@
 """Retries of failed attempts: the policy is plain data, and each decision is a value. Pure functions.
 
 The backoff is exponential with full jitter (Brooker, "Exponential Backoff And Jitter", AWS Architecture Blog, 2015).
-The delay is uniformly distributed between zero and the ceiling, so attempts that failed at the same time are retried at
+The delay is uniformly distributed between zero and the ceiling. Attempts that failed together are therefore retried at
 different times.
 """
 

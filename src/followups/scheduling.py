@@ -269,7 +269,7 @@ def amending(
 def _event(actor: Actor, workspace_id: UUID, found: FollowUp, fresh: Mapping[str, Any]) -> Event:
     """Return the audit event of a change.
 
-    The event contains the names of the changed fields and the old and new due date, but no text.
+    The event names the changed fields and the old and new due date, without texts.
     """
     details: dict[str, object] = {"fields": sorted(to_camel(name) for name in fresh)}
     action = Action.FOLLOW_UP_CHANGED

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 PREFIX = "tenant-a:"
 HANDSHAKE = {"PING", "HELLO", "CLIENT", "AUTH", "SELECT", "ACL", "CONFIG", "EXISTS", "SCAN"}
-"""The commands that are sent by the client libraries and by this test, not by the service."""
+"""Commands sent by the client libraries and by this test, not by the service."""
 RULES = ("~tenant-a:*", "allchannels", "+@all", "-@admin", "-@dangerous", "+info")
 
 

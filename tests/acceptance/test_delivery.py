@@ -187,7 +187,7 @@ def test_forged_hints(running: Stack) -> None:
 
 
 def test_remote_control_is_read_only(running: Stack) -> None:
-    """Remote commands that stop or change a worker are refused, because any broker client can send them."""
+    """Remote commands that stop or change a worker are refused: any broker client can send them."""
     control = celery_app(running).control
     commands: dict[str, dict[str, object]] = {
         "shutdown": {},

@@ -27,9 +27,7 @@ if TYPE_CHECKING:
 COMMAND = str(Path(sys.executable).with_name("followups"))
 
 BOUND = 15.0
-"""The time limit in seconds for reporting a fault: ten seconds without a heartbeat, plus the time that the command
-takes to start.
-"""
+"""Seconds for reporting a fault: ten without a heartbeat, plus the start of the command."""
 
 DEAF = '''
 """Celery's consumer asks for no work any more once the file is there; all the rest of the worker goes on."""
@@ -49,7 +47,7 @@ def health(stack: Stack, *arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 def says(stack: Stack, role: str, code: int, *words: str) -> None:
-    """Wait until the command exits with this code and one line on the expected stream contains these words."""
+    """Wait until the command exits with this code and these words on one expected line."""
 
     def so() -> bool:
         ran = health(stack, role)

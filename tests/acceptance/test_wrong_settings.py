@@ -68,7 +68,7 @@ def test_a_worker_whose_components_cannot_start(stack: Stack, tmp_path: Path) ->
 
 @pytest.mark.parametrize("form", ["libpq", "SQLAlchemy"])
 def test_several_hosts(stack: Stack, form: str) -> None:
-    """In each form of a URL with several hosts, an unreachable or read-only host is skipped."""
+    """If a URL has several hosts, an unreachable or read-only host is skipped."""
     url = make_url(stack.settings.database_url.get_secret_value())
     socket = str(url.query["host"])
     hosts = f"nowhere.invalid:1,{socket.replace('/', '%2F')}" if form == "libpq" else ""

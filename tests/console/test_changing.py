@@ -196,7 +196,7 @@ def test_a_conflict_keeps_the_typed_values(doing: str, person: Callable[..., Per
 
 
 def test_cancelling_is_final_and_keeps_the_reason(person: Callable[..., Person], own: World) -> None:
-    """A cancelled follow-up has the reason typed by the person, or the default code if none was typed."""
+    """A cancelled follow-up has the reason that the person typed, or the default code."""
     for reason, stored in (("The customer called", "The customer called"), ("", "cancelled_by_api")):
         one_id = own.follow_up(due=HOUR)
         one = person("agent", own)

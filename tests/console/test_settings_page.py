@@ -141,7 +141,7 @@ def test_a_workspace_is_paused_and_resumed(person: Callable[..., Person], own: W
 
 
 def test_operators_choose_a_workspace_or_pause_a_channel_of_all(person: Callable[..., Person], own: World) -> None:
-    """An operator can pause a channel in all workspaces; an admin sees this pause but cannot end it."""
+    """An operator can pause a channel in all workspaces; an admin cannot end this pause."""
     operator, admin = person("operator"), person("admin", own)
     everywhere = operator.get("/settings")
     assert "API keys" not in words(everywhere)

@@ -41,7 +41,7 @@ class Built:
 
 @pytest.fixture(scope="session")
 def built() -> Iterator[Built]:
-    """Build the sdist, then the wheel from it, and install the wheel with this environment's dependencies."""
+    """Build the sdist and its wheel; install the wheel with this environment's dependencies."""
     uv = os.environ.get("UV") or shutil.which("uv")
     if not uv:
         pytest.skip("uv is not installed")

@@ -138,7 +138,7 @@ def test_the_schema_then_the_code(previous: Rig, old_code: str) -> None:
 
 
 def test_the_code_before_the_schema(previous: Rig) -> None:
-    """New code deployed before its schema may wait for the schema, but loses and duplicates no message."""
+    """If new code is deployed before its schema, no message is lost or duplicated."""
     previous.start()
     with Load(previous, RATE, seconds=3600) as load:
         wait_until(lambda: len(load.ids) >= RATE, within=30)

@@ -35,7 +35,7 @@ NOW = "UPDATE follow_ups SET next_attempt_at = now() WHERE id = :id"
 
 
 class DrivenStore:
-    """The model and the real store, with the same two follow-ups of one chat in the database."""
+    """The model and the real store, with the same two follow-ups of one chat."""
 
     def __init__(self, world: World, settings: Settings, *, deduplicates: bool, creates_late: bool) -> None:
         self.protocol = Protocol(deduplicates=deduplicates, creates_late=creates_late, most_claims=6)

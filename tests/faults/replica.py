@@ -62,7 +62,7 @@ def _data(server: EmbeddedPostgres) -> Path:
 
 
 class Server(EmbeddedPostgres):
-    """A PostgreSQL server of any version: either new, or a standby of another server until promoted."""
+    """A PostgreSQL server of any version: either new, or a standby until its promotion."""
 
     def __init__(self, binaries: Path, primary: EmbeddedPostgres | None = None) -> None:
         """Store the binaries and the server to replicate (None for an independent server)."""
@@ -99,7 +99,7 @@ class Server(EmbeddedPostgres):
 
 
 class Replicated:
-    """A primary and its standby behind one address; both are killed and restarted like a single server.
+    """A primary and its standby behind one address, killed and restarted like a single server.
 
     On a restart, the standby takes over. If ``synchronous``, a failover loses no commit; otherwise a failover may lose
     commits.

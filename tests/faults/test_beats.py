@@ -42,7 +42,7 @@ def beats(rig: Rig, figures: Figures, number: int, seconds: float) -> None:
 
 @pytest.mark.parametrize("number", [2, 3])
 def test_several_beats(number: int, rig: Rig, figures: Figures) -> None:
-    """If two or three beats run, no message is sent twice; if one beat is killed, the others keep ticking."""
+    """If two or three beats run and one is killed, ticks continue and nothing is sent twice."""
     beats(rig, figures, number, seconds=2.5)
 
 

@@ -22,7 +22,7 @@ BACK_WITHIN = 10.0
 
 
 def outages(rig: Rig, figures: Figures, times: int, between: float, rate: float) -> None:
-    """Kill and restart the broker this many times, partly in quick succession; then check every worker."""
+    """Kill and restart the broker this many times, some in quick succession; check every worker."""
     assert rig.valkey
     workers = rig.start(workers=2, beats=2)
     with Load(rig, rate, seconds=3600) as load:

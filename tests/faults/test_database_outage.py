@@ -74,7 +74,7 @@ def seconds_until_accepted(rig: Rig) -> float:
 
 
 def test_restarted_under_load(breakable: Rig, figures: Figures) -> None:
-    """Sending continues within seconds after a restart of PostgreSQL; no message is lost or sent twice."""
+    """If PostgreSQL restarts, sending continues within seconds; no message is lost or sent twice."""
     outages(breakable, figures, times=2, between=(0.5, 1.5), rate=60)
 
 

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 def doubled(rig: Rig, figures: Figures, count: int, rounds: int) -> None:
-    """Freeze the workers while the queue fills; duplicate and shuffle its messages, then resume the workers."""
+    """Freeze the workers, duplicate and shuffle the queued messages, then resume the workers."""
     rig.options |= {"FOLLOWUPS_LEASE": "60", "FOLLOWUPS_BATCH_SIZE": "5"}
     reader, *others = rig.start(workers=3, beats=2)
     hints = 0

@@ -35,7 +35,7 @@ BESIDE = {"claim.before_commit", "begin.before_commit", "begin.committed"}
 
 
 def recovered(rig: Rig, figures: Figures, point: str, killed: float) -> None:
-    """Wait until all follow-ups are sent, and check that this took at most a lease and a tick."""
+    """Wait until all follow-ups are sent, in at most a lease and a tick."""
     rig.settle_down(within=60)
     took = time.monotonic() - killed
     verdict = rig.verdict()
@@ -61,7 +61,7 @@ def test_killed_at_each_step(rig: Rig, figures: Figures) -> None:
 
 
 def test_killed_in_mid_batch(rig: Rig, figures: Figures) -> None:
-    """Calls in flight when their worker is killed are recorded as lost, and repeated with the same idempotency keys."""
+    """If a worker is killed, its calls in flight are repeated with their idempotency keys."""
     doomed, other = rig.start(workers=2)
     other.signal(signal.SIGSTOP)  # stopped so that the other worker gets all follow-ups
     rig.behave(kind="slow", delay=0.3)

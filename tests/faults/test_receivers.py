@@ -1,4 +1,4 @@
-"""Tests with a receiver that fails, limits the rate or is unreachable: retries are spread over time."""
+"""Tests with a receiver that fails, limits the rate or is unreachable: retries spread out."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ PATIENT = {
     "FOLLOWUPS_RETRY_CAP": "2",
     "FOLLOWUPS_MAX_ATTEMPTS": "200",
 }
-"""Settings for a slow machine: attempts continue for longer than an outage, and delays do not count as failures."""
+"""Settings for a slow machine: attempts outlast an outage, and delays are not failures."""
 WINDOWS = {"100_ms": 0.1, "1_s": 1.0}
 """The lengths, in seconds, of the windows in which requests are counted."""
 
@@ -241,7 +241,7 @@ def test_some_fail_of_many(rig: Rig, figures: Figures) -> None:
 
 @pytest.mark.faults_long
 def test_long_storm_of_429(rig: Rig, figures: Figures) -> None:
-    """During half a minute of 429 responses to thousands of chats, no retry is early or uses up an attempt."""
+    """If thousands of chats get 429 for half a minute, retries wait and use no attempt."""
     storm(rig, figures, count=3_000, seconds=30)
 
 

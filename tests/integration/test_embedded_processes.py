@@ -73,7 +73,7 @@ class TestProcesses:
             processes.spawn("beat", ["sh", "-c", "echo no broker >&2; exit 3"], ready=lambda: False)
 
     def test_readiness_has_a_deadline(self) -> None:
-        """If a process is not ready in time, it is stopped, and the error names the time limit."""
+        """If a process is not ready in time, it is stopped; the error names the limit."""
         with Processes() as processes:
             with pytest.raises(EmbeddedError, match=r"was not ready after 0\.1 s"):
                 processes.spawn("worker", ["sleep", "600"], ready=lambda: False, within=timedelta(seconds=0.1))

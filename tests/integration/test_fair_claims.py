@@ -155,7 +155,7 @@ def test_window_with_earlier_due_dates(world: World, engine: Engine, settings: S
 
 
 def test_claim_in_order_detects_a_backlog(engine: Engine, settings: Settings) -> None:
-    """A claim in due order detects a backlog, and does not exceed an in-flight limit that is used up."""
+    """A claim in due order detects a backlog and respects a used-up in-flight limit."""
     worlds = worlds_of(engine, 90, 5)
     few = bounded(settings, 10)
     assert shares(claim(engine, few), worlds) == [5, 5]
@@ -217,7 +217,7 @@ def test_locked_rows(engine: Engine, settings: Settings) -> None:
 
 
 class TestLowWater:
-    """If a fair claim leaves part of a backlog unclaimed, the low-water mark does not move past that part."""
+    """If a fair claim leaves part of a backlog, the low-water mark stays before that part."""
 
     def test_mark(self, engine: Engine, settings: Settings) -> None:
         """The low-water mark stays before the first unfinished follow-up, even if later ones are claimed."""

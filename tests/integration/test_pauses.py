@@ -97,7 +97,7 @@ def test_follow_ups_not_due_stay_unchanged(world: World, engine: Engine, setting
 
 
 def test_order_within_the_chat_is_kept(world: World, engine: Engine, settings: Settings) -> None:
-    """If a chat's earlier follow-up is paused, the later one waits for it and is sent after it."""
+    """If a chat's earlier follow-up is paused, the later follow-up is sent after it."""
     chat = world.chat()
     first, second = world.follow_ups_at_once([(chat, -2 * SECOND), (chat, -SECOND)])
     scope = pause(world)

@@ -255,7 +255,7 @@ def test_a_plug_ins_error_reveals_no_message(
     started: Callable[..., Pipeline],
     capfd: pytest.CaptureFixture[str],
 ) -> None:
-    """If a plug-in's error quotes the message, neither the attempt's record nor the log shows it."""
+    """If a plug-in's error quotes the message, neither attempt nor log shows the message."""
 
     def raises(delivery: Delivery) -> None:
         raise RuntimeError(delivery.message)

@@ -159,7 +159,7 @@ class TestSchedule:
 
     @pytest.mark.parametrize("channel", list(Channel))
     def test_window(self, caller: Caller, channel: Channel) -> None:
-        """On a windowed channel, a due date is rejected unless it is within 24 hours of the user's last message."""
+        """On a windowed channel, a due date must be within 24 hours of the user's message."""
         windowed = channel in {Channel.WHATSAPP, Channel.INSTAGRAM}
         chat_id = caller.world.chat(channel=channel.value, last_user_message_at=text("now() - interval '23 hours'"))
         closed = caller.world.chat(channel=channel.value, last_user_message_at=text("now() - interval '25 hours'"))

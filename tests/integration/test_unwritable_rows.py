@@ -62,7 +62,7 @@ def test_begun_attempts_are_returned(
 
 
 def unchecked(world: World, table: str) -> None:
-    """Drop the constraint that requires readable times, to imitate rows that are older than the constraint."""
+    """Drop the constraint on readable times, to imitate rows older than the constraint."""
     world.alter(f"ALTER TABLE {table} DROP CONSTRAINT ck_{table}_times_are_readable")
 
 
@@ -102,7 +102,7 @@ def as_many_attempts_as_there_can_be(world: World) -> None:
 
 
 def refused_by_a_trigger(world: World) -> None:
-    """Create a trigger that rejects the begin of an attempt, as the trigger of another program might."""
+    """Create a trigger that rejects the begin of an attempt, like another program's trigger."""
     world.alter(
         "CREATE FUNCTION refuse() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN"
         f" IF NEW.workspace_id = '{world.workspace_id}' AND NEW.begun_at IS NOT NULL THEN RAISE 'not this one'; END IF;"
@@ -425,7 +425,7 @@ def test_a_row_that_cannot_be_claimed(world: World, engine: Engine, settings: Se
 def test_a_time_before_the_calendar(
     world: World, engine: Engine, settings: Settings, moment: str, take: Callable[..., Claim]
 ) -> None:
-    """A next attempt before Python's first year counts as due: the follow-up begins, and claims continue."""
+    """If a next attempt is dated before Python's first year, the follow-up begins as due."""
     unchecked(world, "follow_ups")
     ids = {world.follow_up(next_attempt_at=text(f"timestamptz '{moment}'")), world.follow_up()}
     assert begun(begin(engine, settings, take(engine, settings).leases)) == ids

@@ -76,7 +76,7 @@ def _lines(written: pytest.CaptureFixture[str] | io.StringIO) -> list[dict[str, 
 
 
 def test_an_event_is_one_line_of_json(capsys: pytest.CaptureFixture[str]) -> None:
-    """Without a terminal, a log event is one JSON object on stderr with a UTC time; stdout stays empty."""
+    """Without a terminal, a log event is one JSON object on stderr with a UTC time."""
     configure_logging(None, "info")
     get_logger("followups.delivery").info("attempt", outcome="sent", note="two\nlines \N{SNOWMAN}")
     out, err = capsys.readouterr()

@@ -16,7 +16,7 @@ from followups.urls import HIGHEST_PORT, port_of
 
 
 def main() -> None:
-    """Read the settings and serve requests; exit with an error message and code 2 if a setting is invalid."""
+    """Read the settings and serve requests; exit with code 2 if a setting is invalid."""
     parser = argparse.ArgumentParser(prog="python -m followups.api", description="Serve the REST API.")
     parser.add_argument("--host", default="", help="address to listen on (default: all addresses, IPv6 and IPv4)")
     parser.add_argument("--port", default=port_of(os.environ.get("PORT"), "8000"), help="default: $PORT, else 8000")

@@ -1,4 +1,4 @@
-"""The root command, the list of all commands, and the exit codes: 0 success, 1 failure, 2 wrong usage.
+"""The root command, the list of commands, and the exit codes (0 success, 1 failure, 2 usage).
 
 The help text is built from this list alone, so it appears without delay. A command's module, with all its imports, is
 loaded only when the command is called. Errors are printed on stderr.

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 log = get_logger(__name__)
 lines = Lines(__name__)
 
-# The counters are cached: there are few label values, and looking up a counter takes longer than incrementing it.
+# The counters are cached: label values are few, and a look-up takes longer than an increment.
 _attempts = cache(metrics.ATTEMPTS.labels)
 
 

@@ -156,8 +156,8 @@ class CallTimeout:
         """Set the time limit of a call to ``limit``."""
         self.seconds = limit.total_seconds()
         self._ends: dict[Task, float] = {}
-        """The time by which each task's call must have ended, measured by the event loop's clock. All calls have one
-        time limit, so the earliest call reaches its limit first.
+        """The event loop's time by which each task's call must have ended. All calls have one time limit, so the
+        earliest call reaches its limit first.
         """
         self._timer: asyncio.TimerHandle | None = None
 

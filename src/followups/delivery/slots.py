@@ -34,7 +34,7 @@ class Slots:
         """The largest number of slots of one workspace while other workspaces are active."""
         self._of_workspace: dict[int, int] = {}
         self._poison_pills: dict[UUID, int] = {}
-        """Possible poison pills whose outcome is not recorded yet, each with the share of the quota that it uses."""
+        """Possible poison pills without a recorded outcome, each with its share of the quota."""
 
     def acquire(self, lease: Lease) -> bool:
         """Acquire a slot; return whether the quota of poison pills permitted it."""

@@ -1,7 +1,7 @@
 """Rate limiting: follow-ups over a limit are deferred before their attempt begins, oldest due first.
 
-A `Limiter` keeps the state of each limit for all workers: token buckets and their waiting queues, which two scripts
-(``take``, ``give_back``) update in Redis. Losing this state allows one extra burst and loses the order of waiting
+A `Limiter` keeps each limit's state for all workers: token buckets and waiting queues. Two scripts (``take``,
+``give_back``) update this state in Redis. Losing this state allows one extra burst and loses the order of waiting
 follow-ups. A deferred follow-up uses up no attempt and no slot. During a short wait the follow-up stays in the due
 queue; for a long wait it is deferred in the database.
 """

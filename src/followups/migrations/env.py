@@ -46,8 +46,8 @@ _HOLDER = text("""
 
 def _bound_locks(connection: Connection) -> None:
     # The timeout is set in each transaction, whatever the previous transaction has set. An index that is created
-    # concurrently is created outside a transaction. A concurrent index build may wait as long as the whole migration,
-    # because no query waits behind it.
+    # concurrently is created outside a transaction. A concurrent index build may wait as long as the migration: no
+    # query waits behind it.
     if connection.get_execution_options().get("isolation_level") != "AUTOCOMMIT":
         connection.exec_driver_sql(f"SET LOCAL lock_timeout = '{LOCK_TIMEOUT}'")
 

@@ -1,4 +1,4 @@
-"""Explain in words why a follow-up is in its current state, and what can be done about it. Pure functions."""
+"""Explain in words why a follow-up is in its state, and what can be done. Pure functions."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ class Circumstances:
     first: Sentence | None = None
     """The explanation of the chat's first pending follow-up, if that is not the explained follow-up."""
     window_closes_at: datetime | None = None
-    """The end of the chat's messaging window, or None if its channel has no messaging window."""
+    """The end of the chat's messaging window, or None for a channel without one."""
     retried_as: UUID | None = None
 
 

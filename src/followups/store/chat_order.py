@@ -169,7 +169,7 @@ def first_of(connection: Connection, workspace_id: UUID, chat_id: UUID) -> UUID 
 
 
 MOST_PLACES = 100
-"""The largest position that is computed for a follow-up in its chat; positions beyond it count as this one."""
+"""The largest computed position of a follow-up in its chat; later positions count as this one."""
 
 _PLACES = text("""
     SELECT f.id, (SELECT count(*) FROM (

@@ -124,8 +124,8 @@ def lock_chats_of(follow_up_id: UUID, workspace_id: UUID | None, target: UUID | 
     return {chat.id: chat for chat in chats}
 
 
-# Two concurrent transactions that reserve the same external id run one after the other, and the second one sees what
-# the first has committed.
+# If two transactions reserve the same external id, the second waits for the first. The second one then sees what the
+# first has committed.
 _LOCK_EXTERNAL_ID = Statement("SELECT pg_advisory_xact_lock(hashtextextended(:external_id, 0))")
 _TAKEN = Statement("""
     SELECT id FROM chats

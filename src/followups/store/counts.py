@@ -11,8 +11,8 @@ A trigger with counters would update one shared row for each insert and end. Row
 the planner's estimates. The estimates are as exact as the last ANALYZE, which runs after 2 % of the rows have changed.
 An estimate is never below the number of rows counted. On two busy cores with half a million rows pending, 36,000 of
 them overdue, the measurement took 16 ms. An exact count of pending rows takes 83 ms, and grows with their number. If
-60,000 rows have just been sent and not yet vacuumed, the first measurement takes 287 ms, and later ones 13 to 16 ms.
-The time that the backlog's measurement takes does not depend on the number of rows.
+60,000 rows have just been sent and not yet vacuumed, the first measurement takes 287 ms. Later measurements take 13 to
+16 ms. The time that the backlog's measurement takes does not depend on the number of rows.
 """
 
 from __future__ import annotations
@@ -62,8 +62,8 @@ class Backlog:
 _PENDING_ROWS = "FROM follow_ups WHERE status = 'pending'"
 
 # The query reads only the start of the claim's index, slightly beyond the current time. No follow-up due after this
-# range has begun, so all follow-ups in flight are included. A follow-up that waits for an earlier follow-up in its chat
-# does not count as overdue, but the earlier follow-up does. The ORDER BY keeps the index from being read further than
+# range has begun, so all follow-ups in flight are included. A follow-up that waits for its chat's earlier follow-up
+# does not count as overdue. The earlier follow-up counts. The ORDER BY keeps the index from being read further than
 # needed. Without the ORDER BY, the planner would read the whole table. The planner estimates that a third of all
 # pending rows are overdue. One read must suffice, because the index starts with sent but not yet vacuumed rows.
 _COUNT = text(f"""

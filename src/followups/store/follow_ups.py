@@ -335,7 +335,7 @@ def _changing(names: frozenset[str]) -> Statement:
 
 @Rule
 def change_if_not_begun(follow_up_id: UUID, values: Mapping[str, Any]) -> Steps[FollowUp | None]:
-    """Write new values of API fields to a pending follow-up with no attempt in flight; return it, or None.
+    """Write new API fields to a pending follow-up that is not in flight; return it, or None.
 
     A new due date or chat revokes the lease by increasing the fencing token, so a hint that was already published has
     no effect.

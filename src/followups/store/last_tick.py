@@ -96,7 +96,7 @@ def last_tick_age(connection: Connection) -> timedelta | None:
 
 
 def last_tick(connection: Connection) -> float:
-    """Return the time of the last tick, in seconds since 1970, or 0 if no tick has ever run."""
+    """Return the last tick's time in seconds since 1970, or 0 if none has run."""
     return float(connection.scalar(_LAST) or 0)
 
 

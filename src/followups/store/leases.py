@@ -146,7 +146,7 @@ _RELEASE = text(f"""
 
 
 def release_if_not_begun(connection: Connection, leases: Sequence[Lease]) -> int:
-    """Release leases, so that the next tick may claim the follow-ups; return how many were valid."""
+    """Release leases for the next tick's claim; return how many of the leases were valid."""
     return connection.execute(_RELEASE, batch_of(leases)).rowcount
 
 

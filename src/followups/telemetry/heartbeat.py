@@ -1,9 +1,9 @@
 """Heartbeat files: each worker or beat writes its state to a file that supervisors read.
 
-Each process keeps one small file in the runtime directory, and rewrites the file every second. For each component that
-must make progress, the file contains the deadline of its next report. Reading the file requires neither Celery nor the
-broker, so a check costs little more than starting a Python interpreter. A broker outage does not make supervisors
-restart the processes, because a restart cannot fix it.
+Each process keeps one small file in the runtime directory, rewritten every second. For each component that must make
+progress, the file contains the deadline of its next report. Reading the file needs neither Celery nor the broker. A
+check therefore costs little more than starting a Python interpreter. A broker outage does not make supervisors restart
+the processes, because a restart cannot fix it.
 
 - Times are on the monotonic clock, which all processes of a machine share. So setting the wall clock raises no alarm,
   and after a machine has slept, its processes do not count as dead.
@@ -124,8 +124,8 @@ class Heartbeat:
         """Record that a component made progress.
 
         ``at`` is the time in monotonic seconds, by default now. The component must report again before ``within`` has
-        elapsed. If the component does not report in time, the heartbeat reports its name followed by ``otherwise``,
-        such as "has not asked the broker for work".
+        elapsed. If the component does not report in time, the heartbeat reports its name and ``otherwise``. An example
+        of ``otherwise`` is "has not asked the broker for work".
         """
         with self._lock:
             if not self._ending:
@@ -207,7 +207,7 @@ def _open_locked(path: Path) -> int:
 class ProcessState:
     """The content of one heartbeat file.
 
-    ``trouble`` is empty if the process has no problem, and ``waits`` is empty if the process makes progress.
+    ``trouble`` is empty without a problem, and ``waits`` is empty if the process makes progress.
     """
 
     name: str
@@ -249,7 +249,7 @@ def _files(directory: Path, role: str) -> list[Path]:
 
 
 def _read(path: Path) -> dict[str, Any] | None:
-    """Return what a process has written to its heartbeat file, or None if the process has ended."""
+    """Return the content of a process's heartbeat file, or None if the process has ended."""
     for _ in range(TRIES):
         try:
             with path.open("rb") as file:

@@ -44,8 +44,8 @@ HEADERS = {
     "content-type": "application/json",
     "expect": "",
 }
-"""Headers of every request. Without the empty Expect header, libcurl would wait for the server's permission before
-sending a body of more than 1 MiB.
+"""Headers of every request. The Expect header is empty. Otherwise, libcurl would wait for the server's permission
+before sending a body of more than 1 MiB.
 """
 
 _REASONS = {
@@ -82,7 +82,7 @@ class HttpClient:
         self._endpoint = settings.transport_url or ""
         self._sockets = Sockets(speak_first=self._endpoint.startswith("https:"))
         # If the receiver cannot deduplicate, each connection is used only once. A kept connection may break after a
-        # request has been sent; the follow-up would then fail needlessly as outcome_unknown.
+        # request was sent. The follow-up would then fail needlessly as outcome_unknown.
         kept = settings.transport_deduplicates
         every = HEADERS | dict(headers or {}) | ({} if kept else {"connection": "close"})
         self._headers = _lines(every)

@@ -1,4 +1,4 @@
-"""The components that report to worker's and beat's heartbeats, and how long each may be silent.
+"""The components that report to heartbeats of worker and beat, with the longest silence of each.
 
 A worker that has stopped consuming must be detected. A canary message in the shared queues could be consumed by any
 worker. A canary in a separate queue would leave keys behind for each killed worker. No extra message is needed: the

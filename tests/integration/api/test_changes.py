@@ -187,7 +187,7 @@ class TestFinished:
 
 
 def test_changes_are_recorded_with_their_key(api: Api) -> None:
-    """Each PATCH that changes a follow-up is an audit event with the API key, but without message texts.
+    """Each change by PATCH is an audit event with the API key, but without message texts.
 
     A create request leaves no audit event.
     """

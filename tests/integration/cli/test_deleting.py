@@ -25,7 +25,7 @@ HOUR = timedelta(hours=1)
 
 
 def test_a_deleted_workspace_leaves_an_audit_event(run: RunCommand, world: World) -> None:
-    """Deleting a workspace deletes all its rows; an audit event keeps the actor and the counts."""
+    """If a workspace is deleted, an audit event keeps the actor and the counts."""
     name = str(world.workspace_id)
     world.follow_up(due=HOUR)
     run("api-key", "create", "--workspace", name)

@@ -64,7 +64,7 @@ class TestList:
         assert listed("--limit", 1, "--page", 2) == [second]
 
     def test_a_pipe_gets_complete_rows_without_colour(self, run: RunCommand, world: World) -> None:
-        """In a pipe, `list` prints each follow-up as one complete plain line, with hints on stderr."""
+        """In a pipe, `list` prints one complete plain line per follow-up, with hints on stderr."""
         chat = world.chat()
         follow_up = world.follow_up(chat, **FAILED)
         world.follow_up()

@@ -45,7 +45,7 @@ def test_every_help_text_ends_with_examples(path: list[str], capsys: pytest.Capt
 
 @pytest.mark.parametrize("name", CATALOGUE)
 def test_every_listed_command_can_be_loaded(name: str) -> None:
-    """Every command in the catalogue can be loaded and has the name under which it is listed."""
+    """Every command in the catalogue can be loaded and has its listed name."""
     assert load(name).name in {name, None, ""}  # a group has the name under which it is registered
 
 
@@ -161,7 +161,7 @@ class RefusedError(Exception):
     ids=lambda value: type(value).__name__ if isinstance(value, Exception) else "",
 )
 def test_every_error_is_a_sentence(error: Exception, sentence: str, code: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every error has an exit code and is printed as a sentence without traceback, SQL or password."""
+    """Every error has an exit code and is a sentence without traceback, SQL or password."""
     monkeypatch.setenv("FOLLOWUPS_DATABASE_URL", "postgresql://me:hidden@db:1/chats")
     monkeypatch.setenv("FOLLOWUPS_BROKER_URL", "redis://b")
     said, found = explain(error)

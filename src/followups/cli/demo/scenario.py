@@ -52,7 +52,7 @@ class Scheduled:
 
 @dataclass(frozen=True, slots=True)
 class Scenario:
-    """All follow-ups in the order of their due times, and the behaviour of the receiver and the users."""
+    """All follow-ups in order of due time, and the behaviour of the receiver and users."""
 
     parts: tuple[ScenarioStep, ...]
     failures: dict[str, int]

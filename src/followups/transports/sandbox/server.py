@@ -1,4 +1,4 @@
-"""The sandbox over HTTP: an endpoint for the transport ``http``, its controls, and a live page.
+"""The sandbox over HTTP: an endpoint for the transport ``http``, controls, and a live page.
 
 ============================================= ==================================================================
 ``POST /messages``                            a delivery (deploy/ENDPOINT.md)
