@@ -47,7 +47,7 @@ def health(stack: Stack, *arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 def says(stack: Stack, role: str, code: int, *words: str) -> None:
-    """Wait until the command exits with this code and these words on one expected line."""
+    """Wait for this exit code, and for one line with these words on the expected stream."""
 
     def so() -> bool:
         ran = health(stack, role)

@@ -155,7 +155,7 @@ def test_commit_lost(delivery: DeliverySteps, name: str, monkeypatch: pytest.Mon
 @pytest.mark.parametrize("name", STEPS)
 @pytest.mark.parametrize("committed", [True, False])
 def test_slow_commit(delivery: DeliverySteps, name: str, monkeypatch: pytest.MonkeyPatch, *, committed: bool) -> None:
-    """If a commit's outcome is unknown, the database is queried after the server's transaction has ended."""
+    """If a commit's outcome is unknown, the database is queried after the transaction has ended."""
     step = STEPS[name](delivery)
     commit, rollback = psycopg.Connection.commit, psycopg.Connection.rollback
     ended = threading.Event()

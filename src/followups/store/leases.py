@@ -1,7 +1,7 @@
 """The statements that begin, end or release leased follow-ups. Claims are in `followups.store.claims`.
 
-Beginning, ending or releasing a batch takes one guarded SQL statement. A missing row is normal: another transaction has
-ended, released or claimed its follow-up. No statement in this module waits for another transaction's locks. Locked rows
+Beginning, ending or releasing a batch takes one guarded SQL statement. A row may be missing from the result: another
+transaction has changed its follow-up. No statement in this module waits for another transaction's locks. Locked rows
 are skipped, reported and tried again.
 """
 
