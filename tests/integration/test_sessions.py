@@ -210,7 +210,7 @@ class TestConnectionParameters:
     def test_default_connect_timeout(self, database_url: str, said: str, seconds: float) -> None:
         """A URL without a connect timeout gets the default timeout.
 
-        If the URL disables the connect timeout, pool and driver wait equally long.
+        If the URL disables the connect timeout, the pool waits longer than the driver.
         """
         engine = make_engine(database_url + said)
         assert pool_timeout(engine) > seconds

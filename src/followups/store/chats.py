@@ -254,7 +254,7 @@ _SECOND = timedelta(seconds=1)
 
 
 def counts_as(created_at: datetime) -> datetime:
-    """Return when a message counts as written, rounded up to the end of its second.
+    """Return when a message counts as written; a whole second is rounded up to its end.
 
     Several channels report times in whole seconds. A user may reply within the same second as our own message, and this
     reply must not seem older than our message.
