@@ -25,7 +25,7 @@ IN_FLIGHT = "SELECT count(*) FROM follow_ups WHERE status = 'pending' AND begun_
 def both_unavailable(
     proxied: Proxied, figures: Figures, *, deduplicates: bool, count: int, lease: float, rounds: int = 1
 ) -> None:
-    """Cut off the database and ticks while the chat accepts ``count`` calls in flight."""
+    """While ``count`` calls are in flight, cut off the database and stop the ticks."""
     rig, proxies = proxied
     timeout = lease / 2
     rig.options |= {
