@@ -155,7 +155,7 @@ _RECORD_USE = Statement("""
 
 @Rule
 def record_use(key_id: UUID) -> Steps[bool]:
-    """Return whether this call recorded the API key's use, without waiting for locks.
+    """Record the API key's use without waiting for locks; return whether this call did so.
 
     At most one use per minute is recorded for each key.
     """
