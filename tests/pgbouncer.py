@@ -31,9 +31,9 @@ MISSING = "PgBouncer is not installed: apt-get install pgbouncer."
 class PgBouncer(EmbeddedServer):
     """A PgBouncer on a TCP port of the loopback interface.
 
-    Clients may connect without a password and under any user name; PgBouncer then connects to the server as the user in
-    the server's URL. Every database of the server is available under its own name. The configuration is strict: an
-    unknown startup parameter is refused.
+    Clients may connect without a password and under any user name. PgBouncer connects to the server as the user in the
+    server's URL. Every database of the server is available under its own name. The configuration is strict: an unknown
+    startup parameter is refused.
     """
 
     name = "PgBouncer"
@@ -55,7 +55,7 @@ class PgBouncer(EmbeddedServer):
         self._port = free_port()
 
     def url(self, database: str | None = None) -> str:
-        """Return the URL of a database through PgBouncer; None means the database in the server's URL."""
+        """Return a database's URL through PgBouncer; None means the database in the server's URL."""
         name = database or self._url.database
         url = self._url.set(host="127.0.0.1", port=self._port, database=name, query={})
         return url.render_as_string(hide_password=False)

@@ -158,7 +158,7 @@ def check_changes(changes: Mapping[str, Any]) -> None:
 
 
 def check_reason(reason: str, status: Status) -> None:
-    """Refuse a reason that is empty, too long, impossible to store, or not allowed with the status."""
+    """Refuse a reason that is empty, too long, impossible to store, or wrong for the status."""
     if status is Status.SENT:
         message = Sentence("A sent follow-up has no reason.")
         raise InvalidRequestError(message, field="reason")

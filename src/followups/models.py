@@ -4,10 +4,10 @@ A chat's key consists of the workspace's id and the chat's id. No workspace can 
 by guessing ids. Foreign keys to this key make PostgreSQL refuse rows that mix two workspaces.
 
 Row-level security was tried and rejected. Row-level security costs 6 % of the SQL time of a create and 16 % of a list
-(2 cores, 20,000 rows). But row-level security does not apply to the tables' owner, and the only configured URL is the
-owner's. Row-level security would need a second role, which many hosted databases do not allow. The alternative is FORCE
-ROW LEVEL SECURITY, but then the owner's own pg_dump fails. Each query's predicate protects reads. A test calls every
-documented endpoint with another workspace's key and ids.
+(2 cores, 20,000 rows). But row-level security does not apply to the tables' owner, whose URL is the only one
+configured. Row-level security would need a second role, which many hosted databases do not allow. The alternative is
+FORCE ROW LEVEL SECURITY, but then the owner's own pg_dump fails. Each query's predicate protects reads. A test calls
+every documented endpoint with another workspace's key and ids.
 
 Only guarded UPDATE statements in `followups.store` write a follow-up's ``status``; nothing assigns to an object. In
 another system, saving a full row changed a sent message back to pending (zulip#39521).
@@ -371,8 +371,7 @@ class FollowUp(Base):
         # are added at the index's right edge. Follow-ups that are settled together have the same key.
         Index("ix_follow_ups_finished", "finished_at", postgresql_where=text("finished_at IS NOT NULL")),
         Index("ix_follow_ups_retry_of", "retry_of", unique=True, postgresql_where=text("retry_of IS NOT NULL")),
-        # This index contains only the follow-ups that are held by a pause or by sending hours. The index is usually
-        # empty.
+        # This index contains only follow-ups held by a pause or by sending hours. The index is usually empty.
         Index("ix_follow_ups_paused", "pause_id", postgresql_where=text("pause_id IS NOT NULL AND status = 'pending'")),
         Index(
             "ix_follow_ups_quiet",

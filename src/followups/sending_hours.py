@@ -3,7 +3,7 @@
 Sending hours are local times. Messages are sent at local times from the opening until just before the closing. If the
 clock is set forward past the opening or closing time, the change takes effect at once. If a time occurs twice, the
 sending hours open at its second occurrence and close at its first. No message is therefore sent while the local clock
-shows a time outside the sending hours.
+is outside the sending hours.
 """
 
 from __future__ import annotations

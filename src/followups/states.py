@@ -122,7 +122,7 @@ class Final:
     status: Status
     reason: str | None
     code: ReasonCode | None = field(default=None, compare=False)
-    """The code of the reason, or None for ``sent`` and for a reason in a caller's own words.
+    """The reason's code, or None for ``sent`` and for a caller's own words.
 
     A caller's own reason has no code, even if it begins with a code's text.
     """
@@ -170,7 +170,7 @@ def storable(text: str) -> str:
 
 
 def code_of(reason: str | None) -> str:
-    """Return the code of a stored reason: '' if there is no reason, 'other' if the words are the caller's own.
+    """Return a stored reason's code: '' without a reason, 'other' for a caller's own words.
 
     >>> code_of("rejected: HTTP 403"), code_of("the customer called"), code_of(None)
     ('rejected', 'other', '')

@@ -1,4 +1,4 @@
-"""Tests in which its supervisor stops `followups demo`; the tests of the wheel cover its normal end."""
+"""Tests in which the supervisor stops `followups demo`; the wheel's tests cover a normal end."""
 
 from __future__ import annotations
 

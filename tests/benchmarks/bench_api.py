@@ -4,7 +4,7 @@
 servers as processes: the API, and the bare endpoint, which does one INSERT through psycopg's pool with the same
 uvicorn. The API and the bare endpoint are measured alternately. Then create requests arrive at half of their maximum
 rate. Each call of `schedule_many` creates a thousand follow-ups. The program asserts nothing. Only the ratios to the
-bare endpoint, measured on the same machine in the same run, are meaningful.
+bare endpoint, measured in the same run, are meaningful.
 """
 
 from __future__ import annotations
@@ -281,7 +281,7 @@ def report(loads: list[ApiLoad]) -> None:
 
 
 def lag_beside(arena: Arena, load: ApiLoad, rate: float) -> Figures:
-    """Return the lag of follow-ups sent at 100/s while this load's requests arrive at the given rate."""
+    """Return the lag of follow-ups sent at 100/s while requests arrive at the given rate."""
     with ThreadPoolExecutor(1) as pool:
         loading = pool.submit(asyncio.run, paced(load, rate, PACED_SECONDS + 2 * AHEAD))
         figures = lag(Ours(arena), 100, PACED_SECONDS, ahead=AHEAD)

@@ -89,7 +89,7 @@ DOING = {"/bulk/preview": "cancel-all", "/bulk": "cancel-all", "/settings/hours"
 
 @pytest.mark.parametrize("value", HOSTILE, ids=range(len(HOSTILE)))
 def test_hostile_fields_are_refused_without_an_error(value: str, person: Callable[..., Person], own: World) -> None:
-    """A route given strange values never responds with 500, to a workspace's admin or to an operator."""
+    """Given strange values, a route never responds with 500 to an admin or operator."""
     encoded = quote(value, errors="surrogatepass")
     body = "&".join(f"{name}={encoded}" for name in FIELDS)
     one_id = str(own.follow_up())

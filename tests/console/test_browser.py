@@ -40,7 +40,7 @@ def browser() -> Iterator[Browser]:
 
 @pytest.fixture
 def window(browser: Browser, console_url: str, own: World) -> Iterator[Callable[..., BrowserWindow]]:
-    """Return a function that opens a browser window; errors that the window reports fail the test."""
+    """Return a function that opens a browser window; errors in the window fail the test."""
     opened: list[BrowserWindow] = []
 
     def sit(**options: object) -> BrowserWindow:

@@ -40,7 +40,7 @@ def failed(world: World, reason: str = "rejected: HTTP 403 no", **columns: objec
 
 
 def test_each_row_has_an_explanation(person: Callable[..., Person], own: World) -> None:
-    """Each row of a list shows the same explanation as `followups show`, including what happens next."""
+    """Each row of a list shows the explanation of `followups show`."""
     chat_id = own.chat(channel="whatsapp", external_id="5511987654321", last_user_message_at=NOW)
     ids = {
         "pending": own.follow_up(chat_id, due=HOUR),
@@ -263,7 +263,7 @@ def test_each_row_shows_position_and_messaging_window(person: Callable[..., Pers
 
 
 def send_by_day(own: World, days: int) -> None:
-    """Set sending hours of 08:00 to 20:00 in Sao Paulo, on the days in the bit mask (Monday is bit 0)."""
+    """Set sending hours of 08:00 to 20:00 in Sao Paulo, on the mask's days (Monday is bit 0)."""
     own.sql(
         "INSERT INTO sending_hours (workspace_id, time_zone, opening, closing, days, open_from, open_until)"
         " VALUES (:id, 'America/Sao_Paulo', '08:00', '20:00', :days, now(), now() + interval '1 hour')",

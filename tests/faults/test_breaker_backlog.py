@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 PENDING = "SELECT count(*) FROM follow_ups WHERE status = 'pending' AND workspace_id = :own"
 
 SEEN = "SELECT count(*) FROM follow_ups WHERE (lease_until > now() OR limited_until > now()) AND workspace_id = :own"
-"""SQL that counts the workspace's follow-ups that are leased, or were leased and have been deferred."""
+"""SQL that counts the workspace's follow-ups that are leased, or deferred after a lease."""
 
 
 def backlog(rig: Rig, figures: Figures, overdue: int, others: int) -> None:

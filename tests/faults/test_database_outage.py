@@ -25,7 +25,7 @@ BACK_WITHIN = 10.0
 
 
 def outages(rig: Rig, figures: Figures, times: int, between: tuple[float, float], rate: float) -> None:
-    """Kill or restart PostgreSQL the given number of times under load; each time, check that sending continues."""
+    """Kill or restart PostgreSQL this many times under load; check each time that sending continues."""
     assert rig.postgres
     workers = rig.start(workers=2, beats=2)
     back_after = []

@@ -1,6 +1,6 @@
 """Tests for half-open connections, on which no data arrives although the network keeps acknowledging.
 
-Only the service's own limits detect half-open connections; TCP keepalives and TCP's user timeout do not.
+Only the service's own limits detect half-open connections; TCP keepalives and user timeouts do not.
 """
 
 from __future__ import annotations
@@ -106,7 +106,7 @@ def test_dead_connections_with_default_limits(server: str, proxied: Proxied, fig
 
 
 def stalled(proxied: Proxied, figures: Figures, server: str, seconds: float) -> None:
-    """Stop a server from answering on old and new connections; then let it answer again, or break the connections."""
+    """Stop a server from answering on all connections; then let it answer, or break the connections."""
     rig, proxies = proxied
     proxy = proxy_of(server, proxies)
     workers = working(rig)

@@ -129,7 +129,7 @@ def test_during_an_idle_reader(world: World, engine: Engine, figures: Figures, v
 
 @pytest.mark.parametrize("table", ["follow_ups", "chats", "sending_hours"])
 def test_during_a_reader_of_one_table(world: World, engine: Engine, figures: Figures, table: str) -> None:
-    """A migration delays other transactions by less than 3 s, whichever table a long transaction reads."""
+    """A migration delays other transactions by less than 3 s, whatever a long transaction reads."""
     from_old_versions(world, engine, figures, [("0008", f"TABLE {table}")], patience=1)
 
 

@@ -1,4 +1,4 @@
-"""Tests in which all processes are replaced under load, one after the other, as in an upgrade."""
+"""Tests in which all processes are replaced under load one by one, as in an upgrade."""
 
 from __future__ import annotations
 

@@ -138,7 +138,7 @@ def soak(rig: Rig, figures: Figures, seconds: float, rate: float) -> None:
 
 
 def stream(rig: Rig, api: Api, samples: Samples, seconds: float, rate: float) -> None:
-    """Add follow-ups, disturb them and take samples step by step, catching up if the machine is too slow."""
+    """Add and disturb follow-ups and take samples step by step, catching up on a slow machine."""
     begin, every, looks, owed = time.monotonic(), min(30.0, seconds / 6), 1, 0.0
     for number in range(1, int(seconds / STEP) + 1):
         owed += rate * STEP

@@ -128,7 +128,7 @@ def at(settings: Settings, url: str) -> Settings:
 
 @pytest.fixture
 def impostor() -> Iterator[Impostor]:
-    """Return a server whose certificate has the right host name but was issued by an unknown authority."""
+    """Return a server whose certificate has the right host name but an unknown issuer."""
     running = Impostor(trustme.CA().issue_cert("localhost"))
     yield running
     running.stop()

@@ -202,7 +202,7 @@ async def test_a_returned_token(under_test: LimiterUnderTest) -> None:
 
 
 async def test_an_ended_follow_up_leaves_the_queue(under_test: LimiterUnderTest) -> None:
-    """When a follow-up in the limiter's queue has ended, it is removed, and the next follow-up takes its position."""
+    """When a queued follow-up has ended, the next follow-up takes its position."""
     limit = bucket(rate=1 / 60, burst=1)
     await under_test.ask(request(0, limit))
     cancelled, second = request(1, limit), request(2, limit)

@@ -196,7 +196,7 @@ def test_taken_over_meanwhile(delivery: DeliverySteps, monkeypatch: pytest.Monke
 
 @pytest.mark.parametrize("committed", [True, False])
 def test_counts(engine: Engine, monkeypatch: pytest.MonkeyPatch, *, committed: bool) -> None:
-    """A transaction's counts are added once, even if the connection breaks before or after its commit."""
+    """A transaction's counts are added once, even if the connection breaks at the commit."""
     totals = CounterTotals(engine)
     totals.add()
     with engine.connect() as connection:

@@ -313,7 +313,7 @@ def test_stop_waits_for_the_update_of_statistics(
 ) -> None:
     """Stopping a dispatcher waits for a running update of the planner's statistics.
 
-    After the stop, the dispatcher's engine is closed, so the update must not use it any more.
+    After the stop, the update must not use the dispatcher's closed engine.
     """
     with engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
         connection.execute(text("VACUUM (ANALYZE) follow_ups"))

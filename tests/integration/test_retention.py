@@ -89,7 +89,7 @@ def test_without_retention_only_expired_keys_are_deleted(world: World, engine: E
 
 
 def test_old_chat_messages_are_deleted(world: World, engine: Engine, settings: Settings) -> None:
-    """Old chat messages are deleted, except each chat's last message, which is needed to recognise a repeat."""
+    """Old chat messages are deleted, except each chat's last, which is needed to recognise a repeat."""
     chat_id, other = uuid4(), uuid4()
     receive(world, chat_id, 50 * DAY)
     receive(world, chat_id, 40 * DAY)

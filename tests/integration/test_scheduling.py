@@ -254,7 +254,7 @@ class TestAmend:
         assert caller.world.row(follow_up).lease_until is None
 
     def test_in_flight(self, caller: Caller) -> None:
-        """A follow-up that has begun cannot be cancelled, even with an expired lease: its outcome is unknown."""
+        """A follow-up that has begun cannot be cancelled, even if its lease has expired."""
         follow_up = caller.world.follow_up(begun_at=NOW, lease_until=text("now() - interval '1 min'"))
         with pytest.raises(DeliveryInProgressError) as caught:
             scheduling.cancel(caller.session, follow_up)
@@ -314,7 +314,7 @@ class TestChats:
         assert (chat.last_message_id, chat.last_user_message_at) == (agent.id, user.created_at)
 
     def test_same_timestamp(self, caller: Caller) -> None:
-        """If two messages have equal timestamps, the message that arrived later counts as the last message."""
+        """If two messages have equal timestamps, the later arrival counts as the last message."""
         chat_id, at = uuid4(), soon(-1)
         caller.receive(chat_id, Role.USER, at)
         agent = caller.receive(chat_id, Role.AGENT, at)
@@ -323,7 +323,7 @@ class TestChats:
     @pytest.mark.parametrize(
         ("ours", "reply", "cancels"),
         [
-            (0.3, 0.0, True),  # the reply's time has whole seconds, and is in the same second as the agent's message
+            (0.3, 0.0, True),  # the reply's time has whole seconds, in the same second as the agent's message
             (0.0, 0.0, True),
             (0.0, 0.5, True),  # the timestamp of the agent's message has whole seconds
             (0.999999, 0.0, True),
@@ -335,7 +335,7 @@ class TestChats:
     def test_reply_within_the_second_of_our_message(
         self, caller: Caller, ours: float, reply: float, *, cancels: bool
     ) -> None:
-        """A reply timed in whole seconds counts as written at the end of its second, and cancels the follow-ups."""
+        """A reply timed in whole seconds counts as written at the end of its second."""
         chat_id, second = uuid4(), soon(-1).replace(microsecond=0)
         caller.receive(chat_id, Role.AGENT, second + timedelta(seconds=ours))
         created = caller.schedule(chat_id)

@@ -218,7 +218,7 @@ class TestConnectionParameters:
 
     @pytest.mark.skipif(PROGRAM is None, reason=MISSING)
     async def test_a_silent_server(self, database_url: str) -> None:
-        """A server that accepts a connection but stays silent counts as unreachable after the connect timeout."""
+        """A server that accepts a connection but stays silent counts as unreachable after the timeout."""
         with PgBouncer(database_url, pool_size=1) as pooler, psycopg.connect(pooler.url()) as other:
             other.execute("SELECT 1")  # occupies the pooler's only session until it is closed
             url = f"{pooler.url()}?connect_timeout=2"

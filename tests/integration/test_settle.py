@@ -214,7 +214,7 @@ class TestCancelAgainstDeliver:
         assert world.row(other).status == "pending"
 
     def test_race(self, world: World, steps: Steps, engine: Engine) -> None:
-        """When a cancel and a begin run concurrently, exactly one of them succeeds, in each of fifty rounds."""
+        """If a cancel and a begin run concurrently, exactly one of them succeeds."""
         for _ in range(50):
             follow_up = world.follow_up()
             # On a slow machine, follow-ups in flight from earlier rounds may be claimed again.

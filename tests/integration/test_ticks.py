@@ -136,7 +136,7 @@ class TestGap:
         assert claimed(engine, settings) == [follow_up] * over
 
     def test_rare_ticks(self, world: World, engine: Engine, settings: Settings) -> None:
-        """If ticks are further apart than a lease lasts, the dispatcher claims again after the grace period."""
+        """If ticks are further apart than a lease, the dispatcher claims again after the grace period."""
         rare = settings.model_copy(update={"tick_interval": timedelta(minutes=5)})
         follow_up = world.follow_up()
         in_flight(engine, rare)
@@ -282,7 +282,7 @@ class TestToken:
         assert world.row(follow_up).status == "sent"
 
     def test_unblocked_lease_lost_in_a_failover(self, world: World, engine: Engine, settings: Settings) -> None:
-        """If a failover loses the lease of an unblocked follow-up, the next lease has a greater token."""
+        """If a failover loses an unblocked follow-up's lease, the next lease has a greater token."""
         chat = world.chat()
         earlier = world.follow_up(chat, -MINUTE)
         later = world.follow_up(chat, waits_for=earlier)

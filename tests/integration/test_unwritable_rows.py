@@ -183,7 +183,7 @@ def behind_a_third_loss(world: World) -> UUID:
 
 @contextmanager
 def ticking(settings: Settings, engine: Engine) -> Iterator[Callable[[], set[UUID]]]:
-    """Run a dispatcher and yield a function that requests a tick and returns all leases claimed so far."""
+    """Run a dispatcher; yield a function that requests a tick and returns all leases claimed so far."""
     hints: list[Hint] = []
     dispatcher = Dispatcher(settings, engine, hints.append)
     dispatcher.start()

@@ -43,7 +43,7 @@ def test_other_rows_are_processed(bad: list[bool]) -> None:
 
 @pytest.mark.parametrize("error", [AWAY, ProgrammingError("", None, psycopg.ProgrammingError("no such column"))])
 def test_errors_of_no_single_row(error: Exception) -> None:
-    """If the database is unreachable or the statement is wrong, the error is raised without halving."""
+    """If the database is unreachable or the statement wrong, the error is raised without halving."""
     steps = 0
 
     def work(_: Sequence[int]) -> None:
@@ -69,7 +69,7 @@ def test_unreachable_within_a_batch() -> None:
 
 
 def test_errors_of_the_projects_code() -> None:
-    """If a row's content causes an error in the project's own code, the row is isolated as well."""
+    """If a row's content causes an error in the project's own code, the row is isolated too."""
 
     def work(part: Sequence[int]) -> float:
         return sum(1 / one for one in part)

@@ -1,4 +1,4 @@
-"""Tests of messaging windows, the periods in which a channel lets a business write to a chat."""
+"""Tests of messaging windows: the periods in which a channel lets a business write."""
 
 from __future__ import annotations
 

@@ -2,7 +2,7 @@
 
 The first statement of the request's transaction also looks up the key. A committed revocation takes effect immediately.
 The look-up of the key needs no additional round trip. FastAPI validates the body before it runs dependencies. However,
-a request with an invalid body and without a valid key must get 401 rather than 422: see `AuthenticatedRoute`.
+an invalid body without a valid key must get 401 rather than 422: see `AuthenticatedRoute`.
 """
 
 from __future__ import annotations

@@ -89,7 +89,7 @@ class RequestBody:
     def take(self, size: int) -> problems.ProblemAnswer | None:
         """Reserve memory for a chunk of the body.
 
-        Return an error response if this body, or the sum of all bodies, would become too large.
+        Return an error response if this body, or all bodies together, would become too large.
         """
         if self.size + size > self.most:
             return TOO_LARGE
@@ -104,7 +104,7 @@ class RequestBody:
         return None
 
     def charge(self, owner: RequestLimit) -> None:
-        """Charge the body to a workspace, whose bodies may fill half of the memory for all bodies."""
+        """Charge the body to a workspace, which may fill half of the memory for bodies."""
         self.owner = owner
         owner.buffered += self.size
 

@@ -65,9 +65,9 @@ class Allowance:
 class KeyRateLimit:
     """A sliding-window rate limit for each API key.
 
-    For a busy key, a process reserves requests in advance, each time twice as many. A query to Redis for every request
-    would add a tenth to the time of a create request. For an idle key or a small limit, every request is counted when
-    it arrives. An instance belongs to one event loop.
+    For a busy key, a process reserves requests in advance, each time twice as many. A query to Redis for each request
+    would add a tenth to a create request's time. For an idle key or a small limit, every request is counted when it
+    arrives. An instance belongs to one event loop.
     """
 
     def __init__(self, settings: Settings) -> None:

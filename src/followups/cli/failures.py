@@ -1,4 +1,4 @@
-"""Converts each error to an exit code and a sentence with advice, never a stack trace."""
+"""Converts each error to an exit code and a sentence of advice."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The console's ASGI application: it finds the route, checks the origin and the session, and authorizes."""
+"""The console's ASGI application: finds the route, checks the origin and session, and authorizes."""
 
 from __future__ import annotations
 
@@ -173,7 +173,7 @@ class Console:
             return _finished(visit, response)
 
     def _decide(self, visit: Visit, route: Route | None, scope: Scope, body: bytes) -> Response:
-        """Check the origin, the session and the role, in this order, and then call the route."""
+        """Check the origin, the session and the role in this order, then call the route."""
         if visit.method != "GET":
             public = self.services.settings.public_url
             own = access.own_origin(public, scope["scheme"], visit.headers.get("host", ""))

@@ -57,11 +57,10 @@ def rhythm_of(settings: Settings) -> Rhythm:
 
     During a longer gap, leases may expire unnoticed. In the grace period, their workers can record the outcomes. After
     an outage, a worker must connect before it can record its outcomes. If the database's clock has been set forward,
-    calls that have just begun need time to end. By default, the grace period is 13 s, after a gap of more than 3 s.
+    calls that just began need time to end. By default, the grace period is 13 s, after a gap of more than 3 s.
     """
     known_within = max(settings.transport_timeout + GRACE, _connecting(settings.database_url.get_secret_value()))
-    # If the interval between ticks is longer than a lease, a lease can expire between any two ticks without being
-    # noticed.
+    # If the interval between ticks exceeds a lease, leases can expire between ticks without being noticed.
     longest_gap = min(settings.tick_interval * AHEAD_TICKS + timedelta(seconds=1), settings.lease / 2)
     return Rhythm(longest_gap, known_within + SETTLE_MARGIN)
 

@@ -37,7 +37,7 @@ class ClaimInterval:
         """Number of follow-ups claimed since the window was last full, at ``_full_at``."""
         self._full_at: float | None = None
         """The monotonic time at which the in-flight limit was last reached, or None if unknown. At the start of a
-        backlog this time is unknown, and so is the sending speed.
+        backlog, neither this time nor the sending speed is known.
         """
         self._pause = SHORTEST
         """The most recent pause, in seconds, that was computed from a known rate of claims."""

@@ -2,9 +2,9 @@
 
 Each worker keeps a few leases of the tripped workspaces as probes. The workspaces' other follow-ups are deferred in the
 database. A deferral is not an attempt, and a deferred follow-up can still be cancelled. When a worker has used up its
-probes, or the transport recovers, the earliest deferred follow-ups fall due again. When a workspace is no longer
-tripped, all its deferred follow-ups fall due. Even without such an event, each deferred follow-up falls due after some
-minutes. The time limit is needed because a restarted worker has no record of its deferrals.
+probes, or the transport recovers, the earliest deferrals end. When a workspace is no longer tripped, all its deferred
+follow-ups fall due. Even without such an event, each deferred follow-up falls due after some minutes. The time limit is
+needed because a restarted worker has no record of its deferrals.
 """
 
 from __future__ import annotations
@@ -54,8 +54,8 @@ Without this pause, begin statements of other workers would have to wait for the
 """
 SOONEST = LONGEST / 2
 SPREAD = 10_000
-"""If one worker defers this many follow-ups simultaneously, the deferrals are spread over two thirds of the time from
-`SOONEST` to `LONGEST`.
+"""If a worker defers this many follow-ups at once, the deferrals spread over two thirds of the time from `SOONEST` to
+`LONGEST`.
 """
 COMING = 0.25
 """Seconds in which released follow-ups must reach a worker before any more are released."""

@@ -75,7 +75,7 @@ def hold_or_end(obstacle: Obstacle, max_lateness: timedelta) -> Hold | Final | N
 
 
 def closed_until(obstacle: Obstacle) -> datetime | None:
-    """Return when sending hours next open, or None if none are set or they are open at the time of sending.
+    """Return when sending hours next open, or None if not set or open at the time of sending.
 
     A stored sending period is valid until its end, whatever this machine's time zone data. This function is pure.
     """

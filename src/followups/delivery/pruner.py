@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 
 BUDGET = timedelta(minutes=2)
-"""How long one run may delete rows of one table before it leaves the remaining rows to the next run."""
+"""How long one run may delete a table's rows before it leaves the rest to the next run."""
 
 LOCK = 0x7469_6479
 """Key of the advisory lock for pruning, one worker at a time ("tidy" in ASCII)."""
@@ -138,7 +138,7 @@ class Pruner(BackgroundThread):
             if number is None:
                 break
             total += number
-            # The pause is as long as the batch took, which leaves half of the disk's capacity for deliveries.
+            # The pause is as long as the batch took, so deliveries keep half of the disk's capacity.
             self._stopping.wait(max(time.monotonic() - began, LEAST_PAUSE))
         return total
 

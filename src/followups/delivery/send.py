@@ -1,7 +1,7 @@
 """Send: one call to the transport at the due time, with no transaction open.
 
-The outcome is returned, not raised as an exception. All calls share the timer of one `CallTimeout`, because a separate
-timer for each call would take 4 us.
+The outcome is returned, not raised as an exception. All calls share one `CallTimeout`'s timer, because a timer for each
+call would take 4 us.
 """
 
 from __future__ import annotations
@@ -96,7 +96,7 @@ async def _call(transport: Transport, delivery: Delivery, limit: CallTimeout) ->
 
 
 def checked(outcome: object) -> Outcome:
-    """Return the plug-in's outcome, or `Unknown` if it is invalid, so that only outcomes reach the database.
+    """Return the plug-in's outcome, or `Unknown` if it is invalid.
 
     >>> checked("sent")
     Unknown(detail='the transport returned str instead of an outcome', status_code=None)

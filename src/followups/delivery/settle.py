@@ -42,8 +42,8 @@ GATHER = timedelta(milliseconds=30)
 """How long to wait for more results before a statement records them.
 
 This wait delays only the next follow-up in the same chat. After a kill, messages without a recorded result are sent
-again under the same keys. The wait is no longer than a quick call to the receiver, because a kill during the wait would
-lose the outcome of that call too.
+again under the same keys. The wait is at most as long as a quick call, because a kill during the wait also loses that
+call's outcome.
 """
 SHORT_GATHER = timedelta(milliseconds=5)
 """How long to wait for enough results if the receiver cannot deduplicate. If the process were killed, each outcome that

@@ -13,8 +13,8 @@ from pathlib import Path
 from followups.embedded.watchdog import WATCHDOG
 
 LONGEST_PARENT = 60
-"""Longest path of the parent directory, in characters. The path of a Unix socket is limited to 103 bytes on macOS and
-107 on Linux.
+"""Longest path of the parent directory, in characters. A Unix socket's path is limited to 103 bytes on macOS and 107 on
+Linux.
 """
 
 MEMORY_WANTED = 4 * 1024**3

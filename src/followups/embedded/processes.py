@@ -109,7 +109,7 @@ class Processes:
         return [child for child in self.children if child.exit_code is not None]
 
     def stop(self) -> None:
-        """Send all processes the stop signal, wait for each process's ``grace``, then kill those still running."""
+        """Send all processes the stop signal, wait for each one's ``grace``, then kill the rest."""
         for child in reversed(self.children):
             child.ask()
         # each process is stopped, the newest first, even if stopping another one fails

@@ -73,8 +73,8 @@ class Watchdog:
         self._process = subprocess.Popen(  # noqa: S603 - this very file
             [sys.executable, "-I", "-S", __file__],
             stdin=subprocess.PIPE,
-            # The watchdog must not inherit the owner's output. If the watchdog inherited this output, a program that
-            # reads it would also wait for the watchdog to end.
+            # The watchdog must not inherit the owner's output. Otherwise a program that reads this output would also
+            # wait for the watchdog to end.
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
             cwd="/",
@@ -128,7 +128,7 @@ def is_alive(pid: int) -> bool:
 
 
 def stop(pid: int, stop_signal: int, grace: float) -> None:
-    """Send the signal to the process, and SIGKILL to its group when it ends or after ``grace`` seconds."""
+    """Send the process the signal; SIGKILL its group at its end or after ``grace`` seconds."""
     with contextlib.suppress(ProcessLookupError):
         os.kill(pid, stop_signal)
     deadline = time.monotonic() + grace

@@ -120,7 +120,7 @@ class RecoveryPolicy:
     first_rate: float = 10.0
     """Begins per second of all workers together after a successful probe; the rate doubles every second."""
     last_rate: float = 10_000.0
-    """The breaker closes when this many follow-ups begin per second; reaching this rate takes some ten seconds."""
+    """The breaker closes at this rate of begun follow-ups per second, after some ten seconds."""
     fails_again: int = 10
     """Number of different follow-ups that must fail in a row to open a recovering breaker again."""
     in_a_row: int = 5
@@ -128,8 +128,7 @@ class RecoveryPolicy:
 
     The example is a hundred attempts per second, of which one in fifty fails. Three failures in a row then occur every
     21 minutes, four every 18 hours, and five once in 37 days. If one attempt in ten fails, five failures in a row occur
-    every 18 minutes. With a higher number, every workspace would use up more attempts while the transport is
-    unreachable.
+    every 18 minutes. A higher number would use up more attempts of every workspace while the transport is unreachable.
     """
 
     def arguments(self) -> tuple[float, ...]:

@@ -94,7 +94,7 @@ The limit is long enough for every tick interval in use. The default interval is
 
 
 def explain(follow_up: FollowUp, settings: Settings, now: datetime, around: Circumstances = ALONE) -> Sentence:
-    """Return a few sentences on why the follow-up was sent, was not sent, or is not sent yet."""
+    """Return a few sentences on why the follow-up was sent, was not sent, or is waiting."""
     if follow_up.status == Status.SENT:
         return _sent(follow_up)
     if follow_up.status == Status.PENDING:

@@ -54,7 +54,7 @@ def create(
     """Create an API key for the workspace; return its row and the key, which is never shown again.
 
     With ``expires``, the key is rejected after that time. Raises `InvalidRequestError` if the name is too long or
-    cannot be stored, or if the lifetime is not positive or exceeds a hundred years. Raises `WorkspaceNotFoundError` if
+    cannot be stored, or the lifetime is not positive or exceeds a hundred years. Raises `WorkspaceNotFoundError` if
     there is no such workspace or it is being deleted.
     """
     check_name(name)

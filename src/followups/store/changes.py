@@ -2,7 +2,7 @@
 
 After each change to a topic, `read_values` returns a new value for the topic. If there are very many follow-ups,
 changes that keep a follow-up's state may be missed. Because a change may be missed, the console's pages also reload
-their contents from time to time.
+from time to time.
 """
 
 from __future__ import annotations

@@ -107,7 +107,7 @@ _PARK_PILE = text("""
 
 
 def park_pile(connection: Connection, parked: Collection[UUID]) -> int:
-    """Park due follow-ups behind those already parked in the same chat, in order; return how many were parked.
+    """Park due follow-ups in order, behind those already parked in their chat; return how many.
 
     Any lease of a parked follow-up becomes invalid, because begin would refuse the follow-up anyway. Call this after
     `park_if_leased`, in the same transaction.

@@ -256,8 +256,8 @@ _SECOND = timedelta(seconds=1)
 def counts_as(created_at: datetime) -> datetime:
     """Return when a message counts as written; a whole second is rounded up to its end.
 
-    Several channels report times in whole seconds. A user may reply within the same second as our own message, and this
-    reply must not seem older than our message.
+    Several channels report times in whole seconds. A user may reply within the second of our message, and the reply
+    must not seem older.
 
     >>> counts_as(datetime(2030, 1, 31, 9, 0, 0)).time().isoformat()
     '09:00:00.999999'
@@ -271,9 +271,9 @@ def receive(
 ) -> Steps[RecordedMessage]:
     """Record a chat message; a user's or operator's message cancels the chat's pending follow-ups.
 
-    If the chat is unknown, it is created. A message that is older than the chat's last one is recorded but cancels
-    nothing; if a user wrote it, it still opens the messaging window from the time of the message. A message that has
-    already been recorded changes nothing. Raises `ChatNotFoundError` for a removed chat.
+    If the chat is unknown, it is created. A message older than the chat's last one is recorded but cancels nothing. An
+    older message of a user still opens the messaging window from the message's time. A message that has already been
+    recorded changes nothing. Raises `ChatNotFoundError` for a removed chat.
     """
     names: dict[str, Any] = {"workspace_id": workspace_id, "message_id": message_id, "chat_id": chat_id}
     (chat,) = yield _KNOWN_OR_LOCK(**names)

@@ -59,13 +59,13 @@ class Claim:
     cut_short: bool
     """Whether another claim would find more: this claim was full, the in-flight window is not."""
     low_water: datetime | None
-    """The due time from which the next claim may start, unless rows are added with an earlier due date."""
+    """The due time from which the next claim may start, unless earlier rows are added."""
     ended: tuple[tuple[UUID, Final], ...] = ()
     """Follow-ups not in ``leases``: their leases are lost, and they must not be retried."""
     in_grace: bool = False
     """Whether expired leases with an attempt in flight were left to their workers.
 
-    A claim after the grace period takes over the leases that were left to their workers.
+    A claim after the grace period takes over the leases left to their workers.
     """
     busy: bool = False
     """Whether this claim read nothing because another dispatcher was claiming."""
@@ -105,7 +105,7 @@ LOW_WATER_MARGIN = timedelta(seconds=10)
 """Margin below the low-water mark for due rows whose transaction commits a little later."""
 
 FEW = 6
-"""Number of rows that a fair claim reads in each workspace, regardless of the number of workspaces."""
+"""Number of rows that a fair claim reads in each workspace."""
 STRIDE = 32
 """Number of rows read in one step of the scan over all workspaces. The scan skips the rest of a workspace's rows.
 Workspaces with few rows are read together in one step. A workspace with a single row that is not yet due costs 0.5 us

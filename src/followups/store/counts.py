@@ -41,7 +41,7 @@ LIMIT = timedelta(seconds=2)
 
 
 BACKLOG_EXACT_UP_TO = 10_000
-"""Up to this number, rows of the backlog are counted one by one; above it, the planner estimates them."""
+"""Up to this number, backlog rows are counted; above it, the planner estimates them."""
 
 _DUE = "COALESCE(next_attempt_at, due_date)"
 
@@ -114,7 +114,7 @@ class Counts:
     quiet: int
     """Number of pending follow-ups that are due but outside sending hours."""
     overdue: int
-    """Number of overdue pending follow-ups, without those that wait for an earlier one in their chat."""
+    """Number of overdue pending follow-ups that wait for no earlier one in their chat."""
     oldest_overdue: timedelta | None
     in_flight: int
     final: Mapping[str, int]
@@ -222,7 +222,7 @@ _CANCELLED_BY_TIMEOUT = "57014"
 
 
 def pace(connection: Connection, window: timedelta, limit: timedelta = LIMIT) -> Pace | None:
-    """Measure what was sent within the last ``window``, or return None if that takes longer than ``limit``.
+    """Measure what was sent within the last ``window``, or return None after ``limit``.
 
     Percentiles are nearest-rank.
     """

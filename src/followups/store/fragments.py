@@ -29,7 +29,7 @@ an operator might write.
 
 LATENESS_FROM = "COALESCE(f.sendable_from, GREATEST(f.due_date, f.scheduled_at, f.held_until))"
 """The time from which a follow-up's lateness counts. If sending hours have never held a follow-up, it has no
-``sendable_from``. If a follow-up was held by a process of an older version, it has only ``held_until``.
+``sendable_from``. A follow-up held by a process of an older version has only ``held_until``.
 """
 
 WINDOWED = ", ".join(f"'{channel.value}'" for channel in sorted(WINDOWED_CHANNELS))
@@ -67,9 +67,9 @@ CHAT = """CROSS JOIN LATERAL (
 """SQL that looks up the chat of each follow-up."""
 
 OUTCOME_UNKNOWN = "the outcome of an attempt is unknown"
-"""The text added to a reason if the outcome of an attempt was unknown. A follow-up with an attempt of unknown outcome
-is retried under the same key, and usually ends as sent. Without this text, the reason of a follow-up that is not sent
-would be misleading.
+"""The text added to a reason if the outcome of an attempt was unknown. After an unknown outcome, the follow-up is
+retried under the same key and usually ends as sent. Without this text, the reason of a follow-up that is not sent would
+be misleading.
 """
 
 

@@ -29,7 +29,7 @@ SWEPT = 2
 
 @dataclass(frozen=True, slots=True)
 class StoredResponse:
-    """A stored HTTP response: status, `Location` if it had one, and the bytes of the body."""
+    """A stored HTTP response: status, `Location` if any, and the bytes of the body."""
 
     status: int
     location: str | None
@@ -100,7 +100,7 @@ def remember(workspace_id: UUID, key: str, request_hash: bytes, answer: StoredRe
 
 
 def _lock_number(workspace_id: UUID, key: str) -> int:
-    # PostgreSQL identifies advisory locks by signed 64-bit numbers. If two different keys are mapped to the same
-    # number, a request may be refused while another is running; nothing else happens.
+    # PostgreSQL identifies advisory locks by signed 64-bit numbers. If two keys have the same number, at worst a
+    # request is refused while another is running.
     digest = sha256(b"idempotency-key:" + workspace_id.bytes + key.encode()).digest()
     return int.from_bytes(digest[:8], signed=True)

@@ -42,7 +42,7 @@ class Settlement(NamedTuple):
     seconds: float = 0.0
     """How many seconds the attempt of a sent follow-up took."""
     refunded: bool = False
-    """Whether the attempt does not count, because the receiver asked for it to be repeated later."""
+    """Whether the attempt does not count, because the receiver asked for a later one."""
     cancel_takes_precedence: bool = True
     """Whether a cancel that was requested during the attempt takes precedence over this outcome."""
     cancel_detail: str = ""
@@ -125,7 +125,7 @@ _SETTLE_SENT = Statement(f"""
 def settle_if_in_flight(connection: Connection, settlements: Sequence[Settlement]) -> list[SettledFollowUp]:
     """Record the outcomes of attempts in flight, and return the settled follow-ups.
 
-    If a follow-up is not returned, its row is locked or another worker has leased it.
+    A follow-up that is not returned is locked or leased by another worker.
     """
     sent = [one for one in settlements if one.status == Status.SENT]
     others = [one for one in settlements if one.status != Status.SENT]

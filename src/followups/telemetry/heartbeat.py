@@ -2,8 +2,8 @@
 
 Each process keeps one small file in the runtime directory, rewritten every second. For each component that must make
 progress, the file contains the deadline of its next report. Reading the file needs neither Celery nor the broker. A
-check therefore costs little more than starting a Python interpreter. A broker outage does not make supervisors restart
-the processes, because a restart cannot fix it.
+check therefore costs little more than starting a Python interpreter. In a broker outage, supervisors do not restart the
+processes, as a restart would not help.
 
 - Times are on the monotonic clock, which all processes of a machine share. So setting the wall clock raises no alarm,
   and after a machine has slept, its processes do not count as dead.
@@ -117,7 +117,7 @@ class Heartbeat:
         self._thread.start()
 
     def probe(self, report_progress: Callable[[], None]) -> None:
-        """Call the function before each heartbeat write, for a component that cannot report its own progress."""
+        """Call the function before each heartbeat write, for a component without progress reports of its own."""
         self._probes.append(report_progress)
 
     def report(self, component: str, within: timedelta, otherwise: str, at: float | None = None) -> None:
@@ -141,7 +141,7 @@ class Heartbeat:
         self._waits = {"why": why, "since": since} if why else None
 
     def waits(self) -> str:
-        """Return why, and for how long, this process has made no progress; the heartbeat file shows it."""
+        """Return why, and how long, this process has made no progress, for the heartbeat file."""
         return _waits({"waits": self._waits}, time.monotonic())
 
     def end(self, within: timedelta, otherwise: str) -> None:
@@ -192,8 +192,7 @@ def _open_locked(path: Path) -> int:
         file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            # Another process may have removed the file as a leftover after this process opened it and before it was
-            # locked.
+            # Another process may have removed the file as a leftover before this process locked it.
             if os.fstat(file).st_ino == path.stat().st_ino:
                 return file
         except OSError:  # another process is reading the file, or has just removed it

@@ -68,9 +68,9 @@ the follow-ups of a hint that is delayed for longer have been claimed again.
 """
 
 SWITCH_INTERVAL = 0.0005
-"""Longest time, in seconds, that a Python thread runs while another thread waits for the interpreter. With Python's
-default of 0.005, a due follow-up would wait for the dispatcher several times. At that time the dispatcher is claiming
-the next thousand follow-ups and publishing their hints.
+"""Seconds for which a Python thread may run while another waits for the interpreter. With Python's default of 0.005, a
+due follow-up would wait for the dispatcher several times. At that time the dispatcher is claiming the next thousand
+follow-ups and publishing their hints.
 """
 
 DRAIN_MARGIN = timedelta(seconds=5)
@@ -195,7 +195,7 @@ class Process:
 
     def stop(self) -> None:
         """Drain: stop claiming, settle the attempts in flight, release the unused leases."""
-        # this step comes first, since the later ones may wait for a database that does not respond
+        # this step comes first, as the later ones may wait for a silent database
         self.pipeline.stop_beginning()
         self.dispatcher.stop()
         self.pruner.stop()

@@ -46,8 +46,8 @@ def beat_schedule(settings: Settings) -> dict[str, dict[str, Any]]:
             "task": "followups.dispatch_due",
             "schedule": settings.tick_interval,
         },
-        # The schedule uses the wall clock. If the schedule used intervals instead, a beat that is restarted often might
-        # never complete an hour.
+        # The schedule uses the wall clock. With intervals instead, a beat that is restarted often might never complete
+        # an hour.
         "remove-old": {
             "task": "followups.remove_old",
             "schedule": crontab(minute=str(PRUNE_MINUTE)),
@@ -61,7 +61,7 @@ class Scheduler(CelerysScheduler):
     _booted_at: float | None = None
     """The time at which this host booted, according to the host's own clock.
 
-    If the clock has been set back since the previous check, the computed boot time is earlier than before.
+    If the clock was set back since the previous check, the computed boot time is earlier.
     """
 
     def tick(self, *arguments: Any, **named: Any) -> float:  # noqa: ANN401 - Celery's own

@@ -1,4 +1,4 @@
-"""Procrastinate: an asynchronous job for each row, due at the row's due time, in PostgreSQL itself."""
+"""Procrastinate: an asynchronous job for each row, due at the row's time, in PostgreSQL itself."""
 
 from __future__ import annotations
 

@@ -34,7 +34,7 @@ class ModelRow(NamedTuple):
 
 
 class Job(NamedTuple):
-    """A worker's job: first a hint, then an attempt in flight, and finally the outcome of that attempt."""
+    """A worker's job: first a hint, then an attempt in flight, finally that attempt's outcome."""
 
     row: int
     token: int

@@ -116,7 +116,7 @@ class TestCreate:
 
     @pytest.mark.parametrize("channel", ["whatsapp", "instagram"])
     def test_messaging_window(self, api: Api, channel: str) -> None:
-        """On a channel with a messaging window, a due date must be within 24 hours of the user's last message."""
+        """On a channel with a messaging window, a follow-up must be due within 24 hours of the user's last message."""
         chat_id = api.chat(channel, "user", "agent")
         assert api.create(chat_id, in_days(0.99))
         body = {"chatId": chat_id, "dueDate": in_days(1.01), "message": "?"}

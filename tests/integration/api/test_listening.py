@@ -1,4 +1,4 @@
-"""Addresses on which the web process listens: IPv6 and IPv4, with a separate port for metrics."""
+"""Addresses on which the web process listens: IPv6, IPv4 and a separate port for metrics."""
 
 from __future__ import annotations
 

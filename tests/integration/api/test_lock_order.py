@@ -69,7 +69,7 @@ def test_change_then_schedule_during_a_reply(api: Api, engine: Engine, change: s
 
 
 def test_moved_during_a_reply(api: Api, engine: Engine) -> None:
-    """Moving a follow-up locks the old and the new chat, so a reply in either chat waits for the move."""
+    """Moving a follow-up locks both chats, so a reply in either chat waits for the move."""
     created, target = api.create(), api.chat()
     for chat_id, left in ((created["chatId"], [created["id"]]), (target, [])):
         with ThreadPoolExecutor(1) as pool, Session(engine) as session:
@@ -106,8 +106,7 @@ def test_finished_in_a_removed_chat(api: Api) -> None:
 def deadlocked(api: Api, engine: Engine, request: Callable[[], Any], created: dict[str, Any]) -> Any:
     """Let a request be aborted by a deadlock, and return the response.
 
-    Another transaction locks the follow-up that the request needs, and then waits for the chat that the request has
-    locked.
+    Another transaction locks the request's follow-up, then waits for the chat locked by the request.
     """
     with ThreadPoolExecutor(1) as pool, engine.connect() as connection:
         connection.execute(text("SELECT FROM follow_ups WHERE id = :id FOR UPDATE"), {"id": created["id"]})

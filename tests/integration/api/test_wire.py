@@ -33,8 +33,8 @@ def address_of(api: Api) -> tuple[str, int]:
 def answers(address: tuple[str, int], sent: bytes, methods: Sequence[str], key: str = "", most: int = 1) -> list[int]:
     """Send the bytes and return the statuses of the responses, as parsed by h11.
 
-    ``methods`` are the HTTP methods of the requests, in order; the last method applies to all further requests. After
-    ``most`` responses, the server must be silent for a moment. Every ``KEY`` is replaced by the API key.
+    ``methods`` are the requests' HTTP methods in order; the last applies to all further requests. After ``most``
+    responses, the server must be silent for a moment. Every ``KEY`` is replaced by the API key.
     """
     statuses: list[int] = []
     with socket.create_connection(address, timeout=10) as connection:
@@ -129,7 +129,7 @@ def test_answers_without_a_body(api: Api) -> None:
 
 
 def test_a_trailer_is_ignored(api: Api) -> None:
-    """A header field after the request body is ignored, because the headers are checked before the body arrives."""
+    """A header field after the body is ignored: the headers are checked before the body arrives."""
     chat = api.chat()
     for text in ("one", "two"):
         body = f'{{"chatId": "{chat}", "dueDate": "2035-01-01T00:00:00Z", "message": "{text}"}}'

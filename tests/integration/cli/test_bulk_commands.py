@@ -58,7 +58,7 @@ class TestCancel:
     """The commands `followups cancel --chat` and `--workspace`."""
 
     def test_a_dry_run_changes_nothing(self, run: RunCommand, world: World) -> None:
-        """A dry run of a bulk cancel prints the count and a sample, as text or JSON, and changes nothing."""
+        """A dry run of a bulk cancel prints the count and a sample, and changes nothing."""
         chat = world.chat()
         ids = [world.follow_up(chat, HOUR * n) for n in range(1, 8)]
         world.follow_up(due=HOUR)
@@ -155,7 +155,7 @@ class TestRetry:
     """Tests for the command `followups retry --failed --since`."""
 
     def test_all_that_failed_since(self, run: RunCommand, world: World) -> None:
-        """Each follow-up that has failed since the given time is retried now, with its message and chat.
+        """Each follow-up that has failed since the given time is retried now.
 
         Follow-ups that failed earlier are not retried.
         """

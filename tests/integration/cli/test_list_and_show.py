@@ -40,7 +40,7 @@ class TestList:
     """The command `followups list`."""
 
     def test_the_json_form_is_the_apis_without_the_message(self, run: RunCommand, world: World) -> None:
-        """Each JSON entry of `list` has exactly the API's fields, but the message is null unless --message is given."""
+        """Each JSON entry of `list` has the API's fields, but its message is null without --message."""
         follow_up = world.follow_up(due=HOUR)
         [entry] = run("list", "--json").document
         assert list(entry) == FIELDS

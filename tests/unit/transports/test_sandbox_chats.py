@@ -190,7 +190,7 @@ def test_the_newest_activity_comes_first() -> None:
 
 
 def test_stored_data_is_bounded_and_counts_are_exact() -> None:
-    """The sandbox limits how much it stores (requests, chats, messages, attempts, texts), but its counts are exact."""
+    """The sandbox limits how much it stores, but its counts are exact."""
     chats = SandboxChats(keep=10)
     for n in range(KEEP_CHATS + 5):
         chats.receive(incoming(f"f{n}", f"c{n}", message="x" * 5_000), f"f{n}")

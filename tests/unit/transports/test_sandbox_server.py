@@ -121,7 +121,7 @@ async def test_an_invalid_behaviour_is_refused(http: aiohttp.ClientSession, path
 
 
 async def test_a_dropped_request_gets_no_answer(http: aiohttp.ClientSession, chats: SandboxChats) -> None:
-    """When a request is dropped, its connection is closed without a response, but its message is accepted."""
+    """If a request is dropped, its connection is closed without a response, but its message is accepted."""
     await fetch(http, "PUT", "/sandbox/behaviour", {"kind": "drop"})
     with pytest.raises(aiohttp.ServerDisconnectedError):
         await fetch(http, "POST", "/messages", BODY)

@@ -76,7 +76,7 @@ def plan_of(signals: StopSignals) -> StartPlan:
 
 
 def _present(stack: Stack, *, json: bool) -> Score:
-    """Run the scenario and show it as JSON, as a live display, or as one line per event."""
+    """Run the scenario and show it as JSON, a live display, or one line per event."""
     if json:
         result = perform(stack, lambda *_: None)
         print_json(result.document())

@@ -1,4 +1,4 @@
-"""The page of one chat: who wrote in it and when, and its past and pending follow-ups."""
+"""One chat's page: who wrote in it and when, and its past and pending follow-ups."""
 
 from __future__ import annotations
 

@@ -107,7 +107,7 @@ def _life(visit: Visit) -> timedelta | None:
 
 
 def ask_to_revoke(visit: Visit) -> Response:
-    """Show when the API key was last used, and ask for confirmation that it is to be revoked."""
+    """Show when the API key was last used, and ask whether to revoke it."""
     with visit.transaction() as session:
         key = _key(visit, session)
         workspace = session.get_one(Workspace, key.workspace_id).name

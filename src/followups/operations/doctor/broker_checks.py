@@ -54,7 +54,7 @@ def broker(settings: Settings) -> Iterator[Finding]:
             refused = _refusals(client, settings.broker_prefix)
             information: dict[str, Any] = {} if "INFO" in refused else client.info()
     except (redis.RedisError, ValueError, OSError) as error:
-        # The first line of the error message contains the host and port, but never the password.
+        # The error message's first line contains host and port, but never the password.
         detail = f"{hide_password(url)}: {named(error)}"
         unverified = "CERTIFICATE_VERIFY_FAILED" in str(error)
         yield Finding("broker", detail, UNVERIFIED if unverified else "Start it, or correct FOLLOWUPS_BROKER_URL.")
@@ -66,7 +66,7 @@ def broker(settings: Settings) -> Iterator[Finding]:
 
 
 def _refusals(client: redis.Redis, prefix: str) -> dict[str, str]:
-    """Return the commands that the processes need but the broker would refuse, each with its error.
+    """Return the commands that the processes need but the broker refuses, each with its error.
 
     None of these commands is executed. The broker checks the permissions when a command is queued in a transaction, and
     the transaction is then discarded.
