@@ -444,7 +444,7 @@ class FollowUp(Base):
     held_until: Mapped[datetime | None]
     """The start of the sending hours for which the follow-up was last held."""
     sendable_from: Mapped[datetime | None]
-    """The first time at which the sending hours allow the message to be sent, or None if they never held the follow-up.
+    """The first time at which sending hours allow the message, or None if the follow-up was never held.
 
     A first possible time in the future is derived from the current sending hours. A time that is already past is not
     changed, even if the sending hours change. A follow-up's lateness is counted from this time.
@@ -457,7 +457,7 @@ class FollowUp(Base):
     pause_id: Mapped[UUID | None]
     """The pause that holds the follow-up.
 
-    While the follow-up is held, its next attempt is far in the future, so the claim ignores it.
+    A held follow-up's next attempt is far in the future, so the claim ignores the follow-up.
     """
     retry_of: Mapped[UUID | None]
     """The failed follow-up that this follow-up retries. Each failed follow-up is retried by at most one other

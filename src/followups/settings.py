@@ -403,7 +403,7 @@ def _read_files() -> dict[str, str]:
 
 
 def read_file_of(name: str) -> str | None:
-    """Return the stripped content of the file that ``NAME_FILE`` names, or None if this variable is unset.
+    """Return the stripped content of the file that ``NAME_FILE`` names, or None if unset.
 
     Raises `SettingsError` if ``NAME`` is also set, or if the file cannot be read.
     """

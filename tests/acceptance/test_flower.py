@@ -67,7 +67,7 @@ def test_a_public_address_requires_a_password(stack: Stack, arguments: list[str]
 
 def test_flower_with_a_password(stack: Stack) -> None:
     """If a password is set, Flower requires it on any address and never logs it."""
-    # A Kubernetes Service named "flower" sets FLOWER_PORT to a value that is not a port number.
+    # A Kubernetes Service named "flower" sets FLOWER_PORT to something other than a port number.
     kubernetes = {"FLOWER_PORT": "tcp://10.96.0.7:5555"}
     url = start_flower(stack, "--address=0.0.0.0", FLOWER_BASIC_AUTH="me:pa55w0rd", **kubernetes)
     assert status(f"{url}/workers") == 401

@@ -187,7 +187,7 @@ def web_process(own_runtime: Stack) -> Iterator[tuple[Child, str]]:
 
 
 def test_web(own_runtime: Stack, web_process: tuple[Child, str]) -> None:
-    """`health web` succeeds only while the web process answers on its port; an invalid port is an error."""
+    """`health web` succeeds only while the web process answers; an invalid port is an error."""
     child, port = web_process
     assert health(own_runtime, "web", "--port", port).returncode == 0
     ran = health(own_runtime, "web", "--port", str(free_port()))

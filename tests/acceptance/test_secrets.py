@@ -40,7 +40,7 @@ FOR_PEOPLE = {"", "worker: Warm shutdown (MainProcess)"}
 
 LOGS = ("worker", "beat", "web", "flower")
 
-# The database rejects the insert of one follow-up and the end of another; its error messages quote the rows.
+# The database rejects one follow-up's insert and another's end with errors that quote the rows.
 QUOTING = """
     CREATE FUNCTION quote_it() RETURNS trigger LANGUAGE plpgsql AS $$
     BEGIN
@@ -185,7 +185,7 @@ def play(stack: Stack, api: web.Api, hidden: Secrets) -> dict[str, str]:
 
 @pytest.mark.parametrize("level", ["info", "debug"])
 def test_no_text_or_secret_is_revealed(stack: Stack, level: str) -> None:
-    """A run with every type of ending, retry, error and refusal reveals no text, key or password.
+    """A run with every type of ending, retry and error reveals no text, key or password.
 
     The test searches every log line, broker command, message, event and Flower page.
     """

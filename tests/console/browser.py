@@ -1,7 +1,7 @@
 """A browser for tests: Debian's chromium, driven by Playwright.
 
-Without chromium, the browser tests are skipped. Playwright's own pytest plug-in is not used, because it leaves an event
-loop running that breaks asynchronous tests.
+Without chromium, the browser tests are skipped. Playwright's pytest plug-in is not used, because its running event loop
+breaks asynchronous tests.
 """
 
 from __future__ import annotations

@@ -63,7 +63,7 @@ def test_a_session_is_a_random_token_of_which_only_the_hash_is_stored(
 
 
 def test_a_link_works_once(person: Callable[..., Person], own: World) -> None:
-    """A used link, an expired link and an unknown token are refused with the same response."""
+    """Used links, expired links and unknown tokens are refused with the same response."""
     token = make_link(own.engine, "viewer", own.workspace_id)
     assert person().post("/login", secret=f"http://x/console/login#token={token}").status_code == 303
     expired = make_link(own.engine, "viewer", own.workspace_id)
@@ -127,7 +127,7 @@ def test_a_change_from_another_origin_is_refused(
 def test_failed_attempts_are_limited(
     person: Callable[..., Person], own: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """After too many failed sign-ins, wrong secrets are refused, but a valid key or token still works."""
+    """After too many failed sign-ins, wrong secrets are refused, but valid ones still work."""
     monkeypatch.setattr(access, "MAX_BY_CLIENT", 2)
     limited = load_settings(**settings_of(person, own))
     with served(limited) as (host, port):

@@ -1,4 +1,4 @@
-"""Tests for the wheel and the sdist: built, installed into an empty environment, and run there."""
+"""Tests of the wheel and the sdist: built, installed into an empty environment, and run."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def test_a_missing_extra_is_named(built: Built) -> None:
 
 
 def test_the_demo_works(built: Built) -> None:
-    """The demo sends at least 50 follow-ups, retries three, rejects one, cancels two, and sends none twice.
+    """The demo sends at least 50 follow-ups, retries three, rejects one, and cancels two.
 
     The command prints one JSON object. Every process is started from the installed wheel.
     """

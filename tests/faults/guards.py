@@ -420,7 +420,7 @@ def stale_defer(scene: Scene) -> None:
 
 
 def ended_lease_deferred(scene: Scene) -> None:
-    """Try to defer a follow-up with an expired lease, while a concurrent tick may claim the follow-up."""
+    """Try to defer a follow-up with an expired lease while a tick may claim it."""
     scene.world.follow_up()
     lease = scene.lease()
     scene.world.expire(lease.id)

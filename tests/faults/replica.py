@@ -1,4 +1,4 @@
-"""A real streaming replica: a primary, its standby, and one address that leads to the primary."""
+"""A real streaming replica: a primary, its standby, and one address for the primary."""
 
 from __future__ import annotations
 

@@ -95,7 +95,7 @@ class Rig(Stack):
         return web.Api(url, self.world)
 
     def start(self, workers: int = 1, beats: int = 1, *, harmed: bool = False) -> list[Child]:  # type: ignore[override]
-        """Start the chat, beats and workers concurrently; return the workers when all of them are consuming."""
+        """Start the chat, beats and workers; return the workers when all are consuming."""
         for _ in range(beats):  # start first the processes that take longest to start
             self.beat()
         started = [self.worker(ready=False, harmed=harmed) for _ in range(workers)]
@@ -147,7 +147,7 @@ class Rig(Stack):
         return time.monotonic() - started
 
     def ask_each(self, workers: Sequence[Child]) -> None:
-        """Freeze one of two workers, then the other, so that the running one has to read both queues."""
+        """Freeze one of two workers, then the other, so that the running one reads both queues."""
         for idle, busy in (workers, reversed(workers)):
             idle.signal(signal.SIGSTOP)
             self.bulk(1)

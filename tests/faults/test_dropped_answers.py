@@ -1,4 +1,4 @@
-"""Tests in which the chat's answer is lost: the call is repeated with its key, or ends as unknown."""
+"""Tests of lost answers: the call is repeated with its key, or ends as unknown."""
 
 from __future__ import annotations
 

@@ -21,7 +21,7 @@ PATIENCE = 1.5
 
 
 def hesitating(proxied: tuple[Rig, Sequence[Proxy]], figures: Figures, times: int) -> None:
-    """Delay the broker's replies under load, so that some commands time out and others do not."""
+    """Delay the broker's replies under load, so that only some commands time out."""
     rig, (_, broker) = proxied
     (worker,) = rig.start()
     with Load(rig, 50, seconds=times * 3.0, spread=0.5) as load:

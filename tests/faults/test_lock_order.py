@@ -1,4 +1,4 @@
-"""A reply concurrent with a transaction that cancels and schedules is never lost to a deadlock."""
+"""A reply beside a transaction that cancels and schedules is never lost to a deadlock."""
 
 from __future__ import annotations
 

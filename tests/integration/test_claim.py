@@ -140,7 +140,7 @@ class TestRecovery:
         assert (row.status, row.reason.partition(":")[0]) == ("failed", "worker_lost")
 
     def test_reply_meanwhile(self, world: World, steps: Steps) -> None:
-        """If a reply arrives during an attempt that is then lost, the follow-up is not sent again."""
+        """If a reply arrives during a lost attempt, the follow-up is not sent again."""
         chat = world.chat()
         follow_up = world.follow_up(chat)
         steps.begun()

@@ -132,7 +132,7 @@ def is_open(own: Settings) -> bool:
 
 
 def test_a_held_workspace_does_not_block_others(world: World, engine: Engine, own: Settings) -> None:
-    """If a held workspace has more due follow-ups than may be in flight, other workspaces are not blocked."""
+    """If a held workspace has many due follow-ups, other workspaces are not blocked."""
     theirs = World(engine)
     chat = SelectiveTransport(theirs)
     world.burst([-SECOND] * OVERDUE)

@@ -332,7 +332,7 @@ async def test_the_queue_is_bounded(under_test: LimiterUnderTest) -> None:
 async def test_redis_unreachable(limiter_settings: Settings, capfd: pytest.CaptureFixture[str]) -> None:
     """While Redis is unreachable, every follow-up may begin and is counted as unlimited.
 
-    One log line reports the outage, and the limiter does not query Redis again for a while.
+    One log line reports the outage, and the limiter does not query Redis for a while.
     """
     nobody = limiter_settings.model_copy(
         update={"broker_url": type(limiter_settings.broker_url)("redis://127.0.0.1:9/0")}

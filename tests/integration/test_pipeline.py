@@ -234,7 +234,7 @@ def test_doubled_and_shuffled_hints(
 def test_bad_transport(
     world: World, engine: Engine, settings: Settings, started: Callable[..., Pipeline], answer: Callable[..., Any]
 ) -> None:
-    """If a transport plug-in raises or returns an invalid answer, only that call's follow-up is affected.
+    """If a transport plug-in raises or returns an invalid answer, only that call's follow-up suffers.
 
     The affected follow-up ends with a named outcome.
     """

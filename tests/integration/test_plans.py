@@ -108,7 +108,7 @@ def test_plans(world: World, engine: Engine, settings: Settings, others: int, *,
 def test_plans_when_nothing_was_pending(world: World, engine: Engine, settings: Settings) -> None:
     """No plan finds follow-ups through an index of pending rows that the planner thinks empty.
 
-    The planner considers the index empty after a vacuum that ran while no row was pending.
+    After a vacuum without any pending row, the planner considers the index empty.
     """
     world.burst([timedelta(0)] * 2000)
     world.sql("UPDATE follow_ups SET status = 'sent', finished_at = now()")

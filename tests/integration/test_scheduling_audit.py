@@ -53,7 +53,7 @@ def test_a_cancel_from_python(world: World) -> None:
 
 
 def test_changes_name_their_fields(world: World) -> None:
-    """The audit event of a change names the actor, the changed fields and the due dates.
+    """A change's audit event names the actor, the changed fields and the due dates.
 
     The audit event contains neither the message nor unchanged fields.
     """

@@ -136,7 +136,7 @@ def test_the_first_due_comes_back_first(world: World) -> None:
 
 
 def test_order_within_the_chat_is_kept(world: World, engine: Engine, settings: Settings) -> None:
-    """If two follow-ups in one chat are held until the same opening, they begin one after the other."""
+    """If two follow-ups in one chat are held until one opening, they begin one after the other."""
     put(world, CLOSED)
     chat = world.chat()
     first, second = world.follow_ups_at_once([(chat, -2 * SECOND), (chat, -SECOND)])

@@ -75,7 +75,7 @@ class TestGap:
         assert (world.row(follow_up).status, world.row(follow_up).losses) == ("sent", 0)
 
     def test_bounded(self, world: World, engine: Engine, settings: Settings) -> None:
-        """If a worker does not come back within the grace period after a gap, its leases count as lost."""
+        """If a worker stays away beyond the grace period after a gap, its leases count as lost."""
         follow_up = world.follow_up()
         in_flight(engine, settings)
         pass_time(world, settings.lease * 2)
@@ -125,7 +125,7 @@ class TestGap:
     def test_gap_within_a_grace(
         self, world: World, engine: Engine, settings: Settings, gap: timedelta, *, over: bool
     ) -> None:
-        """Repeated late ticks do not extend the grace period; only another outage starts a new one."""
+        """Repeated late ticks do not extend the grace period; only another outage starts one."""
         follow_up = world.follow_up()
         in_flight(engine, settings)
         world.expire(follow_up)

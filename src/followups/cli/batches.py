@@ -124,7 +124,7 @@ def _run(plan: BulkPreview, batches: Iterator[dict[str, int]], totals: dict[str,
 
 
 def progress(plan: BulkPreview) -> Progress:
-    """Return a progress bar on stderr, shown only on a terminal and removed when it is complete."""
+    """Return a progress bar on stderr, shown only on a terminal and removed when complete."""
     target = remarks()
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     return Progress(*columns, console=target, transient=True, disable=not target.is_terminal or not plan.number)

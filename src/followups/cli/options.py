@@ -79,7 +79,7 @@ def parse_age(text: str) -> timedelta:
 
 @dataclass(frozen=True, slots=True)
 class Since:
-    """A past time as the user entered it: absolute, or a duration before now by the database's clock."""
+    """A past time as entered: absolute, or a duration before now by the database's clock."""
 
     given: datetime | timedelta
 

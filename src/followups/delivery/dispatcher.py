@@ -45,7 +45,7 @@ LOOKING_SHARE = 0.1
 ORPHAN_SEARCH_SHARE = 0.01
 """Largest share of its time that the dispatcher spends on checking blocked and paused follow-ups.
 
-Even if these checks exceed the share, each blocked or paused follow-up is checked at least once per lease time.
+Even above this share, each blocked or paused follow-up is checked at least once per lease time.
 """
 
 SKIPPED_FOR = 60.0

@@ -145,7 +145,7 @@ class Pruner(BackgroundThread):
 
 @contextmanager
 def _alone(connection: Connection) -> Iterator[bool]:
-    """Return whether no other worker is pruning, and prevent others from pruning until this run ends."""
+    """Return whether no other worker is pruning, and lock out others until this run ends."""
     alone = bool(connection.scalar(text("SELECT pg_try_advisory_lock(:key)"), {"key": LOCK}))
     connection.commit()
     try:

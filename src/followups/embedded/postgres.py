@@ -90,7 +90,7 @@ class EmbeddedPostgres(EmbeddedServer):
     start_within = START_WITHIN
 
     def __init__(self, data: Path | None = None, *, parent: Path | None = None) -> None:
-        """Keep the data in ``data``; if ``data`` is None, delete the data when the server stops.
+        """Keep the data in ``data``; without ``data``, delete the data when the server stops.
 
         ``parent`` is the parent of the temporary directory. In an in-memory file system (`memory_directory`), a
         database is copied ten times as fast.

@@ -32,14 +32,14 @@ class EmbeddedValkey(EmbeddedServer):
     """An embedded Valkey server.
 
     The server listens on the loopback interface and requires a password that is generated for each server. Anyone who
-    can write to the broker can run tasks, and every user of the machine can reach the loopback interface.
+    can write to the broker can run tasks. Every user of the machine can reach the loopback interface.
     """
 
     name = "Valkey"
     start_within = START_WITHIN
 
     def __init__(self, data: Path | None = None) -> None:
-        """Keep the data in ``data``; if ``data`` is None, delete the data when the server stops."""
+        """Keep the data in ``data``; without ``data``, delete the data when the server stops."""
         super().__init__()
         self._kept = data
         self._password = secrets.token_urlsafe(24)

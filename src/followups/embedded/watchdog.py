@@ -105,7 +105,7 @@ class Watchdog:
         self._guarded = {}
         if self._process is not None and self._process.stdin is not None:
             os.close(self._process.stdin.fileno())
-            self._process.returncode = 0  # the watchdog is not a child of this process, so there is nothing to wait for
+            self._process.returncode = 0  # the watchdog is not a child of this process, so nothing is left to wait for
         self._process = None
 
 

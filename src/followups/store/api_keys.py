@@ -114,7 +114,7 @@ _BY_HASH = Statement(f"SELECT id, workspace_id, key_hash FROM api_keys k WHERE k
 
 @Rule
 def authenticate(key: str) -> Steps[Identity | None]:
-    """Return the owner of an API key, or None if the key is malformed, unknown, expired or revoked.
+    """Return an API key's owner, or None if the key is malformed, unknown, expired or revoked.
 
     The key is looked up by its hash, so the query's duration reveals nothing. The hashes are then compared in constant
     time.
@@ -143,7 +143,7 @@ def with_key(select: str) -> str:
     """  # noqa: S608 - no input, only statements of ours
 
 
-# If another process is recording a use of the key at the moment, this update is skipped.
+# If another process is recording a use of the key, this update is skipped.
 _RECORD_USE = Statement("""
     UPDATE api_keys SET last_used_at = now()
      WHERE id = (SELECT id FROM api_keys

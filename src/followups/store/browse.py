@@ -194,7 +194,7 @@ def _sql(wanted: BrowseFilter, *more: str) -> str:
 def _page(
     wanted: BrowseFilter, after: BrowseCursor | None, floor: datetime | None, most: int
 ) -> tuple[TextClause, dict[str, Any]]:
-    """Return a query and parameters for ``most`` rows that follow ``after`` and are newer than ``floor``."""
+    """Return a query and parameters for ``most`` rows after ``after`` that are newer than ``floor``."""
     columns = ", ".join(f"f.{column.name}" for column in _COLUMNS)
     parameters = _parameters(wanted) | {"most": most}
     bounds = []
@@ -241,8 +241,7 @@ def search(
     """Return up to ``size`` matching follow-ups after ``after``, or fewer if ``limit`` is reached.
 
     Return None if the time limit is reached during the first step back in time. The length of each step is chosen so
-    that the step probably ends in the time that is left. A search by id takes one step, because the id's index yields
-    few rows.
+    that the step probably ends in the time left. A search by id takes one step, because the id's index yields few rows.
     """
     deadline = time.monotonic() + limit.total_seconds()
     step = None if wanted.ids or wanted.any_id or wanted.external_id or wanted.chat_id else FIRST_STEP

@@ -30,8 +30,8 @@ LISTED = 50
 """Number of bulk actions that the console's history shows."""
 
 IN_FLIGHT = "in flight"
-"""The reason for skipping a follow-up in flight. A bulk action can prevent the retry of a follow-up in flight, but
-cannot cancel its current attempt.
+"""The reason for skipping a follow-up in flight. A bulk action can prevent a retry of a follow-up in flight, but not
+its current attempt.
 """
 
 NOT_WRITABLE = "cannot be written"
@@ -122,7 +122,7 @@ _FINISHED = text("""
 
 
 def cancel_if_not_begun(connection: Connection, ids: Sequence[UUID], final: Final) -> tuple[list[UUID], dict[str, int]]:
-    """Cancel these follow-ups; return those that were cancelled, and how many were skipped for each reason.
+    """Cancel these follow-ups; return the cancelled ones, and the number skipped for each reason.
 
     A follow-up in flight is not cancelled, but it will not be retried. Follow-ups whose rows are locked or cannot be
     written are skipped.

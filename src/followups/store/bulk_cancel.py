@@ -1,8 +1,7 @@
 """Bulk cancellation for operators: count, preview, cancel.
 
-Follow-ups are cancelled in batches, each in a short transaction. A batch returns the position of its last follow-up,
-and the next batch starts after that position. A locked row is therefore skipped once and is not read again by later
-batches.
+Follow-ups are cancelled in batches, each in a short transaction. A batch returns its last follow-up's position, and the
+next batch starts after that position. A locked row is therefore skipped once and is not read again by later batches.
 """
 
 from __future__ import annotations
@@ -116,7 +115,7 @@ def _cancel(*, by_code: bool) -> TextClause:
 
 
 def cancel_if_not_begun(connection: Connection, pending: CancelScope, final: Final, after: CancelCursor) -> Cancelled:
-    """Cancel the next batch of follow-ups; those in flight are not cancelled, but will not be retried.
+    """Cancel the next batch of follow-ups; those in flight are not cancelled, only never retried.
 
     Follow-ups whose rows are locked or cannot be written are skipped.
     """

@@ -209,7 +209,7 @@ def _claim_of(connection: Connection, found: Totals, claimed: Sequence[tuple[Any
         tuple(leases),
         tuple(lost),
         tuple(traced),
-        # A row that was updated concurrently has a new physical position (ctid), and is therefore not leased.
+        # A concurrently updated row has a new physical position (ctid), and is therefore not leased.
         more=found.taken >= min(look.most, room) or found.unseen,
         cut_short=found.taken == look.most < room,
         low_water=found.low_water,

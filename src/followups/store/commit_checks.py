@@ -45,7 +45,7 @@ def by_token(connection: Connection, tokens: Iterable[tuple[UUID, int]]) -> None
 
 
 def by_time(connection: Connection, moments: Iterable[tuple[UUID, datetime]]) -> None:
-    """Register the begin, finish or retry times of these rows, so that a lost commit can be checked."""
+    """Register these rows' begin, finish or retry times, so that a lost commit can be checked."""
     ask_if_lost(connection, partial(_still_written, _WRITTEN, list(islice(moments, SAMPLE))))
 
 

@@ -1,7 +1,7 @@
 """Deletion of a workspace, or of a chat, with everything that belongs to it.
 
 Rows are deleted in batches, each in a short transaction that skips locked rows. Pending follow-ups are ended before
-they are deleted, and a workspace is paused during its deletion.
+their deletion, and a workspace is paused during its deletion.
 """
 
 from __future__ import annotations

@@ -38,7 +38,7 @@ class Rhythm:
 
 @dataclass(frozen=True, slots=True)
 class Tick:
-    """A dispatcher tick in progress; the next tick can run only after this tick's transaction has ended."""
+    """A dispatcher tick in progress; the next tick runs only after this tick's transaction."""
 
     in_grace: bool
     """Whether workers may still settle their attempts in flight after the lease has expired."""

@@ -39,7 +39,7 @@ class Obstacle:
     """When the follow-up would be sent: now, or at a later due time."""
     due_date: datetime
     wanted_from: datetime
-    """The due date, or the time at which the due date was set if that date was already in the past."""
+    """The due date, or the time at which a due date in the past was set."""
     chat_removed: bool = False
     silence_broken: bool = False
     taken_over: bool = False

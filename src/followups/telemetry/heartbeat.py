@@ -58,9 +58,9 @@ class HeartbeatError(Exception):
 def default_directory() -> Path:
     """Return the default runtime directory.
 
-    Each user has a separate directory, since the directory of another user could be a trap. ``XDG_RUNTIME_DIR`` is not
-    used, because it exists in login sessions but not in services. If this directory were used, a process in a login
-    session and a service would look for each other's files in different directories.
+    Each user has a separate directory, since another user's directory could be a trap. ``XDG_RUNTIME_DIR`` is not used,
+    because it exists in login sessions but not in services. With this directory, a login session and a service would
+    look for each other's files in different places.
     """
     try:
         parent = tempfile.gettempdir()

@@ -32,9 +32,9 @@ class Signer:
     def __init__(self, secrets: str) -> None:
         """Parse secrets separated by white space, in base64, padded or not, with or without ``whsec_``.
 
-        Raises `TransportConfigurationError`. A secret that is not base64 is rejected rather than used as raw bytes,
-        because libraries on the receiving side interpret such a secret differently: some skip unknown characters, some
-        stop at them. With such a secret as raw bytes, every signature would be wrong for some libraries.
+        Raises `TransportConfigurationError`. A secret that is not base64 is rejected, because receivers' libraries
+        decode such a secret differently. With such a secret as raw bytes, every signature would be wrong for some
+        libraries.
         """
         self._webhooks = [Webhook(_key(secret)) for secret in secrets.split()]
         if not self._webhooks:

@@ -194,7 +194,7 @@ class BrokerTransport(kombu_redis.Transport):
     connection_errors = (*kombu_redis.Transport.connection_errors, RedisError)
     """The errors on which Celery opens a new connection.
 
-    An error reported by Redis may be temporary, or a failover may have made another server the primary.
+    An error from Redis may be temporary, or a failover may have changed the primary.
     """
     Empty = queue.Empty
     delivering = False

@@ -58,8 +58,8 @@ into one.
 """
 
 STATEMENT_TIMEOUT = timedelta(seconds=10)
-"""Time limit of a worker's SQL statements, which normally take milliseconds. The limit is at most half a lease;
-otherwise follow-ups behind a hanging statement could not begin in time.
+"""Time limit of a worker's SQL statements, which normally take milliseconds. The limit is at most half a lease, so that
+follow-ups behind a hanging statement can begin in time.
 """
 
 BROKER_SILENCE = timedelta(seconds=5)
@@ -131,15 +131,14 @@ def make_app(settings: Settings) -> Celery:
         broker_connection_max_retries=None,
         broker_transport_options={
             # A received message is deleted from Redis. Otherwise kombu would keep a copy until the message is
-            # acknowledged. If an acknowledgement were lost because Redis was slow, the message would count as
-            # prefetched forever, and the worker would stop consuming.
+            # acknowledged. If a slow Redis lost an acknowledgement, the message would count as prefetched forever. The
+            # worker would then stop consuming.
             "ack_emulation": False,
             "global_keyprefix": settings.broker_prefix,
             "socket_timeout": silence,
             "socket_connect_timeout": silence,
             "socket_keepalive": True,
-            # With this setting, a half-open connection of the consumer is detected within at most twice the set time
-            # plus a second.
+            # A half-open connection of the consumer is therefore detected within twice the set time plus a second.
             "health_check_interval": silence,
             # kombu itself retries, and redis-py's own retries would multiply the number of retries. With both kombu's
             # and redis-py's retries, a publish to a silent broker took 51 s. Without redis-py's retries, the publish

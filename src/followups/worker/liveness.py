@@ -4,8 +4,8 @@ A worker that has stopped consuming must be detected. A canary message in the sh
 worker. A canary in a separate queue would leave keys behind for each killed worker. No extra message is needed: the
 consumer polls continuously (`followups.worker.broker.Consumer`). The broker answers each poll within a second, even
 when the queues are empty. An idle worker among fifty therefore reports as often as a busy worker. The pipeline's event
-loop sends reports for as long as it runs. The dispatcher's thread reports while it is idle, and while it is busy for no
-longer than a tick can take.
+loop sends reports for as long as it runs. The dispatcher's thread reports while idle, and while busy for at most a
+tick's longest time.
 
 While the broker is unreachable, or the database unreachable or read-only, all components keep retrying. Retrying also
 counts as progress. A process fails its liveness check only because of failures that a restart would fix. A restart

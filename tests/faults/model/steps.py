@@ -1,4 +1,4 @@
-"""All steps that are possible next in the model: each actor's steps, and faults between them."""
+"""The model's possible next steps: each actor's steps, and faults between them."""
 
 from __future__ import annotations
 

@@ -50,8 +50,8 @@ IDLE = Job(-1, 0, "idle")
 class ModelWorld(NamedTuple):
     """A complete state of the model: the database, the chat, and the workers in sorted order.
 
-    Workers are interchangeable. The broker needs no state: any hint issued so far may be read at any moment, more than
-    once or never.
+    Workers are interchangeable. The broker needs no state: any issued hint may be read at any moment, repeatedly or
+    never.
     """
 
     rows: tuple[ModelRow, ModelRow]

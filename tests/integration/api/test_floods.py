@@ -198,7 +198,7 @@ def test_many_unknown_fields(web: Web, *, has_key: bool) -> None:
 
 
 def test_bodies_that_do_not_end(web: Web) -> None:
-    """The memory limit for request bodies holds even with 300 unfinished bodies of nearly 1 MiB each."""
+    """The memory limit holds even for 300 unfinished bodies of nearly 1 MiB each."""
     with ExitStack() as clients, web.flooded("300 bodies that do not end") as flood:
         for _ in range(300):
             client = clients.enter_context(web.connect())

@@ -101,7 +101,7 @@ class TestCreate:
         is_problem(api.client.post(FOLLOW_UPS, content=raw, headers=headers), 422, "invalid-request")
 
     def test_longest_message(self, api: Api) -> None:
-        """A message may have 65,536 characters, even if each of them takes twelve bytes of JSON."""
+        """A message may have 65,536 characters, even if each takes twelve bytes of JSON."""
         text = "\N{GRINNING FACE}" * 65_536
         assert api.create(text=text)["message"] == text
 

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 def test_requests_per_key(settings: Settings, world: World) -> None:
-    """An API key over its rate limit gets an error response with Retry-After; other keys are not affected."""
+    """An API key over its rate limit gets an error with Retry-After; other keys do not."""
     with served(settings.model_copy(update={"api_rate_limit": 5})) as address:
         with client_of(address, key_of(world)[1]) as client:
             answers = [client.get(FOLLOW_UPS) for _ in range(7)]

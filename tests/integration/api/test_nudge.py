@@ -1,4 +1,4 @@
-"""Nudges: when a follow-up becomes due before the next tick, the commit is followed by a tick request."""
+"""Nudges: if a follow-up becomes due before the next tick, its commit requests a tick."""
 
 from __future__ import annotations
 

@@ -57,7 +57,7 @@ def test_all_errors_are_listed(api: Api) -> None:
 
 
 def test_body_too_large(api: Api) -> None:
-    """A body above the size limit is rejected with 413, whether it has a declared length or is chunked.
+    """A body above the size limit is rejected with 413, with a declared length or chunked.
 
     The web process continues to serve requests.
     """

@@ -165,7 +165,7 @@ def test_gauges(api: Api) -> None:
 
 
 def test_many_scrapes_need_one_query(api: Api) -> None:
-    """Metrics requests within one second get the same response, so that many scrapes cost one query."""
+    """If many metrics requests arrive within one second, they cost only one query."""
     begun = time.monotonic()
     texts = {api.get("/metrics").text for _ in range(30)}
     assert len(texts) <= 2 + (time.monotonic() - begun) / KEPT

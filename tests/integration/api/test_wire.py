@@ -1,4 +1,4 @@
-"""HTTP/1.1 on the wire: which requests the server accepts, and how long it waits for slow clients."""
+"""HTTP/1.1 on the wire: the accepted requests, and the server's patience with slow clients."""
 
 from __future__ import annotations
 

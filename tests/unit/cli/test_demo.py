@@ -58,7 +58,7 @@ def test_the_script_has_at_least_50_follow_ups() -> None:
 
 
 def test_the_reply_precedes_the_cancelled_follow_ups() -> None:
-    """In the demo, the user replies after the chat's first follow-up and well before the follow-ups to be cancelled."""
+    """In the demo, the user replies after the first follow-up and well before those to cancel."""
     first, *cancelled = [part for part in SCENARIO.parts if part.chat == REPLYING]
     assert SCENARIO.replies == {REPLYING: REPLY_AT}
     assert first.due < REPLY_AT - 1
@@ -157,7 +157,7 @@ def test_a_pipe_gets_each_event_once(capsys: pytest.CaptureFixture[str]) -> None
 
 
 def test_the_summary_shows_figures_and_the_next_command(capsys: pytest.CaptureFixture[str]) -> None:
-    """The demo's summary shows every figure and the next command, or the problems if the demo failed."""
+    """The demo's summary shows every figure and the next command, or the problems."""
     Console(width=80).print(summary_panel(score(ALL_ENDED, RECEIPTS)))
     said = capsys.readouterr().out
     for word in ("52 sent", "3 retried", "1 failed", "2 cancelled", "0 duplicates", "p99 11.3", "followups up"):

@@ -91,7 +91,7 @@ def test_no_text_controls_a_terminal(write: Callable[[str], None], text: str, en
 
 @given(write=WRITERS, text=st.sampled_from(NASTY), encoding=ENCODINGS)
 def test_untrusted_text_is_escaped(write: Callable[[str], None], text: str, encoding: str) -> None:
-    """Markup in untrusted text has no effect, and each control character is printed as an escape."""
+    """Markup in untrusted text has no effect, and control characters are printed as escapes."""
     with terminal(encoding) as made:
         write(text)
         assert escape(text) in made.written

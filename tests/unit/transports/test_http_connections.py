@@ -205,7 +205,7 @@ async def test_waiting_calls_share_open_connections() -> None:
 
 
 async def test_waiting_for_a_connection_counts_towards_the_timeout() -> None:
-    """A call that times out while it waits for a connection sends nothing and frees its slot."""
+    """If a call times out while waiting for a connection, it sends nothing and frees its slot."""
 
     async def answer_late(writer: asyncio.StreamWriter, _request: Request) -> None:
         await asyncio.sleep(1)
@@ -223,7 +223,7 @@ async def test_waiting_for_a_connection_counts_towards_the_timeout() -> None:
 
 
 async def test_an_idle_connection_is_closed_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A connection that is idle for too long is closed without waiting for a call, and is not reused."""
+    """A connection that is idle for too long is closed without a call, and never reused."""
     monkeypatch.setattr(http_client, "KEEPALIVE", 1)
     ends: asyncio.Queue[float] = asyncio.Queue()
 

@@ -1,4 +1,4 @@
-"""An unresponsive name server delays neither calls to other hosts nor the closing of the transport."""
+"""An unresponsive name server delays neither other hosts' calls nor the closing of the transport."""
 
 from __future__ import annotations
 

@@ -181,7 +181,7 @@ def test_a_conversation_shows_a_follow_up_once_with_its_attempts() -> None:
 
 
 def test_the_newest_activity_comes_first() -> None:
-    """Chats are ordered by their last change, and the list can be limited to recently changed ones."""
+    """Chats are ordered by their last change, and the list can be limited to recent ones."""
     chats = SandboxChats()
     for chat_id in ("c1", "c2", "c3", "c1"):
         chats.add_message(chat_id, "user", "hi")

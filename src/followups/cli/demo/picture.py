@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 WIDE = 110
 """The terminal width from which the picture includes the messages."""
 FRAME_LINES = 8
-"""Number of lines that are not rows: title, bar, borders, headings, totals, and the cursor's line."""
+"""Number of lines that are not rows: title, bar, borders, headings, totals and cursor."""
 LEAST_ROWS = 6
 NARROW = 76
 """Minimum terminal width at which the chats fit next to the follow-ups."""

@@ -84,8 +84,7 @@ REPLY_AT = 5.0
 GOLDEN = 0.618_033_988_75
 """The fractional part of the golden ratio.
 
-The fractional parts of the golden ratio's multiples are spread evenly without a pattern, so the due times resemble
-those of real chats.
+This fraction's multiples spread evenly without a pattern, so the due times resemble those of real chats.
 """
 
 SENT = Ending(Status.SENT, attempts=1)

@@ -2,8 +2,8 @@
 
 Lag is the time of acceptance minus the due date, both read from the database. The dispatcher records the time of
 acceptance, which includes the receiver's response time. The lag is therefore never shorter than the lag that the
-receiver observed. Only follow-ups delivered by the first attempt are counted, because a retried follow-up is late by
-its backoff. Every follow-up in the script was created before it was due.
+receiver observed. Only first-attempt deliveries are counted, because a retried follow-up is late by its backoff. Every
+follow-up in the script was created before it was due.
 """
 
 from __future__ import annotations
@@ -117,7 +117,7 @@ class Score:
 
 
 def score(standings: Sequence[FollowUpState], receipts: Mapping[str, object]) -> Score:
-    """Count the outcomes, and compare them with those in the script and with the receiver's counts."""
+    """Count the outcomes, and compare them with the script and the receiver's counts."""
     by_status = {status: sum(each.status == status for each in standings) for status in Status}
     duplicates = int(str(receipts["duplicates"]))
     return Score(

@@ -382,7 +382,7 @@ def _shown_hours(shown: SendingHours | None, told: PageResult, visit: Visit) -> 
 
 
 def _keys(session: Session, workspace_id: UUID) -> list[tuple[ApiKey, Sentence | None]]:
-    """Return the newest API keys of a workspace, each with its creator if the creator was recorded."""
+    """Return a workspace's newest API keys, each with its creator if recorded."""
     query = select(ApiKey).where(ApiKey.workspace_id == workspace_id).order_by(ApiKey.created_at.desc())
     keys = session.scalars(query.limit(MOST_KEYS)).all()
     created = select(AuditEvent).where(
