@@ -190,7 +190,7 @@ class Dispatcher:
                 return
 
     def _release_orphans(self) -> None:
-        """Unblock follow-ups that no longer have to wait, at most on every tick.
+        """Unblock follow-ups that no longer have to wait; a slow search runs less often than every tick.
 
         An error during unblocking does not stop the claims.
         """

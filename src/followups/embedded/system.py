@@ -164,7 +164,7 @@ def _spawn(processes: Processes, stack: Stack, port: int) -> None:
     sandbox_port = stack.sandbox.rpartition(":")[2]
     commands = {
         "sandbox": [sys.executable, "-m", "followups.transports.sandbox.server", "--port", sandbox_port],
-        # The only protection is that the servers listen on the loopback interface.
+        # The servers and this API key are protected only by listening on the loopback interface.
         "web": argv("web", "--host", LOOPBACK),
         "worker": argv("worker"),
         "beat": argv("beat"),
