@@ -165,7 +165,7 @@ def open_directory() -> Iterator[Path]:
 
 @pytest.fixture(scope="session")
 def postgres_url(server_urls: tuple[str, str]) -> str:
-    """Return the superuser's URL of the database ``postgres`` on the run's server."""
+    """Return the URL for connecting to the database ``postgres`` of the run's server as superuser."""
     return server_urls[0]
 
 

@@ -72,8 +72,8 @@ def _listed(value: object) -> str:
 class Sentence:
     """A sentence with placeholders and values, shown in the reader's language and time zone.
 
-    A value is a text, a number, a time, a duration, or another sentence. `str()` returns the sentence in English, and
-    times in UTC.
+    A value is a string, a number, a time, a duration, or a nested sentence. `str()` returns the sentence in English,
+    and times in UTC.
 
     >>> str(Sentence("It is sent in {wait}.", wait=timedelta(minutes=3)) + Sentence("See followups doctor."))
     'It is sent in 3 min. See followups doctor.'

@@ -1,4 +1,4 @@
-"""Unknown outcomes: the reason of a follow-up mentions an unknown outcome, however the follow-up ends."""
+"""If an outcome is unknown, the follow-up's reason mentions this, whatever its final state."""
 
 from __future__ import annotations
 

@@ -147,7 +147,7 @@ class Work:
     def report(self, follow_up: FollowUp, finished_at: datetime | None = None) -> None:
         """Record that the transaction changed the follow-up, which may now be due soon or may have ended.
 
-        ``finished_at`` is the client's end time, or None if the follow-up ended now.
+        ``finished_at`` is the end time reported by the client; None means the current time.
         """
         if follow_up.status == Status.PENDING:
             self.nudges = self.nudges or follow_up.due_date <= self.now + self.ahead

@@ -166,7 +166,7 @@ class Visit:
         return found
 
     def t(self, text: str, **values: object) -> str:
-        """Return a text in the person's language."""
+        """Return a message in the user's language."""
         return self.said(Sentence(text, **values))
 
     def said(self, sentence: Sentence) -> str:

@@ -29,7 +29,7 @@ ACTIVE = 60.0
 
 
 class FairQueue:
-    """The workspace queues by key, and the order in which they take turns.
+    """A queue for each workspace key, and the order in which the queues take turns.
 
     Empty workspace queues are removed.
     """

@@ -67,7 +67,7 @@ class Sockets:
         self._calls[address] = self._calls.get(address, 0) + 1
 
     def end(self, address: Address) -> None:
-        """Subtract a finished call from this connection's number of calls."""
+        """Decrement this connection's call count after a call has finished."""
         left = self._calls.pop(address) - 1
         if left:
             self._calls[address] = left

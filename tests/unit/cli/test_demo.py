@@ -66,7 +66,7 @@ def test_the_reply_precedes_the_cancelled_follow_ups() -> None:
 
 
 def test_failures_delay_no_other_follow_up() -> None:
-    """If a demo chat's receiver fails, the chat has only one follow-up."""
+    """A demo chat whose receiver fails is given only one follow-up."""
     assert all(sum(part.chat == chat for part in SCENARIO.parts) == 1 for chat in FAILURES)
 
 
@@ -100,7 +100,7 @@ def test_the_json_form_has_the_contract_s_fields() -> None:
 
 
 def test_lag_is_of_first_attempts_and_nearest_rank() -> None:
-    """The demo's lag counts only follow-ups sent at the first attempt, or is null."""
+    """The demo's lag counts only follow-ups sent at the first attempt; it is null if there are none."""
     retried = [each for each in ALL_ENDED if each.retried]
     assert lags(retried) == {"p50": None, "p95": None, "p99": None}
     hundred = [replace(ALL_ENDED[0], lag=float(number)) for number in range(1, 101)]
