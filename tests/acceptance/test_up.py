@@ -104,7 +104,7 @@ def test_the_printed_request_is_delivered_and_ctrl_c_stops_all_processes() -> No
         sandbox = system.found(r"Sandbox chat\s+(http://[^/]+)/")
         assert get(f"http://127.0.0.1:{system.port}/readyz")["status"] == "ready"
 
-        pasted = system.found(r"Paste this:\n\n(.*?)\n\n")
+        pasted = system.found(r"Paste this: [^\n]+\n\n(.*?)\n\n")
         ran = subprocess.run([BASH, "-ec", pasted], capture_output=True, text=True, check=True)
         follow_up_id = json.loads(ran.stdout[ran.stdout.index("}{") + 1 :])["id"]
         exports = "".join(re.findall(r"(export .*\n)", system.said))
