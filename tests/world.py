@@ -20,6 +20,14 @@ if TYPE_CHECKING:
     from followups.delivery.attempts import BatchResult
     from followups.settings import Settings
 
+FIELDS = [
+    "id", "createdAt", "updatedAt", "chatId", "chatMessageId", "dueDate", "finishedAt", "message", "reason", "status",
+    "triggerChatMessageId",
+]  # fmt: skip
+"""The documented fields of a follow-up, in order."""
+FAILED = {"status": "failed", "reason": "rejected: HTTP 403 no", "finished_at": datetime(2030, 1, 31, tzinfo=UTC)}
+"""The columns of a follow-up that the receiver has rejected."""
+
 
 @dataclass
 class World:

@@ -91,7 +91,7 @@ class Ours(Contestant):
         self.nudge()
 
     def make_due(self) -> None:
-        """Let the backlog fall due without requesting a tick."""
+        """Make the backlog due without requesting a tick."""
         self.arena.sql(
             "UPDATE follow_ups SET due_date = now(), scheduled_at = now() WHERE due_date < now() + interval '10 days'"
         )

@@ -49,7 +49,7 @@ Since the sender sleeps in steps of this length, a follow-up is half a milliseco
 the due time would block the whole event loop.
 """
 
-HIGHEST_STATUS_CODE = 1000
+STATUS_CODE_LIMIT = 1000
 """Exclusive upper limit of a status code, which has at most three digits."""
 
 
@@ -134,7 +134,7 @@ def _delay(after: object) -> timedelta | None:
 
 
 def _status_code(code: object) -> int | None:
-    if not isinstance(code, int) or isinstance(code, bool) or not 0 <= code < HIGHEST_STATUS_CODE:
+    if not isinstance(code, int) or isinstance(code, bool) or not 0 <= code < STATUS_CODE_LIMIT:
         return None
     return int(code)  # an HTTPStatus is also an int, but psycopg cannot adapt an array of HTTPStatus values
 

@@ -308,7 +308,7 @@ def _limitable(engine: Engine, settings: Settings, leases: Sequence[Lease]) -> l
 
 
 def release_deferred(engine: Engine, scope: Scope) -> None:
-    """Let all follow-ups deferred by a limit fall due now, except unwritable rows."""
+    """Make all follow-ups deferred by a limit due now, except unwritable rows."""
     refused: list[UUID] = []
     while True:
         with engine.begin() as connection:

@@ -14,6 +14,7 @@ import redis
 
 from followups.cli import connection
 from followups.cli.connection import nudge_if_soon
+from world import FAILED, FIELDS
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -22,14 +23,7 @@ if TYPE_CHECKING:
 
     RunCommand = Callable[..., Any]
 
-FIELDS = [
-    "id", "createdAt", "updatedAt", "chatId", "chatMessageId", "dueDate", "finishedAt", "message", "reason", "status",
-    "triggerChatMessageId",
-]  # fmt: skip
-"""The documented fields of a follow-up, in order."""
-
 HOUR = timedelta(hours=1)
-FAILED = {"status": "failed", "reason": "rejected: HTTP 403 no", "finished_at": datetime(2030, 1, 31, tzinfo=UTC)}
 
 
 @pytest.fixture(autouse=True)

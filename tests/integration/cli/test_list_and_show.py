@@ -14,6 +14,7 @@ from followups.flow_control.breaker import BreakerStore, OutcomeReport, Workspac
 from followups.store import pauses
 from followups.store.leases import key_of
 from followups.store.pauses import PauseScope
+from world import FAILED, FIELDS
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -26,14 +27,7 @@ if TYPE_CHECKING:
 
     RunCommand = Callable[..., Any]
 
-FIELDS = [
-    "id", "createdAt", "updatedAt", "chatId", "chatMessageId", "dueDate", "finishedAt", "message", "reason", "status",
-    "triggerChatMessageId",
-]  # fmt: skip
-"""The documented fields of a follow-up, in order."""
-
 HOUR = timedelta(hours=1)
-FAILED = {"status": "failed", "reason": "rejected: HTTP 403 no", "finished_at": datetime(2030, 1, 31, tzinfo=UTC)}
 
 
 class TestList:
