@@ -133,7 +133,7 @@ def pytest_configure_node(node: Node) -> None:
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:
-    """Stop the servers if any test has started them."""
+    """Stop the test servers if they were started."""
     if servers := config.stash.get(SERVERS, None):
         servers.stop()
 

@@ -1,4 +1,4 @@
-"""Debian's PostgreSQL with TLS, for tests; the embedded server is built without TLS."""
+"""Debian's PostgreSQL with TLS, for tests. The embedded server is built without TLS."""
 
 from __future__ import annotations
 

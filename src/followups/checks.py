@@ -28,7 +28,9 @@ if TYPE_CHECKING:
 log = get_logger(__name__)
 
 FIRST_YEAR, LAST_YEAR = 2, 9998
-"""First and last accepted year of a time. Within these years, every time can be converted to any time zone."""
+"""The first and the last year in which a time is accepted. Within these years, every time can be converted to any time
+zone.
+"""
 
 
 def final_of(status: Status, reason: str | None) -> Final:

@@ -84,7 +84,7 @@ def is_read_only(error: Exception) -> bool:
 def takes_changes(connection: Connection) -> bool:
     """Return whether the server is writable.
 
-    A server reached by a URL with ``target_session_attrs=any`` may be read-only.
+    With ``target_session_attrs=any`` in the URL, the server may be read-only.
     """
     return bool(connection.scalar(text("SELECT current_setting('transaction_read_only') = 'off'")))
 
@@ -92,7 +92,7 @@ def takes_changes(connection: Connection) -> bool:
 def unfit(error: Exception) -> str:
     """Return why the database cannot be used and what to do about it.
 
-    The result is an empty string if the error has another cause.
+    For all other errors, the result is an empty string.
     """
     cause = _cause(error)
     if is_read_only(error):

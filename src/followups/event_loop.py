@@ -121,8 +121,8 @@ def driver_rows(
 ) -> Sequence[tuple[Any, ...]]:
     """Execute the statement in the connection's transaction and return its rows as tuples.
 
-    psycopg executes the statement: SQLAlchemy's cursor and row objects would take 5 us more for each row. The
-    connection of an asynchronous engine is used in a greenlet. Raises the same errors as the connection.
+    psycopg executes the statement: SQLAlchemy's cursor and row objects would take 5 us more for each row. If the engine
+    is asynchronous, call this function in a greenlet. Raises the same errors as the connection.
     """
     driver = cast("psycopg.AsyncConnection[Any] | psycopg.Connection[Any]", connection.connection.driver_connection)
     if not connection.in_transaction():

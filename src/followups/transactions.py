@@ -49,7 +49,7 @@ _QUESTION = "followups.question"
 def transact(engine: Engine, work: Callable[[Connection], T]) -> T:
     """Run the work in one transaction, commit the transaction, and return the work's result.
 
-    Raises an error of the work or of the commit. If this function returns, the transaction has been committed. If this
+    Raises any error of the work or the commit. If this function returns, the transaction has been committed. If this
     function raises the commit's error, the transaction was not committed. The outcome is uncertain if the database was
     unreachable for `PATIENCE`. The outcome is also uncertain if the work registered no query.
     """

@@ -21,7 +21,7 @@ _LIBPQS_HOSTS = re.compile(
 )
 """Hosts in a form that SQLAlchemy does not parse.
 
-The two forms are several hosts, ``host1:5432,host2:5432``, and a socket path, ``%2Frun``.
+The URL contains several hosts (``host1:5432,host2:5432``) or a socket path (``%2Frun``).
 """
 
 _HOST = re.compile(r"(?P<name>\[[^]]*\]|[^:]*)(?::(?P<port>.*))?", re.DOTALL)
@@ -183,7 +183,7 @@ def broker_url(text: str) -> str:
 
 
 def tls_of(broker: str) -> dict[str, Any]:
-    """Return redis-py's TLS arguments for a URL from `broker_url`. The result is empty without TLS."""
+    """Return redis-py's TLS arguments for a URL from `broker_url`. Without TLS, the result is empty."""
     parameters: dict[str, Any] = dict(parse_qsl(urlsplit(broker).query))
     if _CHECK_HOST in parameters:
         parameters[_CHECK_HOST] = parameters[_CHECK_HOST] == "true"

@@ -74,7 +74,7 @@ def test_retry_reject_and_rate_limit(running: Stack) -> None:
 
 
 def test_dropped_answer(running: Stack) -> None:
-    """If an answer is lost, the message is sent again under the same key and accepted once."""
+    """If the response is lost, the message is sent again with the same key and accepted once."""
     chat_id = running.world.chat()
     running.behave(chat_id, kind="drop", times=1)
     follow_up = running.world.follow_up(chat_id)

@@ -1,4 +1,4 @@
-"""Tests that search all log lines, messages and events for texts and secrets."""
+"""Tests that search all log lines, messages and events for message texts and secrets."""
 
 from __future__ import annotations
 

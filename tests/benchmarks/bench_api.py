@@ -4,7 +4,7 @@
 servers as processes: the API, and the bare endpoint, which does one INSERT through psycopg's pool with the same
 uvicorn. The API and the bare endpoint are measured alternately. Afterwards, requests to create follow-ups arrive at
 half of their maximum rate. Each call of `schedule_many` creates a thousand follow-ups. The program asserts nothing.
-Only the ratios to the bare endpoint, measured in the same run, are meaningful.
+Only the ratios to the bare endpoint in the same run are meaningful.
 """
 
 from __future__ import annotations

@@ -58,7 +58,7 @@ def start(one: Person, **fields: object) -> httpx.Response:
 def test_selected_follow_ups_are_cancelled_after_a_preview(
     person: Callable[..., Person], own: World, foreign: World
 ) -> None:
-    """A bulk cancel skips finished follow-ups, those in flight, and those of another workspace.
+    """A bulk cancel skips follow-ups that have finished, are in flight, or belong to another workspace.
 
     The preview of the bulk cancel changes nothing.
     """

@@ -265,7 +265,7 @@ def test_a_message_with_other_line_ends_is_kept(person: Callable[..., Person], o
 
 
 def test_a_retry_in_a_removed_chat_shows_its_error(person: Callable[..., Person], own: World) -> None:
-    """If the chat has been removed, the follow-up's page shows a retry's error."""
+    """If an operator retries a follow-up of a removed chat, the follow-up's page shows an error."""
     one_id = own.follow_up(due=-HOUR, status="failed", reason="rejected", finished_at=NOW)
     own.sql("UPDATE chats SET removed_at = now() WHERE id = (SELECT chat_id FROM follow_ups WHERE id = :id)", id=one_id)
     told = person("agent", own).post(f"/follow-ups/{one_id}/retry")

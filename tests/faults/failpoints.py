@@ -35,7 +35,7 @@ class Failpoints:
             unseen.rename(self.directory / f"{point}@{unseen.suffix[1:]}")
 
     def taken(self, point: str = "") -> int:
-        """Return how many armed failpoints have been hit, either at this point or at all points."""
+        """Return how many armed failpoints have been hit at this point, or at all points by default."""
         return len(list(self.directory.glob(f"taken.{point}*")))
 
     def disarm(self) -> None:

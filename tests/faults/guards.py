@@ -282,7 +282,7 @@ def stale_release(scene: Scene) -> None:
 
 
 def stale_end(scene: Scene) -> None:
-    """Try to end a follow-up under an old lease, after another worker has leased the follow-up."""
+    """Try to end a follow-up under a lease that another worker's lease has replaced."""
     scene.world.follow_up()
     old = scene.lease()
     scene.leased_anew(old)
@@ -411,7 +411,7 @@ def put_off(scene: Scene, lease: Lease) -> None:
 
 
 def stale_defer(scene: Scene) -> None:
-    """Defer a follow-up with a lease that another worker has taken over."""
+    """Try to defer a follow-up under a lease that another worker's lease has replaced."""
     scene.world.follow_up()
     old = scene.lease()
     scene.leased_anew(old)

@@ -147,7 +147,7 @@ class Rig(Stack):
         return time.monotonic() - started
 
     def ask_each(self, workers: Sequence[Child]) -> None:
-        """Freeze one of two workers, then the other, so that the running one reads both queues."""
+        """Freeze each of two workers in turn, so that the other one reads both queues."""
         for idle, busy in (workers, reversed(workers)):
             idle.signal(signal.SIGSTOP)
             self.bulk(1)

@@ -127,7 +127,7 @@ def test_sessions_ended(rig: Rig, figures: Figures) -> None:
 
 @pytest.mark.faults_long
 def test_sessions_ended_for_minutes(rig: Rig, figures: Figures) -> None:
-    """If database sessions are ended four times a second for minutes, the processes simply reconnect."""
+    """If database sessions are ended four times a second for minutes, the processes reconnect."""
     sessions_ended(rig, figures, times=400)
 
 

@@ -153,7 +153,7 @@ def fail_over(rig: Rig, clients: Clients, *, killed: bool) -> tuple[float, float
 def failovers(
     rig: Rig, figures: Figures, times: int, between: tuple[float, float], rate: float, workers: int = 2
 ) -> None:
-    """Fail over ``times`` times under load; after each, check that requests and deliveries continue."""
+    """Fail over ``times`` times under load; check each time that requests and deliveries continue."""
     started = rig.start(workers, beats=workers)
     clients = Clients(rig.web(), rig.world.chat())
     took = []

@@ -259,7 +259,7 @@ async def test_never_early(world: World, engine: Engine, settings: Settings) -> 
 
 
 async def test_never_after_the_lease(world: World, engine: Engine, settings: Settings) -> None:
-    """Only this guard stops a sender frozen past its lease from calling the transport."""
+    """If a sender is frozen past its lease, only this guard keeps it from calling the transport."""
     world.follow_up()
     begun = begun_of(Scene(world, settings).lease())
     assert await sent_by(DatabaseClock(), engine, begun, uptime() - 1) == []

@@ -104,7 +104,7 @@ def beside(url: str, holder: str, patience: float, refusals: list[str]) -> Other
 def from_old_versions(
     world: World, engine: Engine, figures: Figures, cases: Sequence[tuple[str, str]], patience: float
 ) -> None:
-    """Migrate from each version while a transaction blocks the migration, and again afterwards."""
+    """Migrate from each version, first while a transaction blocks the migration, then without it."""
     url = engine.url.set(drivername="postgresql").render_as_string(hide_password=False)
     world.follow_up()
     longest = 0.0
@@ -123,7 +123,7 @@ def from_old_versions(
 
 @pytest.mark.parametrize("version", OLD)
 def test_during_an_idle_reader(world: World, engine: Engine, figures: Figures, version: str) -> None:
-    """If an idle reader blocks a migration, others are delayed by less than 3 s."""
+    """If an idle reader blocks a migration, other transactions are delayed by less than 3 s."""
     from_old_versions(world, engine, figures, [(version, READER)], patience=1)
 
 

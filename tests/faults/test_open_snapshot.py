@@ -1,4 +1,4 @@
-"""Tests with an open snapshot under load: dead rows cannot be vacuumed, but sending continues."""
+"""Tests with an open snapshot under load. Dead rows cannot be vacuumed, but sending continues."""
 
 from __future__ import annotations
 

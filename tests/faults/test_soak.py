@@ -27,7 +27,7 @@ SECONDS = "FOLLOWUPS_TEST_SOAK"
 STEP = 0.25
 """The number of seconds between two inserts."""
 AHEAD = 5.0
-"""The seconds until the last follow-up of an insert falls due."""
+"""The inserted follow-ups fall due within this many seconds."""
 ROOM_MB = 32.0
 """Megabytes by which a process's memory may grow beyond a quarter of its median: allocators keep freed memory."""
 

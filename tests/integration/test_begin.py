@@ -48,7 +48,7 @@ class TestBegin:
         assert steps.begin(forged).begun == ()
 
     def test_expired_lease(self, world: World, steps: Steps) -> None:
-        """If a lease expires in the due queue, its follow-up does not begin."""
+        """If a lease expires while it is in the due queue, the follow-up does not begin."""
         follow_up = world.follow_up()
         lease = steps.lease()
         world.expire(follow_up)

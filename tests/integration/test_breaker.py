@@ -76,7 +76,7 @@ def run(own: Settings, script: Callable[[BreakerStore], Awaitable[None]], policy
 async def report(
     store: BreakerStore, failed: list[UUID], wanted: int, *, succeeded: bool, key: int = KEY
 ) -> SharedState:
-    """Report outcomes of one workspace and return the state of the breaker.
+    """Report outcomes of one workspace and return the breaker's state.
 
     The function checks the held workspaces itself, and omits them from the returned state.
     """
@@ -172,7 +172,7 @@ def test_fails_again(own: Settings) -> None:
 
 
 def test_probes_that_never_end(own: Settings) -> None:
-    """If a worker crashes without reporting its probes, other workers may send probes."""
+    """If a worker crashes without reporting its probes, other workers can still send probes."""
 
     async def script(store: BreakerStore) -> None:
         await opened(store)

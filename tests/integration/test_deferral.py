@@ -249,7 +249,7 @@ class TestFreeing:
         assert self.free(engine, 3, world, other) == 0
 
     def test_release_leaves_other_rows_unchanged(self, world: World, engine: Engine, settings: Settings) -> None:
-        """The release of deferred follow-ups leaves retries unchanged and skips rows locked by other transactions."""
+        """Releasing deferred follow-ups leaves retries unchanged and skips locked rows."""
         retry = world.follow_up(next_attempt_at=text("now() + interval '1 minute'"), attempts=1)
         locked, other = self.deferred(world, engine, settings, 10, 20)
         with engine.connect() as connection:

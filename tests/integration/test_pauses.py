@@ -174,7 +174,7 @@ def test_resumed_during_the_hold(world: World, engine: Engine, settings: Setting
 def test_many_are_released_in_batches(
     world: World, engine: Engine, settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Ending a pause releases its follow-ups in batches."""
+    """When a pause ends, its follow-ups are released in batches."""
     monkeypatch.setattr(pauses, "BATCH", 10)
     world.burst([timedelta(0)] * 25)
     scope = pause(world)

@@ -92,7 +92,7 @@ class LimitedPipeline:
     over: threading.Event = field(default_factory=threading.Event)
 
     def start(self, transport: Receiver, **changes: Any) -> Pipeline:
-        """Start a pipeline and submit due follow-ups to it, as ticks do."""
+        """Start a pipeline and submit the due follow-ups to it."""
         settings = self.settings.model_copy(update=changes)
         url = settings.database_url.get_secret_value()
         self.limiters.append(CountingLimiter(settings, PATIENCE))

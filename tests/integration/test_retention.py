@@ -89,7 +89,7 @@ def test_without_retention_only_expired_keys_are_deleted(world: World, engine: E
 
 
 def test_old_chat_messages_are_deleted(world: World, engine: Engine, settings: Settings) -> None:
-    """Old chat messages are deleted, except each chat's last, which is needed to recognise a repeat."""
+    """Old chat messages are deleted, except the last in each chat, which identifies a repeated message."""
     chat_id, other = uuid4(), uuid4()
     receive(world, chat_id, 50 * DAY)
     receive(world, chat_id, 40 * DAY)
@@ -130,7 +130,7 @@ def test_the_next_run_continues(
 
 
 def test_locked_rows_are_skipped(world: World, engine: Engine, settings: Settings) -> None:
-    """Pruning skips locked rows."""
+    """Pruning skips rows that another transaction has locked."""
     held, free = ended(world, 31 * DAY), ended(world, 31 * DAY)
     with engine.connect() as other:
         other.execute(text("SELECT FROM follow_ups WHERE id = :id FOR SHARE"), {"id": held})
@@ -187,7 +187,7 @@ def test_audit_events_have_a_separate_retention(world: World, engine: Engine, se
 def test_keys_that_expired_are_recorded_once(world: World, engine: Engine, settings: Settings) -> None:
     """An API key's expiry is recorded once as an audit event, with its time.
 
-    No event is recorded for a revoked key or an unexpired key.
+    When an API key expires, one audit event is recorded with the time of expiry.
     """
     with Session(engine) as session, session.begin():
         expired, revoked, _ = (api_keys.create(session, world.workspace_id, expires=HOUR)[0].id for _ in range(3))

@@ -174,7 +174,7 @@ class TestSchedule:
 
 
 class TestFullChat:
-    """Tests of the limit of pending follow-ups per chat, so that one reply can cancel all of them."""
+    """Tests that a chat cannot have more pending follow-ups than one reply can cancel."""
 
     def test_a_full_chat_accepts_no_more(self, caller: Caller) -> None:
         """A full chat accepts no new or moved follow-up until one of its follow-ups has ended."""
@@ -216,7 +216,7 @@ class TestAmend:
     """Tests of changes to follow-ups by the API and by operators, who see all workspaces."""
 
     def test_operator(self, caller: Caller) -> None:
-        """An operator, who has no workspace, sees every follow-up; another workspace sees none of them."""
+        """An operator, who has no workspace, sees every follow-up; other workspaces see none of them."""
         created = caller.schedule(caller.world.chat())
         assert scheduling.amend(caller.session, created.id, {"message": "new"}).message == "new"
         for changes in ({"message": "x"}, {"due_date": soon()}, {"status": Status.CANCELLED}):

@@ -208,7 +208,7 @@ class TestLateness:
         assert [(one, final.reason) for one, final in beginning.ended] == [(late, "too_late")]
 
     def test_due_outside_sending_hours_without_a_worker(self, world: World, engine: Engine, settings: Settings) -> None:
-        """A follow-up due outside sending hours counts as held, even if no worker ran then."""
+        """A follow-up due outside sending hours counts as held even without a running worker."""
         brief = settings.model_copy(update={"max_lateness": HOUR})
         put(world, hours_from(-30 * MINUTE, 3 * HOUR))
         old = {"scheduled_at": text("now() - interval '9 h'")}
@@ -247,7 +247,7 @@ class TestLateness:
     def test_hours_that_are_moved(self, world: World, engine: Engine, settings: Settings) -> None:
         """Held follow-ups become sendable when the new sending hours begin.
 
-        Follow-ups that were already sendable keep the recorded time at which they became sendable.
+        Follow-ups that were already sendable keep the time at which they became sendable.
         """
         held, earlier = world.follow_up(**self.OLD), text("now() - interval '9 min'")
         put(world, CLOSED)

@@ -93,7 +93,7 @@ class TestGap:
         assert claimed(engine, settings) == [follow_up]
 
     def test_not_begun(self, world: World, engine: Engine, settings: Settings) -> None:
-        """After a gap, the first tick claims leased follow-ups that have not begun.
+        """After a gap, the first tick claims follow-ups that were leased but have not begun.
 
         Before an attempt begins, the worker has no outcome to record.
         """
@@ -103,7 +103,7 @@ class TestGap:
         assert claimed(engine, settings) == [follow_up]
 
     def test_in_flight_counts(self, world: World, engine: Engine, settings: Settings) -> None:
-        """An attempt left to its worker during the grace period counts as in flight."""
+        """During the grace period, attempts with expired leases still count as in flight."""
         one = settings.model_copy(update={"max_in_flight": 1})
         world.follow_up(due=-MINUTE)
         in_flight(engine, one)
@@ -271,7 +271,7 @@ class TestToken:
     """Lease tokens, which are never reused, even if the database loses a commit."""
 
     def test_claim_lost_in_a_failover(self, world: World, engine: Engine, settings: Settings) -> None:
-        """If a failover loses a claim, its late result does not settle the next attempt."""
+        """If a failover loses a claim, the lost attempt's late result does not settle the next attempt."""
         follow_up = world.follow_up()
         before = in_flight(engine, settings)
         world.sql("UPDATE follow_ups SET lease_token = 0, lease_until = NULL, begun_at = NULL, attempts = 0")

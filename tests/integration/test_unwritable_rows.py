@@ -162,7 +162,7 @@ def lost_twice(world: World, chat: UUID | None = None) -> UUID:
 
 
 def blocked_for_nothing(world: World) -> UUID:
-    """Insert a follow-up that still waits for a follow-up that has already ended."""
+    """Insert a follow-up that is still blocked by a follow-up that has already ended."""
     chat = world.chat()
     first = world.follow_up(chat, -2 * SECOND)
     second = world.follow_up(chat, -SECOND, waits_for=first)
@@ -373,7 +373,7 @@ def test_a_later_row_of_the_chat_cannot_be_written(world: World, engine: Engine,
 
 
 def test_a_reply(world: World, engine: Engine, settings: Settings) -> None:
-    """A reply cancels the chat's follow-ups, except one whose row cannot be written."""
+    """A reply cancels the chat's follow-ups, except a follow-up whose row cannot be written."""
     chat = world.chat()
     good = world.follow_up(chat, -SECOND)
     unwritable(world, world.follow_up(chat, timedelta(hours=1)))

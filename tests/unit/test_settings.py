@@ -307,7 +307,7 @@ def test_a_retention_that_is_too_short_is_refused(monkeypatch: pytest.MonkeyPatc
 
 @pytest.mark.parametrize(("value", "port"), [("9100", 9100), ("", None), ("tcp://10.96.0.7:9100", None)])
 def test_the_port_for_metrics(monkeypatch: pytest.MonkeyPatch, value: str, port: int | None) -> None:
-    """A metrics port is ignored if its value is a URL.
+    """The service ignores a metrics port that is a URL.
 
     Kubernetes sets this variable to a URL for a Service named followups-metrics.
     """

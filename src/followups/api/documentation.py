@@ -73,7 +73,7 @@ def describe(app: FastAPI) -> dict[str, Any]:
 
 STATIC = Path(str(files("fastapi_offline"))) / "static"
 CACHED = {"cache-control": "public, max-age=86400"}
-"""Cache headers of static files, which change only when the package is updated."""
+"""Cache headers of static files, which change only with a new version of the package."""
 
 # Swagger UI sets inline styles and loads icons from data URLs.
 POLICY = (

@@ -35,7 +35,7 @@ app = typer.Typer(
 
 
 class Each(StrEnum):
-    """The scope that shares one token bucket of the limit."""
+    """Whether each workspace or each chat has its own token bucket."""
 
     WORKSPACE = "workspace"
     CHAT = "chat"

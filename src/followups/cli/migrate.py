@@ -1,6 +1,6 @@
 """``followups migrate``: wait for the database, then upgrade its schema.
 
-honcho stops all processes as soon as one ends. The end of ``release`` would therefore stop web, worker and beat. After
+honcho stops all processes as soon as one ends. If ``release`` ended, honcho would also stop web, worker and beat. After
 a plain ``honcho start``, this command therefore keeps running until honcho stops it. In all other cases, such as
 ``honcho start release``, the command ends after the upgrade.
 """
@@ -52,7 +52,7 @@ A shell and a child of honcho may be between honcho and this process.
 TRANSIENT_REFUSALS = ("starting up", "shutting down", "recovery", "too many", "remaining connection slots")
 """Parts of the messages with which a PostgreSQL server refuses connections until it is ready.
 
-Any other refusal, such as one for a wrong password, is final.
+Any other refusal, such as a wrong password, is final.
 """
 
 

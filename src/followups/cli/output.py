@@ -60,7 +60,7 @@ def remark(sentence: str) -> None:
 
 
 def cell(text: str, style: str = "", *, lines: bool = False) -> Text:
-    """Return a text as a table cell without any markup. If ``lines`` is set, line feeds are kept."""
+    """Return a string as a table cell without any markup. If ``lines`` is set, line feeds are kept."""
     return Text(escape(text, lines=lines), style=style)
 
 

@@ -52,7 +52,7 @@ Only the sign-in form is sent without a session.
 PUBLIC_FORM = 1024
 """Maximum size, in bytes, of a form that is parsed without a valid session.
 
-A sign-in form contains an API key or a link's token, and the page to open after sign-in.
+A sign-in form contains an API key or a link's token, and the page to open next.
 """
 
 STREAM = f"{PREFIX}/stream"
@@ -75,7 +75,7 @@ class Console:
     """The console, an ASGI application for the paths under ``/console``."""
 
     def __init__(self, settings: Settings, nudge: Callable[[], None]) -> None:
-        """Store the settings and ``nudge``, which makes the workers run a tick."""
+        """Store the settings and ``nudge``, a function that makes the workers run a tick."""
         self.services = ConsoleServices(settings, nudge)
         self._limiter = anyio.CapacityLimiter(THREADS)
         self._live = Live(self.services.engine, self._in_thread)
@@ -151,7 +151,7 @@ class Console:
         return await anyio.to_thread.run_sync(work, *arguments, limiter=self._limiter)
 
     def _serve(self, visit: Visit, route: Route | None, scope: Scope, body: bytes) -> Response:
-        """Return the route's response, or an error page if the route raises an error."""
+        """Return the route's response, or an error page if the route fails."""
         try:
             return _finished(visit, self._decide(visit, route, scope, body))
         except ForbiddenError:

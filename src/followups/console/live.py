@@ -30,7 +30,7 @@ STEP = 0.25
 """Seconds between two checks of whether the process is stopping. Streams must close within a second."""
 
 CHECKED_EVERY = 15.0
-"""Seconds between two checks of whether a stream's session is still valid.
+"""Seconds between two checks that a stream's session is still valid.
 
 Each check also sends a keep-alive over the stream.
 """

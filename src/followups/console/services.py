@@ -1,4 +1,4 @@
-"""The objects that all console requests share, among them a cache of results.
+"""The objects that all console requests share, including a cache of results.
 
 All viewers served by one process share each result for one second. Without viewers, no results are computed.
 """
@@ -45,7 +45,7 @@ class ResultCache:
         self._lock = threading.Lock()
 
     def get(self, key: Hashable, make: Callable[[], Any]) -> Any:  # noqa: ANN401 - what is made
-        """Return the key's cached result, or compute a new result after one second."""
+        """Return the key's cached result if it is less than a second old, and otherwise compute a new one."""
         with self._lock:
             own = self._locks.setdefault(key, threading.Lock())
         with own:
@@ -81,7 +81,7 @@ class ConsoleServices:
     """The console's settings, database connections, and in-memory state."""
 
     def __init__(self, settings: Settings, nudge: Callable[[], None]) -> None:
-        """Store the settings and ``nudge``, which makes the workers run a tick.
+        """Store the settings and ``nudge``, a function that makes the workers run a tick.
 
         Connections are opened on first use.
         """

@@ -56,4 +56,4 @@ class BatchResult:
     unblocked: tuple[Lease, ...] = ()
     """Unblocked follow-ups that waited for an ended follow-up, now leased to the caller."""
     blocking: tuple[UUID, ...] = ()
-    """Ended follow-ups whose successor in the chat is locked by another transaction."""
+    """Ended follow-ups whose successor could not be unblocked because another transaction has locked it."""

@@ -37,8 +37,8 @@ if TYPE_CHECKING:
 SHARE = 1024
 """Divisor: a worker requests 1/1024 of the in-flight limit, at most a lease per slot.
 
-A worker keeps at most two requests' leases. A hundred workers keep at most a fifth of the window. A probe needs only
-three follow-ups from all workers together.
+A worker never holds more leases than it gets from two requests. A hundred workers keep at most a fifth of the window. A
+probe needs only three follow-ups from all workers together.
 """
 SHARE_WHILE_RECOVERING = 128
 """Divisor of the window during recovery, while the rate of begins rises.

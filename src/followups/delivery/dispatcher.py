@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 SLOW = 1.0
 """A claim of this many seconds indicates wrong planner statistics; milliseconds are normal."""
 MANY = 100
-"""Minimum number of rows in a claim that makes the dispatcher check the planner's statistics."""
+"""If a claim has at least this many rows, the dispatcher checks the planner's statistics."""
 NEXT_STATISTICS = 60.0
 """Seconds between two checks of the planner's statistics."""
 

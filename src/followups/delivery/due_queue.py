@@ -1,4 +1,4 @@
-"""The due queue: leases by due time; among due leases, workspaces take turns.
+"""The due queue: leases by due time. Among due leases, the workspaces take turns.
 
 The due queue does no I/O. Only one event loop may use a due queue.
 """
@@ -62,7 +62,7 @@ class DueQueue:
         self._closed = False
 
     def add(self, leases: Iterable[Lease], task_id: str = "") -> None:
-        """Enqueue new leases with the id of the Celery task that carried their hint."""
+        """Enqueue new leases together with the id of the Celery task whose hint brought them."""
         now, known = uptime(), self._clock.known
         if now >= self._next_expiry_check:
             # While the breaker is open, no lease is taken from the due queue. In the meantime, each tick claims the

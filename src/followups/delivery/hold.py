@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from followups.store.obstacles import Obstacle
 
 UNREADABLE = timedelta(minutes=1)
-"""Time until sending hours are checked again if this machine lacks their time zone."""
+"""Time until sending hours are checked again if their time zone is unknown on this machine."""
 
 log = get_logger(__name__)
 

@@ -73,7 +73,7 @@ class Pipeline:
         limiter: Limiter | None = None,
         breaker_store: BreakerStore | None = None,
     ) -> None:
-        """Create the pipeline, which calls ``nudge`` when a retry falls due before the next tick.
+        """Create the pipeline; it calls ``nudge`` when a retry falls due before the next tick.
 
         Without a limiter there are no rate limits.
         """

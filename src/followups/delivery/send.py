@@ -153,7 +153,7 @@ class CallTimeout:
     """Cancels every task whose call takes longer than the limit. An instance belongs to one event loop."""
 
     def __init__(self, limit: timedelta) -> None:
-        """Set the time limit of a call to ``limit``."""
+        """Give each call the time limit ``limit``."""
         self.seconds = limit.total_seconds()
         self._ends: dict[Task, float] = {}
         """The event loop's time by which each task's call must have ended. All calls have one time limit, so the

@@ -18,7 +18,7 @@ POISON_PILLS = 16
 """How many follow-ups with one lost lease may be in flight together. A follow-up with two lost leases uses up the whole
 quota by itself.
 
-Each of these follow-ups may be a poison pill. A poison pill kills its worker and all attempts in flight there. If
+Any of these follow-ups may be a poison pill. A poison pill kills its worker and all attempts in flight there. If
 hundreds of leases are lost together, at most 16 follow-ups lose a second lease. None of these 16 follow-ups loses a
 third lease, which would end the follow-up.
 """

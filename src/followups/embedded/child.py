@@ -131,7 +131,7 @@ class Child:
         return "(there is none)"
 
     def signal(self, number: signal.Signals) -> None:
-        """Send a signal to the process only, not to its group.
+        """Send a signal to the process, not to its process group.
 
         In a pool, the parent process signals its children itself.
         """

@@ -51,7 +51,7 @@ def remove_directory(path: Path) -> None:
 
 
 def let_through(directory: Path) -> None:
-    """Allow all users to enter, but not list, a directory that `make_temporary_directory` created."""
+    """Allow all users to enter a directory of `make_temporary_directory`, but not to list it."""
     directory.chmod(0o711)
 
 

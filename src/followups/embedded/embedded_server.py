@@ -75,7 +75,7 @@ class EmbeddedServer(ABC):
             self._directory = None
 
     def restart(self) -> None:
-        """Stop the server if it is running, and start it again with the same URL.
+        """Stop the server if it is running, and start it again. The URL stays the same.
 
         Data is kept only if the server has a data directory.
         """

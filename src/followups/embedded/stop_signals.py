@@ -19,7 +19,7 @@ STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 class StopSignals:
-    """Records signals within the ``with`` block. `StopSignals` must be used from the main thread."""
+    """Records signals inside a ``with`` block. `StopSignals` must be used from the main thread."""
 
     def __init__(self) -> None:
         """Create the recorder without installing signal handlers."""

@@ -53,7 +53,7 @@ class Watchdog:
         self._guard(str(path), ["directory", str(path)])
 
     def release(self, key: int | Path) -> None:
-        """Stop guarding this pid or directory. If nothing is left to guard, the watchdog ends."""
+        """Stop guarding this pid or directory. After the last pid or directory has been released, the watchdog ends."""
         name = key if isinstance(key, int) else str(key)
         with self._lock:
             self._guarded.pop(name, None)
@@ -100,7 +100,7 @@ class Watchdog:
                 process.communicate()
 
     def _close_in_fork(self) -> None:
-        """Close a forked child's pipe, so that the watchdog notices when the owner ends."""
+        """Close the pipe in a forked child, so that the watchdog notices when the owner ends."""
         self._lock = threading.Lock()
         self._guarded = {}
         if self._process is not None and self._process.stdin is not None:

@@ -221,8 +221,8 @@ class Breaker:
     def spend(self, keys: Iterable[int]) -> None:
         """Use up a permit for each begun follow-up of a tripped workspace.
 
-        ``keys`` are the workspace keys of all follow-ups that have begun. If the breaker opened in the meantime, there
-        may be too few permits.
+        ``keys`` has one workspace key for each follow-up that has begun. If the breaker has just opened, there may be
+        too few permits.
         """
         if tripped := self.tripped:
             self.permits = max(0, self.permits - sum(key in tripped for key in keys))

@@ -104,7 +104,7 @@ class Limiter:
         self._ask_again_at = 0.0
 
     async def ask(self, requests: Sequence[TokenRequest], ended: Sequence[TokenRequest]) -> LimiterReply:
-        """Acquire tokens, in the given order, for requests whose turn it is; remove ended requests."""
+        """Acquire tokens for the requests, in their given order, and remove ended requests."""
         buckets = _numbered((*requests, *ended))
         limits = [(bucket.rate, bucket.burst) for bucket in buckets]
         documents = (limits, _documents(requests, buckets), _documents(ended, buckets))
@@ -117,7 +117,7 @@ class Limiter:
         return LimiterReply(tuple(wait * MICROSECOND for wait in waits), moment)
 
     async def give_back(self, requests: Sequence[TokenRequest], moment: int) -> None:
-        """Return tokens that were acquired at ``moment`` for follow-ups that did not begin after all.
+        """Return the tokens acquired at ``moment`` for follow-ups that did not begin.
 
         The tokens are lost if Redis is unreachable.
         """
@@ -303,7 +303,7 @@ def _limitable(engine: Engine, settings: Settings, leases: Sequence[Lease]) -> l
         with engine.connect() as connection:
             return rate_limits.limitable(connection, part, settings.max_lateness)
 
-    # `begin` receives the rows that cannot be read, and logs them.
+    # If a row cannot be read, its lease still goes to `begin`, which logs the row.
     return list(chain.from_iterable(halve(leases, read).done))
 
 

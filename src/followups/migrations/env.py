@@ -53,7 +53,7 @@ def _bound_locks(connection: Connection) -> None:
 
 
 def _lock(connection: Connection, wait: float) -> None:
-    """Exclude other migrations until the transaction ends.
+    """Lock out other migrations until the transaction ends.
 
     Raises `FollowUpsError` after ``wait`` seconds. The lock belongs to the transaction: behind a pooler, the session
     outlives its client and would keep the lock. The lock is polled rather than waited for. A concurrent index creation

@@ -1,4 +1,4 @@
-"""A separate schema for the benchmark, in the configured database, and the follow-ups to send."""
+"""The benchmark's own schema in the configured database, and the follow-ups to send."""
 
 from __future__ import annotations
 

@@ -115,7 +115,7 @@ def _cancel(*, by_code: bool) -> TextClause:
 
 
 def cancel_if_not_begun(connection: Connection, pending: CancelScope, final: Final, after: CancelCursor) -> Cancelled:
-    """Cancel the next batch of follow-ups; those in flight are not cancelled, only never retried.
+    """Cancel the next batch of follow-ups; for those in flight, only prevent a retry.
 
     Follow-ups whose rows are locked or cannot be written are skipped.
     """

@@ -1,4 +1,4 @@
-"""Change detection for a workspace or a follow-up, cheap enough for one query per second.
+"""Detection of changes to a workspace or a follow-up, cheap enough for one query per second.
 
 After each change to a topic, `read_values` returns a new value for the topic. If there are very many follow-ups,
 changes that keep a follow-up's state may be missed. Because a change may be missed, the console's pages also reload

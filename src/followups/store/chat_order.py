@@ -1,8 +1,8 @@
 """Order within a chat: a later follow-up waits until the earlier one ends.
 
 The column ``waits_for`` of a waiting follow-up contains the id of its immediate predecessor. The index for claims does
-not contain waiting follow-ups. Each follow-up waits only for its immediate predecessor, so each end unblocks only one
-follow-up. If 100,000 follow-ups are queued behind one stuck chat, each is refused only once.
+not contain waiting follow-ups. Each follow-up waits only for its immediate predecessor, so the end of one follow-up
+unblocks only one other. If 100,000 follow-ups are queued behind one stuck chat, each is refused only once.
 """
 
 from __future__ import annotations
@@ -152,7 +152,7 @@ _LOCK_FORGOTTEN = text("""
        FOR NO KEY UPDATE OF f SKIP LOCKED
 """)
 BATCH = 1000
-"""Number of overlooked follow-ups that one transaction unblocks."""
+"""Maximum number of overlooked follow-ups that one transaction unblocks."""
 
 
 _FIRST = text("""

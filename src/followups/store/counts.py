@@ -1,6 +1,6 @@
 """Counts, lag and throughput. No statement here runs for long, however many rows there are.
 
-Pending, waiting, overdue and in-flight follow-ups are counted exactly, from small partial indexes. Follow-ups in a
+Counts of pending, waiting, overdue and in-flight follow-ups are exact and use small partial indexes. Follow-ups in a
 final state are counted up to `EXACT_UP_TO` for each state. For larger numbers the planner's estimate is used, which
 costs nothing even for many millions of rows. Lag and throughput are computed from an index of the follow-ups that ended
 in the last few minutes. A query that exceeds `LIMIT` is cancelled.
@@ -10,9 +10,9 @@ A trigger with counters would update one shared row for each insert and end. Row
 `BACKLOG_EXACT_UP_TO`. A healthy system has fewer overdue follow-ups than this limit. Beyond that limit the numbers are
 the planner's estimates. The estimates are as exact as the last ANALYZE, which runs after 2 % of the rows have changed.
 An estimate is never below the number of rows counted. On two busy cores with half a million rows pending, 36,000 of
-them overdue, the measurement took 16 ms. An exact count of pending rows takes 83 ms, and grows with their number. If
-60,000 rows have just been sent and not yet vacuumed, the first measurement takes 287 ms. Later measurements take 13 to
-16 ms. The time that the backlog's measurement takes does not depend on the number of rows.
+them overdue, the measurement took 16 ms. An exact count of pending rows takes 83 ms, and grows with their number. After
+60,000 rows have been sent, the first measurement before a vacuum takes 287 ms. Later measurements take 13 to 16 ms. The
+time that the backlog's measurement takes does not depend on the number of rows.
 """
 
 from __future__ import annotations
@@ -64,8 +64,8 @@ _PENDING_ROWS = "FROM follow_ups WHERE status = 'pending'"
 # The query reads only the start of the claim's index, slightly beyond the current time. No follow-up due after this
 # range has begun, so all follow-ups in flight are included. A follow-up that waits for its chat's earlier follow-up
 # does not count as overdue. The earlier follow-up counts. The ORDER BY keeps the index from being read further than
-# needed. Without the ORDER BY, the planner would read the whole table. The planner estimates that a third of all
-# pending rows are overdue. One read must suffice, because the index starts with sent but not yet vacuumed rows.
+# needed. Without an ORDER BY, the planner would read the whole table. The planner estimates that a third of all pending
+# rows are overdue. One read must suffice, because the index starts with sent but not yet vacuumed rows.
 _COUNT = text(f"""
     WITH head AS MATERIALIZED (
         SELECT {_DUE} AS due, begun_at {_PENDING_ROWS} AND waits_for IS NULL AND {_DUE} <= now() + interval '1 second'

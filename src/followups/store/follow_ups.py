@@ -188,7 +188,7 @@ class Planned(NamedTuple):
 
 @Rule
 def room_in(workspace_id: UUID, chat_ids: Collection[UUID]) -> Steps[dict[UUID, int]]:
-    """Return how many more pending follow-ups each chat may have. The caller must have locked the chats."""
+    """Return how many more pending follow-ups each of the chats may have. The caller must have locked the chats."""
     rows = yield _ROOM(workspace_id=workspace_id, chat_ids=uuid_array(chat_ids))
     return {row.id: row.room for row in rows}
 

@@ -44,8 +44,8 @@ inserts, begin and settle of forty follow-ups took up to 720 ms each without thi
 """
 
 NEXT_TOKEN = "GREATEST(f.lease_token + 1, CAST(date_part('epoch', now()) * 1000000 AS bigint))"  # noqa: S105 - a fencing token
-"""The next fencing token, which is higher than all earlier ones and never issued twice. Even if a failover or restore
-loses a lease, its token is never issued again. The value of a token is therefore the database's time in microseconds.
+"""The next fencing token, which is higher than all earlier ones and never issued twice. A token is never issued again,
+even if a failover or restore loses its lease. The value of a token is therefore the database's time in microseconds.
 Until the year 2255 this number is below 2^53, so JSON readers represent it exactly.
 """
 

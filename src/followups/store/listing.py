@@ -51,7 +51,7 @@ class ListFilter:
 
 @dataclass(frozen=True, slots=True)
 class Start:
-    """A row's key in a list, and the number of rows before that row."""
+    """The key of a row in a list, and the number of rows before it."""
 
     offset: int
     created_at: datetime
@@ -178,7 +178,7 @@ def _filters(wanted: ListFilter) -> dict[str, tuple[Any, ...]]:
         "chat_id": wanted.chat_ids,
         "status": tuple(status.value for status in wanted.statuses),
     }
-    # Duplicate values are removed, because the rows of a duplicate value would be returned twice.
+    # Duplicate values are removed because their rows would be returned twice.
     named = {column: tuple(dict.fromkeys(values)) for column, values in given.items() if values}
     return named or {"status": tuple(status.value for status in Status)}
 

@@ -171,8 +171,8 @@ def release_orphaned(
     A lifted pause is deleted once it holds no follow-ups. ``refused`` is called for each row that cannot be written.
     Rows in ``without`` are skipped.
 
-    To resume, this function is called until no follow-up is left to release. If the resume is interrupted, the
-    dispatcher releases the remaining follow-ups.
+    `resume` calls this function until no follow-up is left to release. If the resume is interrupted, the dispatcher
+    releases the remaining follow-ups.
     """
 
     def free(part: Sequence[UUID]) -> int:

@@ -45,7 +45,7 @@ def find(session: Session, name: str, *, to_delete: bool = False) -> Workspace:
     """
     name = name.strip()
     # No workspace's name contains unprintable characters. PostgreSQL or its driver could reject a query that contains
-    # such characters.
+    # unprintable characters.
     found = session.scalar(select(Workspace).where(Workspace.name == name)) if name.isprintable() else None
     if found is None:
         raise WorkspaceNotFoundError
@@ -62,7 +62,7 @@ _LOCK = (
 
 
 def keep(session: Session, workspace_id: UUID) -> None:
-    """Prevent the deletion of the workspace until the transaction ends. Raises `WorkspaceNotFoundError`."""
+    """Protect the workspace from deletion until the transaction ends. Raises `WorkspaceNotFoundError`."""
     if session.scalar(_LOCK, {"id": workspace_id}) is None:
         raise WorkspaceNotFoundError
 

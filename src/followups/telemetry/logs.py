@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 LEVELS = {"debug": logging.DEBUG, "info": logging.INFO, "warning": logging.WARNING, "error": logging.ERROR}
 
 OWN_HANDLERS = ("celery", "celery.task", "celery.redirected", "uvicorn", "uvicorn.access", "uvicorn.error")
-"""Loggers that install handlers of their own, which would write another format."""
+"""Loggers that install their own handlers, which would use another format."""
 
 TALKATIVE = ("celery.app.trace", "celery.beat", "celery.worker.strategy", "sqlalchemy", "alembic", "aiohttp.access")
 """Loggers that write several lines for each task, tick or statement. Only their warnings and errors are logged."""

@@ -77,8 +77,8 @@ class CurlLoop:
         for callback in (pycurl.M_SOCKETFUNCTION, pycurl.M_TIMERFUNCTION):
             self._multi.setopt(callback, None)
         if self._looks_up:
-            # libcurl waits for its threads, which look up host names. If the name server does not answer, the wait
-            # takes up to half a minute.
+            # Closing libcurl waits for the threads that look up host names. If the name server does not answer, the
+            # wait takes up to half a minute.
             threading.Thread(target=self._multi.close, name="curl-close", daemon=True).start()
         else:
             self._multi.close()
@@ -89,7 +89,7 @@ class CurlLoop:
     def _watch(self, what: int, socket: int, _multi: object, _data: object) -> None:
         wanted = _WANTED.get(what)
         if wanted is None:
-            # The socket stays registered, because the next transfer usually begins within milliseconds.
+            # The socket stays registered because the next transfer usually begins within milliseconds.
             self._watched.discard(socket)
             return
         self._watched.add(socket)
@@ -111,8 +111,8 @@ class CurlLoop:
         self._collect()
 
     def _set_timer(self, milliseconds: int) -> None:
-        # No callback may call libcurl. libcurl sets the time of its next call with every transfer. A timer that would
-        # fire too early keeps running, and is set again after firing.
+        # A timer that would fire too early is left running, and is set again once it has fired. A timer that would fire
+        # too early keeps running, and is set again after firing.
         if milliseconds == 0:
             self._kick = self._kick or self._loop.call_soon(self._kicked)
             return

@@ -154,7 +154,7 @@ class HttpClient:
             exchange.stale = None
 
     async def check(self) -> str:
-        """Connect as a call does, send nothing, and return a sentence that reports success.
+        """Connect as for a call, send nothing, and return a sentence that reports success.
 
         Raises `FollowUpsError` if the connection fails. The error contains the address without its password.
         """

@@ -188,8 +188,8 @@ class Exchange:
 
     def _connected(self, _ip: str, own_ip: str, _port: int, own_port: int) -> int:
         # Without these checks, a process frozen while connecting could send after its time limit. By that time, the
-        # follow-up may have been cancelled, or sent by another process. A request on a connection that has already
-        # ended would also have an unknown outcome.
+        # follow-up may have been cancelled, or sent by another process. The outcome of a request on a connection that
+        # has already ended would also be unknown.
         if uptime() > self._until:
             self.late = True
             return _ABORT

@@ -66,7 +66,7 @@ LONGEST_BODY = 4 * 1024 * 1024
 
 
 class Loader(AppLoader):
-    """A Celery loader that ignores the environment variable that names a configuration module."""
+    """A Celery loader that ignores the environment variable for a configuration module."""
 
     def read_configuration(self, env: str = "") -> dict[str, Any]:  # noqa: ARG002 - Celery's own
         """Return an empty configuration."""
@@ -142,7 +142,7 @@ class Consumer:
         self.connecting_at = time.monotonic()
 
     def connected(self) -> None:
-        """Record a new connection as refused until one of its reads is answered."""
+        """Count a new connection as refused until the broker answers a read."""
         self.connected_at = time.monotonic()
         self.refused += 1
 

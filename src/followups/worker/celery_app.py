@@ -53,8 +53,8 @@ log = get_logger(__name__)
 UNREAD = 1000
 """Number of unread messages in the tick queue at which no further ticks are added. While no worker is running, beat and
 nudges can therefore not fill the broker. Ticks do not expire, because Celery would have to compare the clocks of two
-hosts. If the clock of one host were an hour ahead, all ticks would be dropped. The dispatcher merges all waiting ticks
-into one.
+hosts. If one host's clock were an hour ahead, Celery would drop all ticks. The dispatcher merges all waiting ticks into
+one.
 """
 
 STATEMENT_TIMEOUT = timedelta(seconds=10)
@@ -138,7 +138,7 @@ def make_app(settings: Settings) -> Celery:
             "socket_timeout": silence,
             "socket_connect_timeout": silence,
             "socket_keepalive": True,
-            # A half-open connection of the consumer is therefore detected within twice the set time plus a second.
+            # The consumer therefore detects a half-open connection within twice `silence` plus a second.
             "health_check_interval": silence,
             # kombu itself retries, and redis-py's own retries would multiply the number of retries. With both kombu's
             # and redis-py's retries, a publish to a silent broker took 51 s. Without redis-py's retries, the publish
@@ -208,7 +208,7 @@ class Process:
 
 
 _processes: dict[int, Process] = {}
-"""Each process's components, keyed by process id; a forked child creates its own components."""
+"""The components of each process, keyed by process id. A forked child creates its own components."""
 _making = threading.Lock()
 
 
@@ -265,7 +265,7 @@ def dispatch_due(*_: object, **__: object) -> None:
 
 @app.task(name="followups.remove_old", base=Bounded)
 def remove_old(*_: object, **__: object) -> None:
-    """Prune in a thread: delete finished follow-ups after RETENTION, and idempotency keys after a day."""
+    """Start a thread that deletes finished follow-ups after RETENTION and idempotency keys after a day."""
     current_process().pruner.start()
 
 

@@ -27,7 +27,7 @@ SETTLE = """
 
 
 async def claim(waiting: asyncio.Queue[tuple[UUID, str]]) -> None:
-    """Claim rows continuously and add them to the queue."""
+    """Claim rows in a loop and add them to the queue."""
     async with await psycopg.AsyncConnection.connect(DATABASE, autocommit=True) as connection:
         while True:
             if waiting.qsize() > 1000:

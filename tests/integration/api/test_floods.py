@@ -55,8 +55,8 @@ class Flood:
     def held_up_less(self, limit: float) -> bool:
         """Return whether the flood delayed 95 % of others' requests by less than the limit.
 
-        The limit applies to the ``busy`` part of each wait. In elapsed time, a busy machine may slow half of these
-        requests tenfold.
+        The limit applies to the ``busy`` part of each wait. By the clock, a busy machine may slow half of the requests
+        tenfold.
         """
         return p95(self.busy) < limit and statistics.median(self.waits) < 10 * limit
 

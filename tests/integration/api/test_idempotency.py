@@ -56,7 +56,7 @@ def test_repeated_request(api: Api) -> None:
 
 
 def test_same_content_in_other_bytes(api: Api) -> None:
-    """If an idempotency key is used again, request bodies are compared by content."""
+    """If a client reuses an idempotency key, the API compares the request bodies by content."""
     body, key = body_of(api, dueDate="2035-01-01T00:00:00Z"), "k" * 255
     first = keyed(api, body, key)
     assert same(keyed(api, dict(reversed(body.items())) | {"dueDate": "2035-01-01T01:00:00+01:00"}, key), first)

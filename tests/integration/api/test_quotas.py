@@ -126,7 +126,7 @@ def test_several_calls_in_one_transaction(api: Api) -> None:
 
 
 def test_without_a_quota_there_is_no_extra_statement(api: Api) -> None:
-    """Without a quota, a create request executes no additional statement."""
+    """Without a quota, a create request executes no additional SQL statement."""
     world, chat = api.world, UUID(api.chat())
     statements: list[str] = []
     with Session(world.engine) as session, session.begin():

@@ -63,7 +63,7 @@ def test_paused_listed_and_resumed(run: RunCommand, world: World, engine: Engine
 
 
 def test_an_interrupted_resume_continues(run: RunCommand, world: World, engine: Engine, settings: Settings) -> None:
-    """If `resume` is interrupted after the pause has ended, its next run releases the rest."""
+    """If `resume` is interrupted after the pause has ended, the next `resume` releases the remaining follow-ups."""
     name = str(world.workspace_id)
     run("pause", "--workspace", name)
     world.follow_up()

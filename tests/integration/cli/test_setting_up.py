@@ -75,7 +75,7 @@ class TestMigrate:
     def test_a_permanent_error_is_not_waited_for(
         self, run: RunCommand, database_url: str, environment: pytest.MonkeyPatch
     ) -> None:
-        """If the server rejects the connection permanently, `migrate` fails immediately."""
+        """If the server refuses connections for a permanent reason, `migrate` fails immediately."""
         url = make_url(database_url).set(database="nowhere")
         environment.setenv("FOLLOWUPS_DATABASE_URL", url.render_as_string(hide_password=False))
         ran = run("migrate")

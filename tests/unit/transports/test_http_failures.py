@@ -34,7 +34,7 @@ async def outcome_at(url: str, **settings: object) -> Outcome:
 
 
 async def stay_silent(_writer: asyncio.StreamWriter, _request: Request) -> None:
-    """Wait without ever responding."""
+    """Keep the connection open without ever responding."""
     await asyncio.sleep(60)
 
 

@@ -276,7 +276,7 @@ async def test_one_stream_harms_no_other(
 
 
 async def stay_silent(_stream: Stream) -> None:
-    """Wait without ever responding."""
+    """Keep the connection open without ever responding."""
 
 
 async def test_a_silent_stream_affects_only_its_call(server: Http2Server) -> None:

@@ -138,7 +138,7 @@ async def test_reading_of_an_endless_head_stops(start: bytes) -> None:
     [(b"0\r\nx-trailer: ", b"x" * 10_000), (b"0\r\n", b"x: y\r\n" * 1_000), (b"", b"1;x\r\nx\r\n" * 1_000)],
 )
 async def test_reading_of_endless_chunks_stops(start: bytes, piece: bytes) -> None:
-    """The transport soon stops reading endless trailers or chunks; only the status counts."""
+    """If a response has endless trailers or chunks, the transport stops reading and uses the status."""
     outcome = await outcome_of(endless(CHUNKED + start, piece))
     assert outcome == Sent(None, 200, "the body of the answer is longer than 64 KiB")
 

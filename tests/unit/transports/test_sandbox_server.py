@@ -97,7 +97,7 @@ def test_an_invalid_secret_stops_the_start() -> None:
 
 
 async def test_behaviours_are_set_read_and_reset(http: aiohttp.ClientSession, chats: SandboxChats) -> None:
-    """Behaviours can be set, read and reset with PUT, GET and DELETE, for one chat or for all."""
+    """PUT, GET and DELETE set, read and reset behaviours, for one chat or for all chats."""
     path = "/sandbox/chats/c1/behaviour"
     status, shown = await fetch(http, "PUT", path, {"kind": "reject", "status": 410, "times": 2, "retryAfter": 3})
     assert (status, shown["status"], shown["retryAfter"]) == (200, 410, 3)
@@ -121,7 +121,7 @@ async def test_an_invalid_behaviour_is_refused(http: aiohttp.ClientSession, path
 
 
 async def test_a_dropped_request_gets_no_answer(http: aiohttp.ClientSession, chats: SandboxChats) -> None:
-    """If a request is dropped, its connection is closed without a response, but its message is accepted."""
+    """If the sandbox drops a request, it accepts the message but closes the connection without a response."""
     await fetch(http, "PUT", "/sandbox/behaviour", {"kind": "drop"})
     with pytest.raises(aiohttp.ServerDisconnectedError):
         await fetch(http, "POST", "/messages", BODY)

@@ -58,7 +58,7 @@ class Scenario:
     failures: dict[str, int]
     """The number of 500 responses in each chat before the receiver accepts a message."""
     refused: frozenset[str]
-    """The chats in which the receiver responds with 403."""
+    """The chats for which the receiver responds with 403."""
     replies: dict[str, float]
     """The chats in which the user replies, each with the seconds until the reply."""
 
@@ -84,7 +84,7 @@ REPLY_AT = 5.0
 GOLDEN = 0.618_033_988_75
 """The fractional part of the golden ratio.
 
-This fraction's multiples spread evenly without a pattern, so the due times resemble those of real chats.
+Multiples of this fraction are spread evenly without a pattern, like the due times of real chats.
 """
 
 SENT = Ending(Status.SENT, attempts=1)
@@ -177,7 +177,7 @@ class DemoRun:
     """The chats of one demo, for use in a single thread."""
 
     def __init__(self, stack: Stack, key: str, scenario: Scenario) -> None:
-        """Store the API's address and the script, without opening any chat."""
+        """Store the API's address and the script; open no chat."""
         self._api = RestClient(stack.api, key)
         self._sandbox = RestClient(stack.sandbox)
         self._scenario = scenario

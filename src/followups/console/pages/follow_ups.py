@@ -61,7 +61,7 @@ class ListFilters:
 
 
 def show(visit: Visit) -> Response:
-    """Show a page of the list."""
+    """Show one page of the list of follow-ups."""
     asked = ListFilters.of(visit.query)
     told, following = "", None
     rows: list[browse.Row] = []

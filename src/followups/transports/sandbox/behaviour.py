@@ -83,7 +83,7 @@ class Behaviour(WireModel):
     times: Annotated[int, Field(ge=1)] | None = None
     """Number of requests to which the behaviour applies. None means that the behaviour applies until it is changed."""
     delay: Seconds | None = None
-    """Seconds before the answer; by default 5 for ``slow``, and 0 for all other behaviours."""
+    """Seconds before the response: by default 5 for ``slow``, and 0 for all other behaviours."""
     retry_after: Seconds | None = None
     """Retry-After of the answer, in seconds; by default 1 for ``rate_limit``, and no header otherwise."""
     body: Annotated[str, Field(max_length=1_000_000)] | None = None
