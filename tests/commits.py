@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 def break_once(monkeypatch: pytest.MonkeyPatch, what: Callable[[psycopg.Connection], None]) -> None:
-    """At the next commit, perform this action and then break the connection."""
+    """At the next commit, call ``what`` and then break the connection."""
     commit = psycopg.Connection.commit
 
     def broken(connection: psycopg.Connection) -> None:

@@ -29,7 +29,8 @@ COMMANDS = Path(__file__).with_name("bin")
 CELERY = (sys.executable, str(COMMANDS / "celery"), "-A", "followups.worker")
 
 PAGE = 5_000
-"""The page size of the chat's list of requests. While the chat is returning a page, it accepts no message."""
+"""Number of requests on one page of the chat server's list. While the chat is returning a page, it accepts no message.
+"""
 
 
 def wait_until(true: Callable[[], Any], within: float = 20, every: float = 0.02) -> Any:

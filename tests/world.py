@@ -167,7 +167,7 @@ class World:
             connection.execute(statement.encode())
 
     def expire(self, *ids: UUID) -> None:
-        """Make the leases expire now, without any gap between ticks."""
+        """Make these follow-ups' leases expire now, as if ticks had never stopped."""
         self.close_gap()
         self.sql(
             "UPDATE follow_ups SET lease_until = now() - interval '1 ms' WHERE id = ANY(CAST(:ids AS uuid[]))",

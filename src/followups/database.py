@@ -69,8 +69,8 @@ RECENTLY = 1.0
 class BoundedConnection(psycopg.Connection[Any]):
     """A connection that is closed if its server stops responding.
 
-    libpq does not limit the wait for a response. TCP detects nothing while a machine between client and server
-    acknowledges packets.
+    libpq does not limit the wait for a response. If a machine between client and server still acknowledges packets, TCP
+    detects nothing.
     """
 
     patience: float | None = None

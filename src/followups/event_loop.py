@@ -1,4 +1,4 @@
-"""Database access on an event loop: psycopg runs the rules, without threads or row objects.
+"""Database access on an event loop with psycopg, without threads or row objects.
 
 Connections come from SQLAlchemy's pool in `make_async_engine`, with the same settings, limits and tests. Checking out a
 connection in a greenlet costs 0.02 ms. With psycopg's own pool the cost would be similar, but callers would wait while
@@ -166,7 +166,7 @@ async def run(connection: Connection, steps: Steps[T]) -> T:
 
 
 async def resume(connection: Connection, steps: Steps[T], rows: Sequence[Any]) -> T:
-    """Continue the rule with ``rows``, its first query's result, and return the rule's result."""
+    """Continue a rule whose first query returned ``rows``; return the rule's result."""
     try:
         query = steps.send(rows)
         while True:

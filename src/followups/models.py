@@ -338,7 +338,7 @@ class FollowUp(Base):
             "id",
             postgresql_where=text("status = 'pending' AND waits_for IS NULL"),
         ),
-        # This index contains the same rows, sorted by workspace, for the fair claim (`followups.store.claims`).
+        # The fair claim (`followups.store.claims`) uses this index, which sorts pending follow-ups by workspace.
         Index(
             "ix_follow_ups_due_by_workspace",
             "workspace_id",

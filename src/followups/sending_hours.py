@@ -116,7 +116,7 @@ def _spans(hours: SendingHours, zone: ZoneInfo, first: date) -> Iterator[tuple[d
         closing = _moment(datetime.combine(last, hours.closing, zone), fold=0)
         if closing <= opening:  # both times are in the repeated hour, so the closing is its second occurrence
             closing = _moment(datetime.combine(last, hours.closing, zone), fold=1)
-        if opening < closing:  # otherwise the clock change would remove this sending period
+        if opening < closing:  # a clock change can leave nothing of a sending period
             yield opening, closing
 
 

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
 CONNECT_TIMEOUT = 5
-"""Seconds until an unreachable server is reported if the URL has no `connect_timeout`."""
+"""Seconds to wait for a connection if the URL sets no `connect_timeout`."""
 TCP_USER_TIMEOUT = 10_000
 """Milliseconds without an acknowledgement after which a half-open connection is closed."""
 

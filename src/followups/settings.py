@@ -42,7 +42,7 @@ hours.
 """
 
 LEAST_RETENTION = timedelta(days=1)
-"""Minimum retention. Stored responses to requests with an idempotency key refer to their follow-ups for this long."""
+"""Minimum retention. Stored responses to API requests refer to follow-ups for this long."""
 
 
 def _seconds_or_iso(value: object) -> object:

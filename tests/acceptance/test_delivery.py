@@ -134,7 +134,7 @@ OTHERS: list[dict[str, Any]] = [
 
 
 def message(**other: Any) -> str:
-    """Return a message as kombu sends it, with the given fields replaced."""
+    """Return a message in kombu's format, with the given fields replaced."""
     delivery = {"exchange": "", "routing_key": "deliver"}
     properties = {"delivery_tag": "x", "delivery_info": delivery, "body_encoding": "base64"}
     if "body_encoding" in other:

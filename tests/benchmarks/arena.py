@@ -76,7 +76,7 @@ class Arena:
             return json.load(answer)
 
     def environment(self) -> dict[str, str]:
-        """Return the environment variables that hold the addresses, for the service and its rivals."""
+        """Return the environment variables with which the service and its rivals find the servers."""
         url = f"http://127.0.0.1:{self.port}/messages"
         return {
             "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}",

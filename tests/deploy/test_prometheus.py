@@ -1,6 +1,6 @@
 """Tests of Prometheus with the real system: dashboard queries return data, and faults trigger alerts.
 
-To keep these tests short, a minute in the Prometheus configuration lasts two seconds.
+To keep these tests short, every minute in Prometheus's configuration becomes two seconds.
 """
 
 from __future__ import annotations

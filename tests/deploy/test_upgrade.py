@@ -1,4 +1,4 @@
-"""Tests an upgrade under load without downtime: first of the schema, then of the code."""
+"""Tests of an upgrade under load without downtime, first of the schema and then of the code."""
 
 from __future__ import annotations
 

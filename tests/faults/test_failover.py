@@ -187,7 +187,7 @@ def test_failover(replicated: Rig, figures: Figures) -> None:
 
 @pytest.mark.faults_long
 def test_failovers_for_minutes(replicated: Rig, figures: Figures) -> None:
-    """Requests and sends continue after many failovers, whether the primary was stopped or killed."""
+    """After many failovers, requests and deliveries continue, whether the primary was stopped or killed."""
     failovers(replicated, figures, times=12, between=(2, 15), rate=60)
 
 

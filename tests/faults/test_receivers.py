@@ -31,7 +31,7 @@ PATIENT = {
     "FOLLOWUPS_RETRY_CAP": "2",
     "FOLLOWUPS_MAX_ATTEMPTS": "200",
 }
-"""Settings for a slow machine: attempts outlast an outage, and delays are not failures."""
+"""Settings for a slow machine: long time limits, and enough attempts to outlast an outage."""
 WINDOWS = {"100_ms": 0.1, "1_s": 1.0}
 """The lengths, in seconds, of the windows in which requests are counted."""
 

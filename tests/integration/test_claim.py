@@ -32,7 +32,7 @@ class TestClaim:
     """A claim leases all follow-ups that are due, and no others."""
 
     def test_claims_look_two_intervals_ahead(self, world: World, steps: Steps, settings: Settings) -> None:
-        """A tick claims, in due order, only the follow-ups that are due within two intervals."""
+        """A tick claims only follow-ups due within the next two tick intervals, earliest first."""
         second = world.follow_up(due=settings.tick_interval)
         first = world.follow_up(due=-SECOND)
         world.follow_up(due=settings.tick_interval * 20)
@@ -167,7 +167,7 @@ class TestLowWater:
     """Tests of the low-water mark, before which claims read no rows."""
 
     def test_mark(self, world: World, steps: Steps) -> None:
-        """The low-water mark is earlier than now and than the first unfinished follow-up."""
+        """The low-water mark is earlier than the due date of every unfinished follow-up."""
         world.follow_up(due=-timedelta(minutes=5))
         for _ in range(2):  # the follow-up is unleased in the first round and leased in the second
             low = steps.claim().low_water

@@ -1,6 +1,6 @@
 """Tests of fair claims, which first serve workspaces with the fewest follow-ups in flight.
 
-The number of follow-ups in flight never exceeds the limit.
+Fair claims never exceed the maximum number of follow-ups in flight.
 """
 
 from __future__ import annotations

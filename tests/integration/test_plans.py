@@ -294,7 +294,7 @@ def test_begin_with_an_old_plan(world: World, database_url: str, engine: Engine,
 def test_a_burst_into_a_table_estimated_as_empty(
     world: World, engine: Engine, settings: Settings, monkeypatch: pytest.MonkeyPatch, slow: float, many: int
 ) -> None:
-    """After a slow or large claim, the planner's statistics are updated and plans use indexes."""
+    """A slow or large claim updates the planner's statistics, so later plans use indexes."""
     with engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
         connection.execute(text("VACUUM (ANALYZE) follow_ups"))
     world.burst([timedelta(0)] * DUE)

@@ -60,7 +60,7 @@ def claimed(engine: Engine, settings: Settings) -> list[UUID]:
 
 
 class TestGap:
-    """Tests in which ticks stop for a while; then workers first record known outcomes."""
+    """Tests of a gap between ticks, after which workers have time to record known outcomes."""
 
     @pytest.mark.parametrize("deduplicates", [True, False])
     def test_outcome_is_recorded(self, world: World, engine: Engine, settings: Settings, *, deduplicates: bool) -> None:

@@ -455,7 +455,7 @@ class TestRecords:
 
     @pytest.fixture(autouse=True)
     def _behind(self, world: World) -> None:
-        """Reset the sequence to ids that are already in use."""
+        """Restart the id sequence of `failed_attempts`, so that its next ids are already in use."""
         one = world.follow_up(due=timedelta(days=1))
         for number in range(9):
             world.sql(

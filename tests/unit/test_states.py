@@ -104,7 +104,7 @@ def test_the_documented_table_is_the_code() -> None:
 
 @given(code=st.sampled_from(ReasonCode), detail=st.text(st.characters(), max_size=3 * MAX_REASON_LENGTH))
 def test_a_reason_begins_with_its_code(code: ReasonCode, detail: str) -> None:
-    """Every reason is storable, limited in length, and begins with its code and a colon."""
+    """Every reason begins with its code and a colon, and is short enough to be stored."""
     reason = explain(code, detail)
     assert code_of(reason) == code
     assert reason == code or reason.startswith(f"{code.value}: ")

@@ -353,7 +353,7 @@ _COMPRESSED = problems.of_status(
 _FULL = problems.of_status(
     HTTPStatus.SERVICE_UNAVAILABLE, "Too many requests are waiting; try again shortly.", {"retry-after": "1"}
 )
-# the body of the refused request may not have been read
+# because the refused request's body may still be unread
 _CONSOLE_FULL = replace(_FULL, headers={**_CLOSE, **_FULL.headers})
 _NO_ROOM = problems.of_status(
     HTTPStatus.SERVICE_UNAVAILABLE,

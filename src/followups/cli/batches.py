@@ -147,7 +147,7 @@ def _words(name: str) -> str:
 
 
 PATIENCE = timedelta(seconds=15)
-"""How long to wait for attempts in flight, beyond the duration of a lease."""
+"""How much longer than a lease a deletion waits for attempts in flight."""
 
 
 def carry_out_deletion(whole: DeletionScope, what: str, name: str, manner: BulkOptions) -> None:

@@ -97,7 +97,7 @@ MENU = (
 
 
 class ForbiddenError(Exception):
-    """The role does not allow this."""
+    """The visitor's role does not allow the action."""
 
 
 @dataclass(slots=True)

@@ -48,7 +48,7 @@ claim runs.
 SETTLE_MARGIN = timedelta(seconds=2)
 """Time needed to record an outcome after the database responds again.
 
-This time covers the statement and the longest pause before the statement is tried again.
+This time covers one statement and the longest pause between two tries.
 """
 
 

@@ -29,7 +29,7 @@ class DatabaseClock:
 
     The time computed with this offset is never ahead of the database's clock.
 
-    In a sample, the database's time was ``read`` at a moment between ``asked`` and ``answered``. The estimate uses
+    In a sample, ``read`` is the database's time at a moment between ``asked`` and ``answered``. The estimate uses
     ``read`` as the time at ``answered``. The error of the estimate is at most the travel time of the answer. The
     estimate is never ahead of the database's clock, so no follow-up is sent early. A quicker answer means a smaller
     error and a larger offset. The largest offset of the last samples is therefore used.

@@ -1,7 +1,7 @@
 """Send: one call to the transport at the due time, with no transaction open.
 
-The outcome is returned, not raised as an exception. All calls share one `CallTimeout`'s timer, because a timer for each
-call would take 4 us.
+The outcome is returned, not raised as an exception. All calls share one timer (`CallTimeout`); a separate timer would
+cost each call 4 us.
 """
 
 from __future__ import annotations
@@ -156,8 +156,8 @@ class CallTimeout:
         """Give each call the time limit ``limit``."""
         self.seconds = limit.total_seconds()
         self._ends: dict[Task, float] = {}
-        """The event loop's time by which each task's call must have ended. All calls have one time limit, so the
-        earliest call reaches its limit first.
+        """For each task, the time on the event loop's clock at which its call times out. All calls have one time limit,
+        so the earliest call reaches its limit first.
         """
         self._timer: asyncio.TimerHandle | None = None
 

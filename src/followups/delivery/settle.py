@@ -133,7 +133,7 @@ class Settler:
                 break
             except Exception as error:  # noqa: BLE001 - whatever it was, the results must not be lost
                 events.failed("settle", error, self._engine.sync_engine)
-                # an outage may be long, so the log lines collected so far are written now
+                # write the collected log lines now, because an outage may be long
                 events.lines.flush()
                 if not is_passing(error):
                     await self._record_apart(batch)

@@ -215,7 +215,7 @@ class RateLimits:
         """Number of follow-ups deferred since the last log line about deferrals."""
 
     def read(self, engine: Engine) -> None:
-        """Read the current limits and release the follow-ups deferred under a removed or raised limit.
+        """Read the current limits, and release follow-ups whose rate limit was removed or raised.
 
         The number of waiting follow-ups is logged. If the database raises an error, the next call of this function
         completes the work.

@@ -58,7 +58,7 @@ def revoke_key(session: Session, actor: Actor, key_id: UUID) -> ApiKey:
 
 
 def pause(session: Session, actor: Actor, scope: pauses.PauseScope) -> bool:
-    """Pause the scope. Return whether this call paused the scope, which is False if it was paused already."""
+    """Pause the scope. Return False if the scope was paused already."""
     new = pauses.pause(session.connection(), scope)
     if new:
         _record(session, Event(actor, Action.PAUSE_BEGUN, scope.workspace_id, details={"channel": scope.channel}))

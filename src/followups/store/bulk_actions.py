@@ -124,8 +124,8 @@ _FINISHED = text("""
 def cancel_if_not_begun(connection: Connection, ids: Sequence[UUID], final: Final) -> tuple[list[UUID], dict[str, int]]:
     """Cancel these follow-ups; return the cancelled ones, and the number skipped for each reason.
 
-    A follow-up in flight is not cancelled, but it will not be retried. Follow-ups whose rows are locked or cannot be
-    written are skipped.
+    A follow-up in flight is not cancelled, but it will not be retried. A follow-up is skipped if its row is locked or
+    cannot be written.
     """
     parameters = {"status": final.status.value, "reason": final.reason}
 

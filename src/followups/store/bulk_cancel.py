@@ -117,7 +117,7 @@ def _cancel(*, by_code: bool) -> TextClause:
 def cancel_if_not_begun(connection: Connection, pending: CancelScope, final: Final, after: CancelCursor) -> Cancelled:
     """Cancel the next batch of follow-ups; for those in flight, only prevent a retry.
 
-    Follow-ups whose rows are locked or cannot be written are skipped.
+    A follow-up is skipped if its row is locked or cannot be written.
     """
     place = {"after_chat": after.chat_id, "after_due": after.due_date, "after_id": after.id, "most": BATCH}
     rows = connection.execute(_lock(_where(pending)), pending.parameters | place).all()

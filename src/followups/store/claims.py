@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
 
 class Lost(NamedTuple):
-    """A follow-up claimed again after a lost lease; attempt ``attempts + 1`` was interrupted."""
+    """A follow-up claimed again after its lease expired during attempt ``attempts + 1``."""
 
     lease: Lease
     attempts: int

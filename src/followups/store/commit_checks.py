@@ -1,4 +1,4 @@
-"""Recognise rows that a statement has written, to learn whether an unanswered commit succeeded.
+"""Find out from the written rows whether a commit without an answer succeeded.
 
 A lease is recognised by its fencing token. Other changes are recognised by the timestamp that they store in the row.
 Rows store times in microseconds. No two transactions write one row in the same microsecond.
@@ -50,7 +50,7 @@ def by_time(connection: Connection, moments: Iterable[tuple[UUID, datetime]]) ->
 
 
 def _still_written(query: TextClause, rows: list[tuple[UUID, int | datetime]], connection: Connection) -> bool | None:
-    """Return whether any row still has the written values, or None while all are locked."""
+    """Return whether any row still has the written values, or None if all rows are locked."""
     parameters = {"ids": [row_id for row_id, _ in rows], "marks": [mark for _, mark in rows]}
     found = list(connection.scalars(query, parameters))
     return any(found) if found else None

@@ -1,8 +1,8 @@
 """The statements that begin, end or release leased follow-ups. Claims are in `followups.store.claims`.
 
-Beginning, ending or releasing a batch takes one guarded SQL statement. A row may be missing from the result: another
-transaction has changed its follow-up. No statement in this module waits for another transaction's locks. Locked rows
-are skipped, reported and tried again.
+Beginning, ending or releasing a batch takes one guarded SQL statement. If another transaction has changed a follow-up,
+the result does not contain its row. No statement in this module waits for another transaction's locks. Locked rows are
+skipped, reported and tried again.
 """
 
 from __future__ import annotations

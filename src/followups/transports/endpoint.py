@@ -77,7 +77,7 @@ def _trusted() -> dict[int, object]:
     """Return libcurl's options for the trusted certificate authorities.
 
     The trusted authorities are those of the system, or those of ``SSL_CERT_FILE`` and ``SSL_CERT_DIR``. The libcurl in
-    the wheel knows only one distribution's certificate path, and reads neither variable.
+    pycurl's wheel knows the certificate path of only one Linux distribution. This libcurl ignores both variables.
     """
     paths = ssl.get_default_verify_paths()
     for name, found, what in (("SSL_CERT_FILE", paths.cafile, "file"), ("SSL_CERT_DIR", paths.capath, "directory")):

@@ -88,7 +88,8 @@ def _event(document: Document) -> UUID | None:
 
 
 def _requested_delay(document: Document) -> timedelta | None:
-    # Since v1.10, Retry-After replaces this field, but most homeservers still send the field.
+    # Matrix 1.10 replaced the field `retry_after_ms` by the Retry-After header, but most homeservers still send the
+    # field.
     wished = document.get("retry_after_ms")
     if isinstance(wished, bool) or not isinstance(wished, int | float) or not wished >= 0:
         return None

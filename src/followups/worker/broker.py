@@ -175,7 +175,7 @@ class BrokerChannel(kombu_redis.Channel):
         except (*self.connection_errors, RedisError) as error:
             _report("read", error)
             raise
-        except Exception as error:  # any error that a malicious document causes in a decoder
+        except Exception as error:  # a malicious document can cause any error in a decoder
             if self.connection.delivering:
                 raise  # the entry was decoded, so the consumer raised this error
             log.warning("broker_message_dropped", error=type(error).__name__)
@@ -200,7 +200,7 @@ class BrokerTransport(kombu_redis.Transport):
     delivering = False
     """Whether an entry was decoded and passed to the consumer."""
     _stopping = False
-    """Whether shutdown has begun; connections opened during shutdown are needed to drain the worker."""
+    """Whether shutdown has begun. To drain, the worker may still open connections."""
 
     def establish_connection(self) -> Any:  # noqa: ANN401 - kombu's own
         """Connect to the broker.

@@ -97,7 +97,7 @@ def stop() -> None:
 
 
 def watch_consumer(heart: Heartbeat, silence: timedelta, wanted: Callable[[], Collection[str]]) -> None:
-    """Make the heartbeat monitor the consumer, too.
+    """Make the heartbeat depend on the consumer, too.
 
     ``wanted`` returns the consumer's queues. ``silence`` is the longest time that the broker may take to reply.
     """

@@ -46,8 +46,8 @@ def beat_schedule(settings: Settings) -> dict[str, dict[str, Any]]:
             "task": "followups.dispatch_due",
             "schedule": settings.tick_interval,
         },
-        # The schedule uses the wall clock. With intervals instead, a beat that is restarted often might never complete
-        # an hour.
+        # The schedule uses the wall clock. With hourly intervals, a beat that is restarted often might never run these
+        # tasks.
         "remove-old": {
             "task": "followups.remove_old",
             "schedule": crontab(minute=str(PRUNE_MINUTE)),

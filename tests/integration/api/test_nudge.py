@@ -17,7 +17,7 @@ SOON = 0.1 / 86_400
 def test_nudge(settings: Settings, world: World) -> None:
     """A tick is requested if creating, rescheduling or ending a follow-up may make one due.
 
-    Other changes do not request a tick.
+    A change that cannot make a follow-up due requests no tick.
     """
     nudges: list[int] = []
 

@@ -66,7 +66,7 @@ def test_broker_unreachable(settings: Settings, world: World) -> None:
 
 
 def test_database_restart(settings: Settings) -> None:
-    """While the database restarts, requests get 503; afterwards requests succeed without intervention."""
+    """During a database restart, requests get 503; afterwards, requests succeed again."""
     from followups.database import make_engine  # noqa: PLC0415 - used only in this test
     from followups.schema import migrate  # noqa: PLC0415 - used only in this test
     from world import World  # noqa: PLC0415 - used only in this test

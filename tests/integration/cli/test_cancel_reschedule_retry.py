@@ -28,7 +28,7 @@ HOUR = timedelta(hours=1)
 
 @pytest.fixture(autouse=True)
 def nudges(monkeypatch: pytest.MonkeyPatch) -> list[datetime]:
-    """Return a list of the due dates for which commands would have requested a tick; no tick is requested."""
+    """Replace the commands' tick request; return the list of due dates that it receives."""
     told: list[datetime] = []
     monkeypatch.setattr(connection, "nudge_if_soon", lambda due, _now: told.append(due))
     return told

@@ -25,7 +25,7 @@ NASTY = (
     "see [/b]", "[link=http://evil]here[/link]", "\x1b[2J\x1b]0;title\x07", "\x9b31m", "left \u202e", "\udcff", "a\nb"
 )  # fmt: skip
 TEXTS = st.text(st.characters()) | st.sampled_from(NASTY)
-"""Texts of any characters, including lone surrogates."""
+"""Strings of arbitrary characters, including lone surrogates."""
 
 
 class EncodedTerminal(io.TextIOWrapper):

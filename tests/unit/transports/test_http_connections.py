@@ -30,7 +30,7 @@ OK = answer(200)
 
 
 class ThreadedServer:
-    """A server whose threads respond to requests, each of which must fit into one segment.
+    """A threaded server; each request to it must fit into one TCP segment.
 
     Because the server runs in threads, a test can block its own event loop.
     """
@@ -223,7 +223,7 @@ async def test_waiting_for_a_connection_counts_towards_the_timeout() -> None:
 
 
 async def test_an_idle_connection_is_closed_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A connection that is idle for too long is closed without a call, and never reused."""
+    """If a connection is idle for too long, the transport closes it without waiting for another call."""
     monkeypatch.setattr(http_client, "KEEPALIVE", 1)
     ends: asyncio.Queue[float] = asyncio.Queue()
 

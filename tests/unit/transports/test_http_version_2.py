@@ -349,7 +349,7 @@ async def test_pings_during_calls_keep_the_connection(server: Http2Server, trans
 
 
 async def test_more_calls_than_streams_use_more_connections(context: ssl.SSLContext) -> None:
-    """Calls beyond the receiver's limit of streams use additional connections."""
+    """If calls exceed the receiver's limit of streams, the transport opens additional connections."""
 
     async def answer_late(stream: Stream) -> None:
         await asyncio.sleep(0.2)

@@ -15,7 +15,7 @@ from unit.transports.doubles import TOKEN, settings_for
 
 
 class NoTransport:
-    """A class that lacks a transport's methods, as a faulty plug-in might register."""
+    """A class without the methods of a transport, like a faulty plug-in."""
 
     name = "half"
 

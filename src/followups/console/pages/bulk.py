@@ -42,7 +42,7 @@ Python refuses to convert a string of thousands of digits.
 """
 
 NEEDED = {"cancel": Status.PENDING, "retry": Status.FAILED}
-"""The state that follow-ups must have for each action."""
+"""For each bulk action, the state that its follow-ups must have."""
 
 NOW = text("SELECT now()")
 

@@ -21,7 +21,7 @@ def upgrade() -> None:
         sa.Column("burst", sa.Integer(), nullable=False),
         sa.Column("created_at", sa.DateTime(timezone=True), server_default=sa.text("now()"), nullable=False),
         sa.CheckConstraint("per IN ('all', 'workspace', 'chat')", name=op.f("ck_rate_limits_per_is_known")),
-        # Without an upper bound, NaN and infinity would be accepted, as PostgreSQL sorts them above every number.
+        # PostgreSQL sorts NaN and infinity above every number, so only an upper bound rejects them.
         sa.CheckConstraint("rate > 0 AND rate <= 1000000", name=op.f("ck_rate_limits_rate_is_a_rate")),
         sa.CheckConstraint("burst BETWEEN 1 AND 1000000", name=op.f("ck_rate_limits_burst_lets_one_go")),
         sa.ForeignKeyConstraint(["workspace_id"], ["workspaces.id"], name=op.f("fk_rate_limits_workspace_id")),

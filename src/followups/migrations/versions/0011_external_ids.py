@@ -1,6 +1,6 @@
 """Add an index of external ids, which finds chats with the same id in other workspaces.
 
-This check applies only if each external id may belong to only one workspace.
+The index is used only if an external id may not appear in two workspaces.
 """
 
 from __future__ import annotations

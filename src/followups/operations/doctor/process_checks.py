@@ -23,7 +23,7 @@ RESTART = "Restart it; before the restart, py-spy dump --pid shows where it hang
 
 WEB_PORT = "8000"
 PATIENCE = 3.0
-"""Seconds to wait for `web`, whose event loop answers within milliseconds."""
+"""How many seconds doctor waits for `web`, which normally answers within milliseconds."""
 
 
 def workers(ask: Callable[[], Replies]) -> Finding:

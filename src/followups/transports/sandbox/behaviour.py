@@ -36,7 +36,7 @@ DEFAULT_SLOWNESS = 5.0
 
 @dataclass(frozen=True, slots=True)
 class Reply:
-    """The sandbox's answer to a call, given after ``delay`` seconds unless the connection is dropped."""
+    """How the sandbox answers a call: after ``delay`` seconds, or by dropping the connection."""
 
     status: int
     body: str
