@@ -30,7 +30,7 @@ class Halved(Generic[T, R]):
 
 
 def halve(batch: Sequence[T], work: Callable[[Sequence[T]], R]) -> Halved[T, R]:
-    """Do the work for a batch, and halve any batch with a row that fails.
+    """Do the work for a batch, and split the batch in half if a row fails.
 
     The halving ends when a batch contains only the failing row. Any other error is raised if no part of the batch has
     been done yet.

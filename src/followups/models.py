@@ -622,7 +622,7 @@ class DispatcherState(Base):
     grace_until: Mapped[datetime | None]
     """The end of the grace period that follows a gap in the ticks.
 
-    Until then, expired leases with an attempt in flight are left to their workers.
+    During the grace period, expired leases with an attempt in flight stay with their workers.
     """
 
 

@@ -66,7 +66,7 @@ def main() -> int:
 
 
 def contestants(options: argparse.Namespace, default: tuple[str, ...]) -> list[str]:
-    """Return the selected contestants."""
+    """Return the names of the systems to measure."""
     return options.only.split(",") if options.only else list(default)
 
 

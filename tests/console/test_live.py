@@ -103,7 +103,7 @@ def test_a_change_sends_an_event_to_open_pages(sign_in: Callable[..., Person], o
 def test_streams_need_a_session_and_are_bounded(
     sign_in: Callable[..., Person], monkeypatch: pytest.MonkeyPatch, person: Callable[..., Person]
 ) -> None:
-    """A client without a session gets no stream, and the streams of a session are limited.
+    """Only a client with a session gets streams, and only a limited number of them.
 
     A session with the maximum number of streams can still use the console.
     """

@@ -40,7 +40,7 @@ def failed(world: World, reason: str = "rejected: HTTP 403 no", **columns: objec
 
 
 def test_each_row_has_an_explanation(person: Callable[..., Person], own: World) -> None:
-    """Each row of a list shows the explanation of `followups show`."""
+    """Each row of a list shows the same explanation as `followups show`."""
     chat_id = own.chat(channel="whatsapp", external_id="5511987654321", last_user_message_at=NOW)
     ids = {
         "pending": own.follow_up(chat_id, due=HOUR),

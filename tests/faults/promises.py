@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     from sqlalchemy import Engine
 
 UNKNOWN = "unknown"
-"""Text that a follow-up's reason contains if its message may have been accepted. Without this text, an ended follow-up
-with an accepted message must be in the state sent.
+"""Text in a follow-up's reason if the message may have been accepted. Without this text, an ended follow-up with an
+accepted message must be in the state sent.
 """
 
 

@@ -150,7 +150,7 @@ class Replicated:
         _data(old).joinpath("standby.signal").touch()
         with _data(old).joinpath("postgresql.auto.conf").open("a") as configuration:
             configuration.write(f"primary_conninfo = 'host={socket_of(self.primary)} user=postgres'\n")
-        old.restart()  # a server that is stopped cleanly first sends all remaining WAL to the standby
+        old.restart()  # before it stops, the old primary sends its remaining WAL to the standby
         ask(self.primary, "SELECT pg_promote()")
 
     def move(self) -> None:

@@ -101,7 +101,7 @@ ERRORS: dict[str, Callable[[redis.Redis], Any]] = {
 def answering_errors(rig: Rig, figures: Figures, names: list[str], seconds: Callable[[], float]) -> None:
     """Make the broker answer with each of these errors in turn, for a while.
 
-    All processes must keep running while the broker answers errors, and must work again afterwards.
+    While the broker returns errors, no process may exit; afterwards all must work again.
     """
     assert rig.valkey
     workers = rig.start(workers=2)

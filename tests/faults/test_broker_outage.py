@@ -55,7 +55,7 @@ def test_killed_for_minutes(breakable: Rig, figures: Figures) -> None:
 
 
 def test_flushed_in_mid_burst(rig: Rig, figures: Figures) -> None:
-    """If a broker loses all data, no queued follow-up is lost; each is late by at most a lease and a tick interval."""
+    """If the broker loses its data, follow-ups are only late, by at most a lease and a tick interval."""
     flushes(rig, figures, count=400, spread=1.5, times=5)
 
 

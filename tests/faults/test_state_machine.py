@@ -36,7 +36,7 @@ def machine(world: World, settings: Settings) -> type[RuleBasedStateMachine]:
 
         @initialize(deduplicates=strategies.booleans(), creates_late=strategies.booleans())
         def start(self, *, deduplicates: bool, creates_late: bool) -> None:
-            """Start with a new chat."""
+            """Delete all follow-ups, and create a new chat."""
             world.sql("DELETE FROM failed_attempts")
             world.sql("DELETE FROM follow_ups")
             self.driven = DrivenStore(world, settings, deduplicates=deduplicates, creates_late=creates_late)

@@ -45,7 +45,7 @@ class TestOrder:
         assert [one.lease.id for one in steps.begin(settling.unblocked).begun] == [second]
 
     def test_pile(self, world: World, steps: Steps, settings: Settings) -> None:
-        """Due follow-ups that wait for an earlier one are parked, each behind the previous one."""
+        """Each due follow-up of a chat is parked behind the previous one."""
         chat, seen = world.chat(), settings.model_copy(update={"max_in_flight": 3})
         ids = [world.follow_up(chat, (number - 30) * SECOND) for number in range(20)]
         ahead, elsewhere = world.follow_up(chat, timedelta(hours=1)), world.follow_up(due=-SECOND)

@@ -166,7 +166,7 @@ def test_held_follow_ups_release_their_leases(world: World, engine: Engine, own:
 def test_many_workers_lease_few_held_follow_ups(world: World, engine: Engine, own: Settings) -> None:
     """For a held workspace, each worker leases less than a hundredth of the in-flight limit.
 
-    This share does not depend on the worker's number of slots.
+    A large number of slots does not increase a worker's share.
     """
     window = 1024
     world.burst([-SECOND] * OVERDUE)

@@ -215,7 +215,7 @@ async def test_unreachable() -> None:
 async def test_rows_equal_those_of_a_session(world: World, database_url: str) -> None:
     """The event loop's engine and SQLAlchemy read the same rules of a workspace.
 
-    Its only case is a workspace without sending hours.
+    Only a workspace without sending hours is tested.
     """
     async with database(database_url) as mine, mine.reading() as connection:
         assert await event_loop.run(connection, sending_hours.find.steps(world.workspace_id)) is None

@@ -220,7 +220,7 @@ class TestConnectionParameters:
     async def test_a_silent_server(self, database_url: str) -> None:
         """A server that accepts a connection but stays silent counts as unreachable after the timeout."""
         with PgBouncer(database_url, pool_size=1) as pooler, psycopg.connect(pooler.url()) as other:
-            other.execute("SELECT 1")  # occupies the pooler's only session until it is closed
+            other.execute("SELECT 1")  # occupies the pooler's only session until `other` is closed
             url = f"{pooler.url()}?connect_timeout=2"
             engine, in_a_loop = make_engine(url, statement_timeout=None), make_async_engine(url)
             with pytest.raises(OperationalError, match="the server was silent for 2 s"):

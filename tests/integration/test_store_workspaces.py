@@ -48,7 +48,7 @@ class TestWorkspaces:
 
     @pytest.mark.parametrize("name", ["Acme", "", "a\x00b", "\ud800"])
     def test_not_found(self, session: Session, name: str) -> None:
-        """The look-up of an unknown workspace name raises an error, whatever characters the name contains."""
+        """The look-up of an unknown workspace name raises an error, even if the name is invalid."""
         with pytest.raises(WorkspaceNotFoundError):
             workspaces.find(session, name)
 

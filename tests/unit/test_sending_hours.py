@@ -102,7 +102,7 @@ def test_the_first_moment_is_open(hours: SendingHours, moment: datetime) -> None
         ("08:00", "20:00", "2030-01-31T19:00Z", "2030-02-01T07:00Z"),  # 20:00 is already outside the hours
         ("08:00", "20:00", "2030-01-31T07:00Z", "2030-01-31T07:00Z"),  # 08:00 is already within the hours
         ("22:00", "06:00", "2030-01-31T12:00Z", "2030-01-31T21:00Z"),
-        ("22:00", "06:00", "2030-01-31T02:00Z", "2030-01-31T02:00Z"),  # within the night that began on the day before
+        ("22:00", "06:00", "2030-01-31T02:00Z", "2030-01-31T02:00Z"),  # the sending hours began the evening before
         ("00:00", "00:00", "2030-01-31T02:00Z", "2030-01-31T02:00Z"),
         # When clocks skip from 02:00 to 03:00, sending hours begin and end at that jump.
         ("02:30", "20:00", "2030-03-31T00:00Z", "2030-03-31T01:00Z"),

@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 def link_header(query: FollowUpQuery, *, has_next: bool, has_previous: bool) -> dict[str, str]:
     """Return the `Link` header, or None if there is neither a previous nor a next page.
 
-    The links are relative and are built from the validated query. A host or scheme from a client or proxy could direct
-    a client's API key to another server.
+    The links are relative and are built from the validated query. With an absolute link, a forged host could receive a
+    client's API key.
     """
     links = []
     if has_next:

@@ -76,8 +76,8 @@ class RequestLimits:
 class RequestLimit:
     """A limit on one workspace's requests, or on all requests with an unknown API key.
 
-    A request is counted from `acquire` until `release`. As a context manager, a limit also waits until a database
-    connection is available.
+    A request is counted from `acquire` until `release`. When used as a context manager, a limit waits for a free
+    database connection.
     """
 
     def __init__(self, share: int = SHARE, refusal: str = TOO_MANY_WAIT) -> None:

@@ -80,7 +80,7 @@ OWN_SITES = frozenset({"same-origin", "none"})
 
 
 def own_origin(public_url: str | None, scheme: str, host: str) -> str:
-    """Return the console's origin.
+    """Return the console's origin: scheme, host and port.
 
     The origin comes from FOLLOWUPS_PUBLIC_URL if set, or else from the request's URL.
 

@@ -38,7 +38,7 @@ AHEAD_TICKS = 2
 """Number of tick intervals that a claim covers, so that one late tick delays no follow-up."""
 
 CLAIM_SIZE = 1000
-"""Number of rows that a claim may always lease, however many follow-ups are in flight."""
+"""A claim may lease this many rows, even if that exceeds half of the in-flight limit."""
 LARGEST_CLAIM = 10_000
 """The largest number of rows in one claim, which takes up to 0.2 s. The first rows of a claim are sent while the next
 claim runs.

@@ -34,7 +34,7 @@ class ClaimInterval:
         """Store ``window``, the limit on follow-ups in flight."""
         self._window = window
         self._taken = 0
-        """Number of follow-ups claimed since the window was last full, at ``_full_at``."""
+        """Number of follow-ups claimed since the in-flight limit was last reached."""
         self._full_at: float | None = None
         """The monotonic time at which the in-flight limit was last reached, or None if unknown. At the start of a
         backlog, neither this time nor the sending speed is known.

@@ -259,8 +259,8 @@ class Dispatcher:
 
         Claims from the beginning also find follow-ups inserted later, before the low-water mark. If a claim leaves due
         follow-ups, the next claims prefer workspaces with the fewest in flight. A long transaction keeps the index
-        entries of sent follow-ups in front of pending ones. Reading past 36,000 index entries of sent follow-ups took
-        34 ms.
+        entries of sent follow-ups in front of pending ones. It took 34 ms to skip 36,000 index entries of sent
+        follow-ups.
         """
         started = time.monotonic()
         from_all = started >= self._next_whole

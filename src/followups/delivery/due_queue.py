@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from followups.flow_control.breaker import Breaker
 
 LEAD = timedelta(milliseconds=15)
-"""How long before its due time a follow-up begins, to be sent on time.
+"""A follow-up begins this long before its due time, to be sent on time.
 
 A cancel that arrives after the begin is too late.
 """

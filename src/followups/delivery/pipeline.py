@@ -169,7 +169,7 @@ class Pipeline:
                 await settler
                 upkeep.cancel()
                 breaker.cancel()
-        await self._release_unbegun()  # leases of the follow-ups that `settle` has unblocked
+        await self._release_unbegun()  # recording the outcomes may have unblocked further follow-ups
         await self._stop()
 
     async def _take(self) -> list[Lease]:

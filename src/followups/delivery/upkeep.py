@@ -28,7 +28,7 @@ FIRST_SAMPLES = 5
 CLOCK_OFF = 60.0
 """Seconds by which this host's clock may differ from the database's clock without a warning."""
 BACKOFF = timedelta(seconds=0.5)
-"""First pause before an unreachable database is tried again. Each further pause is twice as long, up to
+"""The first pause after the database was found unreachable. Each further pause is twice as long, up to
 `LONGEST_BACKOFF`.
 """
 LONGEST_BACKOFF = timedelta(seconds=4)

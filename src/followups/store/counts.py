@@ -10,7 +10,7 @@ A trigger with counters would update one shared row for each insert and end. Row
 `BACKLOG_EXACT_UP_TO`. A healthy system has fewer overdue follow-ups than this limit. Beyond that limit the numbers are
 the planner's estimates. The estimates are as exact as the last ANALYZE, which runs after 2 % of the rows have changed.
 An estimate is never below the number of rows counted. On two busy cores with half a million rows pending, 36,000 of
-them overdue, the measurement took 16 ms. An exact count of pending rows takes 83 ms, and grows with their number. After
+them overdue, the measurement took 16 ms. Counting all pending rows takes 83 ms, and longer if there are more. After
 60,000 rows have been sent, the first measurement before a vacuum takes 287 ms. Later measurements take 13 to 16 ms. The
 time that the backlog's measurement takes does not depend on the number of rows.
 """
@@ -247,7 +247,7 @@ def within(
 ) -> Sequence[Row[Any]] | None:
     """Return the rows, or None if the query takes longer than ``limit``.
 
-    The transaction can still be used even if the query takes too long.
+    A query that takes too long does not abort the transaction.
     """
     milliseconds = str(max(round(limit / timedelta(milliseconds=1)), 1))
     try:

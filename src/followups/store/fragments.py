@@ -23,9 +23,7 @@ DUE = "COALESCE(f.next_attempt_at, f.due_date)"
 """The time at which a follow-up falls due: its retry's time or due date."""
 
 DUE_READ = f"LEAST(GREATEST({DUE}, timestamptz '0002-01-01'), timestamptz '9998-12-31')"
-"""The due time, limited to the range of Python's dates. Without this limit, Python could not read every due time that
-an operator might write.
-"""
+"""The due time, limited to the range of Python's dates. Python cannot read all dates that PostgreSQL allows."""
 
 LATENESS_FROM = "COALESCE(f.sendable_from, GREATEST(f.due_date, f.scheduled_at, f.held_until))"
 """The time from which a follow-up's lateness counts. If sending hours have never held a follow-up, it has no

@@ -1,8 +1,8 @@
 """Quotas: the most pending follow-ups and the most chats that a workspace may have.
 
 By default there is no quota. Without a quota, a create request costs no extra query: its INSERT checks that there is
-none. With a quota, the quota's row is locked after the chat's row until the transaction ends. Two concurrent create
-requests therefore cannot both use the last free place.
+none. With a quota, a transaction locks the chat's row first and then the quota's row. Two concurrent create requests
+therefore cannot both use the last free place.
 
 The quota's row stores the room left at the last count of follow-ups or chats. Each create request reduces the stored
 number. The rows are counted again only when the stored number reaches zero. The new count excludes follow-ups that have

@@ -1,4 +1,4 @@
-"""Settlement: record the outcomes of attempts in flight and insert rows for failed attempts."""
+"""Settlement records each attempt's outcome, and inserts a row for a failed attempt."""
 
 from __future__ import annotations
 

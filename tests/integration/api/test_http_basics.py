@@ -217,7 +217,7 @@ def test_bodies_have_a_budget(settings: Settings, world: World, monkeypatch: pyt
                 assert other.post(CHAT_MESSAGES, content=b" " * 200_000).status_code == 422
                 return (
                     answer if answer.status_code == 503 else None
-                )  # any other result means that the slow request was rejected or had not arrived yet
+                )  # otherwise, the slow request was rejected or had not arrived yet
 
         answer = wait_until(refused_beside_a_slow_body, within=20)
         is_problem(answer, 503, "service-unavailable")

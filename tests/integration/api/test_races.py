@@ -179,7 +179,7 @@ class TestCancelAgainstDeliver:
         assert set(outcomes) <= {(200, False), (409, True)}
 
     def test_reply_while_begun(self, api: Api, engine: Engine) -> None:
-        """A reply waits for a running begin; the begun follow-up is not retried afterwards."""
+        """A reply waits for a running begin, and prevents a retry of the begun follow-up."""
         created, taken = due_now(api)
         with ThreadPoolExecutor(1) as pool, engine.connect() as connection:
             begin(connection, taken)
@@ -235,7 +235,7 @@ def test_chat_put_against_message(api: Api, engine: Engine) -> None:
 
 
 def test_remove_against_create(api: Api, engine: Engine) -> None:
-    """If a chat is being removed, a create request waits and then finds no chat."""
+    """If the chat is being removed, a create request waits and is then rejected with 404."""
     chat_id = UUID(api.chat())
     body = {"chatId": str(chat_id), "dueDate": in_days(1), "message": "?"}
     with ThreadPoolExecutor(1) as pool, Session(engine) as session:

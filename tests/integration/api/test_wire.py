@@ -200,7 +200,7 @@ def big_page(world: World, size: int = 40) -> bytes:
 
 
 def is_cut(connection: socket.socket) -> bool:
-    """Read until the connection ends, and return whether the response is incomplete."""
+    """Read until the connection is closed, and return whether the response is incomplete."""
     received = b""
     try:
         while piece := connection.recv(1 << 20):

@@ -68,7 +68,7 @@ async def test_each_key_has_the_limit(limit_of: Callable[[int], KeyRateLimit]) -
 
 
 async def test_processes_share_the_limit(limit_of: Callable[[int], KeyRateLimit]) -> None:
-    """All processes count requests together; a rate limit of 0 means no limit."""
+    """All processes share the rate limit of an API key; a limit of 0 allows every request."""
     assert await allowed(limit_of(5), 3) == 3
     assert await allowed(limit_of(5), 9) == 2
     assert await allowed(limit_of(0), 99) == 99
@@ -118,7 +118,7 @@ async def test_without_redis_nothing_is_refused(
 ) -> None:
     """While the rate limit's server is unreachable, requests are allowed and counted as unlimited.
 
-    The rate limit's server is not queried again for a while.
+    After a failed query, Redis is not queried again for a while.
     """
     limit = limit_of(5)
     server.connected = False

@@ -66,7 +66,7 @@ def test_the_reply_precedes_the_cancelled_follow_ups() -> None:
 
 
 def test_failures_delay_no_other_follow_up() -> None:
-    """A demo chat whose receiver fails is given only one follow-up."""
+    """In the demo, each chat with failing deliveries has only one follow-up."""
     assert all(sum(part.chat == chat for part in SCENARIO.parts) == 1 for chat in FAILURES)
 
 

@@ -170,7 +170,7 @@ async def test_every_2xx_is_sent(rig: TransportRig, status: int) -> None:
 
 
 async def test_every_status_is_an_outcome(rig: TransportRig) -> None:
-    """For every status, `send` returns one of the five outcomes, which names the status."""
+    """For every HTTP status, `send` returns an outcome that names the status."""
     for status in range(200, 600):
         outcome = await rig.send(a_delivery(), kind="fail", status=status, body="")
         assert isinstance(outcome, Sent | Retry | Snoozed | Rejected)

@@ -143,7 +143,7 @@ async def test_the_receiver_decides_whether_a_connection_is_kept(reply: bytes, c
 
 
 async def test_a_body_that_ends_with_the_connection_closes_it() -> None:
-    """If a response ends with its connection, the next call uses a new connection."""
+    """If the server ends a response by closing the connection, the next call opens a new connection."""
 
     async def until_the_end(writer: asyncio.StreamWriter, _request: Request) -> None:
         writer.write(b"HTTP/1.1 200 OK\r\n\r\n")

@@ -1,7 +1,7 @@
 """The results of the follow-ups, their comparison with the script, and the summary.
 
 Lag is the time of acceptance minus the due date, both read from the database. The dispatcher records the time of
-acceptance, which includes the receiver's response time. The lag is therefore never shorter than the lag that the
+acceptance, which includes the receiver's response time. The measured lag is never shorter than the lag that the
 receiver observed. Only first-attempt deliveries are counted, because a retried follow-up is late by its backoff. Every
 follow-up in the script was created before it was due.
 """

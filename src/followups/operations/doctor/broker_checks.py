@@ -37,7 +37,7 @@ REFUSED = (
 """Advice for errors that the broker returns to all clients."""
 
 UNREAD_TICKS = 100
-"""If more ticks than this are queued, no worker seems to read the queue."""
+"""The number of queued ticks above which no worker seems to read the queue."""
 
 
 def broker_client(settings: Settings, patience: timedelta = PATIENCE) -> redis.Redis:

@@ -114,7 +114,7 @@ class Ledger:
             self._lags.append(record.lag)
 
     def count_invalid(self) -> None:
-        """Count a request with a wrong signature, or with a body that is no delivery."""
+        """Count a request whose signature is wrong or whose body is not a delivery."""
         self._counts["invalid"] += 1
 
     def records(self) -> list[LedgerEntry]:
