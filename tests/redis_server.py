@@ -43,7 +43,7 @@ class RedisServer:
         self._child: Child | None = None
 
     def url(self, query: str = "", user: str = "", password: str = PASSWORD) -> str:
-        """Return the server's URL with its authority as trusted; ``query`` adds parameters."""
+        """Return a URL that trusts the server's certificate authority; ``query`` adds parameters."""
         return f"rediss://{user}:{password}@localhost:{self._port}/0?ssl_ca_certs={self._file('authority.pem')}{query}"
 
     def client(self) -> redis.Redis:

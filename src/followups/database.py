@@ -37,7 +37,7 @@ STATEMENT_TIMEOUT = timedelta(seconds=30)
 SILENCE_MARGIN = timedelta(seconds=5)
 """Seconds of silence, beyond the statement timeout, after which a connection is closed.
 
-A connection with this silence is half-open, or its server hangs without reporting the timeout.
+If the silence lasts longer, the connection is half-open or the server hangs.
 """
 NO_CONNECT_TIMEOUT = 130
 """Seconds that psycopg waits if `connect_timeout` is 0, which means no limit to libpq."""

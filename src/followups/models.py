@@ -177,8 +177,8 @@ class Pause(Base):
 class RateLimit(Base):
     """The number of attempts that may begin per second.
 
-    A limit applies to everything, a workspace, a channel, or a channel of a workspace. All matching limits apply. The
-    token buckets of each limit are kept in Redis (`followups.flow_control.limiter`).
+    A limit applies to all follow-ups, or to those of a workspace, of a channel, or of both. All matching limits apply.
+    The token buckets of each limit are kept in Redis (`followups.flow_control.limiter`).
     """
 
     __tablename__ = "rate_limits"

@@ -67,7 +67,7 @@ class Up:
         return "".join(self.remarks)
 
     def found(self, pattern: str) -> str:
-        """Return what the first group of a pattern matches in the output."""
+        """Return the text that the pattern's first group matches in the output."""
         match = re.search(pattern, self.said, re.DOTALL)
         assert match, self.said
         return match.group(1)

@@ -20,7 +20,8 @@ COMMANDS = {
     "web": procfile("web"),
     "worker": procfile("worker"),
     "beat": procfile("beat"),
-    # In a container, a process must listen beyond the loopback interface. The published ports limit access.
+    # In a container, a process must listen beyond the loopback interface. Access is limited by the ports that the
+    # container publishes.
     "flower": [word.replace("127.0.0.1", "0.0.0.0") for word in procfile("flower")],  # noqa: S104
 }
 

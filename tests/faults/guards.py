@@ -499,7 +499,7 @@ def beside(work: Callable[[], object], scene: Scene) -> Iterator[None]:
 
 @contextmanager
 def without(engine: Engine, within: str, cuts: dict[str, str]) -> Iterator[None]:
-    """Replace the given pieces in each SQL statement that contains ``within``; fail if a piece was never found."""
+    """Replace pieces of the SQL statements that contain ``within``; raise an error for unused pieces."""
     found = set()
 
     def cut(statement: str, _parameters: object) -> str:

@@ -25,7 +25,7 @@ accepted message must be in the state sent.
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """The requests acknowledged to a test, and the follow-ups sent by other means."""
+    """The creations and cancels that the system confirmed, and the follow-ups that others sent."""
 
     created: frozenset[UUID] = frozenset()
     """The follow-ups whose creation was confirmed by the system."""

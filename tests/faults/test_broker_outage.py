@@ -1,6 +1,6 @@
 """Tests in which the broker is killed, restarted or wiped.
 
-The broker holds only hints, so these faults only delay follow-ups.
+The broker holds only hints, so its faults only delay follow-ups.
 """
 
 from __future__ import annotations

@@ -42,8 +42,9 @@ def claimed_and_doubled(rig: Rig) -> int:
     """Claim like a tick; publish each message twice, in random order, and count the messages.
 
     A frozen worker's open BRPOP still takes one hint from the queue. This function therefore waits until all follow-ups
-    are due. One claim then publishes more hints than there are workers. A worker frozen in a claim blocks other claims
-    until PostgreSQL ends the worker's transaction. This function therefore repeats its own claim until it gets leases.
+    are due. One claim then publishes more hints than there are workers. A worker that is frozen during a claim blocks
+    other claims until PostgreSQL ends its transaction. This function therefore repeats its own claim until it gets
+    leases.
     """
     wait_until(lambda: rig.world.scalar("SELECT max(due_date) <= now() FROM follow_ups"))
     settings = rig.settings.model_copy(update={"lease": rig.settings.lease * 20})

@@ -80,7 +80,7 @@ def test_killed_in_mid_batch(rig: Rig, figures: Figures) -> None:
 
 @pytest.mark.faults_long
 def test_killed_again_and_again(rig: Rig, figures: Figures) -> None:
-    """If workers are killed and replaced for minutes, no message is lost or duplicated."""
+    """Although workers are repeatedly killed and replaced, no message is lost or duplicated."""
     rig.start(workers=2, beats=2, harmed=True)
     for _ in range(30):
         rig.bulk(200, spread=2.0)

@@ -94,7 +94,7 @@ def test_taken_over_while_leased(world: World, engine: Engine, settings: Setting
 
 
 def test_same_text_again(rig: Rig, figures: Figures) -> None:
-    """If two follow-ups of a chat have equal texts, a deduplicating chat accepts each."""
+    """If two follow-ups have the same text, a deduplicating chat accepts both."""
     rig.start()
     rig.bulk(20, spread=0.5, per_chat=4)
     rig.settle_down(within=60)
@@ -117,7 +117,7 @@ def test_overdue_rows_can_be_written(world: World, engine: Engine, settings: Set
 
 
 def test_due_long_ago(world: World, engine: Engine, settings: Settings) -> None:
-    """A follow-up that fell due long ago is still claimed, and then fails with a reason that names the cause."""
+    """A follow-up due long ago is still claimed, and then fails as `too_late`."""
     follow_up = world.follow_up(due=-timedelta(days=3000), scheduled_at=text("now() - interval '3000 days'"))
     low_water = claim(engine, settings.model_copy(update={"max_in_flight": 1})).low_water
     world.expire(follow_up)

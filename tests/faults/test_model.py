@@ -42,7 +42,7 @@ def completely(protocol: Protocol) -> None:
         ({"begun at cancel"}, True, "no lie"),
         ({"chat lock"}, True, "a reply stops what is not in flight"),
         ({"order at begin"}, True, "order within a chat"),
-        # Either guard of each pair is enough, and the store has both.
+        # Where either of two guards is enough, both must be removed.
         ({"pending at begin", "lease at begin"}, True, "nothing after its cancel"),
         ({"pending at settle", "begun at settle"}, True, "final states never change"),
     ],

@@ -1,4 +1,4 @@
-"""Tests in which one chat in a hundred answers late without delaying other chats."""
+"""Tests that one slow chat in a hundred does not delay the other chats."""
 
 from __future__ import annotations
 

@@ -87,7 +87,7 @@ async def report(
 
 
 async def opened(store: BreakerStore) -> None:
-    """Report failures until the breaker is open."""
+    """Report failures to the breaker until it opens."""
     assert await report(store, ids(FAILURES), 10, succeeded=False) == SharedState("open", 0, changed=True)
 
 

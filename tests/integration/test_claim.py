@@ -181,7 +181,7 @@ class TestLowWater:
     def test_rows_inserted_before_the_mark(self, world: World, steps: Steps) -> None:
         """If a row is inserted before the low-water mark, claims from there miss it.
 
-        A full claim finds this row.
+        A claim that starts from the beginning finds the row.
         """
         low = steps.claim().low_water
         world.follow_up(due=-timedelta(minutes=5))

@@ -103,7 +103,7 @@ class TestPostgres:
     def test_a_temporary_server_leaves_nothing(self) -> None:
         """A temporary server leaves nothing behind when its `with` block ends, even with an exception.
 
-        Neither the server's processes nor its directory remain.
+        The server's processes end, and its directory is deleted.
         """
         server = EmbeddedPostgres()
         seen: list[Path] = []

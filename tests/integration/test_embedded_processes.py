@@ -73,7 +73,7 @@ class TestProcesses:
             processes.spawn("beat", ["sh", "-c", "echo no broker >&2; exit 3"], ready=lambda: False)
 
     def test_readiness_has_a_deadline(self) -> None:
-        """If a process is not ready in time, it is stopped; the error names the limit."""
+        """If a process is not ready in time, it is stopped, and the error names the time limit."""
         with Processes() as processes:
             with pytest.raises(EmbeddedError, match=r"was not ready after 0\.1 s"):
                 processes.spawn("worker", ["sleep", "600"], ready=lambda: False, within=timedelta(seconds=0.1))
@@ -178,7 +178,7 @@ def test_a_killed_watchdog_is_replaced() -> None:
 
 
 def test_the_topmost_closed_directory(open_directory: Path) -> None:
-    """Of the directories on a path that a user may not enter, the topmost is returned.
+    """If a user may not enter a directory on the path, the topmost such directory is returned.
 
     The owner of such a directory may enter it.
     """

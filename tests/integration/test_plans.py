@@ -172,7 +172,7 @@ LIGHT, EACH = 20, 3
 @pytest.mark.parametrize("others", [20_000, pytest.param(1_000_000, marks=pytest.mark.large)])
 @pytest.mark.parametrize("statistics", ["none", "of before", "true"])
 def test_plan_of_a_fair_claim(world: World, engine: Engine, settings: Settings, statistics: str, others: int) -> None:
-    """A fair claim scans each workspace's range of one index.
+    """A fair claim scans one index, separately for each workspace.
 
     The scan skips follow-ups that are not due or exceed the workspace's share.
     """

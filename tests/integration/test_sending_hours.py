@@ -178,7 +178,7 @@ def test_changed_during_the_hold(world: World, engine: Engine, settings: Setting
 
 
 def test_changed_before_the_hold(world: World, engine: Engine, settings: Settings) -> None:
-    """Sending hours that have changed since they were read do not hold a follow-up."""
+    """If the sending hours change before the hold, the follow-up is not held."""
     put(world, CLOSED)
     world.follow_up()
     (lease,) = claim(engine, settings).leases
@@ -233,7 +233,7 @@ class TestLateness:
     def test_hours_that_are_widened_or_cleared(
         self, world: World, engine: Engine, settings: Settings, hours: SendingHours | None
     ) -> None:
-        """If new sending hours allow held follow-ups, they are sent; lateness counts from the change."""
+        """If new sending hours release held follow-ups, lateness is counted from the change."""
         brief = settings.model_copy(update={"max_lateness": HOUR})
         put(world, CLOSED)
         ids = {world.follow_up(**self.OLD), world.follow_up(**self.OLD)}
@@ -370,7 +370,7 @@ def test_held_follow_ups_can_be_cancelled_and_rescheduled(world: World, engine: 
 
 
 def test_an_unknown_time_zone(world: World, engine: Engine, settings: Settings) -> None:
-    """If the time zone is unknown, a follow-up is held for a minute and checked again.
+    """If a workspace's time zone is unknown, its follow-ups are held for a minute and checked again.
 
     A follow-up with an unknown time zone is never sent at a wrong hour.
     """

@@ -36,7 +36,7 @@ def test_counts_of_processes_are_summed(engine: Engine) -> None:
 
 
 def test_labels_and_histograms(engine: Engine) -> None:
-    """Labelled counters and histograms are summed sample by sample."""
+    """The samples of labelled counters and of histograms are summed separately."""
     metrics.TRANSITIONS.labels(status="failed", code="rejected").inc()
     metrics.LAG.observe(0.003)
     CounterTotals(engine).add()

@@ -111,7 +111,7 @@ ASKED = [
 
 @pytest.mark.parametrize(("words", "reason"), ASKED)
 def test_cancel_while_in_flight(world: World, settings: Settings, words: str | None, reason: str) -> None:
-    """If a cancel arrives during an attempt, the cancel's reason is stored unchanged."""
+    """If a cancel arrives during an attempt, the follow-up gets the cancel's reason."""
     chat_id = world.chat()
     follow_up = world.follow_up(chat_id)
     (begun,) = begin(world.engine, settings, claim(world.engine, settings).leases).begun

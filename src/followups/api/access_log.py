@@ -88,7 +88,7 @@ class Access:
 
         async def answer(message: Message) -> None:
             if message["type"] == "http.response.start":
-                # otherwise the log would contain the name of an enum member instead of its number
+                # an enum member would be logged by its name instead of its number
                 seen.status = int(message["status"])
                 headers = MutableHeaders(scope=message)
                 headers[HEADER] = seen.request_id

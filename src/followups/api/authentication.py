@@ -145,7 +145,7 @@ class Work:
     ends: tuple[tuple[UUID, Final], ...] = ()
 
     def report(self, follow_up: FollowUp, finished_at: datetime | None = None) -> None:
-        """Record that the transaction changed the follow-up, which may now be due soon or may have ended.
+        """Record that the follow-up was changed, because it may now be due soon or have ended.
 
         ``finished_at`` is the end time reported by the client; None means the current time.
         """
@@ -244,7 +244,7 @@ class Caller:
             async with self._services.database.reading() as connection:
                 result = await event_loop.run(connection, rule(work))
         except FollowUpsError:
-            return None  # the transaction raises this error again, but only after it has checked the key
+            return None  # the transaction checks the key first, and then raises this error again
         if result is None:
             return None
         self._is_valid = True

@@ -1,10 +1,10 @@
 """Deferral removes follow-ups of tripped workspaces from the in-flight window, so that others are claimed.
 
-Each worker keeps a few leases of the tripped workspaces as probes. The workspaces' other follow-ups are deferred in the
-database. A deferral is not an attempt, and a deferred follow-up can still be cancelled. When a worker has used up its
-probes, or the transport recovers, the earliest deferrals end. When a workspace is no longer tripped, all its deferred
-follow-ups fall due. Even without such an event, each deferred follow-up falls due after some minutes. The time limit is
-needed because a restarted worker has no record of its deferrals.
+Each worker keeps a few leases of the tripped workspaces as probes. All other follow-ups of tripped workspaces are
+deferred in the database. A deferral is not an attempt, and a deferred follow-up can still be cancelled. When a worker
+has used up its probes, or the transport recovers, the earliest deferrals end. When a workspace is no longer tripped,
+all its deferred follow-ups fall due. Even without such an event, each deferred follow-up falls due after some minutes.
+The time limit is needed because a restarted worker has no record of its deferrals.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Stops the children of a process that ended without stopping them itself.
 
-The watchdog reads from a pipe, whose other end is held open by its owner. The kernel closes the owner's end of the pipe
-whichever way the owner process ends (return, signal, SIGKILL). This works on every Unix and from every thread. Linux's
-parent-death signal is bound to one thread and does not reach grandchildren.
+The watchdog reads from a pipe, whose other end is held open by its owner. When the owner process ends, even by SIGKILL,
+the kernel closes the owner's end of the pipe. A pipe works on every Unix and in every thread. Linux's parent-death
+signal is bound to one thread and does not reach grandchildren.
 
 The owner imports this module. The watchdog process runs this file as a script. The script uses only the standard
 library and starts in about 20 ms. An owner's single watchdog runs while a guarded process or directory exists.

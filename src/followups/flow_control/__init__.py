@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from followups.settings import Settings
 
 TIMEOUT = timedelta(milliseconds=200)
-"""Time limit for an answer from Redis. The answer for a batch of a hundred takes about a millisecond."""
+"""Time limit for an answer from Redis. Redis answers for a hundred follow-ups in about a millisecond."""
 
 PAUSE = timedelta(seconds=5)
 """How long Redis is not queried after a failure."""

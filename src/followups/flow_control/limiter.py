@@ -239,8 +239,8 @@ class RateLimits:
     async def tokens(self, leases: Sequence[Lease]) -> AsyncIterator[tuple[dict[UUID, timedelta], set[UUID]]]:
         """Acquire tokens for those leases whose turn it is.
 
-        Yields the wait of each lease without a token, and an empty set. The caller's block adds the begun follow-ups to
-        this set. Tokens of follow-ups that did not begin are returned to their buckets.
+        Yields a pair: the waits of the leases without a token, and an empty set. The caller's block adds the begun
+        follow-ups to this set. Tokens of follow-ups that did not begin are returned to their buckets.
         """
         limitable = {one.id: one for one in await in_loop(self._engine, _limitable, self._settings, leases)}
         requests = [request for one in limitable.values() if (request := self._limits.request(one)).buckets]
@@ -290,8 +290,8 @@ class RateLimits:
     def _within(self, wait: timedelta, one: Limitable) -> timedelta:
         """Return for how long a follow-up is deferred.
 
-        No deferral lasts beyond the follow-up's expiry, so the follow-up ends on time. The due queue releases
-        follow-ups slightly early, so this lead is added to the wait. Without this addition, a follow-up would ask for a
+        No deferral lasts beyond the follow-up's expiry, so the follow-up ends on time. The due queue releases a
+        follow-up slightly early, so this lead is added to the wait. Without this addition, a follow-up would ask for a
         token before its turn.
         """
         wait = min(max(wait, SHORTEST) + self._lead, LONGEST)

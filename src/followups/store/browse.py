@@ -265,7 +265,7 @@ def search(
         left = timedelta(seconds=deadline - time.monotonic())
         if left <= timedelta(0):
             return FollowUpPage(rows, place)
-        # The step at least doubles, because a connection's first statement is always slow.
+        # At least double the step, because a connection's first statement is always slow.
         step = step * max(2, min(left.total_seconds() / took / 2, GROWTH)) if step < LONGEST_STEP else None
 
 

@@ -185,7 +185,7 @@ def put_chat(workspace_id: UUID, chat_id: UUID, channel: Channel, external_id: s
         if created := (yield _INSERT(**values, within_quota=False)):
             return created[0], True
         locked = yield _LOCK_ANY(**name)
-    if not locked:  # no row was inserted, because the workspace has a quota
+    if not locked:  # the INSERT does nothing if the workspace has a quota
         yield from quotas.take.steps(workspace_id, Kind.CHATS, 1)
         if created := (yield _INSERT(**values, within_quota=True)):
             return created[0], True

@@ -85,7 +85,7 @@ class CounterTotals:
     """Adds the counts of this process to the stored sums, in a separate thread."""
 
     def __init__(self, engine: Engine) -> None:
-        """Prepare the totals for this engine without starting the thread."""
+        """Prepare the totals of one database; `start` starts the thread."""
         self._engine = engine
         self._added: dict[Sample, float] = {}
         self._lock = threading.Lock()

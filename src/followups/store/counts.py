@@ -7,12 +7,12 @@ in the last few minutes. A query that exceeds `LIMIT` is cancelled.
 
 The backlog is measured for metrics, which are read every few seconds. Counting ten million pending rows takes seconds.
 A trigger with counters would update one shared row for each insert and end. Rows are counted one by one only up to
-`BACKLOG_EXACT_UP_TO`. A healthy system has fewer overdue follow-ups than this limit. Beyond that limit the numbers are
-the planner's estimates. The estimates are as exact as the last ANALYZE, which runs after 2 % of the rows have changed.
-An estimate is never below the number of rows counted. On two busy cores with half a million rows pending, 36,000 of
-them overdue, the measurement took 16 ms. Counting all pending rows takes 83 ms, and longer if there are more. After
-60,000 rows have been sent, the first measurement before a vacuum takes 287 ms. Later measurements take 13 to 16 ms. The
-time that the backlog's measurement takes does not depend on the number of rows.
+`BACKLOG_EXACT_UP_TO`. A healthy system has fewer overdue follow-ups than `BACKLOG_EXACT_UP_TO`. Beyond that limit the
+numbers are the planner's estimates. The estimates are as exact as the last ANALYZE, which runs after 2 % of the rows
+have changed. An estimate is never below the number of rows counted. On two busy cores with half a million rows pending,
+36,000 of them overdue, the measurement took 16 ms. Counting all pending rows takes 83 ms, and longer if there are more.
+After 60,000 rows have been sent, the first measurement before a vacuum takes 287 ms. Later measurements take 13 to 16
+ms. The time that the backlog's measurement takes does not depend on the number of rows.
 """
 
 from __future__ import annotations
@@ -181,7 +181,7 @@ def count(connection: Connection, *, window: int, exact_up_to: int = EXACT_UP_TO
     if estimated:
         estimates = {row[0]: row[1] for row in connection.execute(_ESTIMATE_FINAL)}
         # Before the first ANALYZE, the table has no row estimate. Without an estimate, the number of rows counted so
-        # far is returned as a minimum.
+        # far is returned.
         final |= {status: max(estimates.get(status, 0), final[status]) for status in estimated}
     return Counts(
         pending=pending.pending,

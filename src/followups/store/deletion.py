@@ -72,8 +72,8 @@ def begin(session: Session, scope: DeletionScope) -> None:
         with suppress(ChatNotFoundError):  # the chat has already been removed
             chats.remove_chat(session, scope.workspace_id, scope.chat_id)
         return
-    # Another transaction may be creating an API key. The lock on the workspace is acquired only after that transaction
-    # has ended.
+    # Another transaction may be creating an API key. The lock on the workspace waits for every transaction that is
+    # creating a key.
     for statement in (_LOCK_WORKSPACE, _MARK, _DELETE_KEYS):
         session.execute(statement, scope.parameters)
     pauses.pause(session.connection(), pauses.PauseScope(scope.workspace_id, None))

@@ -2,7 +2,7 @@
 
 Each page is read from an index in the order of the list. A page's cost does not depend on the rows after the page. An
 index keeps the list's order only if its leading columns have single values. The first rows are read separately for each
-value of one filter and each workspace. The separate results are merged. Without a filter, the rows are read for each of
+workspace and each value of one filter. The separate results are merged. Without a filter, the rows are read for each of
 the four states. An additional index would slow down every write.
 """
 

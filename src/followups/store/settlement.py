@@ -42,7 +42,7 @@ class Settlement(NamedTuple):
     seconds: float = 0.0
     """How many seconds the attempt of a sent follow-up took."""
     refunded: bool = False
-    """Whether the attempt does not count, because the receiver asked for a later one."""
+    """Whether the receiver asked for a later attempt, so that this attempt does not count."""
     cancel_takes_precedence: bool = True
     """Whether a cancel that was requested during the attempt takes precedence over this outcome."""
     cancel_detail: str = ""

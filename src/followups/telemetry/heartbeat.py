@@ -117,7 +117,7 @@ class Heartbeat:
         self._thread.start()
 
     def probe(self, report_progress: Callable[[], None]) -> None:
-        """Call the function before each heartbeat write, for a component without progress reports of its own."""
+        """Call the function before each heartbeat write, so that it can report a component's progress."""
         self._probes.append(report_progress)
 
     def report(self, component: str, within: timedelta, otherwise: str, at: float | None = None) -> None:

@@ -202,7 +202,7 @@ IN_LINES = frozenset({"exception", "stack"})
 
 
 def _escape(_logger: object, _method: str, event: EventDict) -> EventDict:
-    """Escape control characters in texts, in place; in other values, `repr` escapes them."""
+    """Escape control characters in strings, in place; `repr` escapes those in other values."""
     for key, value in event.items():
         if isinstance(value, str) and (shown := escape(value, lines=key in IN_LINES)) != value:
             event[key] = shown if key in AS_THEY_ARE | IN_LINES else _Escaped(shown)

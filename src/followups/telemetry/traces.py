@@ -5,9 +5,10 @@ By default tracing is off and costs almost nothing. For tracing, install ``chat-
 OpenTelemetry describes them (``OTEL_SERVICE_NAME``, ``OTEL_TRACES_SAMPLER``, headers, ``OTEL_SDK_DISABLED``, ...).
 Spans are exported as OTLP over HTTP.
 
-Each process creates its tracer provider after the fork, which the exporter's thread would not survive. The provider is
-not registered globally. Libraries that find a global provider add spans with texts outside our control. The attributes
-of spans are only ids and numbers. Exception messages are left out, since they may quote a follow-up's message.
+Each process creates its tracer provider after the fork, which the exporter's thread would not survive. The tracer
+provider is not registered globally. Libraries that find a global provider add spans with texts outside our control. The
+attributes of spans are only ids and numbers. Exception messages are left out, since they may quote a follow-up's
+message.
 """
 
 from __future__ import annotations

@@ -99,7 +99,7 @@ def _port(number: int) -> int:
     opened = socket.socket(fileno=number)
     try:
         return int(opened.getsockname()[1])
-    # this socket was closed, because the connection over the other address family was established first
+    # this socket was closed, because the other address family connected first
     except (OSError, IndexError):
         return -1
     finally:

@@ -129,7 +129,7 @@ def test_answers_without_a_body(api: Api) -> None:
 
 
 def test_a_trailer_is_ignored(api: Api) -> None:
-    """A header field after the body is ignored: the headers are checked before the body arrives."""
+    """Header fields after the body are ignored, because headers are checked before the body."""
     chat = api.chat()
     for text in ("one", "two"):
         body = f'{{"chatId": "{chat}", "dueDate": "2035-01-01T00:00:00Z", "message": "{text}"}}'

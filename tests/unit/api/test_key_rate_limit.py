@@ -116,7 +116,7 @@ async def test_the_window_slides(limit_of: Callable[[int], KeyRateLimit]) -> Non
 async def test_without_redis_nothing_is_refused(
     limit_of: Callable[[int], KeyRateLimit], server: FakeServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """While the rate limit's server is unreachable, requests are allowed and counted as unlimited.
+    """While Redis is unreachable, requests are allowed and counted as unlimited.
 
     After a failed query, Redis is not queried again for a while.
     """

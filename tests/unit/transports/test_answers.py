@@ -64,7 +64,7 @@ def test_final_statuses_are_rejections(status: int) -> None:
 
 @pytest.mark.parametrize("status", [408, 425, 500, 502, 504])
 def test_retry_after_is_honoured_for_every_retried_failure(status: int) -> None:
-    """Retry-After delays the next attempt after any failure that is retried."""
+    """After every failure that is retried, Retry-After delays the next attempt."""
     assert outcome_of(Answer(status, {"retry-after": "60"}), HTTP) == Retry(
         f"HTTP {status}", timedelta(seconds=60), status
     )
@@ -97,7 +97,7 @@ def test_retry_after_does_not_change_a_rejection(status: int) -> None:
     ],
 )
 def test_retry_after_is_seconds_or_a_date(value: str, seconds: float) -> None:
-    """Retry-After in seconds or as a date is limited to 1 second to 24 hours."""
+    """A Retry-After, in seconds or as a date, is limited to between 1 second and 24 hours."""
     assert retry_after({"retry-after": value}, NOW) == timedelta(seconds=seconds)
 
 

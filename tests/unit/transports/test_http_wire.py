@@ -158,7 +158,7 @@ async def test_garbage_in_the_body_does_not_change_the_status() -> None:
 
 @pytest.mark.parametrize("headers", [{}, {"connection": "upgrade", "upgrade": "h2c"}])
 async def test_a_change_of_protocols_is_a_rejection(headers: dict[str, str]) -> None:
-    """An unrequested 101 response counts as a rejection and closes its connection."""
+    """An unrequested 101 response counts as a rejection, and its connection is closed."""
     async with (
         scripted(answer(101, **headers) + b"\x00\x01") as server,
         opened(HttpTransport(settings_for(server.url))) as transport,

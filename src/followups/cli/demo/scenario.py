@@ -136,7 +136,7 @@ Follow-ups are created before they are due, so that lag shows only the dispatche
 """
 
 CALLS_A_CHAT = 3
-"""Number of requests that are needed to open one chat. The duration of these requests is used to predict that of all
+"""Number of requests that are needed to open one chat. The duration of these requests serves as an estimate for all
 other requests.
 """
 
@@ -189,7 +189,7 @@ class DemoRun:
     def open_chats(self) -> timedelta:
         """Open the chats with an agent's message in each, and configure the receiver.
 
-        Return the seconds that one call takes.
+        Return the average duration of a call.
         """
         began = time.monotonic()
         for name, chat in self._chats.items():

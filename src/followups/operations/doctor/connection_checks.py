@@ -80,7 +80,7 @@ def _broker(connection: Any) -> str:  # noqa: ANN401 - redis-py has several clas
 
 
 def timeouts(settings: Settings) -> Finding:
-    """Report the sum of the timeouts of a call.
+    """Report how long a call can take: the sum of its timeouts.
 
     A lease is never shorter than this sum, so no lease expires during a call.
     """
