@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 PROGRAM = shutil.which("pgbouncer", path=os.pathsep.join([os.environ.get("PATH", ""), "/usr/sbin"]))
 
 MISSING = "PgBouncer is not installed: apt-get install pgbouncer."
-"""The reason for skipping tests that need PgBouncer."""
+"""The reason shown when tests that need PgBouncer are skipped."""
 
 
 class PgBouncer(EmbeddedServer):

@@ -1,4 +1,4 @@
-"""Fixtures for the whole system: one per test, or shared by tests that break nothing."""
+"""Fixtures that start the whole system; tests that break nothing share one system."""
 
 from __future__ import annotations
 

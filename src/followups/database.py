@@ -63,7 +63,7 @@ Under load, the first comparison is enough to detect a changed session.
 _MADE = "followups.made"
 
 RECENTLY = 1.0
-"""Seconds after a connection's last use during which it is reused without a test."""
+"""A connection used within this many seconds is reused without a test."""
 
 
 class BoundedConnection(psycopg.Connection[Any]):

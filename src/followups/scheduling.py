@@ -94,7 +94,7 @@ def scheduling(
 def scheduling_alone(
     workspace_id: UUID, chat_id: UUID, message: str, due_date: datetime, key_id: UUID
 ) -> Steps[FollowUp | None]:
-    """Apply the rule of `schedule` in a single statement, which needs no transaction.
+    """Apply the rule of `schedule` in a single statement, without a transaction.
 
     Return None if a single statement is not enough to apply the rule. When None is returned, nothing has been changed.
     On None, the caller uses `scheduling`, which creates the follow-up or raises the error.
@@ -269,7 +269,7 @@ def amending(
 def _event(actor: Actor, workspace_id: UUID, found: FollowUp, fresh: Mapping[str, Any]) -> Event:
     """Return the audit event of a change.
 
-    The event names the changed fields and the old and new due date, without texts.
+    The event contains the names of the changed fields and both due dates, but no message text.
     """
     details: dict[str, object] = {"fields": sorted(to_camel(name) for name in fresh)}
     action = Action.FOLLOW_UP_CHANGED

@@ -124,7 +124,7 @@ class Final:
     code: ReasonCode | None = field(default=None, compare=False)
     """The reason's code, or None for ``sent`` and for a caller's own words.
 
-    A caller's own reason has no code, even if it begins with a code's text.
+    A caller's own reason has no code, even if its text starts like a code.
     """
 
 

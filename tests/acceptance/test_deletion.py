@@ -41,7 +41,8 @@ def test_nothing_is_sent_after_a_deletion(stack: Stack) -> None:
     chats = [world.chat() for _ in range(20)]
     others = type(world)(world.engine)
     of_others = others.burst([SECOND * n / 20 for n in range(40)])
-    # For five minutes, four follow-ups fall due per second. Each deletion therefore finds some follow-ups in flight.
+    # For five minutes, four follow-ups fall due per second. Some follow-ups are therefore in flight during each
+    # deletion.
     mine = world.follow_ups_at_once(
         [(chat, SECOND * (5 * n + m / 4)) for n in range(60) for m, chat in enumerate(chats)]
     )

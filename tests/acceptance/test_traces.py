@@ -111,7 +111,7 @@ def create(stack: Stack, **headers: str) -> str:
 
 @pytest.mark.parametrize("pool", ["solo", "prefork"])
 def test_one_trace_from_the_post_to_the_transport(traced: Stack, received: Received, pool: str) -> None:
-    """The client's trace covers POST, claim, attempt and the transport's request, even after a fork."""
+    """One trace leads from the client's POST to the transport's request, even after a fork."""
     traced.beat()
     worker = [*CELERY, "worker", "--pool", pool, "--concurrency", "1"]
     traced.processes.spawn("worker", worker, environment=traced.environment())

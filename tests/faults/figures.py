@@ -26,7 +26,7 @@ class Figures:
     """The form of the test, ``short`` or ``long``."""
 
     def keep(self, fault: int, verdict: Verdict | None = None, **figures: Any) -> None:
-        """Record figures and promises under the fault's number; fail if a promise was broken.
+        """Record the figures measured for a fault; fail if a promise was broken.
 
         A figure's name joins words by underscores and ends with the unit: ``recovery_s``, ``claim_p99_ms``.
         """

@@ -58,7 +58,7 @@ class DrivenStore:
         return {step.action[0] for step in steps(self.model, self.protocol)}
 
     def choices(self, kind: str) -> list[int]:
-        """Return the indexes of the possible steps of this kind."""
+        """Return the indexes of all steps of this kind that are possible now."""
         return [place for place, step in enumerate(steps(self.model, self.protocol)) if step.action[0] == kind]
 
     def take(self, place: int) -> None:

@@ -76,7 +76,7 @@ class Rig(Stack):
         )
 
     def worker(self, *more: str, ready: bool = True, harmed: bool = False, **environment: str) -> Child:
-        """Start another worker, and wait until it is consuming; failpoints affect only a ``harmed`` worker."""
+        """Start another worker and wait until it consumes; only a ``harmed`` worker has failpoints."""
         name = f"worker.{next(self._numbers)}"
         injected = self.failpoints.environment() if harmed else {}
         child = self.process(name, "worker", *more, environment=injected | environment)

@@ -99,7 +99,7 @@ ERRORS: dict[str, Callable[[redis.Redis], Any]] = {
 
 
 def answering_errors(rig: Rig, figures: Figures, names: list[str], seconds: Callable[[], float]) -> None:
-    """Make the broker answer with each of these errors in turn, for a while.
+    """Make the broker return one error after another, each for a while.
 
     While the broker returns errors, no process may exit; afterwards all must work again.
     """

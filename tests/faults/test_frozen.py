@@ -52,7 +52,7 @@ def refused(rig: Rig, name: str) -> int:
 
 
 def test_frozen_at_each_step(rig: Rig, figures: Figures) -> None:
-    """A worker frozen at any step until its lease has expired settles nothing; later writes are refused."""
+    """If a worker is frozen beyond its lease, at any step, its later writes are refused."""
     workers = rig.start(workers=2, harmed=True)
     for point in rig.rng.sample(POINTS, len(POINTS)):
         frozen_at(rig, figures, point, rig.rng.sample(workers, 2), count=60)
@@ -102,7 +102,7 @@ def test_frozen_inside_a_claim(rig: Rig, figures: Figures) -> None:
 
 
 def test_suspended(rig: Rig, figures: Figures) -> None:
-    """If a machine was suspended for longer than a lease, its worker makes no call with the lease."""
+    """A worker suspended for longer than its lease does not call the transport after waking."""
     asleep, other = rig.start(workers=2, harmed=True)
     other.signal(signal.SIGSTOP)
     rig.failpoints.arm("send.before", "suspend")

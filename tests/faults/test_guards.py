@@ -238,7 +238,7 @@ def begun_of(lease: Lease) -> Begun:
 
 
 async def sent_by(clock: DatabaseClock, engine: Engine, begun: Begun, latest: float) -> list[timedelta]:
-    """Send a follow-up, timed by the given clock; return the lateness of the transport call.
+    """Send a follow-up by the given clock, and return how late the transport was called.
 
     Lateness is measured from the due date, using the database's clock.
     """

@@ -1,4 +1,4 @@
-"""Tests that explore every order of events and every crash in a small protocol model."""
+"""Tests that try every order of events, and every possible crash, in a small protocol model."""
 
 from __future__ import annotations
 

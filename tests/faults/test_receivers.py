@@ -187,7 +187,7 @@ def check_breaker_outage(rig: Rig, figures: Figures, rate: float, seconds: float
 
 
 def test_some_fail(rig: Rig, figures: Figures) -> None:
-    """If some chats fail once, only their follow-ups need a second attempt."""
+    """If some chats fail once, only the follow-ups in these chats are attempted twice."""
     some_fail(rig, figures, count=200)
 
 

@@ -129,7 +129,7 @@ class TestOrder:
         lease = next(one for one in steps.claim().leases if one.id == second)
         with Session(engine) as session, session.begin():
             amend(session, first, {"due_date": datetime.now(UTC) + timedelta(hours=1)})
-        with engine.begin() as connection:  # like begin, this transaction has read the rows before they are changed
+        with engine.begin() as connection:  # like begin, this call uses rows that were read before the change
             assert chat_order.park_if_leased(connection, [(lease, first)]) == set()
 
 

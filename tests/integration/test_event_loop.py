@@ -213,7 +213,7 @@ async def test_unreachable() -> None:
 
 
 async def test_rows_equal_those_of_a_session(world: World, database_url: str) -> None:
-    """The event loop's engine and SQLAlchemy read the same rules of a workspace.
+    """On the event loop's engine, the query for sending hours returns None if none are set.
 
     Only a workspace without sending hours is tested.
     """

@@ -270,7 +270,7 @@ def test_a_plug_ins_error_reveals_no_message(
 def test_drain_releases_leases(
     world: World, engine: Engine, settings: Settings, started: Callable[..., Pipeline]
 ) -> None:
-    """A drained pipeline settles begun attempts; its other follow-ups can be claimed immediately."""
+    """Draining settles the attempts in flight; all other follow-ups can be claimed again at once."""
     for _ in range(20):
         world.follow_up()
     transport = ScriptedTransport(lambda _: Sent(), 0.2)
@@ -390,7 +390,7 @@ def test_poison_pills_are_sent_alone(  # noqa: PLR0913 - fixtures and three para
 def test_leases_that_expire_in_the_due_queue(
     world: World, engine: Engine, settings: Settings, started: Callable[..., Pipeline]
 ) -> None:
-    """If leases expire in the due queue, delivery continues with new leases, without extra queries."""
+    """If leases expire in the due queue, each follow-up is still sent once."""
     short = settings.model_copy(update={"lease": timedelta(seconds=2.1), "transport_timeout": timedelta(seconds=0.1)})
     for _ in range(500):
         world.follow_up(due=-timedelta(seconds=1))

@@ -295,7 +295,7 @@ def test_cancelled_while_waiting(world: World, limited: LimitedPipeline) -> None
 
 
 def test_set_and_removed_while_running(world: World, limited: LimitedPipeline) -> None:
-    """Workers soon apply a new rate limit, and soon send deferred follow-ups after its removal."""
+    """Running workers soon notice that a rate limit was set or removed."""
     receiver = Receiver()
     pipeline = limited.start(receiver)
     world.follow_up()

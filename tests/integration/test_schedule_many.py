@@ -49,7 +49,7 @@ def planned(chat_id: UUID, message: str = "?", due: datetime = DUE) -> Planned:
 
 
 def test_rows_in_the_order_given(world: World) -> None:
-    """Each follow-up is a pending row triggered by its chat's last message; chats may repeat."""
+    """Follow-ups are created in the given order, and several may belong to one chat."""
     one, other = world.chat(), world.chat()
     created = schedule_many(world, [planned(other, "a"), planned(one, "b"), planned(other, "c")])
     assert [(row.message, row.chat_id, row.status) for row in created] == [

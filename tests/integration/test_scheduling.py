@@ -335,7 +335,7 @@ class TestChats:
     def test_reply_within_the_second_of_our_message(
         self, caller: Caller, ours: float, reply: float, *, cancels: bool
     ) -> None:
-        """A reply timed in whole seconds counts as written at the end of its second."""
+        """A reply timed in whole seconds counts as written at the end of that second."""
         chat_id, second = uuid4(), soon(-1).replace(microsecond=0)
         caller.receive(chat_id, Role.AGENT, second + timedelta(seconds=ours))
         created = caller.schedule(chat_id)

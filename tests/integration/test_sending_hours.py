@@ -108,7 +108,7 @@ def test_begins_after_the_opening(world: World, engine: Engine, settings: Settin
 
 
 def test_the_next_sending_period_is_stored(world: World, engine: Engine, settings: Settings) -> None:
-    """The first worker that notices the end of the sending period stores the next one."""
+    """When a sending period ends, the first worker to notice this stores the next period."""
     put(world, OPEN)
     world.sql("UPDATE sending_hours SET open_from = now() - interval '2 day', open_until = now() - interval '1 day'")
     follow_up = world.follow_up()

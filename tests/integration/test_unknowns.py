@@ -168,7 +168,7 @@ def test_eventually_sent(world: World, settings: Settings, unknown_outcome: tupl
 
 
 def test_known_failure(world: World, settings: Settings) -> None:
-    """If an attempt is known to have failed, the reason mentions no unknown outcome."""
+    """If an attempt is known to have failed, the reason does not mention an unknown outcome."""
     follow_up = world.follow_up()
     attempted(world, settings, Retry("HTTP 500", None, 500), follow_up)
     attempted(world, settings, Rejected("HTTP 403", 403), follow_up)

@@ -15,7 +15,7 @@ def test_pauses_grow_until_a_connection_lasts() -> None:
     pauses = []
     for _ in range(2000):
         consumer.connected()
-        consumer.answered([])  # of two connections, one reads the queues while the other is rejected
+        consumer.answered([])  # one connection reads the queues while the broker rejects another
         pauses.append(consumer.pause())
     assert pauses[:4] == [0.25, 0.5, 1, 2]
     assert pauses[-1] == LONGEST_PAUSE

@@ -65,7 +65,7 @@ def reporting_process(tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
 
 
 def test_an_overdue_component(reporting_process: subprocess.Popen[str], tmp_path: Path) -> None:
-    """A process is healthy until a report of one of its components is overdue.
+    """A process counts as healthy until one of its components fails to report in time.
 
     A process that has been killed has no heartbeat.
     """

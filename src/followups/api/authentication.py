@@ -128,7 +128,7 @@ class ApiServices:
     exclusive_external_ids: bool
     """Whether each external id belongs to a single workspace.
 
-    This must be true if the external id alone identifies the workspace of a chat.
+    Without this, an external id alone cannot identify a chat's workspace.
     """
 
 

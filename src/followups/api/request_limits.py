@@ -124,7 +124,7 @@ class SharedResult(Generic[T]):
         self._task: asyncio.Task[T] | None = None
 
     async def get(self) -> T:
-        """Return the result. Raises the error of the computation if it fails."""
+        """Return the result. If the computation fails, its error is raised."""
         if self._task is None or (self._task.done() and time.monotonic() >= self._expires_at):
             self._task = asyncio.create_task(self._in_thread())
         return await asyncio.shield(self._task)

@@ -52,7 +52,7 @@ READ_WITHIN = 20.0
 LEAST_READ = 64 * 1024
 """Minimum number of bytes of a response that its client must read within `READ_WITHIN` seconds.
 
-If fewer bytes than this minimum remain, the client must read all of them.
+If the rest of a response is shorter than this minimum, the client must read all of it.
 """
 
 MAX_UNSENT = 32 * 1024 * 1024

@@ -1,4 +1,4 @@
-"""Entry point of ``python -m followups.cli``, which is the same as ``followups``."""
+"""Entry point of ``python -m followups.cli``, an alternative to the command ``followups``."""
 
 import sys
 

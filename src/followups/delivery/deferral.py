@@ -48,15 +48,13 @@ With the default window, each worker can release 156 follow-ups a second during 
 DEFER_SIZE = 500
 """The largest number of follow-ups that one statement defers."""
 BUSY = 0.5
-"""A batch's duration divided by the following pause, which is twice as long.
+"""The duration of a batch of deferrals, divided by the pause after the batch.
 
-Without this pause, begin statements of other workers would have to wait for the database.
+Without the pause between batches, other workers' begin statements would wait for the database.
 """
 SOONEST = LONGEST / 2
 SPREAD = 10_000
-"""If a worker defers this many follow-ups at once, the deferrals spread over two thirds of the time from `SOONEST` to
-`LONGEST`.
-"""
+"""Number of simultaneous deferrals that spread over two thirds of the time from `SOONEST` to `LONGEST`."""
 COMING = 0.25
 """Seconds in which released follow-ups must reach a worker before any more are released."""
 BACKOFF = 1.0
@@ -109,7 +107,7 @@ class Deferral:
         self._returns = ReturnTimes()
         self._release_again_at = -inf
         self._excess: list[Lease] = []
-        """Leases that were removed from the due queue and are not deferred yet."""
+        """Leases taken out of the due queue that still have to be deferred."""
         self._tripped: frozenset[int] = frozenset()
         self._recovered: frozenset[int] = frozenset()
         """Workspaces that are no longer tripped, but still have deferred follow-ups."""

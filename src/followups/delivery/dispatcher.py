@@ -192,7 +192,7 @@ class Dispatcher:
     def _release_orphans(self) -> None:
         """Unblock follow-ups that no longer have to wait; a slow search runs less often than every tick.
 
-        An error during unblocking does not stop the claims.
+        If unblocking a follow-up fails, claims continue.
         """
         started = time.monotonic()
         if started < self._next_orphan_search:

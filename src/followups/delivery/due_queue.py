@@ -166,7 +166,7 @@ class DueQueue:
     async def _gather(self) -> None:
         """Wait for a batch that is large enough for a statement.
 
-        If few slots are free or the earliest lease is just due, the wait is at most `GATHER`.
+        The wait is at most `GATHER`.
         """
         if not self.is_due():
             return

@@ -66,7 +66,7 @@ class FairQueue:
         return any(key not in tripped and self._may_go(key) for key in self._turns)
 
     def next(self, tripped: frozenset[int] = frozenset()) -> Lease | None:
-        """Remove and return the earliest lease of the workspace whose turn it is, or None."""
+        """Remove and return the earliest lease of the next workspace, or None."""
         for _ in range(len(self._turns)):
             key = self._turns[0]
             if key in tripped or not self._may_go(key):

@@ -43,7 +43,7 @@ COMMANDS = {
 def argv(process: str, *more: str) -> list[str]:
     """Return the arguments that start a process as the Procfile does, followed by ``more``.
 
-    The caller must run these arguments with the PATH of `search_path`.
+    The command must be run with the PATH that `search_path` returns.
     """
     return ["/bin/sh", "-c", f'exec {COMMANDS[process]} "$@"', process, *more]
 

@@ -1,8 +1,8 @@
 """Stops the children of a process that ended without stopping them itself.
 
-The watchdog reads from a pipe, whose other end is held open by its owner. When the owner process ends, even by SIGKILL,
-the kernel closes the owner's end of the pipe. A pipe works on every Unix and in every thread. Linux's parent-death
-signal is bound to one thread and does not reach grandchildren.
+The watchdog reads from a pipe that its owner process keeps open. When the owner process ends, even by SIGKILL, the
+kernel closes the owner's end of the pipe. A pipe works on every Unix and in every thread. Linux's parent-death signal
+is bound to one thread and does not reach grandchildren.
 
 The owner imports this module. The watchdog process runs this file as a script. The script uses only the standard
 library and starts in about 20 ms. An owner's single watchdog runs while a guarded process or directory exists.
@@ -128,7 +128,7 @@ def is_alive(pid: int) -> bool:
 
 
 def stop(pid: int, stop_signal: int, grace: float) -> None:
-    """Send the process the signal; SIGKILL its group at its end or after ``grace`` seconds."""
+    """Signal a process, then kill its process group when the process ends or ``grace`` seconds pass."""
     with contextlib.suppress(ProcessLookupError):
         os.kill(pid, stop_signal)
     deadline = time.monotonic() + grace

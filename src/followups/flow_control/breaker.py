@@ -88,9 +88,9 @@ class OutcomeReport:
     A success that does not count towards the breaker is ignored.
     """
     succeeded: bool = False
-    """Whether an attempt succeeded and counts towards the breaker."""
+    """Whether an attempt that counts towards the breaker succeeded."""
     runs: tuple[WorkspaceOutcomes, ...] = ()
-    """The outcomes of every workspace, whether it is tripped or not."""
+    """The new outcomes of each workspace, tripped or not."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,7 +182,7 @@ class Breaker:
     def __init__(self, store: BreakerStore | None, transport: str, failures: int) -> None:
         """Create a breaker that opens after ``failures`` different follow-ups have failed in a row.
 
-        Without a store, or if ``failures`` is 0, the breaker never opens.
+        The breaker never opens if ``failures`` is 0 or no store is given.
         """
         self._store = store if failures else None
         self._transport = transport

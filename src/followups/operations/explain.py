@@ -111,7 +111,7 @@ def explain(follow_up: FollowUp, settings: Settings, now: datetime, around: Circ
 
 
 def lag_of(follow_up: FollowUp) -> timedelta | None:
-    """Return the time between the due date and the acceptance.
+    """Return how long after its due date the follow-up was accepted.
 
     Return None if the transport has not accepted the follow-up.
     """

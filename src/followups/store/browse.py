@@ -241,7 +241,8 @@ def search(
     """Return up to ``size`` matching follow-ups after ``after``, or fewer if ``limit`` is reached.
 
     Return None if the time limit is reached during the first step back in time. The length of each step is chosen so
-    that the step probably ends in the time left. A search by id takes one step, because the id's index yields few rows.
+    that the step probably ends in the time left. A search for an id needs only one step, because the index finds few
+    rows.
     """
     deadline = time.monotonic() + limit.total_seconds()
     step = None if wanted.ids or wanted.any_id or wanted.external_id or wanted.chat_id else FIRST_STEP

@@ -81,7 +81,7 @@ Parking thousands of follow-ups one by one would delay every later follow-up.
 """
 
 # As in `park_if_leased`, each follow-up is locked while it becomes the predecessor of another follow-up. Locked rows
-# are skipped. The follow-up after a locked row thus waits for the last follow-up before that row.
+# are skipped. A follow-up after a locked row waits for the follow-up before the locked row.
 _PARK_PILE = text("""
     WITH chat AS MATERIALIZED (
         SELECT DISTINCT ON (workspace_id, chat_id) workspace_id, chat_id, due_date, id

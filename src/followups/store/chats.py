@@ -254,7 +254,7 @@ _SECOND = timedelta(seconds=1)
 
 
 def counts_as(created_at: datetime) -> datetime:
-    """Return when a message counts as written; a whole second is rounded up to its end.
+    """Return when a message counts as written: a time in whole seconds moves to that second's end.
 
     Several channels report times in whole seconds. A user may reply within the second of our message, and the reply
     must not seem older.

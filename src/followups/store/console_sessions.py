@@ -41,7 +41,7 @@ ROLES = ("viewer", "agent", "admin", "operator")
 
 LONGEST_NAME = 200
 PRUNED = 100
-"""Maximum number of long-ended sessions and links that are deleted at each console sign-in."""
+"""Each console sign-in deletes at most this many sessions and links that ended long ago."""
 
 
 @dataclass(frozen=True, slots=True)

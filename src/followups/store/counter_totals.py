@@ -1,7 +1,7 @@
 """The sums of all processes' counters.
 
 Each process adds its new counts to the sums in the database. Any process can report the sums. Workers start and stop on
-many hosts, while Prometheus scrapes one web process. A worker's own count would never be scraped, and would end with
+many hosts, but Prometheus scrapes only one web process. A worker's own count would never be scraped, and would end with
 the worker.
 """
 

@@ -63,9 +63,9 @@ _PENDING_ROWS = "FROM follow_ups WHERE status = 'pending'"
 
 # The query reads only the start of the claim's index, slightly beyond the current time. No follow-up due after this
 # range has begun, so all follow-ups in flight are included. A follow-up that waits for its chat's earlier follow-up
-# does not count as overdue. The earlier follow-up counts. The ORDER BY keeps the index from being read further than
-# needed. Without an ORDER BY, the planner would read the whole table. The planner estimates that a third of all pending
-# rows are overdue. One read must suffice, because the index starts with sent but not yet vacuumed rows.
+# does not count as overdue. The earlier follow-up counts. The ORDER BY ensures that only the needed part of the index
+# is read. Without an ORDER BY, the planner would read the whole table. The planner estimates that a third of all
+# pending rows are overdue. One read must suffice, because the index starts with sent but not yet vacuumed rows.
 _COUNT = text(f"""
     WITH head AS MATERIALIZED (
         SELECT {_DUE} AS due, begun_at {_PENDING_ROWS} AND waits_for IS NULL AND {_DUE} <= now() + interval '1 second'

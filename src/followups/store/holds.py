@@ -29,7 +29,7 @@ NEVER = datetime(9998, 12, 31, tzinfo=UTC)
 
 @dataclass(frozen=True, slots=True)
 class WorkspaceHours:
-    """A workspace's sending hours, and its current sending period for the database to check."""
+    """A workspace's sending hours, with the current sending period, which the database checks."""
 
     workspace_id: UUID
     hours: SendingHours

@@ -4,7 +4,7 @@ By default there is no quota. Without a quota, a create request costs no extra q
 none. With a quota, a transaction locks the chat's row first and then the quota's row. Two concurrent create requests
 therefore cannot both use the last free place.
 
-The quota's row stores the room left at the last count of follow-ups or chats. Each create request reduces the stored
+Each quota row stores how many more follow-ups or chats the workspace may create. Each create request reduces the stored
 number. The rows are counted again only when the stored number reaches zero. The new count excludes follow-ups that have
 finished in the meantime.
 """

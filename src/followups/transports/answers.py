@@ -87,7 +87,7 @@ def retry_after(headers: Mapping[str, str], now: datetime) -> timedelta | None:
     """Return the delay in Retry-After, clamped to 1 s..24 h, or None if missing or invalid.
 
     Retry-After is in seconds (a fraction is accepted) or an HTTP date (RFC 9110, 10.2.3). A Retry-After date is
-    compared with the response's Date header (if any), because the hosts' clocks may differ.
+    compared with the response's Date header, if present. The clocks of the two hosts may differ.
 
     >>> retry_after({"retry-after": "120"}, datetime.now(UTC))
     datetime.timedelta(seconds=120)

@@ -30,7 +30,7 @@ _IN = select.EPOLLIN | select.EPOLLHUP
 
 
 class CurlLoop:
-    """The HTTP transfers on the running event loop, and the connections kept for later transfers."""
+    """Runs HTTP transfers on an event loop, and keeps their connections for reuse."""
 
     def __init__(self, options: Mapping[int, int]) -> None:
         """Register with the running event loop; ``options`` are the options of the multi handle."""
@@ -46,7 +46,7 @@ class CurlLoop:
         self._timer: asyncio.TimerHandle | None = None
         self._wanted = 0.0  # when libcurl must be called next, in the event loop's time
         self._running: dict[pycurl.Curl, asyncio.Future[int]] = {}
-        self._looks_up = False  # whether libcurl may be looking up a host name for a transfer that has already ended
+        self._looks_up = False  # whether libcurl may still be looking up the host name of an ended transfer
         self._loop.add_reader(self._sockets.fileno(), self._handle_ready_sockets)
 
     @property

@@ -189,7 +189,7 @@ class HttpClient:
 
     # These methods manage the connections. Connections are replaced after some seconds without a call. Otherwise,
     # libcurl closes an idle connection only at the next call. Connections are also replaced if libcurl repeatedly
-    # selects one that is unusable. The replaced connections only finish their calls in flight.
+    # selects one that is unusable. A replaced connection finishes its calls in flight and gets no new ones.
 
     def _connections(self) -> CurlLoop:
         if not self._is_open:

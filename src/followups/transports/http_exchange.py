@@ -79,9 +79,10 @@ class Sockets:
     def is_in_order(self, address: Address, opened: Sequence[int]) -> bool:
         """Return whether a request may be sent on the connection that has this local address.
 
-        ``opened`` lists the sockets of a new connection, and is empty for a kept connection. libcurl checks a kept
-        connection at most once a second. Between two checks, libcurl would mistake unsolicited data for the response to
-        the next request. In HTTP/2, unsolicited data may announce the end of the connection.
+        ``opened`` lists the sockets of a new connection; for a reused connection, ``opened`` is empty. A kept
+        connection is checked by libcurl at most once a second. Between two checks, libcurl would mistake unsolicited
+        data for the response to the next request. An HTTP/2 server may send unsolicited data to announce that it will
+        close the connection.
         """
         for each in opened:
             if _port(each) == address[1]:
@@ -187,7 +188,7 @@ class Exchange:
         return _GO_ON
 
     def _connected(self, _ip: str, own_ip: str, _port: int, own_port: int) -> int:
-        # Without these checks, a process frozen while connecting could send after its time limit. By that time, the
+        # If a process freezes while it connects, its time limit may have passed before it sends. By that time, the
         # follow-up may have been cancelled, or sent by another process. The outcome of a request on a connection that
         # has already ended would also be unknown.
         if uptime() > self._until:

@@ -114,8 +114,7 @@ class Consumer:
     """The latest activity of this process's consumer, which proves that messages are being consumed.
 
     The consumer polls the broker continuously (BRPOP). Even with empty queues, the broker answers within a second.
-    Celery's ``ping`` proves less: a worker that stopped consuming still answers on another connection. Times are
-    monotonic seconds.
+    Celery's ``ping`` is weaker: a worker that has stopped consuming can still answer it. Times are monotonic seconds.
     """
 
     def __init__(self) -> None:

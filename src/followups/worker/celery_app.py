@@ -58,8 +58,8 @@ one.
 """
 
 STATEMENT_TIMEOUT = timedelta(seconds=10)
-"""Time limit of a worker's SQL statements, which normally take milliseconds. The limit is at most half a lease, so that
-follow-ups behind a hanging statement can begin in time.
+"""Time limit of a worker's SQL statements, which normally take milliseconds. The limit is at most half a lease. After a
+hanging statement is aborted, the waiting follow-ups can still begin in time.
 """
 
 BROKER_SILENCE = timedelta(seconds=5)
@@ -96,7 +96,7 @@ def broker_silence(settings: Settings) -> timedelta:
 
 
 def drain_limit(settings: Settings) -> timedelta:
-    """Return how long a stopping worker waits for attempts in flight and their settlement."""
+    """Return how long a stopping worker waits to finish and settle its attempts in flight."""
     return settings.transport_timeout + GRACE + DRAIN_MARGIN
 
 
@@ -294,7 +294,7 @@ def publish(hint: Hint) -> None:
 
 
 class Nudger:
-    """Requests that a tick run soon; a call returns immediately, never raises, and is rate-limited."""
+    """Asks for a tick to run soon; a call never blocks, never raises, and is rate-limited."""
 
     INTERVAL = 0.01
     """The minimum number of seconds between two nudges from one process."""
@@ -374,9 +374,9 @@ def _warm_up(sender: Any = None, **_: object) -> None:  # noqa: ANN401 - the wor
 @signals.beat_init.connect
 def _stop_beat_in_order(**_: object) -> None:
     # Celery's own handler closes the producer while the signal is being handled. A handler that interrupted a publish
-    # would wait forever for the publish's lock. In a test with ten ticks a second, two of about thirty beats never
-    # ended. If the handler raises an exception instead, the interrupted publish releases its locks. Beat closes the
-    # producer after the handler has raised the exception.
+    # would wait forever for the publish's lock. In a test with ten ticks per second, two of about thirty beat processes
+    # never exited. If the handler raises an exception instead, the interrupted publish releases its locks. Beat closes
+    # the producer after the handler has raised the exception.
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: sys.exit(0))
 

@@ -105,7 +105,7 @@ def around_send(function: Callable[..., Any]) -> Callable[..., Any]:
 def around_commit(function: Callable[..., Any]) -> Callable[..., Any]:
     """Wrap a connection's commit with the failpoints ``<step>.before_commit`` and ``<step>.answer_lost``.
 
-    At ``<step>.answer_lost`` the transaction is already committed.
+    When ``<step>.answer_lost`` is reached, the transaction has already been committed.
     """
 
     @functools.wraps(function)

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 def requests_of(document: dict[str, Any], mine: dict[str, Any]) -> list[tuple[str, str, dict[str, Any]]]:
-    """Return the method, path and options of a valid request for each endpoint that requires a key.
+    """Return a valid request (method, path, options) for each endpoint that requires an API key.
 
     The requests use the ids in ``mine``.
     """

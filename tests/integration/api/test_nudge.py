@@ -15,7 +15,7 @@ SOON = 0.1 / 86_400
 
 
 def test_nudge(settings: Settings, world: World) -> None:
-    """A tick is requested if creating, rescheduling or ending a follow-up may make one due.
+    """If a change may make a follow-up due, a tick is requested.
 
     A change that cannot make a follow-up due requests no tick.
     """

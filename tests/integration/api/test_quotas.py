@@ -79,7 +79,7 @@ def test_a_quota_rejection_is_not_stored(api: Api) -> None:
 
 
 def test_from_python(api: Api) -> None:
-    """The quota also applies to `schedule` and `schedule_many`; `schedule_many` creates all or none."""
+    """A quota also applies to `schedule`; `schedule_many` creates all of its follow-ups or none."""
     world, chats = api.world, [UUID(api.chat()) for _ in range(3)]
     allow(api, Kind.PENDING, 2)
     many = [Planned(chat, "?", DUE) for chat in chats]

@@ -191,7 +191,7 @@ def unread(address: tuple[str, int], sent: bytes) -> socket.socket:
 
 
 def big_page(world: World, size: int = 40) -> bytes:
-    """Create follow-ups with the longest messages, and return the request for their page."""
+    """Create follow-ups with messages of maximum length; return a request that lists them."""
     chat = world.chat()
     for _ in range(size):
         world.follow_up(chat, message="\N{GRINNING FACE}" * 65_536)

@@ -83,7 +83,7 @@ def test_escaped_text_has_no_control_characters(text: str) -> None:
 
 @given(write=WRITERS, text=TEXTS, encoding=ENCODINGS)
 def test_no_text_controls_a_terminal(write: Callable[[str], None], text: str, encoding: str) -> None:
-    """Cells, sentences and remarks print any text in any encoding, without control characters or errors."""
+    """Any text can be printed in any encoding, without errors or control characters."""
     with terminal(encoding) as made:
         write(text)
         assert escape(made.written, lines=True) == made.written

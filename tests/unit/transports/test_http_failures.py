@@ -49,7 +49,7 @@ async def test_an_unknown_host_is_retried() -> None:
 
 
 async def test_a_failed_tls_handshake_is_retried(no_tls: str) -> None:
-    """A call to a server without TLS is retried, since nothing was sent."""
+    """If the TLS handshake fails, the call is retried, since nothing was sent."""
     outcome = await outcome_at(no_tls)
     assert isinstance(outcome, Retry)
     assert outcome.detail == "no connection: TLS failed (wrong version number)"

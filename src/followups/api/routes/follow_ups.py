@@ -106,7 +106,7 @@ def _messages(ids: Sequence[UUID], work: Work) -> Steps[dict[UUID, str]]:
 
 
 def _pieces(rows: Sequence[Any]) -> Iterator[list[Any]]:
-    """Yield the rows in groups whose messages have at most `listing.PIECE` bytes."""
+    """Yield groups of rows whose messages together have at most `listing.PIECE` bytes."""
     piece: list[Any] = []
     size = 0
     for row in rows:

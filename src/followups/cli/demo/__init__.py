@@ -39,7 +39,7 @@ WITHIN = timedelta(seconds=40)
 """Time limit of the demo. Time limit of the demo, which normally takes a quarter of this time."""
 
 LOOK = timedelta(milliseconds=120)
-"""Interval between two queries of the follow-ups' state.
+"""Time between two database queries for the state of the follow-ups.
 
 Each query uses processor time that the dispatcher needs to send on time.
 """

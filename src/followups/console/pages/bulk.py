@@ -159,7 +159,7 @@ def _ticked(visit: Visit) -> tuple[UUID, ...]:
 
 
 def _selection(visit: Visit, session: Session, asked: ListFilters, kind: str, ids: tuple[UUID, ...]) -> BrowseFilter:
-    """Return those of the action's follow-ups that the person may see."""
+    """Return the action's follow-ups that the person may see."""
     needed = NEEDED[kind]
     if ids:
         return BrowseFilter(ids=ids, statuses=(needed,)).narrowed(visit.person.workspace_id, visit.person.chat_id)

@@ -36,7 +36,7 @@ CHECKS = {
 
 
 def upgrade() -> None:
-    """Add the column, then the constraints, each in two short steps.
+    """Add the column first, then each constraint in two short steps.
 
     The column has no default, so no row is rewritten. While a constraint is validated, other transactions can read and
     write the rows.

@@ -166,7 +166,7 @@ class SandboxChats:
 
     @property
     def default(self) -> Behaviour:
-        """The behaviour of every chat for which no other behaviour is set. This behaviour ignores ``times``."""
+        """The behaviour of chats that have no behaviour of their own. This behaviour ignores ``times``."""
         return self._default
 
     @default.setter

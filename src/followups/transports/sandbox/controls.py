@@ -69,7 +69,7 @@ async def _answer(request: web.Request, reply: Reply) -> web.StreamResponse:
 
 @routes.get("/sandbox/requests")
 async def requests(request: web.Request) -> web.Response:
-    """List the requests, oldest first; ``?chatId=`` selects a chat, ``?after=&limit=`` a range of numbers."""
+    """List the requests, oldest first; ``chatId``, ``after`` and ``limit`` select some of them."""
     try:
         wanted = RequestsQuery.model_validate(dict(request.query))
     except ValueError as error:
