@@ -171,7 +171,7 @@ def postgres_url(server_urls: tuple[str, str]) -> str:
 
 @pytest.fixture(scope="session")
 def template_database(postgres_url: str) -> str:
-    """Return the name of the migrated template, created by the first process that needs it."""
+    """Return the template database's name; the first caller creates and migrates the database."""
     from followups.schema import migrate  # noqa: PLC0415 - not for unit tests
 
     with psycopg.connect(postgres_url, autocommit=True) as connection:

@@ -31,7 +31,7 @@ T = TypeVar("T")
 
 MILLISECOND = timedelta(milliseconds=1)
 POOL_MARGIN = 5
-"""Seconds that a caller waits for a pooled connection, on top of the connect timeout."""
+"""Seconds added to the connect timeout when a caller waits for a pooled connection."""
 STATEMENT_TIMEOUT = timedelta(seconds=30)
 """Time limit of a statement on the server. Statements normally take milliseconds."""
 SILENCE_MARGIN = timedelta(seconds=5)

@@ -170,7 +170,7 @@ class Pause(Base):
     ended_at: Mapped[datetime | None]
     """The time at which the pause ended.
 
-    An ended pause's row is kept only until all held follow-ups have been released.
+    The row of an ended pause is deleted once all its held follow-ups have been released.
     """
 
 
@@ -260,7 +260,7 @@ class Chat(Base):
             name="last_message_is_whole",
         ),
         CheckConstraint(readable("last_message_at", "last_user_message_at"), name="times_are_readable"),
-        # This index serves the check that no other workspace uses the external id.
+        # This index speeds up the check that no other workspace uses an external id.
         Index(None, "external_id", postgresql_where=text("external_id IS NOT NULL")),
     )
 
@@ -405,8 +405,8 @@ class FollowUp(Base):
     scheduled_at: Mapped[datetime] = mapped_column(server_default=func.now())
     """The time at which the due date or the chat was last set.
 
-    Lateness is counted from this time or from the due date, whichever is later. A follow-up set to a past due date is
-    immediately due, but not yet late.
+    Lateness is counted from ``scheduled_at`` or from the due date, whichever is later. A follow-up set to a past due
+    date is immediately due, but not yet late.
     """
     next_attempt_at: Mapped[datetime | None]
     """The next attempt's time after a retry or a deferral, or None for the due date."""
@@ -452,7 +452,7 @@ class FollowUp(Base):
     limited_until: Mapped[datetime | None]
     """The time of the next attempt as set by a rate limit or the breaker.
 
-    While ``next_attempt_at`` equals this time, the follow-up waits for the rate limit or breaker.
+    While ``next_attempt_at`` equals ``limited_until``, the follow-up waits for a rate limit or the breaker.
     """
     pause_id: Mapped[UUID | None]
     """The pause that holds the follow-up.
@@ -647,7 +647,7 @@ class AuditEvent(Base):
     id: Mapped[UUID] = mapped_column(primary_key=True, default=uuid4, server_default=func.gen_random_uuid())
     at: Mapped[datetime] = mapped_column(server_default=func.now())
     way: Mapped[str]
-    """How the actor acted: REST API, command, console, Python, or the service itself."""
+    """Where the change came from: REST API, command, console, Python, or the service itself."""
     actor_id: Mapped[UUID | None]
     """The id of the API key or console session, or None for an operating-system user."""
     actor: Mapped[str]

@@ -40,8 +40,8 @@ class Status(StrEnum):
     Settle enters this state, or a PATCH if the message was sent by other means.
     """
     FAILED = "failed"
-    """The follow-up will never be sent. The reason says why the follow-up failed. A begin, a settle, recovery or a
-    PATCH request can set this state.
+    """The follow-up will never be sent. The reason says why the follow-up failed. This state is set by begin, settle,
+    recovery or a PATCH request.
     """
     CANCELLED = "cancelled"
     """The follow-up must not be sent.

@@ -40,7 +40,7 @@ FOR_PEOPLE = {"", "worker: Warm shutdown (MainProcess)"}
 
 LOGS = ("worker", "beat", "web", "flower")
 
-# The database rejects one follow-up's insert and another's end with errors that quote the rows.
+# The database rejects one follow-up when it is inserted and another when it is sent. Both errors quote the row.
 QUOTING = """
     CREATE FUNCTION quote_it() RETURNS trigger LANGUAGE plpgsql AS $$
     BEGIN

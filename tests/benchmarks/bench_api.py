@@ -290,7 +290,7 @@ def lag_beside(arena: Arena, load: ApiLoad, rate: float) -> Figures:
 
 
 def main() -> None:
-    """Start all servers, measure in turns, and print the figures."""
+    """Start all servers, measure them in turn, and print the figures."""
     with Arena() as arena, Processes() as processes:
         settings = load_settings(
             database_url=arena.database,

@@ -87,7 +87,7 @@ def test_selected_follow_ups_are_cancelled_after_a_preview(
 
 
 def test_all_matching_follow_ups_are_cancelled_except_later_ones(person: Callable[..., Person], own: World) -> None:
-    """A bulk cancel applies to all follow-ups that match the list's filter, except those created later."""
+    """A bulk cancel applies to all matching follow-ups, except those created after its start."""
     own.burst([HOUR] * 30)
     other = own.follow_up(own.chat(channel="whatsapp", last_user_message_at=NOW), due=HOUR)
     one = person("agent", own)

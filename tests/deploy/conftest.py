@@ -52,7 +52,7 @@ def built() -> Iterator[Built]:
 
 
 def build(uv: str, directory: Path) -> Built:
-    """Build the wheel and the sdist, and install the wheel into environments in a directory."""
+    """Build the wheel and the sdist, and install the wheel with and without its extras."""
     call(uv, "build", "--quiet", "--out-dir", str(directory / "dist"), str(ROOT))
     (wheel,), (sdist,) = directory.glob("dist/*.whl"), directory.glob("dist/*.tar.gz")
     constraints = directory / "constraints.txt"

@@ -394,7 +394,7 @@ def stale_park(scene: Scene) -> None:
 
 
 def parked_behind_an_end(scene: Scene) -> None:
-    """Park a follow-up behind a follow-up that is being cancelled and unblocks nothing more."""
+    """Park a follow-up behind another whose uncommitted cancellation has already unblocked its successors."""
     earlier, later = two_in_a_chat(scene)
     with Session(scene.engine) as session:
         followups.cancel(session, earlier)

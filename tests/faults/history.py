@@ -1,4 +1,4 @@
-"""The database's history: a trigger, installed only by fault tests, records all changes to follow-ups."""
+"""A history of all changes to follow-ups, recorded by a trigger that only fault tests install."""
 
 from __future__ import annotations
 

@@ -135,7 +135,7 @@ def _run(seed: int, kept: Path, marker: str, processes: int, title: str, skipped
 def report(lines: list[dict[str, Any]], earlier: str) -> str:
     """Return the results as Markdown; results of tests not run come from ``earlier``.
 
-    Most fault tests have a short and a long form. For each long form that was not run, the earlier result is copied.
+    Most fault tests have a short and a long form. If the long form of a test was not run, its earlier result is copied.
     Earlier results of short forms are copied only if no short form was run.
     """
     short, long = _rows(lines, "short"), _rows(lines, "long")

@@ -126,7 +126,7 @@ def test_read_only_default(rig: Rig, figures: Figures) -> None:
 
 @pytest.mark.parametrize("encoding", ["LATIN1", "SQL_ASCII"])
 def test_foreign_encoding(rig: Rig, figures: Figures, postgres_url: str, encoding: str) -> None:
-    """Every process refuses a database whose encoding cannot store every text, and reports the fix."""
+    """Every process refuses a database whose encoding is not UTF8, and reports the fix."""
     name = f"test_{uuid4().hex}"
     rig.options["FOLLOWUPS_DATABASE_URL"] = create_database_of_encoding(postgres_url, name, encoding)
     try:

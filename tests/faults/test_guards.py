@@ -133,7 +133,7 @@ CATALOGUE = {
     ),
     "token at release": Guard("SET lease_until = NULL FROM leased", {TOKEN: ""}, guards.stale_release),
     "token at end": Guard("leased.status", {TOKEN: ""}, guards.stale_end),
-    # Rows in flight are rejected by the lock, the UPDATE and a constraint of the table.
+    # The locking query, the UPDATE and a table constraint each keep a follow-up in flight from being cancelled.
     "begun at cancel": Guard(
         "follow_ups",
         {BEGUN_ORM: "", "lease_until = NULL": "begun_at = NULL, lease_until = NULL"},

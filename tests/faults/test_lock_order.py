@@ -1,4 +1,4 @@
-"""A reply beside a transaction that cancels and schedules is never lost to a deadlock."""
+"""A reply is never lost to a deadlock with a transaction that cancels and schedules follow-ups."""
 
 from __future__ import annotations
 

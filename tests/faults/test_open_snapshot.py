@@ -52,7 +52,7 @@ def under_snapshot(rig: Rig, figures: Figures, rate: float, seconds: float) -> N
         ended = datetime.now(UTC)
         # PostgreSQL's statistics are updated a little later
         dead = wait_until(lambda: rig.world.scalar(DEAD), within=60, every=0.5)
-        assert sent_then() == 0  # the snapshot was open throughout
+        assert sent_then() == 0  # the snapshot stayed open during the whole load
     part = (ended - began) / 6
     some = len(load.ids) // 6
     verdict = rig.verdict()

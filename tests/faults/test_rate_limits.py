@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 COUNT, RATE, BURST, WIPED = 150, 30, 5, 3
 
 LET_THROUGH = "SELECT COALESCE(sum(value), 0) FROM metric_totals WHERE sample = 'followups_limiter_unavailable_total'"
-"""SQL to count begins without a query to Redis, as may happen on stalled machines."""
+"""SQL that counts follow-ups begun without a Redis query, as may happen on a stalled machine."""
 
 
 def test_wiped_while_they_wait(rig: Rig) -> None:

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from web import Api
 
 SECONDS = "FOLLOWUPS_TEST_SOAK"
-"""The duration of the long form of this test, in seconds."""
+"""The environment variable that sets the duration of the long load test, in seconds."""
 STEP = 0.25
 """The number of seconds between two inserts."""
 AHEAD = 5.0
@@ -32,7 +32,7 @@ ROOM_MB = 32.0
 """Megabytes by which a process's memory may grow beyond a quarter of its median: allocators keep freed memory."""
 
 # Include only follow-ups that were created early enough and accepted at the first attempt. The query uses the lists'
-# index. A sample therefore costs the same throughout the test.
+# index. The cost of a sample therefore stays the same throughout the test.
 _LAG = """
     SELECT percentile_cont(0.99) WITHIN GROUP (ORDER BY extract(epoch FROM accepted_at - due_date)) * 1000, max(now())
       FROM follow_ups
@@ -138,7 +138,7 @@ def soak(rig: Rig, figures: Figures, seconds: float, rate: float) -> None:
 
 
 def stream(rig: Rig, api: Api, samples: Samples, seconds: float, rate: float) -> None:
-    """Add and disturb follow-ups and take samples step by step, catching up on a slow machine."""
+    """Add follow-ups at ``rate`` per second, disturb some of them, and take samples now and then."""
     begin, every, looks, owed = time.monotonic(), min(30.0, seconds / 6), 1, 0.0
     for number in range(1, int(seconds / STEP) + 1):
         owed += rate * STEP

@@ -79,7 +79,7 @@ def behind_stuck(rig: Rig, figures: Figures, count: int, spread: float) -> None:
     assert [tuple(row) for row in refused] == [
         ("retry", 1),
         ("snoozed", 1),
-    ]  # in each chat, only the first follow-up was ever requested
+    ]  # only the first follow-up of each chat was ever attempted
 
 
 def test_stuck_chats(rig: Rig, figures: Figures) -> None:

@@ -41,7 +41,7 @@ class TestClaim:
     def test_leased_is_not_claimed_again(self, world: World, steps: Steps) -> None:
         """A leased follow-up is not claimed again until its lease expires.
 
-        The next lease has a greater token. The expiry is not counted as an attempt.
+        The next lease has a greater token. An expired lease is not counted as an attempt.
         """
         follow_up = world.follow_up()
         lease = steps.lease()

@@ -1,4 +1,4 @@
-"""The embedded servers: real servers that are started, crashed and stopped."""
+"""Tests that start, crash and stop the embedded servers."""
 
 from __future__ import annotations
 

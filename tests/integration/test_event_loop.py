@@ -141,7 +141,7 @@ async def test_sessions_on_a_read_only_server_are_dropped(world: World, database
 
 
 async def test_lost_sessions_are_dropped_together(world: World, database_url: str) -> None:
-    """After the first lost connection, the pool reopens all connections closed by the same server."""
+    """If the server closes all connections, the pool replaces all of them after the first error."""
     async with database(database_url) as mine:
         await fill(mine)
         world.scalar("""

@@ -217,7 +217,7 @@ def test_locked_rows(engine: Engine, settings: Settings) -> None:
 
 
 class TestLowWater:
-    """If a fair claim leaves part of a backlog, the low-water mark stays before that part."""
+    """The low-water mark stays before all due follow-ups that a fair claim has skipped."""
 
     def test_mark(self, engine: Engine, settings: Settings) -> None:
         """The low-water mark stays before the first unfinished follow-up, even if later ones are claimed."""

@@ -278,7 +278,7 @@ async def test_the_clock_is_set(clock: ServerClock, limiter_settings: Settings, 
 async def test_an_abandoned_request_when_the_clock_is_set(
     clock: ServerClock, limiter_settings: Settings, step: timedelta
 ) -> None:
-    """A cancelled token request delays the next request by at most the longest wait, even if Redis's clock is set."""
+    """Even if Redis's clock jumps, a cancelled token request delays the next by at most the longest wait."""
     limiter = Limiter(limiter_settings, PATIENCE)
     limit = bucket(rate=10, burst=1)
     lost, second = request(1, limit), request(2, limit)
@@ -315,7 +315,7 @@ async def test_unused_keys_expire(under_test: LimiterUnderTest) -> None:
 
 
 async def test_the_queue_is_bounded(under_test: LimiterUnderTest) -> None:
-    """With a hundred thousand queued requests, further requests get an estimated wait but no place.
+    """Once a hundred thousand requests are queued, a further request gets only an estimated wait.
 
     Requests that are already in the queue keep their positions.
     """

@@ -320,7 +320,7 @@ def test_drain_while_begin_waits_for_slots(
     leases = claim(engine, settings).leases
     pipeline.submit(leases[:8])
     wait_until(lambda: transport.under_way == 8)
-    pipeline.submit(leases[8:])  # two slots are free, so begin waits for more
+    pipeline.submit(leases[8:])  # only two slots are free, so begin waits for more free slots
     time.sleep(0.1)
     assert pipeline.drain(timedelta(seconds=10)) == 0
     assert transport.calls.total() == 8

@@ -106,7 +106,7 @@ class TestSchedule:
         assert (row.lease_token, row.attempts, row.begun_at, row.next_attempt_at) == (0, 0, None, None)
 
     def test_a_callers_trace(self, caller: Caller) -> None:
-        """A follow-up scheduled inside a caller's trace stores the trace's context, whatever the tracer."""
+        """If a caller schedules a follow-up inside a trace, the follow-up stores the trace's context."""
         tracer = TracerProvider().get_tracer("a caller")
         with tracer.start_as_current_span("work") as span:
             traced = caller.schedule(caller.world.chat())

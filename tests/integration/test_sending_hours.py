@@ -119,7 +119,7 @@ def test_the_next_sending_period_is_stored(world: World, engine: Engine, setting
 
 
 def test_begun_just_before_the_opening(world: World, engine: Engine, settings: Settings) -> None:
-    """A held follow-up begins slightly before sending hours open, just as any other begins before it is due."""
+    """A follow-up may begin slightly before its due date, and slightly before sending hours open."""
     put(world, OPEN)
     world.sql("UPDATE sending_hours SET open_from = now() + interval '80 ms'")
     follow_up = world.follow_up(due=timedelta(milliseconds=90))
@@ -127,7 +127,7 @@ def test_begun_just_before_the_opening(world: World, engine: Engine, settings: S
 
 
 def test_the_first_due_comes_back_first(world: World) -> None:
-    """Follow-ups held until the same opening become due within a second, in due order."""
+    """When sending hours open, held follow-ups become due within a second, in order of due date."""
     opening = world.scalar("SELECT now()")
     back = [holds.back_at(opening, opening - ago) for ago in (50 * HOUR, 9 * HOUR, 8 * HOUR, MINUTE)]
     assert back == sorted(back)
@@ -356,7 +356,7 @@ class TestWindow:
 
 
 def test_held_follow_ups_can_be_cancelled_and_rescheduled(world: World, engine: Engine, settings: Settings) -> None:
-    """A held follow-up can be cancelled; a new due date releases it until that date."""
+    """A held follow-up can be cancelled or rescheduled; a new due date ends the hold."""
     put(world, CLOSED)
     cancelled, moved = world.follow_up(), world.follow_up()
     claim_and_begin(engine, settings)

@@ -1,4 +1,4 @@
-"""Tests of the consumer's pauses between two connections to the broker."""
+"""Tests of how long the consumer pauses before it reconnects to the broker."""
 
 from __future__ import annotations
 

@@ -211,7 +211,7 @@ def test_a_full_stderr_raises_no_error(stderr: io.StringIO, monkeypatch: pytest.
 
 @pytest.mark.parametrize("form", ["json", "console"])
 def test_buffered_lines_have_the_usual_format(capsys: pytest.CaptureFixture[str], form: Any) -> None:
-    """`flush` writes buffered lines in the usual format, from the configured level upwards."""
+    """`flush` writes buffered log lines in the usual format if their level is high enough."""
     lines = Lines("x")
     configure_logging(form, "warning")
     lines.info("unheard")

@@ -16,7 +16,7 @@ def test_exported_names_exist() -> None:
 
 
 def test_unknown_names_raise_attribute_error() -> None:
-    """An unknown name of the package raises AttributeError, as in any module."""
+    """Reading an unknown name from the package raises AttributeError."""
     with pytest.raises(AttributeError, match="no attribute 'send'"):
         _ = followups.send  # type: ignore[attr-defined]
 

@@ -14,7 +14,7 @@ from followups.sending_hours import DAYS, SendingHours, opens_at, read_days, spa
 BERLIN = "Europe/Berlin"
 MINUTE = timedelta(minutes=1)
 DAY = timedelta(days=1)
-# Time zones that change by an hour or half an hour, at midnight, or never. Other zones have skipped a day or have
+# Time zones that change by an hour or half an hour, at midnight, or never. Some zones once skipped a day; others have
 # unusual offsets.
 ZONES = (
     "UTC", BERLIN, "America/New_York", "Australia/Lord_Howe", "America/Havana", "Asia/Kathmandu", "Pacific/Apia",

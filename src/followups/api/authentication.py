@@ -126,7 +126,7 @@ class ApiServices:
     request_limits: RequestLimits
     starts: PageStarts
     exclusive_external_ids: bool
-    """Whether each external id belongs to a single workspace.
+    """Whether an external id may belong to only one workspace.
 
     Without this, an external id alone cannot identify a chat's workspace.
     """
@@ -178,7 +178,7 @@ class Caller:
 
     @property
     def exclusive_external_ids(self) -> bool:
-        """Whether each external id belongs to a single workspace."""
+        """Whether an external id may belong to only one workspace."""
         return self._services.exclusive_external_ids
 
     @property

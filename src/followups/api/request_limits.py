@@ -47,7 +47,7 @@ class Throttle:
     """
 
     def __init__(self) -> None:
-        """Create the shares, with no waiting requests."""
+        """Create the throttle, with no waiting requests."""
         self._lock = asyncio.Lock()
 
     async def __call__(self) -> None:

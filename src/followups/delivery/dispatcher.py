@@ -43,7 +43,7 @@ LOOKING_SHARE = 0.1
 """The maximum share of the dispatcher's time for claims from the beginning of the index."""
 
 ORPHAN_SEARCH_SHARE = 0.01
-"""Largest share of its time that the dispatcher spends on checking blocked and paused follow-ups.
+"""The largest share of the dispatcher's time for checking blocked and paused follow-ups.
 
 Even above this share, each blocked or paused follow-up is checked at least once per lease time.
 """
@@ -258,8 +258,8 @@ class Dispatcher:
         """Claim from the low-water mark on, and occasionally from the beginning.
 
         Claims from the beginning also find follow-ups inserted later, before the low-water mark. If a claim leaves due
-        follow-ups, the next claims prefer workspaces with the fewest in flight. A long transaction keeps the index
-        entries of sent follow-ups in front of pending ones. It took 34 ms to skip 36,000 index entries of sent
+        follow-ups, the next claims prefer workspaces with the fewest in flight. While a long transaction is open, index
+        entries of sent follow-ups stay in front of pending ones. It took 34 ms to skip 36,000 index entries of sent
         follow-ups.
         """
         started = time.monotonic()

@@ -148,7 +148,7 @@ def make_data_directory(path: Path) -> None:
 
 
 def _give_up_root(directory: Path, *owned: Path) -> tuple[int, int]:
-    """Give the embedded server's directory and files to the system user; return that user's ids.
+    """Make the system user the owner of the embedded server's files, and return that user's ids.
 
     Files in other directories keep their owner.
     """

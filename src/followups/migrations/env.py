@@ -24,13 +24,12 @@ ASK_AGAIN = 0.2
 LOCK_TIMEOUT = "2s"
 """How long a change to a table waits for the lock on that table.
 
-Other transactions on the table wait behind such a change. A migration therefore delays each of them by less than three
-seconds.
+While such a change waits for its lock, other transactions on the table wait too. A migration therefore delays each of
+them by less than three seconds.
 """
 
 GIVE_WAY = 1.0
-"""Seconds between two tries to change a table. Between the tries, the transactions that were waiting for the table
-proceed.
+"""Seconds between two tries to change a table. Between two tries, the transactions that wait for the table can proceed.
 """
 
 # The advisory lock's key is not a bind parameter. With parameters, PostgreSQL keeps a statement's snapshot until the

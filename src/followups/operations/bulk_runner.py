@@ -64,7 +64,7 @@ class BatchError(Exception):
     """A batch of a bulk action failed."""
 
     def __init__(self, action_id: UUID, cause: Exception) -> None:
-        """Store the action's id and the error that the batch raised."""
+        """Store the id of the bulk action and the error of its batch."""
         super().__init__(f"{action_id}: {cause}")
         self.action_id = action_id
         self.cause = cause

@@ -6,9 +6,9 @@ would be served first. In that case, free slots go to the workspaces with the fe
 
 Each claim is one guarded statement, which skips rows that another transaction has locked.
 
-The planner's statistics are updated here because the claim needs them first. Autovacuum updates the statistics only
-minutes later. Until autovacuum has run, the planner estimates one row for a table that was emptied, vacuumed, and then
-filled in a burst. The planner then rates any index with the id as highly as the primary key. With some of these
+This module updates the planner's statistics itself, because claims depend on them. Autovacuum updates the statistics
+only minutes later. Until autovacuum has run, the planner estimates one row for a table that was emptied, vacuumed, and
+then filled in a burst. The planner then rates any index with the id as highly as the primary key. With some of these
 indexes, each look-up scans the whole index. In such a table with 50,000 due follow-ups, each step of a batch took
 seconds.
 """

@@ -43,7 +43,7 @@ _ADD = text("""
     RETURNING sample, labels, value
 """)
 # Counts only grow. Our transaction was committed if the stored totals are at least as high as the totals it wrote. The
-# result is wrong only if our counts were lost and another process meanwhile added at least as much.
+# check errs only if our counts were lost and another process added at least as many meanwhile.
 _ADDED = text("""
     SELECT count(t.value) = count(*) AND bool_and(t.value >= b.value)
       FROM unnest(CAST(:samples AS text[]), CAST(:labels AS text[]), CAST(:values AS double precision[]))

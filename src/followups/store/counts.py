@@ -6,13 +6,13 @@ costs nothing even for many millions of rows. Lag and throughput are computed fr
 in the last few minutes. A query that exceeds `LIMIT` is cancelled.
 
 The backlog is measured for metrics, which are read every few seconds. Counting ten million pending rows takes seconds.
-A trigger with counters would update one shared row for each insert and end. Rows are counted one by one only up to
-`BACKLOG_EXACT_UP_TO`. A healthy system has fewer overdue follow-ups than `BACKLOG_EXACT_UP_TO`. Beyond that limit the
-numbers are the planner's estimates. The estimates are as exact as the last ANALYZE, which runs after 2 % of the rows
-have changed. An estimate is never below the number of rows counted. On two busy cores with half a million rows pending,
-36,000 of them overdue, the measurement took 16 ms. Counting all pending rows takes 83 ms, and longer if there are more.
-After 60,000 rows have been sent, the first measurement before a vacuum takes 287 ms. Later measurements take 13 to 16
-ms. The time that the backlog's measurement takes does not depend on the number of rows.
+Counters kept by a trigger would update one shared row whenever a follow-up is inserted or ends. Rows are counted one by
+one only up to `BACKLOG_EXACT_UP_TO`. A healthy system has fewer overdue follow-ups than `BACKLOG_EXACT_UP_TO`. Beyond
+that limit the numbers are the planner's estimates. The estimates are as exact as the last ANALYZE, which runs after 2 %
+of the rows have changed. An estimate is never below the number of rows counted. On two busy cores with half a million
+rows pending, 36,000 of them overdue, the measurement took 16 ms. Counting all pending rows takes 83 ms, and longer if
+there are more. After 60,000 rows have been sent, the first measurement before a vacuum takes 287 ms. Later measurements
+take 13 to 16 ms. The time that the backlog's measurement takes does not depend on the number of rows.
 """
 
 from __future__ import annotations
@@ -114,7 +114,7 @@ class Counts:
     quiet: int
     """Number of pending follow-ups that are due but outside sending hours."""
     overdue: int
-    """Number of overdue pending follow-ups that wait for no earlier one in their chat."""
+    """Number of pending follow-ups that are overdue and not blocked by an earlier one in the chat."""
     oldest_overdue: timedelta | None
     in_flight: int
     final: Mapping[str, int]
@@ -127,8 +127,8 @@ class Counts:
 class Pace:
     """Throughput and lag of the follow-ups accepted within ``window``.
 
-    Lag is the acceptance time minus the due date. The lag includes retries, and follow-ups created after their due
-    date.
+    Lag is the acceptance time minus the due date. The lag of a retried follow-up includes its retries. Follow-ups
+    created after their due date count too.
     """
 
     window: timedelta

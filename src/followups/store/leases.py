@@ -1,7 +1,7 @@
 """The statements that begin, end or release leased follow-ups. Claims are in `followups.store.claims`.
 
-Beginning, ending or releasing a batch takes one guarded SQL statement. If another transaction has changed a follow-up,
-the result does not contain its row. No statement in this module waits for another transaction's locks. Locked rows are
+One guarded SQL statement begins, ends or releases a whole batch. If another transaction has changed a follow-up, the
+result does not contain its row. No statement in this module waits for another transaction's locks. Locked rows are
 skipped, reported and tried again.
 """
 

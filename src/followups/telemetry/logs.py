@@ -186,7 +186,7 @@ def render_json(_logger: object, _method: str, event: EventDict) -> str:
 
 
 class _Escaped:
-    """Text that is already escaped, whose `repr` is the text itself, for the console renderer."""
+    """Escaped text whose `repr` is the text in quotes, for the console renderer."""
 
     def __init__(self, text: str) -> None:
         self._text = text

@@ -1,4 +1,4 @@
-"""libcurl's multi handle on an event loop, through its socket interface, without threads or polling.
+"""Drives libcurl's multi handle from an event loop, without threads or polling.
 
 pycurl has its own driver of this kind, `AsyncCurlMulti`. `AsyncCurlMulti` adds and removes a watcher for every call, so
 a call takes 40 us of processor time. With one epoll for all sockets, a call takes 24 us of processor time.

@@ -152,7 +152,7 @@ class Exchange:
             self.curl.setopt(option, value)
 
     def prepare(self, url: str, headers: Sequence[bytes], body: bytes, until: float) -> None:
-        """Set the request to send; ``until`` is its deadline on the `uptime` clock."""
+        """Set the next request and its deadline ``until``, a time on the `uptime` clock."""
         if url != self._url:
             self._url = url
             self.curl.setopt(pycurl.URL, url)

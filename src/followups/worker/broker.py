@@ -204,7 +204,7 @@ class BrokerTransport(kombu_redis.Transport):
     def establish_connection(self) -> Any:  # noqa: ANN401 - kombu's own
         """Connect to the broker.
 
-        After SIGTERM, this method raises `celery.exceptions.WorkerShutdown` in the consumer's thread.
+        Raises `celery.exceptions.WorkerShutdown` in the consumer's thread after SIGTERM.
         """
         if state.should_stop is not None and not BrokerTransport._stopping and _is_consumers_thread():
             BrokerTransport._stopping = True

@@ -38,7 +38,7 @@ def test_empty(api: Api) -> None:
 
 @pytest.mark.parametrize("brackets", ["", "[]", "%5B%5D", "%5b%5D"])
 def test_filters(api: Api, brackets: str) -> None:
-    """A filter may be repeated, with or without []; a row needs to match one value.
+    """If a filter is repeated (with or without []), a row needs to match only one of the values.
 
     A listed follow-up matches every filter.
     """

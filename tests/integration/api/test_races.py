@@ -193,7 +193,7 @@ class TestPatchAgainstTick:
     """After the response, a new due date applies, even to a claimed follow-up."""
 
     def test_claim_first(self, api: Api, engine: Engine) -> None:
-        """A reschedule waits for a running claim, and then makes the claimed lease stale."""
+        """If a reschedule arrives during a claim, the reschedule waits and then makes the new lease stale."""
         created = api.create(due="2020-01-01T00:00:00Z")
         with ThreadPoolExecutor(1) as pool, engine.connect() as connection:
             taken = [lease for lease in claim(connection) if str(lease.id) == created["id"]]

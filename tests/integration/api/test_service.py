@@ -205,7 +205,7 @@ HUMAN_TAKEOVER = {"status": "cancelled", "code": "human_takeover"}
 
 
 def _settled(api: Api, labels: dict[str, str]) -> float:
-    """Wait until any cached response has expired, and return the count."""
+    """Wait until the cached metrics have expired, and return the current count."""
     time.sleep(KEPT)
     return _ended(api, labels)
 

@@ -191,7 +191,7 @@ class TestRetry:
         assert [len(copies(world, one)) for one in ids] == [1] * 5
 
     def test_filters(self, run: RunCommand, world: World) -> None:
-        """A bulk retry with filters retries only failures with the given workspace and reason codes."""
+        """A bulk retry with filters retries only failures in the given workspace with the given reason codes."""
         wanted, other = failed(world, "retries_exhausted: HTTP 500"), failed(world, "too_late")
         others = type(world)(world.engine)
         theirs = failed(others, "retries_exhausted")

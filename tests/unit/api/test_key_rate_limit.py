@@ -33,7 +33,7 @@ def server(monkeypatch: pytest.MonkeyPatch) -> FakeServer:
 
 @pytest.fixture
 def limit_of(server: FakeServer) -> Callable[[int], KeyRateLimit]:
-    """Return a factory of rate limits, each of which represents a separate process."""
+    """Return a factory that creates one rate limit for each simulated process."""
     assert server.connected
     return lambda most: KeyRateLimit(
         load_settings(

@@ -340,7 +340,7 @@ def test_an_ended_event_loop_closes_its_connections(
 
 
 async def test_calls_in_flight_are_answered_before_closing() -> None:
-    """When a worker stops, calls in flight are answered before the connections are closed."""
+    """A stopping worker closes its connections only after all calls in flight have been answered."""
 
     async def answer_late(writer: asyncio.StreamWriter, _request: Request) -> None:
         await asyncio.sleep(0.1)

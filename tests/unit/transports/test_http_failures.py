@@ -183,7 +183,7 @@ async def test_the_status_decides_when_the_body_is_slow() -> None:
 
 
 async def test_a_slow_rejection_keeps_the_received_part() -> None:
-    """If a timeout interrupts a rejection, the part of its reason that has arrived is kept."""
+    """If a rejection's body arrives too slowly, the reason keeps the part received in time."""
 
     async def dawdle(writer: asyncio.StreamWriter, _request: Request) -> None:
         writer.write(b"HTTP/1.1 403 No\r\ncontent-length: 999\r\n\r\nblocked")

@@ -177,7 +177,7 @@ async def test_connections_are_kept_where_the_receiver_deduplicates() -> None:
 
 
 async def test_no_connection_is_used_twice_where_the_receiver_does_not_deduplicate() -> None:
-    """If the receiver does not deduplicate, each connection is used only once.
+    """If the receiver does not deduplicate, each connection carries only one request.
 
     The outcome of a request on a stale connection would be unknown, and therefore final.
     """

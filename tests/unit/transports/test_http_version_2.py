@@ -323,7 +323,7 @@ async def test_a_connection_that_ended_while_idle_is_not_used(server: Http2Serve
 async def test_unread_frames_on_an_idle_connection_end_it(server: Http2Server, transport: Transport) -> None:
     """An idle connection with unread frames is closed, and the next call uses another one.
 
-    Unread frames may announce that the connection is ending (GOAWAY).
+    An unread frame may be a GOAWAY, which announces the end of the connection.
     """
     assert await transport.send(a_delivery()) == OK
     server.connections[0].h2.close_connection()

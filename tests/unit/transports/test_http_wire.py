@@ -90,7 +90,7 @@ async def test_an_answer_may_come_in_pieces(reply: bytes, size: int) -> None:
     ids=["bare LF", "no reason", "odd headers", "spaces after the chunk size"],
 )
 async def test_a_slightly_malformed_answer_is_accepted(reply: bytes) -> None:
-    """If a response has flaws that other clients tolerate, this response and the next are accepted."""
+    """A response with minor flaws that other clients tolerate is accepted, and so is the next response."""
     async with scripted(reply) as server, opened(HttpTransport(settings_for(server.url))) as transport:
         assert names(await transport.send(a_delivery()))
         assert names(await transport.send(a_delivery()))
@@ -144,7 +144,7 @@ async def test_reading_of_endless_chunks_stops(start: bytes, piece: bytes) -> No
 
 
 async def test_an_endless_chunk_size_costs_the_timeout() -> None:
-    """An endless chunk extension is read until the timeout; only the status determines the outcome."""
+    """If a chunk extension never ends, the request times out, and only the status counts."""
     outcome = await outcome_of(endless(CHUNKED + b"1;", b"x" * 10_000), transport_timeout=0.3)
     assert outcome == Sent(None, 200, "the body of the answer did not arrive in time")
 

@@ -2,8 +2,8 @@
 
 Lag is the time of acceptance minus the due date, both read from the database. The dispatcher records the time of
 acceptance, which includes the receiver's response time. The measured lag is never shorter than the lag that the
-receiver observed. Only first-attempt deliveries are counted, because a retried follow-up is late by its backoff. Every
-follow-up in the script was created before it was due.
+receiver observed. Only follow-ups delivered at the first attempt are counted, because a retry adds its backoff to the
+lag. Every follow-up in the script was created before it was due.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Add a table of counters, summed over all processes, so that any process can answer a scrape."""
+"""Add a table with the sums of all processes' counters, so that any process can answer a scrape."""
 
 from __future__ import annotations
 

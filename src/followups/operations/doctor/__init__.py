@@ -18,7 +18,7 @@ class Finding:
 
     @property
     def ok(self) -> bool:
-        """Whether the check has found no problem."""
+        """Whether the check passed."""
         return not self.advice
 
     def document(self) -> dict[str, object]:

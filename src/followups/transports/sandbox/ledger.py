@@ -47,7 +47,7 @@ class LedgerEntry:
     outcome: str
     status: int | None
     accepted: bool
-    """Whether this request, not an earlier one, added a message to the chat."""
+    """Whether this request itself added a message to the chat."""
     duplicate: bool
     """Whether the sandbox had already accepted an earlier request with the same key."""
 
@@ -130,8 +130,8 @@ class Ledger:
     def summary(self, latest: int | None = None) -> dict[str, object]:
         """Return the counts, and the lag of the ``latest`` accepted messages (by default, of all).
 
-        ``duplicates`` are keys that were accepted more than once. ``repeats`` are requests whose key had been accepted
-        before, whatever the result. Lags are in milliseconds, or None if nothing was accepted.
+        ``duplicates`` are keys that were accepted more than once. ``repeats`` counts all requests whose key had been
+        accepted before. Lags are in milliseconds, or None if nothing was accepted.
         """
         counts = {name: self._counts[name] for name in ("requests", "accepted", "duplicates", "repeats", "invalid")}
         lags = sorted(self._lags if latest is None else islice(reversed(self._lags), latest))
