@@ -57,7 +57,7 @@ CHANGES_SESSIONS = (
 POOLER_ROUNDS = 4
 """How many times the server sessions of two connections are compared.
 
-Under load, the first comparison is enough to detect a changed session.
+Under load, one comparison is enough to detect that the server session has changed.
 """
 
 _MADE = "followups.made"
@@ -317,8 +317,8 @@ _dropped_at: WeakKeyDictionary[Engine, float] = WeakKeyDictionary()
 def drop_all(engine: Engine) -> None:
     """Make the engine replace all open connections, each when it is next checked out.
 
-    Call this if the connections' server is unreachable or read-only. SQLAlchemy itself replaces connections after the
-    errors that it raises.
+    Call this if the connections' server is unreachable or read-only. SQLAlchemy replaces connections by itself only
+    after errors that it raises.
     """
     _dropped_at[engine] = time.monotonic()
 

@@ -1,7 +1,7 @@
 """The database tables. Times are ``timestamptz`` in UTC, and ids are UUID v4.
 
 A chat's key consists of the workspace's id and the chat's id. No workspace can therefore reach another workspace's chat
-by guessing ids. Foreign keys to this key make PostgreSQL refuse rows that mix two workspaces.
+by guessing ids. Foreign keys to a chat's key make PostgreSQL refuse rows that mix two workspaces.
 
 Row-level security was tried and rejected. Row-level security costs 6 % of the SQL time of a create and 16 % of a list
 (2 cores, 20,000 rows). But row-level security does not apply to the tables' owner, whose URL is the only one

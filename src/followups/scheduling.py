@@ -108,7 +108,7 @@ def scheduling_alone(
 
 
 def schedule_many(session: Session, *, workspace_id: UUID, planned: Sequence[Planned]) -> list[FollowUp]:
-    """Create many follow-ups of a workspace, or none; return them in the given order.
+    """Create all given follow-ups of a workspace, or none; return them in the given order.
 
     The same rules apply as in `schedule`. The number of statements is constant; a thousand follow-ups take some 100 ms.
     The chats are locked in ascending order of their ids. Raises `SomeRefusedError`, which maps the index of each
@@ -200,7 +200,7 @@ def retry_once(session: Session, follow_up_id: UUID) -> FollowUp:
 
 
 def _failed(session: Session, follow_up_id: UUID) -> FollowUp:
-    """Lock the chat against other retries, and return the failed follow-up."""
+    """Lock a failed follow-up's chat against other retries, and return the follow-up."""
     old = follow_ups.find(session, follow_up_id, None)
     if old is None:
         raise FollowUpNotFoundError

@@ -45,7 +45,7 @@ def honcho_start(*arguments: str) -> list[str]:
 
 
 def environment_of(stack: Stack, **more: str) -> dict[str, str]:
-    """Return an environment with the settings and this installation's commands for honcho."""
+    """Return an environment in which honcho finds the settings and this installation's commands."""
     return {**stack.environment(), "PATH": f"{BINARIES}{os.pathsep}{os.environ['PATH']}", **more}
 
 

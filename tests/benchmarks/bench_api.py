@@ -1,4 +1,4 @@
-"""Measures the API's requests per second, CPU and p99 beside a bare async FastAPI endpoint.
+"""Compares the API with a bare async FastAPI endpoint: requests per second, CPU time and p99.
 
 ``PYTHONPATH=tests uv run --group benchmarks python tests/benchmarks/bench_api.py`` starts PostgreSQL, Valkey and both
 servers as processes: the API, and the bare endpoint, which does one INSERT through psycopg's pool with the same

@@ -194,7 +194,7 @@ def own_servers(
     kinds: frozenset[str] | None = None,
     binaries: Path = embedded.BINARIES,
 ) -> Iterator[tuple[Rig, Sequence[Proxy]]]:
-    """Return a system on servers that a test may kill, behind proxies if ``proxied``.
+    """Return a system whose servers a test may kill, with proxies in front if ``proxied``.
 
     ``kinds`` selects the types of servers (None means `chosen_servers`), and ``binaries`` the PostgreSQL version of
     replicated servers.

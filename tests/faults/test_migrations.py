@@ -85,7 +85,7 @@ def attempt(url: str, errors: list[Exception], patience: float) -> None:
 
 
 def beside(url: str, holder: str, patience: float, refusals: list[str]) -> OtherTransactions:
-    """Migrate while another transaction keeps its locks; return the `OtherTransactions` after the migration failed."""
+    """Migrate while a transaction holds locks, until the migration fails; return `OtherTransactions`."""
     others = OtherTransactions(url, holder)
     others.start()
     errors: list[Any] = []
@@ -129,7 +129,7 @@ def test_during_an_idle_reader(world: World, engine: Engine, figures: Figures, v
 
 @pytest.mark.parametrize("table", ["follow_ups", "chats", "sending_hours"])
 def test_during_a_reader_of_one_table(world: World, engine: Engine, figures: Figures, table: str) -> None:
-    """A migration delays other transactions by less than 3 s, whatever a long transaction reads."""
+    """Whatever a long transaction reads, a migration delays other transactions by less than 3 s."""
     from_old_versions(world, engine, figures, [("0008", f"TABLE {table}")], patience=1)
 
 

@@ -50,7 +50,7 @@ def slow_answers(rig: Rig, figures: Figures, count: int, delay: float) -> None:
         per_s_with_slow=round(count * 0.99 / with_slow),
     )
     assert verdict.ended == {"sent": 2 * count}
-    assert settled > delay  # the slow chats did answer late
+    assert settled > delay  # the slow chats really answered late
 
 
 def test_slow_answers(rig: Rig, figures: Figures) -> None:

@@ -544,7 +544,7 @@ def test_deliveries_continue_without_redis(
     started: Callable[..., Pipeline],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """If the breaker's state is unreachable, attempts still begin, with a pause after many failures.
+    """If the breaker's state is unreachable, attempts still begin, but pause after many failures.
 
     A metric counts how often the breaker's state was unreachable.
     """

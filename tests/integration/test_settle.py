@@ -1,4 +1,4 @@
-"""How settle works on PostgreSQL: outcomes are recorded once, and confirmed cancels are final."""
+"""Tests of settle on PostgreSQL: outcomes are recorded once, and confirmed cancellations are final."""
 
 from __future__ import annotations
 

@@ -50,7 +50,7 @@ def in_flight(engine: Engine, settings: Settings) -> Begun:
 
 
 def outcome_of(begun: Begun, outcome: Outcome) -> Attempt:
-    """Return the attempt with an outcome, as if the transport had returned it."""
+    """Return the attempt with an outcome, as if the transport had returned this outcome."""
     return Attempt(begun, outcome, timedelta(milliseconds=1), uptime(), datetime.now(UTC))
 
 

@@ -42,7 +42,7 @@ def attempted(world: World, settings: Settings, outcome: Outcome, follow_up_id: 
 
 @pytest.fixture
 def unknown_outcome(world: World, settings: Settings) -> tuple[UUID, UUID]:
-    """Return the ids of a pending follow-up with an unknown outcome, and of its chat."""
+    """Create a pending follow-up with an unknown outcome; return its id and its chat's id."""
     chat_id = world.chat()
     follow_up = world.follow_up(chat_id)
     attempted(world, settings, Unknown("the connection broke"), follow_up)

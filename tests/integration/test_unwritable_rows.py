@@ -432,7 +432,7 @@ def test_a_time_before_the_calendar(
 
 
 def test_the_chats_next_follow_up_before_the_calendar(world: World, engine: Engine, settings: Settings) -> None:
-    """If a follow-up is due before Python's calendar, it is sent once the earlier one is settled."""
+    """A follow-up due at minus infinity is sent once the chat's earlier follow-up is settled."""
     unchecked(world, "follow_ups")
     chat = world.chat()
     world.follow_up(chat, -2 * SECOND)

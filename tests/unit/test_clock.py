@@ -39,7 +39,7 @@ def test_no_samples() -> None:
     st.floats(-1e6, 1e9),
 )
 def test_never_ahead(samples: list[tuple[float, float, float]], offset: float) -> None:
-    """The estimated clock is never ahead of the database's, even after a long round trip.
+    """The estimate never runs ahead of the database's clock, even after a long round trip.
 
     No follow-up is sent early, since the estimated clock is never ahead of the database's.
     """

@@ -92,7 +92,7 @@ def test_too_late_is_final(hours: SendingHours, wanted: datetime, most: timedelt
 def test_the_stored_opening_time_decides(now: datetime, off: timedelta) -> None:
     """If a machine's time zone data differs, the machine waits until the stored opening time.
 
-    Until the stored opening time, the machine does not check the follow-up repeatedly.
+    The machine does not check the follow-up again before the stored opening time.
     """
     hours = SendingHours("UTC", time(0), time(0))
     opening = now + off

@@ -160,7 +160,7 @@ def test_a_terminal_gets_columns_in_colour(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_json_can_be_selected(monkeypatch: pytest.MonkeyPatch) -> None:
-    """JSON can be selected as the log format on a terminal."""
+    """JSON can be selected as the log format even for output to a terminal."""
     terminal = TerminalStream()
     monkeypatch.setattr(sys, "stderr", terminal)
     configure_logging("json", "info")

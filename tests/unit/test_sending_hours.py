@@ -1,4 +1,4 @@
-"""Sending hours: messages are sent only while the local time is within sending hours."""
+"""Sending hours limit the local times at which messages may be sent."""
 
 from __future__ import annotations
 
@@ -131,7 +131,7 @@ def test_days() -> None:
 
 @given(st.frozensets(st.integers(0, 6), min_size=1))
 def test_days_round_trip(days: frozenset[int]) -> None:
-    """Days formatted as text are parsed back to the same days."""
+    """Weekdays written as text are read back as the same weekdays."""
     assert read_days(written_days(days)) == days
 
 

@@ -140,7 +140,7 @@ class Work:
     key_id: UUID
     ahead: timedelta
     now: datetime = field(init=False)
-    """The start time of the transaction. This time is known once the transaction's first statement has returned."""
+    """The start time of the transaction. This time is known after the first statement of the transaction."""
     nudges: bool = False
     ends: tuple[tuple[UUID, Final], ...] = ()
 

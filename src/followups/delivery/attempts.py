@@ -25,7 +25,7 @@ class Begun(NamedTuple):
 
 
 class Attempt(NamedTuple):
-    """One call of the transport and its outcome. ``answered`` is the time of the answer, by `uptime`."""
+    """One call of the transport and its outcome. ``answered`` is the `uptime` at which the answer arrived."""
 
     begun: Begun
     outcome: Outcome

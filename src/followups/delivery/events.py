@@ -44,7 +44,7 @@ class Outage:
 
 
 _outages: dict[str, Outage] = {}
-"""The current outages by step; several threads begin and end them."""
+"""The current outages, keyed by step and shared by several threads."""
 
 WRITING = frozenset({"claim", "begin", "settle", "release"})
 """Steps that write to the database. When a write to the database succeeds, the outage has ended. A step that does not

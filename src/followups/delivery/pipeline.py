@@ -138,7 +138,7 @@ class Pipeline:
         asyncio.set_event_loop(self._loop)
         try:
             self._loop.run_until_complete(self.run())
-        except BaseException:  # a SystemExit raised by a plug-in must not end this thread unnoticed
+        except BaseException:  # a plug-in that raises SystemExit must not end this thread unnoticed
             log.exception("pipeline_died")
             # The process ends with an error, so that a supervisor restarts it. The leases of the process expire, and
             # other workers take them over.
@@ -240,7 +240,7 @@ class Pipeline:
     async def _unblock_later(self, ended: Collection[UUID]) -> None:
         """Unblock the follow-ups behind ended ones as soon as their rows are not locked.
 
-        While the pipeline drains, it leaves the unblocking to dispatchers.
+        While the pipeline drains, dispatchers unblock these follow-ups instead.
         """
         pause = RETRY_DELAY
         while ended and not self._draining:

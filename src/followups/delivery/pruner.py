@@ -138,7 +138,8 @@ class Pruner(BackgroundThread):
             if number is None:
                 break
             total += number
-            # The pause is as long as the batch took, so deliveries keep half of the disk's capacity.
+            # After each batch, the pruner pauses for as long as the batch took. Deliveries thus keep half of the disk's
+            # capacity.
             self._stopping.wait(max(time.monotonic() - began, LEAST_PAUSE))
         return total
 

@@ -209,7 +209,7 @@ def _record(
 
 
 def settlement_of(attempt: Attempt, policy: RetryPolicy, *, deduplicates: bool) -> Settlement:
-    """Return the settlement of one attempt, which depends only on its outcome.
+    """Return the settlement of one attempt, derived from the attempt's outcome.
 
     Apart from the clock and the random jitter, this function is pure.
     """

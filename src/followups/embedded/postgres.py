@@ -99,7 +99,7 @@ class EmbeddedPostgres(EmbeddedServer):
         self._kept = data
 
     def url(self, database: str = "postgres", role: str = "postgres") -> str:
-        """Return the URL of a database for psycopg and psql, or (as ``postgresql+psycopg://``) for SQLAlchemy."""
+        """Return a database's URL for psycopg and psql, or for SQLAlchemy (``postgresql+psycopg://``)."""
         return f"postgresql://{role}@/{quote(database, safe='')}?host={quote(str(self.directory / 'socket'))}"
 
     def service_url(self) -> str:

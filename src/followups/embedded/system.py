@@ -175,8 +175,8 @@ def _spawn(processes: Processes, stack: Stack, port: int) -> None:
 
 def _wait_until_ready(stack: Stack) -> None:
     deadline = time.monotonic() + READY_WITHIN.total_seconds()
-    # A ready API implies a working database, broker, beat and worker, and complete migrations. A ready API also means
-    # that the sandbox accepts messages.
+    # The API is ready only if the database, broker, beat and worker work and migrations are complete. A ready API also
+    # means that the sandbox accepts messages.
     for ready in (answers(f"{stack.sandbox}/sandbox/summary"), answers(f"{stack.api}/readyz")):
         while not ready():
             stack.check()

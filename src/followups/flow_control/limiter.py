@@ -291,8 +291,8 @@ class RateLimits:
         """Return for how long a follow-up is deferred.
 
         No deferral lasts beyond the follow-up's expiry, so the follow-up ends on time. The due queue releases a
-        follow-up slightly early, so this lead is added to the wait. Without this addition, a follow-up would ask for a
-        token before its turn.
+        follow-up slightly early, so this lead is added to the wait. Without the lead, a follow-up would ask for a token
+        before its turn.
         """
         wait = min(max(wait, SHORTEST) + self._lead, LONGEST)
         return wait if one.left is None else min(wait, one.left + SHORTEST + self._lead)

@@ -89,7 +89,7 @@ ALONE = Circumstances()
 STALE_TICK = timedelta(seconds=30)
 """Age of the last tick at which ticks are considered to have stopped.
 
-The limit is long enough for every tick interval in use. The default interval is one second.
+Every tick interval in use is shorter than this age. The default interval is one second.
 """
 
 

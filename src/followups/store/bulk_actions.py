@@ -81,7 +81,7 @@ _LOCK_NEXT = (
 def lock_next(session: Session, without: Collection[UUID] = ()) -> BulkAction | None:
     """Return the oldest unfinished bulk action, locked until the transaction ends, or None.
 
-    Bulk actions in ``without`` are skipped, and so are those locked by another worker.
+    A bulk action is skipped if it is in ``without`` or locked by another worker.
     """
     return session.scalar(_LOCK_NEXT.where(BulkAction.id.not_in(without)))
 

@@ -52,7 +52,7 @@ class CancelScope:
 
 def _where(pending: CancelScope) -> str:
     one_chat = " AND chat_id = :chat_id" if pending.chat_id else ""
-    # skips follow-ups in flight whose cancel was already requested
+    # skips follow-ups in flight whose cancellation was already requested
     asked = "(begun_at IS NULL OR cancel_requested IS NULL)"
     return f"workspace_id = :workspace_id AND status = 'pending' AND created_at <= :until{one_chat} AND {asked}"
 

@@ -75,7 +75,7 @@ class Claim:
 class ClaimSearch:
     """A claim's search range: rows that fall due within ``ahead``, but not before ``since``.
 
-    A claim leases up to ``most`` follow-ups for ``lease``. At most ``window`` follow-ups are in flight.
+    A claim takes up to ``most`` follow-ups and leases them for ``lease``. At most ``window`` follow-ups are in flight.
     """
 
     ahead: timedelta

@@ -12,7 +12,7 @@ that limit the numbers are the planner's estimates. The estimates are as exact a
 of the rows have changed. An estimate is never below the number of rows counted. On two busy cores with half a million
 rows pending, 36,000 of them overdue, the measurement took 16 ms. Counting all pending rows takes 83 ms, and longer if
 there are more. After 60,000 rows have been sent, the first measurement before a vacuum takes 287 ms. Later measurements
-take 13 to 16 ms. The time that the backlog's measurement takes does not depend on the number of rows.
+take 13 to 16 ms. The time needed to measure the backlog does not depend on the number of rows.
 """
 
 from __future__ import annotations

@@ -45,9 +45,9 @@ class Tick:
 
 
 # Ticks are recorded at most five times a second: each update leaves a dead row. A recorded time in the future means
-# that the clock was set back. A small difference is ignored: two transactions may simply have begun in the opposite
-# order. A short gap that begins within a grace period does not start another grace period. Otherwise, on a machine
-# where every tick is late, no lease would be taken over.
+# that the clock was set back. A small difference only means that two transactions began in the opposite order. A short
+# gap that begins within a grace period does not start another grace period. Otherwise, on a machine where every tick is
+# late, no lease would be taken over.
 _BEGIN = text("""
     WITH state AS MATERIALIZED (
         SELECT id, last_tick_at,

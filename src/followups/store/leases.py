@@ -145,7 +145,7 @@ _RELEASE = text(f"""
 
 
 def release_if_not_begun(connection: Connection, leases: Sequence[Lease]) -> int:
-    """Release leases for the next tick's claim; return how many of the leases were valid."""
+    """Release leases so that the next tick can claim them; return how many leases were valid."""
     return connection.execute(_RELEASE, batch_of(leases)).rowcount
 
 

@@ -27,7 +27,7 @@ FIRST = datetime(1, 1, 1, tzinfo=UTC)
 
 @dataclass(frozen=True, slots=True)
 class Failures:
-    """Criteria for the failed follow-ups to retry.
+    """The criteria that select failed follow-ups for a retry.
 
     Failed follow-ups are selected by time and reason, unless they have already been retried.
     """

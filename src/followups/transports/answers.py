@@ -67,7 +67,7 @@ class Dialect:
 def outcome_of(answer: Answer, dialect: Dialect, now: datetime | None = None) -> Outcome:
     """Return the outcome of ``answer``.
 
-    ``now``, which must be timezone-aware, replaces a missing Date header if Retry-After is a date.
+    ``now``, which must be timezone-aware, stands in for a missing Date header if Retry-After is a date.
     """
     status, detail = answer.status, f"HTTP {answer.status}"
     if status // 100 == 2:  # noqa: PLR2004 - 2xx
@@ -139,7 +139,7 @@ def _requested_delay(answer: Answer, dialect: Dialect) -> timedelta | None:
 
 def _document(body: bytes) -> Document:
     try:
-        # json.loads would try other encodings before UTF-8
+        # `json.loads` would guess the encoding of the bytes
         document = _DECODER.decode(body.removeprefix(BOM_UTF8).decode())
     except (ValueError, RecursionError):  # a RecursionError means that the JSON is nested thousands of levels deep
         document = ...

@@ -52,7 +52,7 @@ class Sockets:
     def __init__(self, *, speak_first: bool) -> None:
         """Start without sockets.
 
-        If ``speak_first`` is true, as with TLS, the receiver may send data first.
+        ``speak_first`` means that the receiver may send data before a request, as TLS does.
         """
         self._speak_first = speak_first
         self._known: dict[Address, select.poll] = {}

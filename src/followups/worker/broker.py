@@ -57,7 +57,8 @@ before.
 LASTS = 5.0
 """A connection counts as good after this many seconds if its reads are answered.
 
-An ACL may allow the queues and forbid the subscriptions. One read may therefore be answered while another is rejected.
+A Redis ACL may allow reads of the queues but forbid subscriptions. One read may therefore be answered while another is
+rejected.
 """
 
 

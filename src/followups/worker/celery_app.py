@@ -225,9 +225,9 @@ def current_process() -> Process:
 
 
 def _collect_seldom() -> None:
-    # All existing objects are kept, so the garbage collector need not scan them. Objects that deliveries allocate
-    # contain no cycles, and are freed by reference counting. With default thresholds, garbage collection took a fifth
-    # of a loaded worker's time.
+    # All present objects live as long as the process, so the garbage collector need not scan them. Objects that
+    # deliveries allocate contain no cycles, and are freed by reference counting. With default thresholds, garbage
+    # collection took a fifth of a loaded worker's time.
     gc.collect()
     gc.freeze()
     gc.set_threshold(50_000, 20, 50)

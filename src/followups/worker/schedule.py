@@ -1,6 +1,6 @@
 """Beat's schedule and scheduler.
 
-The scheduler is Celery's own in-memory scheduler with a heartbeat. The scheduler keeps running if the host's clock is
+Beat uses Celery's own in-memory scheduler, with a heartbeat added. The scheduler keeps running if the host's clock is
 set back.
 """
 
@@ -26,7 +26,7 @@ SENDING = timedelta(seconds=60)
 """Longest time for sending a tick; a silent broker gets half of this time."""
 
 LATE = timedelta(seconds=10)
-"""How much later than planned the scheduler may return from its sleep."""
+"""How late the scheduler may return from its sleep."""
 
 SET_BACK = 1.0
 """Minimum seconds by which a clock is set back to count as set back. A smaller step is a normal result of clock

@@ -53,7 +53,7 @@ def test_head(api: Api, path: str) -> None:
 
 
 def test_head_of_one(api: Api) -> None:
-    """HEAD works for a follow-up; a path without GET returns 405 and lists its methods."""
+    """HEAD works wherever GET does; for other paths, a 405 response lists the allowed methods."""
     assert api.client.head(f"{FOLLOW_UPS}/{api.create()['id']}").status_code == 200
     refused = api.client.head(CHAT_MESSAGES)
     assert (refused.status_code, refused.headers["allow"]) == (405, "POST")

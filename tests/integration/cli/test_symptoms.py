@@ -88,7 +88,7 @@ def test_open_transaction(settings: Settings, engine: Engine, world: World, monk
 
 
 def test_clock(settings: Settings, engine: Engine, world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Doctor reports a host's wrong clock, on which follow-ups do not depend."""
+    """Doctor reports a host's wrong clock, although follow-ups do not depend on that clock."""
     assert world
     monkeypatch.setattr(database_checks, "CLOCK_OFF", timedelta(microseconds=-1))
     clock = found(settings, engine)["clock"]

@@ -121,7 +121,7 @@ def test_the_rows_are_around_now(second: float, count: int) -> None:
 
 
 def test_unusual_follow_ups_are_shown_at_the_end() -> None:
-    """The demo ends with a list that starts with retried, rejected or cancelled follow-ups."""
+    """In the demo's final list, retried, rejected and cancelled follow-ups come first."""
     rows = around_now(ALL_ENDED, START, 6)
     assert all(each.retried or each.status != Status.SENT for each in rows)
 

@@ -46,7 +46,7 @@ def test_every_help_text_ends_with_examples(path: list[str], capsys: pytest.Capt
 @pytest.mark.parametrize("name", CATALOGUE)
 def test_every_listed_command_can_be_loaded(name: str) -> None:
     """Every command in the catalogue can be loaded and has its listed name."""
-    assert load(name).name in {name, None, ""}  # a group has the name under which it is registered
+    assert load(name).name in {name, None, ""}  # a command group has the name under which it is registered
 
 
 def test_the_help_lists_every_command_and_loads_none(capsys: pytest.CaptureFixture[str]) -> None:

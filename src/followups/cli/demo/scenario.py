@@ -52,7 +52,7 @@ class Scheduled:
 
 @dataclass(frozen=True, slots=True)
 class Scenario:
-    """All follow-ups in order of due time, and the behaviour of the receiver and users."""
+    """The demo's script: follow-ups in order of due time, and what the receiver and users do."""
 
     parts: tuple[ScenarioStep, ...]
     failures: dict[str, int]

@@ -1,4 +1,4 @@
-"""The results of the follow-ups, their comparison with the script, and the summary.
+"""Each follow-up's result, compared with the demo's script, and a summary.
 
 Lag is the time of acceptance minus the due date, both read from the database. The dispatcher records the time of
 acceptance, which includes the receiver's response time. The measured lag is never shorter than the lag that the
