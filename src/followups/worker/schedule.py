@@ -46,8 +46,8 @@ def beat_schedule(settings: Settings) -> dict[str, dict[str, Any]]:
             "task": "followups.dispatch_due",
             "schedule": settings.tick_interval,
         },
-        # The schedule uses the wall clock. With hourly intervals, a beat that is restarted often might never run these
-        # tasks.
+        # The schedule uses the wall clock. With an hourly interval, a beat that is restarted often might never delete
+        # old rows.
         "remove-old": {
             "task": "followups.remove_old",
             "schedule": crontab(minute=str(PRUNE_MINUTE)),
