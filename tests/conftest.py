@@ -1,8 +1,8 @@
 """Fixtures for all tests: one PostgreSQL and one Valkey per run, started on first use.
 
-The controller of pytest-xdist starts and stops the servers, and passes on their URLs through a socket. The controller
-outlives the xdist workers, and with ``-n 0`` it is the only process. Unit tests therefore start no server, and no
-server is started twice. A crashed xdist worker leaves nothing behind.
+The controller of pytest-xdist starts and stops the servers, and passes on their URLs through a socket. With ``-n 0``,
+the controller is the only process; otherwise, it outlives the xdist workers. Unit tests therefore start no server, and
+no server is started twice. A crashed xdist worker leaves nothing behind.
 """
 
 from __future__ import annotations

@@ -16,7 +16,7 @@ READ_ONLY = "25006"
 """SQLSTATE of a write that was rejected because the server is read-only."""
 
 READ_ONLY_SESSION = ("session is read-only", "server is in hot standby mode")
-"""libpq's messages for a server that does not match ``target_session_attrs``.
+"""libpq's error messages for a server that does not match ``target_session_attrs``.
 
 An error with one of these messages has no SQLSTATE.
 """
@@ -54,7 +54,7 @@ def _cause(error: Exception) -> BaseException | None:
 
 
 UNDONE = frozenset({"40001", "40P01"})
-"""SQLSTATEs of a transaction that a conflict rolled back: serialization failure and deadlock.
+"""SQLSTATEs of a transaction rolled back by a conflict: serialization failure and deadlock.
 
 None of the transaction's changes was committed.
 """
@@ -63,7 +63,7 @@ None of the transaction's changes was committed.
 def is_undone(error: psycopg.Error | DBAPIError) -> bool:
     """Return whether the transaction was rolled back because of a conflict with another transaction.
 
-    After such a conflict, the whole transaction may be retried.
+    A transaction that was rolled back by a conflict may be retried as a whole.
     """
     return getattr(_cause(error), "sqlstate", None) in UNDONE
 

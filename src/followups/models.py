@@ -141,7 +141,7 @@ class WorkspaceSendingHours(Base):
     """A bit mask of weekdays, in which bit 0 is Monday."""
     open_from: Mapped[datetime]
     open_until: Mapped[datetime]
-    """The end of the current or next sending period. The database compares this end with the current time.
+    """The end of the current or next sending period. The database compares this time with the current time.
 
     After a sending period, the first worker whose attempt is refused computes the next period. Workers therefore need
     time zone data, but the database does not.
@@ -405,8 +405,8 @@ class FollowUp(Base):
     scheduled_at: Mapped[datetime] = mapped_column(server_default=func.now())
     """The time at which the due date or the chat was last set.
 
-    Lateness is counted from ``scheduled_at`` or from the due date, whichever is later. A follow-up set to a past due
-    date is immediately due, but not yet late.
+    Lateness is counted from ``scheduled_at`` or from the due date, whichever is later. If a due date is set to a time
+    in the past, the follow-up is due at once but not yet late.
     """
     next_attempt_at: Mapped[datetime | None]
     """The next attempt's time after a retry or a deferral, or None for the due date."""

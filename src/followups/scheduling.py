@@ -7,7 +7,8 @@ Each function locks its chat until the transaction ends. A transaction that work
 ascending order of their ids; `followups.store` documents the order of all locks.
 
 The transaction must use READ COMMITTED, PostgreSQL's default isolation level. The rules rely on the fact that each
-statement sees everything committed before it began. At any other isolation level, a `TransactionError` is raised.
+statement sees everything committed before it began. At any isolation level other than READ COMMITTED, a
+`TransactionError` is raised.
 """
 
 from __future__ import annotations
@@ -97,7 +98,7 @@ def scheduling_alone(
     """Apply the rule of `schedule` in a single statement, without a transaction.
 
     Return None if a single statement is not enough to apply the rule. When None is returned, nothing has been changed.
-    On None, the caller uses `scheduling`, which creates the follow-up or raises the error.
+    If the result is None, the caller uses `scheduling`, which creates the follow-up or raises the error.
     """
     check_planned(Planned(chat_id, message, due_date))
     return (

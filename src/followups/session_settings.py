@@ -29,8 +29,8 @@ CONNECTION: Mapping[str, str | int] = {
 """libpq parameters that apply unless the URL sets them."""
 
 SESSION: Mapping[str, str] = {
-    # A statement must see everything that was committed before the statement began. With one snapshot, a reply that
-    # waited for the chat's lock would miss new follow-ups.
+    # A statement must see everything that was committed before the statement began. With one snapshot per transaction,
+    # a reply that waited for the chat's lock would miss new follow-ups.
     "default_transaction_isolation": "read committed",
     # psycopg reads and writes these formats.
     "client_encoding": "UTF8",

@@ -108,7 +108,7 @@ def run(session: Session | Connection, steps: Steps[T]) -> T:
 
 
 class Rule(Generic[P, T]):
-    """A rule, which runs in a session when it is called. For other rules, and on the event loop, use `steps`."""
+    """A rule that runs in a session when called. For other rules, and on the event loop, use `steps`."""
 
     def __init__(self, steps: Callable[P, Steps[T]]) -> None:
         """Store the generator function."""

@@ -22,7 +22,7 @@ from enum import StrEnum
 from followups.errors import TransitionError
 
 MAX_REASON_LENGTH = 2_000
-"""Maximum stored length of a reason in characters. Actual reasons are far shorter."""
+"""Maximum stored length of a reason in characters. In practice, reasons are far shorter."""
 
 
 class Status(StrEnum):

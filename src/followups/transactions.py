@@ -1,10 +1,10 @@
 """A transaction whose outcome is known even if the response to its commit is lost.
 
-A connection that breaks during a commit leaves the outcome unknown. If an outcome stayed unknown, rows might be leased
-without the process's knowledge. Such rows would be delayed by a whole lease. To avoid an unknown outcome, a statement
-registers a query (`ask_if_lost`) that reads what the statement has written. If the commit's response is lost, the query
-runs on whichever server is then reachable. A promoted standby, too, either has the written rows or does not. The lost
-transaction's id would prove nothing: the new server may have reused it.
+If a connection breaks during a commit, the transaction's outcome is unknown. If an outcome stayed unknown, rows might
+be leased without the process's knowledge. Such rows would be delayed by a whole lease. To avoid an unknown outcome, a
+statement registers a query (`ask_if_lost`) that reads what the statement has written. If the commit's response is lost,
+the query runs on whichever server is then reachable. A promoted standby, too, either has the written rows or does not.
+The lost transaction's id would prove nothing: the new server may have reused it.
 """
 
 from __future__ import annotations

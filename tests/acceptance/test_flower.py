@@ -1,4 +1,4 @@
-"""Tests that Flower requires a password or listens only locally, and shows readable tasks."""
+"""Tests that Flower needs a password unless it listens only locally, and that its tasks are readable."""
 
 from __future__ import annotations
 

@@ -97,7 +97,7 @@ def get(url: str) -> Any:
 
 
 def test_the_printed_request_is_delivered_and_ctrl_c_stops_all_processes() -> None:
-    """The request and exports printed by `followups up` work, and Ctrl-C ends all processes."""
+    """The request and the exports that `followups up` prints work; Ctrl-C ends all processes."""
     with up() as system:
         system.wait_until_ready()
         children = descendants(system.process.pid)

@@ -27,7 +27,7 @@ Figures = dict[str, float]
 
 
 def percentile(values: Sequence[float], share: float) -> float:
-    """Return the smallest value that is at least as large as this share of the values."""
+    """Return the smallest value that the given share of the values does not exceed."""
     ordered = sorted(values)
     return ordered[max(0, math.ceil(share * len(ordered)) - 1)]
 
@@ -184,7 +184,7 @@ def cost(contestant: Ours, count: int) -> Figures:
 
 
 def startup(arena: Arena) -> Figures:
-    """Return the time that ``followups --help`` takes, and a worker's time until it is ready."""
+    """Return how long ``followups --help`` takes, and how long a worker takes to become ready."""
     arena.clear()
     began = time.monotonic()
     subprocess.run([BIN / "followups", "--help"], check=True, capture_output=True)

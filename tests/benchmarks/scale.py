@@ -101,7 +101,7 @@ def dispatch(url: str, ready: Barrier, results: Queue[Any], options: argparse.Na
 
 
 def end_all(engine: Engine, held: list[leases.Lease]) -> None:
-    """End all leases without an attempt, retrying rows that another dispatcher has locked."""
+    """End all leases without an attempt; repeat for rows that another dispatcher has locked."""
     while held:
         with engine.begin() as connection:
             ended = leases.end_if_not_begun(connection, [(lease, FINAL) for lease in held])
@@ -165,7 +165,7 @@ _MOVE = text("""
 
 
 def history(options: argparse.Namespace) -> dict[str, Any]:
-    """Move ended rows into partitions by month; compare dropping a month's partition with deleting rows."""
+    """Move ended rows into monthly partitions; compare dropping a partition with deleting rows."""
     ended = f"now() - interval '2 days' - (n % {MONTHS}) * interval '31 days'"
     with filled(options.rows, _COLUMNS, f", 'sent', {ended}, {ended}") as (_, engine), engine.connect() as connection:
         size = connection.execute(text("SELECT pg_total_relation_size('follow_ups')")).scalar_one()

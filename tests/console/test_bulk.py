@@ -105,7 +105,7 @@ def test_all_matching_follow_ups_are_cancelled_except_later_ones(person: Callabl
 
 
 def test_failed_follow_ups_are_retried_once_per_request(person: Callable[..., Person], own: World) -> None:
-    """A repeated request does not start a second action, and no follow-up is retried twice."""
+    """A repeated request starts no second action and retries no follow-up twice."""
     ids = [str(failed(own)) for _ in range(3)]
     one = person("agent", own)
     seen = one.post("/bulk/preview", do="retry", tick=ids)

@@ -296,7 +296,8 @@ def test_a_proxy_signs_people_in_by_a_header(behind_proxy: str, own: World) -> N
     assert "ben@chat.example" in ben.text
     assert "ann@chat.example" not in ben.text
     assert one.client.get("/console/", headers=cookie).status_code == 303
-    own.sql("UPDATE console_sessions SET role = 'operator' WHERE way = 'proxy'")  # the role is from an earlier setting
+    # the session's role now differs from the configured role
+    own.sql("UPDATE console_sessions SET role = 'operator' WHERE way = 'proxy'")
     lowered = one.client.get("/console/", headers={"cookie": _cookie_of(ben), "x-forwarded-email": "ben@chat.example"})
     assert "· viewer ·" in lowered.text
     one.client.close()

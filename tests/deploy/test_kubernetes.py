@@ -47,7 +47,7 @@ def test_kubectl_accepts_the_manifests() -> None:
 
 
 def test_kustomize_names_every_file() -> None:
-    """The kustomization omits only the migration, which is applied first, and the adapter's rule."""
+    """The kustomization lists every file except the migration and the adapter's rule."""
     (kustomization,) = documents(KUBERNETES / "kustomization.yaml")
     others = {"kustomization.yaml", "migrate.yaml", "prometheus-adapter.yaml"}
     assert set(kustomization["resources"]) == {path.name for path in KUBERNETES.glob("*.yaml")} - others

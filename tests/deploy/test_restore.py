@@ -1,4 +1,4 @@
-"""Tests of restored backups: messages sent after the backup are repeated with the same keys.
+"""Tests that after a restore, messages sent since the backup are sent again with the same keys.
 
 Messages sent before the backup are not sent again.
 """

@@ -1,4 +1,4 @@
-"""Tests that run the systemd units' commands: the processes deliver a follow-up and stop on SIGTERM."""
+"""Tests that the systemd units' commands deliver a follow-up and stop on SIGTERM."""
 
 from __future__ import annotations
 

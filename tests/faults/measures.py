@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from world import World
 
 NOTICE = timedelta(seconds=0.5)
-"""Minimum time from creation to due date: several ticks, so that follow-ups can be on time."""
+"""Minimum time from creation to due date: several ticks, enough to send on time."""
 
 
 PORTION = 2_000

@@ -118,7 +118,7 @@ class Rig(Stack):
         return ids
 
     def held(self, count: int) -> list[UUID]:
-        """Insert follow-ups that fall due only when released, after their chats are configured."""
+        """Insert follow-ups that fall due when released, so that their chats can be configured first."""
         ids = self.world.burst([timedelta(days=1)] * count)
         self.created.update(ids)
         return ids

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 PENDING = "SELECT count(*) FROM follow_ups WHERE status = 'pending' AND workspace_id = :own"
 
 SEEN = "SELECT count(*) FROM follow_ups WHERE (lease_until > now() OR limited_until > now()) AND workspace_id = :own"
-"""SQL that counts the workspace's follow-ups that are leased, or deferred after a lease."""
+"""SQL that counts a workspace's follow-ups that are leased or deferred."""
 
 
 def backlog(rig: Rig, figures: Figures, overdue: int, others: int) -> None:
@@ -78,5 +78,5 @@ def test_backlog_that_is_left_alone(rig: Rig, figures: Figures) -> None:
 
 @pytest.mark.faults_long
 def test_backlog_that_is_left_alone_for_long(rig: Rig, figures: Figures) -> None:
-    """With default settings, a thousand follow-ups are sent while 20,000 of a failing workspace wait."""
+    """While 20,000 follow-ups of a failing workspace wait, 1,000 of another workspace are sent."""
     backlog(rig, figures, overdue=20_000, others=1_000)

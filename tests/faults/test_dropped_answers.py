@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 def dropped(rig: Rig, figures: Figures, count: int, *, deduplicates: bool) -> None:
-    """For every third follow-up, drop the chat server's answer to the first request."""
+    """Drop the chat server's response to the first request of every third follow-up."""
     rig.options["FOLLOWUPS_TRANSPORT_DEDUPLICATES"] = str(deduplicates).lower()
     # a long timeout, so that only dropped answers are late
     rig.options |= {"FOLLOWUPS_TRANSPORT_TIMEOUT": "20", "FOLLOWUPS_LEASE": "40"}

@@ -154,5 +154,5 @@ def test_everything_at_once(breakable: Rig, figures: Figures) -> None:
 
 @pytest.mark.faults_long
 def test_everything_for_minutes(breakable: Rig, figures: Figures) -> None:
-    """Hundreds of random faults within minutes do not violate any promise."""
+    """After hundreds of random faults within minutes, every promise still holds."""
     everything(breakable, figures, seconds=600, rate=40)

@@ -58,7 +58,7 @@ def working(rig: Rig) -> list[Child]:
 def seconds_until_noticed(workers: Sequence[Child], server: str, proxy: Proxy) -> float:
     """Wait until a database connection is closed or no worker waits for the broker."""
     since = time.monotonic()
-    if server == "database":  # the loss of a database connection causes only a reconnect, which is not logged
+    if server == "database":  # if a database connection is lost, the process reconnects without a log line
         wait_until(proxy.given_up, within=90, every=0.05)
     else:
         logs = [worker.command.log for worker in workers]

@@ -82,7 +82,7 @@ def reply_against_create(rig: Rig, figures: Figures, pairs: int) -> None:
 
 
 def test_cancel_against_deliver(rig: Rig, figures: Figures) -> None:
-    """If a cancel returns 200, the message is never sent; after 409 it is sent."""
+    """If a cancel returns 200, the message is never sent; if a cancel returns 409, the message is sent."""
     cancel_against_deliver(rig, figures, pairs=200, spread=4.0)
 
 

@@ -1,4 +1,4 @@
-"""Tests with a receiver that fails, limits the rate or is unreachable: retries spread out."""
+"""Tests that retries spread out if the receiver fails, limits the rate or is unreachable."""
 
 from __future__ import annotations
 

@@ -288,7 +288,7 @@ DAY = 86_400.0
 
 @pytest.mark.parametrize("step", [-DAY, -60.0, 60.0, DAY])
 def test_the_clock_is_set_while_open(own: Settings, clock: ServerClock, step: float) -> None:
-    """If Redis's clock is changed, the next probe follows within the longest pause."""
+    """After a change of Redis's clock, the next probe follows after at most the longest pause."""
 
     async def script(store: BreakerStore) -> None:
         await opened(store)
@@ -524,7 +524,7 @@ def test_other_workspaces_are_not_delayed(opened_breaker: OpenedBreaker) -> None
 
 
 def test_occasional_failures_are_not_delayed(opened_breaker: OpenedBreaker) -> None:
-    """A workspace with occasional failures is not delayed by another whose attempts all fail."""
+    """If all attempts of one workspace fail, a workspace with occasional failures is not delayed."""
 
     def settled(follow_up: UUID, status: str) -> bool:
         row = opened_breaker.other.row(follow_up)

@@ -112,7 +112,7 @@ class TestOrder:
         assert [lease.id for lease in steps.begin([early]).unblocked] == [second]
 
     def test_many_behind_one_stuck_follow_up(self, world: World, steps: Steps) -> None:
-        """If a follow-up is stuck, each later one is parked once and not scanned again.
+        """If a follow-up is stuck, each later follow-up of its chat is parked once and not scanned again.
 
         Each of these follow-ups waits for the one before it in the chat.
         """
@@ -123,7 +123,7 @@ class TestOrder:
         assert steps.claim().leases == ()
 
     def test_an_earlier_follow_up_is_rescheduled(self, world: World, steps: Steps, engine: Engine) -> None:
-        """If an earlier follow-up is rescheduled during the check, the next one does not wait."""
+        """A follow-up is not parked if the earlier follow-up is rescheduled in the meantime."""
         chat = world.chat()
         first, second = world.follow_up(chat, -2 * SECOND), world.follow_up(chat, -SECOND)
         lease = next(one for one in steps.claim().leases if one.id == second)

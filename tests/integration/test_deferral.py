@@ -63,7 +63,7 @@ def own(settings: Settings) -> Settings:
 
 
 class SelectiveTransport:
-    """A transport that accepts messages of the workspaces in `well` and fails all other messages."""
+    """A transport that accepts messages only from the workspaces in `well`; all other calls fail."""
 
     name = "http"
 

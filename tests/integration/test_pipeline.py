@@ -255,7 +255,7 @@ def test_a_plug_ins_error_reveals_no_message(
     started: Callable[..., Pipeline],
     capfd: pytest.CaptureFixture[str],
 ) -> None:
-    """If a plug-in's error quotes the message, neither attempt nor log shows the message."""
+    """If an error from a plug-in contains the message, the attempt and the log omit the message."""
 
     def raises(delivery: Delivery) -> None:
         raise RuntimeError(delivery.message)

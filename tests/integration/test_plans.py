@@ -85,7 +85,7 @@ def read(plan: dict[str, Any]) -> Iterator[tuple[str, float]]:
 
 
 def looked_up(plan: dict[str, Any]) -> Iterator[str]:
-    """Yield the indexes that serve look-ups of follow-ups by id alone."""
+    """Yield the indexes that the plan uses to look up follow-ups by id alone."""
     if plan.get("Relation Name") == "follow_ups" and plan.get("Index Cond", "").startswith("(id = "):
         yield plan["Index Name"]
     for child in plan.get("Plans", []):

@@ -67,7 +67,7 @@ class Receiver:
 
 
 class CountingLimiter(Limiter):
-    """A limiter that counts the tokens requested and returned."""
+    """A limiter that counts requested and returned tokens."""
 
     asked = given_back = 0
 

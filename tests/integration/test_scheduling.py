@@ -247,7 +247,7 @@ class TestAmend:
         assert row.created_at <= row.scheduled_at
 
     def test_a_lease_does_not_prevent_a_cancel(self, caller: Caller) -> None:
-        """Cancelling a claimed follow-up that has not begun takes effect immediately and ends its lease."""
+        """A cancel before begin takes effect immediately and ends the claimed follow-up's lease."""
         follow_up = caller.world.follow_up(lease_token=3, lease_until=text("now() + interval '1 min'"))
         assert scheduling.cancel(caller.session, follow_up).status == "cancelled"
         caller.session.commit()

@@ -67,7 +67,7 @@ def test_models_agree_with_migrations(engine: Engine, empty_engine: Engine, quer
 
 
 def test_down_and_up_again(empty_engine: Engine) -> None:
-    """Every migration can be reverted and repeated; running it twice changes nothing."""
+    """Every migration can be reverted and then repeated; migrating twice changes nothing."""
     url = empty_engine.url.render_as_string(hide_password=False).replace("+psycopg", "")
     migrate(url)
     tables = described(empty_engine, CONSTRAINTS)

@@ -196,7 +196,7 @@ class TestLateness:
     def test_held_time_is_not_lateness(self, world: World, engine: Engine, settings: Settings) -> None:
         """A follow-up that was held for longer than MAX_LATENESS is sent when sending hours begin.
 
-        The follow-up fails as too late only if it is delayed further.
+        Only the delay after the hold counts as lateness.
         """
         brief = settings.model_copy(update={"max_lateness": HOUR})
         put(world, OPEN)
@@ -385,7 +385,8 @@ def test_an_unknown_time_zone(world: World, engine: Engine, settings: Settings) 
 def test_other_time_zone_data(world: World, engine: Engine, settings: Settings) -> None:
     """A follow-up is held if only this machine's time-zone data says that sending hours have begun.
 
-    The database decides when sending hours begin. Until then the follow-up is held, and it is not checked repeatedly.
+    The database decides when sending hours begin. Until sending hours begin, the follow-up is held and is not checked
+    repeatedly.
     """
     put(world, OPEN)
     world.sql("UPDATE sending_hours SET open_from = now() + interval '1 h'")
@@ -397,7 +398,7 @@ def test_other_time_zone_data(world: World, engine: Engine, settings: Settings) 
 
 @pytest.mark.parametrize("zone", ["", "Nowhere/Else", "a\x00b"])
 def test_a_bad_time_zone_is_refused(world: World, zone: str) -> None:
-    """Setting sending hours with an unknown time zone is rejected."""
+    """Sending hours with an unknown time zone are rejected."""
     with Session(world.engine) as session, pytest.raises(InvalidRequestError, match="There is no time zone"):
         sending_hours.put(session, world.workspace_id, SendingHours(zone, time(8), time(20), EVERY_DAY))
     with Session(world.engine) as session:

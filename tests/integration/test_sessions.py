@@ -244,7 +244,7 @@ class TestCallersOwnSession:
 
     @pytest.fixture(params=["theirs", "ours"])
     def base(self, request: pytest.FixtureRequest, world: World, database_url: str) -> Iterator[Engine]:
-        """Return an engine created by the caller or by the project, depending on the parameter."""
+        """Return a caller's own engine or the project's engine, depending on the parameter."""
         if request.param == "ours":
             yield world.engine
             return
@@ -256,7 +256,7 @@ class TestCallersOwnSession:
     def test_another_isolation_is_refused(self, base: Engine, world: World, level: Any) -> None:
         """`schedule` and `cancel` reject isolation levels other than READ COMMITTED and name the remedy.
 
-        A transaction at a stricter isolation level would read from an old snapshot.
+        At a stricter isolation level, a transaction reads from an old snapshot.
         """
         chat, planned = world.chat(), world.follow_up(due=timedelta(days=1))
         with Session(base.execution_options(isolation_level=level)) as session:

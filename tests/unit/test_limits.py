@@ -55,7 +55,7 @@ def test_all_that_match_apply() -> None:
 
 @pytest.mark.parametrize(("per", "buckets"), [("all", 1), ("workspace", 2), ("chat", 3)])
 def test_follow_ups_that_share_a_bucket(per: str, buckets: int) -> None:
-    """A bucket is shared by all follow-ups, or separate for each workspace or chat.
+    """All follow-ups share one bucket, or each workspace or chat has its own.
 
     Chats of two workspaces may have equal ids.
     """

@@ -124,7 +124,7 @@ def test_warnings_are_logged(capsys: pytest.CaptureFixture[str]) -> None:
 
 @pytest.mark.parametrize("own", [True, False])
 def test_an_exception_is_in_its_line_without_local_variables(capsys: pytest.CaptureFixture[str], *, own: bool) -> None:
-    """An exception is logged in its event's line as text, with the passwords hidden.
+    """An exception is logged as text in its event's line, with passwords hidden.
 
     The text is the traceback without the values of local variables.
     """

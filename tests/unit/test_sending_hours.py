@@ -14,8 +14,8 @@ from followups.sending_hours import DAYS, SendingHours, opens_at, read_days, spa
 BERLIN = "Europe/Berlin"
 MINUTE = timedelta(minutes=1)
 DAY = timedelta(days=1)
-# Time zones that change by an hour or half an hour, at midnight, or never. Some zones once skipped a day; others have
-# unusual offsets.
+# Time zones whose clocks change by an hour or half an hour, at midnight, or never. Some zones once skipped a day;
+# others have unusual offsets.
 ZONES = (
     "UTC", BERLIN, "America/New_York", "Australia/Lord_Howe", "America/Havana", "Asia/Kathmandu", "Pacific/Apia",
     "Pacific/Kiritimati", "Africa/Casablanca",

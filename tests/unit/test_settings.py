@@ -51,7 +51,7 @@ DEFAULTS: dict[str, Any] = {
     "FOLLOWUPS_LOG_FORMAT": None,
     "FOLLOWUPS_LOG_LEVEL": "info",
 }
-"""The documented names and defaults, except the two required URLs."""
+"""Names and defaults of the documented settings, except the two required URLs."""
 
 
 @pytest.fixture(autouse=True)
@@ -93,7 +93,7 @@ def test_the_api_rate_limit_has_an_older_name(monkeypatch: pytest.MonkeyPatch) -
     ],
 )
 def test_a_secret_may_be_in_a_file(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name: str, field: str) -> None:
-    """A secret or URL can be read from the file in NAME_FILE, without surrounding white space."""
+    """A secret or URL can be read from the file in NAME_FILE; white space around it is removed."""
     values = {"database_url": DATABASE_URL, "broker_url": BROKER_URL, "transport_secret": "whsec_" + "x" * 32}
     file = tmp_path / "secret"
     file.write_text(f"  {values[field]}\n\n")
@@ -207,7 +207,7 @@ def test_a_missing_required_setting_is_named(monkeypatch: pytest.MonkeyPatch, fi
     ],
 )
 def test_a_wrong_value_stops_the_start_with_its_name(monkeypatch: pytest.MonkeyPatch, name: str, value: str) -> None:
-    """If a value is invalid, the error begins with the variable and shows no password."""
+    """If a value is invalid, the error begins with the variable's name and shows no password."""
     monkeypatch.setenv(f"FOLLOWUPS_{name}", value)
     with pytest.raises(SettingsError, match=rf"^FOLLOWUPS_{name} should .*\.$") as caught:
         load_settings()

@@ -38,7 +38,7 @@ TIMEOUT = timedelta(milliseconds=200)
 """How long to wait for Redis, which normally answers in a tenth of a millisecond."""
 
 PAUSE = timedelta(seconds=5)
-"""How long Redis is not queried after a failure."""
+"""After a failure, Redis is not queried for this long."""
 
 UNLIMITED = Counter(
     "followups_rate_limit_unavailable_total",
@@ -66,8 +66,8 @@ class KeyRateLimit:
     """A sliding-window rate limit for each API key.
 
     For a busy key, a process reserves requests in advance, each time twice as many. A query to Redis for each request
-    would add a tenth to a create request's time. For an idle key or a small limit, every request is counted when it
-    arrives. An instance belongs to one event loop.
+    would add a tenth to a create request's time. If a key is idle or its limit is small, each request is counted when
+    it arrives. An instance belongs to one event loop.
     """
 
     def __init__(self, settings: Settings) -> None:

@@ -89,7 +89,7 @@ class BacklogCollector(Collector):
 class Exposition:
     """All metrics in Prometheus text format.
 
-    These are the backlog's gauges, all processes' counters, and this process's own metrics.
+    The text contains the backlog's gauges, the counters of all processes, and this process's own metrics.
     """
 
     def __init__(self, engine: Engine, window: int, totals: CounterTotals) -> None:

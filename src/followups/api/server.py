@@ -282,7 +282,7 @@ class LimitedProtocol(HttpToolsProtocol):
     def _refuse(self, problem: problems.ProblemAnswer) -> None:
         """Send the error response after all earlier responses, and then close the connection."""
         self._header_came()
-        # The error response is sent by the gate, which is reading the body.
+        # The gate, which is reading the body, sends the error response.
         if self._part is MessagePart.BODY and self._is_answering():
             self._wire.problem = problem
             self.cycle.message_event.set()

@@ -103,7 +103,7 @@ def bench(
     benchmark puts real load on the servers, so avoid running it against production. The first phase measures the
     throughput of a backlog of follow-ups that are all due at the same moment. The second phase measures the lag at a
     steady rate. The exit code is 0 if every follow-up was sent exactly once and none was sent early. The database role
-    must be allowed to create a schema, like the tables' owner.
+    must be allowed to create a schema, as the tables' owner is.
     """
     if rate * seconds > MOST:
         message = (

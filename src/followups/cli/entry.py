@@ -68,7 +68,7 @@ CATALOGUE = {
 
 
 class Catalogue(TyperGroup):
-    """The root command, which lists the commands of `CATALOGUE` and imports a command when called."""
+    """The root command, which lists the commands of `CATALOGUE` and imports each only when it is called."""
 
     def list_commands(self, ctx: object) -> list[str]:  # noqa: ARG002 - the base class's signature
         """Return the command names, in the order in which the help lists them."""
@@ -166,7 +166,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command in ``arguments``, which default to this process's arguments; return the exit code."""
     options = Options()
     if isinstance(sys.stdout, TextIOWrapper):
-        # Characters that the terminal's encoding lacks are printed as escapes, as on Python's stderr.
+        # If the terminal's encoding lacks a character, an escape is printed, as on Python's stderr.
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
         command: Any = get_command(app)

@@ -160,7 +160,7 @@ RATE = re.compile(r"(\d+(?:\.\d+)?)/(s|min|h|d)", re.ASCII)
 MOST = 1_000_000
 """Largest accepted rate, in follow-ups per second, and largest accepted bucket.
 
-Rates and bursts of this size are impossible in this system.
+No rate or burst in this system can be this large.
 """
 LEAST = 0.01 / SECONDS["d"]
 """Smallest accepted rate, in follow-ups per second.

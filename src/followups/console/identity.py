@@ -93,8 +93,7 @@ def _from_proxy_header(services: ConsoleServices, headers: Mapping[str, str], sc
 def ask_to_sign_in(visit: Visit) -> Response:
     """Return the response to a request without a valid session.
 
-    For GET, the response is a redirect to the sign-in page. For any method other than GET, the response is an error
-    page.
+    A GET request is redirected to the sign-in page. For any method other than GET, the response is an error page.
     """
     if visit.method == "GET":
         wanted = {} if visit.path == "/" else {"next": visit.path}

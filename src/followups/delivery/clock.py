@@ -1,4 +1,4 @@
-"""The database's clock as a worker estimates it; no decision depends on a host's clock."""
+"""A worker's estimate of the database's clock; no decision depends on a host's clock."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class DatabaseClock:
     """
 
     def __init__(self, seconds: Callable[[], float] = uptime) -> None:
-        """Start without a sample; ``seconds`` reads a clock that is never adjusted."""
+        """Start without samples; ``seconds`` returns the time of a clock that is never adjusted."""
         self._seconds = seconds
         self._samples: deque[tuple[float, float]] = deque(maxlen=SAMPLES)
         self._offset: float | None = None

@@ -29,7 +29,9 @@ if TYPE_CHECKING:
     from followups.store.claims import Claim
 
 SLOW = 1.0
-"""A claim of this many seconds indicates wrong planner statistics; milliseconds are normal."""
+"""If a claim takes more seconds than this, the planner's statistics are probably wrong. A normal claim takes
+milliseconds.
+"""
 MANY = 100
 """If a claim has at least this many rows, the dispatcher checks the planner's statistics."""
 NEXT_STATISTICS = 60.0

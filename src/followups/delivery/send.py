@@ -88,8 +88,8 @@ async def _call(transport: Transport, delivery: Delivery, limit: CallTimeout) ->
                 raise
             if expired:
                 return Unknown(f"no outcome within {limit.seconds:g} s")
-        # A plug-in may raise any exception, even SystemExit. The exception does not show whether the message was sent,
-        # so its outcome is unknown. The error's text may contain the message, so only the error's class is kept.
+        # A plug-in may raise any exception, even SystemExit. An exception does not show whether the message was sent,
+        # so the outcome is unknown. The error's text may contain the message, so only the error's class is kept.
         return Unknown(f"the transport raised {type(error).__name__}")
     limit.end(task)
     return outcome
@@ -156,8 +156,8 @@ class CallTimeout:
         """Give each call the time limit ``limit``."""
         self.seconds = limit.total_seconds()
         self._ends: dict[Task, float] = {}
-        """For each task, the time on the event loop's clock at which its call times out. All calls have one time limit,
-        so the earliest call reaches its limit first.
+        """For each task, the time on the event loop's clock at which its call times out. All calls have the same time
+        limit, so the call that began first reaches its limit first.
         """
         self._timer: asyncio.TimerHandle | None = None
 

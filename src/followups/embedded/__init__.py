@@ -1,4 +1,4 @@
-"""PostgreSQL, Valkey and our own processes, run on this machine without any installed service.
+"""Runs PostgreSQL, Valkey and our own processes on this machine, without any installed service.
 
 These processes are used by `followups up`, `followups demo` and the tests. Every process started here is a child of the
 owner process, in a separate session. Ctrl-C therefore reaches only the owner process, which then stops its children in

@@ -1,6 +1,6 @@
 """The project's own commands (worker, beat, web, ...), which are started one by one and stopped together.
 
-Each process has the command line of the Procfile; a test compares the two.
+A test checks that each process has the same command line as in the Procfile.
 """
 
 from __future__ import annotations

@@ -116,7 +116,7 @@ def _obituary(child: Child) -> str:
 
 @contextmanager
 def running(plan: StartPlan) -> Iterator[Stack]:
-    """Start all components, yield once the API reports ready, then stop them. Raises `EmbeddedError`."""
+    """Start all components, yield once the API is ready, and stop the components afterwards. Raises `EmbeddedError`."""
     with ExitStack() as stack:
         try:
             yield _started(plan, stack)

@@ -24,7 +24,7 @@ TIMEOUT = timedelta(milliseconds=200)
 """Time limit for an answer from Redis. Redis answers for a hundred follow-ups in about a millisecond."""
 
 PAUSE = timedelta(seconds=5)
-"""How long Redis is not queried after a failure."""
+"""After a failure, Redis is not queried for this long."""
 
 
 def connect(settings: Settings, timeout: timedelta = TIMEOUT) -> Redis:

@@ -155,7 +155,7 @@ class BreakerStore:
         self._policy = policy.arguments()
 
     async def report(self, outcomes: OutcomeReport, wanted: int) -> SharedState:
-        """Report outcomes and request permits.
+        """Report outcomes to Redis, and request permits.
 
         Raises `redis.RedisError` or `OSError` if Redis is unreachable.
         """
@@ -215,7 +215,7 @@ class Breaker:
 
     @property
     def recovers(self) -> bool:
-        """Whether the breaker is recovering, so that the limit for follow-ups of tripped workspaces rises."""
+        """Whether the breaker is recovering. The limit for follow-ups of tripped workspaces then rises."""
         return self._shared.state == RECOVERING
 
     def spend(self, keys: Iterable[int]) -> None:

@@ -1,4 +1,4 @@
-"""Read what explains a follow-up's state: chat, attempts, manual changes, and what holds it."""
+"""Read what explains a follow-up's state: its chat, attempts, manual changes, and holds."""
 
 from __future__ import annotations
 

@@ -130,7 +130,7 @@ def _branches(wanted: BrowseFilter) -> tuple[str, ...]:
 
 
 def _statuses_of(code: ReasonCode | None) -> tuple[Status, ...]:
-    """Return the states in which a follow-up may have this code; all states for None."""
+    """Return the states in which a follow-up may have this reason code, or all states for None."""
     return tuple(status for status in Status if code is None or code in TRANSITIONS[Status.PENDING].get(status, ()))
 
 

@@ -29,9 +29,9 @@ if TYPE_CHECKING:
 
     Refused = Callable[[UUID, Exception], None]
 
-# Because of the lock, the earlier follow-up can end only after this transaction has committed. When the earlier
-# follow-up ends, it unblocks the parked follow-up. If another transaction is about to end the earlier follow-up, that
-# row is skipped. The caller tries again shortly.
+# The lock keeps the earlier follow-up from ending before this transaction commits. When the earlier follow-up ends, it
+# unblocks the parked follow-up. If another transaction is about to end the earlier follow-up, that row is skipped. The
+# caller tries again shortly.
 _LOCK_EARLIER = text(f"""
     SELECT f.id FROM follow_ups f
      WHERE f.id = ANY(CAST(:ids AS uuid[])) AND {OPEN}
@@ -116,7 +116,8 @@ def park_pile(connection: Connection, parked: Collection[UUID]) -> int:
 
 
 # A constraint ensures that a waiting follow-up is pending. Repeating that condition might make the planner scan the
-# index of all pending follow-ups. Follow-ups whose rows are locked are later unblocked by `unblock_orphaned`.
+# index of all pending follow-ups. If a waiting follow-up's row is locked, `unblock_orphaned` unblocks the follow-up
+# later.
 _WAITING = "f.waits_for = ANY(CAST(:ids AS uuid[])) AND f.waits_for IS NOT NULL"
 
 _LOCK_WAITING = Statement(f"SELECT f.id FROM follow_ups f WHERE {_WAITING} FOR NO KEY UPDATE SKIP LOCKED")  # noqa: S608 - no input, only the constant above

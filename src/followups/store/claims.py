@@ -8,9 +8,9 @@ Each claim is one guarded statement, which skips rows that another transaction h
 
 This module updates the planner's statistics itself, because claims depend on them. Autovacuum updates the statistics
 only minutes later. Until autovacuum has run, the planner estimates one row for a table that was emptied, vacuumed, and
-then filled in a burst. The planner then rates any index with the id as highly as the primary key. With some of these
-indexes, each look-up scans the whole index. In such a table with 50,000 due follow-ups, each step of a batch took
-seconds.
+then filled in a burst. The planner then rates any index with the id as highly as the primary key. If the id is not an
+index's first column, each look-up scans the whole index. In such a table with 50,000 due follow-ups, each step of a
+batch took seconds.
 """
 
 from __future__ import annotations
@@ -107,9 +107,9 @@ LOW_WATER_MARGIN = timedelta(seconds=10)
 FEW = 6
 """Number of rows that a fair claim reads in each workspace."""
 STRIDE = 32
-"""Number of rows read in one step of the scan over all workspaces. The scan skips the rest of a workspace's rows.
-Workspaces with few rows are read together in one step. A workspace with a single row that is not yet due costs 0.5 us
-(2.4 us with a stride of 1). A workspace without pending rows costs nothing.
+"""Number of rows read in one step of the scan over all workspaces. The scan skips the rest of a workspace's rows. One
+step can read several workspaces with few rows. A workspace with a single row that is not yet due costs 0.5 us (2.4 us
+with a stride of 1). A workspace without pending rows costs nothing.
 """
 
 _IN_ORDER, _FAIRLY = (read_sql(name) + read_sql("lease") for name in ("claim", "fair_claim"))

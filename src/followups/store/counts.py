@@ -255,8 +255,8 @@ def within(
             previous = connection.scalar(_PREVIOUS)
             connection.execute(_LIMIT, {"limit": milliseconds})
             rows = connection.execute(query, parameters).all()
-            # Releasing the savepoint does not reset this setting. Only a rollback to the savepoint or the end of the
-            # transaction resets this setting.
+            # Releasing the savepoint does not reset `statement_timeout`. Only a rollback to the savepoint or the end of
+            # the transaction resets this setting.
             connection.execute(_LIMIT, {"limit": previous})
     except OperationalError as error:
         if getattr(error.orig, "sqlstate", None) != _CANCELLED_BY_TIMEOUT:

@@ -335,7 +335,7 @@ def _changing(names: frozenset[str]) -> Statement:
 
 @Rule
 def change_if_not_begun(follow_up_id: UUID, values: Mapping[str, Any]) -> Steps[FollowUp | None]:
-    """Write new API fields to a pending follow-up that is not in flight; return it, or None.
+    """Change API fields of a pending follow-up that is not in flight; return the follow-up, or None.
 
     A new due date or chat increases the fencing token, so a hint already published has no effect.
     """
@@ -356,7 +356,7 @@ _NAME_CHAT_MESSAGE = Statement(
 
 @Rule
 def name_chat_message_if_unnamed(follow_up_id: UUID, chat_message_id: UUID) -> Steps[FollowUp | None]:
-    """Set the transport's message id of a sent follow-up that has no message id yet.
+    """Store the transport's message id in a sent follow-up that has none yet.
 
     Return the updated follow-up, or None if it already had a message id.
     """

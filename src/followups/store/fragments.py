@@ -1,7 +1,7 @@
 """SQL fragments that several statements share.
 
-In these fragments, ``f`` is a follow-up, ``c`` its chat, and ``b`` a batch of leases. Each follow-up is looked up by
-its key with LATERAL. After a burst of inserts, the planner's statistics are wrong. Without LATERAL, the planner might
+In these fragments, ``f`` is a follow-up, ``c`` its chat, and ``b`` a batch of leases. A LATERAL join looks up each
+follow-up by its key. After a burst of inserts, the planner's statistics are wrong. Without LATERAL, the planner might
 read every pending row instead of a hundred.
 """
 
@@ -36,10 +36,10 @@ WINDOWED = ", ".join(f"'{channel.value}'" for channel in sorted(WINDOWED_CHANNEL
 OPEN = "f.finished_at IS NULL"
 """The condition that a follow-up is pending, for queries by a follow-up's id. A CHECK constraint makes this condition
 equivalent to a check of the status. This form of the condition keeps the planner from using the partial indexes of
-pending rows. In these indexes, the id is the last column. A partial index that was vacuumed while nothing was pending
-is estimated as empty. The planner then prefers an index that seems empty to the primary key. In fact, the whole index
-is scanned for each row. After 50,000 inserts, begin and settle of forty follow-ups took up to 720 ms each without this
-condition, and 4 ms with it.
+pending rows. In these indexes, the id is the last column. If no row was pending at the last vacuum, the planner
+believes that a partial index of pending rows is empty. The planner then prefers an index that seems empty to the
+primary key. In fact, the whole index is scanned for each row. After 50,000 inserts, begin and settle of forty
+follow-ups took up to 720 ms each without this condition, and 4 ms with it.
 """
 
 NEXT_TOKEN = "GREATEST(f.lease_token + 1, CAST(date_part('epoch', now()) * 1000000 AS bigint))"  # noqa: S105 - a fencing token

@@ -186,7 +186,7 @@ def release_orphaned(
 
 
 # Every transaction has a lock on its virtual transaction id from beginning to end. Every role can see these locks and
-# the application names. In pg_stat_activity, by contrast, a role sees the start times of its own transactions only.
+# the application names. In pg_stat_activity, a role sees the start times of only its own transactions.
 _WORKERS_OPEN = text("""
     SELECT l.virtualtransaction FROM pg_locks l JOIN pg_stat_activity a ON a.pid = l.pid
      WHERE l.locktype = 'virtualxid' AND l.mode = 'ExclusiveLock'

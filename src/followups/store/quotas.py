@@ -1,4 +1,4 @@
-"""Quotas: the most pending follow-ups and the most chats that a workspace may have.
+"""Quotas: limits on the pending follow-ups and the chats of a workspace.
 
 By default there is no quota. Without a quota, a create request costs no extra query: its INSERT checks that there is
 none. With a quota, a transaction locks the chat's row first and then the quota's row. Two concurrent create requests

@@ -124,7 +124,7 @@ class Limitable:
 
     id: UUID
     ended: bool
-    """Whether the follow-up was cancelled or sent by another worker, so that no limit applies."""
+    """Whether the follow-up was cancelled or sent by another worker; no limit then applies."""
     workspace_id: UUID
     chat_id: UUID
     channel: str
@@ -234,9 +234,9 @@ def release(
 ) -> Halved[UUID, int]:
     """Release up to a thousand follow-ups deferred by a rate limit; each is then due.
 
-    Only follow-ups whose deferral was at most ``longest`` are released. ``scope`` is the limit's workspace and channel;
-    None means all. Follow-ups whose ids are in ``without`` are skipped. Returns the released follow-ups, and those
-    whose rows cannot be written.
+    Follow-ups that were deferred for more than ``longest`` are not released. ``scope`` is the limit's workspace and
+    channel; None means all. Follow-ups whose ids are in ``without`` are skipped. Returns the released follow-ups, and
+    those whose rows cannot be written.
     """
     workspace_id, channel = scope
     parameters = {"workspace_id": workspace_id, "channel": channel, "longest": longest, "most": BATCH}

@@ -151,7 +151,7 @@ class Heartbeat:
             self._components = {"end": _component_state(within, otherwise, time.monotonic())}
 
     def trouble(self) -> str:
-        """Return the trouble that the heartbeat file shows, or an empty string."""
+        """Return the problem that the heartbeat file shows, or an empty string."""
         return _trouble({"written": time.monotonic(), "parts": self.components()}, time.monotonic())
 
     def components(self) -> dict[str, dict[str, Any]]:

@@ -111,7 +111,7 @@ class HttpClient:
         self._used = 0.0
 
     async def open(self) -> None:
-        """Prepare to connect in the running event loop; calling this again has no effect."""
+        """Prepare to connect in the running event loop; a second call has no effect."""
         self._is_open = True
 
     async def close(self) -> None:

@@ -53,7 +53,7 @@ class MatrixTransport:
         await self._client.open()
 
     async def send(self, delivery: Delivery) -> Outcome:
-        """Send the event once. A message to a chat without a room id is rejected, without a call."""
+        """Send the Matrix event once. If the chat has no room id, the message is rejected without a call."""
         room = delivery.external_chat_id or ""
         if not room.startswith("!"):
             return Rejected("the chat's external id is not a Matrix room id, which starts with !")

@@ -55,7 +55,7 @@ before.
 """
 
 LASTS = 5.0
-"""A connection counts as good after this many seconds if its reads are answered.
+"""A connection whose reads are still answered after this many seconds counts as good.
 
 A Redis ACL may allow reads of the queues but forbid subscriptions. One read may therefore be answered while another is
 rejected.
@@ -99,7 +99,7 @@ class App(Celery):
         """Store the broker's URL without connecting."""
         self._url = url
         super().__init__(name, broker=url, loader=Loader)
-        # Flower reads this setting, whereas a connection reads these options from the URL
+        # This setting is for Flower. A connection reads its TLS options from the URL.
         self.conf.broker_use_ssl = tls_of(url)
 
     def connection_for_read(self, url: str | None = None, **named: Any) -> Any:  # noqa: ANN401, ARG002 - Celery's own

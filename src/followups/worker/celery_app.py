@@ -300,7 +300,7 @@ class Nudger:
     """The minimum number of seconds between two nudges from one process."""
 
     def __init__(self, ask: Callable[[], None]) -> None:
-        """Store ``ask``, which sends a nudge; it may be slow or raise an exception."""
+        """Store ``ask``, a function that sends a nudge and may be slow or fail."""
         self._ask = ask
         self._wanted = threading.Event()
         self._started = threading.Lock()
@@ -373,10 +373,10 @@ def _warm_up(sender: Any = None, **_: object) -> None:  # noqa: ANN401 - the wor
 
 @signals.beat_init.connect
 def _stop_beat_in_order(**_: object) -> None:
-    # Celery's own handler closes the producer while the signal is being handled. A handler that interrupted a publish
-    # would wait forever for the publish's lock. In a test with ten ticks per second, two of about thirty beat processes
-    # never exited. If the handler raises an exception instead, the interrupted publish releases its locks. Beat closes
-    # the producer after the handler has raised the exception.
+    # Celery's own handler closes the producer while the signal is being handled. If a signal interrupted a publish,
+    # Celery's handler would wait forever for the lock of that publish. In a test with ten ticks per second, two of
+    # about thirty beat processes never exited. If the handler raises an exception instead, the interrupted publish
+    # releases its locks. Beat closes the producer after the handler has raised the exception.
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: sys.exit(0))
 

@@ -72,7 +72,7 @@ def _suspend() -> None:
 
 
 def around(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
-    """Wrap a step with the failpoints ``name.before`` and ``name.committed``."""
+    """Wrap a function with the failpoints ``name.before`` and ``name.committed``."""
 
     @functools.wraps(function)
     def wrapped(*arguments: Any, **named: Any) -> Any:

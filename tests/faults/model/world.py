@@ -69,7 +69,7 @@ class ModelWorld(NamedTuple):
     def without_dead_jobs(self) -> ModelWorld:
         """Return this state without the jobs that every guard will reject from now on.
 
-        With all guards, the removal is sound: no token is reused, no final state changes.
+        If all guards are present, removing dead jobs is safe: no token is reused and no final state changes.
         """
         if all(job is IDLE or job.stage == "begun" or self._is_alive(job) for job in self.workers):
             return self

@@ -111,7 +111,7 @@ def test_refused_requests_are_logged(stack: Stack, logged: Api) -> None:
 
 
 def test_a_disconnected_clients_request_is_logged(stack: Stack, logged: Api) -> None:
-    """A request whose client disconnects before the response begins is logged without a status."""
+    """If a client disconnects before the response begins, the request is logged without a status."""
     url = httpx.URL(logged.url)
     request_id = os.urandom(8).hex()
     head = f"POST {FOLLOW_UPS} HTTP/1.1\r\nhost: x\r\nx-request-id: {request_id}\r\ncontent-length: 9\r\n"

@@ -74,7 +74,7 @@ def test_links_lead_to_pages(api: Api) -> None:
     "query", ["pageNumber=1_0", "pageNumber=1.0", "pageNumber=%2B1", "pageSize=1e1", "chatIds[]", "chatIds%5B%5D&x=1"]
 )
 def test_invalid_queries(api: Api, query: str) -> None:
-    """An invalid number, or a filter without a value, is rejected with 422.
+    """A query with an invalid number or an empty filter is rejected with 422.
 
     If a filter of a list request is invalid, the response never lists all follow-ups.
     """

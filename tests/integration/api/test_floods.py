@@ -160,7 +160,7 @@ def web(web_settings: Settings, web_engine: Engine) -> Iterator[Web]:
 
 
 def answered(connection: socket.socket) -> bytes:
-    """Return the start of the response, or nothing if the connection closed first."""
+    """Return the start of the response, or empty bytes if the connection was closed first."""
     with suppress(OSError):
         return connection.recv(4096)[:12]
     return b""
@@ -313,7 +313,8 @@ def test_more_connections_than_allowed(web: Web, sent: bytes) -> None:
             for _ in range(100):
                 client = clients.enter_context(web.connect())
                 client.sendall(sent)
-            web.wait(flood)  # by then the server has accepted these connections, so the kernel's queue never overflows
+            # the server accepts these connections before more arrive, so the kernel's queue never overflows
+            web.wait(flood)
         for _ in range(50):
             assert web.api.get(FOLLOW_UPS, pageSize=1).status_code == 200
     assert flood.memory < 160

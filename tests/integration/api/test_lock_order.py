@@ -144,7 +144,7 @@ def test_create_that_loses_a_deadlock(api: Api, engine: Engine) -> None:
     chat_id, key = api.chat(), str(uuid4())
     body = {"chatId": chat_id, "dueDate": in_days(1), "message": "?"}
     with ThreadPoolExecutor(1) as pool, engine.connect() as connection:
-        # The request holds the lock of the chat, for which the test's transaction is waiting.
+        # The request holds the chat's lock, and the test's transaction waits for that lock.
         connection.execute(text("LOCK TABLE idempotency_keys IN SHARE ROW EXCLUSIVE MODE"))
         answer = in_background(pool, api, lambda: api.post(FOLLOW_UPS, body, **{"idempotency-key": key}))
         lock_chat(connection, chat_id)

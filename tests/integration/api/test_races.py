@@ -81,7 +81,7 @@ class TestReplyAgainstCreate:
     """A follow-up that is created while a reply is being recorded is also cancelled."""
 
     def test_create_first(self, api: Api, engine: Engine) -> None:
-        """A reply waits for a running create request, and then cancels the created follow-up."""
+        """If a create request is running, a reply waits for it and then cancels the created follow-up."""
         chat_id = api.chat()
         with ThreadPoolExecutor(1) as pool, Session(engine) as session:
             created = scheduling.schedule(
@@ -97,7 +97,7 @@ class TestReplyAgainstCreate:
         assert api.read({"id": str(created.id)})["reason"] == "user_replied"
 
     def test_reply_first(self, api: Api, engine: Engine) -> None:
-        """A create request waits for a reply that is being recorded, and is then rejected."""
+        """If a reply is being recorded, a create request waits for it and is then rejected."""
         chat_id = api.chat()
         body = {"chatId": chat_id, "dueDate": in_days(1), "message": "?"}
         with ThreadPoolExecutor(1) as pool, Session(engine) as session:

@@ -30,7 +30,7 @@ class Stream:
     body: bytes = b""
 
     def answer(self, status: int, body: bytes = b"", *, ends: bool = True, **headers: str) -> None:
-        """Send a response within the flow control window; ``retry_after="1"`` becomes ``retry-after: 1``."""
+        """Send a response that fits the flow control window; ``retry_after="1"`` becomes ``retry-after: 1``."""
         names = [(":status", str(status)), *((name.replace("_", "-"), value) for name, value in headers.items())]
         self.connection.h2.send_headers(self.id, names, end_stream=ends and not body)
         if body:

@@ -1,4 +1,4 @@
-"""`check` reports in one sentence whether the receiver can be reached, without sending a message."""
+"""`check` sends no message and reports in one sentence whether the receiver can be reached."""
 
 from __future__ import annotations
 

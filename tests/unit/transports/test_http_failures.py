@@ -28,7 +28,7 @@ NAMED = f'{{"chatMessageId": "{MESSAGE_ID}"}}'.encode()
 
 
 async def outcome_at(url: str, **settings: object) -> Outcome:
-    """Send once to ``url`` within 10 s or the configured timeout, and return the outcome."""
+    """Send once to ``url``, by default within 10 s, and return the outcome."""
     async with opened(HttpTransport(settings_for(url, **({"transport_timeout": 10} | settings)))) as transport:
         return await transport.send(a_delivery())
 
@@ -77,7 +77,7 @@ async def test_no_answer_in_time_is_unknown() -> None:
 )
 @pytest.mark.parametrize("deduplicates", [True, False])
 async def test_an_answer_that_breaks_off_before_its_body_is_unknown(fragment: bytes, *, deduplicates: bool) -> None:
-    """Without a complete response head, the outcome is unknown and the request is not repeated."""
+    """If the response breaks off in its head, the outcome is unknown and the request is not repeated."""
 
     async def break_off(writer: asyncio.StreamWriter, _request: Request) -> None:
         writer.write(fragment)
@@ -262,7 +262,7 @@ async def test_the_next_call_succeeds() -> None:
 
 
 async def test_an_unsolicited_response_is_discarded() -> None:
-    """Unsolicited bytes between two calls affect neither call, and the connection is not reused."""
+    """If bytes arrive between two calls, neither call is affected and the connection is not reused."""
     async with scripted(answer(200)) as server, opened(HttpTransport(settings_for(server.url))) as transport:
         assert await transport.send(a_delivery()) == Sent(None, 200)
         server.writer.write(answer(200, NAMED))

@@ -1,4 +1,4 @@
-"""The sandbox process: its ready message, clean exit and startup errors."""
+"""Tests of the sandbox process: its ready message, clean exit and startup errors."""
 
 from __future__ import annotations
 

@@ -44,7 +44,7 @@ async def http(chats: SandboxChats) -> AsyncIterator[aiohttp.ClientSession]:
 
 
 async def test_a_delivery_is_answered_with_the_messages_id(http: aiohttp.ClientSession, chats: SandboxChats) -> None:
-    """If a delivery to ``POST /messages`` has no key, the follow-up's id is used."""
+    """If a delivery to ``POST /messages`` has no idempotency key, the follow-up's id serves as the key."""
     status, answer = await fetch(http, "POST", "/messages", BODY)
     assert (status, list(answer)) == (200, ["chatMessageId"])
     assert chats.ledger.records()[0].idempotency_key == BODY["followUpId"]

@@ -56,7 +56,7 @@ class ListRoute(AuthenticatedRoute):
     """A route whose multi-value parameters may have ``[]`` after their names."""
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
-        """Return a handler that renames each parameter to the spelling without brackets."""
+        """Return a handler that removes the brackets from parameter names."""
         handle = super().get_route_handler()
 
         async def without_brackets(request: Request) -> Response:

@@ -32,7 +32,7 @@ NARROW = 76
 CHATS_WIDTH = 22
 STATE_WIDTH = 23
 PAST_SHARE = 0.6
-"""Share of the table's rows that show past follow-ups; the remaining rows show upcoming ones."""
+"""Share of the table's rows for past follow-ups; the rest is for upcoming follow-ups."""
 
 STYLES = {Status.SENT: "green", Status.FAILED: "red", Status.CANCELLED: "yellow", Status.PENDING: "dim"}
 MARKS = {Status.SENT: "●", Status.FAILED: "✗", Status.CANCELLED: "⊘", Status.PENDING: "○"}

@@ -56,7 +56,7 @@ class Scenario:
 
     parts: tuple[ScenarioStep, ...]
     failures: dict[str, int]
-    """The number of 500 responses in each chat before the receiver accepts a message."""
+    """How many times the receiver responds with 500 in each chat before it accepts a message."""
     refused: frozenset[str]
     """The chats for which the receiver responds with 403."""
     replies: dict[str, float]

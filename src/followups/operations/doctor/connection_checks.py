@@ -59,7 +59,7 @@ def _database(connection: Connection) -> str:
 
 
 def of_broker(settings: Settings) -> Iterator[Finding]:
-    """Report whether the broker connection is encrypted and the server verified."""
+    """Report whether the broker connection is encrypted and whether the server is verified."""
     try:
         with broker_client(settings) as client:
             connection: Any = client.connection_pool.get_connection()

@@ -24,7 +24,7 @@ class SandboxTransport:
     name = "sandbox"
 
     def __init__(self, settings: Settings, chats: SandboxChats | None = None) -> None:
-        """Deliver to ``chats``; None means new sandbox chats.
+        """Deliver to ``chats``, or to new sandbox chats for None.
 
         The new chats deduplicate requests if the receiver is configured as one that deduplicates.
         """
