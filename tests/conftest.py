@@ -2,7 +2,7 @@
 
 The controller of pytest-xdist starts and stops the servers, and passes on their URLs through a socket. With ``-n 0``,
 the controller is the only process; otherwise, it outlives the xdist workers. Unit tests therefore start no server, and
-no server is started twice. A crashed xdist worker leaves nothing behind.
+no server is started twice. If an xdist worker crashes, no server is left running.
 """
 
 from __future__ import annotations

@@ -76,7 +76,7 @@ def url_for_any_server(database_url: str) -> str:
 
 
 async def refused_once(engine: AsyncEngine, write: Callable[[Engine], object], sessions: int) -> DBAPIError:
-    """Check that the first write fails and the next ``sessions`` writes succeed; return the error."""
+    """Check that only the first of several writes fails; return the error."""
     with pytest.raises(DBAPIError) as refused:
         await in_loop(engine, write)
     for _ in range(sessions):

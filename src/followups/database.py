@@ -55,7 +55,7 @@ CHANGES_SESSIONS = (
 """Advice for a pooler that loses session settings, locks and prepared statements."""
 
 POOLER_ROUNDS = 4
-"""How many times the server sessions of two connections are compared.
+"""Number of comparisons between the server sessions of two connections.
 
 Under load, one comparison is enough to detect that the server session has changed.
 """

@@ -113,7 +113,7 @@ class Use:
         if lost or not (error is None or isinstance(error, Exception)):
             await greenlet_spawn(self._pooled.invalidate)
         else:
-            self._pooled.close()  # closing the connection needs no exchange with the server
+            self._pooled.close()  # closing this connection needs no round trip to the server
 
 
 def driver_rows(

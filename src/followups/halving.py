@@ -26,7 +26,7 @@ class Halved(Generic[T, R]):
     done: list[R] = field(default_factory=list)
     refused: list[tuple[T, Exception]] = field(default_factory=list)
     left: list[T] = field(default_factory=list)
-    """Items that were not processed because the database had become unreachable."""
+    """Items left unprocessed because the database became unreachable."""
 
 
 def halve(batch: Sequence[T], work: Callable[[Sequence[T]], R]) -> Halved[T, R]:

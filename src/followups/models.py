@@ -10,7 +10,7 @@ FORCE ROW LEVEL SECURITY, but then the owner's own pg_dump fails. Each query's p
 every documented endpoint with another workspace's key and ids.
 
 Only guarded UPDATE statements in `followups.store` write a follow-up's ``status``; nothing assigns to an object. In
-another system, saving a full row changed a sent message back to pending (zulip#39521).
+Zulip, saving a full row changed a sent message back to pending (zulip#39521).
 """
 
 from __future__ import annotations
@@ -481,7 +481,7 @@ class FailedAttempt(Base):
     number: Mapped[int]
     at: Mapped[datetime] = mapped_column(server_default=func.now())
     outcome: Mapped[str]
-    """The outcome: retry, snoozed, rejected, unknown or lost."""
+    """The outcome of the attempt: retry, snoozed, rejected, unknown or lost."""
     detail: Mapped[str]
     status_code: Mapped[int | None]
     duration: Mapped[timedelta | None]

@@ -34,7 +34,7 @@ The search covers a week, plus a margin for days or hours that a time zone skips
 
 @dataclass(frozen=True, slots=True)
 class SendingHours:
-    """Sending hours, from ``opening`` until just before ``closing``, on the days that are set.
+    """Sending hours on the chosen days; ``opening`` is included, and ``closing`` is not.
 
     Monday is day 0. If closing is not later than opening, closing is on the next day. 22:00 to 06:00 is a night, and
     00:00 to 00:00 is a whole day.
@@ -87,7 +87,7 @@ def opens_at(hours: SendingHours, moment: datetime) -> datetime:
 
 
 def span_of(hours: SendingHours, moment: datetime) -> tuple[datetime, datetime]:
-    """Return the sending period (start and end) that contains ``moment``, or else the next one.
+    """Return the start and end of the sending period at ``moment``, or of the next one.
 
     Raises `LookupError` if this machine does not know the time zone.
     """

@@ -23,7 +23,7 @@ CONNECTION: Mapping[str, str | int] = {
     "tcp_user_timeout": TCP_USER_TIMEOUT,
     "options": "",  # ignores all options, even those in PGOPTIONS
     # During a failover, the address may lead to a standby. A standby would answer each SELECT with outdated data, and
-    # the pool would never drop a session with the standby.
+    # its session would stay in the pool.
     "target_session_attrs": "read-write",
 }
 """libpq parameters that apply unless the URL sets them."""

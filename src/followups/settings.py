@@ -432,7 +432,7 @@ def _sentence(detail: Any) -> str:  # noqa: ANN401 - pydantic's own ErrorDetails
         return f"{said}"
     name = location[0] if location[0].isupper() else environment_name(location[0])
     names = next((names for field in Settings.model_fields if name in (names := _names(field))), [])
-    # the operator's own spelling of the variable's name
+    # the name of the variable as the operator wrote it
     name = next((each for each in names if os.environ.get(each)), name)
     if detail["type"] == "missing":
         described = next(f.description for n, f in Settings.model_fields.items() if environment_name(n) == name)

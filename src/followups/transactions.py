@@ -89,7 +89,7 @@ def _was_committed(engine: Engine, question: Question) -> bool:
 
 
 async def in_loop(engine: AsyncEngine, work: Callable[[Engine, Unpack[Ts]], T], *arguments: *Ts) -> T:
-    """Run ``work(engine, ...)``, written for an `Engine`, on an event loop without blocking the loop.
+    """Run the synchronous function ``work(engine, ...)`` without blocking the event loop.
 
     This function uses no thread. At each round trip, threads would compete with the event loop for Python's global
     lock. With four threads, 1,500 follow-ups/s were measured. The event loop spent 39 % of its time waiting for

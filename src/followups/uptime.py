@@ -12,8 +12,8 @@ _CLOCK = getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC)
 def uptime() -> float:
     """Return the seconds since the machine was started, including time suspended. Never set back.
 
-    A lease keeps running while a machine is suspended. The monotonic clock does not count the time in which a worker is
-    suspended. With the monotonic clock, a worker would call the transport even after its lease has expired. Meanwhile
-    the follow-up may be cancelled or in another worker's call.
+    A lease keeps running while a machine is suspended. Python's monotonic clock stops while the machine is suspended.
+    With the monotonic clock, a worker would call the transport even after its lease has expired. Meanwhile the
+    follow-up may be cancelled or in another worker's call.
     """
     return time.clock_gettime(_CLOCK)

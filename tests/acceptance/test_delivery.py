@@ -212,7 +212,7 @@ def test_remote_control_is_read_only(running: Stack) -> None:
 
 
 def test_remote_control_may_be_allowed(stack: Stack) -> None:
-    """With REMOTE_CONTROL set, `celery control shutdown` stops a worker."""
+    """If REMOTE_CONTROL is true, `celery control shutdown` stops a worker."""
     stack.options["FOLLOWUPS_REMOTE_CONTROL"] = "true"
     worker = stack.worker()
     control = celery_app(stack).control

@@ -60,7 +60,7 @@ def attributes(spanned: Any) -> dict[str, Any]:
 
 @pytest.fixture
 def received() -> Iterator[Received]:
-    """Return a running server that acts as trace collector and chat."""
+    """Return a running server that acts as both the trace collector and the chat server."""
     received = Received()
 
     class Handler(BaseHTTPRequestHandler):

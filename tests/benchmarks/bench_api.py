@@ -119,7 +119,7 @@ class ApiLoad:
     name: str
     url: str
     make: Callable[[], bytes]
-    """A function that returns the bytes of the next request, including its headers and body."""
+    """A function that returns the next HTTP request as bytes."""
     expected: bytes
     server: psutil.Process
     times: list[float] = field(default_factory=list)

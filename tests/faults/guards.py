@@ -66,7 +66,7 @@ def expect(kept: object, promise: str) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Scene:
-    """A guard's scenario: an engine, a store and the steps of a delivery."""
+    """What a guard's test scenario uses: an engine, a store and the steps of a delivery."""
 
     world: World
     settings: Settings
@@ -124,7 +124,7 @@ def paused_begins(scene: Scene) -> None:
 
 
 def begins_outside_hours(scene: Scene) -> None:
-    """Begin a follow-up although it is outside its workspace's sending hours."""
+    """Try to begin a follow-up outside its workspace's sending hours."""
     scene.world.follow_up()
     opening = datetime.now(UTC) + timedelta(hours=3)
     hours = SendingHours("UTC", opening.time(), (opening + timedelta(hours=1)).time())

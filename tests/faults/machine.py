@@ -1,4 +1,4 @@
-"""Runs the real store in step with the model, and compares PostgreSQL with the predictions."""
+"""Executes each step in the model and in PostgreSQL, and compares the results."""
 
 from __future__ import annotations
 

@@ -45,5 +45,5 @@ def test_answers_dropped(deduplicates: bool, rig: Rig, figures: Figures) -> None
 @pytest.mark.faults_long
 @pytest.mark.parametrize("deduplicates", [True, False], ids=["deduplicating", "not-deduplicating"])
 def test_many_answers_dropped(deduplicates: bool, rig: Rig, figures: Figures) -> None:  # noqa: FBT001 - a parameter
-    """If a third of three thousand answers are dropped, no message is sent twice."""
+    """If a third of 3,000 responses are lost, no message is sent twice."""
     dropped(rig, figures, 3000, deduplicates=deduplicates)

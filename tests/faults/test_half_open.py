@@ -29,7 +29,7 @@ SLACK = 20.0
 """Seconds that the assertions add for a busy machine; the figures record the actual times."""
 
 SAID = ("got no reply", '"broker_unreachable"', "Connection to broker lost")
-"""The log events of a worker that has noticed that the broker is silent."""
+"""Events that a worker logs when it notices a silent broker."""
 
 DEFAULTS = {"FOLLOWUPS_LEASE": "60", "FOLLOWUPS_TRANSPORT_TIMEOUT": "10", "FOLLOWUPS_TICK_INTERVAL": "1"}
 """The default settings. The limits are derived from the lease, which is shorter in the tests' short forms."""

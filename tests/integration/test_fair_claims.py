@@ -144,7 +144,7 @@ def test_one_claim_takes_half_of_the_window(
 
 
 def test_window_with_earlier_due_dates(world: World, engine: Engine, settings: Settings) -> None:
-    """Follow-ups in flight count towards the limit, even if other follow-ups have earlier due dates."""
+    """Even if earlier follow-ups are added, fair claims keep to the in-flight limit."""
     other = World(engine)
     for group in range(1, 3):
         other.burst([-group * SECOND] * 3)

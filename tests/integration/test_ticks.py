@@ -179,7 +179,7 @@ def test_a_slow_connection(settings: Settings) -> None:
 
 
 class TestOneAtATime:
-    """Tests of exclusive claims: only one dispatcher at a time counts the follow-ups in flight."""
+    """Tests that only one dispatcher claims at a time."""
 
     def test_window_of_several_dispatchers(self, world: World, engine: Engine, settings: Settings) -> None:
         """However many dispatchers claim concurrently, at most MAX_IN_FLIGHT follow-ups are in flight."""

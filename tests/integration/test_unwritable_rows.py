@@ -299,7 +299,7 @@ def test_a_row_that_stays_deferred(
 
 
 def test_a_row_that_cannot_end(world: World, engine: Engine, settings: Settings) -> None:
-    """A follow-up with three lost leases is never sent again, even if its failure cannot be recorded.
+    """If a follow-up has lost three leases, it is not sent again, even if its row cannot be written.
 
     Other follow-ups are claimed as usual.
     """
@@ -444,7 +444,7 @@ def test_the_chats_next_follow_up_before_the_calendar(world: World, engine: Engi
 
 
 def test_begun_manually(world: World, engine: Engine, settings: Settings) -> None:
-    """A follow-up whose lost attempt was never counted can still be claimed."""
+    """A begun follow-up can be claimed after its lease expires, even with an attempt count of 0."""
     lost = world.follow_up(begun_at=text("now()"), lease_until=text("now() - interval '1 s'"), attempts=0)
     claimed = claim(engine, settings)
     assert ([lease.id for lease in claimed.leases], world.row(lost).attempts) == ([lost], 0)

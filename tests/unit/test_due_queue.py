@@ -20,7 +20,7 @@ NOON = datetime(2026, 6, 1, 12, tzinfo=UTC)
     ("due", "taken"), [(datetime.min.replace(tzinfo=UTC), 1), (datetime.max.replace(tzinfo=UTC), 0)]
 )
 def test_times_at_the_edge_of_the_calendar(due: datetime, taken: int) -> None:
-    """A lease with the earliest possible due time is taken; with the latest, it waits."""
+    """A lease may be due at the first or the last moment of the calendar."""
     clock = DatabaseClock()
     clock.observe(datetime.now(UTC), uptime(), uptime())
     queue = DueQueue(clock, timedelta(seconds=60), Slots(10))

@@ -311,7 +311,7 @@ def test_the_console_format_escapes_control_characters(text: str, monkeypatch: p
 
 
 def test_json_lines_have_no_raw_control_characters(capsys: pytest.CaptureFixture[str]) -> None:
-    """C1 and bidirectional controls, allowed unescaped in JSON, are escaped; the value stays the same."""
+    """C1 and bidirectional control characters are escaped in JSON log lines."""
     configure_logging("json", "info")
     lines = Lines("x")
     for info in (get_logger("x").info, lines.info):

@@ -73,8 +73,8 @@ ROUTERS = (
 def create_app(settings: Settings, nudge: Callable[[], None] | None = None) -> FastAPI:
     """Return the application, which opens its connections when they are first used.
 
-    ``nudge`` is called after a commit that makes a follow-up due within the next two ticks. The default ``nudge`` makes
-    the workers run a tick.
+    ``nudge`` is called after a commit that makes a follow-up due within the next two ticks. By default, ``nudge`` asks
+    the workers to run a tick.
     """
     url = settings.database_url.get_secret_value()
     engine = make_engine(url, pool_size=THREADS, application_name=NAME, statement_timeout=STATEMENT_TIMEOUT)

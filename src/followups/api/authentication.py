@@ -155,7 +155,7 @@ class Work:
         # the chat message.
         elif follow_up.updated_at == self.now and follow_up.finished_at == (finished_at or self.now):
             self.ends = (*self.ends, (follow_up.id, Final(Status(follow_up.status), follow_up.reason)))
-            self.nudges = True  # the follow-up that ended may have blocked a later one in its chat
+            self.nudges = True  # the ended follow-up may have blocked a later one in the same chat
 
     def cancelled(self, ids: Iterable[UUID], code: ReasonCode) -> None:
         """Record which follow-ups the transaction cancelled."""

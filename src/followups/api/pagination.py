@@ -58,7 +58,7 @@ class PageStarts:
         self._known: dict[Hashable, dict[int, tuple[float, Start]]] = {}
 
     def nearest(self, of: Hashable, offset: int) -> Start | None:
-        """Return the last known starting point that is not after the offset.
+        """Return the last known starting point at or before the offset.
 
         Return None if the page is not deep or if no starting point is known.
         """

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 SHARE = 6
-"""Maximum of the pool's 8 database connections that one workspace uses at a time."""
+"""Number of database connections, of the pool's 8, that one workspace may use at a time."""
 
 WAITING_SHARE = 128
 """Maximum of a workspace's running and waiting requests: half of the process's limit."""
@@ -42,8 +42,8 @@ TOO_MANY_UNKNOWN_KEYS = "Too many requests whose keys are not yet checked are wa
 class Throttle:
     """Lets one request pass in each iteration of the event loop, in order of arrival.
 
-    All requests without a known API key share one turnstile. Each busy workspace has a separate turnstile. All other
-    requests pass in every iteration, however many requests wait at the turnstiles.
+    All requests without a known API key share one turnstile. Each busy workspace has a separate turnstile. Requests of
+    other workspaces pass without waiting at a turnstile.
     """
 
     def __init__(self) -> None:
@@ -60,7 +60,7 @@ class RequestLimits:
     """The limits of each workspace: `SHARE` running requests, and `WAITING_SHARE` running or waiting requests."""
 
     def __init__(self) -> None:
-        """Create the limits; no workspace has an entry yet."""
+        """Create the limits, without an entry for any workspace."""
         self.unknown_keys = RequestLimit(UNKNOWN_KEYS_SHARE, TOO_MANY_UNKNOWN_KEYS)
         self.throttle = Throttle()
         self._limits: WeakValueDictionary[UUID, RequestLimit] = WeakValueDictionary()

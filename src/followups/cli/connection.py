@@ -1,4 +1,4 @@
-"""The database connection of one command, and the tick that the command requests afterwards."""
+"""Opens a command's database connection, and requests a tick after the command."""
 
 from __future__ import annotations
 

@@ -46,7 +46,7 @@ LOOK = 0.2
 ANCESTORS = 4
 """Maximum number of ancestor processes to examine.
 
-A shell and a child of honcho may be between honcho and this process.
+Between honcho and this process, there may be a shell and another honcho process.
 """
 
 TRANSIENT_REFUSALS = ("starting up", "shutting down", "recovery", "too many", "remaining connection slots")

@@ -39,7 +39,7 @@ class Attempt(NamedTuple):
 class BatchResult:
     """The result of begin or settle for one batch of follow-ups.
 
-    A follow-up in none of these fields was stale, is held, or waits in its chat.
+    A follow-up that no field lists was stale, is held, or waits for an earlier follow-up in its chat.
     """
 
     begun: tuple[Begun, ...] = ()

@@ -56,8 +56,8 @@ def rhythm_of(settings: Settings) -> Rhythm:
     """Return the longest harmless gap between ticks, and the grace period after a longer gap.
 
     During a longer gap, leases may expire unnoticed. In the grace period, their workers can record the outcomes. After
-    an outage, a worker must connect before it can record its outcomes. If the database's clock has been set forward,
-    calls that just began need time to end. By default, the grace period is 13 s, after a gap of more than 3 s.
+    an outage, a worker must connect before it can record its outcomes. If the database's clock was set forward, calls
+    in flight also need this grace period. By default, the grace period is 13 s, after a gap of more than 3 s.
     """
     known_within = max(settings.transport_timeout + GRACE, _connecting(settings.database_url.get_secret_value()))
     # If the interval between ticks exceeds a lease, leases can expire between ticks without being noticed.

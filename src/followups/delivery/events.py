@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 log = get_logger(__name__)
 lines = Lines(__name__)
 
-# The counters are cached: label values are few, and a look-up takes longer than an increment.
+# The counters are cached, because looking up a counter takes longer than incrementing it.
 _attempts = cache(metrics.ATTEMPTS.labels)
 
 
@@ -182,7 +182,7 @@ def broker_unreachable(step: str, error: Exception) -> None:
 
 def _transitions(ends: Iterable[tuple[UUID, str, str | None]]) -> None:
     counts: Counter[tuple[str, str]] = Counter()
-    bound = get_contextvars()  # of the request, in a process that serves HTTP
+    bound = get_contextvars()  # in a web process, the log context of the request
     for follow_up_id, status, reason in ends:
         code = code_of(reason)
         counts[status, code] += 1

@@ -51,8 +51,8 @@ def hold(
 def hold_or_end(obstacle: Obstacle, max_lateness: timedelta) -> Hold | Final | None:
     """Return a leased follow-up's hold, or its final state if the hold is too long.
 
-    Returns None if the follow-up should be neither held nor ended. Sending hours take precedence over a pause, because
-    lateness must not count outside sending hours. This function is pure.
+    Returns None if the follow-up should be neither held nor ended. Sending hours are checked before a pause, because
+    lateness is not counted outside sending hours. This function is pure.
     """
     if obstacle.chat_removed or obstacle.silence_broken or obstacle.taken_over or obstacle.window_closed:
         return None
@@ -75,9 +75,9 @@ def hold_or_end(obstacle: Obstacle, max_lateness: timedelta) -> Hold | Final | N
 
 
 def closed_until(obstacle: Obstacle) -> datetime | None:
-    """Return when sending hours next open, or None if not set or open at the time of sending.
+    """Return when sending hours next open, or None if the follow-up may be sent without waiting.
 
-    A stored sending period is valid until its end, whatever this machine's time zone data. This function is pure.
+    Until its end, a stored sending period takes precedence over this machine's time zone data. This function is pure.
     """
     hours, moment = obstacle.hours, obstacle.send_time
     if hours is None:

@@ -131,7 +131,7 @@ class Pipeline:
             return 0
         self.stop_beginning()
         self._thread.join(limit.total_seconds())
-        events.lines.flush()  # also writes the log lines of results that could not be settled
+        events.lines.flush()  # this also writes the log lines of unsettled results
         return len(self._settler) + len(self._tasks)
 
     def _run_loop(self) -> None:

@@ -50,7 +50,7 @@ the due time would block the whole event loop.
 """
 
 STATUS_CODE_LIMIT = 1000
-"""Exclusive upper limit of a status code, which has at most three digits."""
+"""Status codes must be below this limit, since they have at most three digits."""
 
 
 async def send(

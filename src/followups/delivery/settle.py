@@ -54,8 +54,8 @@ SETTLE_RETRY_DELAY = timedelta(milliseconds=50)
 BACKOFF = timedelta(seconds=0.5)
 """First pause before an unreachable database is tried again; each further pause doubles."""
 LONGEST_BACKOFF = timedelta(seconds=1)
-"""Longest pause before an unreachable database is tried again. A longer pause could delay results until a tick treats
-their leases as lost.
+"""Longest pause before an unreachable database is tried again. During a longer pause, leases could expire before their
+results are recorded.
 """
 
 log = get_logger(__name__)
@@ -68,8 +68,8 @@ ROOM = MAX_REASON_LENGTH - 100
 class Settler:
     """Collects the attempts' outcomes and records them in batches, by size or after a short wait.
 
-    An accepted message is recorded without waiting for the slowest call of a batch. Until the lease expires, recording
-    is retried if the database or a row is unavailable. An instance belongs to one event loop.
+    An accepted message is recorded without waiting for slower calls. Until the lease expires, recording is retried if
+    the database or a row is unavailable. An instance belongs to one event loop.
     """
 
     def __init__(

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from followups.flow_control.limiter import RateLimits
 
 INTERVAL = 5.0
-"""Seconds between two readings of the clock and the rate limits."""
+"""Seconds between two queries for the database's clock and the rate limits."""
 FIRST_SAMPLES = 5
 """Number of clock samples taken at the start."""
 CLOCK_OFF = 60.0

@@ -38,7 +38,7 @@ busy machine.
 """
 
 GRACE = timedelta(seconds=6)
-"""How long a process may take to end before it is killed. A killed process loses leases, but no messages."""
+"""How long a process may take to stop before it is killed. A killed process loses leases, but no messages."""
 
 POLL = timedelta(milliseconds=50)
 

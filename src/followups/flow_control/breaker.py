@@ -200,7 +200,7 @@ class Breaker:
 
     @property
     def tripped(self) -> frozenset[int]:
-        """The keys of the workspaces whose follow-ups may not begin without a permit."""
+        """The keys of the workspaces that need a permit to begin a follow-up."""
         if self._shared.state != CLOSED:
             return self._shared.tripped
         return frozenset(self._failed.values()) if self._store and len(self._failed) >= self._failures else frozenset()

@@ -109,7 +109,7 @@ class Row:
 
 
 EXCERPT = 80
-"""The number of characters of a message that a list shows to members of the message's workspace."""
+"""Number of characters of each message that a list shows to members of the workspace."""
 
 _COLUMNS = tuple(column for column in FollowUp.__table__.columns if column.name != "message")
 

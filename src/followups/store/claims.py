@@ -65,7 +65,7 @@ class Claim:
     in_grace: bool = False
     """Whether expired leases with an attempt in flight were left to their workers.
 
-    A claim after the grace period takes over the leases left to their workers.
+    Expired leases are taken over by the first claim after the grace period.
     """
     busy: bool = False
     """Whether this claim read nothing because another dispatcher was claiming."""
@@ -90,7 +90,7 @@ class ClaimSearch:
 
 
 class Totals(NamedTuple):
-    """What a claim found: the last columns of the first row that lease.sql returns."""
+    """The totals of a claim, from the first row that lease.sql returns."""
 
     leased: int
     """Number of follow-ups in flight."""

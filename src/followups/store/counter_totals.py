@@ -1,8 +1,8 @@
 """The sums of all processes' counters.
 
 Each process adds its new counts to the sums in the database. Any process can report the sums. Workers start and stop on
-many hosts, but Prometheus scrapes only one web process. A worker's own count would never be scraped, and would end with
-the worker.
+many hosts, but Prometheus scrapes only one web process. A count kept in a worker would never be scraped, and would be
+lost when the worker stops.
 """
 
 from __future__ import annotations

@@ -105,8 +105,8 @@ def insert_unless_full(
 FAR_FROM_FULL = MOST_PENDING - 1_000
 """Number of a chat's pending follow-ups up to which `create_if_clear` inserts another one.
 
-`create_if_clear` counts only follow-ups that were committed before it locked the chat. The count may miss follow-ups
-that are committed in the meantime, but at most one for each database connection.
+`create_if_clear` counts only follow-ups that were committed before it locked the chat. The count may miss one
+concurrently created follow-up for each database connection.
 """
 
 # Every condition except the last uses the chat's values at the time of the lock.
@@ -142,9 +142,8 @@ def create_if_clear(
 ) -> Steps[FollowUp | None]:
     """Insert a pending follow-up and return it, or None if one statement cannot decide.
 
-    This single statement replaces a transaction of several statements. The statement handles only the case in which the
-    API key is valid, the chat is not locked, the user did not write last, and neither a messaging window nor a quota
-    applies.
+    This single statement replaces a transaction of several statements. The statement inserts only if the API key is
+    valid, the chat is not locked, and the user did not write last. No messaging window and no quota may apply.
     """
     created: Sequence[FollowUp] = yield _CREATE_IF_CLEAR(
         workspace_id=workspace_id,

@@ -101,5 +101,5 @@ def last_tick(connection: Connection) -> float:
 
 
 def stale_after(interval: timedelta) -> timedelta:
-    """Return the age from which the last tick counts as stale. Restarting beat takes less time than this."""
+    """Return the age from which the last tick counts as stale. A restart of beat takes less time."""
     return max(STALE_TICKS * interval, STALE_AT_LEAST)

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from followups.store.holds import WorkspaceHours
     from followups.store.leases import Lease, Rules
 
-# This query locks nothing. The query returns no obstacle for a follow-up that another transaction has locked. A locked
+# This query locks nothing. For a follow-up that another transaction has locked, the query returns no obstacle. A locked
 # follow-up is tried again shortly.
 _OBSTACLES = text(read_sql("begin_checks").replace("FOR NO KEY UPDATE SKIP LOCKED", "OFFSET 0") + read_sql("obstacles"))
 

@@ -1,7 +1,7 @@
 """Pruning deletes old finished follow-ups, old chat messages and expired idempotency keys.
 
-Finished follow-ups are deleted with their failed attempts. Rows are deleted in batches, oldest first; each short
-transaction skips locked rows. Pending follow-ups are never deleted.
+Finished follow-ups are deleted with their failed attempts. Rows are deleted oldest first, in short transactions that
+skip locked rows. Pending follow-ups are never deleted.
 """
 
 from __future__ import annotations

@@ -120,7 +120,7 @@ def of(connection: Connection, workspace_id: UUID, channel: str) -> list[Limit]:
 
 @dataclass(frozen=True, slots=True)
 class Limitable:
-    """A leased follow-up's facts for the rate limits: workspace, chat, channel and order."""
+    """What the rate limits need to know about a leased follow-up."""
 
     id: UUID
     ended: bool

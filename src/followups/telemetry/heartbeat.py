@@ -124,8 +124,8 @@ class Heartbeat:
         """Record that a component made progress.
 
         ``at`` is the time in monotonic seconds, by default now. The component must report again before ``within`` has
-        elapsed. If the component does not report in time, the heartbeat reports its name and ``otherwise``. For
-        example, ``otherwise`` can be "has not asked the broker for work".
+        elapsed. If the report is late, the heartbeat names the component and shows ``otherwise``. For example,
+        ``otherwise`` can be "has not asked the broker for work".
         """
         with self._lock:
             if not self._ending:

@@ -1,7 +1,8 @@
 """HTTP calls through libcurl and their outcomes, shared by the transports that use HTTP.
 
 The outcome of a failed call depends on what may have been sent (`http_exchange`). An error before any part of the
-request was sent is a `Retry`. An error between the first sent byte and the complete response head is `Unknown`.
+request was sent is a `Retry`. If a call fails after sending a byte and before receiving the response head, its outcome
+is `Unknown`.
 """
 
 from __future__ import annotations
@@ -124,7 +125,7 @@ class HttpClient:
 
         ``url`` is absolute, ``headers`` are this request's header lines, and ``body`` is JSON in UTF-8.
 
-        Whatever the receiver answers, no error is raised. Raises `RuntimeError` if the transport was not opened.
+        No response from the receiver causes an exception. Raises `RuntimeError` if the transport was not opened.
         """
         exchange = self._spare.pop() if self._spare else Exchange(self._options, self._sockets)
         exchange.prepare(url, [*self._headers, *headers], body, uptime() + self._timeout)

@@ -69,7 +69,7 @@ def test_change_then_schedule_during_a_reply(api: Api, engine: Engine, change: s
 
 
 def test_moved_during_a_reply(api: Api, engine: Engine) -> None:
-    """Moving a follow-up locks both chats, so a reply in either chat waits for the move."""
+    """While a follow-up moves between two chats, a reply in either chat waits."""
     created, target = api.create(), api.chat()
     for chat_id, left in ((created["chatId"], [created["id"]]), (target, [])):
         with ThreadPoolExecutor(1) as pool, Session(engine) as session:

@@ -169,7 +169,7 @@ async def scripted(
 
 
 def answer(status: int | str, body: bytes = b"", **headers: str) -> bytes:
-    """Return the bytes of an HTTP response; ``retry_after="1"`` becomes the header ``retry-after: 1``."""
+    """Return an HTTP response as bytes; keyword arguments become headers."""
     lines = [f"HTTP/1.1 {status} Whatever", f"content-length: {len(body)}"]
     lines += [f"{name.replace('_', '-')}: {value}" for name, value in headers.items()]
     return "\r\n".join([*lines, "", ""]).encode() + body

@@ -175,7 +175,7 @@ JSON = st.recursive(
 @QUICK
 @given(body=st.binary(max_size=200) | JSON.map(lambda value: json.dumps(value).encode()))
 def test_any_body_is_accepted(dialect: Dialect, body: bytes) -> None:
-    """With any body, a 2xx is `Sent` and a 429 is `Snoozed`."""
+    """A 2xx is `Sent` and a 429 is `Snoozed`, whatever the body contains."""
     assert isinstance(outcome_of(Answer(200, body=body), dialect), Sent)
     outcome = outcome_of(Answer(429, body=body), dialect)
     assert isinstance(outcome, Snoozed)

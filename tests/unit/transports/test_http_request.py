@@ -84,7 +84,7 @@ async def test_the_key_is_the_follow_ups_id_on_every_attempt() -> None:
 
 
 async def test_the_request_is_json_posted_to_the_url() -> None:
-    """The request posts JSON to the configured URL, including its path and query."""
+    """JSON is posted to the configured URL, including the URL's path and query."""
     request = await requested(a_delivery(), path="/in/box?token=a%2Bb&x=1")
     assert request.target == "/in/box?token=a%2Bb&x=1"
     assert request.headers["content-type"] == "application/json"

@@ -148,7 +148,7 @@ def _difference(standing: FollowUpState) -> str:
 
 
 def lags(standings: Sequence[FollowUpState]) -> dict[str, float | None]:
-    """Return quantiles of the lag in milliseconds, for messages that the first attempt delivered."""
+    """Return quantiles of the lag in milliseconds, for messages accepted at the first attempt."""
     ordered = sorted(each.lag for each in standings if each.lag is not None and not each.retried)
     if not ordered:
         return dict.fromkeys(QUANTILES)

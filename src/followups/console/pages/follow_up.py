@@ -156,7 +156,7 @@ def _own(visit: Visit, session: Session) -> FollowUp:
 
 
 def _changed(visit: Visit, typed: FollowUpForm, change: Callable[[Session, FollowUp], FollowUp]) -> Response:
-    """Make a change in one transaction, then redirect or show the refusal."""
+    """Change the follow-up in one transaction; redirect, or show why the change was refused."""
     status = HTTPStatus.OK
     changed: UUID | None = None
     try:

@@ -60,7 +60,7 @@ def show(visit: Visit) -> Response:
 def schedule(visit: Visit) -> Response:
     """Schedule the follow-up and redirect to it.
 
-    If "Check" was pressed, show the due date's consequences without scheduling anything.
+    The "Check" button shows the consequences without scheduling anything.
     """
     form = visit.form
     typed = ScheduleForm(form.text("chat"), form.raw("message"), form.text("due"), form.text("workspace"))

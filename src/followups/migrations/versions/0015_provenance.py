@@ -1,4 +1,4 @@
-"""Add the duration of the accepted attempt, and the API key that created the follow-up."""
+"""Add columns for the duration of the accepted attempt and for the API key of the create request."""
 
 from __future__ import annotations
 

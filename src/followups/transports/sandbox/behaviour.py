@@ -1,4 +1,4 @@
-"""The sandbox's behaviours, which are set over HTTP, and the replies that follow from them."""
+"""The behaviours of the sandbox, and how the sandbox replies in each of them."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ class Behaviour(WireModel):
     delay: Seconds | None = None
     """Seconds before the response: by default 5 for ``slow``, and 0 for all other behaviours."""
     retry_after: Seconds | None = None
-    """Retry-After of the answer, in seconds; by default 1 for ``rate_limit``, and no header otherwise."""
+    """Seconds in the Retry-After header; the default is 1 for ``rate_limit``, and no header otherwise."""
     body: Annotated[str, Field(max_length=1_000_000)] | None = None
     """The response body that replaces the default body."""
 
