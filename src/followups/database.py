@@ -303,7 +303,7 @@ def _note_time(_connection: object, record: ConnectionPoolEntry) -> None:
 def is_read_committed(connection: Connection) -> bool:
     """Return whether the connection still has the isolation level READ COMMITTED.
 
-    The result is also False if the connection was not opened by this module's engine.
+    The result is also False for a connection of another engine.
     """
     driver = connection.connection.driver_connection
     if _MADE not in connection.info or driver is None or driver.autocommit:

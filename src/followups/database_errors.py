@@ -23,7 +23,7 @@ An error with one of these messages has no SQLSTATE.
 
 
 class UnfitDatabaseError(psycopg.NotSupportedError):
-    """The database cannot store every value or keep session state; the message names the remedy."""
+    """The database cannot store some values or loses session state; the message names a remedy."""
 
 
 PASSING_CLASSES = frozenset({"08", "25", "40", "53", "55", "57", "58"})

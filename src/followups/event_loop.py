@@ -143,7 +143,7 @@ def driver_rows(
 
 
 async def _tuples(connection: Connection, sql: bytes, parameters: Mapping[str, Any]) -> list[tuple[Any, ...]]:
-    # In the server and psycopg together, binary rows take a third less time than text.
+    # PostgreSQL and psycopg together need a third less time for binary rows than for text rows.
     async with connection.cursor(binary=True, row_factory=tuple_row) as cursor:
         await cursor.execute(sql, parameters)
         return await cursor.fetchall()

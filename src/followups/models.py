@@ -68,7 +68,7 @@ WAYS = {
 
 
 def readable(*columns: str) -> str:
-    """Return the SQL condition for times that Python can represent.
+    """Return an SQL condition that holds only for times that Python can represent.
 
     A manual change could store a time outside this range. Every query of that row would then fail.
     """
@@ -112,7 +112,7 @@ class Workspace(Base):
     deletion_began_at: Mapped[datetime | None]
     """The time at which the workspace's deletion began.
 
-    From this time on, new follow-ups and API keys are refused.
+    Once the deletion has begun, the workspace accepts no new follow-ups or API keys.
     """
 
 
@@ -409,7 +409,7 @@ class FollowUp(Base):
     in the past, the follow-up is due at once but not yet late.
     """
     next_attempt_at: Mapped[datetime | None]
-    """The next attempt's time after a retry or a deferral, or None for the due date."""
+    """The time of the next attempt, or None if the next attempt is made at the due date."""
     waits_for: Mapped[UUID | None]
     """The earlier follow-up of the chat that must end before this follow-up can be sent."""
     lease_token: Mapped[int] = mapped_column(BigInteger, server_default="0")

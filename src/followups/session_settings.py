@@ -48,8 +48,8 @@ SESSION: Mapping[str, str] = {
 }
 """The settings of all sessions, regardless of server, database, role or environment.
 
-A single statement applies the settings. Settings in `options` at connection startup would be rejected by PgBouncer and
-RDS Proxy.
+A single statement applies the settings. PgBouncer and RDS Proxy would reject settings given in the connection's
+`options`.
 """
 
 BY_KEY: Mapping[str, str] = {

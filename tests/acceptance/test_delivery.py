@@ -130,7 +130,7 @@ OTHERS: list[dict[str, Any]] = [
     {"body_encoding": "none"},
     {"body": "x" * (LONGEST_BODY + 1)},
 ]
-"""Headers of broker messages that a worker must not decode."""
+"""Properties of broker messages; a worker must not decode messages with these properties."""
 
 
 def message(**other: Any) -> str:

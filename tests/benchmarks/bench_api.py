@@ -269,7 +269,7 @@ def loads_of(
 
 
 def report(loads: list[ApiLoad]) -> None:
-    """Print the medians of all rounds; ratios within each round cancel out other load."""
+    """Print each figure's median; ratios are taken within a round, so that other load cancels out."""
     bare = loads[0].rates
     sys.stdout.write(f"{'':12} {'requests/s':>10} {'of bare':>8} {'p50 ms':>8} {'p99 ms':>8} {'CPU ms':>8}\n")
     for load in loads:

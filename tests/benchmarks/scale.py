@@ -47,7 +47,7 @@ _CHATS = text("""
     INSERT INTO chats (workspace_id, id, last_message_id, last_message_role, last_message_at)
     SELECT :workspace, gen_random_uuid(), gen_random_uuid(), 'agent', now() FROM generate_series(1, :chats)
 """)
-# Rows of different chats alternate in storage, as if they had arrived in random order.
+# Consecutive rows belong to different chats, as if they had been created in random order.
 _ROWS = """
     INSERT INTO follow_ups (workspace_id, chat_id, due_date, message, trigger_chat_message_id {columns})
     SELECT :workspace, chat.id, now() - n * interval '1 ms', 'Still there?', gen_random_uuid() {values}

@@ -1,7 +1,7 @@
 """Creates the README's pictures of the console.
 
-To create them, run ``PYTHONPATH=tests uv run python tests/console/pictures.py``. The script serves the console on
-embedded servers with a workspace that shows every feature, and takes screenshots with the tests' own browser.
+To create them, run ``PYTHONPATH=tests uv run python tests/console/pictures.py``. The script runs the console on
+embedded servers, with a workspace that shows every feature. The tests' browser takes the screenshots.
 """
 
 from __future__ import annotations

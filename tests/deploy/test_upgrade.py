@@ -56,7 +56,7 @@ def previous(settings: Settings, engine: Engine) -> Iterator[Rig]:
 
 @pytest.fixture
 def old_code(tmp_path: Path) -> str:
-    """Return a directory with the code before the newest migration, from the repository's history."""
+    """Return a directory with the repository's code from before the newest migration."""
     if not (git := shutil.which("git")) or not (ROOT / ".git").exists():
         pytest.skip("there is no history to take the old code from")
 

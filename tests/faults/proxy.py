@@ -105,7 +105,7 @@ class Proxy:
 
     def _freeze(self) -> None:
         self.frozen += len(self._open) // 2
-        self._forwarding.clear()  # open connections wait for the old event, which is never set again
+        self._forwarding.clear()  # open connections wait for this event, which is never set again
         self._forwarding = asyncio.Event()
         self._forwarding.set()
 

@@ -1,4 +1,4 @@
-"""If the database and the ticks are unavailable for longer than a lease, no outcome is lost."""
+"""If the database is down and no tick runs for longer than a lease, no outcome is lost."""
 
 from __future__ import annotations
 

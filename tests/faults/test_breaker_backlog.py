@@ -71,7 +71,7 @@ def lag_p50_ms(rig: Rig, ids: list[UUID]) -> float:
 
 
 def test_backlog_that_is_left_alone(rig: Rig, figures: Figures) -> None:
-    """While a failing workspace's backlog waits, other follow-ups are sent; the backlog follows later."""
+    """A failing workspace's backlog is sent later; other workspaces' follow-ups do not wait."""
     rig.options |= {"FOLLOWUPS_MAX_IN_FLIGHT": "200", "FOLLOWUPS_CONCURRENCY": "8", "FOLLOWUPS_BREAKER_FAILURES": "20"}
     backlog(rig, figures, overdue=1500, others=50)
 

@@ -1,4 +1,4 @@
-"""Tests in which one workspace has a hundredfold load or a backlog, without delaying others."""
+"""A backlog or a hundredfold load in one workspace does not delay other workspaces."""
 
 from __future__ import annotations
 

@@ -237,7 +237,7 @@ class TestFreeing:
         return [lease.id for lease in leases]
 
     def test_released_in_the_order_of_deferral(self, world: World, engine: Engine, settings: Settings) -> None:
-        """Up to the given number, the given workspaces' follow-ups are released in the order of deferral."""
+        """Follow-ups of the given workspaces are released in the order of their deferral, up to a limit."""
         other, third = World(engine), World(engine)
         mine = self.deferred(world, engine, settings, 10, 40)
         theirs = self.deferred(other, engine, settings, 20, 30)

@@ -67,7 +67,7 @@ async def fail_after_rename(of: Database) -> None:
 
 
 async def fill(of: Database) -> None:
-    """Open as many sessions as the pool holds, and use each of them once."""
+    """Open all sessions that the pool allows, and use each of them once."""
     together = asyncio.Barrier(SESSIONS)
 
     async def use() -> None:
@@ -165,7 +165,7 @@ def written(engine: Engine, statement: Statement, **parameters: Any) -> list[tup
 
 
 def open_sessions(engine: Engine) -> None:
-    """Open as many sessions as the pool holds, and use each of them once."""
+    """Open all sessions that the pool allows, and use each of them once."""
     with ExitStack() as stack:
         for connection in [stack.enter_context(engine.connect()) for _ in range(SESSIONS)]:
             event_loop.driver_rows(connection, ONE, {})

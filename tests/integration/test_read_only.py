@@ -28,7 +28,7 @@ WRITE = Statement("UPDATE dispatcher_state SET last_tick_at = now() RETURNING id
 
 
 def fill(engine: Engine) -> None:
-    """Open as many sessions as the pool holds, and use each of them once."""
+    """Open all sessions that the pool allows, and use each of them once."""
     with ExitStack() as stack:
         for _ in range(SESSIONS):
             stack.enter_context(engine.connect()).execute(text("SELECT 1"))

@@ -425,7 +425,7 @@ def test_a_row_that_cannot_be_claimed(world: World, engine: Engine, settings: Se
 def test_a_time_before_the_calendar(
     world: World, engine: Engine, settings: Settings, moment: str, take: Callable[..., Claim]
 ) -> None:
-    """If a next attempt is dated before Python's first year, the follow-up begins as due."""
+    """If the next attempt is dated before year 1, the follow-up counts as due and begins."""
     unchecked(world, "follow_ups")
     ids = {world.follow_up(next_attempt_at=text(f"timestamptz '{moment}'")), world.follow_up()}
     assert begun(begin(engine, settings, take(engine, settings).leases)) == ids

@@ -337,7 +337,7 @@ def malformed(detail: str) -> problems.ProblemAnswer:
     return problems.of_status(HTTPStatus.BAD_REQUEST, detail, _CLOSE)
 
 
-# The unread rest of the body stays on the connection. The connection therefore cannot be reused.
+# The rest of the request's body has not been read. The connection therefore cannot be reused.
 _CLOSE = {"connection": "close"}
 TOO_LONG_A_HEADER = problems.of_status(
     HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE, f"The header must have at most {MAX_HEADER_SIZE:,} bytes.", _CLOSE

@@ -50,7 +50,7 @@ AHEAD_FOR = timedelta(seconds=1)
 """The time for which a count made in advance remains valid."""
 
 SHARE_AHEAD = 600
-"""A process reserves at most the limit divided by this number, a tenth of a second's requests."""
+"""A process reserves at most the limit per minute divided by this number: a tenth of a second's requests."""
 
 
 @dataclass(slots=True)

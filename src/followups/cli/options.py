@@ -189,7 +189,7 @@ def parse_rate(text: str) -> float:
 
 
 def default_burst(rate: float) -> int:
-    """Return the default burst: the follow-ups that the rate allows per second, at least one.
+    """Return the default burst: as many follow-ups as the rate allows in a second, but at least one.
 
     >>> default_burst(50), default_burst(1 / 3)
     (50, 1)

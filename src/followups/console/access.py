@@ -23,7 +23,7 @@ class Permission(StrEnum):
     """A permission that a console route requires."""
 
     PUBLIC = "public"
-    """The permission of routes that need no session: sign-in and static files."""
+    """The permission for routes that need no session, such as sign-in."""
     SEE = "see"
     CHANGE = "change"
     """The permission to schedule, change, cancel, send now and retry follow-ups."""

@@ -47,7 +47,7 @@ class Zone:
         return moment.astimezone(self.info).strftime("%Y-%m-%d %H:%M:%S")
 
     def day(self, moment: datetime) -> Sentence:
-        """Format a time for display, with the day of the week and to the minute.
+        """Format a time for display as weekday, date, hour and minute.
 
         >>> str(Zone("UTC").day(datetime(2030, 1, 31, 12, tzinfo=UTC)))
         'Thursday 2030-01-31 12:00'

@@ -107,7 +107,7 @@ def release(engine: Engine, batch: Sequence[Lease]) -> None:
 def unclaimable(
     engine: Engine, settings: Settings, since: datetime | None, without: tuple[UUID, ...], *, fairly: bool
 ) -> tuple[UUID, ...]:
-    """Return and log the follow-ups whose unwritable rows make a claim fail."""
+    """Return and log the follow-ups that make a claim fail because their rows cannot be written."""
     with engine.connect() as connection:
         ids = claims.candidates(connection, _search(settings, since, without), fairly=fairly)
 

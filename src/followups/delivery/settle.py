@@ -46,8 +46,8 @@ again under the same keys. The wait is at most as long as a quick call, because 
 call's outcome.
 """
 SHORT_GATHER = timedelta(milliseconds=5)
-"""How long to wait for enough results if the receiver cannot deduplicate. If the process were killed, each outcome that
-is not yet recorded would become unknown.
+"""How long to wait for enough results if the receiver cannot deduplicate. If the process is killed, all unrecorded
+outcomes become unknown.
 """
 SETTLE_RETRY_DELAY = timedelta(milliseconds=50)
 """Pause before another attempt to settle a row that is locked by another transaction."""

@@ -31,7 +31,7 @@ class Slots:
         """Allow ``number`` simultaneous calls."""
         self.number = self.free = number
         self._share = max(1, number * 7 // 8)
-        """The largest number of slots of one workspace while other workspaces are active."""
+        """The most slots that one workspace may use while other workspaces are active."""
         self._of_workspace: dict[int, int] = {}
         self._poison_pills: dict[UUID, int] = {}
         """Possible poison pills without a recorded outcome, each with its share of the quota."""

@@ -38,7 +38,7 @@ def make_temporary_directory(parent: Path | None = None) -> Path:
 def memory_directory() -> Path | None:
     """Return an in-memory file system with room for a few databases, or None if there is none.
 
-    A container's in-memory file system has only 64 MB.
+    By default, a container's in-memory file system has only 64 MB.
     """
     memory = Path("/dev/shm")  # noqa: S108 - make_temporary_directory makes a private one in it
     return memory if memory.is_dir() and shutil.disk_usage(memory).free >= MEMORY_WANTED else None

@@ -150,7 +150,7 @@ class BreakerStore:
         name = _key(settings, transport)
         self._keys = [name, *(f"{name}:{part}" for part in ("failing", "runs", "held"))]
         self._threshold = settings.breaker_failures
-        # This number is below the maximum number of attempts, so a workspace's only follow-up keeps its last attempt.
+        # A workspace is tripped before its only follow-up would use up its last attempt.
         self._in_a_row = max(1, min(policy.in_a_row, settings.max_attempts - 1))
         self._policy = policy.arguments()
 
@@ -312,7 +312,7 @@ class BreakerStatus:
     seconds: float
     probed: int
     tripped: frozenset[int] = frozenset()
-    """The keys of the tripped workspaces (`followups.store.leases.key_of`)."""
+    """The queue keys of the tripped workspaces, as returned by `followups.store.leases.key_of`."""
 
 
 def read(client: redis.Redis, settings: Settings) -> BreakerStatus:

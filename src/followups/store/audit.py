@@ -1,4 +1,4 @@
-"""Audit events: manual changes and bulk commands with their authors.
+"""Audit events, which record each manual change and bulk command with its author.
 
 Each event is recorded in the same transaction as the change. Audit events contain no message texts, and no reasons in a
 caller's own words.
@@ -44,8 +44,8 @@ class Way(StrEnum):
 class Actor:
     """The author of a change: an API key, a console session or an operating-system user.
 
-    API keys and console sessions are identified by id, operating-system users by name. The INSERT reads an omitted name
-    or prefix from the API key's row.
+    API keys and console sessions are identified by id, operating-system users by name. If an API key's name or prefix
+    is omitted, the INSERT reads it from the key's row.
     """
 
     way: Way
@@ -54,7 +54,7 @@ class Actor:
 
 
 SERVICE = Actor(Way.SERVICE, name="followups")
-"""The service as author of events without a person, such as an API key's expiry."""
+"""The service itself, as the author of events that no person causes, such as an API key's expiry."""
 
 
 @lru_cache

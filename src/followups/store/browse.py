@@ -2,8 +2,8 @@
 
 As in `followups.store.listing`, a page is merged from several lists of rows, one for each workspace and each value of
 one column. These rows are read in the order of an index. Conditions without an index are checked row by row. The search
-therefore works backwards by time intervals, until the caller's time limit expires. The next search continues where this
-one stopped.
+therefore goes back in time, interval by interval, until the caller's time limit expires. The next search continues
+where this one stopped.
 """
 
 from __future__ import annotations
@@ -93,7 +93,7 @@ class BrowseCursor(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """A follow-up with its chat and workspace, without the message. The message is not loaded."""
+    """A follow-up with its chat and workspace, without the message."""
 
     follow_up: FollowUp
     channel: str

@@ -224,7 +224,7 @@ _COUNTED = text("SELECT reltuples FROM pg_class WHERE oid = 'follow_ups'::regcla
 def planner_expects_fewer_than(engine: Engine, number: int) -> bool:
     """Return whether the planner's estimate of the table is below this number of rows.
 
-    The estimate uses the table's size, and is therefore good even for a new table.
+    The estimate is good even for a new table, because it is based on the table's size.
     """
     with engine.connect() as connection:
         return bool(0 <= connection.execute(_COUNTED).scalar_one() < number)

@@ -97,7 +97,8 @@ def measure_backlog(connection: Connection, *, window: int) -> Backlog:
         plan = connection.execute(_ESTIMATE_PENDING).scalar_one()
         pending = max(pending, int(plan[0]["Plan"]["Plan Rows"]))
     if overdue > BACKLOG_EXACT_UP_TO:
-        share = connection.execute(_SHARE_OVERDUE).scalar_one() or 0  # None if the table was never analyzed
+        # the share is None if the table was never analyzed
+        share = connection.execute(_SHARE_OVERDUE).scalar_one() or 0
         overdue = max(overdue, int(share * pending))
     return Backlog(pending, overdue, float(row.oldest_overdue), row.in_flight)
 

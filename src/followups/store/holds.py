@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from followups.store.leases import Lease
 
 NEVER = datetime(9998, 12, 31, tzinfo=UTC)
-"""A paused follow-up's next attempt, later than any claim and any realistic due date."""
+"""The next attempt of a paused follow-up: a date too far in the future for any claim."""
 
 
 @dataclass(frozen=True, slots=True)

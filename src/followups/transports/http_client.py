@@ -148,7 +148,7 @@ class HttpClient:
             if exchange.stale is None or not self._is_open:
                 return code
             if exchange.stale in refused and self._curls is curls:
-                # If our callback rejects a stale connection, libcurl closes the connection, except with HTTP/2.
+                # When our callback rejects a stale connection, libcurl closes it unless it uses HTTP/2.
                 self._retired.append(curls)
                 self._curls = None
             refused.add(exchange.stale)

@@ -181,7 +181,7 @@ class Exchange:
         headers = {} if self._status // 100 == 2 else _headers(self._head)  # noqa: PLR2004 - 2xx, of which none is read
         return Answer(self._status, headers, b"".join(self._parts), _flaw(code))
 
-    # The following methods are libcurl's callbacks, in the order in which libcurl calls them.
+    # The following methods are callbacks, in the order in which libcurl calls them.
 
     def _opening(self, socket: int, _purpose: int) -> int:
         self._opened.append(socket)

@@ -1,8 +1,8 @@
 """Celery's broker connection: kombu's Redis transport, extended to tolerate bad entries and Redis errors.
 
-In kombu 5.7, an entry that is not JSON, or has an unexpected shape, raises an exception out of the consumer. A Redis
-error (READONLY, MISCONF, NOPERM) on a read has the same effect. Any exception that escaped from the consumer would end
-the worker. A single LPUSH, or a failover of Redis, would stop every worker in this way.
+The consumer of kombu 5.7 raises an exception if a queue entry is malformed or not JSON. A Redis error (READONLY,
+MISCONF, NOPERM) on a read has the same effect. Any exception that escaped from the consumer would end the worker. A
+single LPUSH, or a failover of Redis, would stop every worker in this way.
 
 A worker shuts down cleanly even while the broker does not answer. Celery 5.7 sends its heartbeats to Flower from the
 consumer's own loop. While the broker is silent, Celery retries a heartbeat endlessly, logs nothing and ignores SIGTERM.
@@ -75,7 +75,7 @@ class Loader(AppLoader):
 
 
 class BrokerConnection(KombuConnection):
-    """A broker connection that is retried within seconds, however long the broker has been unreachable."""
+    """A broker connection that retries every few seconds, even after a long outage."""
 
     def ensure_connection(self, *arguments: Any, **named: Any) -> Any:  # noqa: ANN401 - kombu's own
         """Connect to the broker, and retry until that succeeds."""

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from followups.settings import Settings
 
 SENDING = timedelta(seconds=60)
-"""Longest time for sending a tick; a silent broker gets half of this time."""
+"""Longest time that sending a tick may take; the broker may be silent for half of it."""
 
 LATE = timedelta(seconds=10)
 """How late the scheduler may return from its sleep."""

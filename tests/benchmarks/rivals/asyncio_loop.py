@@ -1,4 +1,4 @@
-"""The upper limit: a bare asyncio loop without a broker, which claims, sends and records in batches."""
+"""An upper limit for throughput: a bare asyncio loop that works in batches, without a broker."""
 
 from __future__ import annotations
 

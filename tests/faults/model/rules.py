@@ -55,7 +55,7 @@ def end_before_begin(*, replied: bool) -> Final | None:
 
 @cache
 def end_after_loss(losses: int, cancel_requested: str, *, deduplicates: bool) -> Final | None:
-    """Return how `followups.delivery.claim.after_loss` ends a follow-up whose lease was lost in flight."""
+    """Return what `followups.delivery.claim.after_loss` decides about a lease lost in flight."""
     return after_loss(losses, cancel_requested or None, deduplicates=deduplicates)
 
 

@@ -1,7 +1,7 @@
 """The model's states: two follow-ups of one chat, three workers, and a broker that loses hints.
 
-The broker may also repeat hints. The model does not include time. A lease may expire at any moment, so every order of
-events is covered. The model has one chat and no batches, because no promise depends on more.
+The broker may also repeat hints. The model has no clock. A lease may expire at any moment, so every order of events is
+covered. One chat without batches is enough, because no promise depends on more.
 """
 
 from __future__ import annotations

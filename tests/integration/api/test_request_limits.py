@@ -136,7 +136,7 @@ def test_deep_pages_keep_their_starting_points(
 def test_starting_points_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     """A deep page is read from the nearest stored starting point before it.
 
-    Each starting point expires. If there are too many starting points, the oldest are discarded.
+    Each stored starting point expires after some time. If there are too many starting points, the oldest are discarded.
     """
     starts, moment = PageStarts(), in_a_list(0).created_at
     for number in range(pagination.MOST_STARTS + 1):

@@ -181,7 +181,7 @@ def read_timeout(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> Iterato
 
 
 def unread(address: tuple[str, int], sent: bytes) -> socket.socket:
-    """Send bytes on a new connection with a small receive window; leave the response unread."""
+    """Send bytes over a new connection with a small receive window, without reading the response."""
     connection = socket.socket()
     connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
     connection.settimeout(10)

@@ -27,7 +27,7 @@ def test_flower_listens_on_loopback() -> None:
 
 
 def test_a_command_line_is_run_by_a_shell_with_more_arguments(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The shell expands a Procfile line; further arguments reach the command unchanged."""
+    """The shell expands the Procfile's line but leaves further arguments unchanged."""
     monkeypatch.setitem(COMMANDS, "probe", "printf '%s|' ${NAME:-unnamed}")
     monkeypatch.delenv("NAME", raising=False)
     ran = subprocess.run(argv("probe", "a b", "$c"), capture_output=True, text=True, check=True)

@@ -250,7 +250,7 @@ async def test_a_connection_closed_before_any_data_is_retried(steps: int, *, res
     """A call is retried if the receiver closes the new connection before receiving any data."""
     received: list[bytes] = []
 
-    def hang_up() -> None:  # runs in a thread, which is not blocked
+    def hang_up() -> None:  # runs in a thread, so it does not block the event loop
         connection, _ = listening.accept()
         with connection:
             time.sleep(0.05)

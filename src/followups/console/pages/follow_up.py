@@ -100,7 +100,7 @@ def cancel(visit: Visit) -> Response:
         changes: dict[str, Any] = {"status": Status.CANCELLED}
         if typed.reason:
             changes["reason"] = typed.reason
-        # Without this check, a second cancel with another reason would appear as a conflict.
+        # Without this check, cancelling again with a different reason would be reported as a conflict.
         if found.status == Status.CANCELLED:
             raise AlreadyFinishedError
         changed = _amend(visit, session, found, changes)
@@ -205,7 +205,7 @@ def _check_version(visit: Visit, found: FollowUp) -> None:
 
 
 def _as_typed(message: str) -> str:
-    """Return the message with the line endings that a browser sends from a text field."""
+    """Return the message with the line endings of text read from the console's forms."""
     return message.replace("\r\n", "\n").replace("\r", "\n")
 
 

@@ -1,4 +1,4 @@
-"""Add audit events, and the time at which the deletion of a workspace began."""
+"""Add audit events, and a column for the time at which a workspace's deletion began."""
 
 from __future__ import annotations
 
