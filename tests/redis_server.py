@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 PROGRAM = shutil.which("redis-server")
 
 MISSING = "Redis is not installed: apt-get install redis-server."
-"""The reason why tests that need this Redis are skipped."""
+"""The reason given when tests that need this Redis are skipped."""
 
 PASSWORD = "s3cret/with?odd#characters"  # noqa: S105 - of a server that lives as long as a test
 

@@ -120,7 +120,7 @@ class Stack:
     def accepted(self, *ids: UUID) -> list[str]:
         """Return the ids of the follow-ups that the chat accepted, in order, including repeated ids.
 
-        ``ids`` restricts the result to these follow-ups.
+        If ``ids`` are given, only these follow-ups are returned.
         """
         wanted = set(map(str, ids))
         return [

@@ -21,7 +21,7 @@ R = TypeVar("R")
 
 @dataclass(slots=True)
 class Halved(Generic[T, R]):
-    """A halved batch's result: the parts' return values, the refused items and the untried items."""
+    """The result of a halved batch: what the parts returned, the refused items, and the items not tried."""
 
     done: list[R] = field(default_factory=list)
     refused: list[tuple[T, Exception]] = field(default_factory=list)

@@ -380,8 +380,8 @@ class FollowUp(Base):
             postgresql_where=text("held_until IS NOT NULL AND status = 'pending'"),
         ),
         {
-            # Free space on each page allows in-place updates of leases. The table is updated often, so it is vacuumed
-            # early.
+            # Free space on each page lets an updated lease stay on the same page. The table is updated often, so it is
+            # vacuumed early.
             "postgresql_with": {
                 "fillfactor": "85",
                 "autovacuum_vacuum_scale_factor": "0.02",

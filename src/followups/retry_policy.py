@@ -53,7 +53,7 @@ class RetryPolicy:
         return self.ceiling(attempt) * jitter()
 
     def next_delay(self, attempt: int, jitter: Callable[[], float] = random.random) -> timedelta | None:
-        """Return the delay after the failed attempt ``attempt``, or None after the last attempt."""
+        """Return the delay after a failed attempt, or None if it was the last attempt."""
         return None if attempt >= self.max_attempts else self.jittered(attempt, jitter)
 
 

@@ -40,7 +40,7 @@ BY_VALUE = {
     *(label for _, label, _ in MENU),
     *("user", "message", "due date", "reason", "chat", "Not allowed", "Not found", "Not available"),
 }
-"""Texts selected by a value, which therefore appear literally in no call."""
+"""Texts that are looked up by a value, so that no call contains them literally."""
 
 
 def sentences() -> Iterator[str]:

@@ -131,7 +131,7 @@ def test_a_search_out_of_time_continues_by_a_link(
 ) -> None:
     """A page says how far back it has searched, and links to the continuation."""
     calls = count()
-    # Each page covers ten minutes, because its second step exceeds the time limit.
+    # The second step of each page runs out of time, so each page covers ten minutes.
     monkeypatch.setattr(browse, "within", lambda *given: None if next(calls) % 2 else within(*given))
     ids = [own.follow_up(due=HOUR, created_at=text(f"now() - interval '{age} min'")) for age in (5, 15, 35)]
     one = person("viewer", own)

@@ -49,7 +49,7 @@ PROCFILE = dict(
 
 @dataclass
 class Rig(Stack):
-    """A `Stack` of the Procfile's commands, with failpoints and a record of acknowledged requests."""
+    """A `Stack` that runs the Procfile's commands, with failpoints and a log of acknowledged requests."""
 
     rng: random.Random = field(default_factory=lambda: random.Random(0))  # noqa: S311 - not for secrets
     postgres: EmbeddedPostgres | Replicated | None = None

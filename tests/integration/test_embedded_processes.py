@@ -161,7 +161,7 @@ def _assert_gone(pids: list[int], directories: list[Path]) -> None:
 def test_a_killed_watchdog_is_replaced() -> None:
     """After a watchdog was killed, starting another process starts a new watchdog.
 
-    The new watchdog exits when the last process ends.
+    The new watchdog exits after the last guarded process has ended.
     """
     with Processes() as processes:
         processes.spawn("first", ["sleep", "600"])

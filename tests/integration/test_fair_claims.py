@@ -48,7 +48,7 @@ def worlds_of(engine: Engine, *counts: int, due: timedelta = timedelta(0)) -> li
 
 
 def bounded(settings: Settings, window: int) -> Settings:
-    """Return settings with a smaller limit of follow-ups in flight."""
+    """Return settings with a small limit of follow-ups in flight."""
     return settings.model_copy(update={"max_in_flight": window})
 
 
@@ -155,7 +155,7 @@ def test_window_with_earlier_due_dates(world: World, engine: Engine, settings: S
 
 
 def test_claim_in_order_detects_a_backlog(engine: Engine, settings: Settings) -> None:
-    """A claim in due order detects a backlog and respects a used-up in-flight limit."""
+    """If the in-flight limit is reached, a claim in due order detects a backlog and leases nothing."""
     worlds = worlds_of(engine, 90, 5)
     few = bounded(settings, 10)
     assert shares(claim(engine, few), worlds) == [5, 5]

@@ -245,7 +245,7 @@ class TestLateness:
         assert begun(claim_and_begin(engine, brief)) == ids
 
     def test_hours_that_are_moved(self, world: World, engine: Engine, settings: Settings) -> None:
-        """Held follow-ups become sendable when the new sending hours begin.
+        """If the sending hours change, held follow-ups wait until the new hours begin.
 
         Follow-ups that were already sendable keep the time at which they became sendable.
         """

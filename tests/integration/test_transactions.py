@@ -63,7 +63,7 @@ def test_no_extra_round_trip(engine: Engine) -> None:
 def test_the_commit_check_of_a_failed_transaction_is_dropped(
     world: World, engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The commit check of a failed transaction does not run for the connection's next transaction."""
+    """A failed transaction's commit check is not run for the next transaction on the connection."""
 
     def ask_and_fail(connection: Connection) -> None:
         ask_if_lost(connection, lambda _: False)

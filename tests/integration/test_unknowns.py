@@ -1,4 +1,4 @@
-"""If an outcome is unknown, the follow-up's reason mentions this, whatever its final state."""
+"""If an outcome is unknown, the follow-up's reason says so in every final state."""
 
 from __future__ import annotations
 

@@ -55,8 +55,7 @@ THREADS = 2
 """Maximum number of threads that serve probes and scrapes. Each thread uses one database connection."""
 
 STATEMENT_TIMEOUT = timedelta(seconds=10)
-"""Time limit of one SQL statement. Most clients give up before this limit is reached, and a statement normally takes
-milliseconds.
+"""Time limit of one SQL statement. A statement normally takes milliseconds, and most clients give up before this limit.
 """
 
 

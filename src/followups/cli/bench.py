@@ -55,7 +55,7 @@ AHEAD = timedelta(seconds=4)
 
 @dataclass(frozen=True, slots=True)
 class Lag:
-    """The lag in milliseconds: the time of acceptance minus the due date."""
+    """Lag in milliseconds, from the due date to the acceptance of the message."""
 
     p50: float | None
     p95: float | None

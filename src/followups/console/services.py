@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 
 FRESH = 1.0
-"""Seconds for which a result is reused."""
+"""The number of seconds for which a cached result is valid."""
 
 MAX_RESULTS = 1_000
 """Maximum number of cached results, one for each workspace."""

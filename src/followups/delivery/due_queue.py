@@ -83,7 +83,7 @@ class DueQueue:
         self.changed.set()
 
     def defer(self, lease: Lease, delay: timedelta) -> None:
-        """Enqueue a lease again, so that it is taken after a delay."""
+        """Put a lease back into the due queue, to be taken after a delay."""
         moment = max(self._clock.now() + delay, lease.due)
         heapq.heappush(self._heap, (moment, next(self._sequence), lease))
 

@@ -125,7 +125,8 @@ class Pipeline:
     def drain(self, limit: timedelta) -> int:
         """Begin no more follow-ups, settle the calls in flight, and release the unused leases.
 
-        Returns the number of results not recorded within ``limit``. Leases of unrecorded results expire.
+        Returns how many results could not be recorded within ``limit``. The leases of follow-ups without a recorded
+        result expire.
         """
         if not self._thread.is_alive():
             return 0

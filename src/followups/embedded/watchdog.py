@@ -44,7 +44,7 @@ class Watchdog:
     def guard_process(self, pid: int, stop_signal: signal.Signals, grace: float) -> None:
         """Have the watchdog stop this process after the owner has ended.
 
-        The process receives the signal, and its group receives SIGKILL after ``grace`` seconds.
+        The watchdog sends the signal to the process and, after ``grace`` seconds, SIGKILL to its group.
         """
         self._guard(pid, ["process", pid, int(stop_signal), grace])
 

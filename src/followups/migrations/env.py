@@ -45,8 +45,8 @@ _HOLDER = text("""
 
 def _bound_locks(connection: Connection) -> None:
     # The timeout is set in each transaction, whatever the previous transaction has set. An index that is created
-    # concurrently is created outside a transaction. A concurrent index build may wait as long as the migration: no
-    # query waits behind it.
+    # concurrently is created outside a transaction. A concurrent index build blocks no queries, so it may wait as long
+    # as the whole migration may.
     if connection.get_execution_options().get("isolation_level") != "AUTOCOMMIT":
         connection.exec_driver_sql(f"SET LOCAL lock_timeout = '{LOCK_TIMEOUT}'")
 
@@ -54,9 +54,9 @@ def _bound_locks(connection: Connection) -> None:
 def _lock(connection: Connection, wait: float) -> None:
     """Lock out other migrations until the transaction ends.
 
-    Raises `FollowUpsError` after ``wait`` seconds. The lock belongs to the transaction: behind a pooler, the session
-    outlives its client and would keep the lock. The lock is polled rather than waited for. A concurrent index creation
-    waits for every running statement. That includes any statement that waits for this lock.
+    Raises `FollowUpsError` if the lock is not acquired within ``wait`` seconds. The lock belongs to the transaction:
+    behind a pooler, the session outlives its client and would keep the lock. The lock is polled rather than waited for.
+    A concurrent index creation waits for every running statement. That includes any statement that waits for this lock.
     """
     deadline = time.monotonic() + wait
     while not connection.scalar(_TRY_LOCK):

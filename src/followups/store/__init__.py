@@ -15,6 +15,6 @@ chats locks them in ascending order of their ids.
 
 The dispatcher's statements lock no chat. Locked follow-ups are skipped (``SKIP LOCKED``) and retried later. The bulk
 cancel, the release of held follow-ups and pruning also skip locked rows. A caller's change never locks a follow-up in
-flight; the lock would delay the settle. Only a reply briefly locks the chat's follow-ups in flight, to request their
+flight; the lock would delay the settle. Only a reply locks follow-ups in flight, and only briefly, to request their
 cancellation.
 """

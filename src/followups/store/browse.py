@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from sqlalchemy import Connection, TextClause
 
 CHATS = 50
-"""The largest number of chats with the same external id that are searched."""
+"""The maximum number of chats that are searched for one external id."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -115,9 +115,9 @@ def park_pile(connection: Connection, parked: Collection[UUID]) -> int:
     return connection.execute(_PARK_PILE, {"ids": list(parked), "most": PILE}).rowcount
 
 
-# A constraint ensures that a waiting follow-up is pending. Repeating that condition might make the planner scan the
-# index of all pending follow-ups. If a waiting follow-up's row is locked, `unblock_orphaned` unblocks the follow-up
-# later.
+# A constraint ensures that a waiting follow-up is pending. If the query also required the status pending, the planner
+# might scan the index of all pending follow-ups. If a waiting follow-up's row is locked, `unblock_orphaned` unblocks
+# the follow-up later.
 _WAITING = "f.waits_for = ANY(CAST(:ids AS uuid[])) AND f.waits_for IS NOT NULL"
 
 _LOCK_WAITING = Statement(f"SELECT f.id FROM follow_ups f WHERE {_WAITING} FOR NO KEY UPDATE SKIP LOCKED")  # noqa: S608 - no input, only the constant above
@@ -228,7 +228,7 @@ def unblock_and_lease(
 def unblock_writable(
     connection: Connection, ended: Collection[UUID], lease: timedelta
 ) -> tuple[list[Lease], list[UUID]]:
-    """Unblock and lease follow-ups like `unblock_and_lease`, but with savepoints.
+    """Unblock and lease follow-ups; savepoints isolate rows that cannot be written.
 
     A follow-up whose row cannot be written stays blocked, and `unblock_orphaned` reports it.
     """

@@ -137,8 +137,8 @@ _TAKEN = Statement("""
 def take_external_id(workspace_id: UUID, external_id: str) -> Steps[None]:
     """Reserve an external id for the workspace until the transaction ends.
 
-    The caller then creates or updates the chat that has this id. Raises `ExternalChatTakenError` if another workspace's
-    chat has this external id and is not removed.
+    The caller then creates or updates the chat with this external id. Raises `ExternalChatTakenError` if another
+    workspace's chat has this external id and is not removed.
     """
     yield _LOCK_EXTERNAL_ID(external_id=external_id)
     if (yield _TAKEN(external_id=external_id, workspace_id=workspace_id)):

@@ -67,14 +67,14 @@ def take(workspace_id: UUID, kind: Kind, number: int) -> Steps[None]:
     """Reserve space in the quota for a number of new rows until the transaction ends.
 
     Raises `QuotaExceededError` if the quota does not allow this number of rows. The caller must have locked the chats.
-    For a workspace without a quota, this function does nothing.
+    If the workspace has no quota, this function does nothing.
     """
     found = yield _LOCK(workspace_id=workspace_id, kind=kind.value)
     if not found:
         return
     most, room = found[0]
     if room < number:
-        # This statement begins after the quota is locked, and so sees earlier transactions' commits.
+        # This statement starts after the quota is locked, so it sees what earlier transactions committed.
         (counted,) = yield _COUNT[kind](workspace_id=workspace_id, most=most)
         room = most - counted.number
     if room < number:

@@ -39,8 +39,8 @@ second.
 
 INTERVAL = timedelta(seconds=1)
 SILENCE = timedelta(seconds=10)
-"""Age of a heartbeat file above which its process counts as stopped; on a busy machine, a thread may be late by a
-second or two.
+"""A process whose heartbeat file is older than this counts as stopped. On a busy machine, a heartbeat may be a second
+or two late.
 """
 
 SIZE = 2048

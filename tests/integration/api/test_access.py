@@ -101,7 +101,7 @@ def test_successful_probes_are_logged_at_debug(stack: Stack, logged: Api) -> Non
 
 
 def test_refused_requests_are_logged(stack: Stack, logged: Api) -> None:
-    """Requests with an oversized body or an unknown path are logged like all requests."""
+    """A request with an oversized body or an unknown path is logged like any other."""
     answer = logged.client.post(FOLLOW_UPS, content=b"x" * (1024 * 1024 + 1))
     (line,) = lines(stack, "request", request_id=answer.headers["x-request-id"])
     assert (line["status"], line["workspace_id"]) == (413, None)

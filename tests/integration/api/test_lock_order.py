@@ -106,7 +106,7 @@ def test_finished_in_a_removed_chat(api: Api) -> None:
 def deadlocked(api: Api, engine: Engine, request: Callable[[], Any], created: dict[str, Any]) -> Any:
     """Let a request be aborted by a deadlock, and return the response.
 
-    Another transaction locks the request's follow-up, then waits for the chat locked by the request.
+    Another transaction locks the follow-up and then waits for the chat that the request has locked.
     """
     with ThreadPoolExecutor(1) as pool, engine.connect() as connection:
         connection.execute(text("SELECT FROM follow_ups WHERE id = :id FOR UPDATE"), {"id": created["id"]})

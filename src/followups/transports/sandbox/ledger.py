@@ -14,8 +14,8 @@ from uuid import uuid4
 KEEP_RECORDS = 200_000
 """Number of requests that are kept by default; the counts include all requests."""
 KEEP_KEYS = 1_000_000
-"""Number of idempotency keys that are kept. If there are more, the oldest key is removed, as in any receiver that
-deduplicates.
+"""Number of idempotency keys that are kept. When the limit is reached, the oldest key is removed, as in a real
+receiver.
 """
 
 QUANTILES = {"p50": 0.50, "p95": 0.95, "p99": 0.99, "max": 1.0}
