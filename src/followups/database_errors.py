@@ -35,7 +35,7 @@ use, operator intervention and system errors.
 
 
 def is_passing(error: Exception) -> bool:
-    """Return whether a retry may help: an unreachable or busy database, or a resolved deadlock."""
+    """Return whether a retry may help, for example after a deadlock or a lost connection."""
     cause = _cause(error)
     if isinstance(error, PoolTimeoutError) or isinstance(cause, psycopg.OperationalError):
         return True

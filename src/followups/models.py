@@ -143,8 +143,8 @@ class WorkspaceSendingHours(Base):
     open_until: Mapped[datetime]
     """The end of the current or next sending period. The database compares this time with the current time.
 
-    After a sending period, the first worker whose attempt is refused computes the next period. Workers therefore need
-    time zone data, but the database does not.
+    When a sending period has ended, a worker computes the next period. Workers therefore need time zone data, but the
+    database does not.
     """
 
 

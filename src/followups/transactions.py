@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncEngine
 
     Question = Callable[[Connection], bool | None]
-    """A query that returns whether a statement's changes are in the database.
+    """A query that tells whether a statement's changes were committed.
 
     The query returns None if the statement's transaction may still be running.
     """

@@ -119,7 +119,7 @@ def test_old_rows_are_pruned_during_deliveries(stack: Stack) -> None:
 
 
 def test_beat_schedules_pruning_once_an_hour(stack: Stack) -> None:
-    """Beat schedules ticks, and pruning once per hour, in the queue dispatch."""
+    """Beat schedules ticks, and an hourly pruning, in the dispatch queue."""
     code = (
         "import json; from followups.worker import app; schedule = app.conf.beat_schedule;"
         "entry = schedule['remove-old'];"

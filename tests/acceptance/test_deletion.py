@@ -31,7 +31,7 @@ def finish(command: subprocess.Popen[str]) -> str:
 
 
 def test_nothing_is_sent_after_a_deletion(stack: Stack) -> None:
-    """A deletion waits for attempts in flight; afterwards nothing is sent, and other data is not affected.
+    """A deletion waits for attempts in flight, prevents further messages, and affects no other data.
 
     A deletion that was killed continues when it is run again.
     """

@@ -322,7 +322,7 @@ def main() -> None:
         report(loads)
         create = loads[1]
         half = statistics.median(create.rates) / 2
-        for load in loads[:2] * 2:  # the bare endpoint too, as the limit of this machine
+        for load in loads[:2] * 2:  # measure the bare endpoint too: it shows the limit of this machine
             times = asyncio.run(paced(load, half, PACED_SECONDS))
             p50, p99 = (percentile(times, part) * 1000 for part in (0.5, 0.99))
             sys.stdout.write(f"{load.name} at {half:.0f}/s, half of our maximum: p50 {p50:.1f}, p99 {p99:.1f} ms\n")

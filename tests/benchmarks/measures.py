@@ -171,7 +171,7 @@ def cost(contestant: Ours, count: int) -> Figures:
         broker = max(broker, arena.broker_mb())
         time.sleep(0.2)
     bytes_each = float(arena.sql(wal)[0][0] - wal_before) / count
-    time.sleep(1.5)  # by then, PostgreSQL has updated its statistics
+    time.sleep(1.5)  # gives PostgreSQL time to update its statistics
     dead = arena.sql("SELECT n_dead_tup FROM pg_stat_user_tables WHERE relname = 'follow_ups'")[0][0]
     arena.processes.stop()
     return {

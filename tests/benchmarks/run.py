@@ -101,7 +101,7 @@ def throughput(arena: Arena, options: argparse.Namespace) -> Results:
 
 
 def answers(arena: Arena, options: argparse.Namespace) -> Results:
-    """Return the throughput for each way in which the chat answers."""
+    """Return the throughput with immediate, delayed and partly slow responses."""
     kinds = {"at once": "", "after 50 ms": "delay=0.05", "1 % after 5 s": "slow=0.01"}
     found = taken(
         {

@@ -216,7 +216,7 @@ def test_send_now_makes_a_follow_up_due(person: Callable[..., Person], own: Worl
 
 
 def test_a_failed_follow_up_is_retried_once(person: Callable[..., Person], own: World) -> None:
-    """A failed follow-up can be retried only once; its retry opens the new follow-up's page.
+    """A failed follow-up can be retried only once, and the retry opens the new follow-up's page.
 
     Repeating the request creates no second follow-up.
     """

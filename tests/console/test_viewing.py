@@ -129,7 +129,7 @@ def test_paging_skips_no_follow_up(person: Callable[..., Person], own: World) ->
 def test_a_search_out_of_time_continues_by_a_link(
     person: Callable[..., Person], own: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A page says how far back it has searched, and links to the continuation."""
+    """If a search takes too long, the page says how far back it went and links to the rest."""
     calls = count()
     # The second step of each page runs out of time, so each page covers ten minutes.
     monkeypatch.setattr(browse, "within", lambda *given: None if next(calls) % 2 else within(*given))
@@ -152,7 +152,7 @@ def test_a_search_out_of_time_continues_by_a_link(
 
 
 def test_operators_see_all_workspaces_and_no_texts(person: Callable[..., Person], own: World, foreign: World) -> None:
-    """An operator must request to see a message, even on the page of one follow-up.
+    """An operator sees a message only on request, even on the follow-up's page.
 
     Each request is recorded in the audit log.
     """

@@ -180,7 +180,7 @@ UNBREAKABLE = {"0009": {f"ck_{table}_times_are_readable" for table in ("chats", 
 
 @pytest.mark.parametrize(("before", "after"), list(itertools.pairwise(REVISIONS)))
 def test_a_migration_removes_nothing(engine: Engine, database_url: str, before: str, after: str) -> None:
-    """A migration keeps every table and column, and requires no new values from previous code."""
+    """A migration keeps all tables and columns, and lets the previous version insert rows."""
     owner = url_as(database_url, OWNER)
     downgrade(owner, before)
     with engine.connect() as connection:

@@ -53,7 +53,7 @@ class Verdict:
     """The requests with a key that the chat had already accepted."""
 
     def broken(self) -> dict[str, int]:
-        """Return the broken promises, with their counts."""
+        """Return the promises that were broken, each with a count."""
         counts = asdict(self)
         for name in ("ended", "unknown", "repeated"):
             del counts[name]

@@ -90,7 +90,7 @@ class Proxy:
         self.cut()
 
     def given_up(self) -> int:
-        """Return how many clients have closed their connection while the proxy was forwarding nothing."""
+        """Return how many clients closed their connection while the proxy forwarded nothing."""
         return sum(_is_closed(writer) for writer in tuple(self._open))
 
     def _call(self, function: Callable[[], None]) -> None:

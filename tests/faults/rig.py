@@ -95,7 +95,7 @@ class Rig(Stack):
         return web.Api(url, self.world)
 
     def start(self, workers: int = 1, beats: int = 1, *, harmed: bool = False) -> list[Child]:  # type: ignore[override]
-        """Start the chat, beats and workers; return the workers when all are consuming."""
+        """Start the chat server, beats and workers; return the workers once all of them read the queue."""
         for _ in range(beats):  # start first the processes that take longest to start
             self.beat()
         started = [self.worker(ready=False, harmed=harmed) for _ in range(workers)]

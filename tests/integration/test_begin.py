@@ -114,7 +114,7 @@ class TestBegin:
         assert steps.begun(patient).delivery.attempt == 1
 
     def test_open_transaction_of_a_caller(self, world: World, steps: Steps, engine: Engine) -> None:
-        """If a caller's transaction locks a follow-up's row, begin is retried for that follow-up only."""
+        """If a caller's transaction locks a follow-up, begin is retried for this follow-up only."""
         held, other = world.follow_up(), world.follow_up()
         batch = steps.claim().leases
         with Session(engine) as session:

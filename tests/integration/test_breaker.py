@@ -560,5 +560,5 @@ def test_deliveries_continue_without_redis(
     pipeline.submit(claim(engine, away).leases)
     wait_until(lambda: transport.calls == 30)
     wait_until(lambda: world.scalar("SELECT sum(attempts) FROM follow_ups") == 30)
-    # The worker pauses at least once after every five failures, except after the last five.
+    # After every five failures, except the last five, the worker pauses at least once.
     assert metrics.BREAKER_UNAVAILABLE._value.get() - before >= 30 // FAILURES - 1  # noqa: SLF001 - the client has no public access

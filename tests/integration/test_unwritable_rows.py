@@ -313,7 +313,7 @@ def test_a_row_that_cannot_end(world: World, engine: Engine, settings: Settings)
 
 
 def test_more_unwritable_rows_than_one_claim(world: World, engine: Engine, settings: Settings) -> None:
-    """Claims continue even if more rows cannot be written than may be in flight."""
+    """Claims continue even if more rows are unwritable than the in-flight limit allows."""
     others = type(world)(engine)
     world.burst([-10 * SECOND] * 30)
     world.sql("UPDATE follow_ups SET attempts = 99")

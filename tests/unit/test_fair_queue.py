@@ -196,7 +196,7 @@ def test_shedding() -> None:
 
 
 def test_a_shed_workspace_queue_is_empty() -> None:
-    """If fewer leases may be kept than there are workspace queues, some queues are emptied.
+    """If the queue must keep fewer leases than it has workspace queues, some of these become empty.
 
     If leases are added later, an emptied workspace queue behaves like a new one.
     """

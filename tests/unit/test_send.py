@@ -143,7 +143,7 @@ async def test_cancelled_from_outside_as_the_limit_ends() -> None:
     """If the task is cancelled just as the time limit expires, there is no outcome."""
 
     async def block() -> Outcome:
-        # the time limit ends while `time.sleep` blocks the event loop
+        # the blocking `time.sleep` lasts beyond the time limit
         asyncio.get_running_loop().call_later(0.01, time.sleep, 0.1)
         asyncio.get_running_loop().call_later(0.02, task.cancel)
         return await hang()

@@ -189,7 +189,7 @@ class LimitedProtocol(HttpToolsProtocol):
     def on_headers_complete(self) -> None:
         """Start the request, or queue it until all earlier requests have been answered."""
         self._header_came()
-        # the timer was restarted because the previous response ended after this request's first byte
+        # the previous response, which ended meanwhile, has restarted the keep-alive timer
         self._unset_keepalive_if_required()
         self._head_size = 0
         if len(self.pipeline) >= MAX_PIPELINED:

@@ -68,7 +68,7 @@ def of_rows(services: ConsoleServices, session: Session, rows: Sequence[Row], no
 
 
 def consequences_of(visit: Visit, session: Session, chat: Chat, due: datetime, now: datetime) -> list[str]:
-    """Return sentences on a due date's consequences in this chat, starting with the time.
+    """Return sentences that explain what a due date means in this chat.
 
     Raises `InvalidRequestError` for a due date outside the accepted years.
     """

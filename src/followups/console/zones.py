@@ -67,8 +67,8 @@ class Zone:
         """Return the instant at which clocks in the zone show the typed time.
 
         ``fold`` chooses between the two occurrences of a repeated hour: "first" or "second". Raises
-        `InvalidRequestError` for an invalid time or one that the clocks skip. Raises `AmbiguousTimeError` for a time
-        that occurs twice.
+        `InvalidRequestError` for an invalid time, or for a time that the clocks skip. Raises `AmbiguousTimeError` for a
+        time that occurs twice.
 
         >>> Zone("Europe/Berlin").read("2030-01-31T09:00").isoformat()
         '2030-01-31T08:00:00+00:00'

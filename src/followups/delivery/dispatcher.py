@@ -76,7 +76,7 @@ class Dispatcher:
     """
 
     def __init__(self, settings: Settings, engine: Engine, publish: Callable[[Hint], None]) -> None:
-        """``publish`` sends one hint to the broker, or raises an exception if it cannot."""
+        """``publish`` sends one hint to the broker, or raises an exception."""
         self._settings = settings
         self._engine = engine
         self._publish = publish

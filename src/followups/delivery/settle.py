@@ -211,7 +211,7 @@ def _record(
 def settlement_of(attempt: Attempt, policy: RetryPolicy, *, deduplicates: bool) -> Settlement:
     """Return the settlement of one attempt, derived from the attempt's outcome.
 
-    Apart from the clock and the random jitter, this function is pure.
+    This function is pure, except that it reads the clock and adds random jitter.
     """
     lease = attempt.begun.lease
     match attempt.outcome:

@@ -1,10 +1,10 @@
 """Breaker: while the transport fails as a whole, only a few probes begin.
 
-Due follow-ups are deferred in the database (`followups.delivery.deferral`), and a few stay in the due queue. All
-workers share one state in Redis (`BreakerStore`). Deliveries continue while Redis is unreachable. While Redis is
-unreachable, a worker counts only its own failed attempts. After the configured number in a row, the worker begins no
-follow-ups. The worker continues when it next queries Redis, some seconds later. If Redis is wiped, the breaker is
-closed, and new failures open it again.
+An open breaker defers most due follow-ups in the database (`followups.delivery.deferral`). All workers share one state
+in Redis (`BreakerStore`). Deliveries continue while Redis is unreachable. While Redis is unreachable, a worker counts
+only its own failed attempts. After the configured number in a row, the worker begins no follow-ups. The worker
+continues when it next queries Redis, some seconds later. If Redis is wiped, the breaker is closed, and new failures
+open it again.
 
     closed -> open: so many different follow-ups failed, and none succeeded in between
     open -> probing: after a pause that doubles from one time to the next, a few may begin
@@ -209,7 +209,7 @@ class Breaker:
     def tripped_for_all(self) -> frozenset[int]:
         """The keys of the workspaces that are tripped in the shared state.
 
-        A workspace stays tripped for some seconds, even if the state is read again earlier.
+        Once tripped, a workspace stays tripped for some seconds.
         """
         return self._shared.tripped
 

@@ -217,8 +217,7 @@ class RateLimits:
     def read(self, engine: Engine) -> None:
         """Read the current limits, and release follow-ups whose rate limit was removed or raised.
 
-        The number of waiting follow-ups is logged. If the database raises an error, the next call of this function
-        completes the work.
+        The number of waiting follow-ups is logged. If the database raises an error, the next call completes the work.
         """
         if self._limiter is None:
             return

@@ -1,4 +1,4 @@
-"""Console sessions, and sign-in links that work once. The database stores only hashes of their tokens."""
+"""Console sessions, and sign-in links that work once. The database stores only hashes of session and link tokens."""
 
 from __future__ import annotations
 

@@ -41,7 +41,7 @@ LIMIT = timedelta(seconds=2)
 
 
 BACKLOG_EXACT_UP_TO = 10_000
-"""Up to this number, backlog rows are counted; above it, the planner estimates them."""
+"""Backlog rows are counted up to this number; the planner estimates larger backlogs."""
 
 _DUE = "COALESCE(next_attempt_at, due_date)"
 

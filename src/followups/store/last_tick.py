@@ -1,7 +1,7 @@
 """Dispatcher ticks: one dispatcher claims at a time, and checks when the last tick ran.
 
 One row of the database holds the claim lock and the last tick's time, because dispatchers cannot see each other's
-ticks. To enforce the in-flight limit, only one dispatcher may count at a time.
+ticks. Only one dispatcher at a time may count the follow-ups in flight and claim more.
 
 A long gap between ticks means an outage or a database clock set forward. During such a gap, leases expire although
 their workers may still be running. Workers therefore get a grace period to record the outcomes of their attempts in

@@ -206,7 +206,7 @@ def _open_locked(path: Path) -> int:
 class ProcessState:
     """The content of one heartbeat file.
 
-    ``trouble`` is empty without a problem, and ``waits`` is empty if the process makes progress.
+    ``trouble`` is empty if there is no problem, and ``waits`` is empty if the process makes progress.
     """
 
     name: str

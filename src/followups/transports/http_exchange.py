@@ -1,11 +1,11 @@
 """One HTTP request and its response, through the callbacks of libcurl.
 
-This module decides which calls may be repeated. libcurl requests the body after it has established the connection and
-before it sends the first byte. Before libcurl asks for the body, nothing has been sent. After a kept connection ends
-without a response, libcurl itself tries another connection. A refused HTTP/2 stream has the same effect. To repeat a
-request on another connection, libcurl would have to rewind the body. Since the body cannot be rewound, libcurl gives up
-(CURLE_SEND_FAIL_REWIND). Refused streams (REFUSED_STREAM, GOAWAY) are reported exactly like lost streams, so a refused
-stream has an unknown outcome.
+This module decides which calls may be repeated. Once connected, libcurl requests the body and then sends the first
+byte. Before libcurl asks for the body, nothing has been sent. After a kept connection ends without a response, libcurl
+itself tries another connection. A refused HTTP/2 stream has the same effect. To repeat a request on another connection,
+libcurl would have to rewind the body. Since the body cannot be rewound, libcurl gives up (CURLE_SEND_FAIL_REWIND).
+Refused streams (REFUSED_STREAM, GOAWAY) are reported exactly like lost streams, so a refused stream has an unknown
+outcome.
 """
 
 from __future__ import annotations

@@ -45,7 +45,7 @@ def _made(entry_point: EntryPoint, settings: Settings) -> Transport:
     try:
         transport = entry_point.load()(settings)
     except FollowUpsError:
-        raise  # the transport's own error is more specific than a general error
+        raise  # the transport's own error is more specific than ours
     except Exception as error:
         message = f"{where} cannot be loaded: {type(error).__name__}: {error}."
         raise TransportConfigurationError(message) from error

@@ -286,7 +286,8 @@ def deliver(task: Any, hint: object = None, keys: object = None, *_: object, **_
 
 def publish(hint: Hint) -> None:
     """Publish one hint. Raises kombu's OperationalError if the broker is unreachable."""
-    # Flower displays this text. By default, Celery would shorten the hint for display, which takes longer.
+    # Flower displays this text for each task. By default, Celery would shorten the hint for display, which takes
+    # longer.
     count = len(hint.entries)
     shown = f"{count} follow-up{'s, the first' if count > 1 else ','} {hint.entries[0][0]}"
     # Like a tick, a hint does not expire. If a hint arrives late, its leases have expired, and begin refuses them.

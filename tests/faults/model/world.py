@@ -67,7 +67,7 @@ class ModelWorld(NamedTuple):
         return self._replace(rows=(row, self.rows[1]) if number == 0 else (self.rows[0], row))
 
     def without_dead_jobs(self) -> ModelWorld:
-        """Return this state without the jobs that every guard will reject from now on.
+        """Return this state without the jobs that can no longer change anything.
 
         If all guards are present, removing dead jobs is safe: no token is reused and no final state changes.
         """

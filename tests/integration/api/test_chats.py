@@ -139,7 +139,7 @@ class TestMessages:
         assert api.read(created) == created
 
     def test_clock_ahead(self, api: Api) -> None:
-        """After a message dated in the future, later replies still count as new."""
+        """Even after a message dated in the future, a later reply counts as new."""
         chat_id = str(uuid4())
         api.message(chat_id, "agent", createdAt=in_days(1))
         created = api.create(chat_id)

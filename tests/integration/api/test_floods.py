@@ -247,7 +247,7 @@ STRANGERS = (
 
 
 def beside_400_connections(web: Web, paths: Sequence[str], key: str | None) -> float:
-    """Request the given paths on 400 connections; return the median seconds of another workspace's list request."""
+    """Request the paths on 400 connections; return another workspace's median response time."""
     host, port = web.address
     flood = [sys.executable, str(ROOT / "tests/flood.py"), host, str(port), "400", "2", *paths]
     times = []

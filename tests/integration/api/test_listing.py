@@ -31,7 +31,7 @@ def test_newest_first_ties_by_id(api: Api) -> None:
 
 
 def test_empty(api: Api) -> None:
-    """The list of a workspace without follow-ups is an empty array without links."""
+    """For a workspace without follow-ups, the list is an empty array without links."""
     answer = api.get(FOLLOW_UPS)
     assert (answer.status_code, answer.json(), "link" in answer.headers) == (200, [], False)
 

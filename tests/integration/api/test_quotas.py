@@ -60,7 +60,7 @@ def test_pending_follow_ups(api: Api, other: Api) -> None:
 
 
 def test_concurrent_creates_do_not_exceed_the_quota(api: Api) -> None:
-    """Of many concurrent create requests, exactly as many succeed as the quota allows."""
+    """Concurrent create requests use up the quota but never exceed it."""
     chats = [api.chat() for _ in range(20)]
     allow(api, Kind.PENDING, 5)
     with ThreadPoolExecutor(20) as pool:

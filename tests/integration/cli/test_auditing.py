@@ -106,7 +106,7 @@ def test_filters_and_table(run: RunCommand, world: World) -> None:
 def test_bulk_commands_are_one_event_each(run: RunCommand, world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     """A bulk command records one audit event with the total count of all its batches.
 
-    A dry run leaves no event.
+    A dry run records no audit event.
     """
     monkeypatch.setattr(bulk_cancel, "BATCH", 2)
     name = str(world.workspace_id)

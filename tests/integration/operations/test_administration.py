@@ -88,7 +88,7 @@ def test_no_change_is_not_recorded(world: World) -> None:
 
 
 def test_a_key_is_revoked_once(world: World) -> None:
-    """If an API key is revoked twice, one audit event with ids is recorded."""
+    """If an API key is revoked twice, only one audit event is recorded."""
     with Session(world.engine) as session, session.begin():
         workspace, _ = administration.create_workspace(session, ACTOR, "acme")
         row, key = administration.create_key(session, ACTOR, workspace.id)

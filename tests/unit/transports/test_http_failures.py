@@ -284,7 +284,7 @@ async def test_closing_ends_calls_in_flight_as_unknown() -> None:
 
 @pytest.mark.parametrize("steps", range(1, 10))
 async def test_a_frozen_call_sends_nothing_after_its_deadline(steps: int) -> None:
-    """A call that was frozen, at whatever step, sends nothing after its deadline.
+    """If a call freezes at any step, it sends nothing after its deadline.
 
     After the deadline, another worker may hold the lease.
     """

@@ -310,7 +310,7 @@ def end_session(visit: Visit) -> Response:
 
 
 def _chosen(visit: Visit, session: Session) -> Workspace | None:
-    """Return the session's workspace, the workspace that an operator chose, or None for all workspaces."""
+    """Return the session's workspace or an operator's chosen workspace; None means all workspaces."""
     viewer = visit.person
     if viewer.workspace_id is not None:
         return session.get_one(Workspace, viewer.workspace_id)
