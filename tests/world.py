@@ -1,4 +1,4 @@
-"""Helpers shared by all tests, which insert and read rows."""
+"""Helpers with which all tests insert and read rows."""
 
 from __future__ import annotations
 

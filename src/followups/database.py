@@ -269,8 +269,8 @@ class _Pooler:
     ) -> None:
         """Raise `UnfitDatabaseError` if two connections share a session, or if one connection changes its session.
 
-        Settings are changed on both connections first. RDS Proxy pins a connection to a session only after such a
-        change.
+        Settings are changed on both connections first. RDS Proxy pins a connection to a session only after a setting
+        has been changed.
         """
         try:
             with (
@@ -282,7 +282,7 @@ class _Pooler:
                     each.execute(_SET_UP, session)
                 pids = [each.execute("SELECT pg_backend_pid()").fetchone() for each in (one, other) * POOLER_ROUNDS]
         except psycopg.OperationalError:
-            # the check is not repeated: a pooler in session mode lets new clients wait when its pool is full
+            # checked only once: if the pool of a pooler in session mode is full, new clients wait
             self._checked = True
             return
         if pids[0] == pids[1] or pids != pids[:2] * POOLER_ROUNDS:

@@ -1,9 +1,9 @@
 """Database access on an event loop with psycopg, without threads or row objects.
 
 Connections come from SQLAlchemy's pool in `make_async_engine`, with the same settings, limits and tests. Checking out a
-connection in a greenlet costs 0.02 ms. With psycopg's own pool the cost would be similar, but callers would wait while
-that pool reconnects in the background. SQLAlchemy's pool raises the error immediately. Pipeline mode was measured and
-rejected. Two round trips in pipeline mode cost 0.28 ms of CPU. Four plain round trips cost 0.21 ms.
+connection in a greenlet costs 0.02 ms. psycopg's own pool would cost about the same, but would make callers wait while
+it reconnects. SQLAlchemy's pool raises the error immediately. Pipeline mode was measured and rejected. Two round trips
+in pipeline mode cost 0.28 ms of CPU. Four plain round trips cost 0.21 ms.
 """
 
 from __future__ import annotations
@@ -122,7 +122,7 @@ def driver_rows(
     """Execute the statement in the connection's transaction and return its rows as tuples.
 
     psycopg executes the statement: SQLAlchemy's cursor and row objects would take 5 us more for each row. If the engine
-    is asynchronous, call this function in a greenlet. Raises the same errors as the connection.
+    is asynchronous, call this function in a greenlet. Raises the errors that the connection's own methods raise.
     """
     driver = cast("psycopg.AsyncConnection[Any] | psycopg.Connection[Any]", connection.connection.driver_connection)
     if not connection.in_transaction():

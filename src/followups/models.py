@@ -1,7 +1,7 @@
 """The database tables. Times are ``timestamptz`` in UTC, and ids are UUID v4.
 
-A chat's key consists of the workspace's id and the chat's id. No workspace can therefore reach another workspace's chat
-by guessing ids. Foreign keys to a chat's key make PostgreSQL refuse rows that mix two workspaces.
+A chat's key consists of the workspace's id and the chat's id. A workspace therefore cannot reach another workspace's
+chat by guessing ids. Foreign keys to a chat's key make PostgreSQL refuse rows that mix two workspaces.
 
 Row-level security was tried and rejected. Row-level security costs 6 % of the SQL time of a create and 16 % of a list
 (2 cores, 20,000 rows). But row-level security does not apply to the tables' owner, whose URL is the only one
@@ -331,7 +331,7 @@ class FollowUp(Base):
         CheckConstraint("begun_at IS NULL OR lease_until IS NOT NULL", name="begun_holds_lease"),
         CheckConstraint("waits_for IS NULL OR status = 'pending'", name="waiting_is_pending"),
         # The claim's index contains due follow-ups, oldest first. The index excludes follow-ups that wait for an
-        # earlier one in their chat. Otherwise, each claim would lease follow-ups that begin then refuses.
+        # earlier one in their chat. Without this exclusion, a claim would lease follow-ups that cannot begin yet.
         Index(
             "ix_follow_ups_due",
             text("COALESCE(next_attempt_at, due_date)"),
@@ -450,7 +450,7 @@ class FollowUp(Base):
     changed, even if the sending hours change. A follow-up's lateness is counted from this time.
     """
     limited_until: Mapped[datetime | None]
-    """The time of the next attempt as set by a rate limit or the breaker.
+    """The time of the next attempt, if a rate limit or the breaker has set it.
 
     While ``next_attempt_at`` equals ``limited_until``, the follow-up waits for a rate limit or the breaker.
     """
@@ -507,7 +507,7 @@ class MetricTotal(Base):
     """One sample of a counter or a histogram, summed over all processes."""
 
     __tablename__ = "metric_totals"
-    # Every process updates rows each second, so pages have free space for in-place updates.
+    # Every process updates rows each second. Half of each page is left free, so that these updates stay in their page.
     __table_args__ = ({"postgresql_with": {"fillfactor": "50"}},)
 
     sample: Mapped[str] = mapped_column(primary_key=True)

@@ -95,8 +95,8 @@ def span_of(hours: SendingHours, moment: datetime) -> tuple[datetime, datetime]:
     if zone is None:
         message = f"no time zone {hours.time_zone!r} on this machine"
         raise LookupError(message)
-    # A sending period that began the day before may still be open. The search starts two days back, since the local
-    # date may differ from UTC's.
+    # A sending period that began the day before may still be open. The search starts two days back, because the local
+    # date may differ from the date in UTC.
     first = moment.astimezone(zone).date() - 2 * DAY
     for opening, closing in _spans(hours, zone, first):
         if moment < closing:

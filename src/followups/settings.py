@@ -37,8 +37,8 @@ The margin allows for begin, settle and a slow commit.
 LONGEST_LEASE = timedelta(hours=1)
 """Maximum duration of a lease.
 
-After a worker has crashed, its follow-ups in flight wait until their leases expire. The maximum prevents a wait of
-hours.
+After a worker has crashed, its follow-ups in flight wait until their leases expire. Without a maximum, follow-ups could
+wait for hours after a crash.
 """
 
 LEAST_RETENTION = timedelta(days=1)

@@ -29,7 +29,7 @@ SCHEMAS = "SELECT count(*) FROM pg_namespace WHERE starts_with(nspname, 'followu
 
 
 def start(settings: Settings, tmp_path: Path, *options: str) -> subprocess.Popen[str]:
-    """Start the benchmark on the servers of the settings, as a role that may create schemas."""
+    """Start the benchmark on the configured servers, with a role that may create schemas."""
     owner = {"FOLLOWUPS_DATABASE_URL": url_as(settings.database_url.get_secret_value(), OWNER)}
     environment = os.environ | settings.environment() | owner | {"FOLLOWUPS_RUNTIME_DIR": str(tmp_path)}
     command: Sequence[str] = [sys.executable, "-m", "followups.cli", "bench", *options]

@@ -37,7 +37,7 @@ def _namespaces() -> None:
 
 
 def test_worker_and_beat_write_no_file(stack: Stack) -> None:
-    """Worker and beat send follow-ups without writing files, and log the missing heartbeat."""
+    """Without a writable disk, worker and beat send follow-ups and log that no heartbeat is written."""
     environment = stack.environment() | {"FOLLOWUPS_RUNTIME_DIR": "/run/followups", "HOME": "/", "TMPDIR": ""}
     for name in ("beat", "worker"):
         command = [*UNSHARE, "sh", "-c", READ_ONLY, "sh", *CELERY, name, "--loglevel=info"]

@@ -63,7 +63,7 @@ BARE = "/bare"
 
 
 class Bare(BaseModel):
-    """The request body of the bare endpoint, with the same fields as the API's."""
+    """The request body of the bare endpoint; it has the same fields as in the API."""
 
     workspace_id: UUID
     chat_id: UUID
@@ -192,7 +192,7 @@ async def paced(load: ApiLoad, rate: float, seconds: float) -> list[float]:
 
 
 def many(engine: Engine, workspace_id: UUID, chat_ids: list[str]) -> float:
-    """Return how many follow-ups per second `schedule_many` creates, with a thousand per call."""
+    """Return how many follow-ups `schedule_many` creates per second if each call has a thousand."""
     due = datetime.now(UTC) + timedelta(days=2)
     planned = [followups.Planned(UUID(chat_ids[number % len(chat_ids)]), "Hello", due) for number in range(MANY)]
     rates = []

@@ -32,7 +32,7 @@ CHATS = """
 
 @dataclass
 class Contestant:
-    """A contestant whose rows are in a table that it shares with its rivals."""
+    """A contestant that keeps its rows in the same table as its rivals."""
 
     arena: Arena
     name: str = ""
@@ -77,7 +77,7 @@ class Ours(Contestant):
     table: str = "follow_ups"
     workers: int = CORES
     concurrency: int = 100
-    """The number of calls that one worker process makes simultaneously; the setting's default is 100."""
+    """The number of simultaneous calls of one worker process; the setting's default is 100."""
     started: tuple[Child, ...] = ()
     nudge: Callable[[], None] = lambda: None
     """Request a tick, as `followups.schedule` does for follow-ups that are due now."""

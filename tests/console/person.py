@@ -60,7 +60,7 @@ class Form(HTMLParser):
 
     def handle_endtag(self, tag: str) -> None:
         if tag == "textarea":
-            # Browsers ignore a line break directly after the opening tag.
+            # Browsers ignore a line break directly after `<textarea>`.
             fields = self.forms[-1]["fields"]
             fields[self._area] = fields[self._area].removeprefix("\n")
             self._area = None

@@ -154,7 +154,7 @@ class Replicated:
         ask(self.primary, "SELECT pg_promote()")
 
     def move(self) -> None:
-        """Route new connections to the current primary, and keep open connections."""
+        """Route new connections to the current primary, and leave existing connections unchanged."""
         self.proxy.lead_to(self.primary.url())
 
     def replace_standby(self) -> None:

@@ -135,7 +135,7 @@ def create(api: web.Api) -> None:
 
 
 def test_errors_to_reads_and_writes(breakable: Rig, figures: Figures) -> None:
-    """When Redis answers with errors, no process ends, no follow-up is lost, and consumption resumes soon."""
+    """If Redis answers with errors, no process ends, no follow-up is lost, and consumption soon resumes."""
     names = breakable.rng.sample(list(ERRORS), len(ERRORS))
     answering_errors(breakable, figures, names, lambda: 1 + breakable.rng.random())
 

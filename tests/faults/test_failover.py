@@ -200,7 +200,7 @@ def test_failovers_with_a_url_for_any_server(replicated: Rig, figures: Figures) 
 
 
 def test_several_hosts_in_the_url() -> None:
-    """If the URL names two servers, sessions open on the writable one after a failover."""
+    """After a failover, a database URL with two servers connects to the writable one."""
     with Replicated() as postgres:
         hosts = f"{socket_of(postgres.primary)},{socket_of(postgres.standby)}"
         engine = make_engine(f"postgresql://postgres@/postgres?host={hosts}")

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 CLIENTS = 8
 WORDS = "Noch da? \N{WAVING HAND SIGN}"
-"""A text with a character that no single-byte encoding contains."""
+"""A message with a character that no single-byte encoding contains."""
 
 ENVIRONMENT = {"PGTZ": "Asia/Kolkata", "PGDATESTYLE": "German", "PGCLIENTENCODING": "LATIN1"}
 

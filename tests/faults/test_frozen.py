@@ -28,7 +28,7 @@ def frozen_at(
     name = frozen.command.name
     time.sleep(0.5)  # earlier refusals have been counted by now
     before = refused(rig, name)
-    other.signal(signal.SIGSTOP)  # so that this worker is the one that executes the step first
+    other.signal(signal.SIGSTOP)  # so that this worker executes the step first
     rig.failpoints.arm(point, "stop")
     rig.bulk(count, spread=0.5)
     wait_until(lambda: rig.failpoints.taken(point))

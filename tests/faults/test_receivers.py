@@ -140,7 +140,7 @@ def outage(rig: Rig, figures: Figures, rate: float, seconds: float) -> None:
 
 
 def fail_for(rig: Rig, figures: Figures, rate: float, seconds: float, limit: int | None = None) -> int:
-    """Under load, make every chat fail for some seconds; return the failure count.
+    """Make every chat fail for some seconds under load; return the number of failures.
 
     ``limit`` is a rate limit for all deliveries, per second.
     """

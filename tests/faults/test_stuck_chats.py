@@ -46,7 +46,7 @@ def pile_up(rig: Rig, chats: list[UUID], count: int) -> None:
 
 
 def others(rig: Rig, count: int, spread: float) -> dict[str, float | None]:
-    """Deliver other chats' follow-ups; return their lag and how long claims took meanwhile."""
+    """Deliver follow-ups of other chats; return their lag, and how long claims took meanwhile."""
     since = datetime.now(UTC)
     ids = punctual(rig, count, spread)
     rig.wait_until_done(*ids, within=120)

@@ -219,7 +219,7 @@ def test_which_workspaces_are_tripped(own: Settings) -> None:
 def test_few_in_a_row_trip_no_workspace(own: Settings) -> None:
     """The breaker holds a workspace after five successive failures; any success restarts the count.
 
-    Failures are counted in the same way before and after the breaker opens.
+    An open breaker counts failures in the same way as a closed one.
     """
 
     async def script(store: BreakerStore) -> None:

@@ -79,7 +79,7 @@ async def fill(of: Database) -> None:
 
 
 async def test_settings(database_url: str) -> None:
-    """Whatever the server's defaults, sessions of the event loop have the project's session settings."""
+    """Sessions of the event loop have the project's settings, whatever the server's defaults are."""
     set_defaults(database_url, HOSTILE)
     async with database(database_url) as mine:
         rows = await fetch(mine, NAMES, names=[*SESSION, "transaction_isolation", "statement_timeout"])

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterator
 
 PATIENCE = timedelta(seconds=10)
-"""The seconds that Valkey may take to answer while the machine runs other tests."""
+"""Seconds that Valkey may take to answer on a machine busy with other tests."""
 START = datetime(2030, 1, 1, tzinfo=UTC)
 GO = timedelta(0)
 SLOW = 0.001
@@ -184,7 +184,7 @@ async def test_a_long_wait_is_understated(under_test: LimiterUnderTest) -> None:
 
 
 async def test_a_returned_token(under_test: LimiterUnderTest) -> None:
-    """If a follow-up does not begin after all, the next request gets its token.
+    """If a follow-up does not begin, its rate-limit token goes to the next request.
 
     A token bucket never holds more than its size.
     """

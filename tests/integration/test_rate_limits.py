@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from followups.transports.port import Delivery, Outcome
 
 PATIENCE = timedelta(seconds=10)
-"""The seconds that Valkey may take to answer while the machine runs other tests."""
+"""Seconds that Valkey may take to answer on a machine busy with other tests."""
 PENDING = "SELECT count(*) FROM follow_ups WHERE status = 'pending'"
 SECOND = timedelta(seconds=1)
 NONE_COMES_IN = 1 / 86_400
@@ -120,7 +120,7 @@ class LimitedPipeline:
 
 @pytest.fixture
 def limited(engine: Engine, settings: Settings, monkeypatch: pytest.MonkeyPatch) -> Iterator[LimitedPipeline]:
-    """Return a bench whose pipelines reload limits often; the pipelines are drained after the test."""
+    """Return a bench whose pipelines often reload limits; drain the pipelines after the test."""
     monkeypatch.setattr(upkeep, "INTERVAL", 0.1)
     limited = LimitedPipeline(engine, settings.model_copy(update={"broker_prefix": f"{uuid4().hex}:"}))
     yield limited
@@ -205,7 +205,7 @@ def test_unlimited_follow_ups_do_not_wait(world: World, limited: LimitedPipeline
 
 
 def test_each_chat_has_its_own_limit(world: World, limited: LimitedPipeline) -> None:
-    """A chat over its rate limit waits without a lease or slot; other chats continue."""
+    """A chat over its rate limit waits without a lease or slot, and delays no other chat."""
     limit(world, NONE_COMES_IN, per="chat")
     limit(world, NONE_COMES_IN, burst=3)
     busy = world.chat()

@@ -195,7 +195,7 @@ class TestConnectionParameters:
     """Connection parameters: values in the URL override the project's defaults."""
 
     def test_connect_timeout_of_the_url(self, database_url: str) -> None:
-        """A connect timeout in the URL is kept, and the pool's timeout is longer."""
+        """Timeouts in the database URL are kept, and the pool's timeout exceeds the connect timeout."""
         engine = make_engine(f"{database_url}&connect_timeout=30&keepalives_idle=77&tcp_user_timeout=99000")
         with engine.connect() as connection:
             driver = connection.connection.driver_connection

@@ -82,7 +82,7 @@ def test_scheduled_after(world: World, engine: Engine, settings: Settings, late:
 
 
 def test_scheduled_after_by_a_transaction_that_began_before(world: World, engine: Engine, settings: Settings) -> None:
-    """A transaction that began before an operator's message can schedule a follow-up after the message.
+    """After an operator's message, even an older transaction can schedule a follow-up.
 
     This follow-up is sent, although the transaction began before the message.
     """

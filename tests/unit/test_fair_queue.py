@@ -94,7 +94,7 @@ def test_a_single_workspace_gets_all_slots() -> None:
 
 
 def test_all_slots_after_the_others_are_inactive(monkeypatch: pytest.MonkeyPatch) -> None:
-    """If the other workspaces have long been inactive, no slots are reserved for them."""
+    """No slots are reserved for workspaces that have long been inactive."""
     queue = queue_of(slots=16)
     queue.add(overdue(QUIET, 1))
     queue.slots.release(queue.take(1)[0])
@@ -198,7 +198,7 @@ def test_shedding() -> None:
 def test_a_shed_workspace_queue_is_empty() -> None:
     """If the queue must keep fewer leases than it has workspace queues, some of these become empty.
 
-    If leases are added later, an emptied workspace queue behaves like a new one.
+    An emptied workspace queue later accepts leases like a new one.
     """
     queue = queue_of()
     queue.add([lease for key in range(1, 6) for lease in overdue(key, 1)])

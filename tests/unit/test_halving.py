@@ -1,4 +1,4 @@
-"""Tests for halving a batch when the database may reject individual rows."""
+"""Tests for halving a batch when the database rejects some of its rows."""
 
 from __future__ import annotations
 

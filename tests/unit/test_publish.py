@@ -37,7 +37,7 @@ def test_round_trip(given_leases: list[Lease], size: int) -> None:
 
 @pytest.mark.parametrize("keys", [None, [], [1], [1, 2, 3], [1, "2"], [1, True], [1, 2.5], {"0": 1, "1": 2}, "12"])
 def test_invalid_workspace_keys(keys: object) -> None:
-    """If a hint's workspace numbers are missing or invalid, its leases share one queue."""
+    """If a hint has no valid workspace keys, its leases share one queue."""
     given_leases = [Lease(uuid4(), 1, datetime.now(UTC), 0, key) for key in (1, 2)]
     (hint,) = batches(given_leases, 2)
     assert leases_of(hint.entries, keys) == [lease._replace(key=0) for lease in given_leases]

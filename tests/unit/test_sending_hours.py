@@ -137,7 +137,7 @@ def test_days_round_trip(days: frozenset[int]) -> None:
 
 @pytest.mark.parametrize("text", ["", "monday", "mon-", "-", "mon,,fri", "0-6"])
 def test_invalid_days(text: str) -> None:
-    """Text that names no valid days is rejected."""
+    """Invalid days of sending hours are rejected."""
     with pytest.raises(ValueError, match=r".*"):
         read_days(text)
     assert DAYS[0] == "mon"

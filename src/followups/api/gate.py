@@ -145,7 +145,7 @@ class RequestSlots:
         self.taken += 1
 
     def release(self) -> None:
-        """Stop counting a request once its response has started; slow readers occupy no slot."""
+        """Stop counting a request once its response has started, so that slow readers occupy no slot."""
         self.taken -= 1
 
 

@@ -81,7 +81,7 @@ class KeyRateLimit:
             socket_connect_timeout=TIMEOUT.total_seconds(),
             retry=Retry(NoBackoff(), 0),
             # Despite its name, this setting causes no retry. With this setting, such an error closes the connection.
-            # After a failover, the address leads to a different server.
+            # After a failover, Redis's address leads to a different server.
             retry_on_error=[ReadOnlyError],
         )
         # Connections are opened to the pool's address. The URL given here is only parsed, and must contain a port.

@@ -1,4 +1,4 @@
-"""The responses of every endpoint, as documented and as written from database rows.
+"""The responses of every endpoint: their documentation, and how database rows become JSON.
 
 The documentation contains a description, schema, headers and example for each response. The response models only serve
 as documentation: they name the fields of the responses. The models validate nothing, because the tables' types and

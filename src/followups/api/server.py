@@ -33,10 +33,10 @@ HEADER_WITHIN = 10.0
 """Time limit in seconds for all headers of a request to arrive."""
 
 MAX_WIRE_SIZE = 1024 * 1024 * 5 // 4
-"""Maximum size of a body on the wire, in bytes, with a quarter added for chunk framing."""
+"""Maximum size of a request body on the wire, in bytes. Chunk framing may add a quarter to the body."""
 
 CHUNK_COST = 32
-"""Bytes added to each chunk's size, because parsing even a one-byte chunk takes 1 us."""
+"""Bytes counted for each chunk besides its size. Parsing even a one-byte chunk takes 1 us."""
 
 MAX_PIPELINED = 16
 """Maximum number of pipelined requests that may wait on one connection."""
@@ -147,7 +147,7 @@ class LimitedProtocol(HttpToolsProtocol):
         return self._wire.owner is not None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override] # as uvicorn's
-        """Close another connection if there are too many, and start the timer for the headers."""
+        """Close another connection if too many are open, and start the time limit for the headers."""
         if len(self.connections) >= MAX_CONNECTIONS and not self._open_connections.make_room():
             transport.abort()
             return

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
 PIPE_WIDTH = 1000
-"""Table width if stdout is not a terminal. No table row is wider than this."""
+"""Table width if stdout is not a terminal. No row of a table exceeds this width."""
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")]
 

@@ -153,7 +153,7 @@ class FailedSignIns:
         self._lock = threading.Lock()
 
     def wait(self, client: str) -> float:
-        """Return the seconds until the client may sign in again, or 0 for now."""
+        """Return the seconds until the client may sign in again, or 0 if it may sign in now."""
         now = time.monotonic()
         with self._lock:
             mine = _last_minute(self._failed.get(network_of(client), []), now)

@@ -64,7 +64,7 @@ class ResultCache:
 
 
 CONNECTIONS = 4
-"""Maximum number of database connections of the console. The API's connections are separate."""
+"""Maximum number of database connections of the console. The API's connections are not included."""
 
 STATEMENT_TIMEOUT = timedelta(seconds=5)
 

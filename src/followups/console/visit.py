@@ -179,7 +179,7 @@ class Visit:
         return f"{self.services.base}{quote(path)}" + (f"?{urlencode(named, doseq=True)}" if named else "")
 
     def time(self, moment: datetime | None, beside: Zone | None = None) -> Markup:
-        """Return a time in the person's time zone, and in the workspace's if different."""
+        """Return a time in the person's time zone, and in the workspace's time zone if that is different."""
         if moment is None:
             return Markup("–")  # noqa: RUF001 - the dash of an empty cell
         exact = moment.astimezone(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")

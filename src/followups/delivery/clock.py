@@ -31,8 +31,8 @@ class DatabaseClock:
 
     In a sample, ``read`` is the database's time at a moment between ``asked`` and ``answered``. The estimate uses
     ``read`` as the time at ``answered``. The error of the estimate is at most the travel time of the answer. The
-    estimate is never ahead of the database's clock, so no follow-up is sent early. A quicker answer means a smaller
-    error and a larger offset. The largest offset of the last samples is therefore used.
+    estimate is never ahead of the database's clock, so no follow-up is sent early. The quicker the answer, the smaller
+    the error and the larger the offset. Therefore, the largest of the last offsets is used.
     """
 
     def __init__(self, seconds: Callable[[], float] = uptime) -> None:

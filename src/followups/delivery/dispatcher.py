@@ -219,7 +219,7 @@ class Dispatcher:
         self._next_orphan_search = started + min(took / ORPHAN_SEARCH_SHARE, self._settings.lease.total_seconds())
 
     def _claim_and_publish(self) -> bool:
-        """Claim and publish once; return whether there may be more to claim."""
+        """Make one claim and publish its leases; return whether there may be more to claim."""
         claimed, took = self._claim()
         if claimed.busy:
             self._stopping.wait(self._busy_pause)

@@ -2,8 +2,7 @@
 
 A hint lists follow-ups with lease tokens and due times, so workers need no query. A hint contains no message text and
 is not trusted. A lost, repeated or late hint does no harm, because begin reads the follow-up's row. A hint also
-contains the keys of the workspace queues. A worker that ignores or lacks these keys (during an upgrade) still sends the
-same follow-ups.
+contains the keys of the workspace queues. Workers can send follow-ups without knowing these keys, as during an upgrade.
 """
 
 from __future__ import annotations
@@ -42,7 +41,7 @@ class Hint(NamedTuple):
     entries: list[list[Any]]
     """``[[id, token, due in microseconds since 1970, lost leases], ...]``"""
     keys: list[int]
-    """The key of each entry's workspace queue."""
+    """For each entry of the hint, the key of its workspace queue."""
 
 
 def batches(leases: Sequence[Lease], size: int) -> Iterator[Hint]:

@@ -1,4 +1,4 @@
-"""Holds: defer follow-ups that are paused or outside sending hours, without using up an attempt."""
+"""Holds: defer paused follow-ups and those outside sending hours, without using up an attempt."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def hold(
     """Hold the leases that are blocked only by a pause or by sending hours.
 
     Returns the held leases, the leases to check again, and the final states of follow-ups whose hold would be too long.
-    If a lease's pause or sending hours are locked or have changed, the lease is checked again.
+    A lease is checked again if its pause or sending hours are locked or have changed.
     """
     candidates = [one for one in obstacles if one.pause_id or one.hours]
     _open_next(connection, candidates)

@@ -174,7 +174,7 @@ class Pipeline:
         await self._stop()
 
     async def _take(self) -> list[Lease]:
-        """Wait for due leases and for slots; return no leases when the pipeline is draining."""
+        """Wait for due leases and free slots; return no leases once the pipeline is draining."""
         await self._settler.keep_up()
         return await self._queue.next_batch(self._breaker)
 

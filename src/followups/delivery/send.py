@@ -58,9 +58,9 @@ async def send(
 ) -> Attempt | None:
     """Wait until the follow-up is due and call the transport once, within ``limit``.
 
-    The transport is never called early. Return None without a call if ``latest`` (an `uptime`) has passed. ``latest``
-    passes only in a frozen process. Another worker might lease the follow-up before the call's answer arrives. The only
-    exception that this function raises is cancellation.
+    The transport is never called before the due time. Return None without a call if ``latest`` (an `uptime`) has
+    passed. ``latest`` passes only in a frozen process. Another worker might lease the follow-up before the call's
+    answer arrives. The only exception that this function raises is cancellation.
     """
     # A timer uses another clock and may fire early, so the time is checked again.
     while (wait := clock.until(begun.lease.due)) > 0:  # noqa: ASYNC110 - time is what is waited for
@@ -68,7 +68,7 @@ async def send(
     started = uptime()
     if started > latest:
         return None
-    # A delivery object is used for one send, so its call time is set in place. Copying a frozen value takes 2.5 us.
+    # A delivery object is sent only once, so its call time is set in place. Copying a frozen value takes 2.5 us.
     object.__setattr__(begun.delivery, "made_at", clock.now())
     with traces.attempt(begun.traceparent, partial(_described, begun, transport.name)) as note:
         outcome = await _call(transport, begun.delivery, limit)
@@ -96,7 +96,7 @@ async def _call(transport: Transport, delivery: Delivery, limit: CallTimeout) ->
 
 
 def checked(outcome: object) -> Outcome:
-    """Return the plug-in's outcome, or `Unknown` if it is invalid.
+    """Return the plug-in's outcome, or `Unknown` if that outcome is invalid.
 
     >>> checked("sent")
     Unknown(detail='the transport returned str instead of an outcome', status_code=None)

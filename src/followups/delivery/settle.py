@@ -117,7 +117,7 @@ class Settler:
                 await self._record(batch)
                 del self._attempts[: len(batch)]
                 self._recorded.set()
-            if self._attempts:  # some attempts were added while the batch was recorded
+            if self._attempts:  # attempts were added while the batch was being recorded
                 self._wanted.set()
 
     def close(self) -> None:

@@ -44,8 +44,8 @@ STOP_WITHIN = timedelta(seconds=30)
 """Maximum duration of a fast shutdown. A fast shutdown ends the sessions and writes a checkpoint."""
 
 SETTINGS = {
-    # TCP is disabled. Only the owner and root can enter the directory of the Unix socket. So there is no password to
-    # leak, and no access over the network.
+    # TCP is disabled. Only the owner and root can enter the directory of the Unix socket. So no password can leak, and
+    # the server cannot be reached over the network.
     "listen_addresses": "''",
     "unix_socket_permissions": "0700",
     "max_connections": "200",
@@ -64,7 +64,7 @@ TEMPORARY_SETTINGS = {
     # synchronous_commit costs only one write into the page cache for each commit.
     "fsync": "off",
     "full_page_writes": "off",
-    # the data directory also holds these files, so a killed server leaves nothing behind
+    # these files are in the data directory, so that a killed server leaves no files elsewhere
     "dynamic_shared_memory_type": "mmap",
 }
 

@@ -1,9 +1,9 @@
 """Ctrl-C, SIGTERM and a closed terminal: recorded when they arrive, handled between two steps.
 
-If a signal handler raised an exception, a started process might not yet be recorded. The handler therefore only records
-the first signal, and `StopSignals.check` turns it into KeyboardInterrupt. A second signal that arrives before
-`StopSignals.check` is called raises KeyboardInterrupt immediately. The watchdog of `followups.embedded` then stops the
-remaining processes.
+A signal handler must not raise an exception: a process that has just started might not be recorded yet. The handler
+therefore only records the first signal, and `StopSignals.check` turns it into KeyboardInterrupt. A second signal that
+arrives before `StopSignals.check` is called raises KeyboardInterrupt immediately. The watchdog of `followups.embedded`
+then stops the remaining processes.
 """
 
 from __future__ import annotations

@@ -4,8 +4,8 @@ The watchdog reads from a pipe that its owner process keeps open. When the owner
 kernel closes the owner's end of the pipe. A pipe works on every Unix and in every thread. Linux's parent-death signal
 is bound to one thread and does not reach grandchildren.
 
-The owner imports this module. The watchdog process runs this file as a script. The script uses only the standard
-library and starts in about 20 ms. An owner's single watchdog runs while a guarded process or directory exists.
+The process to be watched imports this module. The watchdog process runs this file as a script. The script uses only the
+standard library and starts in about 20 ms. An owner's single watchdog runs while a guarded process or directory exists.
 """
 
 from __future__ import annotations

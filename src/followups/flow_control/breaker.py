@@ -64,7 +64,7 @@ log = get_logger(__name__)
 
 
 class WorkspaceOutcomes(NamedTuple):
-    """A workspace's outcomes since the last report; ``key`` is the workspace queue's key."""
+    """A workspace's outcomes since the last report; ``key`` is the key of its workspace queue."""
 
     key: int
     failures: int
@@ -79,7 +79,7 @@ class WorkspaceOutcomes(NamedTuple):
 class OutcomeReport:
     """Outcomes that have been recorded since the last report to the shared state.
 
-    While the breaker is not closed, only outcomes of tripped workspaces count.
+    Unless the breaker is closed, only outcomes of tripped workspaces count.
     """
 
     failed: tuple[UUID, ...] = ()

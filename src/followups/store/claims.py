@@ -47,7 +47,7 @@ class Lost(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Claim:
-    """The leases of a claim, earliest due first, and what the claim found."""
+    """The result of a claim: its leases, earliest due first, and what the claim found."""
 
     leases: tuple[Lease, ...]
     lost: tuple[Lost, ...]
@@ -84,7 +84,7 @@ class ClaimSearch:
     most: int
     since: datetime | None = None
     without: tuple[UUID, ...] = ()
-    """Follow-ups that the claim skips, since their rows cannot be written."""
+    """Follow-ups whose rows cannot be written; the claim skips them."""
     in_grace: bool = False
     """Whether the workers still have time to record the outcomes of lost leases (`followups.store.last_tick`)."""
 

@@ -149,7 +149,7 @@ _WORKSPACE = text("DELETE FROM workspaces WHERE id = :workspace_id")
 
 
 def complete(connection: Connection, scope: DeletionScope) -> None:
-    """Delete the workspace or chat itself.
+    """Delete the row of the workspace or chat.
 
     Raises `IntegrityError` if a follow-up or a message still refers to the workspace or chat.
     """

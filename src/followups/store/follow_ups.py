@@ -336,7 +336,7 @@ def _changing(names: frozenset[str]) -> Statement:
 def change_if_not_begun(follow_up_id: UUID, values: Mapping[str, Any]) -> Steps[FollowUp | None]:
     """Change API fields of a pending follow-up that is not in flight; return the follow-up, or None.
 
-    A new due date or chat increases the fencing token, so a hint already published has no effect.
+    A new due date or chat increases the fencing token, so that earlier hints have no effect.
     """
     changed: Sequence[FollowUp] = yield _changing(frozenset(values))(id=follow_up_id, **values)
     return changed[0] if changed else None

@@ -135,9 +135,9 @@ def columns_of(hours: SendingHours) -> dict[str, object]:
     return {"time_zone": hours.time_zone, "opening": hours.opening, "closing": hours.closing, "days": days}
 
 
-# If the recorded `sendable_from` has already passed, it is left unchanged. If `sendable_from` is in the future or NULL,
-# the current opening of the sending hours replaces it. If the hours are open or were removed, it is replaced by the
-# current time.
+# A recorded `sendable_from` that has already passed is left unchanged. If `sendable_from` is in the future or NULL, the
+# current opening of the sending hours replaces it. If the hours are open or were removed, it is replaced by the current
+# time.
 _RELEASE_HELD = text("""
     WITH held AS MATERIALIZED (
         SELECT id FROM follow_ups

@@ -30,7 +30,7 @@ STALE_AT_LEAST = timedelta(seconds=10)
 
 @dataclass(frozen=True, slots=True)
 class Rhythm:
-    """The longest normal gap between ticks, and the grace period after a longer gap."""
+    """The longest normal gap between two ticks, and the grace period that follows a longer gap."""
 
     longest_gap: timedelta
     grace: timedelta
@@ -46,8 +46,8 @@ class Tick:
 
 # Ticks are recorded at most five times a second: each update leaves a dead row. A recorded time in the future means
 # that the clock was set back. A small difference only means that two transactions began in the opposite order. A short
-# gap that begins within a grace period does not start another grace period. Otherwise, on a machine where every tick is
-# late, no lease would be taken over.
+# gap that begins within a grace period does not start another grace period. Otherwise, no lease would ever be taken
+# over on a machine whose ticks are always late.
 _BEGIN = text("""
     WITH state AS MATERIALIZED (
         SELECT id, last_tick_at,

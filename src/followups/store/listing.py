@@ -90,8 +90,8 @@ def pieces_from(
 ) -> Steps[Sequence[Any]]:
     """Return the rows of `rows_from` with only as many messages as fit into `PIECE`.
 
-    In rows whose message does not fit, ``message`` is None. This limits the memory needed for a request, even for a
-    page of long messages. ``message_size`` is the size of the message in bytes.
+    In rows whose message does not fit, ``message`` is None. A request for a page of long messages therefore needs
+    little memory. ``message_size`` is the size of the message in bytes.
     """
     if offset >= MAX_ROWS:
         return []
@@ -146,12 +146,12 @@ def _narrowing(wanted: ListFilter) -> dict[str, tuple[str, Any]]:
     return {name: each for name, each in given.items() if each[1]}
 
 
-@lru_cache(maxsize=256)  # more than the number of filter combinations
+@lru_cache(maxsize=256)  # there are fewer combinations of filters
 def _query(statement: str) -> Statement:
     return Statement(statement, FollowUp, follow_ups.FIELDS)
 
 
-@lru_cache(maxsize=256)  # more than the number of filter combinations
+@lru_cache(maxsize=256)  # there are fewer combinations of filters
 def _query_of_pieces(statement: str) -> Statement:
     others = ", ".join(name for name in follow_ups.FIELDS if name != "message")
     columns = ", ".join(f"follow_ups.{name}" for name in follow_ups.FIELDS)

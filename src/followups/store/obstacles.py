@@ -31,7 +31,7 @@ _OBSTACLES = text(read_sql("begin_checks").replace("FOR NO KEY UPDATE SKIP LOCKE
 
 @dataclass(frozen=True, slots=True)
 class Obstacle:
-    """The reasons why a leased follow-up may not begin, each with its times."""
+    """A leased follow-up that may not begin, with the reasons and their times."""
 
     lease: Lease
     now: datetime

@@ -131,7 +131,7 @@ class Limitable:
     since: datetime
     """The earliest time at which the follow-up could be sent.
 
-    This is the due date, or the time at which it was set, if later.
+    This is the due date, or the time at which the due date was set, if that is later.
     """
     left: timedelta | None
     """Time until the messaging window or the allowed lateness ends, or None if neither applies."""

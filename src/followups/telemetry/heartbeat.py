@@ -173,7 +173,7 @@ class Heartbeat:
         while not self._stopping.wait(INTERVAL.total_seconds()):
             for report_progress in self._probes:
                 report_progress()
-            # if the disk is full, the file's age grows, so supervisors notice the fault
+            # on a full disk, the heartbeat file only grows older, so supervisors notice the fault
             with suppress(OSError):
                 self._write()
 

@@ -238,5 +238,5 @@ def _route_standard_library(level: int, finish: list[Processor]) -> None:
 
 
 def _is_ours_or_a_stream(handler: logging.Handler) -> bool:
-    # Handlers of other types, such as an error reporter's, are kept.
+    # Log handlers of other types, such as an error reporter's handler, are kept.
     return isinstance(handler, StandardErrorHandler) or type(handler) is logging.StreamHandler

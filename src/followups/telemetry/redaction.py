@@ -55,7 +55,7 @@ def _cleaned(value: Any) -> Any:  # noqa: ANN401 - whatever was logged
 
 
 def clean(text: str) -> str:
-    """Hide the passwords of URLs and the tokens of authorization headers in a text.
+    """Return the string with the passwords of URLs and the tokens of authorization headers hidden.
 
     >>> clean("no broker at redis://me:secret@host:6379/0")
     'no broker at redis://me:***@host:6379/0'

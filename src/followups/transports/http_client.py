@@ -189,8 +189,8 @@ class HttpClient:
         return Unknown(f"the connection broke before an answer arrived ({reason})")
 
     # These methods manage the connections. Connections are replaced after some seconds without a call. Otherwise,
-    # libcurl closes an idle connection only at the next call. Connections are also replaced if libcurl repeatedly
-    # selects one that is unusable. A replaced connection finishes its calls in flight and gets no new ones.
+    # libcurl closes an idle connection only at the next call. If libcurl repeatedly selects an unusable connection, the
+    # connections are replaced as well. A replaced connection finishes its calls in flight and gets no new ones.
 
     def _connections(self) -> CurlLoop:
         if not self._is_open:

@@ -2,10 +2,10 @@
 
 This module decides which calls may be repeated. Once connected, libcurl requests the body and then sends the first
 byte. Before libcurl asks for the body, nothing has been sent. After a kept connection ends without a response, libcurl
-itself tries another connection. A refused HTTP/2 stream has the same effect. To repeat a request on another connection,
-libcurl would have to rewind the body. Since the body cannot be rewound, libcurl gives up (CURLE_SEND_FAIL_REWIND).
-Refused streams (REFUSED_STREAM, GOAWAY) are reported exactly like lost streams, so a refused stream has an unknown
-outcome.
+itself tries another connection. libcurl also tries another connection after a refused HTTP/2 stream. To repeat a
+request on another connection, libcurl would have to rewind the body. Since the body cannot be rewound, libcurl gives up
+(CURLE_SEND_FAIL_REWIND). Refused streams (REFUSED_STREAM, GOAWAY) are reported exactly like lost streams, so a refused
+stream has an unknown outcome.
 """
 
 from __future__ import annotations
@@ -80,9 +80,9 @@ class Sockets:
         """Return whether a request may be sent on the connection that has this local address.
 
         ``opened`` lists the sockets of a new connection; for a reused connection, ``opened`` is empty. A kept
-        connection is checked by libcurl at most once a second. Between two checks, libcurl would mistake unsolicited
-        data for the response to the next request. An HTTP/2 server may send unsolicited data to announce that it will
-        close the connection.
+        connection is checked by libcurl at most once a second. Otherwise, between two checks, libcurl would take
+        unsolicited data for the response to the next request. An HTTP/2 server may send unsolicited data to announce
+        that it will close the connection.
         """
         for each in opened:
             if _port(each) == address[1]:

@@ -119,7 +119,7 @@ class Consumer:
     """
 
     def __init__(self) -> None:
-        """Start with no recorded activity of the consumer."""
+        """Create the object; no activity of the consumer is recorded yet."""
         self.thread: threading.Thread | None = None
         """The thread in which the consumer runs, or None in a process that consumes nothing."""
         self.answered_at = 0.0

@@ -63,8 +63,8 @@ hanging statement is aborted, the waiting follow-ups can still begin in time.
 """
 
 BROKER_SILENCE = timedelta(seconds=5)
-"""Time without an answer after which the broker's connection is replaced. The limit is at most half a lease, because
-the follow-ups of a hint that is delayed for longer have been claimed again.
+"""The broker's connection is replaced after this time without an answer. The limit is at most half a lease, because the
+follow-ups of a hint that is delayed for longer have been claimed again.
 """
 
 SWITCH_INTERVAL = 0.0005
@@ -120,8 +120,8 @@ def make_app(settings: Settings) -> Celery:
             "followups.remove_old": {"queue": DISPATCH},
             "followups.deliver": {"queue": DELIVER},
         },
-        # Tasks only pass work to the dispatcher's thread or the pipeline's loop and return immediately. So tasks need
-        # no pool, and a full deliver queue delays no tick. To use more cores, run more worker processes.
+        # Tasks only pass work to the dispatcher's thread or the pipeline's loop and return immediately. Tasks therefore
+        # need no pool, and a full deliver queue delays no tick. To use more cores, run more worker processes.
         worker_pool="solo",
         worker_prefetch_multiplier=1,
         worker_hijack_root_logger=False,
@@ -308,7 +308,7 @@ class Nudger:
         self._pid = 0
 
     def __call__(self) -> None:
-        """Request a tick. If the broker is unreachable, the work is done on beat's next tick."""
+        """Request a tick. If the broker is unreachable, beat's next tick does the work."""
         with self._started:
             if self._pid != os.getpid():
                 self._pid = os.getpid()

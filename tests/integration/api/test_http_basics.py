@@ -249,7 +249,7 @@ def test_the_longest_idle_connection_is_closed(settings: Settings, monkeypatch: 
 def test_unknown_keys_are_looked_up_with_a_limit(settings: Settings, world: World) -> None:
     """Only a few unknown API keys are looked up concurrently, however many requests arrive.
 
-    If too many look-ups are already waiting, further requests get 429.
+    If too many requests are already waiting for a look-up of their API key, further requests get 429.
     """
     counted = (
         "SELECT count(*) FROM pg_stat_activity"

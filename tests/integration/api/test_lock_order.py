@@ -117,7 +117,7 @@ def deadlocked(api: Api, engine: Engine, request: Callable[[], Any], created: di
 
 
 def lock_chat(connection: Connection, chat_id: str) -> None:
-    """Wait for a chat that the request has locked, so that PostgreSQL aborts the request as a deadlock.
+    """Wait for a chat that the request has locked: PostgreSQL then aborts the request as a deadlock.
 
     PostgreSQL checks a waiting transaction for deadlocks only once, after a second. A request that has already waited
     for more than a second is not aborted.

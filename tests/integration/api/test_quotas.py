@@ -97,7 +97,7 @@ def test_from_python(api: Api) -> None:
 def test_several_calls_in_one_transaction(api: Api) -> None:
     """Under a quota, two transactions with several `schedule` calls each may deadlock; one is aborted.
 
-    To create several follow-ups, use `schedule_many`, which locks all chats before it locks the quota.
+    To create several follow-ups, use `schedule_many`: it locks all chats first, and then the quota.
     """
     world, (one, two) = api.world, sorted(UUID(api.chat()) for _ in range(2))
     allow(api, Kind.PENDING, 10)

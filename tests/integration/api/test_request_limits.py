@@ -116,7 +116,7 @@ def test_deep_pages_do_not_delay_another_workspace(two_workspaces: tuple[Api, Ap
 def test_deep_pages_keep_their_starting_points(
     two_workspaces: tuple[Api, Api], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """For a while, a deep page keeps its first row even if follow-ups are added."""
+    """A deep page of a list keeps its first row for a while, even if follow-ups are added."""
     monkeypatch.setattr(pagination, "DEEP", 4)
     api = two_workspaces[0]
     chat_id = api.chat()

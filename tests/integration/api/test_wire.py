@@ -174,7 +174,7 @@ def test_chunk_overhead_counts_towards_the_body(api: Api) -> None:
 
 @pytest.fixture
 def read_timeout(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[str, int]]:
-    """Serve the application with short timeouts for clients that do not read."""
+    """Serve the application with a short time limit for clients that do not read their responses."""
     monkeypatch.setattr(server, "READ_WITHIN", 0.5)
     with served(settings) as address:
         yield address

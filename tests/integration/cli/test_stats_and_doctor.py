@@ -231,7 +231,7 @@ class TestDoctor:
             assert said in ran.stdout
 
     def test_unreachable_servers(self, run: RunCommand, environment: pytest.MonkeyPatch) -> None:
-        """Doctor names an unreachable database and broker without passwords, and skips dependent checks."""
+        """If servers are unreachable, doctor names them without passwords and skips dependent checks."""
         environment.setenv("FOLLOWUPS_DATABASE_URL", "postgresql://me:hidden@127.0.0.1:9/chats")
         environment.setenv("FOLLOWUPS_BROKER_URL", "redis://:hidden@127.0.0.1:9/0")
         ran = run("doctor", "--json")

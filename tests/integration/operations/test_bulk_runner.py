@@ -85,7 +85,7 @@ def test_a_retry_over_the_quota_is_skipped(world: World) -> None:
 
 
 def test_a_pruned_follow_up_is_skipped(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A bulk action skips and counts a follow-up that was pruned meanwhile."""
+    """If a follow-up has been pruned before a bulk action reaches it, the action skips and counts it."""
     gone, kept = failed(world), failed(world)
     real = bulk_runner.scheduling.retry_once
     monkeypatch.setattr(

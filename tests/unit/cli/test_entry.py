@@ -124,7 +124,7 @@ def test_debug_prints_the_traceback() -> None:
 
 
 class RefusedError(Exception):
-    """A stand-in for an error that a database driver raises."""
+    """A stand-in for a database driver's error."""
 
     sqlstate = "42P01"
 

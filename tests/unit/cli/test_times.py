@@ -54,7 +54,7 @@ def test_a_due_date_beyond_the_calendar_is_wrong_usage() -> None:
 
 @given(st.datetimes(timezones=st.just(UTC)))
 def test_a_time_is_written_as_the_api_writes_it(moment: datetime) -> None:
-    """A time is written as RFC 3339 in UTC with Z, and is read back unchanged."""
+    """A time is written in UTC with a final Z (RFC 3339), and is read back unchanged."""
     written = rfc3339(moment)
     assert written is not None
     assert written.endswith("Z")

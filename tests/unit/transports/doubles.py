@@ -152,7 +152,7 @@ async def listening(
         await asyncio.gather(*tasks, return_exceptions=True)
         for writer in writers:
             writer.transport.abort()
-        # several iterations of the event loop, so that it reads the end of every connection
+        # the event loop needs several iterations to read the end of every connection
         await asyncio.sleep(0.05 if secure else 0)
 
 

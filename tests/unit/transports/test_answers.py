@@ -160,7 +160,7 @@ def test_an_excerpt_of_any_body_can_be_stored(body: bytes) -> None:
 
 
 def test_an_excerpt_keeps_lines() -> None:
-    """An excerpt of a rejection's reason keeps line breaks and tabs."""
+    """An excerpt of a response body keeps line breaks and tabs."""
     assert excerpt(b"one\n\ttwo\r\n") == "one\n\ttwo\r\n"
 
 

@@ -98,7 +98,7 @@ async def test_a_rejection_keeps_the_first_200_characters_of_its_reason(rig: Tra
 
 
 async def test_a_rejection_contains_no_nul(rig: TransportRig) -> None:
-    """Characters that PostgreSQL cannot store are removed from the reason of a rejection."""
+    """A rejection's reason loses the characters that PostgreSQL cannot store."""
     outcome = await rig.send(a_delivery(), kind="reject", status=404, body="no\x00 such\x1b[31m chat\x7f")
     assert outcome == Rejected("HTTP 404 no such[31m chat", 404)
 

@@ -272,7 +272,7 @@ async def test_an_unsolicited_response_is_discarded() -> None:
 
 
 async def test_closing_ends_calls_in_flight_as_unknown() -> None:
-    """A call that is interrupted by `close` has an unknown outcome."""
+    """If `close` interrupts a call, the outcome of the call is unknown."""
     async with scripted(stay_silent) as server, opened(HttpTransport(settings_for(server.url))) as transport:
         call = asyncio.create_task(transport.send(a_delivery()))
         await server.requested.wait()

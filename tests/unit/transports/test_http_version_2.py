@@ -280,7 +280,7 @@ async def stay_silent(_stream: Stream) -> None:
 
 
 async def test_a_silent_stream_affects_only_its_call(server: Http2Server) -> None:
-    """If one call gets no response, other calls in flight are answered.
+    """If one call gets no response, other calls in flight are still answered.
 
     If a call gets no response, the next call uses a new connection.
     """

@@ -150,7 +150,7 @@ async def test_an_endless_chunk_size_costs_the_timeout() -> None:
 
 
 async def test_garbage_in_the_body_does_not_change_the_status() -> None:
-    """The outcome depends on the status alone, even if garbage follows the response."""
+    """If garbage follows a response, the outcome still depends only on the status."""
     outcome = await outcome_of(CHUNKED + b"no number\r\n")
     assert isinstance(outcome, Sent)
     assert outcome.detail.startswith("the body of the answer is incomplete")
@@ -183,7 +183,7 @@ async def test_a_trailer_is_ignored() -> None:
 
 
 async def test_connections_are_kept_under_tls(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Over TLS, too, consecutive calls use one connection until the receiver closes it."""
+    """Consecutive calls over TLS share one connection until the receiver closes it."""
     authority = trustme.CA()
     context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
     authority.issue_cert("127.0.0.1").configure_cert(context)

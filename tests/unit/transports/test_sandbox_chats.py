@@ -144,7 +144,7 @@ def test_nothing_accepted_has_no_lag() -> None:
 
 
 def test_a_request_is_listed_with_all_fields() -> None:
-    """The list of requests is JSON with all fields, and has times in RFC 3339."""
+    """The sandbox lists requests as JSON, with all fields and with RFC 3339 times."""
     chats = SandboxChats()
     chats.receive(incoming(attempt=2), "key", late(1.5))
     assert chats.ledger.records()[0].document() == {

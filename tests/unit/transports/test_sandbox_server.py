@@ -166,7 +166,7 @@ async def test_an_invalid_chat_message_is_rejected(http: aiohttp.ClientSession, 
 
 
 async def test_the_page_loads_nothing_from_other_hosts(http: aiohttp.ClientSession) -> None:
-    """The page escapes data, and a policy blocks resources from other addresses."""
+    """The sandbox page escapes its data, and its policy blocks resources from other hosts."""
     async with http.get("/") as response:
         text, policy = await response.text(), response.headers["content-security-policy"]
         assert response.content_type == "text/html"

@@ -33,7 +33,7 @@ _OF_THE_SERVER = text("SELECT version FROM pg_stat_ssl WHERE pid = pg_backend_pi
 
 
 def of_database(engine: Engine) -> Iterator[Finding]:
-    """Report whether the connection to the database is encrypted, and whether the server was verified.
+    """Report whether the database connection is encrypted and the server was verified.
 
     Yields nothing if the database does not answer.
     """
