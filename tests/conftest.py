@@ -156,7 +156,7 @@ def server_urls(request: pytest.FixtureRequest) -> tuple[str, str]:
 def open_directory() -> Iterator[Path]:
     """Return a directory that every user can enter; pytest's directories are private.
 
-    If the tests run as root, PostgreSQL runs as another user, which must be able to enter the directory.
+    If root runs the tests, PostgreSQL runs as another user, which needs access to the directory.
     """
     with tempfile.TemporaryDirectory() as name:
         Path(name).chmod(0o711)

@@ -6,8 +6,8 @@ chat by guessing ids. Foreign keys to a chat's key make PostgreSQL refuse rows t
 Row-level security was tried and rejected. Row-level security costs 6 % of the SQL time of a create and 16 % of a list
 (2 cores, 20,000 rows). But row-level security does not apply to the tables' owner, whose URL is the only one
 configured. Row-level security would need a second role, which many hosted databases do not allow. The alternative is
-FORCE ROW LEVEL SECURITY, but then the owner's own pg_dump fails. Each query's predicate protects reads. A test calls
-every documented endpoint with another workspace's key and ids.
+FORCE ROW LEVEL SECURITY, but then the owner's own pg_dump fails. Each query filters by workspace, which protects reads.
+A test calls every documented endpoint with another workspace's key and ids.
 
 Only guarded UPDATE statements in `followups.store` write a follow-up's ``status``; nothing assigns to an object. In
 Zulip, saving a full row changed a sent message back to pending (zulip#39521).
@@ -545,7 +545,7 @@ class ConsoleSession(Base):
     name: Mapped[str]
     """The person's name, if known.
 
-    The name comes from the API key, the link's creator, or the proxy.
+    The person's name comes from the API key, the link's creator, or the proxy.
     """
     api_key_id: Mapped[UUID | None] = mapped_column(ForeignKey("api_keys.id", ondelete="CASCADE"), index=True)
     """The API key with which the person signed in. The session is valid only while this API key is valid."""

@@ -162,8 +162,8 @@ def cancel(session: Session, follow_up_id: UUID, *, reason: str | None = None, a
     """Cancel a pending follow-up. After the transaction has committed, the follow-up is never sent.
 
     ``reason`` is stored as given; the default is ``cancelled_by_api``. If the follow-up is already cancelled, the call
-    changes nothing. A transaction with cancels in several chats must process the chats in `schedule`'s order. The audit
-    log records the ``actor``, by default the user of this process.
+    changes nothing. A transaction that cancels in several chats must process the chats in the same order as `schedule`.
+    The audit log records the ``actor``, by default the user of this process.
 
     Raises `FollowUpNotFoundError`, `AlreadyFinishedError`, `DeliveryInProgressError` and `TransactionError`.
     """

@@ -43,7 +43,7 @@ _BROKER = re.compile(
 )
 """Pattern of a broker URL, in which @ occurs at most once.
 
-The user name and the password, which precede the @, may contain any other character.
+The user name and the password may contain any character except @.
 """
 
 _BROKERS_HOST = re.compile(r"\[[0-9a-fA-F:.%a-z]+\]|[^\s,;%\[\]]*")

@@ -143,7 +143,7 @@ def test_created_outside_a_trace(traced: Stack, received: Received) -> None:
     attempts = wait_until(lambda: len(found := received.named("attempt")) >= 2 and found)
     assert len({span.trace_id for span in attempts}) == len(attempts)
     assert {attributes(span)["followups.outcome"] for span in attempts} == {"retry"}
-    assert {span.status.code for span in attempts} == {2}  # the status code of an error
+    assert {span.status.code for span in attempts} == {2}  # the status code 2 means an error
     assert {attributes(span)["followups.follow_up_id"] for span in attempts} == {str(follow_up)}
     assert TEXT.encode() not in b"".join(received.exports)
 

@@ -98,7 +98,7 @@ def test_operations_explains_exactly_the_existing_alerts() -> None:
 
 
 def test_every_queried_series_is_exposed(shown: set[str]) -> None:
-    """Every series in an alert, rule or dashboard comes from `web` or a recording rule."""
+    """Every time series in an alert, rule or dashboard comes from `web` or a recording rule."""
     asked = {name for one in EXPRESSIONS for name in re.findall(r"\bfollowups_[a-z_]+|\bprocess_[a-z_]+", one)}
     recorded = {name for one in EXPRESSIONS for name in re.findall(r"\bfollowups:[a-z0-9_:]+", one)}
     assert asked <= shown | set(re.findall(r'job="(\w+)"', " ".join(EXPRESSIONS)))

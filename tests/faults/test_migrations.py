@@ -35,7 +35,7 @@ READER = """
 WRITER = "UPDATE follow_ups SET updated_at = now(); UPDATE chats SET external_id = 'x'"
 
 LAST_IN_CONFLICT = {READER: "0014", WRITER: "0014"}
-"""For each blocking transaction, the newest schema version from which an upgrade conflicts with it."""
+"""The newest schema version from which an upgrade conflicts with the blocking transaction."""
 REFUSAL = "A long transaction uses a table: end the one that followups doctor shows, and migrate again."
 
 SHORT = (

@@ -23,7 +23,7 @@ NEAR = 0.03
 
 
 def cancel_against_deliver(rig: Rig, figures: Figures, pairs: int, spread: float) -> None:
-    """Cancel each follow-up at about the time when it falls due."""
+    """Cancel each follow-up at about its due time."""
     rig.start(workers=2)
     api = rig.web()
     ids = rig.bulk(pairs, spread)

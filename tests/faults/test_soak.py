@@ -73,7 +73,7 @@ class Samples:
         }
 
     def grown(self) -> dict[str, list[float]]:
-        """Return the service's processes whose memory grew, except the chat, which keeps every request."""
+        """Return the processes whose memory grew, except the chat server, which keeps every request."""
         return {
             name: each
             for name, each in self.values.items()

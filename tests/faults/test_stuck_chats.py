@@ -29,7 +29,7 @@ _PILE = """
 
 
 def stuck_chats(rig: Rig) -> list[UUID]:
-    """Return two chats that accept nothing for an hour: one answers 429, the other fails."""
+    """Return two chats that accept nothing for an hour: one responds with 429, the other with a failure."""
     chats = [rig.world.chat(), rig.world.chat()]
     rig.behave(chats[0], kind="rate_limit", retry_after=3600)
     rig.behave(chats[1], kind="fail", retry_after=3600)
@@ -83,7 +83,7 @@ def behind_stuck(rig: Rig, figures: Figures, count: int, spread: float) -> None:
 
 
 def test_stuck_chats(rig: Rig, figures: Figures) -> None:
-    """5,000 follow-ups behind two stuck ones cause no calls, and a reply cancels them all."""
+    """5,000 follow-ups wait behind two stuck ones without calls, until a reply cancels them."""
     behind_stuck(rig, figures, count=5_000, spread=1.5)
 
 

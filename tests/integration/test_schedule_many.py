@@ -162,7 +162,7 @@ def test_locks_in_ascending_order(world: World) -> None:
 
 
 def test_a_concurrent_reply(world: World) -> None:
-    """If a reply arrives during a transaction of `schedule_many`, it waits and then cancels the new follow-ups."""
+    """If a reply arrives during `schedule_many`, it waits and then cancels the new follow-ups."""
     chat_id = world.chat()
     replies: list[chats.RecordedMessage] = []
 

@@ -156,7 +156,7 @@ def test_chat_of_another_workspace(world: World) -> None:
 
 
 def test_row_with_the_contracts_columns_alone(world: World) -> None:
-    """A row inserted with only the published columns is a valid follow-up."""
+    """A row with only the published columns is a valid follow-up."""
     chat = world.chat()
     with world.engine.begin() as connection:
         table = Base.metadata.tables["follow_ups"]

@@ -36,7 +36,7 @@ HOUR = timedelta(hours=1)
 def hours_from(ahead: timedelta, length: timedelta) -> SendingHours:
     """Return daily sending hours in UTC, given their start relative to now and their length.
 
-    The start and the end are rounded to the minute.
+    The start and the end are rounded down to the minute.
     """
     opening = datetime.now(UTC) + ahead
     return SendingHours("UTC", clock(opening), clock(opening + length))
@@ -97,7 +97,7 @@ def test_sent_within_the_hours(world: World, engine: Engine, settings: Settings)
 
 
 def test_begins_after_the_opening(world: World, engine: Engine, settings: Settings) -> None:
-    """Follow-ups held by sending hours begin once the hours have begun."""
+    """Held follow-ups begin as soon as the sending hours have begun."""
     put(world, CLOSED)
     follow_up = world.follow_up()
     claim_and_begin(engine, settings)

@@ -87,7 +87,7 @@ def test_every_list_uses_an_index(filled: Engine) -> None:
         for wanted in filters_of(row):
             ways, rows = examined(filled, workspace_id, wanted, 11)
             assert ways <= INDEX_SCANS, (wanted, ways)
-            # At most a page plus one row is read for each state, and then the page.
+            # At most 12 rows are read for each of the four states, and then 11 rows for the page.
             assert rows <= 5 * 11 + 4, (wanted, rows)
         # A query for a late page reads all earlier rows, but not their messages.
         ways, rows = examined(filled, workspace_id, ListFilter(statuses=(Status.SENT,)), 10_011)

@@ -100,7 +100,7 @@ async def test_the_breaker_opens_and_recovers(own: Settings) -> None:
 
 
 async def test_the_breaker_without_redis(own: Settings, server: fakeredis.FakeServer) -> None:
-    """The breaker's store raises an error while Redis is unreachable."""
+    """While Redis is unreachable, the breaker's store raises an error."""
     server.connected = False
     with pytest.raises(RedisConnectionError):
         await BreakerStore(own, "http").report(OutcomeReport(), 0)

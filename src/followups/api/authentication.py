@@ -213,8 +213,8 @@ class Caller:
     ) -> T:
         """Run the rule in a transaction, commit it, and then log its changes.
 
-        ``at_once`` is an alternative rule with the same effect. The alternative rule checks the API key and makes the
-        change in a single statement. If ``at_once`` returns None, it has changed nothing. If a conflict rolls back the
+        ``at_once`` is an alternative rule with the same effect. ``at_once`` needs only one statement to check the API
+        key and make the change. If ``at_once`` returns None, it has changed nothing. If a conflict rolls back the
         transaction, the transaction is retried once. Raises `UnauthorizedError` and `TooManyRequestsError`.
         """
         await self._services.rate_limit.check(self._identity.key_id)

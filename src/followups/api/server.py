@@ -81,8 +81,8 @@ SLICE = 16 * 1024
 class OpenConnections:
     """The state that all connections of a server share.
 
-    It includes the connections that can be closed to make room. The first of these is the connection that has been idle
-    or unread longest.
+    It includes the connections that can be closed to make room. The connection that has been idle or unread longest
+    comes first.
     """
 
     def __init__(self) -> None:

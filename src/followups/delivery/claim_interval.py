@@ -1,8 +1,8 @@
 """The interval between two claims while there is a backlog.
 
 This module has no clock and does no I/O. Each claim reads all follow-ups in flight, however few slots have become free.
-If each free slot led to a claim, batches would contain one follow-up. A claim made only after all sends would leave
-workers idle. One half of the window is therefore claimed while the workers send the other half.
+If each free slot led to a claim, batches would contain one follow-up. If claims waited until everything was sent,
+workers would be idle. One half of the window is therefore claimed while the workers send the other half.
 """
 
 from __future__ import annotations

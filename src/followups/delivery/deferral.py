@@ -141,7 +141,7 @@ class Deferral:
         """Defer a batch of excess leases from the due queue, and release deferred follow-ups.
 
         Follow-ups are released if the due queue has room, or if their workspace recovers. Return the seconds until the
-        next call, or None if nothing remains to do now.
+        next call, or None if no call is needed.
         """
         tripped = self._breaker.tripped_for_all
         self._recovered = (self._recovered | self._tripped) - tripped

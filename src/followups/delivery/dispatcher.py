@@ -47,7 +47,7 @@ LOOKING_SHARE = 0.1
 ORPHAN_SEARCH_SHARE = 0.01
 """The largest share of the dispatcher's time for checking blocked and paused follow-ups.
 
-Even above this share, each blocked or paused follow-up is checked at least once per lease time.
+Each blocked or paused follow-up is checked at least once per lease time, even above this share.
 """
 
 SKIPPED_FOR = 60.0

@@ -44,7 +44,7 @@ LONGEST_RETRY_DELAY = timedelta(milliseconds=800)
 class DueQueue:
     """The leases whose attempts may begin next.
 
-    Expired leases in the queue are dropped without a log line: a tick takes over.
+    Expired leases are dropped without a log line, because a tick leases the follow-ups again.
     """
 
     def __init__(self, clock: DatabaseClock, lease: timedelta, slots: Slots) -> None:
@@ -149,8 +149,8 @@ class DueQueue:
         """
         if self._fair.has_turn(tripped):
             return -LEAD.total_seconds()
-        # Anyone with broker access can write a hint with the earliest representable time. No lead can be subtracted
-        # from that time.
+        # Anyone with broker access can write a hint with the earliest representable time. Subtracting the lead from the
+        # earliest time would overflow.
         return self._clock.until(self._heap[0][0]) - LEAD.total_seconds() if self._heap else None
 
     def is_due(self) -> bool:

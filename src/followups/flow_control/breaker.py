@@ -70,8 +70,8 @@ class WorkspaceOutcomes(NamedTuple):
     failures: int
     """Number of failures in a row, up to and including the last attempt."""
     after_success: bool
-    """Whether an attempt of the workspace succeeded before these failures. If one did, failures reported before this
-    success no longer count.
+    """Whether an attempt of the workspace succeeded before these failures. After a success, failures that were reported
+    earlier no longer count.
     """
 
 

@@ -218,7 +218,7 @@ def _page(
 
 NIL = UUID(int=0)
 FIRST_STEP = timedelta(minutes=10)
-"""How far back in time the first step of a search goes."""
+"""How far back in time a search goes in its first step."""
 
 LONGEST_STEP = timedelta(days=3650)
 """If a search step covers this period, the next step covers all older follow-ups."""

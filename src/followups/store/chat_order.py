@@ -209,8 +209,8 @@ def unblock_and_lease(
 ) -> tuple[list[Lease], list[UUID]]:
     """Unblock the follow-ups that waited for the ended ones, and lease them to the caller.
 
-    The caller sends the leased follow-ups immediately. Returns the leases, and those ended follow-ups whose successor
-    in the chat is locked by another transaction.
+    The caller sends the leased follow-ups immediately. Returns the leases, and the ended follow-ups whose successor is
+    locked by another transaction.
     """
     if not ended:
         return [], []

@@ -42,7 +42,7 @@ CANCELLING = {Role.USER: ReasonCode.USER_REPLIED, Role.OPERATOR: ReasonCode.HUMA
 class RecordedMessage:
     """A recorded chat message.
 
-    If the message was already recorded, ``new`` is False and nothing was changed.
+    ``new`` is False if the message was already recorded and nothing changed.
     """
 
     id: UUID
@@ -304,9 +304,9 @@ def receive(
 def _advance(chat: Any, message_id: UUID, role: Role, at: datetime) -> tuple[bool, dict[str, Any]]:  # noqa: ANN401 - a row
     """Return whether the message is the chat's latest, and any new values for the chat.
 
-    The clock of the host that wrote the message may be fast. A message with a time in the future counts as written now.
-    Otherwise, later replies would seem older and cancel nothing. The time of an agent's message is stored exactly. A
-    reply within the same second counts as later.
+    A message's time may come from a host whose clock is fast. A message with a time in the future counts as written
+    now. Otherwise, later replies would seem older and cancel nothing. The time of an agent's message is stored exactly.
+    A reply within the same second counts as later.
     """
     counted = min(counts_as(at), chat.now)
     is_last = chat.last_message_at is None or chat.last_message_at <= counted

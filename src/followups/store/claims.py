@@ -8,9 +8,9 @@ Each claim is one guarded statement, which skips rows that another transaction h
 
 This module updates the planner's statistics itself, because claims depend on them. Autovacuum updates the statistics
 only minutes later. Until autovacuum has run, the planner estimates one row for a table that was emptied, vacuumed, and
-then filled in a burst. The planner then rates any index with the id as highly as the primary key. If the id is not an
-index's first column, each look-up scans the whole index. In such a table with 50,000 due follow-ups, each step of a
-batch took seconds.
+then filled in a burst. With this estimate, any index that contains the id seems as good as the primary key. If the id
+is not an index's first column, each look-up scans the whole index. In such a table with 50,000 due follow-ups, each
+step of a batch took seconds.
 """
 
 from __future__ import annotations
@@ -95,7 +95,7 @@ class Totals(NamedTuple):
     leased: int
     """Number of follow-ups in flight."""
     unseen: bool
-    """Whether the claim left due rows unread, so that a fair claim is needed."""
+    """Whether due rows remain unread, so that a fair claim is needed."""
     low_water: datetime | None
     taken: int
     """Number of rows that the claim could lease."""

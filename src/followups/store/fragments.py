@@ -27,7 +27,7 @@ DUE_READ = f"LEAST(GREATEST({DUE}, timestamptz '0002-01-01'), timestamptz '9998-
 
 LATENESS_FROM = "COALESCE(f.sendable_from, GREATEST(f.due_date, f.scheduled_at, f.held_until))"
 """The time from which the lateness of a follow-up is measured. If sending hours have never held a follow-up, it has no
-``sendable_from``. A follow-up held by a process of an older version has only ``held_until``.
+``sendable_from``. When older versions hold a follow-up, they set only ``held_until``.
 """
 
 WINDOWED = ", ".join(f"'{channel.value}'" for channel in sorted(WINDOWED_CHANNELS))
@@ -68,8 +68,8 @@ CHAT = """CROSS JOIN LATERAL (
 
 OUTCOME_UNKNOWN = "the outcome of an attempt is unknown"
 """The text added to a reason if the outcome of an attempt was unknown. After an unknown outcome, the follow-up is
-retried under the same key and usually ends as sent. Without this text, the reason of a follow-up that is not sent would
-be misleading.
+retried under the same key and usually ends as sent. Without this text, the reason would hide that the message may have
+been accepted.
 """
 
 

@@ -6,7 +6,7 @@ from importlib import import_module
 
 
 def __getattr__(name: str) -> object:
-    """Import the Celery app lazily, since a reader of heartbeats does not need Celery."""
+    """Import the Celery app only when needed, because reading a heartbeat does not need Celery."""
     if name != "app":
         message = f"module {__name__!r} has no attribute {name!r}"
         raise AttributeError(message)

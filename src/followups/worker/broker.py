@@ -309,7 +309,7 @@ COMMAND_REFUSED = "this worker accepts no such commands; FOLLOWUPS_REMOTE_CONTRO
 def restrict_remote_control() -> None:
     """Reject with an error every remote control command that is not read-only.
 
-    Any client that can write to the broker can send such commands.
+    Any client that can write to the broker can send remote control commands.
     """
     for name in Panel.data.keys() - READ_ONLY_COMMANDS:
         Panel.data[name] = _refuse_command

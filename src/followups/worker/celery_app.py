@@ -52,9 +52,8 @@ log = get_logger(__name__)
 
 UNREAD = 1000
 """Number of unread messages in the tick queue at which no further ticks are added. While no worker is running, beat and
-nudges can therefore not fill the broker. Ticks do not expire, because Celery would have to compare the clocks of two
-hosts. If one host's clock were an hour ahead, Celery would drop all ticks. The dispatcher merges all waiting ticks into
-one.
+nudges can therefore not fill the broker. Ticks do not expire, because expiry would depend on the clocks of two hosts.
+If one host's clock were an hour ahead, Celery would drop all ticks. The dispatcher merges all waiting ticks into one.
 """
 
 STATEMENT_TIMEOUT = timedelta(seconds=10)
@@ -81,7 +80,7 @@ DRAIN_MARGIN = timedelta(seconds=5)
 def _exit_when_wrong() -> Iterator[None]:
     """If settings are invalid, end the process with a one-sentence error and exit code 2.
 
-    Without this check, Celery would print a stack trace, or would continue to start.
+    Without this check, Celery would print a stack trace or start anyway.
     """
     try:
         yield
@@ -140,9 +139,9 @@ def make_app(settings: Settings) -> Celery:
             "socket_keepalive": True,
             # The consumer therefore detects a half-open connection within twice `silence` plus a second.
             "health_check_interval": silence,
-            # kombu itself retries, and redis-py's own retries would multiply the number of retries. With both kombu's
-            # and redis-py's retries, a publish to a silent broker took 51 s. Without redis-py's retries, the publish
-            # takes 26 s.
+            # kombu itself retries; retries by redis-py as well would multiply the attempts. With both kombu's and
+            # redis-py's retries, a publish to a silent broker took 51 s. Without redis-py's retries, the publish takes
+            # 26 s.
             "retry_on_timeout": False,
         },
         # While the broker is unreachable, a publish takes at most two seconds before it fails. After the failure, the
@@ -376,7 +375,7 @@ def _warm_up(sender: Any = None, **_: object) -> None:  # noqa: ANN401 - the wor
 def _stop_beat_in_order(**_: object) -> None:
     # Celery's own handler closes the producer while the signal is being handled. If a signal interrupted a publish,
     # Celery's handler would wait forever for the lock of that publish. In a test with ten ticks per second, two of
-    # about thirty beat processes never exited. If the handler raises an exception instead, the interrupted publish
+    # about thirty beat processes never exited. If the handler raises an exception, however, the interrupted publish
     # releases its locks. Beat closes the producer after the handler has raised the exception.
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: sys.exit(0))

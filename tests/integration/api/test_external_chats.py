@@ -86,6 +86,6 @@ def test_two_concurrent_requests(two_workspaces: tuple[Api, Api]) -> None:
 
 
 def test_other_transports_external_ids_are_separate_for_each_workspace(api: Api, other: Api) -> None:
-    """If the transport's requests name the workspace, two workspaces may use the same external id."""
+    """Two workspaces may use the same external id if the transport's requests name the workspace."""
     room = f"!{uuid4()}:host"
     assert [put(each, room) for each in (api, other)] == [201, 201]

@@ -95,7 +95,7 @@ def test_other_workspace(api: Api, other: Api) -> None:
 def test_keys_expire_after_a_day(api: Api) -> None:
     """After 24 hours an idempotency key can be reused.
 
-    Expired stored responses are deleted when new responses are stored.
+    Expired responses are deleted whenever a new response is stored.
     """
     body = body_of(api)
     for key in "abc":

@@ -68,7 +68,7 @@ def test_durability(commit: str, standbys: str, *, forgets: bool) -> None:
 def test_poolers(settings: Settings, database_url: str, mode: str, *, ok: bool) -> None:
     """A pooler that may change the session between two transactions fails doctor's check.
 
-    A pooler that keeps the session between transactions passes this check.
+    A pooler that keeps the session between transactions passes doctor's check.
     """
     with PgBouncer(database_url, pool_mode=mode) as pooler:
         assert found(pooler.url()) == {}

@@ -24,7 +24,7 @@ SOME_ID = UUID("6f1b1f0e-3a53-4f6e-9a5f-1d2b3c4d5e6f")
 
 
 def meaning(status: int) -> type:
-    """Return the outcome that the table's first matching row documents for a status."""
+    """Return the outcome that the documentation gives for an HTTP status."""
     if 200 <= status <= 299:
         return Sent
     if status == 429:

@@ -1,4 +1,4 @@
-"""HTTP/2 where the server offers it: the outcomes of HTTP/1.1, and independent streams."""
+"""Tests of HTTP/2: the outcomes are those of HTTP/1.1, and streams are independent."""
 
 from __future__ import annotations
 
