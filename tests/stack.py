@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from world import World
 
 COMMANDS = Path(__file__).with_name("bin")
-"""The directory that comes first on PATH, which contains a `celery` that starts quickly."""
+"""The first directory on PATH, with a `celery` command that starts quickly."""
 CELERY = (sys.executable, str(COMMANDS / "celery"), "-A", "followups.worker")
 
 PAGE = 5_000
@@ -63,7 +63,7 @@ class Stack:
         )
 
     def sandbox(self, *arguments: str) -> Child:
-        """Start the chat that receives the messages."""
+        """Start the sandbox chat server, which receives the messages."""
         argv = [sys.executable, "-m", "followups.transports.sandbox.server", "--port", str(self.sandbox_port)]
         return self.processes.spawn(
             "sandbox", [*argv, *arguments], ready=answers(f"http://127.0.0.1:{self.sandbox_port}/sandbox/summary")

@@ -1,6 +1,6 @@
 """A browser for tests: Debian's chromium, driven by Playwright.
 
-Without chromium, the browser tests are skipped. Playwright's pytest plug-in is not used, because its running event loop
+Without chromium, the browser tests are skipped. Playwright's pytest plug-in is not used: the event loop that it runs
 breaks asynchronous tests.
 """
 

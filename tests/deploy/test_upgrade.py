@@ -115,7 +115,7 @@ def more_is_sent(rig: Rig, more: int = 60) -> None:
 
 
 def test_the_schema_then_the_code(previous: Rig, old_code: str) -> None:
-    """Old and new code work on the new schema simultaneously.
+    """Old and new code can run at the same time on the new schema.
 
     No message is lost or sent twice, and no attempt is wasted.
     """

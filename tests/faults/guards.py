@@ -386,7 +386,7 @@ def park(scene: Scene, lease: Lease, earlier: UUID) -> None:
 
 
 def stale_park(scene: Scene) -> None:
-    """Try to park a follow-up with a stale lease, after another worker has taken the follow-up over."""
+    """Try to park a follow-up under a lease that another worker's lease has replaced."""
     earlier, old = two_in_a_chat(scene)
     scene.leased_anew(old)
     park(scene, old, earlier)

@@ -1,4 +1,4 @@
-"""Tests with several concurrent beats, one of which is killed: ticks are coalesced and continue."""
+"""Tests with several beats: ticks are coalesced, and continue after one beat is killed."""
 
 from __future__ import annotations
 

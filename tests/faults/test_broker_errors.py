@@ -148,7 +148,7 @@ def test_errors_for_long(breakable: Rig, figures: Figures) -> None:
 
 
 def test_stopped_in_the_middle(breakable: Rig) -> None:
-    """A worker that is stopped while the broker rejects its reads drains and exits cleanly."""
+    """If a worker is stopped while the broker rejects reads, the worker drains and exits cleanly."""
     assert breakable.valkey
     (worker,) = breakable.start()
     with redis.Redis.from_url(breakable.valkey.url(), socket_timeout=5) as server, noperm(server):

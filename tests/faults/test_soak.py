@@ -31,8 +31,8 @@ AHEAD = 5.0
 ROOM_MB = 32.0
 """Megabytes by which a process's memory may grow beyond a quarter of its median: allocators keep freed memory."""
 
-# Include only follow-ups that were created early enough and accepted at the first attempt. The query uses the lists'
-# index. The cost of a sample therefore stays the same throughout the test.
+# Include only follow-ups that were created early enough and accepted at the first attempt. The query uses the index of
+# the follow-up lists. The cost of a sample therefore stays the same throughout the test.
 _LAG = """
     SELECT percentile_cont(0.99) WITHIN GROUP (ORDER BY extract(epoch FROM accepted_at - due_date)) * 1000, max(now())
       FROM follow_ups

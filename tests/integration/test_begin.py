@@ -1,4 +1,4 @@
-"""Tests of begin on PostgreSQL, which repeats all checks just before a delivery attempt."""
+"""PostgreSQL tests of begin, which repeats all checks just before a delivery attempt."""
 
 from __future__ import annotations
 

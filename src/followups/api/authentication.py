@@ -86,8 +86,8 @@ class KnownKeys:
     """API keys that were valid at their last use.
 
     For a known key, a request's body is read before the key is looked up. The transaction of each request checks the
-    key again. A revocation therefore takes effect immediately, and the key is removed from the known keys. A key in use
-    is looked up only once. A flood of requests with unknown keys therefore cannot delay requests with known keys. An
+    key again. A revocation therefore takes effect immediately and removes the key from the known keys. A key in use is
+    looked up only once. A flood of requests with unknown keys therefore cannot delay requests with known keys. An
     instance belongs to one event loop.
     """
 

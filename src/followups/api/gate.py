@@ -278,7 +278,7 @@ def _check_head(scope: Scope) -> None:
 
 
 def _repeated(scope: Scope) -> str | None:
-    """Return the name of a header that was repeated although repetition is forbidden.
+    """Return the name of a repeated header that may occur only once.
 
     Two servers could interpret a request with a repeated header differently.
     """

@@ -84,7 +84,7 @@ class KeyRateLimit:
             # After a failover, Redis's address leads to a different server.
             retry_on_error=[ReadOnlyError],
         )
-        # Connections are opened to the pool's address. The URL given here is only parsed, and must contain a port.
+        # The client connects to the address of its connection pool. This URL is only parsed, but must contain a port.
         self._storage = RedisStorage(
             "redis://pool:6379",
             connection_pool=self._pool,  # type: ignore[arg-type] # as documented

@@ -40,7 +40,7 @@ class Fields:
     """The fields of a form or query string, in the order sent."""
 
     def __init__(self, encoded: str) -> None:
-        """Parse the fields. Raises `InvalidRequestError` if there are too many or any is not valid UTF-8."""
+        """Parse the fields. Raises `InvalidRequestError` if there are too many fields or a field is not valid UTF-8."""
         try:
             pairs = parse_qsl(encoded, keep_blank_values=True, max_num_fields=MAX_FIELDS, errors="strict")
         except (ValueError, UnicodeDecodeError):

@@ -37,8 +37,8 @@ if TYPE_CHECKING:
 SHARE = 1024
 """Divisor: a worker requests 1/1024 of the in-flight limit, at most a lease per slot.
 
-A worker never holds more leases than it gets from two requests. A hundred workers keep at most a fifth of the window. A
-probe needs only three follow-ups from all workers together.
+A worker never holds more leases than it gets from two requests. A hundred workers together keep at most a fifth of the
+in-flight limit. A probe needs only three follow-ups from all workers together.
 """
 SHARE_WHILE_RECOVERING = 128
 """During recovery, a worker requests leases for the in-flight limit divided by this number.
@@ -64,8 +64,8 @@ BACKOFF = 1.0
 class ReturnTimes:
     """The times at which deferred follow-ups fall due again, spread in the order of deferral.
 
-    The first of these times are 15 ms apart. As more follow-ups are deferred, the times get closer together. No
-    follow-up is deferred for longer than `LONGEST`.
+    The first return times are 15 ms apart. As more follow-ups are deferred, the times get closer together. No follow-up
+    is deferred for longer than `LONGEST`.
 
     >>> returns = ReturnTimes()
     >>> [round(returns.next(now=0.0), 3) for _ in range(3)]

@@ -94,7 +94,7 @@ def closed_until(obstacle: Obstacle) -> datetime | None:
 def sendable_from(obstacle: Obstacle) -> datetime | None:
     """Return the first time at which sending hours allow the follow-up, or None if unknown.
 
-    The returned time may be in the future. If the recorded time has already passed, it is left unchanged. Lateness is
+    The returned time may be in the future. A recorded time that has already passed is returned unchanged. Lateness is
     counted from this time even after the sending hours end. This function is pure.
     """
     first = obstacle.sendable_from

@@ -146,7 +146,7 @@ class Pruner(BackgroundThread):
 
 @contextmanager
 def _alone(connection: Connection) -> Iterator[bool]:
-    """Return whether no other worker is pruning, and lock out others until this run ends."""
+    """Try to lock out other pruning workers until this run ends; return whether this succeeded."""
     alone = bool(connection.scalar(text("SELECT pg_try_advisory_lock(:key)"), {"key": LOCK}))
     connection.commit()
     try:

@@ -238,8 +238,8 @@ class RateLimits:
     async def tokens(self, leases: Sequence[Lease]) -> AsyncIterator[tuple[dict[UUID, timedelta], set[UUID]]]:
         """Acquire tokens for those leases whose turn it is.
 
-        Yields a pair: the waits of the leases without a token, and an empty set. The caller's block adds the begun
-        follow-ups to this set. Tokens of follow-ups that did not begin are returned to their buckets.
+        Yields a pair: the waits of the leases without a token, and an empty set. The caller adds each follow-up that
+        has begun to the yielded set. Tokens of follow-ups that did not begin are returned to their buckets.
         """
         limitable = {one.id: one for one in await in_loop(self._engine, _limitable, self._settings, leases)}
         requests = [request for one in limitable.values() if (request := self._limits.request(one)).buckets]
@@ -265,7 +265,7 @@ class RateLimits:
         self._unlogged += len(waits)
 
     async def defer(self, waits: Sequence[tuple[Lease, timedelta]]) -> tuple[tuple[Lease, timedelta], ...]:
-        """In the database, defer the follow-ups that still have long to wait.
+        """Defer all follow-ups whose wait is long, and store the deferrals in the database.
 
         Return the follow-ups whose wait is short; these stay in the due queue.
         """

@@ -149,7 +149,7 @@ def record(event: Event) -> Steps[None]:
 
 @dataclass(frozen=True, slots=True)
 class AuditFilter:
-    """A filter for audit events, which ignores every field that is None or empty."""
+    """A filter for audit events; fields that are None or empty are ignored."""
 
     workspace_id: UUID | None = None
     workspace: str | None = None

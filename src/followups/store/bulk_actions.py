@@ -97,7 +97,7 @@ _PROGRESS = text("""
 def record_progress(
     session: Session, action: BulkAction, done: int, passed_over: str, place: BrowseCursor | None, *, finished: bool
 ) -> None:
-    """Record the progress of a bulk action; ``passed_over`` is a JSON text."""
+    """Record the progress of a bulk action; ``passed_over`` is JSON."""
     at, after = place or (action.ended_at_time, action.ended_at_id)
     values = {"id": action.id, "done": done, "passed_over": passed_over, "at": at, "after": after, "finished": finished}
     session.execute(_PROGRESS, values)

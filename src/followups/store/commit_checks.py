@@ -22,8 +22,9 @@ if TYPE_CHECKING:
     from sqlalchemy import Connection, TextClause
 
 SAMPLE = 10
-"""The largest number of rows read again after a commit with an unknown result. A sample is enough, since a transaction
-is committed as a whole. A single row is not enough: another transaction may have changed it in the meantime.
+"""The largest number of rows read again after a commit with an unknown result. A small sample is enough, since a
+transaction is committed as a whole. A single row is not enough: another transaction may have changed it in the
+meantime.
 """
 
 # The transaction may still lock the row if its backend survived the lost connection. FOR SHARE reads the latest version

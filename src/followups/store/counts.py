@@ -154,7 +154,7 @@ _PENDING = text(f"""
            (SELECT count(*) FROM follow_ups
              WHERE status = 'pending' AND waits_for IS NULL AND {_DUE} <= now()) AS overdue
 """)  # noqa: S608 - no input, only the constant above
-# This query uses the index of the follow-up lists, whose first column is the workspace.
+# This query uses an index that starts with the workspace, as the follow-up lists do.
 _COUNT_FINAL = text("""
     SELECT s.status, (
            SELECT count(*) FROM (
@@ -224,7 +224,7 @@ _CANCELLED_BY_TIMEOUT = "57014"
 
 
 def pace(connection: Connection, window: timedelta, limit: timedelta = LIMIT) -> Pace | None:
-    """Measure what was sent within the last ``window``, or return None after ``limit``.
+    """Measure the follow-ups sent in the last ``window``; return None if this takes longer than ``limit``.
 
     Percentiles are nearest-rank.
     """

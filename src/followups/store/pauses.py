@@ -69,7 +69,7 @@ def pause(connection: Connection, scope: PauseScope) -> bool:
 
 
 def resume(connection: Connection, scope: PauseScope) -> bool:
-    """End the pause of this scope; return whether there was one.
+    """End the scope's pause, and return whether the scope was paused.
 
     The caller must then call `release_orphaned`, which releases the follow-ups that the pause held.
     """

@@ -1,6 +1,6 @@
 """Rate limits that operators set, their scopes, and the deferral of follow-ups over a limit.
 
-Follow-ups that the circuit breaker defers are also deferred by this module.
+This module also defers follow-ups when the circuit breaker is open.
 """
 
 from __future__ import annotations

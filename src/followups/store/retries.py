@@ -61,7 +61,7 @@ def count_failed(connection: Connection, failures: Failures) -> int:
 
 
 class FailureCursor(NamedTuple):
-    """The position where a batch of retries ended, in the order of failures."""
+    """Where a batch of retries ended, in the order in which follow-ups failed."""
 
     finished_at: datetime = FIRST
     id: UUID = NIL

@@ -46,7 +46,7 @@ class Settlement(NamedTuple):
     cancel_takes_precedence: bool = True
     """Whether a cancel that was requested during the attempt takes precedence over this outcome."""
     cancel_detail: str = ""
-    """The text appended to a requested cancel's reason that is only a code: ': ...' or empty."""
+    """If the reason of a requested cancel is only a code, this text (': ...' or empty) is appended."""
 
 
 class SettledFollowUp(NamedTuple):

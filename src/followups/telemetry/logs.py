@@ -196,7 +196,7 @@ class _Escaped:
 
 
 AS_THEY_ARE = frozenset({"event", "level", "logger", "timestamp"})
-"""Keys whose values are written unchanged to a terminal."""
+"""Log keys whose values are written unchanged to a terminal."""
 IN_LINES = frozenset({"exception", "stack"})
 """Log keys whose values the console's renderer writes unchanged, on several lines."""
 

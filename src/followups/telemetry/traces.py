@@ -7,7 +7,7 @@ Spans are exported as OTLP over HTTP.
 
 Each process creates its tracer provider after the fork, which the exporter's thread would not survive. The tracer
 provider is not registered globally. With a global provider, libraries would add spans with texts outside our control.
-The attributes of spans are only ids and numbers. Exception messages are left out, since they may quote a follow-up's
+Span attributes contain only ids and numbers. Exception messages are left out, since they may quote a follow-up's
 message.
 """
 

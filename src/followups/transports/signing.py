@@ -27,7 +27,7 @@ SHORTEST, LONGEST = 24, 64
 
 
 class Signer:
-    """Signs with every secret and accepts a signature by any secret, so that secrets can be replaced."""
+    """Signs with all secrets, and accepts a signature by any one, so that secrets can be replaced."""
 
     def __init__(self, secrets: str) -> None:
         """Parse secrets separated by white space, in base64, padded or not, with or without ``whsec_``.

@@ -1,4 +1,4 @@
-"""Creating and getting follow-ups through the API of a running web process."""
+"""Tests that create and get follow-ups through the API of a running web process."""
 
 from __future__ import annotations
 

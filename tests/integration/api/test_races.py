@@ -190,7 +190,7 @@ class TestCancelAgainstDeliver:
 
 
 class TestPatchAgainstTick:
-    """After the response, a new due date applies, even to a claimed follow-up."""
+    """Once a reschedule has been confirmed, the new due date applies even to a claimed follow-up."""
 
     def test_claim_first(self, api: Api, engine: Engine) -> None:
         """If a reschedule arrives during a claim, the reschedule waits and then makes the new lease stale."""

@@ -373,7 +373,7 @@ async def test_a_connection_closed_by_libcurl_does_not_stop_the_loop() -> None:
             idle.sendall(OK)
             await first
             second, busy = await begin()
-            busy.sendall(OK)  # libcurl then closes its other connection, which is idle, because it may keep only one
+            busy.sendall(OK)  # libcurl may keep only one connection, so it closes the idle one
             idle.close()
             assert await second == pycurl.E_OK
         await asyncio.sleep(0.02)

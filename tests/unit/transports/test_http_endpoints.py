@@ -122,7 +122,7 @@ def test_missing_authorities_stop_the_start(name: str, monkeypatch: pytest.Monke
 
 
 def asking(authority: trustme.CA, version: ssl.TLSVersion) -> ssl.SSLContext:
-    """Return a server's TLS context that requests a certificate from the given authority."""
+    """Return a server's TLS context that requests a client certificate signed by the given authority."""
     context = certified(authority)
     context.verify_mode = ssl.CERT_REQUIRED
     context.maximum_version = version
