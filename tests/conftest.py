@@ -154,7 +154,7 @@ def server_urls(request: pytest.FixtureRequest) -> tuple[str, str]:
 
 @pytest.fixture
 def open_directory() -> Iterator[Path]:
-    """Return a directory that every user can enter; pytest's directories are private.
+    """Return a directory that every user can enter, unlike pytest's temporary directories.
 
     If root runs the tests, PostgreSQL runs as another user, which needs access to the directory.
     """

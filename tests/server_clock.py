@@ -1,4 +1,4 @@
-"""A settable clock for Redis scripts: their TIME reads a key instead of the server's clock."""
+"""A settable clock for Redis scripts, which read the time from a key instead of the server."""
 
 from __future__ import annotations
 

@@ -442,7 +442,7 @@ class FollowUp(Base):
     """The W3C traceparent of the trace in which the follow-up was created, or None."""
 
     held_until: Mapped[datetime | None]
-    """The start of the sending hours for which the follow-up was last held."""
+    """The start of the sending hours that the follow-up last waited for."""
     sendable_from: Mapped[datetime | None]
     """The first time at which sending hours allow the message, or None if the follow-up was never held.
 
@@ -609,7 +609,7 @@ class BulkAction(Base):
 
 
 class DispatcherState(Base):
-    """The single row that records the time of the last dispatcher tick.
+    """A table with one row, which records when the last dispatcher tick ran.
 
     Each claim locks this row (`followups.store.last_tick`).
     """

@@ -1,4 +1,4 @@
-"""Retries of failed attempts: the policy is plain data, and each decision is a value. Pure functions.
+"""The policy for retries of failed attempts, as plain data. Pure functions.
 
 The backoff is exponential with full jitter (Brooker, "Exponential Backoff And Jitter", AWS Architecture Blog, 2015).
 The delay is uniformly distributed between zero and the ceiling. Attempts that failed together are therefore retried at
@@ -49,7 +49,7 @@ class RetryPolicy:
         return timedelta(seconds=min(grown, self.cap.total_seconds()))
 
     def jittered(self, attempt: int, jitter: Callable[[], float] = random.random) -> timedelta:
-        """Return a delay between zero and the ceiling. ``jitter`` returns a fraction in [0, 1)."""
+        """Return a random delay between zero and the ceiling. ``jitter`` returns a fraction in [0, 1)."""
         return self.ceiling(attempt) * jitter()
 
     def next_delay(self, attempt: int, jitter: Callable[[], float] = random.random) -> timedelta | None:

@@ -114,7 +114,7 @@ def _spans(hours: SendingHours, zone: ZoneInfo, first: date) -> Iterator[tuple[d
         whole = hours.opening == hours.closing
         opening = _moment(datetime.combine(day, hours.opening, zone), fold=0 if whole else 1)
         closing = _moment(datetime.combine(last, hours.closing, zone), fold=0)
-        if closing <= opening:  # both times are in the repeated hour, so the closing is its second occurrence
+        if closing <= opening:  # both times are in the repeated hour, so close at the second occurrence
             closing = _moment(datetime.combine(last, hours.closing, zone), fold=1)
         if opening < closing:  # a clock change can leave nothing of a sending period
             yield opening, closing

@@ -115,7 +115,7 @@ def test_workers_are_scaled_by_overdue_follow_ups() -> None:
 
 
 def test_the_window_is_wide_enough_for_the_most_workers() -> None:
-    """MAX_IN_FLIGHT is sufficient for all slots of the maximum number of workers."""
+    """MAX_IN_FLIGHT is large enough for all slots of the maximum number of workers."""
     most = OBJECTS["HorizontalPodAutoscaler/followups-worker"]["spec"]["maxReplicas"]
     assert int(OBJECTS["ConfigMap/followups"]["data"]["FOLLOWUPS_MAX_IN_FLIGHT"]) >= 2 * 100 * most
 

@@ -40,7 +40,7 @@ FOLLOWERS = "SELECT count(*) FROM pg_stat_replication WHERE state = 'streaming'"
 
 
 def ask(server: EmbeddedPostgres, statement: str, database: str = "postgres") -> str:
-    """Execute a statement on this server, wherever the shared address leads; return one value."""
+    """Execute a statement on this server, not through the shared address; return one value."""
     with psycopg.connect(server.url(database), autocommit=True) as connection:
         found = connection.execute(statement.encode())
         row = found.fetchone() if found.description else None

@@ -174,8 +174,8 @@ def chosen_servers() -> frozenset[str]:
     """Return the types of servers in FOLLOWUPS_TEST_SERVERS: ``replicated``, ``pooled`` or both.
 
     The types are separated by commas. ``replicated`` is a primary with a synchronous standby. After a restart of
-    PostgreSQL, the standby takes over. ``pooled`` puts a PgBouncer in session mode in front of PostgreSQL. If the
-    variable is empty, a plain server is used.
+    PostgreSQL, the standby takes over. ``pooled`` puts a PgBouncer in session mode in front of PostgreSQL. If
+    FOLLOWUPS_TEST_SERVERS is empty, a plain server is used.
     """
     chosen = frozenset(os.environ.get(SERVERS, "").replace(",", " ").split())
     if unknown := chosen - {REPLICATED, POOLED}:

@@ -40,7 +40,7 @@ def outages(rig: Rig, figures: Figures, times: int, between: tuple[float, float]
             back_after.append(seconds_until_accepted(rig))
     took = rig.settle_down(within=60)
     verdict = rig.verdict()
-    # A client may have received an error for a transaction that was committed.
+    # A client may have seen an error although its transaction was committed.
     assert verdict.ended.keys() == {"sent"}
     assert verdict.ended["sent"] >= len(load.ids) + times
     assert all(worker.running for worker in workers)

@@ -1,4 +1,4 @@
-"""Tests in which all broker messages are duplicated and shuffled, with no effect on what is sent."""
+"""Duplicated and shuffled broker messages do not change what is sent."""
 
 from __future__ import annotations
 

@@ -54,7 +54,7 @@ def send_replies_and_creates(rig: Rig, api: web.Api, pairs: int) -> Counter[tupl
 
 
 def on_foreign_defaults(rig: Rig, figures: Figures, pairs: int, rate: float, seconds: float) -> None:
-    """Run concurrent replies and create requests, then a load, on a database with hostile defaults."""
+    """Run concurrent replies and create requests, then a load, on a database with unusual defaults."""
     direct = rig.world.engine.url.set(drivername="postgresql").render_as_string(hide_password=False)
     set_defaults(direct, HOSTILE)
     rig.options |= ENVIRONMENT
@@ -101,7 +101,7 @@ def test_foreign_defaults_behind_a_pooler(pooled: Rig, figures: Figures) -> None
 
 @pytest.mark.faults_long
 def test_foreign_defaults_for_minutes(pooled: Rig, figures: Figures) -> None:
-    """Unusual server defaults change no outcome under minutes of load with hundreds of replies."""
+    """Unusual database defaults change no outcome, even under load for minutes."""
     on_foreign_defaults(pooled, figures, pairs=400, rate=200, seconds=180)
 
 

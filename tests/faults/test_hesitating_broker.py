@@ -49,5 +49,5 @@ def test_hesitating(proxied: tuple[Rig, Sequence[Proxy]], figures: Figures) -> N
 
 @pytest.mark.faults_long
 def test_hesitating_for_long(proxied: tuple[Rig, Sequence[Proxy]], figures: Figures) -> None:
-    """A worker continues to consume hints after the broker has delayed many answers."""
+    """After many delayed answers from the broker, a worker still consumes hints."""
     hesitating(proxied, figures, times=40)

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from faults.rig import Rig
 
 CLIENTS = 4
-"""The number of threads that replace follow-ups; the same number of threads send replies."""
+"""The number of threads that replace follow-ups, and of threads that send replies."""
 DELAY = 0.01
 """The longest pause in seconds before a thread begins, and between cancel and schedule."""
 

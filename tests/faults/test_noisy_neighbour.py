@@ -112,7 +112,7 @@ def keep_backlog(rig: Rig, figures: Figures, seen: Measurements) -> None:
 
 
 def test_backlog_of_a_neighbour(rig: Rig, figures: Figures) -> None:
-    """Other workspaces' follow-ups are sent before most of a backlog that fills all slots."""
+    """If one workspace's backlog fills all slots, other workspaces' follow-ups overtake most of it."""
     rig.options |= {"FOLLOWUPS_MAX_IN_FLIGHT": "200", "FOLLOWUPS_CONCURRENCY": "8"}
     seen = backlog(rig, overdue=3000, each=5, spread=1.5, call=0.02)
     keep_backlog(rig, figures, seen)

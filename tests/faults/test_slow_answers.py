@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 def received_within(rig: Rig, ids: Sequence[UUID]) -> tuple[float, float]:
-    """Release these follow-ups; return the seconds until 99 % were received and all were recorded."""
+    """Release the follow-ups; return the seconds until 99 % are received and until all are recorded."""
     released = time.monotonic()
     rig.release(ids)
     rig.settle_down(within=120 + len(ids) / 50)
@@ -30,7 +30,7 @@ def received_within(rig: Rig, ids: Sequence[UUID]) -> tuple[float, float]:
 
 
 def slow_answers(rig: Rig, figures: Figures, count: int, delay: float) -> None:
-    """Deliver ``count`` follow-ups while all chats are fast, then as many with 1 % slow chats."""
+    """Deliver ``count`` follow-ups with fast chats, then as many with 1 % of the chats slow."""
     rig.options |= {"FOLLOWUPS_TRANSPORT_TIMEOUT": "30", "FOLLOWUPS_LEASE": "60"}
     rig.start()
     quick, _ = received_within(rig, rig.held(count))

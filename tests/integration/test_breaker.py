@@ -78,7 +78,7 @@ async def report(
 ) -> SharedState:
     """Report outcomes of one workspace and return the breaker's state.
 
-    The function checks the held workspaces itself, and omits them from the returned state.
+    The function itself checks the tripped workspaces and leaves them out of the result.
     """
     runs = (WorkspaceOutcomes(key, len(failed), after_success=succeeded),) if failed or succeeded else ()
     reading = await store.report(OutcomeReport(tuple(failed), succeeded, runs), wanted)

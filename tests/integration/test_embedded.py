@@ -125,7 +125,7 @@ class TestPostgres:
     def test_kept_data_is_durable(self, open_directory: Path) -> None:
         """If a directory is given, the next server there uses the same data.
 
-        While a server runs, a second server for the same directory is rejected.
+        A second server for a directory is rejected while the first one runs.
         """
         with EmbeddedPostgres(open_directory / "kept") as server:
             assert stat.S_IMODE((open_directory / "kept").stat().st_mode) == 0o700

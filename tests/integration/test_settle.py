@@ -149,7 +149,7 @@ class TestSettle:
         assert world.row(held).status == "sent"
 
     def test_a_refused_cancel_delays_nothing(self, world: World, steps: Steps, engine: Engine) -> None:
-        """A caller that keeps its transaction open after a 409 does not delay settling."""
+        """If a cancel is refused, the caller's open transaction does not delay settling."""
         follow_up = world.follow_up()
         begun = steps.begun()
         with Session(engine) as session:

@@ -254,7 +254,7 @@ class _Answer:
 
 
 def _check_head(scope: Scope) -> None:
-    # The server checks the size of headers only if they arrive in several chunks.
+    # uvicorn limits the size of headers only if they arrive in several chunks.
     target = len(scope["raw_path"]) + len(scope["query_string"])
     if target + sum(len(name) + len(value) for name, value in scope["headers"]) > MAX_HEADER_SIZE:
         raise Refusal(TOO_LONG_A_HEADER)

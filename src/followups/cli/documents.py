@@ -90,8 +90,8 @@ def failure_document(failure: FailedAttempt) -> dict[str, Any]:
 def api_key_document(key: ApiKey, workspace: str) -> dict[str, Any]:
     """Return the JSON form of an API key, with its workspace's name but not the key.
 
-    ``expiresAt`` is present only if the key expires. If a key does not expire, its JSON form is the same as in older
-    versions.
+    ``expiresAt`` is present only if the key expires. The JSON form of a key that does not expire is the same as in
+    older versions.
     """
     document = {
         "id": str(key.id),

@@ -1,8 +1,8 @@
 """The interval between two claims while there is a backlog.
 
 This module has no clock and does no I/O. Each claim reads all follow-ups in flight, however few slots have become free.
-If each free slot led to a claim, batches would contain one follow-up. If claims waited until everything was sent,
-workers would be idle. One half of the window is therefore claimed while the workers send the other half.
+If every free slot caused a claim, each batch would contain only one follow-up. If claims waited until everything was
+sent, workers would be idle. One half of the window is therefore claimed while the workers send the other half.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ class ClaimInterval:
         self._full_at = None
 
     def record_claim(self, taken: int, at: float, *, more: bool, cut_short: bool) -> None:
-        """Record a claim of ``taken`` follow-ups that started at the time ``at`` (monotonic seconds).
+        """Record a claim of ``taken`` follow-ups, started at the monotonic time ``at``.
 
         ``more`` means that some due follow-ups were not claimed. ``cut_short`` means that the claim reached its own
         limit before the window was full.

@@ -128,7 +128,7 @@ class Deferral:
         self._wanted.set()
 
     def close(self) -> None:
-        """End the loop of the method `run`."""
+        """Make the method `run` return."""
         self._closed = True
         self._wanted.set()
 

@@ -37,7 +37,7 @@ much as a statement for fifty. This wait is a third of `LEAD`.
 ENOUGH_SLOTS = 0.4
 """If at least this share of the slots is free, the next batch does not wait for more slots."""
 RETRY_DELAY = timedelta(milliseconds=50)
-"""Delay before begin or settle is tried again; after each failed begin the delay doubles."""
+"""Delay before begin or settle is retried; each failed begin doubles the delay."""
 LONGEST_RETRY_DELAY = timedelta(milliseconds=800)
 
 

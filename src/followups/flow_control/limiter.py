@@ -130,7 +130,7 @@ class Limiter:
         await self._client.aclose()
 
     async def _try(self, scripted: AsyncScript, buckets: Iterable[Bucket], *arguments: str) -> list[str] | None:
-        """Return the script's result, or None if Redis is, or was a moment ago, unreachable."""
+        """Return the script's result, or None if Redis has just been found unreachable."""
         if time.monotonic() < self._ask_again_at:
             return None
         try:

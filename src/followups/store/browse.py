@@ -194,7 +194,7 @@ def _sql(wanted: BrowseFilter, *more: str) -> str:
 def _page(
     wanted: BrowseFilter, after: BrowseCursor | None, floor: datetime | None, most: int
 ) -> tuple[TextClause, dict[str, Any]]:
-    """Return a query and parameters for ``most`` rows after ``after`` that are newer than ``floor``."""
+    """Return a query for up to ``most`` rows after ``after`` and newer than ``floor``, with its parameters."""
     columns = ", ".join(f"f.{column.name}" for column in _COLUMNS)
     parameters = _parameters(wanted) | {"most": most}
     bounds = []

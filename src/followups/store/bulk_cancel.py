@@ -1,7 +1,7 @@
 """Bulk cancellation for operators: count, preview, cancel.
 
-Follow-ups are cancelled in batches, each in a short transaction. A batch returns its last follow-up's position, and the
-next batch starts after that position. A locked row is therefore skipped once and is not read again by later batches.
+Follow-ups are cancelled in batches, each in a short transaction. Each batch starts after the last follow-up of the
+previous batch. A locked row is therefore skipped once and is not read again by later batches.
 """
 
 from __future__ import annotations

@@ -102,10 +102,10 @@ class Totals(NamedTuple):
 
 
 LOW_WATER_MARGIN = timedelta(seconds=10)
-"""Margin below the low-water mark for due rows whose transaction commits a little later."""
+"""Margin below the low-water mark, for due rows that are committed slightly late."""
 
 FEW = 6
-"""Number of rows that a fair claim reads in each workspace."""
+"""Number of rows per workspace that a fair claim reads."""
 STRIDE = 32
 """Number of rows read in one step of the scan over all workspaces. The scan skips the rest of a workspace's rows. One
 step can read several workspaces with few rows. A workspace with a single row that is not yet due costs 0.5 us (2.4 us

@@ -38,8 +38,8 @@ OPEN = "f.finished_at IS NULL"
 equivalent to a check of the status. This form of the condition keeps the planner from using the partial indexes of
 pending rows. In these indexes, the id is the last column. If no row was pending at the last vacuum, the planner
 believes that a partial index of pending rows is empty. The planner then prefers an index that seems empty to the
-primary key. In fact, the whole index is scanned for each row. After 50,000 inserts, begin and settle of forty
-follow-ups took up to 720 ms each without this condition, and 4 ms with it.
+primary key. However, PostgreSQL then scans the whole index for each row. Without this condition, begin or settle of
+forty follow-ups took up to 720 ms after 50,000 inserts. With the condition, either took 4 ms.
 """
 
 NEXT_TOKEN = "GREATEST(f.lease_token + 1, CAST(date_part('epoch', now()) * 1000000 AS bigint))"  # noqa: S105 - a fencing token

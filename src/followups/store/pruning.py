@@ -103,8 +103,8 @@ class MessageCursor(NamedTuple):
 
 OLDEST = MessageCursor()
 
-# Each chat's last message is kept, to recognise a repeated request with this message. The kept messages are among the
-# oldest rows, so each scan continues where the previous one ended.
+# Each chat's last message is kept, so that a repeated report of it is recognised. To skip the kept messages, each scan
+# continues where the previous one ended.
 _DELETE_MESSAGES = text("""
     WITH old AS MATERIALIZED (
         SELECT workspace_id, id, chat_id, created_at FROM chat_messages

@@ -148,7 +148,7 @@ _ENDS = f"""
           CASE WHEN c.channel IN ({WINDOWED})
                THEN COALESCE(c.last_user_message_at + CAST(:window AS interval), now()) END)
 """
-# Even with wrong statistics, LATERAL makes PostgreSQL look up each follow-up by its key.
+# LATERAL makes PostgreSQL look up each follow-up by its key, even with wrong statistics.
 _LIMITABLE = text(f"""
     SELECT f.id, f.status <> 'pending' AS ended, f.workspace_id, f.chat_id, c.channel,
            GREATEST(f.due_date, f.scheduled_at) AS since, GREATEST({_ENDS}, now()) - now() AS left, {_ENDS} AS ends

@@ -75,7 +75,7 @@ class HttpClient:
     """
 
     def __init__(self, settings: Settings, method: str = "POST", headers: Mapping[str, str] | None = None) -> None:
-        """Store the limits and the headers that every request contains, without opening a connection.
+        """Store the limits and the headers of every request; no connection is opened yet.
 
         Raises `TransportConfigurationError` if certificates cannot be read.
         """

@@ -48,7 +48,7 @@ def test_in_flight_in_a_removed_chat(api: Api) -> None:
 
 
 def test_null_on_a_finished_follow_up(api: Api) -> None:
-    """Clearing a field of a finished follow-up counts as a change and is therefore rejected."""
+    """Clearing a field of a finished follow-up is a change, so the request is rejected."""
     before = api.create()
     api.patch(before, status="sent", chatMessageId=str(uuid4()))
     for name in ("chatMessageId", "finishedAt"):

@@ -73,7 +73,7 @@ def test_a_removed_chat_has_no_room(two_workspaces: tuple[Api, Api]) -> None:
 
 
 def test_chats_without_a_room_never_conflict(two_workspaces: tuple[Api, Api]) -> None:
-    """Chats without an external id never conflict, however many workspaces have such chats."""
+    """Chats without an external id never conflict, even between workspaces."""
     assert [put(each, None) for each in two_workspaces] == [201, 201]
 
 

@@ -49,7 +49,7 @@ class Flood:
     busy: list[float] = field(default_factory=list)
     """For each measured wait, the seconds during which the web process's event loop was busy.
 
-    The test ignores the rest of each wait, when the machine ran other processes.
+    During the rest of each wait, the machine ran other processes.
     """
 
     def held_up_less(self, limit: float) -> bool:

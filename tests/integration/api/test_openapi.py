@@ -29,7 +29,7 @@ BINARIES = Path(sys.executable).parent
 
 SEED = "20240601"
 EXAMPLES = "8"
-"""The number of random requests per operation; requests derived from the schemas' limits are extra."""
+"""Number of random requests per operation, besides those derived from the schemas' limits."""
 
 
 def test_snapshot() -> None:

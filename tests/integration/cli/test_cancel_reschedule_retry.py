@@ -119,7 +119,7 @@ class TestRetry:
         assert nudges == [new.due_date]
 
     def test_retry_at_a_later_time(self, run: RunCommand, world: World) -> None:
-        """If `retry` gets a due date, the new follow-up is due at that time."""
+        """If `retry` is given a due date, the new follow-up is due at that time."""
         new = run("retry", world.follow_up(**FAILED), "--due", "+1h", "--json").document
         assert list(new) == FIELDS
         assert new["createdAt"] < new["dueDate"]

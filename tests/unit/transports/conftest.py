@@ -23,7 +23,7 @@ def pytest_asyncio_loop_factories(item: pytest.Item) -> dict[str, Callable[[], a
 
 @pytest.fixture
 def free_port() -> Iterator[int]:
-    """Return a port that rejects connections because its socket does not listen."""
+    """Return a port that is bound but does not listen, so that connections to it are refused."""
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         yield taken.getsockname()[1]

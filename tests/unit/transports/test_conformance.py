@@ -53,7 +53,7 @@ async def test_accepted_messages_have_the_receivers_id(rig: TransportRig) -> Non
 
 
 async def test_the_same_follow_up_twice_is_one_message(rig: TransportRig) -> None:
-    """A second attempt with the same idempotency key, the follow-up's id, returns the first message."""
+    """A second attempt with the same idempotency key returns the first message."""
     delivery = a_delivery()
     assert await rig.transport.send(delivery) == await rig.transport.send(delivery)
     assert rig.accepted == 1

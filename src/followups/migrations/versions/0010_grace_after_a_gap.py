@@ -1,6 +1,6 @@
-"""Add the end of the grace period for leases with an attempt in flight.
+"""Add a column for the end of the grace period that follows a gap between ticks.
 
-The grace period begins after a gap between ticks.
+During the grace period, workers may still settle attempts whose leases have expired.
 """
 
 from __future__ import annotations
