@@ -84,7 +84,6 @@ def drive(world: World, settings: Settings, seed: int, examples: int) -> None:
     how = hypothesis.settings(
         max_examples=examples,
         stateful_step_count=40,
-        deadline=None,
         database=None,
         suppress_health_check=list(HealthCheck),
         print_blob=True,
