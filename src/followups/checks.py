@@ -1,4 +1,4 @@
-"""Checks of callers' values and of what a chat allows, equal for every caller."""
+"""Checks of a caller's values and of a chat's rules, the same for every kind of caller."""
 
 from __future__ import annotations
 

@@ -600,7 +600,7 @@ class BulkAction(Base):
     """The number of matching follow-ups in the preview, counted up to a limit."""
     ended_at_time: Mapped[datetime | None]
     ended_at_id: Mapped[UUID | None]
-    """The last follow-up that the last batch processed. The batches follow the order of the list, newest first."""
+    """The follow-up at which the most recent batch ended. The batches follow the order of the list, newest first."""
     done: Mapped[int] = mapped_column(Integer, server_default="0")
     passed_over: Mapped[dict[str, Any]] = mapped_column(JSONB, server_default="{}")
     """The number of skipped follow-ups, by reason."""

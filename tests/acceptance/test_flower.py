@@ -55,7 +55,7 @@ def status(url: str, authorization: str = "") -> int:
     ],
 )
 def test_a_public_address_requires_a_password(stack: Stack, arguments: list[str], environment: dict[str, str]) -> None:
-    """If a public address has no password, Flower exits and says what to set."""
+    """If Flower listens on a public address without a password, Flower exits and says what to set."""
     command = [*CELERY, "flower", f"--port={free_port()}", *arguments]
     own = os.environ | stack.environment() | environment
     ran = subprocess.run(command, env=own, capture_output=True, text=True, timeout=60, check=False)

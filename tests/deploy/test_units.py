@@ -81,7 +81,7 @@ def test_systemd_reports_an_invalid_unit(analyze: str, installed: Path) -> None:
 
 @pytest.mark.parametrize("name", LASTING)
 def test_systemd_rates_the_exposure_as_low(analyze: str, installed: Path, name: str) -> None:
-    """The exposure of each service is low by systemd's own rating."""
+    """By systemd's own rating, the exposure of each service is low."""
     confined = [analyze, "security", "--offline=yes", f"--threshold={MOST_EXPOSED}", f"--root={installed}"]
     ran = subprocess.run([*confined, "--no-pager", name.replace("@.", "@1.")], capture_output=True, check=False)
     assert ran.returncode == 0, ran.stdout.decode().splitlines()[-1]
@@ -98,7 +98,7 @@ def test_each_unit_runs_the_procfiles_command(name: str) -> None:
 
 @pytest.mark.parametrize("name", COMMANDS)
 def test_the_settings_of_one_process_override_those_of_all(name: str) -> None:
-    """Each unit reads its own file last, because systemd keeps the later value."""
+    """Each unit reads its own settings file last, because systemd uses the last value."""
     process = name.removeprefix("followups-").removesuffix(".service").removesuffix("@")
     assert unit(name)["EnvironmentFile"] == ["/etc/followups/followups.env", f"-/etc/followups/{process}.env"]
 

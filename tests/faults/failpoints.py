@@ -25,7 +25,7 @@ class Failpoints:
         return {"PYTHONPATH": str(INJECTED), "FOLLOWUPS_TEST_FAILPOINTS": str(self.directory)}
 
     def arm(self, point: str, action: str = "kill", times: int = 1) -> None:
-        """Arm this point with an action for the next ``times`` hits by any process.
+        """Arm this failpoint: the next ``times`` hits, by any process, perform the action.
 
         The action is ``kill``, ``stop``, ``suspend`` (stop like a machine that sleeps), ``raise`` or ``sleep S``.
         """

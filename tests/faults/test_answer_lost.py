@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 STEPS = ("claim", "begin", "settle")
 
 PROMPT = 30.0
-"""Seconds for sending all follow-ups on a busy machine, where a lease lasts 120 s."""
+"""Time limit in seconds for sending all follow-ups, far below the lease of 120 s."""
 
 
 def start(rig: Rig) -> None:

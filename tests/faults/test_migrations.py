@@ -47,7 +47,7 @@ SHORT = (
 
 
 class OtherTransactions(threading.Thread):
-    """Other transactions, one by one, which briefly read the tables that a migration changes."""
+    """Runs short transactions, one after another, that read the tables changed by a migration."""
 
     def __init__(self, url: str, holder: str) -> None:
         super().__init__(daemon=True)

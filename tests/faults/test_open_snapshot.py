@@ -26,8 +26,8 @@ DEAD = "SELECT n_dead_tup FROM pg_stat_user_tables WHERE relname = 'follow_ups'"
 def snapshot(rig: Rig) -> Iterator[Callable[[], int]]:
     """Keep a snapshot open; yield a function that counts the sent follow-ups in the snapshot.
 
-    This snapshot resembles one that is held by a dump or a report. The service's own sessions cannot hold a snapshot
-    for long: an idle transaction is ended.
+    The snapshot stays open as it would during a dump or a report. The service's own sessions cannot hold a snapshot for
+    long: an idle transaction is ended.
     """
     with psycopg.connect(rig.settings.database_url.get_secret_value()) as connection:
         connection.isolation_level = psycopg.IsolationLevel.REPEATABLE_READ

@@ -1,4 +1,4 @@
-"""Tests of rate limits with real workers: even if Redis is wiped, all guarantees and the limit hold."""
+"""Tests of rate limits with real workers: the limit and all guarantees hold even if Redis is wiped."""
 
 from __future__ import annotations
 

@@ -480,7 +480,7 @@ def test_all_are_sent_after_the_recovery(
 
 @dataclass
 class OpenedBreaker:
-    """A pipeline, its breaker opened by a failing workspace, and a second, healthy workspace."""
+    """A pipeline whose breaker was opened by one failing workspace, and a second, healthy workspace."""
 
     engine: Engine
     settings: Settings

@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 
 DUE = 300
 MOST = 12 * DUE
-"""Maximum reads of `follow_ups` rows for a batch, at a few per row."""
+"""Maximum number of `follow_ups` rows read for a batch: a few for each row of the batch."""
 
 PORTION = 100_000
 """The number of rows inserted per statement, few enough for the statement timeout."""

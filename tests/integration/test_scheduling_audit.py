@@ -1,4 +1,4 @@
-"""Each manual change, but no reply, is an audit event in the caller's transaction."""
+"""Manual changes create audit events in the caller's transaction; replies create none."""
 
 from __future__ import annotations
 

@@ -189,7 +189,7 @@ def test_changed_before_the_hold(world: World, engine: Engine, settings: Setting
 
 
 class TestLateness:
-    """MAX_LATENESS is counted from the first time at which the sending hours allow sending."""
+    """Lateness counts from the first moment at which sending hours allow the follow-up."""
 
     OLD: ClassVar = {"due": -5 * HOUR, "scheduled_at": text("now() - interval '5 h'")}
 

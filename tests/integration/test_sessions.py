@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
 
 def settings_of(engine: Engine, *names: str) -> dict[str, str]:
-    """Return a session's values of the named settings, by default of all in `SESSION`."""
+    """Return a session's values of the named settings, or of all settings in `SESSION` by default."""
     query = text("SELECT name, current_setting(name, true) FROM unnest(CAST(:names AS text[])) AS wanted (name)")
     with engine.connect() as connection:
         rows = connection.execute(query, {"names": list(names or SESSION)})
@@ -104,7 +104,7 @@ class TestSettings:
         await engine.dispose()
 
     def test_limits(self, database_url: str) -> None:
-        """An engine's time limit, if it has one, applies to statements and idle transactions."""
+        """If an engine has a time limit, the limit applies to statements and idle transactions."""
         set_defaults(database_url, {"statement_timeout": "1h", "idle_in_transaction_session_timeout": "1h"})
         for limit, shown in ((timedelta(seconds=7), "7s"), (None, "0")):
             engine = make_engine(database_url, pool_size=1, statement_timeout=limit)

@@ -69,7 +69,7 @@ def test_scheduled_before_and_paused(world: World, engine: Engine, settings: Set
 
 @pytest.mark.parametrize("late", [timedelta(0), timedelta(seconds=40)])
 def test_scheduled_after(world: World, engine: Engine, settings: Settings, late: timedelta) -> None:
-    """If an operator's message is recorded late, a follow-up scheduled after it is sent."""
+    """An operator's message that is recorded late does not cancel follow-ups scheduled after the message."""
     chat_id = world.chat(last_message_at=text("now() - interval '1 h'"))
     with Session(engine) as session, session.begin():
         before = schedule(session, world, chat_id)

@@ -1,4 +1,4 @@
-"""The database's sums of all processes' counters."""
+"""Tests of the sums of all processes' counters, which are kept in the database."""
 
 from __future__ import annotations
 

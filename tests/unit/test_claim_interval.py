@@ -61,7 +61,7 @@ CLAIM = 0.03
 
 
 def sent(dispatchers: int, rate: int, seconds: int, window: int = 5000) -> tuple[int, int]:
-    """Send a backlog at ``rate`` per second; return the numbers of sends and claims.
+    """Send a backlog at ``rate`` per second; return the numbers of sent follow-ups and of claims.
 
     The dispatchers tick in turn.
     """

@@ -103,7 +103,7 @@ def test_the_stored_opening_time_decides(now: datetime, off: timedelta) -> None:
 
 @pytest.mark.parametrize("known", [None, NOON - HOUR])
 def test_a_time_zone_unknown_to_this_machine(known: datetime | None) -> None:
-    """Without a known time zone, a machine keeps the recorded time and rechecks in a minute."""
+    """If the machine does not know a time zone, it keeps the recorded time and rechecks in a minute."""
     hours = WorkspaceHours(uuid4(), replace(MORNING, time_zone="Mars/Olympus"), NOON - 9 * HOUR, NOON - HOUR)
     obstacle = replace(found(None, NOON, NOON, known), hours=hours)
     assert sendable_from(obstacle) == known

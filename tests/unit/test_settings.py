@@ -1,4 +1,4 @@
-"""The settings: names, defaults, limits, display and errors."""
+"""Tests of the settings: names, defaults, limits, display and errors."""
 
 from __future__ import annotations
 

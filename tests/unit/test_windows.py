@@ -23,7 +23,7 @@ def test_the_channels_are_the_contract_s() -> None:
 
 @pytest.mark.parametrize("channel", sorted(WINDOWED_CHANNELS))
 def test_the_window_ends_24_hours_after_the_user_s_last_message(channel: Channel) -> None:
-    """A message may be sent for up to, but not including, 24 hours after the user's last message."""
+    """A message may be sent only if less than 24 hours have passed since the user's last message."""
     assert is_open(channel, NOON, NOON)
     assert is_open(channel, NOON, NOON + WINDOW - MICROSECOND)
     assert not is_open(channel, NOON, NOON + WINDOW)

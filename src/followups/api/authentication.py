@@ -67,7 +67,7 @@ KNOWN_AT_MOST = 10_000
 
 
 class LastUse:
-    """The API keys whose use was recorded recently. Most requests therefore need not record their use."""
+    """The API keys whose use was recorded recently. Most requests therefore need not record the use of their key."""
 
     def __init__(self) -> None:
         """Start with no API keys."""

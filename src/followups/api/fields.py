@@ -100,7 +100,7 @@ LINK_LIFE = {
 }
 """The documented pattern for a link's lifetime, in a single unit.
 
-The server also accepts all other ISO 8601 durations within its bounds.
+The server also accepts any other ISO 8601 duration within the allowed range.
 """
 
 LinkLife = Annotated[

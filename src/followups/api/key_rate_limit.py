@@ -47,7 +47,7 @@ UNLIMITED = Counter(
 
 
 AHEAD_FOR = timedelta(seconds=1)
-"""The time for which a count made in advance remains valid."""
+"""How long an advance count of a key's requests remains valid."""
 
 SHARE_AHEAD = 600
 """A process reserves at most the limit per minute divided by this number: a tenth of a second's requests."""
@@ -80,8 +80,8 @@ class KeyRateLimit:
             socket_timeout=TIMEOUT.total_seconds(),
             socket_connect_timeout=TIMEOUT.total_seconds(),
             retry=Retry(NoBackoff(), 0),
-            # Despite its name, this setting causes no retry. With this setting, such an error closes the connection.
-            # After a failover, Redis's address leads to a different server.
+            # Despite its name, this setting causes no retry. With `retry_on_error`, a READONLY error closes the
+            # connection. After a failover, Redis's address leads to a different server.
             retry_on_error=[ReadOnlyError],
         )
         # The client connects to the address of its connection pool. This URL is only parsed, but must contain a port.

@@ -84,7 +84,7 @@ class Since:
     given: datetime | timedelta
 
     def resolve(self, now: datetime) -> datetime:
-        """Return the time, or the start of the calendar if the time is earlier."""
+        """Return the time, or ``EARLIEST`` if the given age reaches back further."""
         if isinstance(self.given, datetime):
             return self.given
         return now - self.given if self.given < now - EARLIEST else EARLIEST
@@ -165,7 +165,7 @@ No rate or burst in this system can be this large.
 LEAST = 0.01 / SECONDS["d"]
 """Smallest accepted rate, in follow-ups per second.
 
-At a lower rate, a Redis key would expire before its large bucket is full.
+At a lower rate, the Redis key of a large bucket would expire before the bucket is full.
 """
 
 

@@ -142,7 +142,7 @@ class Console:
 
         follow_up_id = await self._in_thread(_followed, visit)
         stream = Stream(viewer.session.id, viewer.workspace_id, follow_up_id)
-        # A proxy that buffers the response would delay these small events indefinitely.
+        # A proxy that buffers the response would delay small events indefinitely.
         headers = {"x-accel-buffering": "no", "cache-control": "no-store"}
         events = self._live.events(stream, still_valid)
         return _finished(visit, StreamingResponse(events, media_type="text/event-stream", headers=headers))

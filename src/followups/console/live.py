@@ -52,7 +52,7 @@ class Stream:
 
     @property
     def topics(self) -> tuple[tuple[str, UUID | None], ...]:
-        """The page's topics: one workspace or all, plus the follow-up if the page shows only one."""
+        """The page's topics: its workspaces and, if the page shows a single follow-up, that follow-up."""
         own = (("workspace", self.workspace_id),)
         return (*own, ("follow_up", self.follow_up_id)) if self.follow_up_id else own
 

@@ -94,7 +94,7 @@ class Dispatcher:
         self._claimed_from_all = True
         self._left_some = False
         self._skipped: dict[UUID, float] = {}
-        """Follow-ups that claims must skip, each with the monotonic time until which to skip it."""
+        """Follow-ups that claims skip, each with the monotonic time at which the skipping ends."""
         self._interval = ClaimInterval(settings.max_in_flight)
         self.busy_since: float | None = None
         """The monotonic time at which the current work began, or None while idle."""

@@ -106,8 +106,8 @@ class DueQueue:
     def take(self, most: int, tripped: frozenset[int] = frozenset(), permits: int = 0) -> list[Lease]:
         """Remove and return up to ``most`` due leases, each with a slot.
 
-        Possible poison pills are taken only within their quota. Leases of ``tripped`` workspaces are taken only up to
-        ``permits``.
+        Possible poison pills are taken only within their quota. At most ``permits`` leases of ``tripped`` workspaces
+        are taken.
         """
         horizon, now, most = self._clock.now() + LEAD, uptime(), min(most, self.slots.free)
         taken: dict[object, Lease] = {}

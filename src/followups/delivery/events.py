@@ -60,7 +60,7 @@ def attempted(attempt: Attempt, transport: str) -> None:
     delivery = attempt.begun.delivery
     outcome = OUTCOME_NAMES[type(attempt.outcome)]
     seconds = attempt.duration.total_seconds()
-    # If an accepted response was unusual, the transport describes it without quoting it.
+    # The transport describes an unusual but accepted response without quoting its text.
     odd = {"odd": attempt.outcome.detail} if isinstance(attempt.outcome, Sent) and attempt.outcome.detail else {}
     lag = (attempt.answered_at - delivery.due_date).total_seconds()
     _attempts(transport, outcome).inc()
@@ -124,7 +124,7 @@ def statistics_refreshed(seconds: float) -> None:
 def failed(step: str, error: Exception, engine: Engine) -> None:
     """Log that a step failed and will be retried.
 
-    Either the database is unreachable or unusable, or the error is a bug.
+    The cause is either a bug or an unreachable or unusable database.
     """
     why = f"its {step} fails (see its log)"
     if is_passing(error):

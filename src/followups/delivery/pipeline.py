@@ -113,7 +113,7 @@ class Pipeline:
     def ask(self, answer: Callable[[], None]) -> None:
         """Call ``answer`` in the event loop, which proves that the loop is running.
 
-        After the loop has ended, ``answer`` is not called.
+        ``answer`` is not called after the event loop has ended.
         """
         with suppress(RuntimeError):
             self._loop.call_soon_threadsafe(answer)

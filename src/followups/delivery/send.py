@@ -45,8 +45,8 @@ lease that is greater than `GRACE`.
 TIMER = 0.001
 """Resolution of the event loop's timers, in seconds.
 
-Since the sender sleeps in steps of this length, a follow-up is half a millisecond late on average. Busy-waiting until
-the due time would block the whole event loop.
+The resolution of the timers makes a follow-up half a millisecond late on average. Busy-waiting until the due time would
+block the whole event loop.
 """
 
 STATUS_CODE_LIMIT = 1000

@@ -39,7 +39,7 @@ SETTLE_BATCH = 500
 ENOUGH = 100
 """Once this many results are available, they are recorded without waiting for more."""
 GATHER = timedelta(milliseconds=30)
-"""How long to wait for more results before a statement records them.
+"""How long to gather results before one statement records all of them.
 
 This wait delays only the next follow-up in the same chat. After a kill, messages without a recorded result are sent
 again under the same keys. The wait is at most as long as a quick call, because a kill during the wait also loses that
@@ -50,7 +50,7 @@ SHORT_GATHER = timedelta(milliseconds=5)
 outcomes become unknown.
 """
 SETTLE_RETRY_DELAY = timedelta(milliseconds=50)
-"""Pause before another attempt to settle a row that is locked by another transaction."""
+"""How long to wait before retrying to settle a row that another transaction has locked."""
 BACKOFF = timedelta(seconds=0.5)
 """First pause before an unreachable database is tried again; each further pause doubles."""
 LONGEST_BACKOFF = timedelta(seconds=1)

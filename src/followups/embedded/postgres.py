@@ -31,8 +31,8 @@ VERSION = 18
 BINARIES: Path = POSTGRES_VERSIONS[VERSION]
 
 SYSTEM_USER = "pgserver"
-"""The user that runs PostgreSQL if this process is root, since PostgreSQL refuses to run as root. If this user does not
-exist, it is created.
+"""The user that runs PostgreSQL if this process is root, because PostgreSQL refuses to run as root. If this user does
+not exist, it is created.
 """
 
 START_WITHIN = timedelta(seconds=60)
@@ -92,8 +92,8 @@ class EmbeddedPostgres(EmbeddedServer):
     def __init__(self, data: Path | None = None, *, parent: Path | None = None) -> None:
         """With ``data``, keep the database there; otherwise delete the database when the server stops.
 
-        ``parent`` is the parent of the temporary directory. In an in-memory file system (`memory_directory`), a
-        database is copied ten times as fast.
+        ``parent`` is the parent of the temporary directory. Copying a database is ten times as fast in an in-memory
+        file system (`memory_directory`).
         """
         super().__init__(parent)
         self._kept = data
@@ -209,8 +209,8 @@ def _initialise(data: Path, run_as: tuple[int, int] | None, binaries: Path) -> N
             )
             raise EmbeddedError(message)
         return
-    # The collation is the same on every machine. 'trust' is safe because the socket's directory admits only permitted
-    # users.
+    # The collation is the same on every machine. The authentication method 'trust' is safe, because only permitted
+    # users can enter the socket's directory.
     arguments = ["--username=postgres", "--auth=trust", "--encoding=UTF8", "--no-instructions", "--no-sync"]
     arguments += ["--locale=C", "--locale-provider=builtin", "--builtin-locale=C.UTF-8"]
     as_user = {} if run_as is None else {"user": run_as[0], "group": run_as[1], "extra_groups": []}

@@ -34,8 +34,8 @@ def connect(settings: Settings, timeout: timedelta = TIMEOUT) -> Redis:
         socket_timeout=timeout.total_seconds(),
         socket_connect_timeout=timeout.total_seconds(),
         retry=Retry(NoBackoff(), 0),
-        # With this setting, the client does not retry the command. The client also closes the failing connection, since
-        # after a failover the address leads to another server.
+        # With this setting, the client does not retry the command. After a failover, the address leads to another
+        # server, so the client also closes the failing connection.
         retry_on_error=[ReadOnlyError],
         decode_responses=True,
     )

@@ -2,9 +2,9 @@
 
 An open breaker defers most due follow-ups in the database (`followups.delivery.deferral`). All workers share one state
 in Redis (`BreakerStore`). Deliveries continue while Redis is unreachable. While Redis is unreachable, a worker counts
-only its own failed attempts. After the configured number in a row, the worker begins no follow-ups. The worker
-continues when it next queries Redis, some seconds later. If Redis is wiped, the breaker is closed, and new failures
-open it again.
+only its own failed attempts. After the configured number in a row, the worker begins no follow-ups. The worker begins
+follow-ups again when it next queries Redis, some seconds later. If Redis is wiped, the breaker is closed, and new
+failures open it again.
 
     closed -> open: so many different follow-ups failed, and none succeeded in between
     open -> probing: after a pause that doubles from one time to the next, a few may begin
@@ -122,7 +122,7 @@ class RecoveryPolicy:
     last_rate: float = 10_000.0
     """The breaker closes at this rate of begun follow-ups per second, after some ten seconds."""
     fails_again: int = 10
-    """Number of different follow-ups that must fail in a row to open a recovering breaker again."""
+    """How many different follow-ups must fail in a row before a recovering breaker opens again."""
     in_a_row: int = 5
     """Number of failed attempts in a row after which a workspace is tripped.
 

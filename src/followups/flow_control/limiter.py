@@ -86,7 +86,7 @@ class LimiterReply:
 
     waits: tuple[timedelta, ...]
     moment: int | None = None
-    """The reply's time by the Redis server's clock, or None if no token was acquired."""
+    """The time of the reply on the Redis server's clock, or None if no token was acquired."""
 
 
 class Limiter:

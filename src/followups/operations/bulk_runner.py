@@ -56,7 +56,7 @@ BY_HAND = finish(Status.CANCELLED, ReasonCode.CANCELLED_BY_API)
 SEARCH_LIMIT = timedelta(seconds=1)
 """Time limit of the search for a batch's follow-ups.
 
-If the time limit ends a search early, the next batch continues it.
+If a search exceeds the time limit, the next batch continues the search.
 """
 
 

@@ -221,7 +221,7 @@ FIRST_STEP = timedelta(minutes=10)
 """How far back in time a search goes in its first step."""
 
 LONGEST_STEP = timedelta(days=3650)
-"""If a search step covers this period, the next step covers all older follow-ups."""
+"""After a search step of this length, the next step covers all older follow-ups."""
 
 GROWTH = 100
 """The largest factor by which one search step may be longer than the previous step."""
@@ -240,9 +240,8 @@ def search(
 ) -> FollowUpPage | None:
     """Return up to ``size`` matching follow-ups after ``after``, or fewer if ``limit`` is reached.
 
-    Return None if the time limit is reached during the first step back in time. The length of each step is chosen so
-    that the step probably ends in the time left. A search for an id needs only one step, because the index finds few
-    rows.
+    Return None if the first search step exceeds the time limit. The length of each step is chosen so that the step
+    probably ends in the time left. A search for an id needs only one step, because the index finds few rows.
     """
     deadline = time.monotonic() + limit.total_seconds()
     step = None if wanted.ids or wanted.any_id or wanted.external_id or wanted.chat_id else FIRST_STEP

@@ -268,7 +268,7 @@ def within(
 
 
 def attempts(connection: Connection) -> dict[str, int]:
-    """Return the number of attempts of all processes by outcome, at most a second old."""
+    """Return all processes' numbers of attempts by outcome; the figures are at most a second old."""
     found: dict[str, int] = {}
     for (name, labels), value in counter_totals.read(connection).items():
         if name == "followups_attempts_total":

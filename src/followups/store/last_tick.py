@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from sqlalchemy import Connection
 
 FROZEN_AFTER = "3s"
-"""Maximum idle time of a dispatcher's session within a claim before PostgreSQL ends the session. Without this limit, a
+"""How long a dispatcher's session may idle during a claim before PostgreSQL ends the session. Without this limit, a
 frozen dispatcher would keep all other dispatchers from claiming.
 """
 

@@ -119,8 +119,8 @@ def in_force(connection: Connection, workspace_id: UUID | None, most: int) -> li
 
 
 _HELD = "f.pause_id IS NOT NULL AND f.status = 'pending'"
-# The query reads only one index entry for each pause that still holds follow-ups. A lifted pause has ended, and so has
-# a pause whose row was deleted manually.
+# The query reads only one index entry for each pause that still holds follow-ups. A pause ends when it is lifted or
+# when its row is deleted manually.
 _NOT_STANDING = f"""
     WITH RECURSIVE holding AS (
         (SELECT f.pause_id AS id FROM follow_ups f WHERE {_HELD} ORDER BY f.pause_id LIMIT 1)

@@ -40,7 +40,7 @@ NAMES = {Kind.PENDING: "pending follow-ups", Kind.CHATS: "chats"}
 
 
 def unless_limited(kind: Kind) -> str:
-    """Return the SQL condition under which no quota forbids an INSERT.
+    """Return an SQL condition that is true if no quota forbids an INSERT.
 
     ``within_quota`` is true if room for the new row has been reserved.
     """

@@ -232,7 +232,7 @@ BATCH = 1000
 def release(
     connection: Connection, scope: tuple[UUID | None, str | None], longest: timedelta, without: Collection[UUID] = ()
 ) -> Halved[UUID, int]:
-    """Release up to a thousand follow-ups deferred by a rate limit; each is then due.
+    """Release up to a thousand follow-ups deferred by a rate limit, so that they become due.
 
     Follow-ups that were deferred for more than ``longest`` are not released. ``scope`` is the limit's workspace and
     channel; None means all. Follow-ups whose ids are in ``without`` are skipped. Returns the released follow-ups, and

@@ -1,8 +1,8 @@
 """Celery's broker connection: kombu's Redis transport, extended to tolerate bad entries and Redis errors.
 
 The consumer of kombu 5.7 raises an exception if a queue entry is malformed or not JSON. A Redis error (READONLY,
-MISCONF, NOPERM) on a read has the same effect. Any exception that escaped from the consumer would end the worker. A
-single LPUSH, or a failover of Redis, would stop every worker in this way.
+MISCONF, NOPERM) on a read also raises an exception out of the consumer. Any exception that escaped from the consumer
+would end the worker. A single LPUSH, or a failover of Redis, would stop every worker in this way.
 
 A worker shuts down cleanly even while the broker does not answer. Celery 5.7 sends its heartbeats to Flower from the
 consumer's own loop. While the broker is silent, Celery retries a heartbeat endlessly, logs nothing and ignores SIGTERM.
@@ -50,8 +50,8 @@ Celery's own pauses grow to thirty seconds.
 """
 
 FIRST_PAUSE = 0.25
-"""Seconds before reconnecting after a connection that did not last. Each further pause is twice as long as the one
-before.
+"""Seconds to wait before reconnecting if the last connection was short-lived. Each further pause is twice as long as
+the one before.
 """
 
 LASTS = 5.0

@@ -67,9 +67,9 @@ follow-ups of a hint that is delayed for longer have been claimed again.
 """
 
 SWITCH_INTERVAL = 0.0005
-"""Seconds for which a Python thread may run while another waits for the interpreter. With Python's default of 0.005, a
-due follow-up would wait for the dispatcher several times. At that time the dispatcher is claiming the next thousand
-follow-ups and publishing their hints.
+"""Seconds for which a Python thread may run while another waits for the interpreter. With Python's default of 0.005,
+the dispatcher's thread would delay a due follow-up several times. The wait occurs while the dispatcher claims the next
+thousand follow-ups and publishes their hints.
 """
 
 DRAIN_MARGIN = timedelta(seconds=5)
@@ -236,7 +236,7 @@ class Bounded(Task):
     """A Celery task that is not sent while its queue has enough unread messages."""
 
     def apply_async(self, args: Any = None, kwargs: Any = None, *, producer: Any = None, **options: Any) -> Any:  # noqa: ANN401 - Celery's own
-        """Send the task over the connection that checked the queue; return None if unsent."""
+        """Send the task over the connection that checked the queue; return None if it was not sent."""
         with self.app.producer_or_acquire(producer) as acquired:
             if unread(acquired, DISPATCH) >= UNREAD:
                 return None

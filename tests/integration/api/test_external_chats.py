@@ -1,4 +1,4 @@
-"""External chat ids: a ``matrix`` room is a receiver, so a room belongs to one workspace."""
+"""Tests of external chat ids: since a ``matrix`` room receives messages, it belongs to one workspace."""
 
 from __future__ import annotations
 

@@ -193,7 +193,7 @@ def test_transitions_are_counted_once(api: Api) -> None:
 
 
 def test_naming_the_chat_message_is_no_transition(api: Api) -> None:
-    """Adding the chat message id to a sent follow-up is no second send."""
+    """Adding a chat message id to a sent follow-up does not count as a second send."""
     sent = {"status": "sent", "code": ""}
     before, created = _settled(api, sent), api.create()
     api.patch(created, status="sent", finishedAt="2020-01-01T00:00:00Z")

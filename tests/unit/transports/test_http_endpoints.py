@@ -196,7 +196,7 @@ def test_a_key_of_another_certificate_stops_the_start(authority: trustme.CA, tmp
 
 @dataclass
 class ConnectProxy:
-    """A CONNECT proxy that records its targets and traffic, or always answers with a rejection."""
+    """A CONNECT proxy that either records its targets and traffic or rejects every request."""
 
     refusal: bytes = b""
     url: str = ""

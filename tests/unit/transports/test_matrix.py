@@ -1,4 +1,4 @@
-"""The requests of the transport ``matrix`` to a homeserver."""
+"""Tests of the requests that the transport ``matrix`` sends to a homeserver."""
 
 from __future__ import annotations
 

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from followups.cli.demo.score import FollowUpState
 
 WIDE = 110
-"""The terminal width from which the picture includes the messages."""
+"""Minimum terminal width at which the picture includes the messages."""
 FRAME_LINES = 8
 """Number of lines that are not rows: title, bar, borders, headings, totals and cursor."""
 LEAST_ROWS = 6

@@ -33,7 +33,7 @@ REFUSAL = {"error": "refused by the sandbox"}
 
 @dataclass(slots=True)
 class Message:
-    """A message in the chat: a follow-up with attempts, or a participant's message without attempts."""
+    """A message in the chat: either a follow-up, which has attempts, or a participant's message."""
 
     id: str
     role: str
