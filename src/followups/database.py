@@ -315,7 +315,7 @@ _dropped_at: WeakKeyDictionary[Engine, float] = WeakKeyDictionary()
 
 
 def drop_all(engine: Engine) -> None:
-    """Make the engine replace all open connections, each when it is next checked out.
+    """Make the engine replace each open connection at its next checkout.
 
     Call this if the connections' server is unreachable or read-only. SQLAlchemy replaces connections by itself only
     after errors that it raises.

@@ -121,8 +121,8 @@ def driver_rows(
 ) -> Sequence[tuple[Any, ...]]:
     """Execute the statement in the connection's transaction and return its rows as tuples.
 
-    psycopg executes the statement: SQLAlchemy's cursor and row objects would take 5 us more for each row. If the engine
-    is asynchronous, call this function in a greenlet. Raises the errors that the connection's own methods raise.
+    psycopg executes the statement, because SQLAlchemy's objects would add 5 us per row. If the engine is asynchronous,
+    call this function in a greenlet. Raises the errors that the connection's own methods raise.
     """
     driver = cast("psycopg.AsyncConnection[Any] | psycopg.Connection[Any]", connection.connection.driver_connection)
     if not connection.in_transaction():

@@ -61,7 +61,7 @@ def halve_within(
     work: Callable[[Sequence[T]], R],
     refused: Callable[[T, Exception], None] | None = None,
 ) -> Halved[T, R]:
-    """Do the work within the connection's transaction, with a savepoint for each sub-batch.
+    """Do the work in the connection's transaction, with a savepoint for each part of the batch.
 
     ``refused`` is called for each refused item. Every item that is not refused succeeds.
     """

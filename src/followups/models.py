@@ -230,7 +230,7 @@ class ApiKey(Base):
 
 
 class Quota(Base):
-    """The maximum number of a workspace's pending follow-ups or chats. Without a row, there is no limit."""
+    """The maximum number of a workspace's pending follow-ups or chats. A workspace without a row has no limit."""
 
     __tablename__ = "quotas"
     __table_args__ = (

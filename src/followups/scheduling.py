@@ -234,8 +234,8 @@ def amend(
 ) -> FollowUp:
     """Change fields of a follow-up (names in snake_case), or end it with a final ``status``.
 
-    If ``workspace_id`` is None, as for an operator, the follow-up may belong to any workspace. Fields that already have
-    the requested value are ignored. The audit log records the ``actor``, by default the user of this process.
+    If ``workspace_id`` is None, the follow-up may belong to any workspace. Fields that already have the requested value
+    are ignored. The audit log records the ``actor``, by default the user of this process.
 
     Raises `InvalidRequestError`, `FollowUpNotFoundError`, `ChatNotFoundError`, `NothingToFollowUpError`,
     `OutsideMessagingWindowError`, `TooManyPendingError`, `AlreadyFinishedError`, `DeliveryInProgressError` and

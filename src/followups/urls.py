@@ -1,6 +1,6 @@
 """Validation of database and broker URLs before a connection is opened. Each error states the reason.
 
-Error messages contain no part of the URL, which may belong to an unescaped password.
+Error messages never quote the URL, because any part of it may belong to an unescaped password.
 """
 
 from __future__ import annotations

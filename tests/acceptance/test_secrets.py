@@ -96,7 +96,7 @@ def unpacked(command: str) -> str:
 
 @contextmanager
 def record_traffic(broker_url: str) -> Iterator[BrokerTraffic]:
-    """Record Flower's events and all broker traffic that a client with the password can read."""
+    """Record Flower's events and all broker traffic, as a client with the password sees them."""
     traffic, done, end = BrokerTraffic(), threading.Event(), uuid4().hex
     number = int(broker_url.rpartition("/")[2])
 

@@ -45,7 +45,7 @@ def test_each_is_pinned_and_hashed(name: str) -> None:
 
 
 def test_every_dependency_is_pinned() -> None:
-    """Every direct and indirect dependency is pinned at an allowed version.
+    """Every direct or indirect dependency is pinned to an allowed version.
 
     A package's dependencies are only checked if its pinned version is installed.
     """

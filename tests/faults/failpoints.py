@@ -1,7 +1,8 @@
 """Arms failpoints from the test; `injected/sitecustomize.py` triggers them in the processes.
 
-The points are ``claim``, ``begin`` and ``settle``, each with ``.before``, ``.before_commit``, ``.answer_lost``
-(committed, but the connection broke before the answer) and ``.committed``; and ``send.before`` and ``send.answered``.
+The steps ``claim``, ``begin`` and ``settle`` each have the failpoints ``.before``, ``.before_commit``, ``.answer_lost``
+and ``.committed``. At ``.answer_lost``, the commit succeeds but its answer is lost. The step ``send`` has ``.before``
+and ``.answered``.
 """
 
 from __future__ import annotations

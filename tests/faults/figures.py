@@ -28,7 +28,7 @@ class Figures:
     def keep(self, fault: int, verdict: Verdict | None = None, **figures: Any) -> None:
         """Record the figures measured for a fault; fail if a promise was broken.
 
-        A figure's name joins words by underscores and ends with the unit: ``recovery_s``, ``claim_p99_ms``.
+        The name of a figure is in snake_case and ends with the unit: ``recovery_s``, ``claim_p99_ms``.
         """
         line = {"fault": fault, "form": self.form, "test": self.test, "seed": self.seed, "figures": figures}
         line["at"] = f"{datetime.now(UTC):%Y-%m-%d %H:%M}"

@@ -185,7 +185,7 @@ def begins_in(chat: Callable[[Scene], UUID], **columns: Any) -> Callable[[Scene]
 
 
 def rescheduled_begins(scene: Scene) -> None:
-    """Begin a follow-up that was rescheduled to be due an hour later."""
+    """Try to begin a follow-up that was rescheduled to an hour later."""
     follow_up = scene.world.follow_up()
     lease = scene.lease()
     scene.world.sql("UPDATE follow_ups SET due_date = now() + interval '1 h' WHERE id = :id", id=follow_up)

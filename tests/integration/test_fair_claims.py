@@ -208,7 +208,7 @@ def test_concurrent_claims(engine: Engine, settings: Settings) -> None:
 
 
 def test_locked_rows(engine: Engine, settings: Settings) -> None:
-    """A fair claim skips locked rows and still finds the rows after them."""
+    """A fair claim skips locked rows and leases the rows after them."""
     noisy, quiet = worlds_of(engine, 20, 2)
     with engine.connect() as connection:
         held = "SELECT FROM follow_ups WHERE workspace_id = :id FOR UPDATE"

@@ -65,7 +65,7 @@ def test_sessions_opened_on_a_read_only_server_are_dropped(
 
 
 async def test_an_event_loop_drops_its_sessions_too(world: World, database_url: str) -> None:
-    """A worker's event loop also drops its read-only sessions, even those used recently."""
+    """A worker's event loop drops its read-only sessions, even recently used ones."""
     assert world
     engine = make_async_engine(url_for_any_server(database_url), pool_size=SESSIONS)
     with read_only(database_url):

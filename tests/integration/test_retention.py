@@ -109,7 +109,7 @@ def test_many_rows_are_deleted_in_batches(
     for n in range(10):
         ended(world, 31 * DAY + n * HOUR, chat_id=chat_id)
         receive(world, uuid4(), 31 * DAY + n * HOUR)  # this message is the last one in its chat
-        receive(world, chat_id, 31 * DAY + n * HOUR)  # older than the last message of its chat
+        receive(world, chat_id, 31 * DAY + n * HOUR)  # this message is older than the last one in its chat
     removed = pruner_of(engine, settings).prune()
     assert (removed["follow_ups"], removed["chat_messages"]) == (10, 10)
     assert world.scalar("SELECT count(*) FROM chat_messages") == 10

@@ -149,7 +149,7 @@ class TestPoolers:
                 await in_a_loop.dispose()
 
     def test_a_pooler_with_one_session(self, database_url: str) -> None:
-        """With a single-session pooler, an engine works and checks the pooler within the timeout."""
+        """If a pooler has only one session, an engine still checks the pooler within the timeout."""
         with PgBouncer(database_url, pool_size=1) as pooler:
             engine = make_engine(f"{pooler.url()}?connect_timeout=2", pool_size=1)
             with engine.connect() as connection:

@@ -62,7 +62,7 @@ def test_begun_attempts_are_returned(
 
 
 def unchecked(world: World, table: str) -> None:
-    """Drop the constraint on readable times, to imitate rows older than the constraint."""
+    """Drop the constraint on times, to allow rows like those written before it existed."""
     world.alter(f"ALTER TABLE {table} DROP CONSTRAINT ck_{table}_times_are_readable")
 
 
@@ -339,7 +339,7 @@ def test_fair_claim_skips_an_unwritable_row(world: World, engine: Engine, settin
 def test_the_chats_next_follow_up_cannot_be_written(world: World, engine: Engine, settings: Settings) -> None:
     """An accepted follow-up is settled even if the chat's next follow-up cannot be unblocked.
 
-    The next follow-ups in all other chats are unblocked.
+    In all other chats, the next follow-up is unblocked.
     """
     pairs = []
     for _ in range(4):

@@ -65,7 +65,7 @@ def test_follow_ups_that_share_a_bucket(per: str, buckets: int) -> None:
 
 
 def test_removed_and_raised_limits() -> None:
-    """A removed or raised limit releases its deferred follow-ups; a new or lower limit releases none."""
+    """Only a removed or raised limit releases its deferred follow-ups."""
     before = [limit(1), limit(2, ACME), limit(3, channel="waha"), limit(4, OTHER), limit(5, ACME, "api")]
     after = [
         limit(1),

@@ -37,7 +37,8 @@ MAX_HEADER_SIZE = 32 * 1024
 MAX_BODY_SIZE = 1024 * 1024
 """Maximum size of a body, in bytes.
 
-The longest message has 65,536 characters. Escaped as surrogate pairs, such a message takes 786,432 bytes of JSON.
+The longest message has 65,536 characters. If a message of this length is escaped as surrogate pairs, its JSON takes
+786,432 bytes.
 """
 
 BODY_WITHIN = 20.0

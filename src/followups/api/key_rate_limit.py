@@ -80,7 +80,7 @@ class KeyRateLimit:
             socket_timeout=TIMEOUT.total_seconds(),
             socket_connect_timeout=TIMEOUT.total_seconds(),
             retry=Retry(NoBackoff(), 0),
-            # Despite its name, this setting causes no retry. With `retry_on_error`, a READONLY error closes the
+            # Despite its name, `retry_on_error` causes no retry. With `retry_on_error`, a READONLY error closes the
             # connection. After a failover, Redis's address leads to a different server.
             retry_on_error=[ReadOnlyError],
         )

@@ -111,7 +111,7 @@ class RequestLimit:
 
 
 class SharedResult(Generic[T]):
-    """A result that one thread computes for all simultaneous requests, and that is then reused for a while.
+    """A result that is computed once for all simultaneous requests, and then reused for a while.
 
     Requests that find a recent result start no thread and cost little. An instance belongs to one event loop.
     """

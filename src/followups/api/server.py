@@ -125,7 +125,7 @@ class MessagePart(Enum):
 
 
 class LimitedProtocol(HttpToolsProtocol):
-    """uvicorn's HTTP protocol with limits. The protocol's errors are problem+json instead of plain text."""
+    """uvicorn's HTTP protocol with limits. Responses to malformed requests are problem+json instead of plain text."""
 
     def __init__(self, connections: OpenConnections, *given: Any, **named: Any) -> None:  # noqa: ANN401 - as uvicorn's
         """Store the state that all connections of the server share."""

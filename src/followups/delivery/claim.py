@@ -53,7 +53,7 @@ This time covers one statement and the longest pause between two tries.
 
 
 def rhythm_of(settings: Settings) -> Rhythm:
-    """Return the longest harmless gap between ticks, and the grace period after a longer gap.
+    """Return the longest harmless gap between ticks, and the grace period that follows a longer gap.
 
     During a longer gap, leases may expire unnoticed. In the grace period, their workers can record the outcomes. After
     an outage, a worker must connect before it can record its outcomes. If the database's clock was set forward, calls

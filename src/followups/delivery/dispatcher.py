@@ -57,7 +57,7 @@ BACKOFF = 0.05
 LONGEST_BACKOFF = 4.0
 """Longest pause in seconds between two attempts to reach the database; pauses double."""
 AFTER_ANOTHER = 0.01
-"""Seconds before a claim is retried if another dispatcher is claiming; each further pause doubles.
+"""Seconds before the next try if another dispatcher is claiming; each further pause is doubled.
 
 A claim itself takes some milliseconds.
 """
@@ -214,7 +214,7 @@ class Dispatcher:
                 events.failed("unblock", error, self._engine)
         for follow_up_id, cause in refused.items():
             events.refused("unblock", follow_up_id, cause)
-        # A row that cannot be written is tried only once within a lease's duration.
+        # A row that cannot be written is retried at most once per lease duration.
         took = inf if refused else time.monotonic() - started
         self._next_orphan_search = started + min(took / ORPHAN_SEARCH_SHARE, self._settings.lease.total_seconds())
 

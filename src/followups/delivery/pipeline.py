@@ -206,8 +206,8 @@ class Pipeline:
 
     async def _send(self, begun: Begun, started: float) -> None:
         """Send one follow-up at its due time, and pass the outcome on to be settled."""
-        # The latest start of a call is its lease's end minus the call's time limit. The lease is counted from a moment
-        # before begin. A call that starts later might end after its lease has expired.
+        # The latest time to start a call is the lease's end minus the call's time limit. The lease is counted from a
+        # moment before begin. A call that starts too late might outlast its lease.
         latest = started + self._settings.lease.total_seconds() - self._timeout.seconds
         attempt = None
         try:

@@ -1,4 +1,4 @@
-"""Upkeep: a worker reads the database's clock and the rate limits again every few seconds."""
+"""Every few seconds, a worker reads the database's clock and the rate limits again."""
 
 from __future__ import annotations
 

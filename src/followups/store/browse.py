@@ -134,7 +134,7 @@ def _statuses_of(code: ReasonCode | None) -> tuple[Status, ...]:
     return tuple(status for status in Status if code is None or code in TRANSITIONS[Status.PENDING].get(status, ()))
 
 
-# The chat is looked up for each row, because with EXISTS the planner would join all chats once for each workspace.
+# The query looks up the chat of each row. With EXISTS, the planner would join all chats for each workspace.
 _ON_CHANNEL = """:channel = (
     SELECT c.channel FROM chats c WHERE c.workspace_id = f.workspace_id AND c.id = f.chat_id)"""
 

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from followups.states import Final
 
 BATCH = 500
-"""Number of follow-ups cancelled in one transaction, which takes some ten milliseconds."""
+"""Number of follow-ups cancelled in one transaction of about ten milliseconds."""
 
 NIL = UUID(int=0)
 FIRST = datetime(1, 1, 1, tzinfo=UTC)

@@ -82,7 +82,7 @@ def _parameters(values: Mapping[Sample, float]) -> dict[str, object]:
 
 
 class CounterTotals:
-    """Adds the counts of this process to the stored sums, in a separate thread."""
+    """Adds this process's counts to the stored sums, in a separate thread."""
 
     def __init__(self, engine: Engine) -> None:
         """Prepare the totals of one database; `start` starts the thread."""

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from sqlalchemy.orm import Session
 
 BATCH = 1000
-"""Number of rows deleted in one transaction, which takes some twenty milliseconds."""
+"""Number of rows deleted in one transaction of about twenty milliseconds."""
 
 REMOVED = finish(Status.CANCELLED, ReasonCode.CHAT_REMOVED)
 

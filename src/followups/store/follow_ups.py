@@ -140,7 +140,7 @@ _CREATE_IF_CLEAR = Statement(
 def create_if_clear(
     *, workspace_id: UUID, chat_id: UUID, message: str, due_date: datetime, key_id: UUID
 ) -> Steps[FollowUp | None]:
-    """Insert a pending follow-up and return it, or None if one statement cannot decide.
+    """Insert a pending follow-up and return it, or return None if the case needs several statements.
 
     This single statement replaces a transaction of several statements. The statement inserts only if the API key is
     valid, the chat is not locked, and the user did not write last. No messaging window and no quota may apply.

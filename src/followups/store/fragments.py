@@ -76,7 +76,7 @@ been accepted.
 def honest(reason: str, row: str) -> str:
     """Return SQL for the reason of an ending follow-up, with `OUTCOME_UNKNOWN` added if it applies.
 
-    The reason passed as the argument must be SQL, too.
+    The given reason must also be SQL.
     """
     return f"""
         CASE WHEN {reason} IS NOT NULL AND {reason} NOT LIKE '{ReasonCode.OUTCOME_UNKNOWN}%'

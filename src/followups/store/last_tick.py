@@ -41,7 +41,7 @@ class Tick:
     """A dispatcher tick in progress; the next tick runs only after this tick's transaction."""
 
     in_grace: bool
-    """Whether workers may still settle their attempts in flight after the lease has expired."""
+    """Whether workers may still settle attempts whose leases have expired."""
 
 
 # Ticks are recorded at most five times a second: each update leaves a dead row. A recorded time in the future means

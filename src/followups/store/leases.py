@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 
 def uuid_array(ids: Iterable[UUID]) -> str:
-    """Return a PostgreSQL array literal of UUIDs; adapting each element takes ten times as long."""
+    """Return UUIDs as a PostgreSQL array literal; adapting each element would take ten times as long."""
     return f"{{{','.join([one.hex for one in ids])}}}"
 
 
@@ -67,7 +67,7 @@ KEYS = 2**20
 
 
 def key_of(workspace_id: UUID) -> int:
-    """Return the key of a workspace's queue: the last, random bits of the workspace's id."""
+    """Return the key of a workspace's queue: the last bits of the workspace's id, which are random."""
     return workspace_id.int % KEYS
 
 

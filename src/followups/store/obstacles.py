@@ -39,7 +39,7 @@ class Obstacle:
     """When the follow-up would be sent: now, or at a later due time."""
     due_date: datetime
     wanted_from: datetime
-    """The due date, or the time at which a due date in the past was set."""
+    """The due date or the time at which it was set, whichever is later."""
     chat_removed: bool = False
     silence_broken: bool = False
     taken_over: bool = False

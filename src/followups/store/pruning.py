@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from sqlalchemy import Connection
 
 BATCH = 1000
-"""Number of rows deleted in one transaction, which takes some twenty milliseconds."""
+"""Number of rows deleted in one transaction of about twenty milliseconds."""
 
 _OLD = "FROM follow_ups WHERE finished_at < :before AND status <> 'pending'"
 _COUNT = text(f"SELECT count(*) {_OLD}")

@@ -84,7 +84,7 @@ def outcome_of(answer: Answer, dialect: Dialect, now: datetime | None = None) ->
 
 
 def retry_after(headers: Mapping[str, str], now: datetime) -> timedelta | None:
-    """Return the delay in Retry-After, clamped to 1 s..24 h, or None if missing or invalid.
+    """Return the delay of Retry-After, between 1 s and 24 h, or None if the header is missing or invalid.
 
     Retry-After is in seconds (a fraction is accepted) or an HTTP date (RFC 9110, 10.2.3). A Retry-After date is
     compared with the response's Date header, if present. The clocks of the two hosts may differ.

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
 CLOSED = -1
-"""Result code of a transfer ended by `CurlLoop.close`; it takes the place of libcurl's code."""
+"""`CurlLoop.close` ends transfers with this result code instead of one of libcurl's."""
 
 _WANTED = {
     pycurl.POLL_IN: select.EPOLLIN,

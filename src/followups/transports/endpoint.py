@@ -89,7 +89,7 @@ def _trusted() -> dict[int, object]:
     options: dict[int, object] = {}
     if paths.cafile:
         options[pycurl.CAINFO] = paths.cafile
-    # With a certificate directory, libcurl would read the certificate file for every connection, instead of once.
+    # With a certificate directory, libcurl would read the certificate file again for every connection.
     if paths.capath and (os.environ.get("SSL_CERT_DIR") or not paths.cafile):
         options[pycurl.CAPATH] = paths.capath
     return options

@@ -1,4 +1,4 @@
-"""Lock order: a request locks a chat before its follow-ups; a deadlock causes one retry."""
+"""A request locks a chat before its follow-ups, and is retried once after a deadlock."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def test_moved_during_a_reply(api: Api, engine: Engine) -> None:
 
 
 def test_moved_while_a_cancel_waits(api: Api, engine: Engine) -> None:
-    """After waiting for a move, a cancel locks the follow-up's new chat first."""
+    """If a follow-up moves while a cancel waits, the cancel locks the new chat first."""
     created, target = api.create(), api.chat()
     with ThreadPoolExecutor(1) as pool, Session(engine) as moving:
         scheduling.amend(moving, UUID(created["id"]), {"chat_id": UUID(target)})

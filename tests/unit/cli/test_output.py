@@ -74,7 +74,7 @@ WRITERS = st.sampled_from([table, line, print_line, remark])
 
 @given(text=TEXTS)
 def test_escaped_text_has_no_control_characters(text: str) -> None:
-    """Escaped text contains no control characters, and escaped JSON still means the same."""
+    """Escaped text contains no control characters, and escaped JSON keeps its meaning."""
     shown = escape(text)
     assert escape(shown) == shown
     assert "\x1b" not in shown

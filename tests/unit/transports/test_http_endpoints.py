@@ -111,7 +111,7 @@ async def test_a_certificate_of_another_host_is_not_trusted(authority: trustme.C
 
 @pytest.mark.parametrize("name", ["SSL_CERT_FILE", "SSL_CERT_DIR"])
 def test_missing_authorities_stop_the_start(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A wrong path to the CA certificates is rejected at startup, unless the endpoint uses no TLS."""
+    """If the endpoint uses TLS, a wrong path to the CA certificates is rejected at startup."""
     monkeypatch.setenv(name, "/nowhere")
     with pytest.raises(TransportConfigurationError, match=f"{name} does not name a (file|directory)"):
         HttpTransport(settings_for("https://host"))

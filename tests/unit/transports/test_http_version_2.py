@@ -334,7 +334,7 @@ async def test_unread_frames_on_an_idle_connection_end_it(server: Http2Server, t
 
 
 async def test_pings_during_calls_keep_the_connection(server: Http2Server, transport: Transport) -> None:
-    """A connection on which pings arrive during calls remains in use."""
+    """A connection stays in use even if pings arrive during calls."""
 
     async def ping_and_answer(stream: Stream) -> None:
         stream.connection.h2.ping(b"01234567")

@@ -219,7 +219,7 @@ class DemoRun:
         return due
 
     def receipts(self) -> dict[str, object]:
-        """Return the receiver's summary of the requests that it has received."""
+        """Return the receiver's summary of all requests so far."""
         counted: dict[str, object] = self._sandbox.call("GET", "/sandbox/summary")
         return counted
 

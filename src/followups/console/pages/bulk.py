@@ -142,7 +142,7 @@ def _sees(visit: Visit, action: BulkAction) -> bool:
 
 
 def _kind(visit: Visit) -> tuple[str, bool]:
-    """Return the action, and whether it applies to all matching follow-ups. Raises `InvalidRequestError`."""
+    """Return the chosen action, and whether it applies to all matching follow-ups. Raises `InvalidRequestError`."""
     kind, _, everything = visit.form.text("do").partition("-")
     if kind not in NEEDED or everything not in {"", "all"}:
         message = visit.t("Choose what to do.")

@@ -173,7 +173,7 @@ def _release_held(visit: Visit, workspace_id: UUID) -> Iterator[None]:
 
 
 def _within_time(batches: Iterator[object]) -> bool:
-    """Process batches for at most `RELEASE_LIMIT`. Return whether all batches were processed."""
+    """Process batches until all are done or `RELEASE_LIMIT` has passed. Return whether all batches were processed."""
     deadline = monotonic() + RELEASE_LIMIT.total_seconds()
     return not any(monotonic() > deadline for _ in batches)
 

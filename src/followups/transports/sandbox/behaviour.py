@@ -97,7 +97,7 @@ class Behaviour(WireModel):
     def reply(self, document: dict[str, str]) -> Reply:
         """Return the answer to one request.
 
-        The answer's body is ``document``, unless the behaviour specifies a body.
+        The response body is ``document`` unless the behaviour specifies another body.
         """
         delay = DEFAULT_SLOWNESS if self.delay is None and self.kind == "slow" else self.delay
         retry_after = 1.0 if self.retry_after is None and self.kind == "rate_limit" else self.retry_after
