@@ -21,7 +21,7 @@ class ServerClock:
     """The time seen by the server's scripts, which changes only through `go_on`."""
 
     def __init__(self, broker_url: str, monkeypatch: pytest.MonkeyPatch, *modules: object) -> None:
-        """Use this clock in all scripts that these modules load from now on."""
+        """Make all scripts that these modules load from now on use this clock."""
         self._client = redis.Redis.from_url(broker_url)
         self._key = f"clock-{uuid4().hex}"
         self._now = int(time.time() * MICROSECOND)

@@ -34,7 +34,7 @@ PAGE = 5_000
 
 
 def wait_until(true: Callable[[], Any], within: float = 20, every: float = 0.02) -> Any:
-    """Return a function's first true result, or fail after this many seconds."""
+    """Call a function until it returns a true value, and return it; fail after ``within`` seconds."""
     end = time.monotonic() + within
     while not (answer := true()):
         assert time.monotonic() < end, f"not so within {within} s"

@@ -46,7 +46,7 @@ def running(server_urls: tuple[str, str], template_database: str) -> Iterator[St
     settings = brisk_settings(url_of(postgres, name), f"{valkey.rpartition('/')[0]}/{number}")
     with Processes() as processes:
         stack = Stack(settings, World(engine), processes)
-        # These tests kill no process, so a long timeout can allow for a slow machine.
+        # A long timeout suits slow machines, and does no harm, because these tests kill no process.
         stack.options |= {"FOLLOWUPS_TRANSPORT_TIMEOUT": "6", "FOLLOWUPS_LEASE": "30"}
         stack.start()
         yield stack

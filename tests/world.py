@@ -175,7 +175,7 @@ class World:
         )
 
     def close_gap(self) -> None:
-        """Record a tick now, because a slow machine may exceed the limit between two steps."""
+        """Record a tick now; on a slow machine, the gap between two steps could be too long."""
         self.sql("UPDATE dispatcher_state SET last_tick_at = now(), grace_until = NULL")
 
 

@@ -35,7 +35,7 @@ POOL_MARGIN = 5
 STATEMENT_TIMEOUT = timedelta(seconds=30)
 """Time limit of a statement on the server. Statements normally take milliseconds."""
 SILENCE_MARGIN = timedelta(seconds=5)
-"""Seconds of silence, beyond the statement timeout, after which a connection is closed.
+"""Seconds added to the statement timeout; a connection that is silent for longer is closed.
 
 If the silence lasts longer, the connection is half-open or the server hangs.
 """

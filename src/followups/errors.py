@@ -25,7 +25,7 @@ class FollowUpsError(Exception):
     slug: ClassVar[str] = "error"
 
     def __init__(self, message: str | Sentence | None = None) -> None:
-        """Use the given message, or the class's docstring if there is none."""
+        """Use the given message, or else the class's docstring."""
         message = message or inspect.cleandoc(type(self).__doc__ or "")
         self.sentence = message if isinstance(message, Sentence) else Sentence(message)
         super().__init__(str(message))

@@ -32,8 +32,8 @@ class Halved(Generic[T, R]):
 def halve(batch: Sequence[T], work: Callable[[Sequence[T]], R]) -> Halved[T, R]:
     """Do the work for a batch, and split the batch in half if a row fails.
 
-    The halving ends when a batch contains only the failing row. Any other error is raised if no part of the batch has
-    been done yet.
+    The halving ends when a batch contains only the failing row. If nothing has been done yet, any other error is
+    raised.
     """
     halved: Halved[T, R] = Halved()
     parts = [batch]
@@ -71,7 +71,7 @@ def halve_within(
             return work(part)
 
     halved = halve(batch, under_savepoint) if batch else Halved[T, R]()
-    if halved.left:  # the transaction is lost, and the error raised by this call explains why
+    if halved.left:  # the transaction is lost; this call raises the error that explains why
         halved.done.append(work(halved.left))
     if refused:
         for item, error in halved.refused:

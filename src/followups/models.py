@@ -4,10 +4,10 @@ A chat's key consists of the workspace's id and the chat's id. A workspace there
 chat by guessing ids. Foreign keys to a chat's key make PostgreSQL refuse rows that mix two workspaces.
 
 Row-level security was tried and rejected. Row-level security costs 6 % of the SQL time of a create and 16 % of a list
-(2 cores, 20,000 rows). But row-level security does not apply to the tables' owner, whose URL is the only one
-configured. Row-level security would need a second role, which many hosted databases do not allow. The alternative is
-FORCE ROW LEVEL SECURITY, but then the owner's own pg_dump fails. Each query filters by workspace, which protects reads.
-A test calls every documented endpoint with another workspace's key and ids.
+(2 cores, 20,000 rows). Row-level security does not apply to the tables' owner, and only the owner's URL is configured.
+Row-level security would need a second role, which many hosted databases do not allow. FORCE ROW LEVEL SECURITY would
+also apply to the owner, but then the owner's pg_dump fails. Each query filters by workspace, which protects reads. A
+test calls every documented endpoint with another workspace's key and ids.
 
 Only guarded UPDATE statements in `followups.store` write a follow-up's ``status``; nothing assigns to an object. In
 Zulip, saving a full row changed a sent message back to pending (zulip#39521).
@@ -298,7 +298,7 @@ class ChatMessage(Base):
 
 
 class FollowUp(Base):
-    """A message to be sent into a chat when due: the row is the job.
+    """A message to send into a chat at its due time; each row is one job.
 
     The columns below ``trigger_chat_message_id`` contain the dispatcher's state. No index contains the lease columns,
     so acquiring and returning a lease is a heap-only update.

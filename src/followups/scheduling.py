@@ -159,7 +159,7 @@ def _refusal(check: Callable[[Planned], None], planned: Planned) -> FollowUpsErr
 
 
 def cancel(session: Session, follow_up_id: UUID, *, reason: str | None = None, actor: Actor | None = None) -> FollowUp:
-    """Cancel a pending follow-up. After the transaction has committed, the follow-up is never sent.
+    """Cancel a pending follow-up. Once the transaction has committed, the follow-up is never sent.
 
     ``reason`` is stored as given; the default is ``cancelled_by_api``. If the follow-up is already cancelled, the call
     changes nothing. A transaction that cancels in several chats must process the chats in the same order as `schedule`.

@@ -31,9 +31,8 @@ _DIALECT = PGDialect_psycopg()  # type: ignore[no-untyped-call] # of a construct
 class Statement:
     """An SQL statement with named parameters (``:name``), compiled once.
 
-    If the statement returns rows of an entity, a session loads all their columns into objects, and refreshes objects
-    that are already loaded. The driver returns named tuples with ``fields``, or with all columns if ``fields`` is
-    empty.
+    Rows of an entity are loaded into the session as objects with all columns. Objects that were loaded before are
+    refreshed. The driver returns named tuples with ``fields``, or with all columns if ``fields`` is empty.
     """
 
     def __init__(
@@ -45,7 +44,7 @@ class Statement:
         self._fields = fields
 
     def __call__(self, **parameters: Any) -> Query:  # noqa: ANN401 - values of any column
-        """Return a query: the statement with parameters."""
+        """Return a query made of this statement and the given parameters."""
         return Query(self, parameters)
 
     def rows(self, session: Session | Connection, parameters: Mapping[str, Any]) -> Sequence[Any]:

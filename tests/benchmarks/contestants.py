@@ -197,7 +197,7 @@ class AsyncioLoop(Contestant):
 
 @dataclass
 class ClientLoop(Contestant):
-    """A bare asyncio loop with the service's HTTP client, as the throughput's upper limit."""
+    """A bare asyncio loop with the service's HTTP client: an upper limit for the throughput."""
 
     name: str = "raw loop on our HTTP client"
 

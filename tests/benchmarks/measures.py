@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 PATIENCE = 300.0
 """A turn is aborted after this many seconds."""
 PORTION = 500_000
-"""The number of unrelated rows that one statement inserts."""
+"""Number of filler rows inserted by one statement."""
 Figures = dict[str, float]
 
 
@@ -58,7 +58,7 @@ def throughput(contestant: Contestant, count: int, control: str = "") -> Figures
 
 
 def lag(contestant: Contestant, rate: float, seconds: float, *, snapshot: bool = False, ahead: float = 5.0) -> Figures:
-    """Create follow-ups that fall due at a rate; return each follow-up's lag in milliseconds.
+    """Create follow-ups that fall due at ``rate`` per second; return their lags in milliseconds.
 
     The first follow-up is due ``ahead`` seconds after the insert: by then all processes run.
     """
@@ -116,7 +116,7 @@ def others_pending(arena: Arena, count: int) -> None:
         "SELECT indexrelid::regclass::text, pg_get_indexdef(indexrelid) FROM pg_index"
         " WHERE indrelid = 'follow_ups'::regclass AND NOT indisprimary"
     )
-    # Without indexes and foreign keys, inserting millions of rows takes a tenth of the time.
+    # Without indexes and foreign keys, millions of rows are inserted in a tenth of the time.
     arena.sql("SET maintenance_work_mem = '1GB'; SET session_replication_role = replica")
     for name, _ in indexes:
         arena.sql(f"DROP INDEX {name}")

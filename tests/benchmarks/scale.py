@@ -108,7 +108,7 @@ def end_all(engine: Engine, held: list[leases.Lease]) -> None:
         held = [lease for lease in held if lease.id not in ended]
 
 
-# The earliest due rows are in flight, under long leases of another worker.
+# Leases the earliest follow-ups for an hour, as another worker would.
 _HOLD = text("""
     UPDATE follow_ups SET lease_token = 1, lease_until = now() + interval '1 hour'
      WHERE id IN (SELECT id FROM follow_ups ORDER BY due_date LIMIT :held)

@@ -65,7 +65,7 @@ def used() -> set[str]:
 def test_the_catalogues_have_exactly_the_texts_in_use() -> None:
     """Every text of the console has a translation with the same placeholders.
 
-    Every translation belongs to an existing text.
+    No translation is left over from a removed text.
     """
     portuguese = catalogue("pt-BR")
     assert set(portuguese) == used() | BY_VALUE

@@ -60,7 +60,7 @@ def unit(name: str) -> dict[str, list[str]]:
 
 
 def procfile(process: str, **variables: str) -> list[str]:
-    """Return the words of a Procfile line; given or default values replace its variables."""
+    """Return a Procfile line as words; its variables get the given values, or else their defaults."""
 
     def value(found: re.Match[str]) -> str:
         return variables.get(found[1], found[2])

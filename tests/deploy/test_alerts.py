@@ -1,4 +1,4 @@
-"""Tests that every alert fires correctly and is documented, and that all series exist."""
+"""Tests that every alert fires as intended, is documented, and uses existing series."""
 
 from __future__ import annotations
 

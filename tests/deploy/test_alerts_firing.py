@@ -135,7 +135,7 @@ def no_sessions(stack: Stack) -> None:
 
 # A minute lasts only two seconds here, so replacing a worker may trigger FollowUpsNothingSent.
 NO_WORKER = {"FollowUpsTicksStopped", "FollowUpsNothingSent", "FollowUpsOverdue", "FollowUpsFarBehind", "FollowUpsLate"}
-"""The alerts that fire while a worker is missing, and for some time afterwards."""
+"""Alerts that may fire while a worker is missing, and shortly afterwards."""
 
 FAULTS: list[tuple[Callable[[Stack], None], set[str], set[str]]] = [
     (refused, {"FollowUpsRejected"}, set()),
@@ -147,7 +147,7 @@ FAULTS: list[tuple[Callable[[Stack], None], set[str], set[str]]] = [
     (locked, {"FollowUpsTicksSlow"}, {"FollowUpsDatabaseUnreachable", "FollowUpsWebDown", "FollowUpsTicksStopped"}),
     (no_sessions, {"FollowUpsDatabaseUnreachable"}, {"FollowUpsTicksStopped"}),
 ]
-"""The required alert and the other permitted alerts of each fault."""
+"""For each fault, the alerts that must fire and other alerts that may fire."""
 
 
 @pytest.mark.parametrize(("fault", "woken", "besides"), FAULTS, ids=[fault.__name__ for fault, _, _ in FAULTS])

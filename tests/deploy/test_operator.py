@@ -41,7 +41,7 @@ SECRET = "whsec_MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw"  # noqa: S105 - of a server th
 
 @pytest.fixture
 def servers(tmp_path: Path) -> Iterator[dict[str, str]]:
-    """Return the URLs of TLS-only servers: the database's by role, the broker's by user."""
+    """Return the URLs of servers that accept only TLS, by database role and broker user."""
     assert replica.INSTALLED
     authority = trustme.CA()
     trusted = tmp_path / "ca.pem"

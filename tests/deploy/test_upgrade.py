@@ -164,7 +164,7 @@ _COLUMNS = text("""
            OR is_identity = 'YES' AS may_be_left_out
       FROM information_schema.columns WHERE table_schema = 'public'
 """)
-# The constraints and their columns.
+# SQL that lists the constraints with their columns.
 _CONSTRAINTS = text("""
     SELECT c.conname AS name, c.conrelid::regclass::text AS table_name,
            ARRAY(SELECT a.attname::text FROM pg_attribute a WHERE a.attrelid = c.conrelid AND a.attnum = ANY(c.conkey))
@@ -199,7 +199,7 @@ def test_a_migration_removes_nothing(engine: Engine, database_url: str, before: 
 
 
 def test_old_code_is_older(old_code: str) -> None:
-    """The upgrade starts with the previous code, not with the installed code."""
+    """The upgrade test starts with the old code, not with the installed code."""
     code = "import followups; print(followups.__file__)"
     environment = os.environ | {"PYTHONPATH": old_code}
     ran = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)

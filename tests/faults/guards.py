@@ -244,7 +244,7 @@ def token_repeats(scene: Scene) -> None:
 
 
 def taken_from_its_worker(scene: Scene) -> None:
-    """Claim a follow-up after an outage longer than a lease, before its worker has recorded the outcome."""
+    """After a long outage, claim a follow-up whose worker has not yet recorded the outcome."""
     scene.world.follow_up()
     (begun,) = scene.begin(scene.lease())
     scene.world.expire(begun.lease.id)

@@ -1,4 +1,4 @@
-"""Tests in which one workspace's failing follow-ups exceed MAX_IN_FLIGHT; other workspaces continue."""
+"""Tests that other workspaces continue if one has more failing follow-ups than MAX_IN_FLIGHT."""
 
 from __future__ import annotations
 

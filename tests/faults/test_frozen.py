@@ -85,7 +85,7 @@ def test_frozen_inside_a_transaction(rig: Rig, figures: Figures) -> None:
 
 
 def test_frozen_inside_a_claim(rig: Rig, figures: Figures) -> None:
-    """If a dispatcher freezes in its claim, other claims wait for seconds until PostgreSQL ends its session."""
+    """If a dispatcher freezes during a claim, other claims wait until PostgreSQL ends the frozen session."""
     frozen, other = rig.start(workers=2, harmed=True)
     other.signal(signal.SIGSTOP)
     rig.failpoints.arm("claim.before_commit", "stop")

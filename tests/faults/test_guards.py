@@ -169,7 +169,7 @@ CATALOGUE = {
 
 @pytest.mark.parametrize("name", CATALOGUE)
 def test_with_the_guard(name: str, world: World, settings: Settings) -> None:
-    """With the guard in place, the scenario breaks no promise."""
+    """With its guard in place, each scenario keeps all promises."""
     CATALOGUE[name].scenario(Scene(world, settings))
 
 

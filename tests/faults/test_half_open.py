@@ -41,7 +41,7 @@ by_server = pytest.mark.parametrize("server", ["database", "broker"])
 
 
 def proxy_of(server: str, proxies: Sequence[Proxy]) -> Proxy:
-    """Return the proxy in front of this server."""
+    """Return the proxy in front of the database or the broker."""
     return proxies[["database", "broker"].index(server)]
 
 

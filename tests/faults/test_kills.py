@@ -35,7 +35,7 @@ BESIDE = {"claim.before_commit", "begin.before_commit", "begin.committed"}
 
 
 def recovered(rig: Rig, figures: Figures, point: str, killed: float) -> None:
-    """Wait until all follow-ups are sent, in at most a lease and a tick."""
+    """Wait until all follow-ups are sent; fail if this takes longer than a lease plus a tick."""
     rig.settle_down(within=60)
     took = time.monotonic() - killed
     verdict = rig.verdict()

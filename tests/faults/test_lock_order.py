@@ -82,7 +82,7 @@ def replace_during_replies(rig: Rig, figures: Figures, pairs: int) -> None:
 
 
 def test_replace_during_replies(rig: Rig, figures: Figures) -> None:
-    """If a cancel-and-schedule transaction and a user's reply run concurrently, both take full effect."""
+    """If one transaction cancels and schedules while the user replies, both take full effect."""
     replace_during_replies(rig, figures, pairs=150)
 
 

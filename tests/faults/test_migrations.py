@@ -1,4 +1,4 @@
-"""A migration blocked by an endless transaction delays others only briefly and names the blocker."""
+"""If an endless transaction blocks a migration, others wait only briefly; the error names the blocker."""
 
 from __future__ import annotations
 

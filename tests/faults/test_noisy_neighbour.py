@@ -72,7 +72,7 @@ class Measurements(NamedTuple):
     beside: list[UUID]
     noise: list[UUID]
     left: int
-    """The share of the backlog still pending when the other workspaces' last follow-up was sent."""
+    """Number of follow-ups still in the backlog when the other workspaces had none left."""
 
 
 def backlog(rig: Rig, overdue: int, each: int, spread: float, call: float = 0.0) -> Measurements:

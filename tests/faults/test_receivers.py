@@ -216,7 +216,7 @@ AS_THEY_COME = {
     "FOLLOWUPS_MAX_ATTEMPTS": "8",
     "FOLLOWUPS_BREAKER_FAILURES": "50",
 }
-"""The default values of the settings that matter in these tests."""
+"""The defaults of the settings that affect these tests."""
 
 
 @pytest.mark.faults_long

@@ -1,4 +1,4 @@
-"""Long load: memory, lag and dead tuples stay constant despite failures, cancels and replies."""
+"""Under a long load with failures, cancels and replies, memory, lag and dead tuples stay constant."""
 
 from __future__ import annotations
 

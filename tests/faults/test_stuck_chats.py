@@ -54,7 +54,7 @@ def others(rig: Rig, count: int, spread: float) -> dict[str, float | None]:
 
 
 def behind_stuck(rig: Rig, figures: Figures, count: int, spread: float) -> None:
-    """Measure other chats before, while and after ``count`` follow-ups accumulate in stuck chats."""
+    """Measure how ``count`` follow-ups in stuck chats affect the other chats."""
     rig.options |= {"FOLLOWUPS_TRANSPORT_TIMEOUT": "20", "FOLLOWUPS_LEASE": "40"}
     rig.start()
     api, chats, each = rig.web(), stuck_chats(rig), round(100 * spread)

@@ -139,7 +139,7 @@ class TestPostgres:
 
     @pytest.mark.skipif(os.geteuid() != 0, reason="only root needs another user")
     def test_no_other_directory_is_opened_for_root(self, open_directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        """If root starts the server, a data directory closed to the server's user is rejected.
+        """If root starts the server, a data directory that the server's user cannot enter is rejected.
 
         Programs in such a directory are copied elsewhere, and the directory stays closed to other users.
         """

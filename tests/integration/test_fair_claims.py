@@ -267,7 +267,7 @@ def test_dispatcher_continues_with_a_fair_claim(
 def test_a_small_free_window_is_filled_without_growing_pauses(
     world: World, engine: Engine, settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """If all slots become free in time, the dispatcher's pauses do not grow."""
+    """If all slots become free between two claims, the pauses between claims do not grow."""
     monkeypatch.setattr(claim_interval, "LONGEST", 60.0)
 
     def end(hint: Hint) -> None:

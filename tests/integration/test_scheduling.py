@@ -49,7 +49,7 @@ def soon(days: float = 1) -> datetime:
 
 @dataclass
 class Caller:
-    """A caller's transaction in one workspace."""
+    """A transaction in which a caller schedules follow-ups in one workspace."""
 
     session: Session
     world: World

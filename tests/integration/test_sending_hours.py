@@ -336,7 +336,7 @@ class TestWindow:
             followups.schedule(session, chat_id=world.chat(), **kept)
 
     def test_a_time_zone_unknown_to_this_host(self, world: World, capsys: pytest.CaptureFixture[str]) -> None:
-        """If this host lacks the time zone, create requests are checked only against the messaging window.
+        """If this host does not know the time zone, only the messaging window limits the due date.
 
         One log line reports the unreadable sending hours.
         """

@@ -192,7 +192,7 @@ class TestEncoding:
 
 
 class TestConnectionParameters:
-    """Connection parameters: values in the URL override the project's defaults."""
+    """Connection parameters in the URL override the project's defaults."""
 
     def test_connect_timeout_of_the_url(self, database_url: str) -> None:
         """Timeouts in the database URL are kept, and the pool's timeout exceeds the connect timeout."""

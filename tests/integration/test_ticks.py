@@ -162,7 +162,7 @@ class TestGap:
     ],
 )
 def test_length_of_a_gap(settings: Settings, changed: dict[str, timedelta], gap: float, grace: float) -> None:
-    """A gap is longer than two intervals and a second, or than half a lease.
+    """A gap between ticks counts as long after two intervals and a second, or after half a lease.
 
     The grace period is as long as the longest call or connection attempt.
     """

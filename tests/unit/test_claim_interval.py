@@ -27,7 +27,7 @@ from followups.delivery.claim_interval import LONGEST, SHORTEST, ClaimInterval, 
     ],
 )
 def test_until_half_is_free(taken: int, seconds: float, window: int, expected: float) -> None:
-    """The interval is the time that frees half of the window, within its limits.
+    """The interval lasts until half of the window is free, but has a minimum and a maximum.
 
     The interval at most doubles from one claim to the next.
     """

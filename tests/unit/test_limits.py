@@ -91,7 +91,7 @@ def test_a_rate_is_shown_as_entered(text: str) -> None:
 
 
 def test_rates_with_fractions() -> None:
-    """A rate of 0.5 messages a second equals 30 a minute; zero, or over a million a second, is rejected."""
+    """A rate of 0.5/s equals 30/min; a rate of zero, or of more than a million per second, is rejected."""
     assert rate_in_words(parse_rate("0.5/s")) == "30/min"
     for text in ("0/s", "0.009/d", "0.0000000000001/d", "1000001/s", "5", "5/week", "-5/s", "5 / s", "\u0665/s"):
         with pytest.raises(typer.BadParameter):

@@ -34,7 +34,7 @@ TRANSITIONS = (
     datetime(2030, 10, 27, 1, tzinfo=UTC),  # Berlin, back
     datetime(2026, 4, 4, 15, tzinfo=UTC),  # on Lord Howe Island, clocks are set back by half an hour
     datetime(2026, 11, 1, 5, tzinfo=UTC),  # in Havana, clocks are set back to midnight
-    datetime(2011, 12, 30, 10, tzinfo=UTC),  # Apia, which skipped a day
+    datetime(2011, 12, 30, 10, tzinfo=UTC),  # Apia skipped 30 December 2011
 )
 NEAR_TRANSITIONS = st.builds(
     lambda moment, minutes: moment + minutes * MINUTE, st.sampled_from(TRANSITIONS), st.integers(-3000, 3000)
@@ -86,7 +86,7 @@ def test_times_before_the_next_opening_are_closed(hours: SendingHours, moment: d
 
 @given(HOURS, MOMENTS | NEAR_TRANSITIONS)
 def test_the_first_moment_is_open(hours: SendingHours, moment: datetime) -> None:
-    """Sending hours include their first moment; a later time never has an earlier next start."""
+    """Sending hours include their first moment, and never open earlier for a later time."""
     opening = opens_at(hours, moment)
     assert opens_at(hours, opening) == opening
     assert opens_at(hours, moment + MINUTE) >= opening

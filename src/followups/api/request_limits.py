@@ -81,7 +81,7 @@ class RequestLimit:
     """
 
     def __init__(self, share: int = SHARE, refusal: str = TOO_MANY_WAIT) -> None:
-        """Store the number of database connections, and the error message for too many waiting requests."""
+        """Store how many database connections are allowed, and the error message for excess requests."""
         self._semaphore = asyncio.Semaphore(share)
         self._throttle = Throttle()
         self._refusal = refusal

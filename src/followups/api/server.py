@@ -69,7 +69,7 @@ closes the connection first.
 """
 
 GRACE = 20
-"""Seconds that running requests are given to finish at shutdown."""
+"""Seconds that running requests have to finish at shutdown."""
 
 LENGTHS = frozenset({b"content-length", b"transfer-encoding"})
 """Headers that only requests with a body have."""

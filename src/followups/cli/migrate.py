@@ -129,7 +129,7 @@ def _wait_for_stop() -> None:
 
 def _words_of_ancestors() -> set[str]:
     words, pid = set[str](), os.getppid()
-    # Without /proc the ancestors are unknown, so a plain `honcho start` is assumed.
+    # Without /proc, the parent processes are unknown, and a plain `honcho start` is assumed.
     with suppress(OSError, IndexError):
         for _ in range(ANCESTORS):
             words.update(Path(f"/proc/{pid}/cmdline").read_text(errors="replace").split("\0"))

@@ -32,7 +32,7 @@ _MICROSECOND = timedelta(microseconds=1)
 _BIGINT = 2**63
 
 MOST = 10_000
-"""The largest number of follow-ups in one hint, which is also the largest `BATCH_SIZE`."""
+"""The maximum number of follow-ups in a hint, and the maximum of `BATCH_SIZE`."""
 
 
 class Hint(NamedTuple):

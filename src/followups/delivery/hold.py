@@ -33,7 +33,7 @@ def hold(
 ) -> tuple[set[UUID], set[UUID], dict[UUID, Final]]:
     """Hold the leases that are blocked only by a pause or by sending hours.
 
-    Returns the held leases, the leases to check again, and the final states of follow-ups whose hold would be too long.
+    Returns three results: the held leases, the leases to check again, and the final states of follow-ups that must end.
     A lease is checked again if its pause or sending hours are locked or have changed.
     """
     candidates = [one for one in obstacles if one.pause_id or one.hours]

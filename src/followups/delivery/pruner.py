@@ -33,7 +33,7 @@ BUDGET = timedelta(minutes=2)
 """How long one run may delete a table's rows before it leaves the rest to the next run."""
 
 LOCK = 0x7469_6479
-"""Key of the advisory lock for pruning, one worker at a time ("tidy" in ASCII)."""
+"""Key of the advisory lock that lets only one worker prune ("tidy" in ASCII)."""
 
 LEAST_PAUSE = 0.01
 

@@ -36,7 +36,7 @@ def make_temporary_directory(parent: Path | None = None) -> Path:
 
 
 def memory_directory() -> Path | None:
-    """Return an in-memory file system with room for a few databases, or None if there is none.
+    """Return an in-memory file system with room for a few databases, or None.
 
     By default, a container's in-memory file system has only 64 MB.
     """

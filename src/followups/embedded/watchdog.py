@@ -5,7 +5,8 @@ kernel closes the owner's end of the pipe. A pipe works on every Unix and in eve
 is bound to one thread and does not reach grandchildren.
 
 The process to be watched imports this module. The watchdog process runs this file as a script. The script uses only the
-standard library and starts in about 20 ms. An owner's single watchdog runs while a guarded process or directory exists.
+standard library and starts in about 20 ms. Each owner has one watchdog, which runs as long as there is something to
+guard.
 """
 
 from __future__ import annotations

@@ -50,13 +50,13 @@ After a secret has expired, for example, every message gets one of these codes.
 """
 
 READ_INTERVAL = 1.0
-"""Seconds between two reads of the shared state while the breaker is closed. A change to the state is noticed within
-this time.
+"""Seconds between two reads of the breaker's shared state while the breaker is closed. A change to the state is noticed
+within this time.
 """
 READ_INTERVAL_WHILE_OPEN = 0.1
 """Seconds between two reads of the shared state while follow-ups wait for the breaker."""
 KEPT = 3600
-"""Seconds after which the breaker's state is deleted if it is not used."""
+"""Seconds without use after which the breaker's state is deleted."""
 AWAY = 5.0
 """Number of seconds without queries to Redis after a failure."""
 
@@ -68,7 +68,7 @@ class WorkspaceOutcomes(NamedTuple):
 
     key: int
     failures: int
-    """Number of failures in a row, up to and including the last attempt."""
+    """Number of consecutive failures up to and including the latest attempt."""
     after_success: bool
     """Whether an attempt of the workspace succeeded before these failures. After a success, failures that were reported
     earlier no longer count.
@@ -103,7 +103,7 @@ class SharedState:
     state: str
     permits: int = 0
     changed: bool = False
-    """Whether this report caused the change of state."""
+    """Whether this report changed the breaker's state."""
     tripped: frozenset[int] = frozenset()
     """The keys of the tripped workspaces."""
 

@@ -68,7 +68,7 @@ def pending_of(session: Session, workspace_id: UUID | None, chat_id: UUID | None
 def cancel(engine: Engine, actor: Actor, chosen: Sequence[CancelScope], final: Final) -> Batches:
     """Cancel pending follow-ups in batches.
 
-    A follow-up in flight is not cancelled, but is not retried if its attempt fails. Rows that stay locked are not
+    A follow-up in flight is not cancelled, but a failed attempt is not retried. Rows that stay locked are not
     cancelled, only counted.
     """
     for pending in chosen:

@@ -195,7 +195,7 @@ def delete_old(connection: Connection, before: datetime, most: int) -> int:
     return connection.execute(_DELETE_OLD, {"before": before, "most": most}).rowcount
 
 
-# The audit event's id is the API key's id, so each expiry is recorded once.
+# The audit event has the same id as the API key, so each expiry is recorded only once.
 _EXPIRED = text("""
     INSERT INTO audit_events (id, at, way, actor, workspace_id, workspace, action, target_id, details)
     SELECT k.id, k.expires_at, :way, :actor, k.workspace_id, w.name, :action, k.id,

@@ -104,7 +104,7 @@ class Row:
 
     @property
     def place(self) -> BrowseCursor:
-        """The follow-up's position in the order of the list."""
+        """The follow-up's position in the list."""
         return BrowseCursor(self.follow_up.created_at, self.follow_up.id)
 
 

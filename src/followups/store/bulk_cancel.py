@@ -133,7 +133,7 @@ def cancel_if_not_begun(connection: Connection, pending: CancelScope, final: Fin
     return Cancelled(ended, len(written) - len(ended), max((CancelCursor(*row) for row in rows), default=None))
 
 
-# All batches use the start time of the command, so follow-ups created while the batches run are not cancelled.
+# All batches use the command's start time, so follow-ups created later are not cancelled.
 _NOW = text("SELECT now()")
 
 

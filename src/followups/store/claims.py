@@ -7,10 +7,10 @@ would be served first. In that case, free slots go to the workspaces with the fe
 Each claim is one guarded statement, which skips rows that another transaction has locked.
 
 This module updates the planner's statistics itself, because claims depend on them. Autovacuum updates the statistics
-only minutes later. Until autovacuum has run, the planner estimates one row for a table that was emptied, vacuumed, and
-then filled in a burst. With this estimate, any index that contains the id seems as good as the primary key. If the id
-is not an index's first column, each look-up scans the whole index. In such a table with 50,000 due follow-ups, each
-step of a batch took seconds.
+only minutes later. After a table was emptied, vacuumed and quickly refilled, the planner estimates one row until
+autovacuum runs. With this estimate, any index that contains the id seems as good as the primary key. If the id is not
+an index's first column, each look-up scans the whole index. In such a table with 50,000 due follow-ups, each step of a
+batch took seconds.
 """
 
 from __future__ import annotations

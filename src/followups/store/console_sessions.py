@@ -79,7 +79,7 @@ class ValidSession:
     way: str
     name: str
     stale: bool
-    """Whether the session's last recorded use is so old that the current use is recorded."""
+    """Whether the time of the session's last use is due to be recorded again."""
 
 
 _INSERT = text("""

@@ -279,7 +279,7 @@ def _ending(reason: str) -> Statement:
 
 _END = _ending(_REASON)
 _END_HONESTLY = _ending(honest(_REASON, "follow_ups"))
-"""Ends a follow-up for a reason with a code. A reason in a caller's own words is stored unchanged."""
+"""SQL that ends a follow-up for a reason that has a code. A reason in a caller's own words is stored unchanged."""
 
 
 @Rule

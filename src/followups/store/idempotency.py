@@ -24,7 +24,7 @@ LIFETIME = timedelta(hours=24)
 """How long a stored response is returned when its request is repeated."""
 
 SWEPT = 2
-"""Number of expired responses deleted per stored response, so that about a day's responses remain."""
+"""Number of expired responses that are deleted whenever a new response is stored."""
 
 
 @dataclass(frozen=True, slots=True)

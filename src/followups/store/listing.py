@@ -88,7 +88,7 @@ def rows_from(
 def pieces_from(
     workspace_id: UUID, wanted: ListFilter, offset: int, size: int, start: Start | None = None
 ) -> Steps[Sequence[Any]]:
-    """Return the rows of `rows_from` with only as many messages as fit into `PIECE`.
+    """Return the rows of `rows_from`, with only as many messages as `PIECE` allows.
 
     In rows whose message does not fit, ``message`` is None. A request for a page of long messages therefore needs
     little memory. ``message_size`` is the size of the message in bytes.

@@ -122,7 +122,7 @@ _DELETE_MESSAGES = text("""
 
 
 def delete_messages(connection: Connection, before: datetime, after: MessageCursor) -> tuple[int, MessageCursor | None]:
-    """Read the next batch of old chat messages and delete those that no chat needs.
+    """Read the next batch of old chat messages, and delete those that are no longer needed.
 
     Returns how many messages were deleted and where the scan ended. The end is None if no older message is left.
     """

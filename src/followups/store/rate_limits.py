@@ -166,7 +166,7 @@ _LIMITABLE = text(f"""
 def limitable(connection: Connection, leases: Sequence[Lease], max_lateness: timedelta) -> list[Limitable]:
     """Return the facts that rate limits need for each valid lease.
 
-    Leases whose follow-ups have ended are included.
+    The result includes leases whose follow-ups have ended.
     """
     parameters = batch_of(leases) | {"max_lateness": max_lateness, "window": WINDOW}
     return [

@@ -41,7 +41,7 @@ def put(session: Session, workspace_id: UUID, hours: SendingHours) -> None:
     """Set the workspace's sending hours.
 
     Raises `InvalidRequestError` for an unknown time zone or an empty set of days. The caller must then call
-    `followups.store.holds.release_held` for follow-ups held by the previous hours.
+    `followups.store.holds.release_held`, because the old hours may hold follow-ups.
     """
     if zone_of(hours.time_zone) is None:
         message = Sentence(

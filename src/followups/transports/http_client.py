@@ -116,7 +116,7 @@ class HttpClient:
         self._is_open = True
 
     async def close(self) -> None:
-        """Close the connections and end the calls in flight; calling this again has no effect."""
+        """Close the connections and end the calls in flight; later calls of `close` do nothing."""
         self._is_open = False
         self._close_connections()
 

@@ -193,7 +193,7 @@ class Process:
 
     def stop(self) -> None:
         """Drain: stop claiming, settle the attempts in flight, release the unused leases."""
-        # this step comes first, as the later ones may wait for a silent database
+        # this comes first, because the other steps may wait for a silent database
         self.pipeline.stop_beginning()
         self.dispatcher.stop()
         self.pruner.stop()

@@ -1,8 +1,8 @@
 """Check that Flower listens on this machine only, or requires a password.
 
 Flower shows every task and worker, and can stop them. By default Flower listens on all addresses without
-authentication. ``celery -A followups.worker flower`` imports our app before Flower listens. The check runs during this
-import.
+authentication. ``celery -A followups.worker flower`` imports our app before Flower listens. The check runs when Flower
+imports the app.
 """
 
 from __future__ import annotations

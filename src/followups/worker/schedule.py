@@ -61,7 +61,7 @@ class Scheduler(CelerysScheduler):
     _booted_at: float | None = None
     """The time at which this host booted, according to the host's own clock.
 
-    If the clock was set back since the previous check, the computed boot time is earlier.
+    If the clock is set back, the computed boot time becomes earlier.
     """
 
     def tick(self, *arguments: Any, **named: Any) -> float:  # noqa: ANN401 - Celery's own

@@ -13,7 +13,7 @@ import schemathesis
 from schemathesis.specs.openapi.checks import positive_data_acceptance
 
 RULES = {"outside-messaging-window", "idempotency-key-reused"}
-"""Problem types of rejections that depend on the chat or on an earlier request."""
+"""Problem types that the chat's state or an earlier request can cause."""
 
 TOGETHER = {"#/reason", "#/finishedAt", "#/chatMessageId"}
 """PATCH fields whose validity depends on each other or on stored values."""

@@ -109,7 +109,7 @@ def test_links_contain_no_client_headers(api: Api) -> None:
 def test_unknown_parameter(api: Api, query: str) -> None:
     """An unknown query parameter is rejected with 422 and named in the error.
 
-    If an unknown filter were ignored instead, the list would contain every follow-up.
+    If unknown filters were ignored, the list would contain every follow-up.
     """
     problem = is_problem(api.get(f"{FOLLOW_UPS}?{query}"), 422, "invalid-request")
     assert pointers(problem) == [f"#/{query.partition('=')[0]}"]

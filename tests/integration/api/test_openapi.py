@@ -125,7 +125,7 @@ def generated(tmp_path_factory: pytest.TempPathFactory) -> ModuleType:
 def test_generated_client(api: Api, generated: ModuleType) -> None:
     """A generated client can create, list and reschedule follow-ups, and receives errors as problem details.
 
-    A reply cancels a follow-up, which the generated client then reads as cancelled.
+    After a reply, the generated client reads the follow-up as cancelled.
     """
 
     def part(name: str) -> Any:

@@ -255,7 +255,7 @@ def test_unread_connections_are_closed_at_the_limit(
 
 
 def test_pipelined_bodies_share_the_budget(settings: Settings, world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Memory for pipelined bodies is bounded before reading, and freed when a client disconnects."""
+    """Pipelined request bodies share a memory limit; memory is freed when a client disconnects."""
     monkeypatch.setattr(gate, "MAX_BUFFERED", 100_000)
     key = key_of(world)[1]
     body = posted(b"content-length: 48000", b" " * 48_000)

@@ -54,7 +54,7 @@ class TestCancel:
         assert (cancelled["status"], cancelled["reason"]) == ("cancelled", "cancelled_by_api")
 
     def test_finished_and_in_flight_follow_ups_stay_unchanged(self, run: RunCommand, world: World) -> None:
-        """`cancel` leaves a finished or in-flight follow-up unchanged, and the error explains why."""
+        """`cancel` refuses a finished or in-flight follow-up with an error that explains why."""
         failed = world.follow_up(**FAILED)
         later = datetime.now(UTC) + HOUR
         in_flight = world.follow_up(begun_at=later, lease_until=later)

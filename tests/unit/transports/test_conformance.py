@@ -26,7 +26,7 @@ TIMEOUT = 0.25
 
 @pytest.fixture(params=RIGS)
 async def rig(request: pytest.FixtureRequest) -> AsyncIterator[TransportRig]:
-    """Return each opened transport, with a timeout that is long enough for any machine."""
+    """Return an opened transport of each kind, with a timeout for slow machines."""
     async with RIGS[request.param](10.0) as made:
         yield made
 

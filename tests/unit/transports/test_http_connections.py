@@ -97,7 +97,7 @@ async def test_an_unread_close_is_noticed(threaded: ThreadedServer) -> None:
 
 
 async def test_an_unread_unsolicited_response_is_discarded(threaded: ThreadedServer) -> None:
-    """An unread, unsolicited response is not taken for the response to the next call."""
+    """An unsolicited response is not mistaken for the response to the next call."""
     async with opened(HttpTransport(settings_for(threaded.url))) as transport:
         assert await transport.send(a_delivery()) == Sent(None, 200)
         threaded.connections[0].sendall(OTHER)

@@ -290,7 +290,7 @@ async def test_a_frozen_call_sends_nothing_after_its_deadline(steps: int) -> Non
     """
     came: list[float] = []
 
-    def listen() -> None:  # runs in a thread, which is not frozen
+    def listen() -> None:  # this function runs in a thread that is not frozen
         connection, _ = silent.accept()
         with connection:
             connection.settimeout(5)

@@ -158,7 +158,7 @@ async def test_the_proxy_of_the_environment_is_not_trusted(monkeypatch: pytest.M
 
 
 async def test_cookies_are_not_kept() -> None:
-    """Cookies from one chat's response are not sent with another chat's request."""
+    """Cookies from a response in one chat are not sent with requests for other chats."""
     async with (
         scripted(answer(200, set_cookie="session=1")) as server,
         opened(HttpTransport(settings_for(server.url))) as transport,

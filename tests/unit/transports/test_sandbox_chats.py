@@ -34,7 +34,7 @@ def messages(chats: SandboxChats, chat_id: str = "c1") -> list[dict[str, Any]]:
 
 
 def test_a_repeated_key_is_answered_as_before_and_counted() -> None:
-    """Repeating a key adds no message, returns the first id, and counts one repeat."""
+    """If a key is repeated, no message is added, the first id is returned, and one repeat is counted."""
     chats = SandboxChats()
     first, second = (chats.receive(incoming(), "key") for _ in range(2))
     assert first == second
@@ -181,7 +181,7 @@ def test_a_conversation_shows_a_follow_up_once_with_its_attempts() -> None:
 
 
 def test_the_newest_activity_comes_first() -> None:
-    """Chats are ordered by their last change, and the list can be limited to recent ones."""
+    """Chats are ordered by their last change; ``since`` limits the list to recent changes."""
     chats = SandboxChats()
     for chat_id in ("c1", "c2", "c3", "c1"):
         chats.add_message(chat_id, "user", "hi")

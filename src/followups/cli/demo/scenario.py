@@ -184,7 +184,7 @@ class DemoRun:
         self._chats = {name: uuid4() for name in scenario.chats}
         self._replies = dict(scenario.replies)
         self.start = datetime.now(UTC)
-        """The moment that counts as second 0 of the scenario."""
+        """The time at which the scenario starts."""
 
     def open_chats(self) -> timedelta:
         """Open the chats with an agent's message in each, and configure the receiver.

@@ -202,7 +202,7 @@ def _typed_hours(visit: Visit) -> SendingHours:
 
 
 def _week(hours: SendingHours, now: datetime) -> list[tuple[datetime, datetime]]:
-    """Return the sending periods of the next week. Raises `LookupError` if the sending hours never begin."""
+    """Return the sending periods of the coming week. Raises `LookupError` if the sending hours never begin."""
     spans: list[tuple[datetime, datetime]] = []
     moment = now
     while moment < now + PREVIEWED:
