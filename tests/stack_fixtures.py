@@ -41,7 +41,7 @@ def running(server_urls: tuple[str, str], template_database: str) -> Iterator[St
     name = f"running_{uuid4().hex}"
     create_database(postgres, name, template_database)
     engine = make_engine(url_of(postgres, name), options=BY_KEY)
-    # Use a database number outside the range of the single tests.
+    # This database number is outside the range of the tests' own databases.
     number = 32 + int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
     settings = brisk_settings(url_of(postgres, name), f"{valkey.rpartition('/')[0]}/{number}")
     with Processes() as processes:

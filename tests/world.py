@@ -26,7 +26,7 @@ FIELDS = [
 ]  # fmt: skip
 """The documented fields of a follow-up, in order."""
 FAILED = {"status": "failed", "reason": "rejected: HTTP 403 no", "finished_at": datetime(2030, 1, 31, tzinfo=UTC)}
-"""The columns of a follow-up that the receiver has rejected."""
+"""Column values of a follow-up that the receiver has rejected."""
 
 
 @dataclass

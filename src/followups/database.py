@@ -260,7 +260,7 @@ class _Pooler:
     def is_before(self, connection: Bounded, row: Sequence[Any] | None) -> bool:
         """Return whether there may be a pooler in front of the server.
 
-        A pooler reports a different process id than the server session does.
+        Behind a pooler, the reported process id is not that of the server session.
         """
         return not self._checked and row is not None and row[1] != connection.info.backend_pid
 
@@ -317,8 +317,8 @@ _dropped_at: WeakKeyDictionary[Engine, float] = WeakKeyDictionary()
 def drop_all(engine: Engine) -> None:
     """Make the engine replace each open connection at its next checkout.
 
-    Call this if the connections' server is unreachable or read-only. SQLAlchemy replaces connections by itself only
-    after errors that it raises.
+    Call this function if the database server is unreachable or read-only. SQLAlchemy replaces connections by itself
+    only after errors that it raises.
     """
     _dropped_at[engine] = time.monotonic()
 

@@ -69,7 +69,7 @@ def is_undone(error: psycopg.Error | DBAPIError) -> bool:
 
 
 IS_READ_ONLY = "it is read-only: wait for the failover to end, or point FOLLOWUPS_DATABASE_URL at the primary"
-"""Advice for an error from a standby, or from a server that was made read-only.
+"""Advice for errors from a standby or a read-only server.
 
 Processes continue without a restart once the server is writable.
 """
@@ -101,7 +101,7 @@ def unfit(error: Exception) -> str:
 
 
 ROW_STATES = frozenset({"P0001", "XX001", "XX002"})
-"""Additional SQLSTATEs of a single row: an exception from a trigger, or a damaged page.
+"""Additional SQLSTATEs that a single row can cause: an exception from a trigger, or a damaged page.
 
 A single row may also cause the usual errors about invalid data or violated constraints.
 """

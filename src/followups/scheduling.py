@@ -6,8 +6,8 @@ has to be enqueued. The REST API and the command line call the same functions.
 Each function locks its chat until the transaction ends. A transaction that works on several chats must process them in
 ascending order of their ids; `followups.store` documents the order of all locks.
 
-The transaction must use READ COMMITTED, PostgreSQL's default isolation level. The rules rely on the fact that each
-statement sees everything committed before it began. At any isolation level other than READ COMMITTED, a
+The transaction must use READ COMMITTED, PostgreSQL's default isolation level. The rules require that each statement
+sees everything that was committed before it began. At any isolation level other than READ COMMITTED, a
 `TransactionError` is raised.
 """
 
@@ -301,7 +301,7 @@ def _lock(
             return found, locked
         if found.chat_id in locked:
             raise DeliveryInProgressError
-        # While this transaction waited for the first chat's lock, another transaction moved the follow-up.
+        # Another transaction moved the follow-up to another chat while this one waited for the lock.
 
 
 def _present(locked: Mapping[UUID, Chat], chat_id: UUID) -> Chat:
@@ -313,7 +313,7 @@ def _present(locked: Mapping[UUID, Chat], chat_id: UUID) -> Chat:
 
 _ISOLATION = text("SELECT current_setting('transaction_isolation')")
 LOOSEST = frozenset({"read committed", "read uncommitted"})
-"""The two isolation levels that behave as READ COMMITTED in PostgreSQL."""
+"""The two isolation levels that PostgreSQL treats as READ COMMITTED."""
 
 
 def _check_transaction(session: Session) -> None:

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 LEASE_MARGIN = timedelta(seconds=2)
-"""How much longer than the transport timeout a lease must last.
+"""A lease must last longer than the transport timeout by at least this much.
 
 The margin allows for begin, settle and a slow commit.
 """

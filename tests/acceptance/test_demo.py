@@ -18,7 +18,7 @@ DEMO = [str(Path(sys.executable).with_name("followups")), "demo"]
 
 
 def bare_environment() -> dict[str, str]:
-    """Return an environment without settings and without this installation on PATH."""
+    """Return an environment without settings, in which PATH lacks this installation."""
     return {"PATH": os.defpath, "HOME": str(Path.home()), "TMPDIR": tempfile.gettempdir(), "LANG": "C.UTF-8"}
 
 

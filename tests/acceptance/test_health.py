@@ -47,7 +47,7 @@ def health(stack: Stack, *arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 def says(stack: Stack, role: str, code: int, *words: str) -> None:
-    """Wait for this exit code, and for one line with these words on the expected stream."""
+    """Wait until `followups health` exits with ``code`` and prints one line that contains ``words``."""
 
     def so() -> bool:
         ran = health(stack, role)
@@ -105,7 +105,7 @@ def test_a_worker_that_answers_ping_but_consumes_nothing(own_runtime: Stack, tmp
     environment = own_runtime.environment() | {"PYTHONPATH": str(tmp_path), "DEAF": str(trigger)}
     own_runtime.processes.spawn("worker", [*CELERY, "worker", "-n", "w@%h", "-I", "deaf"], environment=environment)
     wait_until(lambda: "ready." in (own_runtime.processes.logs / "worker.log").read_text(), within=60)
-    time.sleep(2)  # by now, the worker has polled the broker and received an answer
+    time.sleep(2)  # by now, the broker has answered a poll of the worker
     says(own_runtime, "worker", 0)
     trigger.touch()
     says(own_runtime, "worker", 1, "w@", "has not asked the broker for work")

@@ -1,6 +1,6 @@
-"""Processes on a read-only root file system without a temporary directory, as in a container.
+"""Tests of processes on a read-only root file system without a temporary directory.
 
-The directory of the heartbeat files is also read-only.
+The directory of the heartbeat files is read-only as well.
 """
 
 from __future__ import annotations

@@ -28,9 +28,7 @@ if TYPE_CHECKING:
 
 REQUESTS = 7
 SHAPES = (("workspace", 999, 50, 80), ("large", 1, 10_000, 100))
-"""For each kind of workspace in a full run: its name, the number of workspaces, the chats in each workspace, and the
-follow-ups in each chat.
-"""
+"""The kinds of workspaces in a full run: name, number of workspaces, chats per workspace, follow-ups per chat."""
 
 CHATS = """
     INSERT INTO chats (workspace_id, id, channel, external_id, last_message_id, last_message_role, last_message_at,

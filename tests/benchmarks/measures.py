@@ -33,7 +33,7 @@ def percentile(values: Sequence[float], share: float) -> float:
 
 
 def throughput(contestant: Contestant, count: int, control: str = "") -> Figures:
-    """Release a backlog; return the rates per second until all are sent and until 99 % are received."""
+    """Release a backlog; return the rates at which all of it is sent and 99 % of it is received."""
     arena = contestant.arena
     arena.clear()
     arena.receiver(f"/control?{control}")

@@ -116,7 +116,7 @@ _HOLD = text("""
 
 
 def claim(options: argparse.Namespace) -> dict[str, Any]:
-    """Run an increasing number of dispatchers that claim from the same table."""
+    """Measure claims by an increasing number of dispatchers on the same table."""
     found = {}
     with filled(options.rows) as (url, engine):
         with engine.begin() as connection:

@@ -30,7 +30,7 @@ TICK = """
 
 
 def fill(world: World) -> str:
-    """Fill the workspace, and return the id of the follow-up to take a picture of."""
+    """Fill the workspace, and return the id of the follow-up for the picture."""
     world.sql("UPDATE workspaces SET name = 'acme' WHERE id = :id", id=world.workspace_id)
     world.sql(
         "INSERT INTO sending_hours (workspace_id, time_zone, opening, closing, days, open_from, open_until)"

@@ -88,7 +88,7 @@ def test_a_session_is_ended_by_an_admin(person: Callable[..., Person], own: Worl
 
 
 def test_sending_hours_are_previewed_saved_and_cleared(person: Callable[..., Person], own: World) -> None:
-    """A preview of sending hours saves nothing; an error repeats what the user entered."""
+    """A preview of sending hours saves nothing. After an error, the form keeps the user's input."""
     one = person("admin", own)
     fields = {"time_zone": "America/Sao_Paulo", "from": "08:00", "to": "18:00", "day": ["mon", "tue"]}
     seen = one.post("/settings/hours", do="preview", **fields)

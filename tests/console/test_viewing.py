@@ -248,7 +248,7 @@ def test_the_timeline_shows_each_event(person: Callable[..., Person], own: World
 
 
 def test_each_row_shows_position_and_messaging_window(person: Callable[..., Person], own: World) -> None:
-    """A row shows the follow-up's position, and whether the messaging window closes too early."""
+    """A row shows a follow-up's position in its chat and whether the messaging window closes too early."""
     chat_id = own.chat(channel="whatsapp", last_user_message_at=text("now() - interval '20 hours'"))
     ids = [own.follow_up(chat_id, due=each * HOUR) for each in (1, 2, 5)]
     one = person("viewer", own)

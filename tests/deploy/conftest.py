@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Built:
-    """A wheel, an sdist, and an environment into which the wheel was installed."""
+    """A wheel, an sdist, and an environment in which the wheel is installed."""
 
     directory: Path
     wheel: Path

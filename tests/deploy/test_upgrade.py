@@ -109,7 +109,7 @@ def sent(rig: Rig) -> int:
 
 
 def more_is_sent(rig: Rig, more: int = 60) -> None:
-    """Wait until this many more follow-ups have been sent, as evidence that the system works."""
+    """Wait until ``more`` further follow-ups have been sent, which shows that the system works."""
     wanted = sent(rig) + more
     wait_until(lambda: sent(rig) >= wanted, within=60)
 

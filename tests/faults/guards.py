@@ -90,7 +90,7 @@ class Scene:
         return self.lease()
 
     def begin(self, lease: Lease) -> tuple[Begun, ...]:
-        """Begin a follow-up with a lease."""
+        """Begin the follow-up of a lease."""
         return begin(self.engine, self.settings, [lease]).begun
 
     def settle(self, begun: Begun, outcome: Outcome) -> None:
@@ -229,14 +229,14 @@ def leased_is_claimed(scene: Scene) -> None:
 
 
 def token_stays(scene: Scene) -> None:
-    """Claim a follow-up for the second time, after its first lease has expired."""
+    """Claim a follow-up again after its first lease has expired."""
     scene.world.follow_up()
     lease = scene.lease()
     expect(scene.leased_anew(lease).token > lease.token, "the fencing token grows")
 
 
 def token_repeats(scene: Scene) -> None:
-    """Claim a follow-up a second time, after a failover that lost the first claim."""
+    """Claim a follow-up again after a failover has lost the first claim."""
     follow_up = scene.world.follow_up()
     lease = scene.lease()
     scene.world.sql("UPDATE follow_ups SET lease_token = 0, lease_until = NULL WHERE id = :id", id=follow_up)
@@ -405,7 +405,7 @@ def parked_behind_an_end(scene: Scene) -> None:
 
 
 def put_off(scene: Scene, lease: Lease) -> None:
-    """Defer a leased follow-up as a rate limit does."""
+    """Defer a leased follow-up in the same way as a rate limit."""
     with scene.engine.begin() as connection:
         rate_limits.defer_if_leased(connection, [(lease, timedelta(minutes=1))])
 

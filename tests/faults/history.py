@@ -37,7 +37,7 @@ INSTALL = """
 
 
 _REWRITTEN = text("SELECT count(*) FROM history WHERE changed_when_final")
-# The query avoids a join, which the tests' planner would turn into a nested loop.
+# The query avoids a join, because the tests' planner would use a nested loop.
 _BEGUN_AFTER_CANCEL = text("""
     SELECT id FROM history
      GROUP BY id HAVING min(number) FILTER (WHERE status = 'cancelled') < max(number) FILTER (WHERE began)

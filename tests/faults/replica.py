@@ -101,7 +101,7 @@ class Server(EmbeddedPostgres):
 class Replicated:
     """A primary and its standby behind one address, killed and restarted like a single server.
 
-    On a restart, the standby takes over. If ``synchronous``, a failover loses no commit; otherwise a failover may lose
+    On a restart, the standby takes over. If ``synchronous`` is true, a failover loses no commit; otherwise, it may lose
     commits.
     """
 

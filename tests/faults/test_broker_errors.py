@@ -48,7 +48,7 @@ def misconf(server: redis.Redis) -> Iterator[None]:
 
 @contextmanager
 def busy(server: redis.Redis) -> Iterator[None]:
-    """Run an endless script on the server, so that every command gets BUSY."""
+    """Run an endless script on the server, so that it answers every command with BUSY."""
     server.config_set("busy-reply-threshold", 1)
     endless = threading.Thread(target=run_endless_script, args=(server,), daemon=True)
     endless.start()

@@ -44,7 +44,7 @@ def outages(rig: Rig, figures: Figures, times: int, between: float, rate: float)
 
 
 def test_killed_several_times(breakable: Rig, figures: Figures) -> None:
-    """After several kills of the broker within seconds, every worker consumes from both queues again."""
+    """After the broker is killed several times within seconds, every worker consumes both queues again."""
     outages(breakable, figures, times=3, between=1.0, rate=60)
 
 
@@ -61,7 +61,7 @@ def test_flushed_in_mid_burst(rig: Rig, figures: Figures) -> None:
 
 @pytest.mark.faults_long
 def test_flushed_for_long(rig: Rig, figures: Figures) -> None:
-    """If the broker is flushed a hundred times, a burst of 20,000 is still sent completely."""
+    """If the broker is flushed a hundred times, all follow-ups of a burst of 20,000 are still sent."""
     flushes(rig, figures, count=20_000, spread=20, times=100)
 
 

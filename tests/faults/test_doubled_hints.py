@@ -39,12 +39,12 @@ def doubled(rig: Rig, figures: Figures, count: int, rounds: int) -> None:
 
 
 def claimed_and_doubled(rig: Rig) -> int:
-    """Claim like a tick; publish each message twice, in random order, and count the messages.
+    """Claim as a tick does, send every message twice in random order, and count the original messages.
 
-    A frozen worker's open BRPOP still takes one hint from the queue. This function therefore waits until all follow-ups
-    are due. One claim then publishes more hints than there are workers. A worker that is frozen during a claim blocks
-    other claims until PostgreSQL ends its transaction. This function therefore repeats its own claim until it gets
-    leases.
+    While a worker is frozen, its open BRPOP still takes one hint from the queue. This function therefore waits until
+    all follow-ups are due. One claim then publishes more hints than there are workers. A worker that is frozen during a
+    claim blocks other claims until PostgreSQL ends its transaction. This function therefore repeats its own claim until
+    it gets leases.
     """
     wait_until(lambda: rig.world.scalar("SELECT max(due_date) <= now() FROM follow_ups"))
     settings = rig.settings.model_copy(update={"lease": rig.settings.lease * 20})

@@ -1,4 +1,4 @@
-"""Tests of workers killed at each step: another takes over within a lease and tick.
+"""Tests that kill a worker at each step; another worker takes over within a lease and a tick.
 
 The worker has no child process to kill, because its settings fix Celery's solo pool.
 """

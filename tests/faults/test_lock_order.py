@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 CLIENTS = 4
 """The number of threads that replace follow-ups, and of threads that send replies."""
 DELAY = 0.01
-"""The longest pause in seconds before a thread begins, and between cancel and schedule."""
+"""Maximum pause in seconds before a thread begins and between its cancel and schedule calls."""
 
 
 def replace_one(rig: Rig, follow_up: UUID, chat_id: UUID, delays: Sequence[float]) -> str:

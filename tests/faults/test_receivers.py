@@ -37,7 +37,7 @@ WINDOWS = {"100_ms": 0.1, "1_s": 1.0}
 
 
 def histogram(rig: Rig, ids: Sequence[UUID]) -> dict[int, int]:
-    """Return the number of follow-ups that were sent, for each number of attempts."""
+    """Return how many follow-ups were sent after each number of attempts."""
     query = "SELECT attempts, count(*) FROM follow_ups WHERE id = ANY(:ids) AND status = 'sent' GROUP BY 1 ORDER BY 1"
     return dict(tuple(row) for row in rows_of(rig, query, ids=list(ids)))
 

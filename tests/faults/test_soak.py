@@ -109,7 +109,7 @@ def chat_of(rig: Rig, follow_up_id: UUID) -> UUID:
 def start(rig: Rig) -> Api:
     """Start one process of each type and wait until a message is sent.
 
-    Waiting for "ready" would fail, because workers that log only warnings never log "ready".
+    Waiting for the log line "ready" would fail, because these workers log only warnings.
     """
     rig.options |= {
         "FOLLOWUPS_LOG_LEVEL": "warning",

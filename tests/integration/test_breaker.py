@@ -386,7 +386,7 @@ class FailingTransport:
 
 @pytest.fixture
 def started(database_url: str) -> Iterator[Callable[..., Pipeline]]:
-    """Return a function that starts a pipeline with a breaker, drained after the test."""
+    """Return a function that starts a pipeline with a breaker; the pipeline is drained after the test."""
     pipelines: list[Pipeline] = []
 
     def start(own: Settings, transport: Any, policy: RecoveryPolicy = QUICK) -> Pipeline:

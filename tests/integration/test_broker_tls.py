@@ -72,7 +72,7 @@ def ask_as_celery(settings: Settings, _engine: Engine) -> None:
     """Connect to the broker in the same way as workers, beat and Flower."""
     app = App("test", settings.broker_url.get_secret_value())
     with app.connection_for_write() as connection:
-        connection.transport.establish_connection()  # connecting sends a ping, too
+        connection.transport.establish_connection()  # this also sends a ping
 
 
 def ask_as_limiter(settings: Settings, _engine: Engine) -> None:
@@ -154,7 +154,7 @@ def test_an_untrusted_server_receives_no_data(
 
 @pytest.mark.skipif(PROGRAM is None, reason=MISSING)
 def test_one_url_serves_every_client(settings: Settings, engine: Engine, redis_server: RedisServer) -> None:
-    """The same broker URL works for every client, even if its password is not escaped.
+    """The same broker URL works for every client, even with an unescaped password.
 
     Both spellings of each TLS parameter are accepted.
     """

@@ -92,7 +92,7 @@ class TestOrder:
         assert [lease.id for lease in steps.claim().leases] == [second]
 
     def test_deferral_unblocks(self, world: World, steps: Steps, engine: Engine) -> None:
-        """If the earlier follow-up is deferred past the later one's due time, the later one is sent first."""
+        """If a chat's first follow-up is rescheduled past the second's due time, the second is sent first."""
         chat = world.chat()
         first, second = world.follow_up(chat, -2 * SECOND), world.follow_up(chat, -SECOND)
         batch = steps.claim().leases

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 SOON = timedelta(seconds=20)
-"""A timeout in seconds, far longer than usually needed, because the machine may be busy."""
+"""A generous timeout, because the machine may be busy."""
 
 OWNER = """
 import os, sys, time

@@ -230,7 +230,7 @@ class TestLowWater:
         assert len(claim_fairly(engine, settings, low).leases) == 43
 
     def test_no_rows_before_the_mark(self, world: World, engine: Engine, settings: Settings) -> None:
-        """A fair claim reads no rows due before the low-water mark, in any workspace."""
+        """In every workspace, a fair claim skips rows due before the low-water mark."""
         worlds_of(engine, 3, due=-timedelta(minutes=5))
         later = world.follow_up()
         since = datetime.now(UTC) - timedelta(minutes=1)

@@ -85,7 +85,7 @@ def test_a_retry_names_the_new_follow_up(world: World) -> None:
 
 
 def test_replies_and_removals_are_not_audited(world: World) -> None:
-    """A follow-up cancelled by a reply or a removed chat has no audit event."""
+    """If a reply or the removal of a chat cancels a follow-up, no audit event is recorded."""
     chat, other = world.chat(), world.chat()
     ids = [world.follow_up(chat, HOUR), world.follow_up(other, HOUR)]
     with Session(world.engine) as session, session.begin():

@@ -90,7 +90,7 @@ def test_held_until_sending_hours_begin(world: World, engine: Engine, settings: 
 
 
 def test_sent_within_the_hours(world: World, engine: Engine, settings: Settings) -> None:
-    """During sending hours a follow-up begins normally."""
+    """During sending hours, a follow-up begins normally."""
     put(world, OPEN)
     follow_up = world.follow_up()
     assert begun(claim_and_begin(engine, settings)) == {follow_up}
@@ -136,7 +136,7 @@ def test_the_first_due_comes_back_first(world: World) -> None:
 
 
 def test_order_within_the_chat_is_kept(world: World, engine: Engine, settings: Settings) -> None:
-    """If two follow-ups in one chat are held until one opening, they begin one after the other."""
+    """If two follow-ups of a chat are held until the same opening time, they begin in order."""
     put(world, CLOSED)
     chat = world.chat()
     first, second = world.follow_ups_at_once([(chat, -2 * SECOND), (chat, -SECOND)])

@@ -1,4 +1,4 @@
-"""Rate limits: which buckets a follow-up needs tokens from, and when workers request tokens."""
+"""Tests of rate limits: the buckets of a follow-up, and the times at which workers request tokens."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def matching(limits: list[Limit], where: Limitable) -> set[int]:
 
 
 def test_all_that_match_apply() -> None:
-    """A follow-up is subject to the overall limit and those of its workspace, channel and both combined.
+    """A follow-up is subject to all limits that match its workspace and channel.
 
     Limits of other workspaces and of other channels do not apply to the follow-up.
     """

@@ -99,7 +99,7 @@ def test_the_first_moment_is_open(hours: SendingHours, moment: datetime) -> None
         ("08:00", "20:00", "2030-01-31T22:00Z", "2030-02-01T07:00Z"),
         ("08:00", "20:00", "2030-07-31T22:00Z", "2030-08-01T06:00Z"),
         ("08:00", "20:00", "2030-01-31T12:00Z", "2030-01-31T12:00Z"),
-        ("08:00", "20:00", "2030-01-31T19:00Z", "2030-02-01T07:00Z"),  # 20:00 is already outside the hours
+        ("08:00", "20:00", "2030-01-31T19:00Z", "2030-02-01T07:00Z"),  # 20:00 is already outside the sending hours
         ("08:00", "20:00", "2030-01-31T07:00Z", "2030-01-31T07:00Z"),  # at 08:00 the sending hours have begun
         ("22:00", "06:00", "2030-01-31T12:00Z", "2030-01-31T21:00Z"),
         ("22:00", "06:00", "2030-01-31T02:00Z", "2030-01-31T02:00Z"),  # the sending hours began the evening before
@@ -108,8 +108,8 @@ def test_the_first_moment_is_open(hours: SendingHours, moment: datetime) -> None
         ("02:30", "20:00", "2030-03-31T00:00Z", "2030-03-31T01:00Z"),
         ("00:30", "02:30", "2030-03-31T01:00Z", "2030-03-31T22:30Z"),
         ("02:10", "02:40", "2030-03-31T00:00Z", "2030-04-01T00:10Z"),
-        # When the clocks go back from 03:00 to 02:00, 02:30 occurs twice. Sending hours begin at the second 02:30 and
-        # end at the first.
+        # When the clocks go back from 03:00 to 02:00, 02:30 occurs twice. An opening at 02:30 then means the second
+        # 02:30, and a closing at 02:30 means the first.
         ("02:30", "20:00", "2030-10-27T00:00Z", "2030-10-27T01:30Z"),
         ("01:00", "02:30", "2030-10-27T00:30Z", "2030-10-28T00:00Z"),
     ],

@@ -1,7 +1,7 @@
 """The access log: one line for each request, and the request id in all its log lines.
 
 This is the outermost middleware, so that refused requests are logged too. Queries and bodies are never logged, because
-clients may put anything into them. Successful probes and scrapes are logged at level debug.
+clients may put anything into them. Successful probes and scrapes are logged at the debug level.
 """
 
 from __future__ import annotations

@@ -105,7 +105,7 @@ class RequestBody:
         return None
 
     def charge(self, owner: RequestLimit) -> None:
-        """Charge the body to a workspace, which may fill half of the memory for bodies."""
+        """Count the body's memory against its workspace, which may use half of the shared memory."""
         self.owner = owner
         owner.buffered += self.size
 

@@ -1,4 +1,4 @@
-"""Limits on the shared resources used by one workspace, or by all clients without a known API key.
+"""Limits on shared resources, per workspace and for all clients without a known API key.
 
 The shared resources are the database connections and the event loop.
 """

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 PATIENCE = timedelta(seconds=5)
 """How long a command waits for the broker.
 
-If the command cannot send a tick, beat sends its next regular tick soon anyway.
+If the command cannot send a tick, beat's next regular tick follows soon.
 """
 
 

@@ -63,7 +63,7 @@ class Live:
     def __init__(
         self, engine: Engine, in_thread: Callable[[Callable[[], changes.TopicValues]], Awaitable[changes.TopicValues]]
     ) -> None:
-        """Store the engine and ``in_thread``, which runs a function in a thread of the console."""
+        """Store the engine and ``in_thread``, a function that runs another function in a console thread."""
         self._engine = engine
         self._in_thread = in_thread
         self._streams: set[Stream] = set()

@@ -1,6 +1,6 @@
 """The objects that all console requests share, including a cache of results.
 
-All viewers served by one process share each result for one second. Without viewers, no results are computed.
+Each result is shared by all viewers of a process for one second. Without viewers, no results are computed.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ MAX_RESULTS = 1_000
 class ResultCache:
     """A cache of the last result for each key.
 
-    Simultaneous requests with the same key wait for a single computation.
+    Simultaneous requests with the same key share a single computation.
     """
 
     def __init__(self) -> None:

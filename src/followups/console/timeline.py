@@ -44,7 +44,7 @@ class TimelineEntry:
     what: Sentence
     who: Sentence | None = None
     detail: str = ""
-    """A text from the transport or a caller, which is not translated."""
+    """Untranslated text from the transport or a caller."""
     code: int | None = None
     took: timedelta | None = None
 

@@ -47,7 +47,7 @@ Only an operator can repair a row that cannot be read or written.
 async def begin_within_limits(
     engine: AsyncEngine, settings: Settings, rate_limits: RateLimits, batch: Sequence[Lease]
 ) -> BatchResult:
-    """Begin follow-ups that may be sent now, and defer those over a rate limit.
+    """Begin the follow-ups that may be sent now, and defer follow-ups that exceed a rate limit.
 
     No rate-limit token is used up if the database raises an error.
     """

@@ -23,7 +23,7 @@ def until_half_is_free(taken: int, seconds: float, window: int) -> float:
     0.2
     """
     if taken >= window:
-        return SHORTEST  # the whole window was free, and it is unknown for how long
+        return SHORTEST  # the whole window was free for an unknown time
     half = seconds * window / (2 * taken) if taken else LONGEST
     return min(max(SHORTEST, min(half, 2 * seconds)), LONGEST)
 

@@ -29,8 +29,8 @@ class DatabaseClock:
 
     The time computed with this offset is never ahead of the database's clock.
 
-    In a sample, ``read`` is the database's time at a moment between ``asked`` and ``answered``. The estimate uses
-    ``read`` as the time at ``answered``. The error of the estimate is at most the travel time of the answer. The
+    In a sample, ``read`` is the database's time at a moment between ``asked`` and ``answered``. The estimate assumes
+    that ``read`` is the time at ``answered``. The error of the estimate is at most the travel time of the answer. The
     estimate is never ahead of the database's clock, so no follow-up is sent early. The quicker the answer, the smaller
     the error and the larger the offset. Therefore, the largest of the last offsets is used.
     """

@@ -38,9 +38,7 @@ NEXT_STATISTICS = 60.0
 """Seconds between two checks of the planner's statistics."""
 
 QUICK = 0.01
-"""If a claim that reads the index from its beginning takes at most this many seconds, the next claim also reads from
-the beginning.
-"""
+"""If a claim from the beginning of the index takes at most this many seconds, the next claim starts there too."""
 LOOKING_SHARE = 0.1
 """The maximum share of the dispatcher's time for claims from the beginning of the index."""
 

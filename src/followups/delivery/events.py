@@ -158,7 +158,7 @@ def succeeded(step: str) -> None:
 
 
 def outage() -> Outage | None:
-    """Return this process's current outage, or None if every failed step has succeeded since."""
+    """Return this process's current outage, or None if every step that failed has since succeeded."""
     return min(tuple(_outages.values()), key=lambda one: one.since, default=None)
 
 

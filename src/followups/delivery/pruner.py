@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 
 BUDGET = timedelta(minutes=2)
-"""How long one run may delete a table's rows before it leaves the rest to the next run."""
+"""Maximum time for which one run deletes rows of a table. The next run continues."""
 
 LOCK = 0x7469_6479
 """Key of the advisory lock that lets only one worker prune ("tidy" in ASCII)."""
@@ -87,7 +87,7 @@ class Pruner(BackgroundThread):
             events.failed("tidy", error, self._engine)
 
     def prune(self) -> dict[str, int]:
-        """Delete old rows until none is left or time is up; return counts per table."""
+        """Delete old rows until none is left or the time is up; return the number of deleted rows per table."""
         started = time.monotonic()
         removed: dict[str, int] = {}
         with self._engine.connect() as connection, _alone(connection) as alone:

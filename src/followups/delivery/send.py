@@ -171,7 +171,7 @@ class CallTimeout:
         return task
 
     def end(self, task: Task) -> bool:
-        """End the time limit of a task's call, and return whether the call exceeded it."""
+        """Stop the time limit of a task's call; return whether the call exceeded the limit."""
         if self._ends.pop(task, None) is not None:
             return False
         task.uncancel()

@@ -83,7 +83,7 @@ class Child:
 
     @property
     def running(self) -> bool:
-        """Whether the command has been started and has not ended."""
+        """Whether the command has been started and is still running."""
         return self._process is not None and self._process.poll() is None
 
     def start(self) -> None:
@@ -110,7 +110,7 @@ class Child:
     def wait_until(self, ready: Callable[[], bool], within: timedelta) -> None:
         """Wait until ``ready`` returns true.
 
-        Stop a command that does not become ready, and raise `EmbeddedError` with its log's end.
+        If the command does not become ready, stop it and raise `EmbeddedError` with the end of its log.
         """
         deadline = time.monotonic() + within.total_seconds()
         while not ready():

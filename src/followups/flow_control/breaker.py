@@ -58,7 +58,7 @@ READ_INTERVAL_WHILE_OPEN = 0.1
 KEPT = 3600
 """Seconds without use after which the breaker's state is deleted."""
 AWAY = 5.0
-"""Number of seconds without queries to Redis after a failure."""
+"""After a failure, Redis is not queried for this many seconds."""
 
 log = get_logger(__name__)
 

@@ -210,7 +210,7 @@ class RateLimits:
         self._standing: list[Limit] = []
         self._limits = Limits(())
         self._loosened: set[Scope] = set()
-        """Scopes of removed or raised limits under which follow-ups are still deferred."""
+        """Scopes of removed or raised limits that still have deferred follow-ups."""
         self._unlogged = 0
         """Number of follow-ups deferred since the last log line about deferrals."""
 
@@ -236,7 +236,7 @@ class RateLimits:
 
     @asynccontextmanager
     async def tokens(self, leases: Sequence[Lease]) -> AsyncIterator[tuple[dict[UUID, timedelta], set[UUID]]]:
-        """Acquire tokens for those leases whose turn it is.
+        """Acquire tokens for the leases whose turn has come.
 
         Yields a pair: the waits of the leases without a token, and an empty set. The caller adds each follow-up that
         has begun to the yielded set. Tokens of follow-ups that did not begin are returned to their buckets.

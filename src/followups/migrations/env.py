@@ -55,8 +55,9 @@ def _lock(connection: Connection, wait: float) -> None:
     """Lock out other migrations until the transaction ends.
 
     Raises `FollowUpsError` if the lock is not acquired within ``wait`` seconds. The lock belongs to the transaction:
-    behind a pooler, the session outlives its client and would keep the lock. The lock is polled rather than waited for.
-    A concurrent index creation waits for every running statement. That includes any statement that waits for this lock.
+    behind a pooler, the session outlives its client and would keep the lock. This function polls for the lock instead
+    of waiting in a statement. A concurrent index creation waits for every running statement. That includes any
+    statement that waits for this lock.
     """
     deadline = time.monotonic() + wait
     while not connection.scalar(_TRY_LOCK):

@@ -1,8 +1,8 @@
 """Order within a chat: a later follow-up waits until the earlier one ends.
 
-The column ``waits_for`` of a waiting follow-up contains the id of its immediate predecessor. The index for claims does
-not contain waiting follow-ups. Each follow-up waits only for its immediate predecessor, so the end of one follow-up
-unblocks only one other. If 100,000 follow-ups are queued behind one stuck chat, each is refused only once.
+The column ``waits_for`` of a waiting follow-up contains the id of its immediate predecessor. Waiting follow-ups are not
+in the index for claims. Each follow-up waits only for its immediate predecessor, so the end of one follow-up unblocks
+only one other. If 100,000 follow-ups are queued behind one stuck chat, each is refused only once.
 """
 
 from __future__ import annotations

@@ -95,7 +95,7 @@ _LOCK_MANY = Statement(
 
 @Rule
 def lock_many(workspace_id: UUID, chat_ids: Collection[UUID]) -> Steps[dict[UUID, Chat]]:
-    """Return the chats that are not removed, locked in ascending order of their ids."""
+    """Lock and return the chats that are not removed, in ascending order of their ids."""
     chats: Sequence[Chat] = yield _LOCK_MANY(workspace_id=workspace_id, ids=uuid_array(chat_ids))
     return {chat.id: chat for chat in chats}
 

@@ -1,8 +1,8 @@
 """Claims: the statements that lease due follow-ups, by due date or shared fairly between workspaces.
 
 The window is the in-flight limit. While all due follow-ups fit into the window, claiming by due date is fair and
-cheapest. During a backlog, claiming by due date is not fair: a workspace with a hundred thousand overdue follow-ups
-would be served first. In that case, free slots go to the workspaces with the fewest follow-ups in flight.
+cheapest. During a backlog, claiming by due date is unfair. A workspace with 100,000 overdue follow-ups would be served
+first. In that case, free slots go to the workspaces with the fewest follow-ups in flight.
 
 Each claim is one guarded statement, which skips rows that another transaction has locked.
 

@@ -199,7 +199,7 @@ _USE_LINK = text("""
 
 @Rule
 def make_link(grant: Grant, lifetime: timedelta) -> Steps[tuple[str, datetime]]:
-    """Create a sign-in link; return its token, which is not stored, and the time at which it expires.
+    """Create a sign-in link; return its token, which is not stored, and its time of expiry.
 
     Raises `InvalidRequestError` if the lifetime is out of range.
     """

@@ -1,9 +1,9 @@
 """Counts, lag and throughput. No statement here runs for long, however many rows there are.
 
 Counts of pending, waiting, overdue and in-flight follow-ups are exact and use small partial indexes. Follow-ups in a
-final state are counted up to `EXACT_UP_TO` for each state. For larger numbers the planner's estimate is used, which
-costs nothing even for many millions of rows. Lag and throughput are computed from an index of the follow-ups that ended
-in the last few minutes. A query that exceeds `LIMIT` is cancelled.
+final state are counted up to `EXACT_UP_TO` for each state. Above `EXACT_UP_TO`, the planner's estimate is used, which
+costs nothing however many rows there are. Lag and throughput are computed from an index of the follow-ups that ended in
+the last few minutes. A query that exceeds `LIMIT` is cancelled.
 
 The backlog is measured for metrics, which are read every few seconds. Counting ten million pending rows takes seconds.
 Counters kept by a trigger would update one shared row whenever a follow-up is inserted or ends. Rows are counted one by
@@ -51,7 +51,7 @@ _DUE = "COALESCE(next_attempt_at, due_date)"
 class Backlog:
     """Counts of the backlog, exact up to 10,000 and estimated beyond that.
 
-    The age of the oldest follow-up is in seconds, or 0 for an empty backlog.
+    ``oldest_overdue`` is the age of the oldest overdue follow-up in seconds, or 0 if there is none.
     """
 
     pending: int

@@ -128,8 +128,8 @@ _EVENTS = ", events AS (DELETE FROM audit_events a USING gone WHERE a.target_id 
 def delete_batch(connection: Connection, scope: DeletionScope, table: str, condition: str) -> int:
     """Delete the next batch of a table's rows; return how many were deleted.
 
-    Audit events about a follow-up are deleted with the follow-up. Rows are deleted by their physical position (ctid). A
-    row updated meanwhile has a new position, and waits for the next batch.
+    Audit events about a follow-up are deleted with the follow-up. Rows are deleted by their physical position (ctid).
+    If a row has been updated in the meantime, its position has changed and the next batch deletes it.
     """
     returned, events = ("id", _EVENTS) if table == "follow_ups" else ("1", "")
     statement = text(f"""

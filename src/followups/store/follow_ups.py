@@ -315,7 +315,7 @@ def _changing(names: frozenset[str]) -> Statement:
     if names & {"due_date", "chat_id"}:
         changes.append(_RESCHEDULED)
     if "chat_id" in names:
-        # Because the chat is locked first, the time is later than the chat's last message.
+        # The chat is locked, so `clock_timestamp()` is later than the chat's last message.
         changes.append("scheduled_at = clock_timestamp()")
     elif "due_date" in names:
         changes.append("scheduled_at = now()")

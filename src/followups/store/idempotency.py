@@ -1,8 +1,8 @@
 """Responses by Idempotency-Key, kept for a day.
 
 The changes and the stored response are committed together, so a crash cannot separate them. While a request is running,
-its transaction has an advisory lock on the idempotency key. Another request with the same idempotency key does not wait
-for the advisory lock.
+its transaction holds an advisory lock on the idempotency key. Another request with the same idempotency key does not
+wait for the advisory lock.
 """
 
 from __future__ import annotations

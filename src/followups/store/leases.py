@@ -55,7 +55,7 @@ class Lease(NamedTuple):
     task_id: str = ""
     """The id of the Celery task whose hint brought the lease to its worker."""
     expires: float = inf
-    """The `uptime` at which the worker drops the lease, since another worker may have it."""
+    """The `uptime` at which the worker drops the lease, because another worker may then own the follow-up."""
     refusals: int = 0
     """How many times in a row the due follow-up was not allowed to begin."""
 

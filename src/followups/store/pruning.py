@@ -124,7 +124,7 @@ _DELETE_MESSAGES = text("""
 def delete_messages(connection: Connection, before: datetime, after: MessageCursor) -> tuple[int, MessageCursor | None]:
     """Read the next batch of old chat messages, and delete those that are no longer needed.
 
-    Returns how many messages were deleted and where the scan ended. The end is None if no older message is left.
+    Returns how many messages were deleted and where the scan ended. If no old message is left, the scan's end is None.
     """
     place = {"after": after.created_at, "after_id": after.id}
     row = connection.execute(_DELETE_MESSAGES, {"before": before, "most": BATCH} | place).one_or_none()

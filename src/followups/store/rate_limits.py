@@ -248,7 +248,7 @@ def _release(connection: Connection, ids: Sequence[UUID]) -> int:
     return connection.execute(_RELEASE, {"ids": uuid_array(ids)}).rowcount
 
 
-# A workspace queue's key is the last bits of the workspace's id (`followups.store.leases.key_of`).
+# The key of a workspace queue consists of the last 20 bits of the workspace's id (`followups.store.leases.key_of`).
 _WORKSPACES = text("""
     SELECT w.id FROM workspaces w
      WHERE ('x' || right(CAST(w.id AS text), 5))::bit(20)::int = ANY(CAST(:keys AS int[]))

@@ -2,8 +2,8 @@
 
 Each process keeps one small file in the runtime directory, rewritten every second. For each component that must make
 progress, the file contains the deadline of its next report. Reading the file needs neither Celery nor the broker. A
-check therefore costs little more than starting a Python interpreter. In a broker outage, supervisors do not restart the
-processes, as a restart would not help.
+check therefore costs little more than starting a Python interpreter. Supervisors do not restart the processes in a
+broker outage, because a restart would not help.
 
 - Times are on the monotonic clock, which all processes of a machine share. So setting the wall clock raises no alarm,
   and after a machine has slept, its processes do not count as dead.
@@ -33,8 +33,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 SETTING = "FOLLOWUPS_RUNTIME_DIR"
-"""The environment variable of the runtime directory, read directly because loading all settings takes a third of a
-second.
+"""The environment variable of the runtime directory. This variable is read directly, because loading all settings takes
+a third of a second.
 """
 
 INTERVAL = timedelta(seconds=1)
@@ -59,8 +59,8 @@ def default_directory() -> Path:
     """Return the default runtime directory.
 
     Each user has a separate directory, since another user's directory could be a trap. ``XDG_RUNTIME_DIR`` is not used,
-    because it exists in login sessions but not in services. With this directory, a login session and a service would
-    look for each other's files in different places.
+    because it exists in login sessions but not in services. With `XDG_RUNTIME_DIR`, a login session and a service would
+    use different directories.
     """
     try:
         parent = tempfile.gettempdir()
@@ -123,9 +123,9 @@ class Heartbeat:
     def report(self, component: str, within: timedelta, otherwise: str, at: float | None = None) -> None:
         """Record that a component made progress.
 
-        ``at`` is the time in monotonic seconds, by default now. The component must report again before ``within`` has
-        elapsed. If the report is late, the heartbeat names the component and shows ``otherwise``. For example,
-        ``otherwise`` can be "has not asked the broker for work".
+        ``at`` is the time of the progress in monotonic seconds; the default is now. The component must report again
+        before ``within`` has elapsed. If the report is late, the heartbeat names the component and shows ``otherwise``.
+        For example, ``otherwise`` can be "has not asked the broker for work".
         """
         with self._lock:
             if not self._ending:

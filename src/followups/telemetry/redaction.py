@@ -30,7 +30,7 @@ BEARER = re.compile(r"(?i)\b(bearer\s+)[\w.~+/=-]+")
 
 
 def redact(_logger: object, _method: str, event: EventDict) -> EventDict:
-    """Hide secrets in an event, in place (a structlog processor)."""
+    """Replace the secrets in the event itself; this function is a structlog processor."""
     for key, value in event.items():
         event[key] = HIDDEN if value is not None and _is_secret(key) else _cleaned(value)
     return event

@@ -7,7 +7,7 @@ Spans are exported as OTLP over HTTP.
 
 Each process creates its tracer provider after the fork, which the exporter's thread would not survive. The tracer
 provider is not registered globally. With a global provider, libraries would add spans with texts outside our control.
-Span attributes contain only ids and numbers. Exception messages are left out, since they may quote a follow-up's
+Span attributes contain only ids and numbers. Exception messages are left out, because they may contain a follow-up's
 message.
 """
 
@@ -126,7 +126,7 @@ def is_wanted() -> bool:
 def start(service: str) -> None:
     """Start tracing if the environment enables it, as ``service`` unless ``OTEL_SERVICE_NAME`` is set.
 
-    Call this in each process, after a fork. If the extra is not installed, only a warning is logged.
+    Call this function in each process, after the fork. If the extra is not installed, only a warning is logged.
     """
     global _tracing  # noqa: PLW0603 - one a process, like the logging that goes with it
     if not is_wanted():

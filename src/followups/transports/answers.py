@@ -1,4 +1,4 @@
-"""Map HTTP responses to outcomes, by the table of answers in deploy/ENDPOINT.md; all functions are pure.
+"""Map HTTP responses to outcomes as documented in deploy/ENDPOINT.md; all functions are pure.
 
 ============================================ =========================================================
 answer                                       outcome

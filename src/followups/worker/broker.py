@@ -1,4 +1,4 @@
-"""Celery's broker connection: kombu's Redis transport, extended to tolerate bad entries and Redis errors.
+"""Celery's broker connection: kombu's Redis transport that tolerates bad entries and Redis errors.
 
 The consumer of kombu 5.7 raises an exception if a queue entry is malformed or not JSON. A Redis error (READONLY,
 MISCONF, NOPERM) on a read also raises an exception out of the consumer. Any exception that escaped from the consumer

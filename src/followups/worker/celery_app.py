@@ -289,7 +289,7 @@ def publish(hint: Hint) -> None:
     # longer.
     count = len(hint.entries)
     shown = f"{count} follow-up{'s, the first' if count > 1 else ','} {hint.entries[0][0]}"
-    # Like a tick, a hint does not expire. If a hint arrives late, its leases have expired, and begin refuses them.
+    # Like a tick, a hint does not expire. If a hint arrives too late, its leases have expired and `begin` refuses them.
     deliver.apply_async(args=hint, argsrepr=shown)
 
 

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def install(settings: Settings) -> None:
-    """Connect to Celery's signals, so that worker, beat and Flower log as the settings require."""
+    """Connect to Celery's signals to apply the log settings in worker, beat and Flower."""
 
     def configure(**_: object) -> None:
         configure_logging(settings.log_format, settings.log_level)

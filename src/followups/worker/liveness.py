@@ -60,7 +60,7 @@ TICKING = timedelta(seconds=90)
 log = get_logger(__name__)
 
 _hearts: dict[int, Heartbeat | None] = {}
-"""The heartbeats by process id, since each forked child has its own heartbeat.
+"""The heartbeats by process id; each forked child has its own heartbeat.
 
 None means that the heartbeat could not be written, which is logged once.
 """

@@ -68,7 +68,7 @@ class TestChange:
         ],
     )
     def test_transition(self, api: Api, changes: dict[str, Any], reason: str | None) -> None:
-        """A PATCH to a final status stores the caller's reason or the default code.
+        """If a PATCH sets a final status, the caller's reason or the default code is stored.
 
         A repeated PATCH has no effect.
         """
@@ -133,7 +133,7 @@ class TestChange:
 
 
 class TestFinished:
-    """PATCH requests for a follow-up that has ended or is in flight."""
+    """Tests of PATCH requests for a follow-up that has ended or is in flight."""
 
     @pytest.mark.parametrize("status", ["sent", "failed", "cancelled"])
     def test_never_changes(self, api: Api, status: str) -> None:

@@ -1,4 +1,4 @@
-"""Tests of the platform's requests about chats, sent to a running web process."""
+"""Tests of requests about chats, which are sent to a running web process."""
 
 from __future__ import annotations
 

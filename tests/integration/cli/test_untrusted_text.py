@@ -28,7 +28,7 @@ FAILED = {"status": "failed", "reason": NASTY, "finished_at": datetime.now(UTC)}
 
 @pytest.fixture
 def follow_up(world: World) -> UUID:
-    """Fill every text column that other systems can write, and return the failed follow-up.
+    """Put hostile text into every column that other systems can write; return the failed follow-up's id.
 
     The text is written directly to the database, without validation.
     """

@@ -84,7 +84,7 @@ async def test_a_failure_may_request_a_delay(rig: TransportRig) -> None:
 
 @pytest.mark.parametrize("status", [429, 503])
 async def test_a_rate_limit_uses_up_no_attempt(rig: TransportRig, status: int) -> None:
-    """429, and 503 with a Retry-After, are `Snoozed` for the time that the receiver requests."""
+    """A 429, or a 503 with a Retry-After, is `Snoozed` for the time that the receiver requests."""
     outcome = await rig.send(a_delivery(), kind="rate_limit", status=status, retry_after=30)
     assert outcome == Snoozed(f"HTTP {status}", timedelta(seconds=30), status)
     assert rig.accepted == 0

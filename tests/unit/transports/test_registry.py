@@ -68,7 +68,7 @@ def test_a_plug_in_is_found_by_its_name() -> None:
 )
 @pytest.mark.usefixtures("plug_in")
 def test_a_plug_in_that_does_not_load_is_named() -> None:
-    """The error for a plug-in that cannot be imported names the plug-in and the cause."""
+    """If a plug-in cannot be imported, the error names the plug-in and the cause."""
     with pytest.raises(TransportConfigurationError, match=r"The transport 'extra' \(.*\) cannot be loaded: \w+Error: "):
         load_transport(settings_for(transport="extra"))
 

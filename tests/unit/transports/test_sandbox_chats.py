@@ -165,7 +165,7 @@ def test_a_request_is_listed_with_all_fields() -> None:
 
 
 def test_a_conversation_shows_a_follow_up_once_with_its_attempts() -> None:
-    """A conversation shows each follow-up once, with all attempts, between the other messages."""
+    """A conversation shows each follow-up once, with all its attempts, among the other messages."""
     chats = SandboxChats()
     chats.add_message("c1", "user", "hi")
     chats.behave("c1", Behaviour(kind="fail", times=1))

@@ -1,4 +1,4 @@
-"""The page of one follow-up: its state and the reason, its history, and the actions."""
+"""The page of one follow-up: its state, the reason, the history, and the actions."""
 
 from __future__ import annotations
 

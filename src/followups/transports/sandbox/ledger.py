@@ -12,7 +12,7 @@ from typing import NamedTuple
 from uuid import uuid4
 
 KEEP_RECORDS = 200_000
-"""Number of requests that are kept by default; the counts include all requests."""
+"""Number of requests kept by default. The counts include requests that are no longer kept."""
 KEEP_KEYS = 1_000_000
 """Number of idempotency keys that are kept. When the limit is reached, the oldest key is removed, as in a real
 receiver.
