@@ -187,7 +187,7 @@ class ProcrastinateRows(Contestant):
 
 @dataclass
 class AsyncioLoop(Contestant):
-    """A bare asyncio loop without a broker, as the upper limit."""
+    """A bare asyncio loop without a broker: an upper limit for the benchmarks."""
 
     name: str = "raw asyncio loop"
 

@@ -11,7 +11,7 @@ PostgreSQL through a real PgBouncer in session mode. Use these servers for the l
     FOLLOWUPS_TEST_SERVERS=replicated,pooled uv run pytest -m faults_long tests/faults/test_kills.py ...
 
 Figures are appended to ``--figures FILE`` (one JSON object per line). Runs can therefore be separate, stopped and
-continued. The table is always written from all figures in this file.
+continued. The results table is always computed from all figures in FILE.
 """
 
 from __future__ import annotations

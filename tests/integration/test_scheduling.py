@@ -1,4 +1,4 @@
-"""Tests of the rules for follow-ups and chats on PostgreSQL, in a Python caller's transaction."""
+"""PostgreSQL tests of the rules for follow-ups and chats, run in a Python caller's transaction."""
 
 from __future__ import annotations
 

@@ -240,7 +240,7 @@ def test_more_unwritable_rows_than_one_search(
 
 
 def test_a_lease_that_cannot_be_released(world: World, engine: Engine, settings: Settings) -> None:
-    """If publishing hints and releasing one lease fail, the other leases are still released.
+    """If hints cannot be published and one lease cannot be released, the other leases are released.
 
     The follow-ups of the released leases can be claimed again immediately.
     """

@@ -46,8 +46,8 @@ again under the same keys. The wait is at most as long as a quick call, because 
 call's outcome.
 """
 SHORT_GATHER = timedelta(milliseconds=5)
-"""How long to wait for enough results if the receiver cannot deduplicate. If the process is killed, all unrecorded
-outcomes become unknown.
+"""How long to gather results before recording them if the receiver cannot deduplicate. If the process is killed, all
+unrecorded outcomes become unknown.
 """
 SETTLE_RETRY_DELAY = timedelta(milliseconds=50)
 """How long to wait before retrying to settle a row that another transaction has locked."""

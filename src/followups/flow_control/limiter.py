@@ -72,7 +72,7 @@ class Bucket:
 class TokenRequest:
     """A follow-up that needs one token from each of its buckets.
 
-    Requests are served in the order of ``since``, and then of their ids.
+    Requests are served in order of ``since``; ties are broken by id.
     """
 
     id: UUID

@@ -70,7 +70,7 @@ class BrowseFilter:
         return cls(**known)
 
     def narrowed(self, workspace_id: UUID | None, chat_id: UUID | None) -> BrowseFilter:
-        """Return this filter, restricted to the follow-ups that a session may see."""
+        """Return a copy of this filter that matches only follow-ups that the session may see."""
         return replace(
             self,
             workspace_id=workspace_id or self.workspace_id,

@@ -217,7 +217,7 @@ _ENSURE = Statement(f"""
     INSERT INTO chats (workspace_id, id) SELECT :workspace_id, :chat_id WHERE {_WITHIN_QUOTA}
     ON CONFLICT (workspace_id, id) DO NOTHING
 """)
-# A message that is already recorded does not lock the chat when it arrives again.
+# If a recorded message arrives again, the statement does not lock the chat.
 _KNOWN_OR_LOCK = Statement("""
     SELECT now() AS now, m.id AS known_id, m.chat_id AS known_chat_id, m.role AS known_role,
            m.created_at AS known_created_at, chat.*
@@ -305,8 +305,8 @@ def _advance(chat: Any, message_id: UUID, role: Role, at: datetime) -> tuple[boo
     """Return whether the message is the chat's latest, and any new values for the chat.
 
     A message's time may come from a host whose clock is fast. A message with a time in the future counts as written
-    now. Otherwise, later replies would seem older and cancel nothing. The time of an agent's message is stored exactly.
-    A reply within the same second counts as later.
+    now. With a future time stored, later replies would seem older and cancel nothing. The time of an agent's message is
+    stored exactly. A reply within the same second counts as later.
     """
     counted = min(counts_as(at), chat.now)
     is_last = chat.last_message_at is None or chat.last_message_at <= counted

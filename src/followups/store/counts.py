@@ -66,7 +66,8 @@ _PENDING_ROWS = "FROM follow_ups WHERE status = 'pending'"
 # begun, so all follow-ups in flight are included. A follow-up that waits for its chat's earlier follow-up does not
 # count as overdue. The earlier follow-up itself counts as overdue. The ORDER BY ensures that only the needed part of
 # the index is read. Without an ORDER BY, the planner would read the whole table. The planner estimates that a third of
-# all pending rows are overdue. One read must suffice, because the index starts with sent but not yet vacuumed rows.
+# all pending rows are overdue. The index is read only once, because it starts with the unvacuumed rows of sent
+# follow-ups.
 _COUNT = text(f"""
     WITH head AS MATERIALIZED (
         SELECT {_DUE} AS due, begun_at {_PENDING_ROWS} AND waits_for IS NULL AND {_DUE} <= now() + interval '1 second'

@@ -170,7 +170,7 @@ _LONGEST = timedelta(days=1)
 def back_at(opening: datetime, due_date: datetime) -> datetime:
     """Return when to retry a follow-up that is held until ``opening``.
 
-    A follow-up with an earlier due date is tried earlier. The times are spread so that the follow-ups do not all fall
-    due together.
+    A follow-up with an earlier due date is tried earlier. The retry times are spread, so that held follow-ups do not
+    all fall due together.
     """
     return opening + SPREAD * max(0.0, 1 - (opening - due_date) / _LONGEST)

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from sqlalchemy import Connection, TextClause
 
 MOST = 10_000
-"""The largest count that is exact; a larger count is shown as "more than"."""
+"""The largest number that is counted exactly; a larger count is shown as "more than"."""
 
 LIMIT = timedelta(milliseconds=100)
 """Time limit of each query for the overview."""

@@ -1,4 +1,4 @@
-"""A bare asyncio loop with the service's own HTTP client, as the upper limit."""
+"""A bare asyncio loop with the service's own HTTP client: an upper limit for the benchmarks."""
 
 from __future__ import annotations
 

@@ -34,7 +34,7 @@ def hit(point: str) -> None:
     """Execute the failpoint's armed action, if any; only one process executes each action."""
     for name in sorted(each for each in os.listdir(ARMED) if each.startswith(f"{point}@")):  # noqa: PTH208 - on a hot path
         taken = Path(ARMED, f"taken.{name}.{os.getpid()}")
-        with contextlib.suppress(FileNotFoundError):  # another process has taken this action
+        with contextlib.suppress(FileNotFoundError):  # another process has already taken this failpoint's action
             Path(ARMED, name).rename(taken)
             _act(taken.read_text())
             return

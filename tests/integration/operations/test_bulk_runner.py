@@ -55,7 +55,7 @@ def failed(world: World, chat_id: UUID | None = None) -> UUID:
 
 
 def unwritable(world: World, follow_up_id: UUID, column: str = "id") -> None:
-    """Add a constraint that rejects every write of this row or its retry."""
+    """Add a constraint that rejects every write of the follow-up or of its retry."""
     world.alter(f"ALTER TABLE follow_ups ADD CHECK ({column} IS DISTINCT FROM '{follow_up_id}') NOT VALID")
 
 

@@ -157,7 +157,7 @@ async def test_however_a_connection_breaks_the_request_went_out_once(
     ],
 )
 async def test_the_status_decides_when_the_body_breaks_off(head: bytes, outcome: type) -> None:
-    """If the body is cut off, only the message id is missing."""
+    """If a response's body is cut off, only the message id is lost."""
 
     async def break_off(writer: asyncio.StreamWriter, _request: Request) -> None:
         writer.write(head)

@@ -310,7 +310,7 @@ async def test_a_call_that_is_cancelled_harms_no_other(server: Http2Server, tran
 async def test_a_connection_that_ended_while_idle_is_not_used(server: Http2Server, transport: Transport) -> None:
     """If a receiver closes the connection between two calls, neither call is affected.
 
-    The calls before and after the closing both succeed, whichever way the connection is closed.
+    The calls before and after the close both succeed, however the connection is closed.
     """
     for end in (close, abort, go_away_and_close):
         assert await transport.send(a_delivery()) == OK

@@ -111,7 +111,7 @@ async def test_a_body_without_a_length_ends_with_the_connection(version: bytes) 
 
 @pytest.mark.parametrize("size", [HEAD_LIMIT, 10_000])
 async def test_a_head_that_is_too_long_is_rejected(size: int) -> None:
-    """A response head of more than 64 KiB is rejected, whether whole or in pieces."""
+    """A response head of more than 64 KiB is rejected, whether it arrives whole or in pieces."""
     reply = b"HTTP/1.1 200 OK\r\nx-long: " + b"x" * HEAD_LIMIT + b"\r\ncontent-length: 0\r\n\r\n"
     expected = Unknown("the connection broke before an answer arrived (its header is longer than 64 KiB)")
     assert await outcome_of(in_pieces(reply, size)) == expected

@@ -67,7 +67,7 @@ def test_a_rejected_key_is_not_a_repeat() -> None:
 
 
 def test_a_behaviour_for_n_requests_ends_after_them() -> None:
-    """A behaviour with ``times`` ends after that many requests, and shows the remaining number."""
+    """A behaviour with ``times`` ends after that many requests, and shows how many remain."""
     chats = SandboxChats()
     chats.behave("c1", Behaviour(kind="reject", times=2))
     assert [chats.receive(incoming(f"f{n}"), f"f{n}").status for n in range(4)] == [403, 403, 200, 200]

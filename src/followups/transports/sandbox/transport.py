@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 class SandboxTransport:
     """A `Transport` that delivers into `SandboxChats` without a network.
 
-    The sandbox uses the same table of answers as ``http``.
+    The sandbox maps responses to outcomes with the same table as the transport ``http``.
     """
 
     name = "sandbox"
