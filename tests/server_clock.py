@@ -18,7 +18,7 @@ MICROSECOND = 1_000_000
 
 
 class ServerClock:
-    """The time seen by the server's scripts, which changes only through `go_on`."""
+    """The time that the server's scripts see; only `go_on` changes it."""
 
     def __init__(self, broker_url: str, monkeypatch: pytest.MonkeyPatch, *modules: object) -> None:
         """Make all scripts that these modules load from now on use this clock."""

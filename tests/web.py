@@ -133,7 +133,7 @@ class Api:
         return self.client.post(path, json=body, headers=headers)
 
     def chat(self, channel: str = "api", *roles: str) -> str:
-        """Create a chat with messages of these roles; return the chat's id."""
+        """Create a chat with one message from each of these roles; return the chat's id."""
         chat_id = str(uuid4())
         assert self.client.put(f"{CHATS}/{chat_id}", json={"channel": channel}).status_code == 201
         for role in roles or ("agent",):

@@ -138,8 +138,8 @@ def make_engine(
 ) -> Engine:
     """Return an engine for ``database_url`` (``postgresql://...``), which connects on first use.
 
-    The engine's sessions use the settings in `SESSION` and ``options``. The pool tests each connection before use. The
-    engine therefore reconnects after a server restart without a failed request. A connection is closed if its server
+    The engine's sessions use the settings in `SESSION` and ``options``. The pool tests each connection before use.
+    After a server restart, the engine therefore reconnects, and no request fails. A connection is closed if its server
     does not respond within ``statement_timeout`` plus a margin. Migrations pass None as ``statement_timeout``, so that
     their statements have no time limit.
     """
@@ -254,7 +254,7 @@ class _Pooler:
     """
 
     def __init__(self) -> None:
-        """Create the object; the pooler is checked later."""
+        """Create the object; whether there is a pooler is checked later."""
         self._checked = False
 
     def is_before(self, connection: Bounded, row: Sequence[Any] | None) -> bool:
@@ -269,8 +269,8 @@ class _Pooler:
     ) -> None:
         """Raise `UnfitDatabaseError` if two connections share a session, or if one connection changes its session.
 
-        Settings are changed on both connections first. RDS Proxy pins a connection to a session only after a setting
-        has been changed.
+        Before the check, settings are changed on both connections. RDS Proxy pins a connection to a session only after
+        a setting has been changed.
         """
         try:
             with (

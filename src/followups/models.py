@@ -119,8 +119,8 @@ class Workspace(Base):
 class WorkspaceSendingHours(Base):
     """A row with the sending hours of a workspace (`followups.sending_hours`).
 
-    If a workspace has no such row, its messages are sent at any time. The sending hours have their own table, so begin
-    reads nothing if no workspace has any.
+    The messages of a workspace without such a row are sent at any time. The sending hours have their own table, so
+    begin reads nothing if no workspace has any.
     """
 
     __tablename__ = "sending_hours"

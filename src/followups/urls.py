@@ -153,8 +153,8 @@ def port_of(text: str | None, default: str) -> str:
 def broker_url(text: str) -> str:
     """Return the URL in a form that redis-py, kombu and Flower interpret identically.
 
-    Raises ValueError with a reason. kombu verifies a server certificate only if the URL requests this. redis-py always
-    verifies a server certificate.
+    Raises ValueError with a reason. redis-py always verifies a server certificate, but kombu does so only if the URL
+    requests it.
 
     >>> broker_url("rediss://:p/a?s#s@broker?ssl_cert_reqs=CERT_REQUIRED&db=3")
     'rediss://:p%2Fa%3Fs%23s@broker/3?ssl_cert_reqs=required'

@@ -126,7 +126,7 @@ def test_an_idle_worker_is_healthy(own_runtime: Stack) -> None:
     environment = own_runtime.environment()
     own_runtime.processes.spawn("idle", [*CELERY, "worker", "-n", "idle@%h", "-Q", "deliver"], environment=environment)
     says(own_runtime, "worker", 0, "1 worker", "idle@")
-    time.sleep(11)  # longer than the consumer may be silent
+    time.sleep(11)  # the consumer may not be silent for this long
     says(own_runtime, "worker", 0, "1 worker", "idle@")
 
 

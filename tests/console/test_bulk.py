@@ -45,7 +45,7 @@ def counted(world: World, condition: str) -> int:
 
 
 def start(one: Person, **fields: object) -> httpx.Response:
-    """Request a preview, start the action, and return its page."""
+    """Request the preview of a bulk action, start the action, and return its page."""
     seen = one.post("/bulk/preview", **fields)
     assert seen.status_code == 200, words(seen)
     form = next(form for form in Form(seen.text).forms if form["action"] == "/console/bulk")
@@ -123,7 +123,7 @@ def test_failed_follow_ups_are_retried_once_per_request(person: Callable[..., Pe
 def test_an_action_is_stopped_after_its_batch(
     person: Callable[..., Person], own: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """When a bulk action is stopped, cancelled follow-ups stay cancelled, and no others change."""
+    """If a bulk cancel is stopped, the follow-ups cancelled so far stay cancelled, and no others change."""
     carry_out(own)
     own.burst([HOUR] * 10)
     monkeypatch.setattr(bulk_runner, "CANCELS", 4)

@@ -65,7 +65,7 @@ def verify(analyze: str, root: Path, name: str) -> subprocess.CompletedProcess[s
 
 @pytest.mark.parametrize("name", [*COMMANDS, "followups.target"])
 def test_systemd_reports_no_problem(analyze: str, installed: Path, name: str) -> None:
-    """Each unit is accepted by systemd without a warning."""
+    """When systemd verifies the units, it accepts each one without a warning."""
     ran = verify(analyze, installed, name)
     assert (ran.returncode, ran.stderr) == (0, "")
 

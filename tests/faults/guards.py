@@ -1,7 +1,7 @@
 """The guards of the promises, how to remove each, and what fails without the guard.
 
-A guard is removed by cutting its text out of the SQL statements. The text must occur in the statement. Otherwise a
-changed statement would silently keep its guard.
+A guard is removed by cutting its text out of the SQL statements. The text must occur in the statement. Otherwise, the
+guard would silently stay in a statement whose text has changed.
 """
 
 from __future__ import annotations

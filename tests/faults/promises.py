@@ -28,7 +28,7 @@ class Record:
     """The creations and cancels that the system confirmed, and the follow-ups that others sent."""
 
     created: frozenset[UUID] = frozenset()
-    """The follow-ups whose creation was confirmed by the system."""
+    """The follow-ups whose creation the system has confirmed."""
     cancelled: Mapping[UUID, float] = field(default_factory=dict)
     """The acknowledged cancels, each with the time of its acknowledgement (in monotonic seconds)."""
     sent_by_others: frozenset[UUID] = frozenset()

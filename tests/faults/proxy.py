@@ -76,11 +76,11 @@ class Proxy:
         self._call(self._freeze)
 
     def stall(self) -> None:
-        """Stop forwarding on open and new connections, but close no connection."""
+        """Forward nothing on existing or new connections, but close none of them."""
         self._call(self._forwarding.clear)
 
     def flow(self) -> None:
-        """Resume forwarding, starting with the data held back, and accept connections again."""
+        """Forward the data that was held back, resume forwarding, and accept connections again."""
         self._refusing = False
         self._call(self._forwarding.set)
 

@@ -25,7 +25,7 @@ IN_FLIGHT = "SELECT count(*) FROM follow_ups WHERE status = 'pending' AND begun_
 def both_unavailable(
     proxied: Proxied, figures: Figures, *, deduplicates: bool, count: int, lease: float, rounds: int = 1
 ) -> None:
-    """While ``count`` calls are in flight, cut off the database and stop the ticks."""
+    """Cut off the database and stop the ticks while ``count`` calls are in flight."""
     rig, proxies = proxied
     timeout = lease / 2
     rig.options |= {

@@ -182,7 +182,7 @@ def seconds_until_answered(api: web.Api) -> float:
 
 
 def test_web_with_a_stalled_broker(proxied: Proxied, figures: Figures) -> None:
-    """While the broker is silent, follow-ups are accepted without delay and sent later."""
+    """If the broker does not answer, follow-ups are accepted without delay and sent later."""
     rig, (_, broker) = proxied
     rig.start()
     api = rig.web()

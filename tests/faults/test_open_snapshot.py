@@ -76,5 +76,5 @@ def test_open_snapshot(rig: Rig, figures: Figures) -> None:
 
 @pytest.mark.faults_long
 def test_long_open_snapshot(rig: Rig, figures: Figures) -> None:
-    """While a snapshot is open, every follow-up of a quarter of an hour is sent once."""
+    """If a snapshot stays open for a quarter of an hour, each follow-up due in that time is sent once."""
     under_snapshot(rig, figures, rate=40, seconds=900)

@@ -29,7 +29,8 @@ STEP = 0.25
 AHEAD = 5.0
 """The inserted follow-ups fall due within this many seconds."""
 ROOM_MB = 32.0
-"""Megabytes by which a process's memory may grow beyond a quarter of its median: allocators keep freed memory."""
+"""A process's memory may end at most a quarter plus this many megabytes above its median. Allocators keep freed memory.
+"""
 
 # Include only follow-ups that were created early enough and accepted at the first attempt. The query uses the index of
 # the follow-up lists. The cost of a sample therefore stays the same throughout the test.

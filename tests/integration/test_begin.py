@@ -42,7 +42,7 @@ class TestBegin:
         assert world.row(follow_up).begun_at is None
 
     def test_forged(self, world: World, steps: Steps) -> None:
-        """A forged hint, without a lease or even a follow-up, begins no attempt."""
+        """If a hint is forged for a follow-up that is not leased or does not exist, no attempt begins."""
         follow_up = world.follow_up(due=timedelta(hours=1))
         forged = [leases.Lease(follow_up, 0, datetime.now(UTC)), leases.Lease(uuid4(), 1, datetime.now(UTC))]
         assert steps.begin(forged).begun == ()

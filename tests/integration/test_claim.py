@@ -179,7 +179,7 @@ class TestLowWater:
         assert timedelta(0) < datetime.now(UTC) - low - claims.LOW_WATER_MARGIN < timedelta(minutes=1)
 
     def test_rows_inserted_before_the_mark(self, world: World, steps: Steps) -> None:
-        """If a row is inserted before the low-water mark, claims from there miss it.
+        """A claim that starts at the low-water mark misses rows inserted before the mark.
 
         A claim that starts from the beginning finds the row.
         """

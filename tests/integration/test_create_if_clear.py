@@ -1,4 +1,4 @@
-"""Create a follow-up by a single statement that changes nothing in unclear cases."""
+"""Create a follow-up by a single statement; in unclear cases, the statement changes nothing."""
 
 from __future__ import annotations
 

@@ -123,7 +123,7 @@ class TestPostgres:
             server.url()
 
     def test_kept_data_is_durable(self, open_directory: Path) -> None:
-        """If a directory is given, the next server there uses the same data.
+        """If a server is given a data directory, the next server with this directory uses the same data.
 
         A second server for a directory is rejected while the first one runs.
         """

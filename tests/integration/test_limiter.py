@@ -25,7 +25,7 @@ PATIENCE = timedelta(seconds=10)
 START = datetime(2030, 1, 1, tzinfo=UTC)
 GO = timedelta(0)
 SLOW = 0.001
-"""A rate in tokens per second, so low that a test adds no token."""
+"""A rate in tokens per second. It is so low that no token is added during a test."""
 
 
 @dataclass
@@ -229,7 +229,7 @@ async def test_an_abandoned_request_leaves_the_queue(under_test: LimiterUnderTes
 async def test_many_cancelled_requests_delay_others_briefly(under_test: LimiterUnderTest) -> None:
     """A request that waits for a token is repeated within five minutes.
 
-    A request that is not repeated delays other requests for at most five minutes.
+    A token request that is not repeated delays other requests for at most five minutes.
     """
     limit = bucket(rate=1 / 3600, burst=1)
     cancelled = [request(since, limit) for since in range(50)]

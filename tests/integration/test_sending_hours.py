@@ -383,7 +383,7 @@ def test_an_unknown_time_zone(world: World, engine: Engine, settings: Settings) 
 
 
 def test_other_time_zone_data(world: World, engine: Engine, settings: Settings) -> None:
-    """A follow-up is held if only this machine's time-zone data says that sending hours have begun.
+    """If only this machine's time-zone data says that sending hours have begun, a follow-up is held.
 
     The database decides when sending hours begin. Until sending hours begin, the follow-up is held and is not checked
     repeatedly.

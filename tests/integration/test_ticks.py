@@ -172,7 +172,7 @@ def test_length_of_a_gap(settings: Settings, changed: dict[str, timedelta], gap:
 
 
 def test_a_slow_connection(settings: Settings) -> None:
-    """The grace period is at least the connect timeout in the database's URL."""
+    """The grace period is at least as long as the connect timeout in the database URL."""
     url = make_url(settings.database_url.get_secret_value()).update_query_dict({"connect_timeout": "60"})
     slow = SecretStr(url.render_as_string(hide_password=False))
     assert rhythm_of(settings.model_copy(update={"database_url": slow})).grace > MINUTE

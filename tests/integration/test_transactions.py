@@ -46,7 +46,7 @@ def test_connection_lost_before_the_commit(world: World, engine: Engine, monkeyp
 
 
 def test_no_written_row_to_check(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
-    """If a transaction wrote no row, a failed commit is an error, as no row shows its success."""
+    """If a transaction wrote no row, a failed commit is an error, because no row can show its success."""
     break_once(monkeypatch, psycopg.Connection.commit)
     with pytest.raises(OperationalError):
         transact(engine, lambda connection: connection.scalar(text("SELECT 1")))

@@ -107,7 +107,7 @@ def test_a_process_that_waits(reporting_process: subprocess.Popen[str], tmp_path
 def test_probes_run_before_each_write(tmp_path: Path) -> None:
     """A probe runs before each write of the heartbeat.
 
-    Once the process is stopping, only the report of its end is expected.
+    A process that is stopping must report only its end.
     """
     heart = Heartbeat(tmp_path, "worker", "w@here")
     heart.probe(lambda: heart.report("loop", SECOND, "is stuck"))

@@ -39,7 +39,7 @@ def test_the_ceiling_never_shrinks(policy: RetryPolicy, attempt: int) -> None:
 
 @given(policies, attempts)
 def test_the_last_attempt_has_no_next(policy: RetryPolicy, attempt: int) -> None:
-    """A failed attempt is followed by another if and only if attempts are left."""
+    """If attempts are left, a failed attempt is followed by another; otherwise it is the last."""
     assert (policy.next_delay(attempt) is None) == (attempt >= policy.max_attempts)
 
 
@@ -64,7 +64,7 @@ def test_slow_growth_continues() -> None:
 
 
 def test_the_jitter_is_full() -> None:
-    """The delay is the ceiling times a random fraction between zero and one, drawn on each call."""
+    """Each delay is drawn at random between zero and the ceiling."""
     policy = RetryPolicy(timedelta(seconds=8), 2.0, HOUR, max_attempts=8)
     assert policy.next_delay(2, lambda: 0.0) == ZERO
     assert policy.next_delay(2, lambda: 0.25) == timedelta(seconds=4)

@@ -48,7 +48,7 @@ def _allowed(current: Status, to: Status, code: ReasonCode | None) -> bool:
 
 @pytest.mark.parametrize(("current", "to", "code"), ALL_TRIPLES)
 def test_every_transition_is_in_the_contract_or_refused(current: Status, to: Status, code: ReasonCode | None) -> None:
-    """Exactly the documented transitions are possible; all others are rejected."""
+    """All documented transitions are possible, and all others are rejected."""
     if _allowed(current, to, code):
         assert finish(to, code, current=current) == Final(to, code)
     else:

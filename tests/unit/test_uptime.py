@@ -21,7 +21,7 @@ def test_the_clock_never_goes_back() -> None:
 
 @pytest.mark.skipif(not KERNELS.exists(), reason="only Linux tells its uptime in a file")
 def test_the_clock_counts_suspension() -> None:
-    """The uptime clock is the kernel's, and includes the time in which the machine is suspended."""
+    """The uptime comes from the kernel and includes the time during which the machine was suspended."""
     before = uptime()
     told = float(KERNELS.read_text().split()[0])
     assert before - 0.01 <= told <= uptime()

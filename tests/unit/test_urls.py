@@ -101,7 +101,7 @@ def test_an_invalid_database_url(text: str) -> None:
     ],
 )
 def test_an_invalid_broker_url(text: str) -> None:
-    """An invalid broker URL is rejected in one sentence without any part of the URL."""
+    """If a broker URL is invalid, the error is one sentence that contains no part of the URL."""
     with pytest.raises(SettingsError, match=r"^FOLLOWUPS_BROKER_URL should be a valid URL: .*\.$") as raised:
         load_settings(database_url=DATABASE, broker_url=text)
     assert not [word for word in ("pa55", "broker", "zero", "long") if word in str(raised.value)]

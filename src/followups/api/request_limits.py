@@ -33,7 +33,7 @@ UNKNOWN_KEYS_SHARE = 2
 """Maximum number of database connections for looking up unknown API keys."""
 
 KEPT = 1.0
-"""Seconds for which the result of a probe or scrape is reused."""
+"""The result of a health probe or a metrics scrape is reused for this many seconds."""
 
 TOO_MANY_WAIT = "Too many requests of this workspace are waiting; try again shortly."
 TOO_MANY_UNKNOWN_KEYS = "Too many requests whose keys are not yet checked are waiting; try again shortly."

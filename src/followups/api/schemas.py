@@ -24,7 +24,7 @@ The number of fields is checked before any field is validated, because each inva
 
 
 def _optional_without_default(schema: dict[str, Any]) -> None:
-    # In a PATCH, an absent field is not changed, so the OpenAPI document must not show null as the default.
+    # A PATCH does not change absent fields, so the OpenAPI document must not show null as their default.
     for field in schema["properties"].values():
         field.pop("default", None)
 

@@ -151,7 +151,7 @@ PATIENCE = timedelta(seconds=15)
 
 
 def carry_out_deletion(whole: DeletionScope, what: str, name: str, manner: BulkOptions) -> None:
-    """Delete a workspace or chat, except in a dry run or without confirmation of ``name``."""
+    """Delete a workspace or chat, by default after a confirmation; a dry run deletes nothing."""
     with connection.engine() as engine:
         with engine.connect() as opened:
             counted = store.count(opened, whole)

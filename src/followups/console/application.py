@@ -1,4 +1,4 @@
-"""The console's ASGI application: finds the route, checks the origin and session, and authorizes."""
+"""The console's ASGI application: finds the route, and checks origin, session and permission."""
 
 from __future__ import annotations
 

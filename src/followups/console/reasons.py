@@ -1,6 +1,6 @@
 """Explanations of why follow-ups were sent or not sent, and of the consequences of a due date before it is saved.
 
-A follow-up in a list has the same explanation as in ``followups show``.
+A list explains a follow-up in the same words as ``followups show``.
 """
 
 from __future__ import annotations

@@ -54,6 +54,6 @@ class BatchResult:
     deferred: tuple[tuple[Lease, timedelta], ...] = ()
     """Follow-ups that remain leased, each with the wait that a rate limit requires."""
     unblocked: tuple[Lease, ...] = ()
-    """Unblocked follow-ups that waited for an ended follow-up, now leased to the caller."""
+    """Follow-ups that waited for an ended follow-up and are now leased to the caller."""
     blocking: tuple[UUID, ...] = ()
     """Ended follow-ups whose successor could not be unblocked because another transaction has locked it."""

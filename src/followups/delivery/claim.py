@@ -35,7 +35,7 @@ MAX_LOSSES = 3
 """Number of lost leases after which a follow-up counts as a poison pill."""
 
 AHEAD_TICKS = 2
-"""Number of tick intervals that a claim covers, so that one late tick delays no follow-up."""
+"""A claim covers this many tick intervals, so that one late tick delays no follow-up."""
 
 CLAIM_SIZE = 1000
 """A claim may lease this many rows, even if that exceeds half of the in-flight limit."""

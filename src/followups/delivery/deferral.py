@@ -112,7 +112,7 @@ class Deferral:
         self._recovered: frozenset[int] = frozenset()
         """Workspaces that are no longer tripped, but still have deferred follow-ups."""
         self._workspaces: dict[int, list[UUID]] = {}
-        """The workspaces of tripped and recovered keys, cached because a search for many is slow."""
+        """A cache of the workspaces of tripped and recovered keys; a search for many workspaces is slow."""
         self._wanted = asyncio.Event()
         self._closed = False
 

@@ -26,7 +26,7 @@ may take one gigabyte before it is recycled.
 def make_temporary_directory(parent: Path | None = None) -> Path:
     """Create a private directory in ``parent``, or in a temporary directory if ``parent`` is None.
 
-    If the path of a socket fits into the default temporary directory, that directory is used, otherwise ``/tmp``.
+    The default temporary directory is used if a socket's path in it is short enough, otherwise ``/tmp``.
     """
     usual = tempfile.gettempdir()
     where = parent or (usual if len(usual) <= LONGEST_PARENT else "/tmp")  # noqa: S108 - mkdtemp makes it private

@@ -164,7 +164,7 @@ def _spawn(processes: Processes, stack: Stack, port: int) -> None:
     sandbox_port = stack.sandbox.rpartition(":")[2]
     commands = {
         "sandbox": [sys.executable, "-m", "followups.transports.sandbox.server", "--port", sandbox_port],
-        # The servers and this API key are protected only by listening on the loopback interface.
+        # The servers listen only on the loopback interface; nothing else protects them or this API key.
         "web": argv("web", "--host", LOOPBACK),
         "worker": argv("worker"),
         "beat": argv("beat"),

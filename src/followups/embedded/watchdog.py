@@ -149,7 +149,7 @@ def remove(directory: str) -> None:
 
 
 def main() -> None:
-    """Read what to guard; when the owner ends, stop the processes and remove the directories.
+    """Read what to guard; once the owner has ended, stop its processes and remove its directories.
 
     The processes and directories that were added last are stopped and removed first.
     """

@@ -83,7 +83,7 @@ class OutcomeReport:
     """
 
     failed: tuple[UUID, ...] = ()
-    """The follow-ups that failed after the last success.
+    """The follow-ups that have failed since the last success.
 
     A success that does not count towards the breaker is ignored.
     """
@@ -138,7 +138,7 @@ class RecoveryPolicy:
 
 
 class BreakerStore:
-    """The breaker's state for one transport, which all workers share through a script in Redis.
+    """The breaker's state for one transport; all workers share this state through a script in Redis.
 
     An instance belongs to one event loop.
     """

@@ -149,7 +149,7 @@ def _numbered(requests: Iterable[TokenRequest]) -> dict[Bucket, int]:
 
 
 def _documents(requests: Iterable[TokenRequest], buckets: dict[Bucket, int]) -> list[tuple[str, str, list[int]]]:
-    # Times are passed as text, because Lua would shorten sixteen digits to 1.7e+15.
+    # Times are passed as text, because Lua would turn a number of sixteen digits into 1.7e+15.
     return [
         (request.id.hex, str((request.since - EPOCH) // MICROSECOND), [buckets[each] for each in request.buckets])
         for request in requests

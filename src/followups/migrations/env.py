@@ -44,9 +44,9 @@ _HOLDER = text("""
 
 
 def _bound_locks(connection: Connection) -> None:
-    # Each transaction sets the timeout anew, because an earlier transaction may have changed it. An index that is
-    # created concurrently is created outside a transaction. A concurrent index build blocks no queries, so it may wait
-    # as long as the whole migration may.
+    # Each transaction sets the timeout anew, because an earlier transaction may have changed it. A concurrent index
+    # build runs outside a transaction. A concurrent index build blocks no queries, so it may wait as long as the whole
+    # migration may.
     if connection.get_execution_options().get("isolation_level") != "AUTOCOMMIT":
         connection.exec_driver_sql(f"SET LOCAL lock_timeout = '{LOCK_TIMEOUT}'")
 

@@ -87,7 +87,7 @@ class Circumstances:
 ALONE = Circumstances()
 
 STALE_TICK = timedelta(seconds=30)
-"""Age of the last tick at which ticks are considered to have stopped.
+"""If the last tick is older than this, ticks are considered to have stopped.
 
 Every tick interval in use is shorter than this age. The default interval is one second.
 """

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from followups.statements import Steps
 
 PREFIX = "fup_"
-"""Prefix of every API key, which lets people and secret scanners recognise a key."""
+"""Prefix by which people and secret scanners recognise an API key."""
 
 SHOWN_LENGTH = 12
 """Number of characters of an API key stored in plain text, to tell keys apart. The stored characters reveal 48 of the

@@ -238,7 +238,7 @@ class FollowUpPage(NamedTuple):
 def search(
     connection: Connection, wanted: BrowseFilter, after: BrowseCursor | None, size: int, limit: timedelta
 ) -> FollowUpPage | None:
-    """Return up to ``size`` matching follow-ups after ``after``, or fewer if ``limit`` is reached.
+    """Return at most ``size`` matching follow-ups after ``after``; the search stops after ``limit``.
 
     Return None if the first search step exceeds the time limit. The length of each step is chosen so that the step
     probably ends in the time left. A search for an id needs only one step, because the index finds few rows.

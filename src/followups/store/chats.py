@@ -272,8 +272,8 @@ def receive(
     """Record a chat message; a user's or operator's message cancels the chat's pending follow-ups.
 
     If the chat is unknown, it is created. A message older than the chat's last one is recorded but cancels nothing. An
-    older message of a user still opens the messaging window from the message's time. A message that has already been
-    recorded changes nothing. Raises `ChatNotFoundError` for a removed chat.
+    older message of a user still opens the messaging window, counted from the time of that message. A message that has
+    already been recorded changes nothing. Raises `ChatNotFoundError` for a removed chat.
     """
     names: dict[str, Any] = {"workspace_id": workspace_id, "message_id": message_id, "chat_id": chat_id}
     (chat,) = yield _KNOWN_OR_LOCK(**names)
@@ -304,7 +304,7 @@ def receive(
 def _advance(chat: Any, message_id: UUID, role: Role, at: datetime) -> tuple[bool, dict[str, Any]]:  # noqa: ANN401 - a row
     """Return whether the message is the chat's latest, and any new values for the chat.
 
-    A message's time may come from a host whose clock is fast. A message with a time in the future counts as written
+    A message's time may come from a host whose clock is fast. A message whose time lies in the future counts as written
     now. With a future time stored, later replies would seem older and cancel nothing. The time of an agent's message is
     stored exactly. A reply within the same second counts as later.
     """

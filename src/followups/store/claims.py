@@ -1,6 +1,6 @@
 """Claims: the statements that lease due follow-ups, by due date or shared fairly between workspaces.
 
-The window is the in-flight limit. While all due follow-ups fit into the window, claiming by due date is fair and
+The window is the in-flight limit. If all due follow-ups fit into the in-flight limit, claiming by due date is fair and
 cheapest. During a backlog, claiming by due date is unfair. A workspace with 100,000 overdue follow-ups would be served
 first. In that case, free slots go to the workspaces with the fewest follow-ups in flight.
 
@@ -209,7 +209,7 @@ def _claim_of(connection: Connection, found: Totals, claimed: Sequence[tuple[Any
         tuple(leases),
         tuple(lost),
         tuple(traced),
-        # A concurrently updated row has a new physical position (ctid), and is therefore not leased.
+        # A row that is updated during the claim gets a new physical position (ctid), and is not leased.
         more=found.taken >= min(look.most, room) or found.unseen,
         cut_short=found.taken == look.most < room,
         low_water=found.low_water,

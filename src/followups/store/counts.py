@@ -204,8 +204,8 @@ def _count_final(connection: Connection, most: int) -> dict[str, int]:
     return {row.status: row.number for row in connection.execute(_COUNT_FINAL, {"statuses": statuses, "most": most})}
 
 
-# A follow-up is always accepted before it ends. Every follow-up that ended before the window was also accepted before
-# the window.
+# A follow-up is always accepted before it ends. If a follow-up ended before the measured period, it was also accepted
+# before that period.
 _PACE = text("""
     SELECT count(*) AS sent,
            percentile_disc(ARRAY[0.5, 0.95, 0.99]) WITHIN GROUP (ORDER BY accepted_at - due_date) AS lags

@@ -399,7 +399,7 @@ _CANCEL = Statement(f"""
 def cancel_chat_if_not_begun(workspace_id: UUID, chat_id: UUID, code: ReasonCode) -> Steps[list[UUID]]:
     """Cancel the chat's pending follow-ups and return them; those in flight are not cancelled but will not be retried.
 
-    A follow-up whose row cannot be written stays pending, and the begin step reports it.
+    If a follow-up's row cannot be written, the follow-up stays pending, and begin reports it.
     """
     final = finish(Status.CANCELLED, code)
     pending = yield _LOCK_CHATS_PENDING(workspace_id=workspace_id, chat_id=chat_id)

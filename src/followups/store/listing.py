@@ -90,8 +90,8 @@ def pieces_from(
 ) -> Steps[Sequence[Any]]:
     """Return the rows of `rows_from`, with only as many messages as `PIECE` allows.
 
-    In rows whose message does not fit, ``message`` is None. A request for a page of long messages therefore needs
-    little memory. ``message_size`` is the size of the message in bytes.
+    If the message of a row does not fit, the row's ``message`` is None. A request for a page of long messages therefore
+    needs little memory. ``message_size`` is the size of the message in bytes.
     """
     if offset >= MAX_ROWS:
         return []

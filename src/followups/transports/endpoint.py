@@ -62,7 +62,7 @@ def connection_options(settings: Settings) -> dict[int, object]:
         pycurl.TIMEOUT_MS: milliseconds,
         pycurl.NOSIGNAL: True,
         pycurl.FOLLOWLOCATION: False,  # a redirect is not followed, and the message counts as rejected
-        # With HTTP/2 more outcomes are unknown, because a broken connection affects all its calls.
+        # With HTTP/2, more outcomes are unknown, because a broken connection affects all its calls.
         pycurl.HTTP_VERSION: pycurl.CURL_HTTP_VERSION_2TLS
         if settings.transport_deduplicates
         else pycurl.CURL_HTTP_VERSION_1_1,

@@ -93,7 +93,7 @@ Outcome = Sent | Retry | Snoozed | Rejected | Unknown
 
 @runtime_checkable
 class Transport(Protocol):
-    """Delivers messages into chats. Each worker process has one instance, used from one event loop."""
+    """Delivers messages into chats. Each worker process has one transport and uses it from one event loop."""
 
     name: str
     """The name of the transport in the settings and in the metrics' labels."""

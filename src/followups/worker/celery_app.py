@@ -51,8 +51,8 @@ if TYPE_CHECKING:
 log = get_logger(__name__)
 
 UNREAD = 1000
-"""Number of unread messages in the tick queue at which no further ticks are added. While no worker is running, beat and
-nudges can therefore not fill the broker. Ticks do not expire, because expiry would depend on the clocks of two hosts.
+"""Number of unread messages in the tick queue at which no further ticks are added. Therefore, beat and nudges cannot
+fill the broker while no worker is running. Ticks do not expire, because expiry would depend on the clocks of two hosts.
 If one host's clock were an hour ahead, Celery would drop all ticks. The dispatcher merges all waiting ticks into one.
 """
 
@@ -289,7 +289,8 @@ def publish(hint: Hint) -> None:
     # longer.
     count = len(hint.entries)
     shown = f"{count} follow-up{'s, the first' if count > 1 else ','} {hint.entries[0][0]}"
-    # Like a tick, a hint does not expire. If a hint arrives too late, its leases have expired and `begin` refuses them.
+    # A hint, like a tick, does not expire. If a hint arrives too late, its leases have expired and `begin` refuses
+    # them.
     deliver.apply_async(args=hint, argsrepr=shown)
 
 

@@ -39,7 +39,7 @@ class Job(NamedTuple):
     row: int
     token: int
     stage: str
-    """The stage of the job: ``hinted``, ``begun`` or ``answered``."""
+    """The stage of a worker's job: ``hinted``, ``begun`` or ``answered``."""
     outcome: str = ""
     attempt: int = 0
 

@@ -119,7 +119,7 @@ class TestMessages:
         assert api.create(body["chatId"])["triggerChatMessageId"] == body["id"]
 
     def test_repeated_message(self, api: Api) -> None:
-        """If a chat message's id is known, the request returns 200 and has no effect."""
+        """If a message with the same id was already recorded, the request returns 200 and has no effect."""
         chat_id, stranger = api.chat(), str(uuid4())
         first = api.message(chat_id, "user")
         api.message(chat_id, "agent")

@@ -88,7 +88,7 @@ class TestCreate:
         ],
     )
     def test_bad_field(self, api: Api, field: str, value: object) -> None:
-        """An invalid field gets 422 and an error that points only at that field."""
+        """If a field is invalid, the response is a 422 with an error that points only at this field."""
         body: dict[str, Any] = {"chatId": str(uuid4()), "dueDate": in_days(1), "message": "?"} | {field: value}
         assert pointers(is_problem(api.post(FOLLOW_UPS, body), 422, "invalid-request")) == [f"#/{field}"]
 

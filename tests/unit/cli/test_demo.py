@@ -32,7 +32,7 @@ def ended(part: ScenarioStep) -> FollowUpState:
 
 
 def pending(part: ScenarioStep) -> FollowUpState:
-    """Return the state that a step of a scenario has before its due time."""
+    """Return the state of a scenario step before its due time."""
     return FollowUpState(_scheduled(part), Status.PENDING, 0, None, None, None)
 
 
@@ -79,7 +79,7 @@ def test_failures_delay_no_other_follow_up() -> None:
     ],
 )
 def test_an_unexpected_end_is_a_problem(number: int, changed: dict[str, object], problem: str) -> None:
-    """If a follow-up does not end as scripted, the demo fails and names it."""
+    """If a follow-up does not end as scripted, the demo fails and names this follow-up."""
     standings = [*ALL_ENDED[:number], replace(ALL_ENDED[number], **changed), *ALL_ENDED[number + 1 :]]
     result = score(standings, RECEIPTS)
     assert not result.ok

@@ -39,7 +39,7 @@ class EncodedTerminal(io.TextIOWrapper):
 
     @property
     def written(self) -> str:
-        """The text written so far, without the bold style of headings."""
+        """The output so far, without the bold style of headings."""
         buffer = self.buffer
         assert isinstance(buffer, io.BytesIO)
         return BOLD.sub("", buffer.getvalue().decode(self.encoding))
