@@ -18,7 +18,7 @@ READ_ONLY = "25006"
 READ_ONLY_SESSION = ("session is read-only", "server is in hot standby mode")
 """libpq's error messages for a server that does not match ``target_session_attrs``.
 
-An error with one of these messages has no SQLSTATE.
+libpq's own errors have no SQLSTATE.
 """
 
 

@@ -9,7 +9,7 @@ Row-level security would need a second role, which many hosted databases do not 
 also apply to the owner, but then the owner's pg_dump fails. Each query filters by workspace, which protects reads. A
 test calls every documented endpoint with another workspace's key and ids.
 
-Only guarded UPDATE statements in `followups.store` write a follow-up's ``status``; nothing assigns to an object. In
+Only guarded UPDATE statements in `followups.store` write a follow-up's ``status``; the attribute is never assigned. In
 Zulip, saving a full row changed a sent message back to pending (zulip#39521).
 """
 
@@ -330,8 +330,9 @@ class FollowUp(Base):
         CheckConstraint("attempts >= 0 AND losses >= 0 AND snoozes >= 0", name="budgets_are_counts"),
         CheckConstraint("begun_at IS NULL OR lease_until IS NOT NULL", name="begun_holds_lease"),
         CheckConstraint("waits_for IS NULL OR status = 'pending'", name="waiting_is_pending"),
-        # The claim's index contains due follow-ups, oldest first. The index excludes follow-ups that wait for an
-        # earlier one in their chat. Without this exclusion, a claim would lease follow-ups that cannot begin yet.
+        # The claim's index lists follow-ups in the order of their due times. The index excludes follow-ups that wait
+        # for an earlier one in their chat. Without this exclusion, a claim would lease follow-ups that cannot begin
+        # yet.
         Index(
             "ix_follow_ups_due",
             text("COALESCE(next_attempt_at, due_date)"),
@@ -357,7 +358,7 @@ class FollowUp(Base):
         ),
         Index("ix_follow_ups_waits_for", "waits_for", postgresql_where=text("waits_for IS NOT NULL")),
         # This index serves the API's lists, newest first (`followups.store.listing`). A list without a filter merges
-        # the four states' results, so no second index is needed.
+        # the lists of the four states, so no second index is needed.
         Index("ix_follow_ups_list", "workspace_id", "status", text("created_at DESC"), "id"),
         Index("ix_follow_ups_list_chat", "workspace_id", "chat_id", text("created_at DESC"), "id"),
         Index("ix_follow_ups_trigger", "workspace_id", "trigger_chat_message_id"),

@@ -46,7 +46,7 @@ class Status(StrEnum):
     CANCELLED = "cancelled"
     """The follow-up must not be sent.
 
-    The cause is a reply, a takeover, a chat's removal, an operator or a PATCH request.
+    A follow-up is cancelled by a reply, a takeover, a chat's removal, an operator or a PATCH request.
     """
 
 

@@ -81,7 +81,7 @@ def test_sent_and_its_message_id_are_one(world: World, engine: Engine, settings:
 
 
 def test_taken_over_while_leased(world: World, engine: Engine, settings: Settings) -> None:
-    """After an operator's message no attempt begins, neither from a hint nor as a retry."""
+    """After an operator's message, neither a hint nor a retry begins an attempt."""
     chat = world.chat()
     leased, tried = world.follow_up(chat), world.follow_up(world.chat())
     hints = claim(engine, settings).leases

@@ -37,7 +37,7 @@ def test_each_row_has_the_date_of_its_run() -> None:
 
 
 def test_long_forms_do_not_change_the_short_ones() -> None:
-    """If only the long forms of the tests run, the results table and the short forms' seeds stay unchanged."""
+    """Running only the long tests changes neither the results table nor the short tests' seeds."""
     first = report([*run("one", "short", lost=1), *run("two", "long")], "")
     second = report(run("two", "long"), first)
     assert "- Short forms: seeds 7; whole runs by this program: 1, passed: 0" in second

@@ -62,7 +62,7 @@ async def under_test(limiter_settings: Settings) -> AsyncIterator[LimiterUnderTe
 
 
 def bucket(rate: float = SLOW, burst: int = 1, key: str = "") -> Bucket:
-    """Return a bucket that no other test uses."""
+    """Return a token bucket that no other test uses."""
     return Bucket(key or uuid4().hex, rate, burst)
 
 
@@ -305,7 +305,7 @@ async def test_flushed(under_test: LimiterUnderTest) -> None:
 
 
 async def test_unused_keys_expire(under_test: LimiterUnderTest) -> None:
-    """The limiter's keys expire soon after its bucket is full and its queue is empty."""
+    """A limit's keys in Redis expire soon after its bucket is full and its queue is empty."""
     limit = bucket(rate=2, burst=4)
     await under_test.ask(*(request(since, limit) for since in range(9)))
     keys = await under_test.redis.keys(f"*{limit.key}*")

@@ -95,7 +95,7 @@ class TestGap:
     def test_not_begun(self, world: World, engine: Engine, settings: Settings) -> None:
         """After a gap, the first tick claims follow-ups that were leased but have not begun.
 
-        Before an attempt begins, the worker has no outcome to record.
+        For a follow-up that has not begun, the worker has no outcome to record.
         """
         follow_up = world.follow_up()
         assert claimed(engine, settings) == [follow_up]

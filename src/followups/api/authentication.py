@@ -349,7 +349,7 @@ class AuthenticatedRoute(APIRoute):
     """A route that answers 401 to a request without a valid API key, even if the request is also malformed."""
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
-        """Return FastAPI's handler, but with the API key checked before an invalid request is reported."""
+        """Return FastAPI's handler, which here checks the API key before it reports an invalid request."""
         handle = super().get_route_handler()
 
         async def authenticated(request: Request) -> Response:

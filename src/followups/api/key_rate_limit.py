@@ -66,7 +66,7 @@ class KeyRateLimit:
     """A sliding-window rate limit for each API key.
 
     For a busy API key, a process reserves requests in advance and doubles the number each time. A query to Redis for
-    each request would add a tenth to a create request's time. If a key is idle or its limit is small, each request is
+    every request would make create requests a tenth slower. If a key is idle or its limit is small, each request is
     counted when it arrives. An instance belongs to one event loop.
     """
 
@@ -102,8 +102,8 @@ class KeyRateLimit:
             return
         if self._spend(key_id):
             return
-        # Only one count per key runs at a time. If several requests of a key counted simultaneously, each would reserve
-        # requests in advance, and all but one of the reservations would be lost.
+        # For each API key, only one query to Redis counts at a time. If several requests of a key counted
+        # simultaneously, each would reserve requests in advance, and all but one of the reservations would be lost.
         async with self._counting.setdefault(key_id, asyncio.Lock()):
             if not self._spend(key_id):
                 await self._count_or_pause(key_id)

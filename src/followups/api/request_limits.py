@@ -27,7 +27,7 @@ WAITING_SHARE = 128
 """Maximum of a workspace's running and waiting requests: half of the process's limit."""
 
 BUSY = 32
-"""If a workspace has this many requests running or waiting, its further requests use a turnstile."""
+"""A workspace with this many requests running or waiting must use a turnstile for further requests."""
 
 UNKNOWN_KEYS_SHARE = 2
 """Maximum number of database connections for looking up unknown API keys."""

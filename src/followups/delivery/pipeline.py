@@ -179,7 +179,7 @@ class Pipeline:
         return await self._queue.next_batch(self._breaker)
 
     async def _begin(self, leases: Sequence[Lease]) -> tuple[Begun, ...]:
-        """Begin the follow-ups that may be sent, each of which keeps its slot, and enqueue the others again."""
+        """Begin the follow-ups that may be sent, and put all others back into the due queue."""
         try:
             step = await begin_within_limits(self._engine, self._settings, self._rate_limits, leases)
         except Exception as error:  # noqa: BLE001 - whatever it was, the loop must go on
@@ -206,8 +206,8 @@ class Pipeline:
 
     async def _send(self, begun: Begun, started: float) -> None:
         """Send one follow-up at its due time, and pass the outcome on to be settled."""
-        # The latest time to start a call is the lease's end minus the call's time limit. The lease is counted from a
-        # moment before begin. A call that starts too late might outlast its lease.
+        # The latest time to start a call is the lease's end minus the call's time limit. A lease is counted from
+        # slightly before its begin. A call that starts too late might outlast its lease.
         latest = started + self._settings.lease.total_seconds() - self._timeout.seconds
         attempt = None
         try:

@@ -307,7 +307,7 @@ def _limitable(engine: Engine, settings: Settings, leases: Sequence[Lease]) -> l
 
 
 def release_deferred(engine: Engine, scope: Scope) -> None:
-    """Make all follow-ups deferred by a limit due now, except unwritable rows."""
+    """Release all follow-ups that a limit has deferred, except unwritable rows."""
     refused: list[UUID] = []
     while True:
         with engine.begin() as connection:

@@ -56,8 +56,8 @@ def _lock(connection: Connection, wait: float) -> None:
 
     Raises `FollowUpsError` if the lock is not acquired within ``wait`` seconds. The lock belongs to the transaction:
     behind a pooler, the session outlives its client and would keep the lock. This function polls for the lock instead
-    of waiting in a statement. A concurrent index creation waits for every running statement. That includes any
-    statement that waits for this lock.
+    of waiting in a statement. A concurrent index creation waits for every running statement. A migration that waited
+    for the lock would therefore block a concurrent index creation.
     """
     deadline = time.monotonic() + wait
     while not connection.scalar(_TRY_LOCK):

@@ -112,7 +112,7 @@ def breaker_state(settings: Settings) -> BreakerStatus | None:
 def _first(
     session: Session, follow_up: FollowUp, around: Circumstances, now: datetime, settings: Settings
 ) -> Sentence | None:
-    """Explain the chat's first pending follow-up. The chat's other follow-ups wait for it."""
+    """Explain the chat's first pending follow-up. All later follow-ups of the chat wait for the first one."""
     first = chat_order.first_of(session.connection(), follow_up.workspace_id, follow_up.chat_id)
     found = follow_ups.find(session, first, None) if first and first != follow_up.id else None
     if found is None:

@@ -149,5 +149,5 @@ _CHATS_WORKSPACES = text("""
 
 
 def workspaces_of_chat(connection: Connection, chat_id: UUID) -> list[UUID]:
-    """Return the workspaces that have a chat with this id, since chat ids are unique only within a workspace."""
+    """Return all workspaces with a chat of this id, because several workspaces may use the same id."""
     return list(connection.scalars(_CHATS_WORKSPACES, {"chat_id": chat_id}))

@@ -163,7 +163,7 @@ def release_held(connection: Connection, workspace_id: UUID) -> int:
 
 
 SPREAD = timedelta(seconds=1)
-"""Held follow-ups are spread over this period after the opening of sending hours, by their due dates."""
+"""After the sending hours open, held follow-ups are spread over this period by due date."""
 _LONGEST = timedelta(days=1)
 
 

@@ -37,7 +37,7 @@ class StoredResponse:
 
 
 def hash_of(request: bytes) -> bytes:
-    """Return a hash of the request, which distinguishes different requests with the same idempotency key."""
+    """Return a hash that distinguishes different requests with the same idempotency key."""
     return sha256(request).digest()
 
 

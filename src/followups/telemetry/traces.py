@@ -5,10 +5,10 @@ By default tracing is off and costs almost nothing. For tracing, install ``chat-
 OpenTelemetry describes them (``OTEL_SERVICE_NAME``, ``OTEL_TRACES_SAMPLER``, headers, ``OTEL_SDK_DISABLED``, ...).
 Spans are exported as OTLP over HTTP.
 
-Each process creates its tracer provider after the fork, which the exporter's thread would not survive. The tracer
-provider is not registered globally. With a global provider, libraries would add spans with texts outside our control.
-Span attributes contain only ids and numbers. Exception messages are left out, because they may contain a follow-up's
-message.
+Each process creates its tracer provider after the fork, because the exporter's thread would not survive a fork. The
+tracer provider is not registered globally. With a global provider, libraries would add spans with texts outside our
+control. Span attributes contain only ids and numbers. Exception messages are left out, because they may contain a
+follow-up's message.
 """
 
 from __future__ import annotations

@@ -33,8 +33,8 @@ class Signer:
         """Parse secrets separated by white space, in base64, padded or not, with or without ``whsec_``.
 
         Raises `TransportConfigurationError`. A secret that is not base64 is rejected, because receivers' libraries
-        decode such a secret differently. With such a secret as raw bytes, every signature would be wrong for some
-        libraries.
+        decode such a secret differently. If a secret that is not base64 were used as raw bytes, some libraries would
+        reject every signature.
         """
         self._webhooks = [Webhook(_key(secret)) for secret in secrets.split()]
         if not self._webhooks:

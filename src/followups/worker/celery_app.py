@@ -62,8 +62,8 @@ hanging statement is aborted, the waiting follow-ups can still begin in time.
 """
 
 BROKER_SILENCE = timedelta(seconds=5)
-"""The broker's connection is replaced after this time without an answer. The limit is at most half a lease, because the
-follow-ups of a hint that is delayed for longer have been claimed again.
+"""The broker's connection is replaced after this time without an answer. The limit is at most half a lease: after a
+lease, the follow-ups of a delayed hint are claimed again.
 """
 
 SWITCH_INTERVAL = 0.0005
@@ -109,7 +109,7 @@ def make_app(settings: Settings) -> Celery:
         task_ignore_result=True,
         task_store_errors_even_if_ignored=False,
         # If a crash loses a hint, its leases expire and the follow-ups are claimed again. Late acknowledgement would
-        # only cause redelivery; it would add no safety.
+        # cause redelivery without adding safety.
         task_acks_late=False,
         task_queues=[Queue(DISPATCH), Queue(DELIVER)],
         task_default_queue=DISPATCH,

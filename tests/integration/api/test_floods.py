@@ -53,7 +53,7 @@ class Flood:
     """
 
     def held_up_less(self, limit: float) -> bool:
-        """Return whether the flood delayed 95 % of others' requests by less than the limit.
+        """Return whether 95 % of the other requests were delayed by less than the limit.
 
         The limit applies to the ``busy`` part of each wait. By the clock, a busy machine may slow half of the requests
         tenfold.

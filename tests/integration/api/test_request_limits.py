@@ -57,7 +57,7 @@ def test_a_workspace_has_a_share_of_the_connections(two_workspaces: tuple[Api, A
 
 
 def test_too_many_requests_of_a_workspace(two_workspaces: tuple[Api, Api], monkeypatch: pytest.MonkeyPatch) -> None:
-    """A workspace with too many waiting requests is rejected with Retry-After; others are still served."""
+    """If too many requests of a workspace wait, only its requests are rejected, with Retry-After."""
     one, other = two_workspaces
     monkeypatch.setattr(request_limits, "WAITING_SHARE", 1)
     chat_id = one.chat()

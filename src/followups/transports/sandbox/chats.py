@@ -116,7 +116,7 @@ class SandboxChats:
     """A simulated chat server, to be used from one thread.
 
     A behaviour applies to every request of its chat, including repeated requests. Repeats of accepted requests are
-    deduplicated. A known idempotency key gets the same response and adds no second message.
+    deduplicated. A request with a known key gets the first response again and adds no message.
     """
 
     def __init__(self, *, deduplicates: bool = True, keep: int = KEEP_RECORDS) -> None:
