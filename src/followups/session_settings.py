@@ -1,6 +1,6 @@
 """The settings of every database session.
 
-Settings of the server, database, role or environment do not override these settings.
+The server, database, role and environment cannot override these settings.
 """
 
 from __future__ import annotations

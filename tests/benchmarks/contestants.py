@@ -38,7 +38,7 @@ class Contestant:
     name: str = ""
     table: str = "bench_rows"
     waits_in_broker: bool = False
-    """Whether follow-ups are published before they are due, rather than read when due."""
+    """Whether follow-ups wait in the broker until they are due."""
 
     def fill(self, count: int, due: str) -> None:
         """Insert rows whose due time is given by an SQL expression."""

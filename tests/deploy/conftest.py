@@ -36,7 +36,7 @@ class Built:
     sdist: Path
     followups: Path
     bare: Path
-    """The `followups` command in an environment in which no extras are installed."""
+    """The `followups` command in an environment without extras."""
 
 
 @pytest.fixture(scope="session")

@@ -1,4 +1,4 @@
-"""Prometheus for tests, with the rules from deploy/ sped up to avoid long waits."""
+"""Prometheus for tests: the rules from deploy/, with shorter times."""
 
 from __future__ import annotations
 

@@ -72,7 +72,7 @@ class Proxy:
         self._url = server_url
 
     def freeze(self) -> None:
-        """Permanently stop forwarding on all open connections; new connections are forwarded."""
+        """Stop all forwarding on open connections; new connections are forwarded."""
         self._call(self._freeze)
 
     def stall(self) -> None:

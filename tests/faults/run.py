@@ -10,8 +10,8 @@ PostgreSQL through a real PgBouncer in session mode. Use these servers for the l
 
     FOLLOWUPS_TEST_SERVERS=replicated,pooled uv run pytest -m faults_long tests/faults/test_kills.py ...
 
-Figures are appended to ``--figures FILE`` (one JSON object per line). Runs can therefore be separate, stopped and
-continued. The results table is always computed from all figures in FILE.
+Figures are appended to ``--figures FILE`` (one JSON object per line). The fault tests can therefore be run in parts,
+stopped and continued. The results table is always computed from all figures in FILE.
 """
 
 from __future__ import annotations

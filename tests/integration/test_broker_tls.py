@@ -138,7 +138,7 @@ def impostor() -> Iterator[Impostor]:
 def test_an_untrusted_server_receives_no_data(
     ask: Callable[[Settings, Engine], None], settings: Settings, engine: Engine, impostor: Impostor, tmp_path: Path
 ) -> None:
-    """If an unknown authority certified the server, clients send no data, not even a password."""
+    """If the server's certificate is from an unknown authority, clients send no data, not even a password."""
     trusted = tmp_path / "authority.pem"
     trustme.CA().cert_pem.write_to_path(trusted)
     for query in ("", f"?ssl_ca_certs={trusted}", f"?ssl_ca_certs={trusted}&ssl_cert_reqs=CERT_REQUIRED"):

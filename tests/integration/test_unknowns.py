@@ -58,7 +58,7 @@ def test_reply(world: World, unknown_outcome: tuple[UUID, UUID]) -> None:
 
 
 def test_cancel(world: World, unknown_outcome: tuple[UUID, UUID]) -> None:
-    """The cancelled follow-up's reason mentions the unknown outcome, unless the caller gave a reason.
+    """A cancelled follow-up's reason mentions the unknown outcome, unless the caller gave a reason.
 
     A reason given by the caller is stored unchanged.
     """

@@ -204,7 +204,7 @@ def test_a_row_that_cannot_be_released(
 ) -> None:
     """A blocked or paused follow-up that cannot be released is logged.
 
-    The other blocked or paused follow-ups are still released and claimed.
+    All other blocked or paused follow-ups are released and claimed.
     """
     others = type(world)(engine)
     bad = insert(world)

@@ -122,7 +122,7 @@ async def test_an_error_when_stopped() -> None:
 
 @pytest.mark.parametrize("error", [TimeoutError, asyncio.CancelledError, SystemExit, KeyError])
 async def test_exceptions_of_a_transport(error: type[BaseException]) -> None:
-    """The class of an exception that a transport raises is reported, and the process continues."""
+    """If a transport raises an exception, its class is reported and the process continues."""
 
     async def fail() -> Outcome:
         raise error

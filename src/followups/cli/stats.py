@@ -229,7 +229,7 @@ class Workers:
 
 @dataclass
 class Attempts:
-    """Outcomes of attempts: how many since the first sample, and how many per second."""
+    """Counts of the attempts' outcomes since the first sample, with rates per second."""
 
     first: Mapping[str, int] = field(default_factory=dict)
     last: Mapping[str, int] = field(default_factory=dict)

@@ -124,7 +124,7 @@ def _plain(url: str) -> str:
     """
     try:
         parts = urlsplit(url.lower())
-    except ValueError:  # such as a URL with an unclosed bracket
+    except ValueError:  # for example, a URL with an unclosed bracket
         return ""
     host, default = parts.netloc.rpartition("@")[2], {"https": ":443", "http": ":80"}.get(parts.scheme, "")
     return f"{parts.scheme}://{host.removesuffix(default) if default else host}"

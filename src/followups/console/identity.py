@@ -106,7 +106,7 @@ def _place(visit: Visit) -> str:
     """Return the page that contained the submitted form, according to the Referer header."""
     try:
         path = urlsplit(visit.headers.get("referer", "")).path
-    except ValueError:  # such as a URL with an unclosed bracket
+    except ValueError:  # for example, a URL with an unclosed bracket
         return ""
     return path.removeprefix(visit.services.base) if path.startswith(f"{visit.services.base}/") else ""
 

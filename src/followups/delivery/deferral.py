@@ -56,7 +56,7 @@ SOONEST = LONGEST / 2
 SPREAD = 10_000
 """Number of simultaneous deferrals that spread over two thirds of the time from `SOONEST` to `LONGEST`."""
 COMING = 0.25
-"""Seconds in which released follow-ups must reach a worker before any more are released."""
+"""Released follow-ups get this many seconds to reach a worker before any more are released."""
 BACKOFF = 1.0
 """Seconds to wait if the database does not answer. No wait is longer than this."""
 

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from followups.store.leases import Lease
 
     Entry = tuple[datetime, int, Lease]
-    """A due time, a number that decides between equal due times, and the lease."""
+    """A due time, a number that orders equal due times, and the lease."""
 
 ACTIVE = 60.0
 """Seconds for which a workspace counts as active after its latest follow-up arrived."""

@@ -3,7 +3,7 @@
     submit -> due queue -> slot -> begin -> send -> settle
 
 Begins and settles are batched: while one statement runs, the next batch gathers. A call in flight occupies a slot;
-without a free slot, no follow-up begins. A slow chat occupies one slot, and never delays a batch.
+without a free slot, no follow-up begins. A slow chat occupies one slot, but does not delay a batch.
 """
 
 from __future__ import annotations
@@ -111,7 +111,7 @@ class Pipeline:
         self._loop.call_soon_threadsafe(self._enqueue, list(leases), task_id)
 
     def ask(self, answer: Callable[[], None]) -> None:
-        """Call ``answer`` in the event loop, which proves that the loop is running.
+        """Call ``answer`` in the event loop, to prove that the loop is running.
 
         ``answer`` is not called after the event loop has ended.
         """

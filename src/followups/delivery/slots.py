@@ -56,7 +56,7 @@ class Slots:
             del self._of_workspace[lease.key]
 
     def release_poison_quota(self, ids: Iterable[UUID]) -> None:
-        """Release the quota of possible poison pills that did not begin or have recorded outcomes."""
+        """Release the quota used by possible poison pills that did not begin or are settled."""
         for one in ids:
             self._poison_pills.pop(one, None)
 

@@ -77,7 +77,7 @@ class WorkspaceOutcomes(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class OutcomeReport:
-    """Outcomes that have been recorded since the last report to the shared state.
+    """Outcomes recorded since the last report to the shared state.
 
     Unless the breaker is closed, only outcomes of tripped workspaces count.
     """

@@ -1,6 +1,6 @@
 """Chats and chat messages.
 
-A chat's row lock determines whether a reply or a new follow-up comes first.
+The lock on a chat's row decides whether a reply or a new follow-up comes first.
 """
 
 from __future__ import annotations

@@ -52,7 +52,7 @@ FIELDS = (
 )
 """The fields of the API. Asynchronous code reads only these fields of a follow-up."""
 
-# The rows are sorted in the order of an index, so that only the pending follow-ups of this chat are read.
+# The rows are sorted in an index's order, so only this chat's pending follow-ups are read.
 _FULL = f"""EXISTS (
     SELECT FROM follow_ups
      WHERE workspace_id = :workspace_id AND chat_id = :chat_id AND status = 'pending'

@@ -47,7 +47,7 @@ def _is_well_formed(url: str) -> bool:
 
 
 def _fits_basic_authentication(user: str, password: str) -> bool:
-    # According to RFC 7617, the first colon ends the user name. Servers disagree about the encoding of characters
+    # In credentials, the first colon ends the user name (RFC 7617). Servers disagree about the encoding of characters
     # beyond Latin-1.
     return ":" not in user and max(user + password, default="") <= "\xff"
 
@@ -111,6 +111,6 @@ def _client_certificate(settings: Settings) -> dict[int, object]:
 
 
 def _proxy() -> dict[int, object]:
-    # The check applies to https only: for https, the proxy sees only the host name.
+    # The check applies only to https, for which the proxy sees only the host name.
     named = {name: os.environ.get(name) or os.environ.get(name.upper()) or "" for name in ("https_proxy", "no_proxy")}
     return {pycurl.PROXY: named["https_proxy"], pycurl.NOPROXY: named["no_proxy"]}

@@ -233,7 +233,7 @@ def _collect_seldom() -> None:
 
 
 class Bounded(Task):
-    """A Celery task that is not sent while its queue has enough unread messages."""
+    """A Celery task that is not sent while too many messages wait in its queue."""
 
     def apply_async(self, args: Any = None, kwargs: Any = None, *, producer: Any = None, **options: Any) -> Any:  # noqa: ANN401 - Celery's own
         """Send the task over the connection that checked the queue; return None if it was not sent."""

@@ -50,7 +50,7 @@ IDLE = Job(-1, 0, "idle")
 class ModelWorld(NamedTuple):
     """A complete state of the model: the database, the chat, and the workers in sorted order.
 
-    Workers are interchangeable. The broker needs no state: any issued hint may be read at any moment, repeatedly or
+    Workers are interchangeable. The broker has no state in the model: a hint may be read at any moment, repeatedly or
     never.
     """
 
@@ -60,7 +60,7 @@ class ModelWorld(NamedTuple):
     """For each follow-up, how often the chat has accepted its message."""
     replied: bool = False
     may_create: bool = False
-    """Whether the second follow-up may be created, according to a check without a lock."""
+    """Whether a check without a lock allowed the second follow-up to be created."""
 
     def with_row(self, number: int, row: ModelRow) -> ModelWorld:
         """Return a copy of this state in which one row is replaced."""

@@ -16,14 +16,14 @@ RULES = {"outside-messaging-window", "idempotency-key-reused"}
 """Problem types that the chat's state or an earlier request can cause."""
 
 TOGETHER = {"#/reason", "#/finishedAt", "#/chatMessageId"}
-"""PATCH fields whose validity depends on each other or on stored values."""
+"""PATCH fields that are valid only together, or only with certain stored values."""
 
 
 @schemathesis.check
 def valid_requests_are_accepted(
     ctx: schemathesis.CheckContext, response: schemathesis.Response, case: schemathesis.Case[Any]
 ) -> bool | None:
-    """Run Schemathesis's own check, unless a rule has rejected the request."""
+    """Run Schemathesis's own check, except for requests that a rule rejected."""
     if response.status_code == 422:
         problem = response.json()
         pointers = {error["pointer"] for error in problem["errors"]}

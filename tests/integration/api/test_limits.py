@@ -119,7 +119,7 @@ def test_slow_client(short_timeouts: tuple[str, int], world: World, sent: list[b
 def test_too_many_connections(few_connections: tuple[str, int], world: World) -> None:
     """At the connection limit, a new connection is closed unless another one is idle.
 
-    Open connections are still served.
+    Connections that are already open are still served.
     """
     post = b"POST /api/v1/chat-messages HTTP/1.1\r\nhost: x\r\nauthorization: KEY\r\ncontent-length: 2\r\n\r\n{"
     open_ones = [socket.create_connection(few_connections, timeout=5) for _ in range(3)]

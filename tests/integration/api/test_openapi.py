@@ -35,7 +35,7 @@ EXAMPLES = "8"
 def test_snapshot() -> None:
     """The OpenAPI document equals the reviewed copy in `openapi.json`.
 
-    To update that file, run ``followups openapi > tests/integration/api/openapi.json``.
+    To update `openapi.json`, run ``followups openapi > tests/integration/api/openapi.json``.
     """
     assert openapi_document() == json.loads(SNAPSHOT.read_text())
 

@@ -42,7 +42,7 @@ def post(api: Api, chat: str, **headers: str) -> httpx.Response:
 
 
 def test_pending_follow_ups(api: Api, other: Api) -> None:
-    """A workspace at its quota can create a follow-up only after another has ended.
+    """A workspace at its quota can create a follow-up only after another one has ended.
 
     Other workspaces are not affected.
     """

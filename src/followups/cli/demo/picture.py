@@ -41,7 +41,7 @@ RETRYING = "↻"
 
 @dataclass(frozen=True, slots=True)
 class Picture:
-    """The data shown in the picture."""
+    """The data that the demo's picture shows."""
 
     standings: Sequence[FollowUpState]
     now: datetime

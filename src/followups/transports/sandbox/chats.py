@@ -166,7 +166,7 @@ class SandboxChats:
 
     @property
     def default(self) -> Behaviour:
-        """The behaviour of chats that have no behaviour of their own. This behaviour ignores ``times``."""
+        """The behaviour of chats that have no behaviour of their own. The default behaviour ignores ``times``."""
         return self._default
 
     @default.setter
