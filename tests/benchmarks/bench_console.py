@@ -60,7 +60,7 @@ FOLLOW_UPS = """
 
 
 def fill(url: str, part: float) -> None:
-    """Fill the database with the given part of five million follow-ups."""
+    """Insert the given fraction of five million follow-ups into the database."""
     with psycopg.connect(url, autocommit=True) as connection:
         connection.execute("SET synchronous_commit = off")
         for name, number, chats, each in SHAPES:

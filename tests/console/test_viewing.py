@@ -172,7 +172,7 @@ def test_operators_see_all_workspaces_and_no_texts(person: Callable[..., Person]
 
 
 def test_ids_of_another_workspace_are_not_found(person: Callable[..., Person], own: World, foreign: World) -> None:
-    """If an id belongs to another workspace, every page returns 404, also for changes."""
+    """If an id belongs to another workspace, every page and every change returns 404."""
     chat_id = foreign.chat()
     follow_up_id = foreign.follow_up(chat_id, due=HOUR)
     one = person("admin", own)

@@ -196,7 +196,7 @@ def own_servers(
 ) -> Iterator[tuple[Rig, Sequence[Proxy]]]:
     """Return a system whose servers a test may kill, with proxies in front if ``proxied``.
 
-    ``kinds`` selects the types of servers (None means `chosen_servers`), and ``binaries`` the PostgreSQL version of
+    ``kinds`` selects the types of servers; None means `chosen_servers`. ``binaries`` selects the PostgreSQL version of
     replicated servers.
     """
     kinds = chosen_servers() if kinds is None else kinds

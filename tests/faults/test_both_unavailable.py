@@ -56,7 +56,7 @@ def both_unavailable(
 
 
 def outage(rig: Rig, proxies: Sequence[Proxy], seconds: float) -> None:
-    """Disconnect the database, and the broker or beat; check that a tick runs once the database is back."""
+    """Disconnect the database and either the broker or beat; check that a tick runs afterwards."""
     database, broker = proxies
     beats = [child for child in rig.processes.children if child.command.name.startswith("beat.")]
     without_beat = rig.rng.random() < 0.5

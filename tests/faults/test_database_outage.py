@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from faults.rig import Rig
 
 BACK_WITHIN = 10.0
-"""Maximum seconds until sending resumes, doubled because the machine may be busy."""
+"""Sending must resume within this many seconds; the limit is doubled for a busy machine."""
 
 
 def outages(rig: Rig, figures: Figures, times: int, between: tuple[float, float], rate: float) -> None:

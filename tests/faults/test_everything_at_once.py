@@ -100,7 +100,7 @@ class RandomFaults:
         self._rig.postgres.restart()
 
     def misbehave(self) -> None:
-        """Make the chat fail, reject, drop or delay requests for a moment."""
+        """For a short time, make the chat fail, reject, drop or delay requests."""
         kind = self._rig.rng.choice(KINDS)
         more = {"retry_after": 1} if kind == "rate_limit" else {"delay": 0.7} if kind == "slow" else {}
         self._rig.behave(kind=kind, **more)

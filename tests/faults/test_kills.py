@@ -31,7 +31,7 @@ POINTS = (
     "settle.committed",
 )
 BESIDE = {"claim.before_commit", "begin.before_commit", "begin.committed"}
-"""Steps tested only in the long form, because they differ little from neighbouring steps."""
+"""Steps that only the long tests cover, because they differ little from neighbouring steps."""
 
 
 def recovered(rig: Rig, figures: Figures, point: str, killed: float) -> None:

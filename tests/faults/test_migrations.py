@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from world import World
 
 LONGEST_WAIT = 3.0
-"""The longest time in seconds for which a migration may delay any other transaction."""
+"""How many seconds a migration may delay any other transaction."""
 
 REVISIONS = [one.revision for one in ScriptDirectory.from_config(alembic_config()).walk_revisions()][::-1]
 OLD = REVISIONS[:-1]

@@ -1,4 +1,4 @@
-"""Tests for the results page, which keeps dates and broken promises of tests not rerun."""
+"""Tests of the results page, which keeps the earlier results of tests that were not rerun."""
 
 from __future__ import annotations
 

@@ -112,7 +112,7 @@ def test_a_busy_workspace_gets_the_remaining_slots(
 
 
 def test_more_workspaces_than_slots(engine: Engine, settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
-    """If more workspaces are waiting than slots are free, no workspace gets two slots."""
+    """If there are more waiting workspaces than free slots, no workspace gets two slots."""
     monkeypatch.setattr(claims, "FEW", 1)
     worlds = worlds_of(engine, *[3] * 30)
     few = bounded(settings, 20)

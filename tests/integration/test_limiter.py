@@ -1,4 +1,4 @@
-"""Tests of token buckets and their queues on a real Valkey, by the server's clock."""
+"""Tests of token buckets and their queues on a real Valkey server, with the server's clock."""
 
 from __future__ import annotations
 

@@ -119,7 +119,7 @@ def test_concurrent_calls(world: World, engine: Engine, settings: Settings, star
 def test_the_next_of_a_chat_is_locked(
     world: World, engine: Engine, settings: Settings, started: Callable[..., Pipeline]
 ) -> None:
-    """If a transaction locks a chat's next follow-up, the follow-up is sent after the unlock."""
+    """If a chat's next follow-up is locked, it is sent once the lock is released."""
     chat = world.chat()
     first, second = world.follow_ups_at_once([(chat, timedelta(seconds=-2)), (chat, timedelta(seconds=-1))])
     patient = {"lease": timedelta(minutes=1), "transport_timeout": timedelta(seconds=20)}

@@ -1,4 +1,4 @@
-"""Tests that claim, begin and settle use index look-ups among many pending follow-ups.
+"""Among many pending follow-ups, claim, begin and settle use index look-ups.
 
 The plans of the API's lists are tested in `test_store_listing.py`.
 """

@@ -280,7 +280,7 @@ class TestLateness:
         assert {one for one, _ in claim_and_begin(engine, brief).ended} == {mine, often}
 
     def test_a_new_due_date(self, world: World, engine: Engine, settings: Settings) -> None:
-        """Lateness is counted anew from a new due date, unless the follow-up moves to another chat."""
+        """Lateness is counted anew after a new due date, but not after a move to another chat."""
         put(world, CLOSED)
         moved, elsewhere = world.follow_up(), world.follow_up()
         claim_and_begin(engine, settings)

@@ -83,7 +83,7 @@ def hours_of_24(world: World) -> None:
 
 
 def endless_window(world: World) -> None:
-    """Put the workspace outside its sending hours, and every chat's last user message at infinity."""
+    """Set sending hours that exclude now, and date each chat's last user message at infinity."""
     unchecked(world, "chats")
     world.sql(
         "UPDATE chats SET channel = 'whatsapp', last_user_message_at = 'infinity' WHERE workspace_id = :id",
@@ -355,7 +355,7 @@ def test_the_chats_next_follow_up_cannot_be_written(world: World, engine: Engine
 
 
 def test_the_chats_next_follow_up_when_begin_ends_the_first(world: World, engine: Engine, settings: Settings) -> None:
-    """A follow-up ended by begin stays ended even if the next one cannot be unblocked."""
+    """If begin ends a follow-up, it stays ended even if the chat's next one cannot be unblocked."""
     chat = world.chat(removed_at=text("now()"))
     first = world.follow_up(chat, -2 * SECOND)
     unwritable(world, world.follow_up(chat, -SECOND, waits_for=first))

@@ -95,6 +95,6 @@ def test_the_window_is_refilled_in_time(dispatchers: int, rate: int) -> None:
 
 @pytest.mark.parametrize("dispatchers", [1, 2, 4])
 def test_few_claims(dispatchers: int) -> None:
-    """A tick begins with no small claims, since each would read all follow-ups in flight."""
+    """The first claims of a tick are not small, since each claim reads all follow-ups in flight."""
     _, claims = sent(dispatchers, rate=5000, seconds=20)
     assert claims <= 20 * 3

@@ -66,7 +66,7 @@ def test_leases_without_a_workspace_key() -> None:
 def test_one_workspace_does_not_get_all_slots() -> None:
     """If other workspaces are active, a workspace occupies at most seven eighths of the slots.
 
-    Slots that a workspace has released can be used by it again.
+    The workspace can use its released slots again.
     """
     queue = queue_of(slots=16)
     queue.add(overdue(QUIET, 1))
@@ -134,7 +134,7 @@ steps = st.lists(
 
 @given(steps, st.integers(1, 9))
 def test_each_is_taken_once(steps: list[tuple[str, int, int]], slots: int) -> None:
-    """Each lease is taken once, in whatever order leases arrive, are taken and are deferred.
+    """Each lease is taken exactly once, whatever the order of arrivals, takes and deferrals.
 
     The number of leases taken never exceeds the number of slots.
     """

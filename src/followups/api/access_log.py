@@ -81,8 +81,8 @@ class Access:
         inner = {**scope, KEY: seen}
         if scope["method"] == "HEAD":  # HEAD is served as GET; the server omits the body
             inner["method"] = "GET"
-        # The log context is cleared first: on a keep-alive connection, a request's task inherits the previous request's
-        # context.
+        # On a keep-alive connection, a request's task inherits the log context of the previous request. The log context
+        # is therefore cleared first.
         clear_contextvars()
         bind_contextvars(request_id=seen.request_id, method=scope["method"], path=scope["path"][:LONGEST_PATH])
 

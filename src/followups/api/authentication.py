@@ -192,7 +192,7 @@ class Caller:
         return self._services.starts
 
     async def read(self, rule: Callable[[Work], Steps[T]]) -> T:
-        """Run a read-only rule, with each of its statements in a separate transaction.
+        """Run a read-only rule, each of its statements in a separate transaction.
 
         Raises the same errors as `change`.
         """

@@ -24,7 +24,7 @@ SHARE = 6
 """Number of database connections, of the pool's 8, that one workspace may use at a time."""
 
 WAITING_SHARE = 128
-"""Maximum of a workspace's running and waiting requests: half of the process's limit."""
+"""Maximum number of a workspace's running and waiting requests: half of the process's limit."""
 
 BUSY = 32
 """A workspace with this many requests running or waiting must use a turnstile for further requests."""

@@ -168,7 +168,7 @@ class Dispatcher:
         """Return the seconds until the next claim, or None if that claim needs a tick."""
         if self._in_grace:
             return IN_GRACE
-        # The tick may have been requested because of a row inserted below the low-water mark.
+        # This tick may have been requested for a row that was inserted below the low-water mark.
         if self._claimed_from_all:
             return None
         return max(0.0, max(self._next_whole, self._interval.next) - time.monotonic())
@@ -255,7 +255,7 @@ class Dispatcher:
             events.failed("statistics", error, self._engine)
 
     def _claim(self) -> tuple[Claim, float]:
-        """Claim from the low-water mark on, and occasionally from the beginning.
+        """Claim follow-ups due from the low-water mark on, and occasionally all due follow-ups.
 
         Claims from the beginning also find follow-ups inserted later, before the low-water mark. If a claim leaves due
         follow-ups, the next claims prefer workspaces with the fewest in flight. While a long transaction is open, index

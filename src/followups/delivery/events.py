@@ -47,8 +47,8 @@ _outages: dict[str, Outage] = {}
 """The current outages, keyed by step and shared by several threads."""
 
 WRITING = frozenset({"claim", "begin", "settle", "release"})
-"""Steps that write to the database. When a write to the database succeeds, the outage has ended. A step that does not
-write to the database succeeds even on a read-only server.
+"""Steps that write to the database. A successful write to the database means that the outage has ended. A step that
+does not write to the database succeeds even on a read-only server.
 """
 
 

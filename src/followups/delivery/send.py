@@ -59,8 +59,8 @@ async def send(
     """Wait until the follow-up is due and call the transport once, within ``limit``.
 
     The transport is never called before the due time. Return None without a call if ``latest`` (an `uptime`) has
-    passed. ``latest`` passes only in a frozen process. After ``latest``, another worker might lease the follow-up
-    during the call. The only exception that this function raises is cancellation.
+    passed. Only in a frozen process can ``latest`` pass before the call. After ``latest``, another worker might lease
+    the follow-up during the call. The only exception that this function raises is cancellation.
     """
     # A timer uses another clock and may fire early, so the time is checked again.
     while (wait := clock.until(begun.lease.due)) > 0:  # noqa: ASYNC110 - time is what is waited for

@@ -66,7 +66,7 @@ ROOM = MAX_REASON_LENGTH - 100
 
 
 class Settler:
-    """Collects the attempts' outcomes and records them in batches, by size or after a short wait.
+    """Collects attempts' outcomes and records them in batches, at a given size or after a short wait.
 
     An accepted message is recorded without waiting for slower calls. Until the lease expires, recording is retried if
     the database or a row is unavailable. An instance belongs to one event loop.

@@ -2,9 +2,9 @@
 
 An open breaker defers most due follow-ups in the database (`followups.delivery.deferral`). All workers share one state
 in Redis (`BreakerStore`). Deliveries continue while Redis is unreachable. While Redis is unreachable, a worker counts
-only its own failed attempts. After the configured number in a row, the worker begins no follow-ups. The worker begins
-follow-ups again when it next queries Redis, some seconds later. If Redis is wiped, the breaker is closed, and new
-failures open it again.
+only its own failed attempts. After the configured number of failures in a row, the worker begins no follow-ups. The
+worker begins follow-ups again when it next queries Redis, some seconds later. If Redis is wiped, the breaker is closed,
+and new failures open it again.
 
     closed -> open: so many different follow-ups failed, and none succeeded in between
     open -> probing: after a pause that doubles from one time to the next, a few may begin

@@ -244,8 +244,8 @@ class RateLimits:
         limitable = {one.id: one for one in await in_loop(self._engine, _limitable, self._settings, leases)}
         requests = [request for one in limitable.values() if (request := self._limits.request(one)).buckets]
         ended = [request for request in requests if limitable[request.id].ended]
-        # The begin statement ends expired follow-ups. It also detects leases that are stale because another worker has
-        # leased the follow-up.
+        # The begin statement ends expired follow-ups. Begin also detects stale leases, whose follow-up another worker
+        # has leased.
         asking = [request for request in requests if not limitable[request.id].is_over]
         if self._limiter is None or (not asking and not ended):
             yield {}, set()

@@ -94,7 +94,7 @@ class BulkRunner(BackgroundThread):
     def _run_batch(self) -> bool:
         """Carry out the next batch, if any, and return whether there was one.
 
-        An action whose batch fails is skipped for a while.
+        A bulk action is skipped for a while after one of its batches has failed.
         """
         now = time.monotonic()
         self._passed_over = {one: until for one, until in self._passed_over.items() if until > now}

@@ -208,7 +208,7 @@ _EXPIRED = text("""
 
 
 def record_expired_keys(connection: Connection, since: datetime) -> int:
-    """Record each API key's expiry since the given time; return the number recorded.
+    """Record the API keys that have expired since the given time; return how many were recorded.
 
     Each expiry is recorded only once.
     """

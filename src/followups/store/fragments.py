@@ -36,9 +36,9 @@ WINDOWED = ", ".join(f"'{channel.value}'" for channel in sorted(WINDOWED_CHANNEL
 OPEN = "f.finished_at IS NULL"
 """The condition that a follow-up is pending, for queries by a follow-up's id. A CHECK constraint makes this condition
 equivalent to a check of the status. This form of the condition keeps the planner from using the partial indexes of
-pending rows. In these indexes, the id is the last column. If no row was pending at the last vacuum, the planner
-believes that a partial index of pending rows is empty. The planner then prefers an index that seems empty to the
-primary key. However, PostgreSQL then scans the whole index for each row. Without this condition, begin or settle of
+pending rows. In the partial indexes, the id is only the last column. If no row was pending at the last vacuum, the
+planner believes that a partial index of pending rows is empty. The planner then prefers an index that seems empty to
+the primary key. However, PostgreSQL then scans the whole index for each row. Without this condition, begin or settle of
 forty follow-ups took up to 720 ms after 50,000 inserts. With the condition, either took 4 ms.
 """
 

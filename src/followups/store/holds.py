@@ -1,7 +1,7 @@
 """Holds: follow-ups that are paused or outside their workspace's sending hours.
 
-A held follow-up is outside the claim's range until the hold ends. A held follow-up uses up no attempt, and claims do
-not lease it repeatedly. The chat's order is preserved, because later follow-ups wait for the held follow-up.
+Claims do not find a held follow-up until its hold ends. A held follow-up uses up no attempt, and claims do not lease it
+repeatedly. The chat's order is preserved, because later follow-ups wait for the held follow-up.
 """
 
 from __future__ import annotations
@@ -136,8 +136,8 @@ def columns_of(hours: SendingHours) -> dict[str, object]:
 
 
 # A recorded `sendable_from` that has already passed is left unchanged. If `sendable_from` is in the future or NULL, the
-# current opening of the sending hours replaces it. If the hours are open or were removed, it is replaced by the current
-# time.
+# current opening of the sending hours replaces it. If the workspace is within its sending hours or has none, the
+# current time replaces `sendable_from`.
 _RELEASE_HELD = text("""
     WITH held AS MATERIALIZED (
         SELECT id FROM follow_ups

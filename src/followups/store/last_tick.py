@@ -77,8 +77,8 @@ _LAST = text("SELECT COALESCE(EXTRACT(EPOCH FROM last_tick_at), 0) FROM dispatch
 def begin(connection: Connection, rhythm: Rhythm) -> Tick | None:
     """Record a tick, and prevent other dispatchers from claiming until the end of the transaction.
 
-    Returns None if another dispatcher is claiming. The caller must then not claim, but try to begin a tick again
-    shortly.
+    Returns None if another dispatcher is claiming. If None is returned, the caller must not claim, and should try to
+    begin a tick again shortly.
     """
     row = connection.execute(_BEGIN, asdict(rhythm) | {"frozen_after": FROZEN_AFTER}).one_or_none()
     return Tick(row.in_grace) if row else None

@@ -1,7 +1,7 @@
 """Heartbeat files: each worker or beat writes its state to a file that supervisors read.
 
 Each process keeps one small file in the runtime directory, rewritten every second. For each component that must make
-progress, the file contains the deadline of its next report. Reading the file needs neither Celery nor the broker. A
+progress, the file contains a deadline for the next report. Reading the file needs neither Celery nor the broker. A
 check therefore costs little more than starting a Python interpreter. Supervisors do not restart the processes in a
 broker outage, because a restart would not help.
 
@@ -155,7 +155,7 @@ class Heartbeat:
         return _trouble({"written": time.monotonic(), "parts": self.components()}, time.monotonic())
 
     def components(self) -> dict[str, dict[str, Any]]:
-        """Return the components in the form in which the heartbeat file contains them."""
+        """Return the components in the heartbeat file's format."""
         with self._lock:
             return dict(self._components)
 

@@ -95,7 +95,7 @@ class CurlLoop:
         self._watched.add(socket)
         try:
             self._sockets.modify(socket, wanted)
-        except FileNotFoundError:  # this is a new socket; it may have the number of a closed one
+        except FileNotFoundError:  # a new socket can have the number of a closed socket
             self._sockets.register(socket, wanted)
 
     def _handle_ready_sockets(self) -> None:

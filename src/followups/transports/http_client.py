@@ -188,8 +188,8 @@ class HttpClient:
         reason = "its header is longer than 64 KiB" if code in TOO_LARGE else _reason(exchange.curl, code)
         return Unknown(f"the connection broke before an answer arrived ({reason})")
 
-    # The following methods manage the connections. Connections are replaced after some seconds without a call.
-    # Otherwise, libcurl closes an idle connection only at the next call. If libcurl repeatedly selects an unusable
+    # The following methods manage the connections. Connections are replaced after some seconds without a call. By
+    # itself, libcurl closes an idle connection only at the next call. If libcurl repeatedly selects an unusable
     # connection, the connections are replaced as well. A replaced connection finishes its calls in flight and gets no
     # new ones.
 

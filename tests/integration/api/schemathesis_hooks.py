@@ -1,8 +1,8 @@
 """Hooks for schemathesis, for valid requests that are rejected because of the current state.
 
 The OpenAPI document cannot express the rules behind these rejections. `valid_requests_are_accepted` replaces
-`positive_data_acceptance` of schemathesis. The replacement makes the same check, but accepts 422 responses that depend
-on the state. Separate tests cover those responses.
+`positive_data_acceptance` of schemathesis. The replacement makes the same check, but also accepts 422 responses that
+depend on the state. Separate tests cover those responses.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Nudges: if a follow-up becomes due before the next tick, its commit requests a tick."""
+"""Nudges: a commit requests a tick if it makes a follow-up due before the next regular tick."""
 
 from __future__ import annotations
 

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 def found(url: str) -> dict[str, Finding]:
-    """Return doctor's findings about the database at a URL, by name."""
+    """Return doctor's findings about the database at a URL, keyed by name."""
     engine = make_engine(url, pool_size=1)
     findings = {finding.name: finding for finding in of_server(engine)}
     engine.dispose()

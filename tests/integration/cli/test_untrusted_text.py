@@ -64,7 +64,7 @@ COMMANDS = (
 
 
 def test_every_command_escapes_untrusted_text(run: RunCommand, follow_up: UUID) -> None:
-    """No command fails on untrusted text or prints its control characters, in text or in JSON."""
+    """Every command accepts untrusted text and prints no control characters from it, also in JSON."""
     for command in COMMANDS:
         for form in ([], ["--json"]):
             ran = run(*command.format(id=follow_up).split(), *form)

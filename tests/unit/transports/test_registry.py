@@ -87,6 +87,6 @@ def test_an_incomplete_plug_in_is_named_with_what_is_missing(monkeypatch: pytest
 @pytest.mark.parametrize("plug_in", ["followups.transports.http:HttpTransport"], indirect=True)
 @pytest.mark.usefixtures("plug_in")
 def test_a_transports_own_error_is_passed_on() -> None:
-    """A transport's own error about its settings is passed on unchanged."""
+    """If a transport raises an error about its settings, the error is passed on unchanged."""
     with pytest.raises(TransportConfigurationError, match=r"^The transport extra needs FOLLOWUPS_TRANSPORT_URL"):
         load_transport(settings_for(transport="extra"))

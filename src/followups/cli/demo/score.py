@@ -79,7 +79,7 @@ class FollowUpState:
 
 
 def read_states(session: Session, workspace_id: UUID, scheduled: Sequence[Scheduled]) -> list[FollowUpState]:
-    """Return the current state of each follow-up, in the order of the argument."""
+    """Return the current state of each follow-up, in the given order."""
     found, _ = listing.page(session, workspace_id, ListFilter(), page_number=1, page_size=len(scheduled))
     rows = {row.id: row for row in found}
     return [_standing(each, rows[each.id]) for each in scheduled]

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """The result of a check. ``advice`` says how to fix the problem, and is empty without a problem."""
+    """The result of a check. ``advice`` says how to fix the problem, and is empty if there is no problem."""
 
     name: str
     detail: str

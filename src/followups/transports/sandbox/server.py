@@ -176,7 +176,7 @@ async def serving(app: web.Application, *, host: str = "127.0.0.1", port: int = 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the sandbox until SIGTERM or SIGINT. The exit code is 0, 1 or 2.
 
-    Once the server is ready, it prints one line with its address to stdout.
+    Once the server is ready, the command prints one line with the server's address to stdout.
     """
     options = _parser().parse_args(arguments)
     try:
