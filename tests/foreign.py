@@ -41,7 +41,7 @@ HOSTILE: Mapping[str, str] = {
 
 
 def set_defaults(database_url: str, defaults: Mapping[str, str]) -> None:
-    """Set this database's defaults, and the overriding defaults of the URL's role in this database."""
+    """Set the database's defaults, and the role's defaults in this database, which take precedence."""
     url = make_url(database_url)
     database, role = sql.Identifier(url.database or ""), sql.Identifier(url.username or "")
     with psycopg.connect(url_as(database_url, SUPERUSER), autocommit=True) as connection:

@@ -70,7 +70,7 @@ WAYS = {
 def readable(*columns: str) -> str:
     """Return an SQL condition that holds only for times that Python can represent.
 
-    A manual change could store a time outside this range. Every query of that row would then fail.
+    A manual change could store a time outside this range. Every query that reads the row would then fail.
     """
     named = ", ".join(columns)
     return (
@@ -447,8 +447,8 @@ class FollowUp(Base):
     sendable_from: Mapped[datetime | None]
     """The first time at which sending hours allow the message, or None if the follow-up was never held.
 
-    A first possible time in the future is derived from the current sending hours. A time that is already past is not
-    changed, even if the sending hours change. A follow-up's lateness is counted from this time.
+    If this time is in the future, it is derived again from the current sending hours. A time that is already past is
+    not changed, even if the sending hours change. A follow-up's lateness is counted from this time.
     """
     limited_until: Mapped[datetime | None]
     """The time of the next attempt, if a rate limit or the breaker has set it.

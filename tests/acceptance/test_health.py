@@ -122,7 +122,7 @@ def test_a_worker_that_answers_ping_but_consumes_nothing(own_runtime: Stack, tmp
 
 
 def test_an_idle_worker_is_healthy(own_runtime: Stack) -> None:
-    """A worker that receives no task, or reads only one queue, is healthy."""
+    """A worker without tasks, or with only one of the queues, is healthy."""
     environment = own_runtime.environment()
     own_runtime.processes.spawn("idle", [*CELERY, "worker", "-n", "idle@%h", "-Q", "deliver"], environment=environment)
     says(own_runtime, "worker", 0, "1 worker", "idle@")

@@ -60,7 +60,7 @@ def throughput(contestant: Contestant, count: int, control: str = "") -> Figures
 def lag(contestant: Contestant, rate: float, seconds: float, *, snapshot: bool = False, ahead: float = 5.0) -> Figures:
     """Create follow-ups that fall due at ``rate`` per second; return their lags in milliseconds.
 
-    The first follow-up is due ``ahead`` seconds after the insert: by then all processes run.
+    The first follow-up is due ``ahead`` seconds after the insert, so that all processes run by then.
     """
     arena = contestant.arena
     arena.clear()

@@ -199,7 +199,7 @@ def test_the_system_page_shows_the_doctors_findings(path: str, person: Callable[
 def test_the_release_of_held_follow_ups_is_bounded(
     person: Callable[..., Person], own: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """If releasing takes too long, the page says that saving again releases more."""
+    """If releasing held follow-ups takes too long, the page says that saving again releases more."""
     monkeypatch.setattr(settings, "RELEASE_LIMIT", timedelta(0))
     one_id = own.follow_up(
         held_until=text("now() + interval '1 day'"), next_attempt_at=text("now() + interval '1 day'")

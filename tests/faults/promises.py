@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     from sqlalchemy import Engine
 
 UNKNOWN = "unknown"
-"""Text in a follow-up's reason if the message may have been accepted. Without this text, an ended follow-up with an
-accepted message must be in the state sent.
+"""Text in a follow-up's reason if the message may have been accepted. Without this text, a finished follow-up whose
+message was accepted must have the state sent.
 """
 
 
@@ -50,7 +50,7 @@ class Verdict:
     unknown: int
     """The follow-ups that ended with an unknown outcome."""
     repeated: int
-    """The requests with a key that the chat had already accepted."""
+    """The requests whose key the chat had already accepted."""
 
     def broken(self) -> dict[str, int]:
         """Return the promises that were broken, each with a count."""
@@ -63,7 +63,7 @@ class Verdict:
 def check(
     engine: Engine, requests: Collection[Mapping[str, Any]], known: Record, *, max_lateness: float = 86_400
 ) -> Verdict:
-    """Check every follow-up in the database against all requests that the chat received, oldest first."""
+    """Compare every follow-up in the database with the requests that the chat received, oldest first."""
     with engine.connect() as connection:
         rows = {row.id: row for row in connection.execute(select(FollowUp.__table__))}
     by_id: dict[str, list[Mapping[str, Any]]] = defaultdict(list)

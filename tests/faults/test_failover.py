@@ -181,7 +181,7 @@ def failovers(
 
 @pytest.mark.parametrize("replicated", [embedded.BINARIES, INSTALLED], indirect=True, ids=["embedded", "installed"])
 def test_failover(replicated: Rig, figures: Figures) -> None:
-    """Requests and sends continue after a failover, during which the database is reported as read-only."""
+    """Requests and deliveries continue after a failover that makes the database read-only for a while."""
     failovers(replicated, figures, times=1, between=(0.5, 1.0), rate=40, workers=1)
 
 

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     Proxied = tuple[Rig, Sequence[Proxy]]
 
 SLACK = 20.0
-"""Seconds that the assertions add for a busy machine; the figures record the actual times."""
+"""Extra seconds that assertions allow on a busy machine; the figures record the actual times."""
 
 SAID = ("got no reply", '"broker_unreachable"', "Connection to broker lost")
 """Events that a worker logs when it notices a silent broker."""

@@ -63,7 +63,7 @@ def test_killed_at_each_step(rig: Rig, figures: Figures) -> None:
 def test_killed_in_mid_batch(rig: Rig, figures: Figures) -> None:
     """If a worker is killed, its calls in flight are repeated with their idempotency keys."""
     doomed, other = rig.start(workers=2)
-    other.signal(signal.SIGSTOP)  # stopped so that the other worker gets all follow-ups
+    other.signal(signal.SIGSTOP)  # stop one worker so that the other worker gets all follow-ups
     rig.behave(kind="slow", delay=0.3)
     rig.bulk(200, spread=0.3)
     wait_until(lambda: len(rig.received()) > rig.rng.randrange(20, 100))

@@ -1,4 +1,4 @@
-"""Races between cancel and deliver, and between reply and create: both clients see the same result."""
+"""Races of a cancel with a delivery, and of a reply with a create: both clients see the same result."""
 
 from __future__ import annotations
 

@@ -96,7 +96,8 @@ def storm(rig: Rig, figures: Figures, count: int, seconds: float) -> None:
         **request_rates(requests, calm),
     )
     assert used == 0
-    assert shortest_pause(refused) > 0.95  # the receiver itself measures its Retry-After of one second
+    # the receiver's own clock measured the pause of one second that its Retry-After requested
+    assert shortest_pause(refused) > 0.95
 
 
 def shortest_pause(refused: Collection[Mapping[str, Any]]) -> float:

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 class TestBegin:
-    """Begin repeats every check of a leased follow-up."""
+    """Before an attempt begins, every check of the leased follow-up is repeated."""
 
     def test_once(self, world: World, steps: Steps) -> None:
         """A hint that is delivered twice begins only one attempt."""

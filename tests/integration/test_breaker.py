@@ -311,7 +311,7 @@ def test_the_clock_is_set_while_open(own: Settings, clock: ServerClock, step: fl
 
 @pytest.mark.parametrize("step", [-DAY, -1.0, 1.0, DAY])
 def test_the_clock_is_set_while_recovering(own: Settings, clock: ServerClock, step: float) -> None:
-    """If the Redis clock is changed, the breaker's recovery lasts as long as before."""
+    """A change of Redis's clock does not change the length of the breaker's recovery."""
     policy = replace(QUICK, first_rate=10, last_rate=10_000)
 
     async def script(store: BreakerStore) -> None:

@@ -157,7 +157,7 @@ def test_nothing_begins_without_a_slot(
 
 
 class BlockingTransport(ScriptedTransport):
-    """A transport whose calls for selected follow-ups block until they are released."""
+    """A transport in which the calls of selected follow-ups wait until a test releases them."""
 
     def __init__(self, stuck: set[str]) -> None:
         super().__init__(lambda _: Sent())

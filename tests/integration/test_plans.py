@@ -73,7 +73,7 @@ def statements(engine: Engine) -> Iterator[list[tuple[str, Any]]]:
 
 
 def read(plan: dict[str, Any]) -> Iterator[tuple[str, float]]:
-    """Yield, for each plan node that reads follow-ups or chats, how it reads them.
+    """Yield the scan type of each plan node that reads follow-ups or chats.
 
     For an executed plan, also yield the number of rows read.
     """

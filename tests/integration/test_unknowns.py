@@ -151,7 +151,7 @@ def test_too_late(world: World, engine: Engine, settings: Settings, unknown_outc
 
 
 def test_last_attempt(world: World, settings: Settings) -> None:
-    """If the last attempt's outcome is unknown, the reason mentions the unknown outcome only once."""
+    """If the last attempt's outcome is unknown, the follow-up's reason says so only once."""
     follow_up = world.follow_up()
     last = settings.model_copy(update={"max_attempts": 1})
     attempted(world, last, Unknown("no answer within 1 s"), follow_up)

@@ -26,7 +26,7 @@ HEAD = "# HELP {0} Says something.\n# TYPE {0} {1}\n"
     ],
 )
 def test_a_flaw_is_found(text: str, flaw: str) -> None:
-    """Each rule that a metrics page violates is named."""
+    """The lint check names every rule that a metrics page violates."""
     with pytest.raises(AssertionError, match=flaw):
         assert flaws(text) == []
 

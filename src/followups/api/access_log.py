@@ -42,7 +42,7 @@ PROBES = frozenset({"/healthz", "/readyz", "/metrics"})
 SECURITY_HEADERS = {"x-content-type-options": "nosniff"}
 """The headers that every response has.
 
-Static files may be cached and set their own `cache-control`. No other response may be cached.
+Static files may be cached and set their own `cache-control`. Responses other than static files may not be cached.
 """
 
 KEY = "followups.seen"

@@ -78,7 +78,7 @@ class Budget:
 
 @dataclass(slots=True)
 class RequestBody:
-    """A request body that is being received, its reserved memory, and an error found in it."""
+    """A request body during its arrival, with the memory reserved for it and any error found."""
 
     budget: Budget
     most: int = MAX_BODY_SIZE

@@ -117,7 +117,7 @@ class SharedResult(Generic[T]):
     """
 
     def __init__(self, compute: Callable[[], T], reused_for: float = KEPT) -> None:
-        """Store the function for the result, and the seconds for which a result is reused."""
+        """Store the function that computes the result, and how many seconds a result is reused."""
         self._compute = compute
         self._reused_for = reused_for
         self._expires_at = 0.0

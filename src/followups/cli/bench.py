@@ -1,6 +1,6 @@
 """``followups bench``: a benchmark on the configured servers, isolated from production data.
 
-Its environment consists of a separate schema, separate broker keys, and separate processes.
+The benchmark has its own schema, broker keys and processes.
 """
 
 from __future__ import annotations

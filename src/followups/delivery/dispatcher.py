@@ -203,7 +203,7 @@ class Dispatcher:
         for unblock in (chat_order.unblock_orphaned, pauses.release_orphaned):
             known = -1
             try:
-                # rows that cannot be written must not keep the rows after them from being claimed
+                # unwritable rows must not prevent claims of the rows after them
                 while len(refused) > known:
                     known = len(refused)
                     with self._engine.begin() as connection:

@@ -239,7 +239,7 @@ class Pipeline:
             self._spawn(self._unblock_later(step.blocking))
 
     async def _unblock_later(self, ended: Collection[UUID]) -> None:
-        """Unblock the follow-ups behind ended ones as soon as their rows are not locked.
+        """Unblock each follow-up behind an ended one as soon as its row is no longer locked.
 
         While the pipeline drains, dispatchers unblock these follow-ups instead.
         """

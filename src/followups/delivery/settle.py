@@ -68,8 +68,8 @@ ROOM = MAX_REASON_LENGTH - 100
 class Settler:
     """Collects attempts' outcomes and records them in batches, at a given size or after a short wait.
 
-    An accepted message is recorded without waiting for slower calls. Until the lease expires, recording is retried if
-    the database or a row is unavailable. An instance belongs to one event loop.
+    An accepted message is recorded without waiting for slower calls. If the database or a row is unavailable, recording
+    is retried until the lease expires. An instance belongs to one event loop.
     """
 
     def __init__(

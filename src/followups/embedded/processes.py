@@ -112,7 +112,7 @@ class Processes:
         """Send all processes the stop signal, wait for each one's ``grace``, then kill the rest."""
         for child in reversed(self.children):
             child.ask()
-        # each process is stopped, the newest first, even if stopping another one fails
+        # stop every process, newest first, even if one cannot be stopped
         with ExitStack() as stack:
             if self._temporary:
                 stack.callback(remove_directory, self.logs)

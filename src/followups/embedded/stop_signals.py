@@ -1,4 +1,4 @@
-"""Ctrl-C, SIGTERM and a closed terminal: recorded when they arrive, handled between two steps.
+"""Stop signals (Ctrl-C, SIGTERM, a closed terminal) are recorded at once and handled between steps.
 
 A signal handler must not raise an exception: a process that has just started might not be recorded yet. The handler
 therefore only records the first signal, and `StopSignals.check` turns it into KeyboardInterrupt. A second signal that

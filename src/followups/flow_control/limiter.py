@@ -2,8 +2,8 @@
 
 A `Limiter` keeps each limit's state for all workers: token buckets and waiting queues. Two scripts (``take``,
 ``give_back``) update this state in Redis. Losing this state allows one extra burst and loses the order of waiting
-follow-ups. A deferred follow-up uses up no attempt and no slot. A follow-up stays in the due queue for a short wait,
-and is deferred in the database for a long one.
+follow-ups. A deferred follow-up uses up no attempt and no slot. A follow-up with a short wait stays in the due queue. A
+follow-up with a long wait is deferred in the database.
 """
 
 from __future__ import annotations

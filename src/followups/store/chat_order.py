@@ -2,7 +2,7 @@
 
 The column ``waits_for`` of a waiting follow-up contains the id of its immediate predecessor. Waiting follow-ups are not
 in the index for claims. Each follow-up waits only for its immediate predecessor, so the end of one follow-up unblocks
-only one other. If 100,000 follow-ups are queued behind one stuck chat, each is refused only once.
+only one other. If 100,000 follow-ups wait behind a stuck one in their chat, each is refused only once.
 """
 
 from __future__ import annotations
@@ -207,7 +207,7 @@ def _unblock(ids: Sequence[UUID], refused: Refused | None = None) -> Steps[list[
 def unblock_and_lease(
     connection: Connection, ended: Collection[UUID], lease: timedelta
 ) -> tuple[list[Lease], list[UUID]]:
-    """Unblock the follow-ups that waited for the ended ones, and lease them to the caller.
+    """Unblock follow-ups that waited for ended ones; lease the unblocked follow-ups to the caller.
 
     The caller sends the leased follow-ups immediately. Returns the leases, and the ended follow-ups whose successor is
     locked by another transaction.

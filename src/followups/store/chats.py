@@ -54,7 +54,7 @@ class RecordedMessage:
 
     @property
     def cancelled_follow_up_ids(self) -> tuple[UUID, ...]:
-        """Ids of the follow-ups that the message cancelled, named as in the API."""
+        """Ids of the follow-ups that the message cancelled; the field has its API name."""
         return self.cancelled
 
 

@@ -57,7 +57,7 @@ class Claim:
     more: bool
     """Whether more follow-ups may be due, because this claim or the in-flight window was full."""
     cut_short: bool
-    """Whether another claim would find more: this claim was full, the in-flight window is not."""
+    """Whether another claim would find more, because this claim was full but the in-flight window is not."""
     low_water: datetime | None
     """The due time from which the next claim may start, unless earlier rows are added."""
     ended: tuple[tuple[UUID, Final], ...] = ()

@@ -20,7 +20,7 @@ def read_sql(name: str) -> str:
 
 
 DUE = "COALESCE(f.next_attempt_at, f.due_date)"
-"""The time at which a follow-up falls due: its retry's time or due date."""
+"""The time at which a follow-up falls due: the time of its next retry, or its due date."""
 
 DUE_READ = f"LEAST(GREATEST({DUE}, timestamptz '0002-01-01'), timestamptz '9998-12-31')"
 """The due time, limited to the range of Python's dates. Python cannot read all dates that PostgreSQL allows."""

@@ -58,8 +58,8 @@ class Hold:
 
 
 # Until this transaction commits, locks keep the pause and the sending hours unchanged. A concurrent resume or change of
-# sending hours therefore commits after this transaction. That later transaction releases the follow-ups held here. Rows
-# that are locked or were changed in the meantime are checked again shortly.
+# sending hours therefore commits after this transaction. The resume or change then releases the follow-ups held here.
+# Rows that are locked or were changed in the meantime are checked again shortly.
 _HOLD = text(f"""
     WITH standing AS MATERIALIZED (
         SELECT id FROM pauses WHERE id = ANY(CAST(:pauses AS uuid[])) AND ended_at IS NULL

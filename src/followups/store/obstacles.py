@@ -48,7 +48,7 @@ class Obstacle:
     earlier: UUID | None = None
     """The pending follow-up just before this one in its chat."""
     sendable_from: datetime | None = None
-    """The first time at which sending hours allow the message, or None if not recorded."""
+    """The first time at which sending hours allow the message, or None if none was recorded."""
     window_ends: datetime | None = None
     """The end of the messaging window, or None if the channel has no messaging window."""
     pause_id: UUID | None = None

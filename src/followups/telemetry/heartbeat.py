@@ -145,7 +145,7 @@ class Heartbeat:
         return _waits({"waits": self._waits}, time.monotonic())
 
     def end(self, within: timedelta, otherwise: str) -> None:
-        """Stop expecting reports from the components; only the end of the process is expected."""
+        """Expect no more reports from the components; only the end of the process is expected."""
         with self._lock:
             self._ending = True
             self._components = {"end": _component_state(within, otherwise, time.monotonic())}

@@ -82,8 +82,8 @@ class HttpClient:
         self._timeout = settings.transport_timeout.total_seconds()
         self._endpoint = settings.transport_url or ""
         self._sockets = Sockets(speak_first=self._endpoint.startswith("https:"))
-        # If the receiver cannot deduplicate, each connection is used only once. A kept connection may break after a
-        # request was sent. The follow-up would then fail needlessly as outcome_unknown.
+        # If the receiver cannot deduplicate, each connection is used only once. A connection that is kept open may
+        # break just after a request was sent. The follow-up would then fail needlessly as outcome_unknown.
         kept = settings.transport_deduplicates
         every = HEADERS | dict(headers or {}) | ({} if kept else {"connection": "close"})
         self._headers = _lines(every)

@@ -49,7 +49,7 @@ class Sent:
     chat_message_id: UUID | None = None
     status_code: int | None = None
     detail: str = ""
-    """Anything unusual about the response, for the log. It never contains the text of the message."""
+    """Anything unusual about the response, for the log. The text of the message is never included."""
 
 
 @dataclass(frozen=True, slots=True)

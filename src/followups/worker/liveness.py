@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from followups.delivery.pipeline import Pipeline
 
 STARTING = timedelta(seconds=90)
-"""Longest time until a started worker is consuming, which includes importing its code and connecting."""
+"""Longest time from a worker's start until it consumes, including imports and connecting."""
 
 CONNECTING = timedelta(seconds=45)
 """Longest time between two tries to reach the broker.
@@ -55,7 +55,7 @@ on an overloaded machine.
 """
 
 TICKING = timedelta(seconds=90)
-"""Longest time for one tick: an interval and a few statements of at most 20 s each."""
+"""Longest time for one tick: the tick interval and a few statements of at most 20 s each."""
 
 log = get_logger(__name__)
 
@@ -146,6 +146,6 @@ def _report_outage(heart: Heartbeat) -> None:
 
 
 def drain(within: timedelta) -> None:
-    """Stop expecting reports from the components; only the end of the process is expected."""
+    """Expect no more reports from the components; only the end of the process is expected."""
     if heart := current():
         heart.end(within, "has been stopping")

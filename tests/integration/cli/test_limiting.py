@@ -71,7 +71,7 @@ def test_wrong_choices(run: RunCommand, arguments: tuple[str, ...]) -> None:
 
 
 def test_show_names_the_limits(run: RunCommand, world: World) -> None:
-    """`show` names the rate limits that defer a follow-up, or none."""
+    """`show` names the rate limits, if any, that defer a follow-up."""
     run("limit", "set", "50/s", "--workspace", world.workspace_id)
     run("limit", "set", "1/min", "--each", "chat")
     waits, pending = world.follow_up(), world.follow_up()

@@ -58,7 +58,7 @@ def test_the_script_has_at_least_50_follow_ups() -> None:
 
 
 def test_the_reply_precedes_the_cancelled_follow_ups() -> None:
-    """In the demo, the user replies after the first follow-up and well before those to cancel."""
+    """In the demo, the user's reply comes after the first follow-up and well before the cancelled ones."""
     first, *cancelled = [part for part in SCENARIO.parts if part.chat == REPLYING]
     assert SCENARIO.replies == {REPLYING: REPLY_AT}
     assert first.due < REPLY_AT - 1

@@ -196,7 +196,7 @@ async def test_there_are_never_more_connections_than_calls_at_once(*, deduplicat
 
 
 async def test_waiting_calls_share_open_connections() -> None:
-    """Even waiting calls use an idle connection before a new connection is opened."""
+    """Calls that wait for a slot reuse open connections instead of opening new ones."""
     async with scripted(OK) as server, opened(HttpTransport(settings_for(server.url, concurrency=2))) as transport:
         for _ in range(3):
             outcomes = await asyncio.gather(*[transport.send(a_delivery()) for _ in range(8)])

@@ -128,7 +128,7 @@ def test_a_dropped_request_is_accepted_and_has_no_status() -> None:
 
 
 def test_lag_is_received_minus_due() -> None:
-    """Lag quantiles of accepted messages are nearest-rank values in ms; early messages have negative lags."""
+    """Lag quantiles are nearest-rank values in ms; an early message has a negative lag."""
     chats = SandboxChats()
     for n in range(100):
         chats.receive(incoming(f"f{n}"), f"f{n}", late(n - 1))

@@ -92,7 +92,7 @@ class Ledger:
         return self._message_ids.get(key)
 
     def new_message_id(self, key: str) -> str:
-        """Accept ``key``, even if it was accepted before, and return its new message id."""
+        """Accept a request with ``key`` and return a new message id, even if ``key`` is known."""
         if key in self._message_ids and key not in self._doubled:
             self._doubled.add(key)
             self._counts["duplicates"] += 1

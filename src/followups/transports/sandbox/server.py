@@ -141,7 +141,7 @@ BACKLOG = 1024
 
 
 def build_app(chats: SandboxChats | None = None, *, secret: str | None = None) -> web.Application:
-    """Return the web application for ``chats``; the default is new chats that deduplicate messages.
+    """Return the sandbox's web application for ``chats``, by default for new, deduplicating chats.
 
     If ``secret`` is given (Standard Webhooks), deliveries must be signed. Raises `TransportConfigurationError` for an
     invalid secret.
@@ -162,7 +162,7 @@ async def serving(app: web.Application, *, host: str = "127.0.0.1", port: int = 
 
     Raises `OSError` if the port is in use.
     """
-    # When the client gives up and closes the connection, a slow answer ends too.
+    # If the client closes the connection, the sandbox abandons its slow response.
     runner = web.AppRunner(app, access_log=None, handler_cancellation=True, shutdown_timeout=0.25)
     await runner.setup()
     try:

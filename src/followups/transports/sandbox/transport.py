@@ -26,7 +26,7 @@ class SandboxTransport:
     def __init__(self, settings: Settings, chats: SandboxChats | None = None) -> None:
         """Deliver to ``chats``, or to new sandbox chats for None.
 
-        The new chats deduplicate requests if the receiver is configured as one that deduplicates.
+        New sandbox chats deduplicate requests if `FOLLOWUPS_TRANSPORT_DEDUPLICATES` is true.
         """
         self.chats = chats or SandboxChats(deduplicates=settings.transport_deduplicates)
         self._timeout = settings.transport_timeout.total_seconds()
