@@ -46,7 +46,7 @@ def command(name: str) -> list[str]:
 
 
 def start(processes: Processes, environment: dict[str, str], name: str = "web") -> tuple[Child, str]:
-    """Start the Procfile's `web` on a free port; return the process and its URL."""
+    """Start the Procfile's `web` process on a free port; return the process and its URL."""
     port = free_port()
     url = f"http://127.0.0.1:{port}"
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"

@@ -267,7 +267,7 @@ class _Pooler:
     def check(
         self, session: Mapping[str, Any], patience: float, arguments: Sequence[Any], named: Mapping[str, Any]
     ) -> None:
-        """Raise `UnfitDatabaseError` if two connections share a session, or if one connection changes its session.
+        """Raise `UnfitDatabaseError` if two connections share a session, or one changes its session.
 
         Before the check, settings are changed on both connections. RDS Proxy pins a connection to a session only after
         a setting has been changed.
@@ -350,8 +350,8 @@ def _arguments(url: URL, pool_size: int, application_name: str) -> dict[str, Any
     defaults = {name: value for name, value in CONNECTION.items() if name not in url.query}
     return {
         "pool_size": pool_size,
-        # SQLAlchemy would open an overflow connection for one transaction and then close it. Opening such a connection
-        # costs more than waiting for a pooled connection.
+        # SQLAlchemy would open an overflow connection for one transaction and then close it. Opening an overflow
+        # connection costs more than waiting for a pooled connection.
         "max_overflow": 0,
         "pool_pre_ping": True,
         # Seconds that a caller waits for a connection before an error is raised.

@@ -44,7 +44,7 @@ class RetryPolicy:
         """Return the maximum delay after failed attempt number ``attempt``, counted from 1."""
         try:
             grown = self.base.total_seconds() * self.factor ** (attempt - 1)
-        except OverflowError:  # the float overflows only for values far above the cap
+        except OverflowError:  # the float overflows only if the delay is far above the cap
             return self.cap
         return timedelta(seconds=min(grown, self.cap.total_seconds()))
 

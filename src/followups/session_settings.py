@@ -59,8 +59,8 @@ BY_KEY: Mapping[str, str] = {
 """Planner options for workers.
 
 Each SQL statement of a worker looks up a batch by key or scans an index. The planner must keep these plans even if a
-burst of inserts makes the statistics wrong. Without these options, begin took 17 ms per hundred follow-ups right after
-an insert of 20,000 rows. With the options, begin took 4 ms. JIT is off because compiling would take longer than the
+burst of inserts makes the statistics wrong. Without these options, beginning a hundred follow-ups took 17 ms after an
+insert of 20,000 rows. With the options, begin took 4 ms. JIT is off because compiling would take longer than the
 statement.
 """
 

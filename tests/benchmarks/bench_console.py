@@ -112,7 +112,7 @@ def measure_all(one: Person, workspace_id: UUID, connection: psycopg.Connection)
 
 
 def main() -> None:
-    """Fill a temporary database, or reuse a kept one, and measure."""
+    """Measure the console with a filled database, which may be temporary or kept."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, help="a directory in which the database is kept")
     parser.add_argument("--part", type=float, default=1.0, help="fill in this part of the five million only")

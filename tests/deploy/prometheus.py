@@ -9,7 +9,7 @@ from typing import Any
 import httpx
 
 MINUTE = 2
-"""Length of a test minute in seconds."""
+"""How many seconds a minute lasts in these tests."""
 SHORTER = (
     ("max(followups_last_tick_timestamp_seconds) > 30", "max(followups_last_tick_timestamp_seconds) > 3"),
     ("max(followups_oldest_overdue_seconds) > 600", "max(followups_oldest_overdue_seconds) > 8"),

@@ -1,4 +1,4 @@
-"""README and deploy/*.md: their links work, and the commands, settings and files in them exist."""
+"""Checks README and deploy/*.md: links work, and commands, settings and files exist."""
 
 from __future__ import annotations
 

@@ -71,7 +71,7 @@ def test_systemd_reports_no_problem(analyze: str, installed: Path, name: str) ->
 
 
 def test_systemd_reports_an_invalid_unit(analyze: str, installed: Path) -> None:
-    """The systemd check finds a misspelled assignment and a missing command, so the check can fail."""
+    """The systemd check reports a misspelled setting and a missing command."""
     unit = installed / "etc/systemd/system/followups-web.service"
     unit.write_text(unit.read_text().replace("RestartSec", "RestartSecs").replace("bin/python", "bin/pyton"))
     said = verify(analyze, installed, unit.name).stderr

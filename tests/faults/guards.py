@@ -292,7 +292,7 @@ def stale_end(scene: Scene) -> None:
 
 
 def cancelled_in_flight(scene: Scene) -> None:
-    """Cancel a follow-up while its attempt is in flight."""
+    """Try to cancel a follow-up while its attempt is in flight."""
     scene.world.follow_up()
     (begun,) = scene.begin(scene.lease())
     try:

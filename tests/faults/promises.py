@@ -36,7 +36,7 @@ class Record:
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """How the follow-ups ended, and how often each promise was broken, which should be never."""
+    """How the follow-ups ended, and how often each promise was broken."""
 
     lost: int
     doubled: int

@@ -96,7 +96,7 @@ class Rig(Stack):
 
     def start(self, workers: int = 1, beats: int = 1, *, harmed: bool = False) -> list[Child]:  # type: ignore[override]
         """Start the chat server, beats and workers; return the workers once all of them read the queue."""
-        for _ in range(beats):  # start first the processes that take longest to start
+        for _ in range(beats):  # the processes that take longest to start are started first
             self.beat()
         started = [self.worker(ready=False, harmed=harmed) for _ in range(workers)]
         self.sandbox()
@@ -218,7 +218,7 @@ def own_servers(
 
 @contextmanager
 def running(settings: Settings, engine: Any, rng: random.Random, **servers: Any) -> Iterator[Rig]:
-    """Return a system that is not started; its processes are stopped at the end."""
+    """Return a system that the test can start; its processes are stopped after the test."""
     with Processes() as processes:
         rig = Rig(settings, World(engine), processes, rng=rng, **servers)
         try:

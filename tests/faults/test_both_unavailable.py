@@ -79,7 +79,7 @@ def outage(rig: Rig, proxies: Sequence[Proxy], seconds: float) -> None:
 def test_both_unavailable(proxied: Proxied, figures: Figures, *, deduplicates: bool) -> None:
     """If the database and the ticks are unavailable until a lease expires, accepted calls are not repeated.
 
-    The outcomes of these calls are recorded later.
+    The outcomes of the accepted calls are recorded later.
     """
     both_unavailable(proxied, figures, deduplicates=deduplicates, count=60, lease=4)
 

@@ -1,4 +1,4 @@
-"""Tests of lost answers: the call is repeated with its key, or ends as unknown."""
+"""Tests of lost responses: a call is repeated with its key, or its outcome is unknown."""
 
 from __future__ import annotations
 

@@ -75,7 +75,7 @@ class RandomFaults:
         self.beats[number] = self._rig.beat()
 
     def freeze_worker(self) -> None:
-        """Freeze a worker, either for less than a lease or for longer."""
+        """Freeze a worker for some time, which may be longer than a lease."""
         child = self._rig.rng.choice(self.workers)
         child.signal(signal.SIGSTOP)
         self._frozen[child] = time.monotonic() + self._rig.rng.uniform(0.2, 6.0)

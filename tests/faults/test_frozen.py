@@ -61,7 +61,7 @@ def test_frozen_at_each_step(rig: Rig, figures: Figures) -> None:
 @pytest.mark.faults_long
 @pytest.mark.parametrize("point", POINTS)
 def test_frozen_for_long(point: str, rig: Rig, figures: Figures) -> None:
-    """A worker frozen for ten leases with a thousand follow-ups settles nothing after resuming."""
+    """A worker that was frozen for ten leases, with a thousand follow-ups, settles none of them."""
     frozen_at(rig, figures, point, rig.start(workers=2, harmed=True), count=1000, longer=30.0)
 
 

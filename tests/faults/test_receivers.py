@@ -143,7 +143,7 @@ def outage(rig: Rig, figures: Figures, rate: float, seconds: float) -> None:
 def fail_for(rig: Rig, figures: Figures, rate: float, seconds: float, limit: int | None = None) -> int:
     """Make every chat fail for some seconds under load; return the number of failures.
 
-    ``limit`` is a rate limit for all deliveries, per second.
+    ``limit`` is the number of deliveries allowed per second.
     """
     if limit:
         with rig.world.engine.begin() as connection:

@@ -125,7 +125,7 @@ async def test_several_workers(under_test: LimiterUnderTest, limiter_settings: S
 
 
 async def test_earliest_due_first(under_test: LimiterUnderTest) -> None:
-    """Among token requests, the earlier due date is first; if dates are equal, the lower id."""
+    """Token requests are served by due date, and for equal due dates by id."""
     limit = bucket(rate=1 / 60, burst=1)
     await under_test.ask(request(0, limit))
     late, early = request(9, limit), request(5, limit)
@@ -202,7 +202,7 @@ async def test_a_returned_token(under_test: LimiterUnderTest) -> None:
 
 
 async def test_an_ended_follow_up_leaves_the_queue(under_test: LimiterUnderTest) -> None:
-    """When a queued follow-up has ended, the next follow-up takes its position."""
+    """If a queued follow-up ends, the next one moves up in the queue."""
     limit = bucket(rate=1 / 60, burst=1)
     await under_test.ask(request(0, limit))
     cancelled, second = request(1, limit), request(2, limit)
@@ -212,7 +212,7 @@ async def test_an_ended_follow_up_leaves_the_queue(under_test: LimiterUnderTest)
 
 
 async def test_an_abandoned_request_leaves_the_queue(under_test: LimiterUnderTest) -> None:
-    """A token request that is not repeated in time loses its place in the queue."""
+    """A request for a token loses its place in the queue if it is not repeated in time."""
     limit = bucket(rate=10, burst=1)
     lost, second = request(1, limit), request(2, limit)
     await under_test.ask(request(0, limit))

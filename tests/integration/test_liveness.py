@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 def test_a_stuck_loop_and_a_stuck_tick(
     settings: Settings, engine: Engine, database_url: str, world: World, tmp_path: Path
 ) -> None:
-    """The pipeline reports while its event loop runs, and the dispatcher reports even while idle.
+    """The pipeline and the dispatcher report regularly, even if they are idle.
 
     If a component is stuck, the time since its last report grows.
     """

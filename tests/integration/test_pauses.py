@@ -50,7 +50,7 @@ def free(world: World) -> int:
 
 
 def test_a_paused_workspace(world: World, engine: Engine, settings: Settings) -> None:
-    """A paused follow-up has no lease, has used no attempt and is not claimed; all others continue."""
+    """A paused follow-up is not claimed and uses no attempt; other follow-ups continue."""
     others = type(world)(engine)
     mine, theirs = world.follow_up(), others.follow_up()
     scope = pause(world)
@@ -134,7 +134,7 @@ def test_paused_follow_ups_can_end(world: World, engine: Engine, settings: Setti
 
 
 def test_interrupted_while_resuming(world: World, engine: Engine, settings: Settings) -> None:
-    """If a resume is interrupted, a later run releases the rest, except follow-ups that other pauses hold."""
+    """An interrupted resume can be run again; follow-ups held by other pauses stay held."""
     others = type(world)(engine)
     ids = [world.follow_up() for _ in range(5)]
     theirs = others.follow_up()

@@ -234,7 +234,7 @@ def test_doubled_and_shuffled_hints(
 def test_bad_transport(
     world: World, engine: Engine, settings: Settings, started: Callable[..., Pipeline], answer: Callable[..., Any]
 ) -> None:
-    """If a transport plug-in raises or returns an invalid answer, only that call's follow-up suffers.
+    """If a transport plug-in fails on one call, only that call's follow-up is affected.
 
     The affected follow-up ends with a named outcome.
     """
@@ -329,7 +329,7 @@ def test_drain_while_begin_waits_for_slots(
 def test_drained_without_a_database(
     world: World, engine: Engine, settings: Settings, database_url: str, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """Sends that cannot be recorded before the drain's time limit are counted and logged."""
+    """If a drain ends before some sends are recorded, these sends are counted and logged."""
     for _ in range(10):
         world.follow_up()
     away = pytest.MonkeyPatch()

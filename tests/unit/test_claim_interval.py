@@ -1,4 +1,4 @@
-"""A backlog is claimed at the interval in which half of the window becomes free."""
+"""Tests that a backlog is claimed as often as half of the window becomes free."""
 
 from __future__ import annotations
 

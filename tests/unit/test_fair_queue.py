@@ -54,7 +54,7 @@ def test_turns_continue_with_single_slots() -> None:
 
 
 def test_leases_without_a_workspace_key() -> None:
-    """If leases have no workspace key (from an older worker), they are taken in due order."""
+    """Leases without a workspace key, from an older worker, are taken in due order."""
     queue = queue_of()
     given_leases = overdue(0, 3, 1, 2)
     queue.add(given_leases)

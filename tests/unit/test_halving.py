@@ -69,7 +69,7 @@ def test_unreachable_within_a_batch() -> None:
 
 
 def test_errors_of_the_projects_code() -> None:
-    """If a row's content causes an error in the project's own code, the row is isolated too."""
+    """If the project's own code fails because of a row's content, that row is isolated."""
 
     def work(part: Sequence[int]) -> float:
         return sum(1 / one for one in part)

@@ -54,7 +54,7 @@ def allowed(hours: SendingHours, moment: datetime) -> bool:
 def is_shown_twice(zone: str, moment: datetime) -> bool:
     """Return whether the zone's UTC offset changes within two days of the given time.
 
-    If the clock goes back, the start of the sending hours may occur twice.
+    When the clock goes back, the time at which sending hours begin may occur twice.
     """
     zone_info = ZoneInfo(zone)
     return len({(moment + n * 60 * MINUTE).astimezone(zone_info).utcoffset() for n in range(-48, 49)}) > 1
@@ -104,7 +104,7 @@ def test_the_first_moment_is_open(hours: SendingHours, moment: datetime) -> None
         ("22:00", "06:00", "2030-01-31T12:00Z", "2030-01-31T21:00Z"),
         ("22:00", "06:00", "2030-01-31T02:00Z", "2030-01-31T02:00Z"),  # the sending hours began the evening before
         ("00:00", "00:00", "2030-01-31T02:00Z", "2030-01-31T02:00Z"),
-        # When clocks skip from 02:00 to 03:00, sending hours begin and end at that jump.
+        # When the clock skips from 02:00 to 03:00, a time in between means the moment of the skip.
         ("02:30", "20:00", "2030-03-31T00:00Z", "2030-03-31T01:00Z"),
         ("00:30", "02:30", "2030-03-31T01:00Z", "2030-03-31T22:30Z"),
         ("02:10", "02:40", "2030-03-31T00:00Z", "2030-04-01T00:10Z"),

@@ -346,7 +346,7 @@ async def admit(scope: Scope) -> None:
 
 
 class AuthenticatedRoute(APIRoute):
-    """A route that answers 401 to a request without a valid API key, even if the request is also malformed."""
+    """A route that checks the API key first: without a valid key, any request gets 401."""
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
         """Return FastAPI's handler, which here checks the API key before it reports an invalid request."""

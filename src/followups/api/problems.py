@@ -155,7 +155,7 @@ def _places(error: BaseException) -> list[str]:
 
 def _path(error: Mapping[str, Any]) -> list[str]:
     # The location's first element names the part of the request (body, query, path, header). For malformed JSON, the
-    # second element of the location is a byte position instead of a field.
+    # second element is a byte position instead of a field name.
     return [] if error["type"] == "json_invalid" else [str(part) for part in error["loc"][1:]]
 
 

@@ -44,8 +44,8 @@ MAX_PIPELINED = 16
 MAX_CONNECTIONS = 2_000
 """Maximum number of open connections.
 
-Above this number, the connection that has been idle longest is closed. If no connection is idle, the connection whose
-client has been slowest to read is closed. If every client is reading, the new connection is closed.
+When this number is exceeded, the connection that has been idle longest is closed. If no connection is idle, the
+connection whose client has been slowest to read is closed. If every client is reading, the new connection is closed.
 """
 
 READ_WITHIN = 20.0
@@ -99,7 +99,7 @@ class OpenConnections:
         return True
 
     def bound_unsent(self) -> None:
-        """Close connections whose clients do not read, until at most `MAX_UNSENT` bytes are unsent."""
+        """If more than `MAX_UNSENT` bytes are unsent, close the connections whose clients do not read."""
         while sum(each.transport.get_write_buffer_size() for each in self.unread) > MAX_UNSENT:
             self._close_first(self.unread)
 

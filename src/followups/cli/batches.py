@@ -64,9 +64,9 @@ class BulkPreview:
 def carry_out(plan: BulkPreview, batches: Batches, manner: BulkOptions) -> None:
     """Run the batches, unless this is a dry run or the operator declines.
 
-    Each batch yields its counts, keyed by name. The counts ``plan.done`` and ``passedOver`` advance the progress bar.
-    After Ctrl-C, each follow-up is either completely processed or unchanged. Running the command again processes the
-    remaining follow-ups.
+    Each batch yields its counts, keyed by name. The progress bar adds up the counts named ``plan.done`` and
+    ``passedOver``. After Ctrl-C, each follow-up is either completely processed or unchanged. Running the command again
+    processes the remaining follow-ups.
     """
     if manner.dry_run:
         _announce(plan, json=manner.json, then="Nothing has changed: this was a dry run.")

@@ -111,7 +111,7 @@ def _may_pass(error: OperationalError) -> bool:
 
 
 def _is_started_with_others() -> bool:
-    """Return whether a plain ``honcho start`` started this process as `release`.
+    """Return whether this process is the `release` process of a plain ``honcho start``.
 
     A plain ``honcho start`` starts every process of the Procfile.
     """

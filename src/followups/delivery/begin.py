@@ -120,7 +120,7 @@ def _hold_end_or_park(
     waiting = [(o.lease, o.earlier) for o in missing if o.earlier and o.lease.id not in judged]
     parked = chat_order.park_if_leased(connection, waiting) if waiting else set()
     if parked:
-        # If one row cannot be written, the other follow-ups are parked one by one.
+        # If a row cannot be written, the batch is divided, so that the other follow-ups are still parked.
         halve_within(connection, list(parked), partial(chat_order.park_pile, connection))
     unblocked, blocking = chat_order.unblock_writable(connection, ended, settings.lease)
     return BatchResult(

@@ -55,9 +55,10 @@ This time covers one statement and the longest pause between two tries.
 def rhythm_of(settings: Settings) -> Rhythm:
     """Return the longest harmless gap between ticks, and the grace period that follows a longer gap.
 
-    During a longer gap, leases may expire unnoticed. In the grace period, their workers can record the outcomes. After
-    an outage, a worker must connect before it can record its outcomes. If the database's clock was set forward, calls
-    in flight also need this grace period. By default, a gap of more than 3 s is followed by a grace period of 13 s.
+    During a longer gap, leases may expire unnoticed. In the grace period, the workers of expired leases can record
+    their outcomes. After an outage, a worker must connect before it can record its outcomes. If the database's clock
+    was set forward, calls in flight also need this grace period. By default, a gap of more than 3 s is followed by a
+    grace period of 13 s.
     """
     known_within = max(settings.transport_timeout + GRACE, _connecting(settings.database_url.get_secret_value()))
     # If the interval between ticks exceeds a lease, leases can expire between ticks without being noticed.

@@ -138,7 +138,7 @@ class Deferral:
         return max(1, min(self._settings.concurrency, self._settings.max_in_flight // share))
 
     async def balance(self) -> float | None:
-        """Defer a batch of excess leases from the due queue, and release deferred follow-ups.
+        """Defer some excess leases of the due queue, and release deferred follow-ups.
 
         Follow-ups are released if the due queue has room, or if their workspace recovers. Return the seconds until the
         next call, or None if no call is needed.

@@ -143,7 +143,7 @@ class DueQueue:
         return self._fair.shed(keys, most)
 
     def seconds_to_next(self, tripped: frozenset[int] = frozenset()) -> float | None:
-        """Return the seconds until the next lease is due, or None for an empty queue.
+        """Return the seconds until the next lease is due, or None if the queue is empty.
 
         The result is negative if a lease is overdue. Due leases of ``tripped`` workspaces are not counted.
         """

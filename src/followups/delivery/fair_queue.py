@@ -1,6 +1,6 @@
 """The fair queue: due leases, in a separate queue for each workspace. This module does no I/O.
 
-The workspace queues take turns, and the earliest lease of each queue comes first. A workspace with few follow-ups
+Workspace queues take turns; within each queue, the earliest lease comes first. A workspace with few follow-ups
 therefore waits for only one follow-up of each other workspace. While several workspaces are active, no workspace gets
 all the slots. Slow calls of one workspace therefore do not delay other workspaces.
 """
@@ -88,7 +88,7 @@ class FairQueue:
     def shed(self, keys: frozenset[int], most: int) -> list[Lease]:
         """Remove the leases beyond ``most`` from these workspace queues; return them, earliest first.
 
-        Each workspace queue keeps its earliest leases: at most an equal share of ``most``.
+        Each workspace queue keeps its earliest leases, up to an equal share of ``most``.
         """
         if self.count(keys) <= most:
             return []

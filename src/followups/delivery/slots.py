@@ -1,4 +1,4 @@
-"""Slots for calls in flight, counted in one ledger. This module does no I/O.
+"""Counts the slots that are in use by calls in flight. This module does no I/O.
 
 A slot is acquired before begin. The slot is released after the call, or if the follow-up did not begin. A possible
 poison pill also counts against a quota until its outcome is recorded.
@@ -15,8 +15,8 @@ if TYPE_CHECKING:
     from followups.store.leases import Lease
 
 POISON_PILLS = 16
-"""How many follow-ups with one lost lease may be in flight together. A follow-up with two lost leases uses up the whole
-quota by itself.
+"""Maximum number of follow-ups with one lost lease that may be in flight together. A follow-up with two lost leases
+needs the whole quota, so it is sent alone.
 
 Any of these follow-ups may be a poison pill. A poison pill kills its worker and all attempts in flight there. If
 hundreds of leases are lost together, at most 16 follow-ups lose a second lease. These 16 follow-ups do not lose a third

@@ -56,7 +56,7 @@ def let_through(directory: Path) -> None:
 
 
 def closed_above(path: Path, user: int) -> Path | None:
-    """Return the topmost directory above the path that a user may not enter, or None."""
+    """Return the topmost parent directory that the user may not enter, or None."""
     for directory in reversed(path.resolve().parents):
         found = directory.stat()
         if not found.st_mode & (stat.S_IXUSR if found.st_uid == user else stat.S_IXOTH):

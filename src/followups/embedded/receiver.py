@@ -98,7 +98,7 @@ async def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--port", type=int, required=True)
     record = RequestLog()
-    gc.disable()  # no reference cycles arise here, and pauses of the garbage collector would count as lag
+    gc.disable()  # there are no reference cycles here, and garbage collection would count as lag
     server = await asyncio.get_running_loop().create_server(
         lambda: ReceiverConnection(record), "127.0.0.1", parser.parse_args().port, backlog=1000
     )

@@ -128,7 +128,7 @@ class RecoveryPolicy:
 
     The example is a hundred attempts per second, of which one in fifty fails. Three failures in a row then occur every
     21 minutes, four every 18 hours, and five once in 37 days. If one attempt in ten fails, five failures in a row occur
-    every 18 minutes. A higher number would use up more attempts of every workspace while the transport is unreachable.
+    every 18 minutes. With a higher number, every workspace would lose more attempts while the transport is unreachable.
     """
 
     def arguments(self) -> tuple[float, ...]:

@@ -70,7 +70,7 @@ class Bucket:
 
 @dataclass(frozen=True, slots=True)
 class TokenRequest:
-    """A follow-up that needs one token from each of its buckets.
+    """A request for one token from each of a follow-up's buckets.
 
     Requests are served in order of ``since``; ties are broken by id.
     """
@@ -119,7 +119,7 @@ class Limiter:
     async def give_back(self, requests: Sequence[TokenRequest], moment: int) -> None:
         """Return the tokens acquired at ``moment`` for follow-ups that did not begin.
 
-        The tokens are lost if Redis is unreachable.
+        If Redis is unreachable, the tokens are lost.
         """
         unused = Counter(bucket for request in requests for bucket in request.buckets)
         limits = [(bucket.rate, bucket.burst, count) for bucket, count in unused.items()]

@@ -1,7 +1,7 @@
 """Carries out the console's bulk actions in the worker processes, one batch after another.
 
-Each batch locks its action's row, so no two workers run the same action. The batch's own transaction records the
-progress. If a worker crashes, another worker continues the action.
+Each batch locks the row of its bulk action, so only one worker runs an action at a time. The batch's own transaction
+records the progress. If a worker crashes, another worker continues the action.
 """
 
 from __future__ import annotations

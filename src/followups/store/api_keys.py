@@ -54,8 +54,8 @@ def create(
     """Create an API key for the workspace; return its row and the key, which is never shown again.
 
     With ``expires``, the key is rejected after that time. Raises `InvalidRequestError` if the name is too long or
-    cannot be stored, or the lifetime is not positive or exceeds a hundred years. Raises `WorkspaceNotFoundError` if
-    there is no such workspace or it is being deleted.
+    cannot be stored, or if the lifetime is invalid. A lifetime is positive and at most a hundred years. Raises
+    `WorkspaceNotFoundError` if there is no such workspace or it is being deleted.
     """
     check_name(name)
     if expires is not None and not timedelta(0) < expires <= LONGEST_LIFE:

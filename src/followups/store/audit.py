@@ -101,8 +101,8 @@ class Action(StrEnum):
 class Event:
     """An audit event: one manual change, or one bulk command.
 
-    Each batch of a bulk command records the same event with its own ``number``. The event's row contains the sum of the
-    ``number`` of all batches.
+    Each batch of a bulk command records the same event with its own ``number``. The event's row contains the sum over
+    all batches.
     """
 
     actor: Actor

@@ -59,7 +59,7 @@ def read(connection: Connection) -> dict[Sample, float]:
 
 
 def counted() -> dict[Sample, float]:
-    """Return the counts of this process since it was started."""
+    """Return what this process has counted since it started."""
     return {
         (sample.name, json.dumps(sample.labels, sort_keys=True)): sample.value
         for family in metrics.COUNTED.collect()

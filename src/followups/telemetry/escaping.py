@@ -13,7 +13,7 @@ _RAW_IN_JSON = re.compile(f"[{_BEYOND_ASCII}]")
 
 
 def escape(text: str, *, lines: bool = False) -> str:
-    r"""Return the text with escaped control characters; if ``lines`` is true, line feeds are kept.
+    r"""Return the text with control characters escaped; if ``lines`` is true, line feeds are kept.
 
     >>> print(escape("red \x1b[31m, left\u202e, next\n"))
     red \x1b[31m, left\u202e, next\n

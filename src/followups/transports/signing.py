@@ -1,4 +1,4 @@
-"""The secrets that sign deliveries, according to Standard Webhooks (standardwebhooks.com)."""
+"""The secrets with which deliveries are signed, as in Standard Webhooks (standardwebhooks.com)."""
 
 from __future__ import annotations
 

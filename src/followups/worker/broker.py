@@ -192,7 +192,7 @@ class BrokerTransport(kombu_redis.Transport):
 
     Channel = BrokerChannel
     connection_errors = (*kombu_redis.Transport.connection_errors, RedisError)
-    """The errors on which Celery opens a new connection.
+    """Errors after which Celery opens a new connection.
 
     An error from Redis may be temporary, or a failover may have changed the primary.
     """
@@ -307,7 +307,7 @@ COMMAND_REFUSED = "this worker accepts no such commands; FOLLOWUPS_REMOTE_CONTRO
 
 
 def restrict_remote_control() -> None:
-    """Reject with an error every remote control command that is not read-only.
+    """Reject every remote control command except those that only read.
 
     Any client that can write to the broker can send remote control commands.
     """

@@ -186,7 +186,7 @@ class Process:
         self.draining = False
 
     def start(self) -> None:
-        """Start the components, each of which waits for the database by itself."""
+        """Start all components; each one waits until the database can be reached."""
         self.dispatcher.start()
         self.pipeline.start()
         self.totals.start()

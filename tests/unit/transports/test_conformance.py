@@ -1,4 +1,4 @@
-"""The conformance suite for every transport: the five outcomes, whatever the receiver does.
+"""The conformance suite: tests of the five outcomes that every transport must pass.
 
 A plug-in's author runs the suite by adding a `TransportRig`, which contains the plug-in's transport and the chats that
 receive its messages.

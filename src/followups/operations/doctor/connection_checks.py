@@ -82,7 +82,7 @@ def _broker(connection: Any) -> str:  # noqa: ANN401 - redis-py has several clas
 def timeouts(settings: Settings) -> Finding:
     """Report how long a call can take: the sum of its timeouts.
 
-    A lease is never shorter than this sum, so no lease expires during a call.
+    No lease is shorter than this sum, so a lease cannot expire during a call.
     """
     detail = (
         f"transport timeout {span(settings.transport_timeout)} + margin {span(LEASE_MARGIN)}"

@@ -35,7 +35,7 @@ def workers(ask: Callable[[], Replies]) -> Finding:
         replies = ask()
     except Exception as error:  # noqa: BLE001 - whatever the broker's client raises
         return Finding("workers", named(error), "Repair the broker first.")
-    # During an upgrade, the reply of a worker of an older version shows only that the worker is running.
+    # During an upgrade, a worker of an older version replies only that it is running.
     answers = {name: str(said.get("trouble", "")) for reply in replies for name, said in reply.items()}
     if not answers:
         advice = "Start a worker: honcho start worker, or celery -A followups.worker worker."

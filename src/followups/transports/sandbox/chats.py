@@ -71,7 +71,7 @@ class Conversation:
     messages: dict[str, Message] = field(default_factory=dict)
 
     def attempted(self, record: LedgerEntry, text: str) -> None:
-        """Add an attempt to its message; the first attempt creates the message."""
+        """Record a delivery attempt; the first attempt creates the message."""
         message = self.messages.get(record.follow_up_id)
         if message is None:
             message = Message(record.follow_up_id, "follow_up", text[:KEEP_TEXT], record.received.wall)
