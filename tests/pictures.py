@@ -79,7 +79,7 @@ def draw_demo(stack: Stack) -> None:
 
 
 def due_moments(start: datetime) -> list[datetime]:
-    """Return due times whose rate rises and falls in waves."""
+    """Return due times that become denser and sparser in waves."""
     moments, at = [], 0.0
     while at < SECONDS:
         moments.append(start + timedelta(seconds=at))

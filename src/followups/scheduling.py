@@ -370,7 +370,8 @@ _NOW = Statement("SELECT now() AS now")
 def check_window(chat: Chat, due_date: datetime) -> Steps[None]:
     """Refuse a due date at which the channel's messaging window is closed.
 
-    The due date may be outside the sending hours. The messaging window must then still be open when the hours begin.
+    The due date may be outside the sending hours. In that case, the messaging window must still be open when the
+    sending hours begin.
     """
     if chat.channel in WINDOWED_CHANNELS:
         (row,) = yield _NOW()

@@ -1,9 +1,9 @@
 """Sending hours: the local hours in which a workspace's messages may be sent.
 
 Sending hours are local times. Messages are sent from the opening time until just before the closing time. If the clock
-is set forward past the opening or closing time, the change takes effect at once. If the clocks go back and the opening
-time occurs twice, the second occurrence counts. For the closing time, the first occurrence counts. No message is
-therefore sent while the local clock is outside the sending hours.
+skips the opening or closing time, sending starts or stops at once. If the clocks go back and the opening time occurs
+twice, the second occurrence counts. For the closing time, the first occurrence counts. No message is therefore sent
+while the local clock is outside the sending hours.
 """
 
 from __future__ import annotations

@@ -375,7 +375,7 @@ def hide_password(url: str) -> str:
 FROM_FILES = ("database_url", "broker_url", "transport_url", "transport_secret")
 """Settings that can be read from a file instead of the environment: secrets and URLs.
 
-The setting's variable, with ``_FILE`` appended to its name, contains the path of the file.
+The variable with ``_FILE`` after the setting's name contains the file's path.
 """
 
 
@@ -392,7 +392,7 @@ def load_settings(**overrides: Any) -> Settings:  # noqa: ANN401 - the value of 
 
 
 def _read_files() -> dict[str, str]:
-    """Return the settings that are read from files (``_FILE``), without surrounding white space."""
+    """Return the settings from files (``_FILE``), stripped of surrounding white space."""
     found: dict[str, str] = {}
     for field in FROM_FILES:
         for name in _names(field):

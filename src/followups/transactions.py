@@ -36,8 +36,8 @@ Ts = TypeVarTuple("Ts")
 PATIENCE = timedelta(seconds=15)
 """How long the query is retried if the database is unreachable. A restart takes a few seconds.
 
-If the database stays unreachable for longer, the commit is assumed to have failed. If the commit did succeed, the
-leases expire unused.
+If the database stays unreachable, the commit is assumed to have failed. If the commit did succeed, the leases expire
+unused.
 """
 
 PAUSE = timedelta(milliseconds=100)
@@ -51,7 +51,7 @@ def transact(engine: Engine, work: Callable[[Connection], T]) -> T:
 
     Raises any error of the work or the commit. If this function returns, the transaction has been committed. If this
     function raises the commit's error, the transaction was not committed. The outcome is uncertain if the database was
-    unreachable for `PATIENCE`. The outcome is also uncertain if the work registered no query.
+    unreachable for `PATIENCE`. Without a registered query, the outcome is also uncertain.
     """
     with engine.connect() as connection:
         connection.info.pop(_QUESTION, None)  # left over from an earlier transaction on the same connection

@@ -34,7 +34,7 @@ _WHOLE_NUMBERS = (
     *("connect_timeout", "tcp_user_timeout"),
     *("keepalives", "keepalives_idle", "keepalives_interval", "keepalives_count"),
 )
-"""libpq parameters whose values libpq does not check until it connects."""
+"""Parameters that must be whole numbers; libpq checks them only when it connects."""
 
 _BROKER = re.compile(
     r"(?:(?P<user>[^@]*)@)?(?P<host>\[[^]]*\]|[^:/?#@]*)(?::(?P<port>[^/?#]*))?"

@@ -263,7 +263,7 @@ def test_each_row_shows_position_and_messaging_window(person: Callable[..., Pers
 
 
 def send_by_day(own: World, days: int) -> None:
-    """Set sending hours of 08:00 to 20:00 in Sao Paulo, on the mask's days (Monday is bit 0)."""
+    """Set sending hours from 08:00 to 20:00 in Sao Paulo, on the days in the bit mask (Monday is bit 0)."""
     own.sql(
         "INSERT INTO sending_hours (workspace_id, time_zone, opening, closing, days, open_from, open_until)"
         " VALUES (:id, 'America/Sao_Paulo', '08:00', '20:00', :days, now(), now() + interval '1 hour')",

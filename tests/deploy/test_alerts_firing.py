@@ -133,7 +133,7 @@ def no_sessions(stack: Stack) -> None:
     server.dispose()
 
 
-# A minute lasts only two seconds here, so replacing a worker may trigger FollowUpsNothingSent.
+# In these tests, a minute lasts only two seconds, so replacing a worker may trigger FollowUpsNothingSent.
 NO_WORKER = {"FollowUpsTicksStopped", "FollowUpsNothingSent", "FollowUpsOverdue", "FollowUpsFarBehind", "FollowUpsLate"}
 """Alerts that may fire while a worker is missing, and shortly afterwards."""
 

@@ -118,7 +118,7 @@ class Proxy:
             writer.transport.abort()
             return
         self._open.add(writer)
-        # asyncio's callback fails if the handler was cancelled and no task waits for the handler.
+        # asyncio's own callback raises an error if the handler was cancelled.
         with contextlib.suppress(OSError, asyncio.CancelledError):
             forwarding = self._forwarding
             await forwarding.wait()

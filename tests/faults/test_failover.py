@@ -66,7 +66,7 @@ def replicated(request: pytest.FixtureRequest, dice: random.Random) -> Iterator[
 
 @dataclass
 class Clients:
-    """A client that sends one change request after another, and records when they succeeded."""
+    """A client that sends one request after another, and records the time of each success."""
 
     api: web.Api
     chat: UUID

@@ -184,7 +184,8 @@ def test_without_the_guard(name: str, world: World, settings: Settings) -> None:
 @pytest.mark.parametrize(
     ("constraint", "change"),
     [
-        ("final_has_finished_at", "status = 'pending'"),  # a stale row whose columns are all saved
+        # as if a stale copy of the row were saved with all its columns
+        ("final_has_finished_at", "status = 'pending'"),
         ("reason_explains", "status = 'failed'"),
         ("waiting_is_pending", "waits_for = id"),
         ("begun_holds_lease", "begun_at = now()"),

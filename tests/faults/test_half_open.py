@@ -106,7 +106,7 @@ def test_dead_connections_with_default_limits(server: str, proxied: Proxied, fig
 
 
 def stalled(proxied: Proxied, figures: Figures, server: str, seconds: float) -> None:
-    """Stop a server from answering on all connections; then let it answer, or break the connections."""
+    """Make a server stop answering; later, let it answer again or break its connections."""
     rig, proxies = proxied
     proxy = proxy_of(server, proxies)
     workers = working(rig)

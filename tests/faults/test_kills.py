@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from faults.rig import Rig
 
 SLACK = 10.0
-"""Seconds allowed in addition to a lease and a tick, for a busy machine."""
+"""Extra seconds, besides a lease and a tick, that a busy machine may need."""
 
 POINTS = (
     "claim.before_commit",

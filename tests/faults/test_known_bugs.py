@@ -126,7 +126,7 @@ def test_due_long_ago(world: World, engine: Engine, settings: Settings) -> None:
 
 
 def test_a_cancel_ends_a_claimed_follow_up(world: World, engine: Engine, settings: Settings) -> None:
-    """A cancel also ends a claimed follow-up, so that its hint has no effect."""
+    """If a claimed follow-up is cancelled, its hint has no effect."""
     follow_up = world.follow_up()
     hints = claim(engine, settings).leases
     with Session(engine) as session, session.begin():

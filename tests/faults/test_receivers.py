@@ -55,7 +55,7 @@ def request_rates(requests: Collection[Mapping[str, Any]], since: float) -> dict
 
 
 def some_fail(rig: Rig, figures: Figures, count: int) -> None:
-    """Let the first request fail in 1 %, then 10 %, then 50 % of the chats."""
+    """In 1 %, then 10 %, then 50 % of the chats, let the first request fail."""
     rig.options |= PATIENT
     rig.start()
     found = {}

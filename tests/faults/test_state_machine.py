@@ -30,7 +30,7 @@ def machine(world: World, settings: Settings) -> type[RuleBasedStateMachine]:
     """Return the state machine for a database."""
 
     class Machine(RuleBasedStateMachine):
-        """A state machine with a rule for each type of model step and for each change by a client."""
+        """A state machine with one rule for each kind of model step or client change."""
 
         driven: DrivenStore | None = None
 

@@ -180,7 +180,7 @@ def test_a_killed_watchdog_is_replaced() -> None:
 def test_the_topmost_closed_directory(open_directory: Path) -> None:
     """If a user may not enter a directory on the path, the topmost such directory is returned.
 
-    The owner of such a directory may enter it.
+    For the directory's owner, who may enter it, None is returned.
     """
     inner = open_directory / "closed" / "data"
     inner.mkdir(parents=True)

@@ -139,7 +139,7 @@ async def test_earliest_due_first(under_test: LimiterUnderTest) -> None:
 
 
 async def test_a_later_request_does_not_overtake(under_test: LimiterUnderTest) -> None:
-    """A free token goes to the first request in the queue, even if another request arrives."""
+    """A free token goes to the first waiting request, even if another request arrives."""
     limit = bucket(rate=5, burst=1)
     first, second, third = (request(since, limit) for since in (1, 2, 3))
     assert await under_test.ask(first) == [GO]

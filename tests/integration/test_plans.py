@@ -174,7 +174,7 @@ LIGHT, EACH = 20, 3
 def test_plan_of_a_fair_claim(world: World, engine: Engine, settings: Settings, statistics: str, others: int) -> None:
     """A fair claim scans one index, separately for each workspace.
 
-    The scan skips follow-ups that are not due or exceed the workspace's share.
+    The scan reads no follow-ups that are not due, and none beyond the workspace's share.
     """
     for portion in range(0, others, PORTION):
         world.sql(OTHERS, workspace_id=world.workspace_id, count=min(PORTION, others - portion))
@@ -236,7 +236,7 @@ IDLE = """
 
 
 def without_sorting(connection: Connection) -> None:
-    """Set the same planner options as a fair claim does."""
+    """Set the planner options that a fair claim sets."""
     connection.execute(claims.WITHOUT_SORTING)
 
 

@@ -323,7 +323,7 @@ class TestChats:
     @pytest.mark.parametrize(
         ("ours", "reply", "cancels"),
         [
-            (0.3, 0.0, True),  # the reply's time has whole seconds, in the same second as the agent's message
+            (0.3, 0.0, True),  # the reply's time is in whole seconds, so it seems older than the agent's message
             (0.0, 0.0, True),
             (0.0, 0.5, True),  # the timestamp of the agent's message has whole seconds
             (0.999999, 0.0, True),

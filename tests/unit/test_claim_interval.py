@@ -48,7 +48,7 @@ def test_the_interval_converges(rate: float, window: int, pause: float) -> None:
 
 @pytest.mark.parametrize(("window", "expected"), [(1, 1), (100, 100), (1500, 1000), (5000, 2500), (100_000, 10_000)])
 def test_size_of_claim(window: int, expected: int) -> None:
-    """A claim takes half of the window.
+    """A claim takes half of the in-flight window.
 
     In a small window, a claim may take more than half. In a large window, a claim has a maximum size.
     """

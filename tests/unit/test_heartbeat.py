@@ -37,7 +37,7 @@ time.sleep(60)
 
 
 def test_without_any_temporary_directory(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Without a writable temporary directory, heartbeats use the configured directory.
+    """If no temporary directory is writable, heartbeats use the configured directory.
 
     The name of the default directory contains the user's id.
     """

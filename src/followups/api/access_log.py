@@ -46,7 +46,7 @@ Static files may be cached and set their own `cache-control`. Responses other th
 """
 
 KEY = "followups.seen"
-"""The key under which an ASGI scope contains the request's `RequestRecord`."""
+"""The key of the `RequestRecord` in a request's ASGI scope."""
 
 log = get_logger(__name__)
 
@@ -135,7 +135,7 @@ def _attributes(scope: Scope, seen: RequestRecord) -> dict[str, str | int]:
 
 def _log_request(seen: RequestRecord, scope: Scope, seconds: float) -> None:
     failed = seen.status is not None and seen.status >= FAILED
-    if scope["path"] in PROBES:  # probes arrive every few seconds; the response of a failing probe explains the failure
+    if scope["path"] in PROBES:  # probes are frequent, and the response of a failing probe explains the failure
         tell = log.debug if seen.status == HTTPStatus.OK else log.info
     else:
         tell = log.warning if failed else log.info

@@ -109,7 +109,7 @@ class KnownKeys:
             del self._known[next(iter(self._known))]
 
     def forget(self, hashed: bytes) -> None:
-        """Remove a key that is no longer valid from the cache."""
+        """Remove an invalid key from the cache."""
         self._known.pop(hashed, None)
 
 

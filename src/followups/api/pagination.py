@@ -1,4 +1,4 @@
-"""Links to the previous and next page (RFC 8288), and the starting points of deep pages."""
+"""Links to the previous and next page (RFC 8288), and the starting points of pages far into a list."""
 
 from __future__ import annotations
 

@@ -81,8 +81,8 @@ SLICE = 16 * 1024
 class OpenConnections:
     """The state that all connections of a server share.
 
-    It includes the connections that can be closed to make room. The connection that has been idle or unread longest
-    comes first.
+    This state includes the connections that can be closed to admit new ones. The connection that has been idle or
+    unread longest comes first.
     """
 
     def __init__(self) -> None:
@@ -261,7 +261,7 @@ class LimitedProtocol(HttpToolsProtocol):
                 return len(piece)
         try:
             self.parser.feed_data(piece)
-        # This server does not switch protocols, so the bytes that follow are HTTP/1.1.
+        # The server does not switch protocols, so it parses the following bytes as HTTP/1.1.
         except httptools.HttpParserUpgrade as upgrade:
             return int(upgrade.args[0]) or len(piece)
         except httptools.HttpParserError:

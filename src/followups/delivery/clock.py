@@ -30,9 +30,9 @@ class DatabaseClock:
     The time computed with this offset is never ahead of the database's clock.
 
     In a sample, ``read`` is the database's time at a moment between ``asked`` and ``answered``. The estimate assumes
-    that ``read`` is the time at ``answered``. The error of the estimate is at most the travel time of the answer. The
-    estimate is never ahead of the database's clock, so no follow-up is sent early. The quicker the answer, the smaller
-    the error and the larger the offset. Therefore, the largest of the last offsets is used.
+    that ``read`` is the time at ``answered``. The estimate is wrong by at most the time that the answer took to arrive.
+    The estimate is never ahead of the database's clock, so no follow-up is sent early. The quicker the answer, the
+    smaller the error and the larger the offset. Therefore, the largest of the last offsets is used.
     """
 
     def __init__(self, seconds: Callable[[], float] = uptime) -> None:

@@ -164,7 +164,7 @@ class DueQueue:
         return [*leases, *self._fair.clear()]
 
     async def _gather(self) -> None:
-        """Wait for a batch that is large enough for a statement.
+        """Wait for more free slots or due follow-ups, so that the next batch is larger.
 
         The wait is at most `GATHER`.
         """

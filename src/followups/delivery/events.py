@@ -117,7 +117,7 @@ def claimed(claim: Claim, seconds: float) -> None:
 
 
 def statistics_refreshed(seconds: float) -> None:
-    """Log that the table was analyzed after a slow or large claim."""
+    """Log that the table was analyzed because a claim was slow or large."""
     log.warning("statistics_refreshed", claim_ms=round(seconds * 1000, 2))
 
 

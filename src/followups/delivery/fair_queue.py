@@ -62,7 +62,7 @@ class FairQueue:
             self._turns.append(key)
 
     def has_turn(self, tripped: frozenset[int] = frozenset()) -> bool:
-        """Return whether any lease may be taken, apart from the leases of ``tripped`` workspaces."""
+        """Return whether a lease of any workspace other than the ``tripped`` ones may be taken."""
         return any(key not in tripped and self._may_go(key) for key in self._turns)
 
     def next(self, tripped: frozenset[int] = frozenset()) -> Lease | None:

@@ -41,7 +41,7 @@ log = get_logger(__name__)
 
 
 class BackgroundThread(ABC):
-    """A thread that runs while there is work. If the thread is already running, starting it has no effect."""
+    """A thread that runs only while there is work. If the thread is already running, starting it has no effect."""
 
     name: str
 

@@ -30,7 +30,7 @@ REMOVAL_TRIES = 50
 
 
 class Watchdog:
-    """The owner's end of the watchdog: guarded processes and directories, and a pipe."""
+    """The watchdog as its owner sees it: the guarded processes and directories, and the pipe."""
 
     def __init__(self) -> None:
         """Create a watchdog that does not guard anything yet.

@@ -1,6 +1,6 @@
 """Bulk actions in batches: cancel, retry, prune, and release follow-ups after a pause.
 
-Each generator commits every batch and yields the batch's counts by name. After an interruption between two batches,
+A generator commits each batch and then yields the batch's counts by name. After an interruption between two batches,
 each follow-up is either completely processed or unchanged. Running the action again processes the remaining follow-ups.
 """
 

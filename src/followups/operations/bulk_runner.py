@@ -154,8 +154,7 @@ def _carry_out(session: Session, action: BulkAction) -> Sequence[UUID]:
 def _retry(session: Session, ids: Sequence[UUID]) -> tuple[list[UUID], dict[str, int]]:
     """Create a new follow-up for each failed one.
 
-    The chats are locked first, in ascending order of their ids. The quotas are locked next, in the order of their
-    workspaces.
+    The chats are locked first, in ascending order of their ids. Then the quotas are locked, ordered by workspace.
     """
     done: list[UUID] = []
     passed: dict[str, int] = {}

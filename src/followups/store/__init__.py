@@ -5,7 +5,7 @@ deadlock:
 
 1. chats, in ascending order of their ids (`lock_chat`, `lock_many` and `lock_chats_of` of `followups.store.chats`);
 
-2. the pending follow-ups of these chats, in the order of their due dates, then ids;
+2. the pending follow-ups of these chats, ordered by due date and id;
 
 3. the workspace's quotas (`followups.store.quotas.take`), before its new chat or follow-up is inserted.
 

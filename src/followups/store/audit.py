@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 
 class Way(StrEnum):
-    """The means by which an actor used the service."""
+    """How an actor used the service."""
 
     API = "api"
     COMMAND = "command"

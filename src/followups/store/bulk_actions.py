@@ -35,7 +35,7 @@ flight, but not its current attempt.
 """
 
 NOT_WRITABLE = "cannot be written"
-"""The reason given for a follow-up that is skipped because the database rejects its row."""
+"""The reason given when a follow-up is skipped because its row cannot be written."""
 
 
 def create(session: Session, **columns: Any) -> bool:  # noqa: ANN401 - the row's columns

@@ -59,7 +59,7 @@ class Claim:
     cut_short: bool
     """Whether another claim would find more, because this claim was full but the in-flight window is not."""
     low_water: datetime | None
-    """The due time from which the next claim may start, unless earlier rows are added."""
+    """The next claim may start from this due time, unless earlier rows are added."""
     ended: tuple[tuple[UUID, Final], ...] = ()
     """Follow-ups not in ``leases``: their leases are lost, and they must not be retried."""
     in_grace: bool = False

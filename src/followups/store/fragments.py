@@ -31,7 +31,7 @@ LATENESS_FROM = "COALESCE(f.sendable_from, GREATEST(f.due_date, f.scheduled_at, 
 """
 
 WINDOWED = ", ".join(f"'{channel.value}'" for channel in sorted(WINDOWED_CHANNELS))
-"""The channels with a messaging window, as an SQL list."""
+"""An SQL list of the channels that have a messaging window."""
 
 OPEN = "f.finished_at IS NULL"
 """The condition that a follow-up is pending, for queries by a follow-up's id. A CHECK constraint makes this condition

@@ -59,7 +59,7 @@ class Hold:
 
 # Until this transaction commits, locks keep the pause and the sending hours unchanged. A concurrent resume or change of
 # sending hours therefore commits after this transaction. The resume or change then releases the follow-ups held here.
-# Rows that are locked or were changed in the meantime are checked again shortly.
+# Rows that were locked or changed meanwhile are soon checked again.
 _HOLD = text(f"""
     WITH standing AS MATERIALIZED (
         SELECT id FROM pauses WHERE id = ANY(CAST(:pauses AS uuid[])) AND ended_at IS NULL
@@ -170,7 +170,7 @@ _LONGEST = timedelta(days=1)
 def back_at(opening: datetime, due_date: datetime) -> datetime:
     """Return when to retry a follow-up that is held until ``opening``.
 
-    A follow-up with an earlier due date is tried earlier. The retry times are spread, so that held follow-ups do not
-    all fall due together.
+    Of two held follow-ups, the one with the earlier due date is retried first. The retry times are spread, so that held
+    follow-ups do not all fall due together.
     """
     return opening + SPREAD * max(0.0, 1 - (opening - due_date) / _LONGEST)

@@ -63,7 +63,7 @@ class _Configured:
 
     level = logging.INFO
     console_steps: ClassVar[list[Processor]] = []
-    """The processing steps for lines on a terminal; empty if logs are written as JSON."""
+    """The processing steps for log lines on a terminal; empty if logs are written as JSON."""
 
 
 def configure_logging(settings_format: Literal["json", "console"] | None, level: str) -> None:

@@ -30,7 +30,7 @@ class Signer:
     """Signs with all secrets, and accepts a signature by any one, so that secrets can be replaced."""
 
     def __init__(self, secrets: str) -> None:
-        """Parse secrets separated by white space, in base64, padded or not, with or without ``whsec_``.
+        """Parse base64 secrets separated by white space; padding and ``whsec_`` are optional.
 
         Raises `TransportConfigurationError`. A secret that is not base64 is rejected, because receivers' libraries
         decode such a secret differently. If a secret that is not base64 were used as raw bytes, some libraries would

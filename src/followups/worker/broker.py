@@ -63,7 +63,7 @@ rejected.
 
 
 LONGEST_BODY = 4 * 1024 * 1024
-"""Maximum characters in a broker message's body; the largest hint has 1.5 million."""
+"""Maximum number of characters in a broker message's body; the largest hint has 1.5 million."""
 
 
 class Loader(AppLoader):

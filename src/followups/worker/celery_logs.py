@@ -20,8 +20,8 @@ def install(settings: Settings) -> None:
     def configure(**_: object) -> None:
         configure_logging(settings.log_format, settings.log_level)
 
-    # A worker configures logging twice. The first configuration is early, so that warnings issued before Celery sets up
-    # logging have our format.
+    # A worker configures logging twice. The early configuration formats warnings that are issued before Celery sets up
+    # logging.
     signals.celeryd_init.connect(configure, weak=False)
     signals.setup_logging.connect(configure, weak=False)
     signals.task_prerun.connect(_name_task)

@@ -62,7 +62,7 @@ log = get_logger(__name__)
 _hearts: dict[int, Heartbeat | None] = {}
 """The heartbeats by process id; each forked child has its own heartbeat.
 
-None means that the heartbeat could not be written, which is logged once.
+A heartbeat that could not be written is None, and is logged once.
 """
 
 

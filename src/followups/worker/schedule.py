@@ -29,8 +29,8 @@ LATE = timedelta(seconds=10)
 """How late the scheduler may return from its sleep."""
 
 SET_BACK = 1.0
-"""Minimum seconds by which a clock is set back to count as set back. A smaller step is a normal result of clock
-synchronization.
+"""A clock counts as set back only if it goes back by at least this many seconds. A smaller step is a normal result of
+clock synchronization.
 """
 
 PRUNE_MINUTE = 17

@@ -50,7 +50,7 @@ def test_every_code_is_explained() -> None:
 
 @pytest.mark.parametrize("code", ReasonCode)
 def test_an_explanation_is_complete_sentences(code: ReasonCode) -> None:
-    """The explanation of a reason consists of complete sentences that include the configured limits."""
+    """A reason's explanation consists of complete sentences and includes the configured limits."""
     said = explained(Status.FAILED, reason=f"{code.value}: detail")
     assert said.endswith(".")
     assert "{" not in said

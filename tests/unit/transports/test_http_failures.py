@@ -101,7 +101,7 @@ async def test_a_reset_connection_is_unknown() -> None:
 
 @pytest.fixture(params=["plain", "tls"])
 def context(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> ssl.SSLContext | None:
-    """Return a trusted TLS context for the server, or None."""
+    """Return a TLS context that the client trusts, or None for plain HTTP."""
     if request.param == "plain":
         return None
     authority, made = trustme.CA(), ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)

@@ -93,7 +93,7 @@ def schedule(visit: Visit) -> Response:
 
 def _schedule_once(visit: Visit, session: Session, chat: Chat, typed: ScheduleForm, due: datetime) -> UUID:
     """Schedule the follow-up and return its id. Submitting the form twice schedules only one follow-up."""
-    # a second submission of the same form has to wait for this lock
+    # a second submission of the same form waits for this lock
     chats.lock_chat(session, chat.workspace_id, chat.id)
     submitted = idempotency.hash_of(repr((chat.id, typed.message, due)).encode(errors="surrogatepass"))
     key = f"console form {typed.token} {submitted.hex()}"

@@ -68,8 +68,8 @@ def broker(settings: Settings) -> Iterator[Finding]:
 def _refusals(client: redis.Redis, prefix: str) -> dict[str, str]:
     """Return the commands that the processes need but the broker refuses, each with its error.
 
-    The check executes none of the commands. The broker checks the permissions when a command is queued in a
-    transaction, and the transaction is then discarded.
+    The check executes none of the commands. Redis checks permissions when a command is queued in a transaction. The
+    transaction is then discarded.
     """
     refused: dict[str, str] = {}
     connection: Any = client.connection_pool.get_connection()

@@ -76,7 +76,7 @@ class LedgerEntry:
 
 
 class Ledger:
-    """The list of the latest requests, and the exact counts of all requests."""
+    """The latest requests, and exact counts of all requests."""
 
     def __init__(self, keep: int = KEEP_RECORDS) -> None:
         """Keep the last ``keep`` requests, and the lags of the last ``keep`` accepted requests."""
@@ -148,7 +148,7 @@ def timestamp(seconds: float) -> str:
 
 
 def _quantiles(ordered: list[float]) -> dict[str, float | None]:
-    """Return the minimum and the nearest-rank quantiles of ascending values.
+    """Return the minimum and the quantiles (by nearest rank) of values in ascending order.
 
     If a message arrived early, the minimum is negative.
     """
