@@ -412,7 +412,7 @@ class FollowUp(Base):
     next_attempt_at: Mapped[datetime | None]
     """The time of the next attempt, or None if the next attempt is made at the due date."""
     waits_for: Mapped[UUID | None]
-    """The earlier follow-up of the chat that must end before this follow-up can be sent."""
+    """The id of the chat's earlier follow-up, which must end before this follow-up can be sent."""
     lease_token: Mapped[int] = mapped_column(BigInteger, server_default="0")
     """The fencing token of the lease. The token only increases and is never reused.
 
@@ -630,8 +630,8 @@ class DispatcherState(Base):
 class AuditEvent(Base):
     """An audit event: one manual change or one bulk command (`followups.store.audit`).
 
-    An audit event contains no message text. The table has no foreign keys, since an event must outlast the object it
-    concerns.
+    An audit event contains no message text. The table has no foreign keys, because an event must remain after the
+    deletion of its object.
     """
 
     __tablename__ = "audit_events"

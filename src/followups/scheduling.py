@@ -317,7 +317,7 @@ LOOSEST = frozenset({"read committed", "read uncommitted"})
 
 
 def _check_transaction(session: Session) -> None:
-    """Refuse autocommit, and isolation levels at which one snapshot serves the whole transaction."""
+    """Refuse autocommit and isolation levels with a single snapshot per transaction."""
     connection = session.connection()
     if is_read_committed(connection):
         return

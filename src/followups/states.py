@@ -133,8 +133,8 @@ def finish(
 ) -> Final:
     """Return the final state and reason of a follow-up that changes from ``current`` to ``to``.
 
-    ``code`` and ``detail`` form the reason ``code: detail``. ``words`` is the caller's own text for the reason, which
-    is stored unchanged. Raises `TransitionError` for a transition that is not in the table.
+    ``code`` and ``detail`` form the reason ``code: detail``. ``words`` is the caller's own reason, which is stored
+    unchanged. Raises `TransitionError` for a transition that is not in the table.
 
     >>> finish(Status.FAILED, ReasonCode.REJECTED, "HTTP 403").reason
     'rejected: HTTP 403'

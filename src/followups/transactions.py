@@ -41,7 +41,7 @@ unused.
 """
 
 PAUSE = timedelta(milliseconds=100)
-"""The pause between two executions of the query."""
+"""The pause between two tries to learn a commit's outcome."""
 
 _QUESTION = "followups.question"
 

@@ -41,7 +41,7 @@ _BROKER = re.compile(
     r"(?:/(?P<database>[^?#]*))?(?:\?(?P<query>[^#]*))?",
     re.DOTALL,
 )
-"""Pattern of a broker URL, in which @ occurs at most once.
+"""Pattern of a broker URL with at most one @.
 
 The user name and the password may contain any character except @.
 """

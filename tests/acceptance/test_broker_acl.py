@@ -111,7 +111,7 @@ def test_doctor_reports_refused_writes(under_acl: tuple[Stack, redis.Redis]) -> 
 
 
 def test_a_cluster_is_refused(stack: Stack, tmp_path: Path) -> None:
-    """On a broker in cluster mode, a worker exits with an error."""
+    """A worker refuses a broker in cluster mode and exits with an error."""
     port = free_port()
     options = ["--port", str(port), "--cluster-enabled", "yes", "--save", "", "--dir", str(tmp_path)]
     stack.processes.spawn("cluster", [str(get_binary_path()), *options])

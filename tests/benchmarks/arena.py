@@ -71,7 +71,7 @@ class Arena:
         return cursor.fetchall() if cursor.description else []
 
     def receiver(self, path: str) -> Any:
-        """Send a request to the receiver and return its answer."""
+        """Send a request to the benchmark's receiver and return the JSON response."""
         with urllib.request.urlopen(f"http://127.0.0.1:{self.port}{path}", timeout=30) as answer:
             return json.load(answer)
 
@@ -123,7 +123,7 @@ class Arena:
         return {"cpu": _cpu_of(ours), "server_cpu": _cpu_of(servers)}
 
     def broker_mb(self) -> float:
-        """Return the memory that the broker uses for its data."""
+        """Return the memory that the broker uses, in megabytes (2^20 bytes)."""
         with redis.Redis.from_url(self.broker) as broker:
             info: dict[str, Any] = broker.info("memory")  # type: ignore[assignment]
             return float(info["used_memory"]) / 2**20

@@ -1,10 +1,10 @@
 """Compares the API with a bare async FastAPI endpoint: requests per second, CPU time and p99.
 
 ``PYTHONPATH=tests uv run --group benchmarks python tests/benchmarks/bench_api.py`` starts PostgreSQL, Valkey and both
-servers as processes: the API, and the bare endpoint, which does one INSERT through psycopg's pool with the same
-uvicorn. The API and the bare endpoint are measured alternately. Afterwards, follow-ups are created at half of the
-maximum rate measured. Each call of `schedule_many` creates a thousand follow-ups. The program asserts nothing. Only the
-ratios to the bare endpoint in the same run are meaningful.
+servers as processes. The bare endpoint does one INSERT through psycopg's pool with the same uvicorn. The API and the
+bare endpoint are measured alternately. Afterwards, follow-ups are created at half of the maximum rate measured. Each
+call of `schedule_many` creates a thousand follow-ups. The program asserts nothing. Only the ratios to the bare endpoint
+in the same run are meaningful.
 """
 
 from __future__ import annotations

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 Results = dict[str, dict[str, dict[str, dict[str, float]]]]
-"""The figures of each contestant in each measurement, as median, minimum and maximum."""
+"""The median, minimum and maximum of each figure, by measurement and contestant."""
 
 
 def parser() -> argparse.ArgumentParser:

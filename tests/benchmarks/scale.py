@@ -194,7 +194,7 @@ def history(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def partition(connection: Connection) -> None:
-    """Create the history table, with one partition for each month in which rows ended."""
+    """Create the history table, partitioned by the month in which each follow-up ended."""
     connection.execute(text(_PARTITIONED))
     for number in range(MONTHS):
         bounds = [f"now() - interval '{31 * (number + 1 - end)} days'" for end in (0, 1)]

@@ -1,4 +1,4 @@
-"""A person at the console without a browser: an HTTP client and page parsers."""
+"""A person who uses the console through an HTTP client and page parsers, without a browser."""
 
 from __future__ import annotations
 

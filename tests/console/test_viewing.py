@@ -273,7 +273,7 @@ def send_by_day(own: World, days: int) -> None:
 
 
 def test_explanations_are_in_the_persons_language_and_zone(person: Callable[..., Person], own: World) -> None:
-    """The console shows the sentences of `followups show` in the person's language and zone."""
+    """The console shows the explanations of `followups show` in the person's language and time zone."""
     send_by_day(own, days=31)
     one_id = own.follow_up(due_date=text("'2100-01-30T12:00:00Z'"))
     one = person("viewer", own)

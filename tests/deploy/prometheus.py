@@ -16,7 +16,7 @@ SHORTER = (
     ("max(followups_oldest_overdue_seconds) > 60", "max(followups_oldest_overdue_seconds) > 4"),
     ("followups:lag_seconds:bucket[10s]))) > 10", "followups:lag_seconds:bucket[10s]))) > 4"),
 )
-"""The alerts' lateness thresholds in seconds, each with the shorter value for tests."""
+"""Thresholds of the lateness alerts in seconds, each with a shorter value for tests."""
 
 
 @dataclass

@@ -1,4 +1,4 @@
-"""Arms failpoints from the test; `injected/sitecustomize.py` triggers them in the processes.
+"""Arms failpoints in a test; `injected/sitecustomize.py` triggers them in the processes.
 
 The steps ``claim``, ``begin`` and ``settle`` each have the failpoints ``.before``, ``.before_commit``, ``.answer_lost``
 and ``.committed``. At ``.answer_lost``, the commit succeeds but its answer is lost. The step ``send`` has ``.before``
@@ -28,7 +28,7 @@ class Failpoints:
     def arm(self, point: str, action: str = "kill", times: int = 1) -> None:
         """Arm this failpoint: the next ``times`` hits, by any process, perform the action.
 
-        The action is ``kill``, ``stop``, ``suspend`` (stop like a machine that sleeps), ``raise`` or ``sleep S``.
+        The action is ``kill``, ``stop``, ``raise``, ``sleep S``, or ``suspend``, which imitates a sleeping machine.
         """
         for _ in range(times):
             unseen = self.directory / f"new.{next(self._numbers):06}"

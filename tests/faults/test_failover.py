@@ -47,7 +47,7 @@ BEGUN = "SELECT count(*) FROM follow_ups WHERE begun_at IS NOT NULL"
 COMMAND = str(Path(sys.executable).with_name("followups"))
 
 BACK_WITHIN = 10.0
-"""Maximum seconds until requests and sends continue after the address moves to the new primary."""
+"""Maximum seconds from the move of the address until requests and sends continue."""
 
 NOTICED_WITHIN = 30.0
 """Seconds within which a process must notice the failover, even on a busy machine."""

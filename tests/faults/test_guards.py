@@ -175,7 +175,7 @@ def test_with_the_guard(name: str, world: World, settings: Settings) -> None:
 
 @pytest.mark.parametrize("name", CATALOGUE)
 def test_without_the_guard(name: str, world: World, settings: Settings) -> None:
-    """Without the guard, the scenario breaks the promise that the guard protects, and no other promise."""
+    """Without its guard, each scenario breaks the promise that the guard protects."""
     guard = CATALOGUE[name]
     with pytest.raises(PromiseBroken), without(world.engine, guard.within, guard.cuts):
         guard.scenario(Scene(world, settings))

@@ -134,7 +134,7 @@ def test_during_a_reader_of_one_table(world: World, engine: Engine, figures: Fig
 
 
 def test_an_index_during_a_writer(world: World, engine: Engine, figures: Figures) -> None:
-    """A concurrent index build waits for a writer no longer than the migration's limit."""
+    """A concurrent index build waits for a writer at most as long as the migration's limit allows."""
     from_old_versions(world, engine, figures, [("0005", WRITER)], patience=1)
 
 

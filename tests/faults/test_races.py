@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 CLIENTS = 8
 NEAR = 0.03
-"""Maximum seconds between a cancel and the due time (begin: 15 ms before)."""
+"""Maximum seconds between a cancel and the due time. An attempt begins 15 ms before its due time."""
 
 
 def cancel_against_deliver(rig: Rig, figures: Figures, pairs: int, spread: float) -> None:

@@ -33,7 +33,7 @@ PATIENT = {
 }
 """Settings for a slow machine: long time limits, and enough attempts to outlast an outage."""
 WINDOWS = {"100_ms": 0.1, "1_s": 1.0}
-"""The lengths, in seconds, of the windows in which requests are counted."""
+"""Requests are counted in windows of these lengths, in seconds."""
 
 
 def histogram(rig: Rig, ids: Sequence[UUID]) -> dict[int, int]:

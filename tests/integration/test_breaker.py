@@ -277,7 +277,7 @@ def test_without_a_held_workspace_the_breaker_closes(own: Settings) -> None:
 
 @pytest.fixture
 def clock(own: Settings, monkeypatch: pytest.MonkeyPatch) -> Iterator[ServerClock]:
-    """Return the time of Redis."""
+    """Return the Redis server's clock, which the test can set."""
     clock = ServerClock(own.broker_url.get_secret_value(), monkeypatch, breaker)
     yield clock
     clock.close()

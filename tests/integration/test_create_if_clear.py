@@ -37,7 +37,7 @@ def pending(world: World) -> int:
 
 
 def test_a_chat_in_order(world: World) -> None:
-    """The single statement inserts the same row as `schedule` in a transaction."""
+    """`create_if_clear` inserts the same row as `schedule`."""
     chat_id, (key_id, _) = world.chat(), key_of(world)
     alone = create(world, chat_id, key_id)
     assert alone
@@ -88,7 +88,7 @@ def test_keys_quotas_and_workspaces(world: World) -> None:
 
 
 def test_a_locked_chat(world: World) -> None:
-    """If another transaction has locked the chat, the single statement does not wait."""
+    """If another transaction has locked the chat, `create_if_clear` returns None without waiting."""
     chat_id = world.chat()
     with world.engine.connect() as connection:
         connection.execute(text("SELECT FROM chats WHERE id = :id FOR NO KEY UPDATE"), {"id": chat_id})

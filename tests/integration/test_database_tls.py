@@ -63,7 +63,7 @@ def test_doctor_reports_the_connection(tls_server: tuple[SecureServer, str], que
 
 @pytest.mark.parametrize("host", ["localhost", "127.0.0.1"])
 async def test_an_untrusted_server_is_refused(tls_server: tuple[SecureServer, str], tmp_path: Path, host: str) -> None:
-    """With verify-full, a certificate of an unknown authority or for another name is rejected."""
+    """With verify-full, a certificate from an unknown authority or for another host name is rejected."""
     server, trusted = tls_server
     if host == "localhost":
         trusted = str(tmp_path / "another.pem")

@@ -178,7 +178,7 @@ def test_many_workers_lease_few_held_follow_ups(world: World, engine: Engine, ow
 
 
 def test_deferred_follow_ups_are_sent_after_the_recovery(world: World, engine: Engine, own: Settings) -> None:
-    """After the transport's recovery, deferred follow-ups are sent long before their deferral would end.
+    """Once the transport recovers, deferred follow-ups do not wait for the end of their deferral.
 
     The follow-ups due earliest are sent first.
     """

@@ -190,6 +190,6 @@ def test_the_topmost_closed_directory(open_directory: Path) -> None:
 
 
 def test_a_free_port_can_be_listened_on() -> None:
-    """The returned port is free on the loopback interface."""
+    """`free_port` returns a port that is free on the loopback interface."""
     with socket.create_server(("127.0.0.1", free_port())) as server:
         assert server.getsockname()[0] == "127.0.0.1"

@@ -158,7 +158,7 @@ async def test_lost_sessions_are_dropped_together(world: World, database_url: st
 def written(engine: Engine, statement: Statement, **parameters: Any) -> list[tuple[Any, ...]]:
     """Execute a statement in a transaction of SQLAlchemy and return its rows.
 
-    If possible, the statement is executed by the driver itself.
+    If possible, the driver itself executes the statement.
     """
     with engine.begin() as connection:
         return [tuple(row) for row in event_loop.driver_rows(connection, statement, parameters)]

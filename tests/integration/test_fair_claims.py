@@ -189,7 +189,7 @@ def test_lost_with_an_unknown_outcome(world: World, engine: Engine, settings: Se
 
 
 def test_concurrent_claims(engine: Engine, settings: Settings) -> None:
-    """Concurrent fair and ordered claims together lease each follow-up exactly once."""
+    """Fair claims and ordered claims that run concurrently lease each follow-up exactly once."""
     worlds_of(engine, 40, 5, 5)
     taken: list[UUID] = []
     start = threading.Barrier(4)

@@ -106,7 +106,7 @@ def test_plans(world: World, engine: Engine, settings: Settings, others: int, *,
 
 
 def test_plans_when_nothing_was_pending(world: World, engine: Engine, settings: Settings) -> None:
-    """No plan uses the index of pending rows while the planner believes that this index is empty.
+    """If the planner believes that the index of pending rows is empty, no plan uses that index.
 
     After a vacuum without any pending row, the planner considers the index empty.
     """

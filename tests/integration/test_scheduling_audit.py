@@ -36,7 +36,7 @@ def events(world: World, follow_up: UUID) -> list[tuple[str, str, dict[str, Any]
 def test_a_cancel_from_python(world: World) -> None:
     """A cancel from Python is audited under the user of the process, without the reason.
 
-    A repeated, rejected or rolled-back cancel is not recorded.
+    If a cancel is repeated, rejected or rolled back, no audit event is recorded.
     """
     follow_up = world.follow_up(due=HOUR)
     with Session(world.engine) as session:

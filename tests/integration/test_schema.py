@@ -186,7 +186,7 @@ def test_a_migration_may_take_long(empty_engine: Engine) -> None:
 
 
 def test_a_waiting_migration_blocks_nothing(empty_engine: Engine) -> None:
-    """A migration that waits for a long transaction lets other statements run and completes afterwards."""
+    """While a migration waits for a long transaction, other statements run; the migration then completes."""
     url = empty_engine.url.render_as_string(hide_password=False)
     migrate(url, "0003")
     migration = threading.Thread(target=migrate, args=(url,))

@@ -33,7 +33,7 @@ class TestSettle:
     """Settle records an attempt's outcome once, under its lease."""
 
     def test_sent(self, world: World, steps: Steps) -> None:
-        """An accepted message is recorded as sent, with its id and time."""
+        """If the receiver accepts a message, the follow-up is recorded as sent with the message id and time."""
         follow_up, message_id = world.follow_up(), uuid4()
         (settled,) = steps.settle([attempt(steps.begun(), Sent(message_id))]).settled
         row = world.row(follow_up)

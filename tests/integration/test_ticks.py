@@ -1,4 +1,4 @@
-"""Tests of ticks: one dispatcher claims at a time; after a pause, workers settle first."""
+"""Tests of ticks: only one dispatcher claims at a time, and after a gap, workers may settle first."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ class TestGap:
 
     @pytest.mark.parametrize("deduplicates", [True, False])
     def test_outcome_is_recorded(self, world: World, engine: Engine, settings: Settings, *, deduplicates: bool) -> None:
-        """If the chat accepted an attempt before a long outage, the follow-up ends as sent."""
+        """If the chat accepted a message before a long outage, the follow-up ends as sent."""
         settings = settings.model_copy(update={"transport_deduplicates": deduplicates})
         follow_up = world.follow_up()
         begun = in_flight(engine, settings)

@@ -56,7 +56,7 @@ def test_never_ahead(samples: list[tuple[float, float, float]], offset: float) -
 
 
 def test_quickest_sample_counts() -> None:
-    """If a quick answer from the database is followed by a slow one, the quick answer sets the clock estimate."""
+    """The quickest answer from the database sets the clock estimate, even if a slower answer follows."""
     monotonic = Monotonic()
     clock = DatabaseClock(monotonic)
     clock.observe(moment(5000.0), 1000.0, 1000.001)

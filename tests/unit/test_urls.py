@@ -131,7 +131,7 @@ def test_broker_urls(text: str) -> None:
     ],
 )
 def test_a_broker_url_is_normalised(text: str, read: str) -> None:
-    """Special characters, TLS parameters and the database number are parsed identically by redis-py and kombu."""
+    """redis-py and kombu parse special characters, TLS parameters and the database number identically."""
     assert broker_url(text) == broker_url(read) == read
     ours, theirs = redis.connection.parse_url(read), kombu_url.parse_url(read)
     for name, named in {"username": "userid", "password": "password", "host": "hostname", "port": "port"}.items():

@@ -1,8 +1,8 @@
 """The API's rate limit: requests per API key and minute, counted in Redis for all `web` processes.
 
-The limit keeps a burst of requests with one API key from slowing down requests with other keys. Correctness does not
-depend on the limit. If Redis is unreachable, requests are allowed, counted in a metric and logged. After a failed
-query, Redis is not queried for a while, to avoid further timeouts.
+The limit keeps a burst of requests with one API key from slowing down requests with other keys. The service also works
+correctly without the rate limit. If Redis is unreachable, requests are allowed, counted in a metric and logged. After a
+failed query, Redis is not queried for a while, to avoid further timeouts.
 """
 
 from __future__ import annotations

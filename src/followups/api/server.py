@@ -75,7 +75,9 @@ LENGTHS = frozenset({b"content-length", b"transfer-encoding"})
 """Headers that only requests with a body have."""
 
 SLICE = 16 * 1024
-"""Number of bytes that are parsed between two checks of the limits. One read returns up to 256 KiB."""
+"""Number of bytes that are parsed between two checks of the limits. A single read from the socket returns up to 256
+KiB.
+"""
 
 
 class OpenConnections:
@@ -109,7 +111,7 @@ class OpenConnections:
         self.unread.pop(connection, None)
 
     def _close_first(self, connections: dict[LimitedProtocol, None]) -> None:
-        """Close the first connection without a valid API key, or else the first connection."""
+        """Close the first connection without a valid API key, or the first of all if each has one."""
         connection = next((each for each in connections if not each.has_key), next(iter(connections)))
         self.forget(connection)
         connection.connections.discard(connection)
@@ -350,7 +352,7 @@ def config_of(app: ASGIApp) -> uvicorn.Config:
 
 
 class Server(uvicorn.Server):
-    """uvicorn's server, extended to end event streams before it waits for running requests."""
+    """uvicorn's server, which on shutdown ends event streams before it waits for running requests."""
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """End the console's event streams, then shut down uvicorn."""

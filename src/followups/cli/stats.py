@@ -52,7 +52,7 @@ class Stats:
     """The number of all attempts so far, by outcome."""
     tick_age: timedelta | None
     per_second: Sequence[int] | None = None
-    """Number of follow-ups sent in each of the last seconds, for the dashboard."""
+    """Number of follow-ups sent in each recent second, for the dashboard."""
 
 
 def measure(engine: Engine, window: timedelta) -> Stats:

@@ -79,7 +79,7 @@ def _from_proxy_header(services: ConsoleServices, headers: Mapping[str, str], sc
     header = services.settings.console_proxy_header
     if header is None:
         return ""
-    # the address of the connection's peer, whatever the request's headers contain
+    # the address of the connection's peer, regardless of the request's headers
     peer = scope.get("state", {}).get("peer")
     try:
         address = ip_address(peer[0]) if peer else None

@@ -1,4 +1,4 @@
-"""The interval between two claims while there is a backlog.
+"""The interval between two claims during a backlog.
 
 This module has no clock and does no I/O. Each claim reads all follow-ups in flight, however few slots have become free.
 If every free slot caused a claim, each batch would contain only one follow-up. If claims waited until everything was

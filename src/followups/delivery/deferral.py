@@ -3,8 +3,8 @@
 Each worker keeps a few leases of the tripped workspaces as probes. All other follow-ups of tripped workspaces are
 deferred in the database. A deferral is not an attempt, and a deferred follow-up can still be cancelled. When a worker
 has used up its probes, or the transport recovers, the earliest deferrals end. When a workspace is no longer tripped,
-all its deferred follow-ups fall due. Even without such an event, each deferred follow-up falls due after some minutes.
-The time limit is needed because a restarted worker has no record of its deferrals.
+all its deferred follow-ups fall due. In any case, a deferred follow-up falls due after some minutes. The time limit is
+needed because a restarted worker has no record of its deferrals.
 """
 
 from __future__ import annotations
@@ -58,11 +58,11 @@ SPREAD = 10_000
 COMING = 0.25
 """Released follow-ups get this many seconds to reach a worker before any more are released."""
 BACKOFF = 1.0
-"""Seconds to wait if the database does not answer. No wait is longer than this."""
+"""Seconds to wait if the database does not answer. This is also the maximum duration of any wait."""
 
 
 class ReturnTimes:
-    """The times at which deferred follow-ups fall due again, spread in the order of deferral.
+    """Spreads the times at which deferred follow-ups fall due again, in the order of deferral.
 
     The first return times are 15 ms apart. The more follow-ups are deferred, the shorter the intervals between these
     times become. No follow-up is deferred for longer than `LONGEST`.

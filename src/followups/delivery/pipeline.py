@@ -53,7 +53,7 @@ if TYPE_CHECKING:
     from followups.transports.port import Transport
 
 CONNECTIONS = 4
-"""Simultaneous database connections: for begin, for settle, for the clock, and for deferring or releasing leases."""
+"""Database connections for begin, settle, the clock, and the deferral or release of leases."""
 
 log = get_logger(__name__)
 

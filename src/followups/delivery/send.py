@@ -35,7 +35,7 @@ OUTCOME_NAMES: dict[type, str] = {
     Rejected: "rejected",
     Unknown: "unknown",
 }
-"""The outcomes' names in logs, metrics, traces and the table of failed attempts."""
+"""The names of the outcomes in logs, metrics, traces and the table of failed attempts."""
 
 GRACE = timedelta(seconds=1)
 """How far a hanging call may exceed the transport's own timeout. The settings require a margin between timeout and

@@ -41,7 +41,7 @@ COMMANDS = {
 
 
 def argv(process: str, *more: str) -> list[str]:
-    """Return the arguments that start a process as the Procfile does, followed by ``more``.
+    """Return the Procfile's command for a process as arguments, followed by ``more``.
 
     The command must be run with the PATH that `search_path` returns.
     """

@@ -342,7 +342,7 @@ def _text(value: str | bytes) -> str:
 def _failed(outcome: Outcome) -> bool:
     """Return whether an outcome is a failure of the transport.
 
-    A rejection concerns only one message, unless the receiver rejects the caller.
+    A rejection counts as a failure only if the receiver rejects the caller, not one message.
     """
     if isinstance(outcome, Rejected):
         return outcome.status_code in REFUSING

@@ -82,7 +82,7 @@ class TokenRequest:
 
 @dataclass(frozen=True, slots=True)
 class LimiterReply:
-    """The wait of each request, in the order of the requests; zero means that the follow-up may begin."""
+    """The waits of the requests, in their order; zero means that the follow-up may begin."""
 
     waits: tuple[timedelta, ...]
     moment: int | None = None
@@ -271,8 +271,8 @@ class RateLimits:
         """
         long = [(lease, wait) for lease, wait in waits if wait > IN_QUEUE]
         deferred = await in_loop(self._engine, defer, long) if long else set()
-        # A row that was not deferred is locked or has another worker's lease. The begin step then detects the lock or
-        # the other worker's lease.
+        # A row that was not deferred is locked or leased by another worker. The begin step then detects the lock or the
+        # other worker's lease.
         return tuple((lease, min(wait, IN_QUEUE)) for lease, wait in waits if lease.id not in deferred)
 
     async def close(self) -> None:

@@ -54,10 +54,10 @@ def _bound_locks(connection: Connection) -> None:
 def _lock(connection: Connection, wait: float) -> None:
     """Lock out other migrations until the transaction ends.
 
-    Raises `FollowUpsError` if the lock is not acquired within ``wait`` seconds. The lock belongs to the transaction:
-    behind a pooler, the session outlives its client and would keep the lock. This function polls for the lock instead
-    of waiting in a statement. A concurrent index creation waits for every running statement. A migration that waited
-    for the lock would therefore block a concurrent index creation.
+    Raises `FollowUpsError` if the lock is not acquired within ``wait`` seconds. The lock lasts for the transaction, not
+    the session: behind a pooler, a session outlives its client. This function polls for the lock instead of waiting in
+    a statement. A concurrent index creation waits for every running statement. A migration that waited for the lock
+    would therefore block a concurrent index creation.
     """
     deadline = time.monotonic() + wait
     while not connection.scalar(_TRY_LOCK):

@@ -191,7 +191,7 @@ _DELETE_OLD = text("""
 
 
 def delete_old(connection: Connection, before: datetime, most: int) -> int:
-    """Delete up to ``most`` audit events older than ``before``, oldest first; return the number deleted."""
+    """Delete up to ``most`` audit events older than ``before``, oldest first; return how many were deleted."""
     return connection.execute(_DELETE_OLD, {"before": before, "most": most}).rowcount
 
 

@@ -38,7 +38,7 @@ FIRST = datetime(1, 1, 1, tzinfo=UTC)
 
 @dataclass(frozen=True, slots=True)
 class CancelScope:
-    """The pending follow-ups of a workspace, or of one chat in it, created no later than ``until``."""
+    """Pending follow-ups of a workspace or one of its chats, except any created after ``until``."""
 
     workspace_id: UUID
     chat_id: UUID | None

@@ -124,8 +124,8 @@ def lock_chats_of(follow_up_id: UUID, workspace_id: UUID | None, target: UUID | 
     return {chat.id: chat for chat in chats}
 
 
-# If two transactions reserve the same external id, the second waits for the first. The second one then sees what the
-# first has committed.
+# If two transactions reserve the same external id, the second waits for the first. The second transaction then sees
+# what the first has committed.
 _LOCK_EXTERNAL_ID = Statement("SELECT pg_advisory_xact_lock(hashtextextended(:external_id, 0))")
 _TAKEN = Statement("""
     SELECT id FROM chats
@@ -256,8 +256,8 @@ _SECOND = timedelta(seconds=1)
 def counts_as(created_at: datetime) -> datetime:
     """Return when a message counts as written: a time in whole seconds moves to that second's end.
 
-    Several channels report times in whole seconds. A user may reply within the second of our message, and the reply
-    must not seem older.
+    Several channels report times in whole seconds. If a user replies within the same second as our message, the reply
+    must not seem older than the message.
 
     >>> counts_as(datetime(2030, 1, 31, 9, 0, 0)).time().isoformat()
     '09:00:00.999999'
@@ -302,7 +302,7 @@ def receive(
 
 
 def _advance(chat: Any, message_id: UUID, role: Role, at: datetime) -> tuple[bool, dict[str, Any]]:  # noqa: ANN401 - a row
-    """Return whether the message is the chat's latest, and any new values for the chat.
+    """Return whether the message is the chat's latest, and the chat's changed values.
 
     A message's time may come from a host whose clock is fast. A message whose time lies in the future counts as written
     now. With a future time stored, later replies would seem older and cancel nothing. The time of an agent's message is

@@ -86,7 +86,7 @@ class ClaimSearch:
     without: tuple[UUID, ...] = ()
     """Follow-ups whose rows cannot be written; the claim skips them."""
     in_grace: bool = False
-    """Whether the workers still have time to record the outcomes of lost leases (`followups.store.last_tick`)."""
+    """Whether the grace period is running, in which workers may still record outcomes (`followups.store.last_tick`)."""
 
 
 class Totals(NamedTuple):

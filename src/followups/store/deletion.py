@@ -1,7 +1,7 @@
 """Deletion of a workspace, or of a chat, with everything that belongs to it.
 
-Rows are deleted in batches, each in a short transaction that skips locked rows. Pending follow-ups are ended before
-their deletion, and a workspace is paused during its deletion.
+Rows are deleted in batches, each in a short transaction that skips locked rows. Pending follow-ups end before they are
+deleted. A workspace is paused while it is being deleted.
 """
 
 from __future__ import annotations

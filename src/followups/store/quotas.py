@@ -1,7 +1,7 @@
 """Quotas: limits on the pending follow-ups and the chats of a workspace.
 
-By default there is no quota. Without a quota, a create request costs no extra query: its INSERT checks that there is
-none. With a quota, a transaction locks the chat's row first and then the quota's row. Two concurrent create requests
+By default there is no quota. Without a quota, a create request needs no extra query, because its INSERT checks for a
+quota. With a quota, a transaction locks the chat's row first and then the quota's row. Two concurrent create requests
 therefore cannot both use the last free place.
 
 Each quota row stores how many more follow-ups or chats the workspace may create. Each create request reduces the stored
@@ -90,7 +90,7 @@ def take(workspace_id: UUID, kind: Kind, number: int) -> Steps[None]:
 
 @dataclass(frozen=True, slots=True)
 class QuotaUse:
-    """A quota in force and its usage; usage is counted only up to the quota."""
+    """A quota and its usage, which is counted only up to the quota."""
 
     workspace: str
     kind: Kind

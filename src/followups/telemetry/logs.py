@@ -59,7 +59,7 @@ def _second(seconds: int) -> str:
 
 
 class _Configured:
-    """The arguments of the latest call to `configure_logging`, which `Lines` uses."""
+    """The arguments of the latest `configure_logging` call, for use by `Lines`."""
 
     level = logging.INFO
     console_steps: ClassVar[list[Processor]] = []

@@ -76,8 +76,8 @@ def connection_options(settings: Settings) -> dict[int, object]:
 def _trusted() -> dict[int, object]:
     """Return libcurl's options for the trusted certificate authorities.
 
-    The trusted authorities are those of the system, or those of ``SSL_CERT_FILE`` and ``SSL_CERT_DIR``. The libcurl in
-    pycurl's wheel knows the certificate path of only one Linux distribution. This libcurl ignores both variables.
+    By default, the system's authorities are trusted; ``SSL_CERT_FILE`` and ``SSL_CERT_DIR`` replace them. The libcurl
+    in pycurl's wheel knows the certificate path of only one Linux distribution. This libcurl ignores both variables.
     """
     paths = ssl.get_default_verify_paths()
     for name, found, what in (("SSL_CERT_FILE", paths.cafile, "file"), ("SSL_CERT_DIR", paths.capath, "directory")):

@@ -51,7 +51,7 @@ Celery's own pauses grow to thirty seconds.
 
 FIRST_PAUSE = 0.25
 """Seconds to wait before reconnecting if the last connection was short-lived. Each further pause is twice as long as
-the one before.
+the previous pause.
 """
 
 LASTS = 5.0

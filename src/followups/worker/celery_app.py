@@ -51,7 +51,7 @@ if TYPE_CHECKING:
 log = get_logger(__name__)
 
 UNREAD = 1000
-"""Number of unread messages in the tick queue at which no further ticks are added. Therefore, beat and nudges cannot
+"""If the tick queue contains this many unread messages, no further ticks are added. Therefore, beat and nudges cannot
 fill the broker while no worker is running. Ticks do not expire, because expiry would depend on the clocks of two hosts.
 If one host's clock were an hour ahead, Celery would drop all ticks. The dispatcher merges all waiting ticks into one.
 """
@@ -100,7 +100,7 @@ def drain_limit(settings: Settings) -> timedelta:
 
 
 def make_app(settings: Settings) -> Celery:
-    """Return the Celery app, configured for hints: small, idempotent messages that are worthless once read."""
+    """Return the Celery app, configured for hints, which are small, idempotent and worthless once read."""
     app = App("followups", settings.broker_url.get_secret_value())
     silence = broker_silence(settings).total_seconds()
     app.conf.update(
@@ -270,7 +270,7 @@ def remove_old(*_: object, **__: object) -> None:
 
 @app.task(name="followups.deliver", bind=True)
 def deliver(task: Any, hint: object = None, keys: object = None, *_: object, **__: object) -> None:  # noqa: ANN401 - Celery's task
-    """Deliver a batch: begin, send and settle each follow-up of the hint at its due time."""
+    """Deliver the hint's follow-ups: begin, send and settle each at its due time."""
     try:
         leases = leases_of(hint, keys)
     except ValueError as error:

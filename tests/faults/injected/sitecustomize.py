@@ -65,7 +65,7 @@ def _suspend() -> None:
     counts_on = time.monotonic
     asleep = counts_on()
     os.kill(os.getpid(), signal.SIGSTOP)
-    while counts_on() - asleep < 0.5:  # the signal arrives a moment later
+    while counts_on() - asleep < 0.5:  # SIGSTOP takes effect a moment later
         time.sleep(0.001)
     slept = counts_on() - asleep
     time.monotonic = lambda: counts_on() - slept

@@ -85,7 +85,7 @@ def test_forms(api: Api, form: str) -> None:
 
 
 def test_revoked_at_once(api: Api) -> None:
-    """If an API key is revoked, its next request is rejected, even after earlier requests."""
+    """After an API key is revoked, its next request is rejected, even if earlier requests succeeded."""
     assert api.get(FOLLOW_UPS).status_code == 200
     with Session(api.world.engine) as session, session.begin():
         api_keys.revoke(session, api.key_id)

@@ -34,7 +34,7 @@ def answers(address: tuple[str, int], sent: bytes, methods: Sequence[str], key: 
     """Send the bytes and return the statuses of the responses, as parsed by h11.
 
     ``methods`` are the requests' HTTP methods in order; the last applies to all further requests. After ``most``
-    responses, the server must be silent for a moment. Every ``KEY`` is replaced by the API key.
+    responses, the server must be silent for a moment. Every ``KEY`` in ``sent`` is replaced by the API key.
     """
     statuses: list[int] = []
     with socket.create_connection(address, timeout=10) as connection:

@@ -86,7 +86,7 @@ class TestReschedule:
 
     @pytest.mark.parametrize(("text", "seconds"), [("now", 0), ("+10m", 600)])
     def test_relative_due_date(self, run: RunCommand, world: World, text: str, seconds: int) -> None:
-        """`now` and relative due dates refer to the database's clock."""
+        """The due dates `now` and `+10m` are computed from the database's clock."""
         follow_up = world.follow_up(due=HOUR)
         before = world.scalar("SELECT now()")
         assert list(run("reschedule", follow_up, "--due", text, "--json").document) == FIELDS

@@ -85,5 +85,5 @@ def test_other_offsets_and_missing_times() -> None:
     ],
 )
 def test_a_duration_is_shown_in_its_two_largest_units(seconds: float, words: str) -> None:
-    """A duration is shown in its two largest units, or in milliseconds, without a sign."""
+    """A duration is shown without a sign, in its two largest units or in milliseconds."""
     assert span(timedelta(seconds=seconds)) == words

@@ -171,7 +171,7 @@ async def send_garbage(stream: Stream) -> None:
 async def test_however_a_stream_ends_the_request_went_out_once(
     end: Callable[[Stream], Awaitable[None]], server: Http2Server, transport: Transport, *, kept: bool
 ) -> None:
-    """If the response is lost, the outcome is unknown and no request is repeated."""
+    """If the response is lost, the outcome is unknown and the request is not repeated."""
     if kept:
         assert await transport.send(a_delivery()) == OK
     server.serve = end
@@ -296,7 +296,7 @@ async def test_a_silent_stream_affects_only_its_call(server: Http2Server) -> Non
 
 
 async def test_a_call_that_is_cancelled_harms_no_other(server: Http2Server, transport: Transport) -> None:
-    """Cancelling a call resets only the stream of that call."""
+    """Cancelling a call resets only its own stream."""
     assert await transport.send(a_delivery()) == OK
     first_of(server, stay_silent)
     calls = [asyncio.create_task(transport.send(a_delivery())) for _ in range(STREAMS)]

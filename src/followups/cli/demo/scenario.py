@@ -187,7 +187,7 @@ class DemoRun:
         """The time at which the scenario starts."""
 
     def open_chats(self) -> timedelta:
-        """Open the chats with an agent's message in each, and configure the receiver.
+        """Open the chats, write an agent's message in each, and configure the receiver.
 
         Return the average duration of a call.
         """

@@ -49,7 +49,7 @@ class ChangedMeanwhileError(ConflictError):
 
 @dataclass(slots=True)
 class FollowUpForm:
-    """The values that a person has typed into the forms of the page. Typed values are shown again if saving fails."""
+    """The values that a person has typed into the forms of the page. If saving fails, typed values are shown again."""
 
     message: str | None = None
     due: str | None = None

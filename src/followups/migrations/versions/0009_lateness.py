@@ -1,8 +1,7 @@
 """Add a column for lateness after a hold, and constraints that reject unreadable times.
 
-If existing rows violate a constraint, the constraint is not added. Under the constraint, any change to a violating row
-would fail, as would any claim of the row. ``followups doctor`` lists these rows and shows the statement that adds the
-constraint.
+If existing rows violate a constraint, the constraint is not added. With the constraint, every change to a violating row
+would fail, including a claim. ``followups doctor`` lists these rows and shows the statement that adds the constraint.
 """
 
 from __future__ import annotations

@@ -27,7 +27,7 @@ routes = web.RouteTableDef()
 
 
 class RequestsQuery(WireModel):
-    """Selects up to ``limit`` requests, of one chat or all chats, after request number ``after``."""
+    """Selects up to ``limit`` requests that follow request number ``after``, from one chat or all chats."""
 
     chat_id: str | None = None
     after: Annotated[int, Field(ge=0, le=EVERY)] = 0
