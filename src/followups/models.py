@@ -64,7 +64,7 @@ WAYS = {
     "python": "Python as {actor}",
     "service": "service {actor}",
 }
-"""The words for the author of an audit event, keyed by means of access (`followups.store.audit.Way`)."""
+"""For each means of access (`followups.store.audit.Way`), the words for an audit event's author."""
 
 
 def readable(*columns: str) -> str:
@@ -655,7 +655,7 @@ class AuditEvent(Base):
     """The actor's name at the time of the event."""
     workspace_id: Mapped[UUID | None]
     workspace: Mapped[str | None]
-    """The workspace's name at the event's time, or None for an event of all workspaces."""
+    """The workspace's name when the event happened, or None for an event of all workspaces."""
     action: Mapped[str]
     target_id: Mapped[UUID | None]
     """The changed follow-up, API key, chat or workspace; None for a target without an id."""

@@ -1,4 +1,4 @@
-"""Tests of sending hours on PostgreSQL: outside them, follow-ups wait; messaging windows still apply."""
+"""On PostgreSQL, follow-ups wait outside sending hours, and messaging windows still apply."""
 
 from __future__ import annotations
 

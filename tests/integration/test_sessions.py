@@ -114,7 +114,7 @@ class TestSettings:
             engine.dispose()
 
     async def test_through_pgbouncer(self, database_url: str, pgbouncer: PgBouncer) -> None:
-        """Sessions through PgBouncer in session mode get the settings, although it rejects startup `options`."""
+        """Through PgBouncer in session mode, sessions get the settings without startup `options`."""
         set_defaults(database_url, HOSTILE)
         engine = make_engine(pgbouncer.url(), pool_size=1, options=BY_KEY)
         found = settings_of(engine, *SESSION, *BY_KEY)

@@ -50,7 +50,7 @@ SECOND = timedelta(seconds=1)
 def test_begun_attempts_are_returned(
     world: World, engine: Engine, settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """If deferring the rejected row fails too, the batch's begun attempts are returned."""
+    """Even if the rejected row cannot be deferred, the batch's begun attempts are returned."""
     world.follow_up(attempts=2**31 - 1)
     others = {type(world)(engine).follow_up() for _ in range(9)}
 
@@ -227,7 +227,7 @@ def test_more_unwritable_rows_than_one_search(
     insert: Callable[[World], UUID],
     store: ModuleType,
 ) -> None:
-    """Even with many blocked or paused follow-ups, all releasable ones are found."""
+    """Every releasable follow-up is found, even among many that stay blocked or paused."""
     monkeypatch.setattr(store, "BATCH", 2)
     for _ in range(5):
         insert(world)

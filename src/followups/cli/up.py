@@ -40,7 +40,7 @@ The code uses GNU date, or else the date command of BSD and macOS.
 WORKSPACE = "local"
 HIGHEST_PORT = 65_535
 LOOK = timedelta(milliseconds=200)
-"""Interval between two checks whether every process is still running."""
+"""Interval between two checks that every process is still running."""
 
 
 @app.command(epilog=examples("followups up", "followups up --port 9000 --data ./followups-data"))

@@ -82,7 +82,7 @@ def size_of_claim(window: int) -> int:
 
 
 def claim(engine: Engine, settings: Settings, since: datetime | None = None, without: tuple[UUID, ...] = ()) -> Claim:
-    """Claim due follow-ups in one transaction; if ``since`` is given, only those due after it.
+    """Claim due follow-ups in one transaction, but none due before ``since``.
 
     The follow-ups in ``without`` are skipped.
     """

@@ -201,7 +201,7 @@ class RateLimits:
     def __init__(self, settings: Settings, engine: AsyncEngine, limiter: Limiter | None, lead: timedelta) -> None:
         """Store the limiter; None means that there are no rate limits.
 
-        ``lead`` is the time between a follow-up's request for a token and its due time.
+        ``lead`` is how long before its due time a follow-up requests a token.
         """
         self._settings = settings
         self._engine = engine

@@ -95,7 +95,7 @@ def delete_expired_keys(connection: Connection) -> int:
 
 
 class MessageCursor(NamedTuple):
-    """The position at which a scan of chat messages, ordered by age, stopped."""
+    """Where a scan of chat messages in order of age has stopped."""
 
     created_at: datetime = datetime(1, 1, 1, tzinfo=UTC)
     id: UUID = UUID(int=0)

@@ -33,8 +33,7 @@ LONG = "the body of the answer is longer than 64 KiB"
 LATE = "the body of the answer did not arrive in time"
 
 TOO_LARGE = {pycurl.E_WRITE_ERROR, 100}
-"""libcurl's error codes for a response that exceeds our size limit or libcurl's own limit for a line (CURLE_TOO_LARGE).
-"""
+"""libcurl's error codes for a response that is too large, or that has too long a line (CURLE_TOO_LARGE)."""
 
 _STOP = -1
 """Value that a callback returns to end the transfer and its connection."""
