@@ -1,4 +1,4 @@
-"""Races of a cancel with a delivery, and of a reply with a create: both clients see the same result."""
+"""When cancel races with delivery, or reply with create, both clients see the same result."""
 
 from __future__ import annotations
 

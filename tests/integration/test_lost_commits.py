@@ -1,4 +1,4 @@
-"""If a commit gets no answer, delivery steps continue, whether it succeeds, fails or is slow."""
+"""If a commit gets no answer, delivery steps continue, whether the commit succeeds, fails or is slow."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Among many pending follow-ups, claim, begin and settle use index look-ups.
+"""The statements of claim, begin and settle use index look-ups among many pending follow-ups.
 
 The plans of the API's lists are tested in `test_store_listing.py`.
 """

@@ -48,8 +48,8 @@ class ClaimInterval:
     def begin(self) -> None:
         """Start a tick; the rate of claims is not known yet.
 
-        The number of free places now predicts nothing, because other dispatchers claim, too. The first pause of a tick
-        is as long as the last known pause. Starting with the shortest pause would double the number of claims.
+        The current number of free places predicts nothing, because other dispatchers also claim. The first pause of a
+        tick is as long as the last known pause. Starting with the shortest pause would double the number of claims.
         """
         self._full_at = None
 
