@@ -107,7 +107,7 @@ def run(session: Session | Connection, steps: Steps[T]) -> T:
 
 
 class Rule(Generic[P, T]):
-    """A rule that runs in a session when called. For other rules, and on the event loop, use `steps`."""
+    """A rule that runs in a session when called. Inside another rule or on the event loop, call `steps` instead."""
 
     def __init__(self, steps: Callable[P, Steps[T]]) -> None:
         """Store the generator function."""

@@ -58,7 +58,7 @@ def permissions(stack: Stack) -> dict[str, Any]:
 
 
 def test_all_keys_have_the_prefix(under_acl: tuple[Stack, redis.Redis]) -> None:
-    """All keys of deliveries, limits, breaker and remote control have the prefix."""
+    """Every key in the broker has the prefix: deliveries, limits, breaker and remote control."""
     stack, admin = under_acl
     stack.start()
     assert followups(stack, "limit", "set", "100/s", "--each", "chat", "--channel", "api").returncode == 0

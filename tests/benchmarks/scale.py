@@ -4,7 +4,7 @@
     uv run python tests/benchmarks/scale.py claim --rows 200000 --dispatchers 1 --window 100000 --held 33000
     uv run python tests/benchmarks/scale.py history --rows 1000000
 
-The program checks only that no follow-up is claimed twice or lost. The program ends within a few minutes.
+The program checks only that no row is claimed twice or lost. The program ends within a few minutes.
 """
 
 from __future__ import annotations

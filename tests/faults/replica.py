@@ -62,7 +62,7 @@ def _data(server: EmbeddedPostgres) -> Path:
 
 
 class Server(EmbeddedPostgres):
-    """A PostgreSQL server of any version: either new, or a standby until its promotion."""
+    """A PostgreSQL server of a given version: either new, or a standby until its promotion."""
 
     def __init__(self, binaries: Path, primary: EmbeddedPostgres | None = None) -> None:
         """Store the binaries and the server to replicate (None for an independent server)."""

@@ -80,7 +80,7 @@ class TestClaim:
         assert len(taken) == len(set(taken)) == 40
 
     def test_earliest_first(self, world: World, steps: Steps) -> None:
-        """A claim takes the earliest due follow-ups first, whatever the order of insertion."""
+        """A claim takes the earliest due follow-ups first, regardless of when they were inserted."""
         due = [timedelta(seconds=-n) for n in (1, 5, 3)]
         ids = [world.follow_up(due=one) for one in due]
         assert [lease.id for lease in steps.claim().leases] == [ids[1], ids[2], ids[0]]

@@ -1,4 +1,4 @@
-"""How the project's child processes are started, watched, and stopped, if necessary by the watchdog."""
+"""How child processes are started, watched and stopped, by their owner or by the watchdog."""
 
 from __future__ import annotations
 

@@ -302,7 +302,7 @@ class TestChats:
         assert (new, chat.removed_at, chat.last_message_id, chat.last_user_message_at) == (True, None, None, None)
 
     def test_last_message(self, caller: Caller) -> None:
-        """The latest message is the chat's last one, and the user's latest message opens the messaging window.
+        """The latest message becomes the chat's last one; the user's latest opens the messaging window.
 
         A message older than the chat's last one changes neither the last message nor the messaging window.
         """

@@ -42,7 +42,7 @@ NEAR_TRANSITIONS = st.builds(
 
 
 def allowed(hours: SendingHours, moment: datetime) -> bool:
-    """Return whether a local time is within sending hours, by its clock reading and weekday."""
+    """Return whether a local time and its weekday are within the sending hours."""
     local = moment.astimezone(ZoneInfo(hours.time_zone))
     clock, today, yesterday = local.time(), local.weekday(), (local - DAY).weekday()
     if hours.opening < hours.closing:

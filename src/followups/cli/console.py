@@ -25,7 +25,7 @@ app = typer.Typer(
 
 
 class ConsoleRole(StrEnum):
-    """The role in the console of the person who uses the sign-in link."""
+    """The console role of the person who uses the sign-in link."""
 
     VIEWER = "viewer"
     AGENT = "agent"

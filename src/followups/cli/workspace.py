@@ -118,11 +118,11 @@ def hours(  # noqa: PLR0913 - one for each option
 ) -> None:
     """Show, set or clear the sending hours, in which the workspace's messages may be sent.
 
-    A follow-up that becomes due outside the sending hours is held until the hours next begin. A follow-up uses up no
-    attempt while it is held. Held follow-ups are sent within a second after the sending hours begin, earliest due
-    first. Lateness (FOLLOWUPS_MAX_LATENESS) is counted from the first beginning of the sending hours after the due
-    date. If the channel's messaging window would close before the sending hours begin, the follow-up fails immediately
-    as window_closed, and the API refuses such a due date.
+    A follow-up that becomes due outside the sending hours is held until the hours next begin. Being held uses up no
+    attempt. Held follow-ups are sent within a second after the sending hours begin, earliest due first. Lateness
+    (FOLLOWUPS_MAX_LATENESS) is counted from the first beginning of the sending hours after the due date. If the
+    channel's messaging window would close before the sending hours begin, the follow-up fails immediately as
+    window_closed, and the API refuses such a due date.
 
     The hours are local times in the given time zone. If --to is not later than --from, the hours end on the next day.
     --days lists the days on which the hours begin. Follow-ups that are already held are checked again with the new

@@ -61,7 +61,7 @@ A claim itself takes some milliseconds.
 """
 LONGEST_AFTER_ANOTHER = 0.1
 IN_GRACE = 0.5
-"""Seconds between two claims while expired leases are left to their workers.
+"""Seconds between two claims during a grace period.
 
 Each claim may take over expired leases without waiting for a tick.
 """
@@ -257,7 +257,7 @@ class Dispatcher:
     def _claim(self) -> tuple[Claim, float]:
         """Claim follow-ups due from the low-water mark on, and occasionally all due follow-ups.
 
-        Claims from the beginning also find follow-ups inserted later, before the low-water mark. If a claim leaves due
+        A claim from the beginning also finds follow-ups inserted later with an earlier due time. If a claim leaves due
         follow-ups, the next claims prefer workspaces with the fewest in flight. While a long transaction is open, index
         entries of sent follow-ups stay in front of pending ones. It took 34 ms to skip 36,000 index entries of sent
         follow-ups.

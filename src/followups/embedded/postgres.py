@@ -90,7 +90,7 @@ class EmbeddedPostgres(EmbeddedServer):
     start_within = START_WITHIN
 
     def __init__(self, data: Path | None = None, *, parent: Path | None = None) -> None:
-        """With ``data``, keep the database there; otherwise delete the database when the server stops.
+        """With ``data``, keep all data there; otherwise delete all data when the server stops.
 
         ``parent`` is the parent of the temporary directory. Copying a database is ten times as fast in an in-memory
         file system (`memory_directory`).
@@ -180,7 +180,7 @@ def _reachable_binaries(directory: Path, run_as: tuple[int, int] | None) -> Path
 
 
 def _system_user() -> tuple[int, int]:
-    """Return the ids of the user that runs PostgreSQL if this process is root.
+    """Return the user id and the group id under which root runs PostgreSQL.
 
     If this user does not exist, it is created. Raises `EmbeddedError`.
     """

@@ -230,7 +230,7 @@ class Breaker:
     def record(self, follow_up_id: UUID, key: int, outcome: Outcome) -> None:
         """Record the outcome of an attempt.
 
-        A response that asks for a later retry is no failure: the endpoint is reachable.
+        A response that asks for a later retry is not a failure, because the endpoint is reachable.
         """
         if self._store is None or isinstance(outcome, Snoozed):
             return

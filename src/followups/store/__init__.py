@@ -9,9 +9,9 @@ deadlock:
 
 3. the workspace's quotas (`followups.store.quotas.take`), before its new chat or follow-up is inserted.
 
-Every operation that creates, changes or cancels a follow-up for a caller locks the follow-up's chat first. A
-transaction that records a chat message or removes a chat also locks the chat first. A transaction that changes several
-chats locks them in ascending order of their ids.
+When a caller creates, changes or cancels a follow-up, the follow-up's chat is locked first. A transaction that records
+a chat message or removes a chat also locks the chat first. A transaction that changes several chats locks them in
+ascending order of their ids.
 
 The dispatcher's statements lock no chat. Locked follow-ups are skipped (``SKIP LOCKED``) and retried later. The bulk
 cancel, the release of held follow-ups and pruning also skip locked rows. A caller's change never locks a follow-up in

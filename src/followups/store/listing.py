@@ -76,7 +76,7 @@ def page(
 def rows_from(
     workspace_id: UUID | None, wanted: ListFilter, offset: int, size: int, start: Start | None = None
 ) -> Steps[Sequence[FollowUp]]:
-    """Return ``size`` rows of the list from the offset on. The query does not read the rows before ``start``."""
+    """Return ``size`` rows of the list, starting at the offset. The query does not read the rows before ``start``."""
     if offset >= MAX_ROWS:
         return []
     statement, parameters = statement_of(workspace_id, wanted, start)

@@ -62,7 +62,7 @@ class Sockets:
         self._known.clear()
 
     def begin(self, address: Address) -> None:
-        """Count another call on this connection. Only HTTP/2 allows more than one call in flight at a time."""
+        """Count another call on this connection. Only HTTP/2 allows several calls at a time on one connection."""
         self._calls[address] = self._calls.get(address, 0) + 1
 
     def end(self, address: Address) -> None:

@@ -177,7 +177,7 @@ class BrokerChannel(kombu_redis.Channel):
             raise
         except Exception as error:  # a malicious document can cause any error in a decoder
             if self.connection.delivering:
-                raise  # the entry was decoded, so the consumer raised this error
+                raise  # the entry could be decoded, so this error comes from the consumer
             log.warning("broker_message_dropped", error=type(error).__name__)
             read = True
         CONSUMER.answered(self.active_queues)
@@ -185,7 +185,7 @@ class BrokerChannel(kombu_redis.Channel):
 
 
 class BrokerTransport(kombu_redis.Transport):
-    """A transport that drops entries that do not have the shape of a message.
+    """A Celery transport that drops entries without the shape of a message.
 
     Every error response from Redis is treated as a connection error.
     """
@@ -262,7 +262,7 @@ def _is_consumers_thread() -> bool:
 
 
 def is_message(message: object) -> bool:
-    """Return whether a decoded entry has the form of the messages that our processes send.
+    """Return whether a decoded entry looks like a message from our processes.
 
     Compressed messages are rejected, because a few kilobytes could fill the memory. Other content types are rejected
     too, because kombu would decode them with any Python codec.

@@ -57,7 +57,7 @@ def test_all_errors_are_listed(api: Api) -> None:
 
 
 def test_body_too_large(api: Api) -> None:
-    """A body above the size limit is rejected with 413, with a declared length or chunked.
+    """A body above the size limit is rejected with 413, even if its length is not declared.
 
     The web process continues to serve requests.
     """

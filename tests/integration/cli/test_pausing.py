@@ -77,7 +77,7 @@ def test_pause_waits_for_beginning_attempts(
 ) -> None:
     """`pause` waits until every worker transaction that may have begun before the pause has ended.
 
-    If a transaction that may have begun before the pause stays open, `pause` reports it.
+    `pause` reports a transaction that may have begun before the pause and stays open.
     """
     monkeypatch.setattr(pause, "UNDER_WAY", 0.3)
     url = settings.database_url.get_secret_value()

@@ -126,7 +126,7 @@ def test_an_archive_is_not_overwritten(run: RunCommand, world: World, tmp_path: 
 def test_wrong_ages(run: RunCommand, world: World, options: tuple[str, ...]) -> None:
     """`prune` with an invalid age is a usage error, reported in one sentence.
 
-    `prune` without a terminal and without --yes is a usage error, too.
+    `prune` without a terminal and without --yes is a usage error.
     """
     ended(world, 91)
     ran = run("prune", *options, "--yes")

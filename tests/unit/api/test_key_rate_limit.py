@@ -135,7 +135,7 @@ async def test_without_redis_nothing_is_refused(
 async def test_an_answer_that_is_an_error(
     limit_of: Callable[[int], KeyRateLimit], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A Redis server that returns an error, such as while loading, counts as unreachable."""
+    """A Redis server that returns an error, for example while loading data, counts as unreachable."""
     limit = limit_of(1)
 
     async def refuse(*_: object, **__: object) -> bool:

@@ -29,7 +29,7 @@ TEXTS = st.text(st.characters()) | st.sampled_from(NASTY)
 
 
 class EncodedTerminal(io.TextIOWrapper):
-    """A terminal in memory with a given encoding."""
+    """An in-memory terminal with a given encoding."""
 
     def __init__(self, encoding: str) -> None:
         super().__init__(io.BytesIO(), encoding, errors="backslashreplace", write_through=True)

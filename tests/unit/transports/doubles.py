@@ -176,7 +176,7 @@ def answer(status: int | str, body: bytes = b"", **headers: str) -> bytes:
 
 
 def homeserver(chats: SandboxChats) -> web.Application:
-    """Return a Matrix homeserver backed by ``chats``, limited to what sending requires."""
+    """Return a Matrix homeserver backed by ``chats``, with only the endpoints that sending needs."""
 
     async def put(request: web.Request) -> web.StreamResponse:
         if request.headers.get("authorization") != f"Bearer {TOKEN}":

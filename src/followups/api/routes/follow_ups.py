@@ -171,8 +171,8 @@ def _create_once(work: Work, body: NewFollowUp, idempotency_key: str) -> Steps[i
 def _with_message(answer: idempotency.StoredResponse, message: str) -> idempotency.StoredResponse:
     """Return the stored response to a create request, with the message added again.
 
-    Responses are stored without the message, so that no message text is kept after its follow-up's row is deleted. When
-    a request is repeated, the message is put back into the stored response.
+    Responses are stored without the message. After a follow-up is deleted, no copy of its text remains. When a request
+    is repeated, the message is put back into the stored response.
     """
     if not answer.location:
         return answer

@@ -75,7 +75,7 @@ def reveal(visit: Visit) -> Response:
 
 
 def save(visit: Visit) -> Response:
-    """Save the message and the due date, or only show the consequences after "Check"."""
+    """Save the message and the due date; after "Check", only show the consequences."""
     form = visit.form
     typed = FollowUpForm(form.raw("message") if "message" in form else None, form.text("due"))
 
