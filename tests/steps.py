@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Steps:
-    """The steps of a delivery with a worker's engine; each step may have different settings."""
+    """The steps of a delivery, with a worker's engine; the settings may differ for each step."""
 
     engine: Engine
     settings: Settings

@@ -138,10 +138,10 @@ def make_engine(
 ) -> Engine:
     """Return an engine for ``database_url`` (``postgresql://...``), which connects on first use.
 
-    The engine's sessions use the settings in `SESSION` and ``options``. The pool tests each connection before use.
-    After a server restart, the engine therefore reconnects, and no request fails. A connection is closed if its server
-    does not respond within ``statement_timeout`` plus a margin. Migrations pass None as ``statement_timeout``, so that
-    their statements have no time limit.
+    The engine's sessions use the settings in `SESSION` and the given ``options``. The pool tests each connection before
+    use. After a server restart, the engine therefore reconnects, and no request fails. A connection is closed if its
+    server does not respond within ``statement_timeout`` plus a margin. Migrations pass None as ``statement_timeout``,
+    so that their statements have no time limit.
     """
     url = parse(database_url)
     engine = create_engine(url, **_arguments(url, pool_size, application_name))

@@ -84,7 +84,7 @@ HOSTILE = (
 
 
 DOING = {"/bulk/preview": "cancel-all", "/bulk": "cancel-all", "/settings/hours": "save"}
-"""Buttons that these forms must contain; otherwise a form is refused before its fields are read."""
+"""The buttons that some forms must contain, because otherwise their fields are not read."""
 
 
 @pytest.mark.parametrize("value", HOSTILE, ids=range(len(HOSTILE)))

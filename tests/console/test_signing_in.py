@@ -88,7 +88,7 @@ def test_a_session_has_a_maximum_age_and_idle_time(column: str, person: Callable
 
 
 def test_signing_out_ends_the_session_itself(person: Callable[..., Person], own: World) -> None:
-    """After signing out, a copy of the cookie is invalid."""
+    """After a person signs out, a copy of the session cookie is invalid."""
     one = person("viewer", own)
     kept = dict(one.client.cookies)
     assert one.post("/logout").status_code == 303

@@ -112,7 +112,7 @@ def test_each_recorded_series_is_used() -> None:
 
 
 def test_labels_have_values_that_exist() -> None:
-    """All states, reasons and outcomes that the alerts' queries name exist."""
+    """The alerts' queries name only existing states, reasons and outcomes."""
     known: dict[str, set[str]] = {
         "code": {code.value for code in ReasonCode},
         "status": {status.value for status in Status},

@@ -89,7 +89,7 @@ def test_systemd_rates_the_exposure_as_low(analyze: str, installed: Path, name: 
 
 @pytest.mark.parametrize("name", COMMANDS)
 def test_each_unit_runs_the_procfiles_command(name: str) -> None:
-    """Each unit runs the Procfile's command, with the installed path."""
+    """Each systemd unit runs the same command as the Procfile, with the installed path."""
     (line,) = unit(name)["ExecStart"]
     command, *arguments = [word.replace("%%", "%") for word in line.split()]
     assert command.startswith(PREFIX)

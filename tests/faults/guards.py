@@ -76,7 +76,7 @@ class Scene:
 
     @property
     def engine(self) -> Engine:
-        """The engine whose statements may lack a guard."""
+        """An engine whose statements may lack a guard."""
         return self.world.engine
 
     def lease(self) -> Lease:

@@ -142,7 +142,7 @@ def test_errors_to_reads_and_writes(breakable: Rig, figures: Figures) -> None:
 
 @pytest.mark.faults_long
 def test_errors_for_long(breakable: Rig, figures: Figures) -> None:
-    """Processes survive many Redis errors, each of which lasts up to twenty seconds."""
+    """Processes survive many Redis errors that last up to twenty seconds each."""
     names = [breakable.rng.choice(list(ERRORS)) for _ in range(25)]
     answering_errors(breakable, figures, names, lambda: 20 * breakable.rng.random())
 

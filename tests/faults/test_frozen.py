@@ -1,4 +1,4 @@
-"""Tests of a worker frozen past its lease: once resumed, it settles and repeats nothing."""
+"""Once resumed, a worker frozen past its lease neither settles nor repeats anything."""
 
 from __future__ import annotations
 

@@ -60,7 +60,7 @@ def test_noisy_neighbour(rig: Rig, figures: Figures) -> None:
 
 @pytest.mark.faults_long
 def test_noisy_neighbour_for_long(rig: Rig, figures: Figures) -> None:
-    """If one workspace adds five hundred follow-ups per second, other workspaces' follow-ups are sent."""
+    """If one workspace adds five hundred follow-ups per second, other workspaces' follow-ups are still sent."""
     neighbour(rig, figures, each=300, spread=60.0, seconds=45.0)
 
 

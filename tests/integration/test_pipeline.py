@@ -236,7 +236,7 @@ def test_bad_transport(
 ) -> None:
     """If a transport plug-in fails on one call, only that call's follow-up is affected.
 
-    The affected follow-up ends with a named outcome.
+    The affected follow-up ends with a reason.
     """
     bad = world.follow_up(message="bad")
     good = [world.follow_up(message="good") for _ in range(10)]
@@ -373,8 +373,8 @@ def test_poison_pills_are_sent_alone(  # noqa: PLR0913 - fixtures and three para
 ) -> None:
     """A follow-up with two lost leases is sent alone.
 
-    A follow-up with one lost lease is sent together with at most a few other such follow-ups. Follow-ups that have not
-    lost a lease are sent without delay.
+    A follow-up with one lost lease is sent together with at most a few other such follow-ups. Follow-ups without a lost
+    lease are sent without delay.
     """
     under_way: list[int] = []
     suspects = {str(world.follow_up(losses=losses)) for losses in [1] * count_once + [2] * count_twice}

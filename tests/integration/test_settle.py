@@ -50,7 +50,7 @@ class TestSettle:
         assert [one[:2] for one in world.failures(follow_up)] == [(1, "rejected")]
 
     def test_retry_is_a_due_time_in_the_row(self, world: World, steps: Steps) -> None:
-        """A retry stores the next due time in the row.
+        """When an attempt is to be retried, the next due time is stored in the row.
 
         The failed attempt is recorded.
         """

@@ -47,7 +47,7 @@ def test_workspaces_take_turns() -> None:
 
 
 def test_turns_continue_with_single_slots() -> None:
-    """Workspaces take turns even if slots become free one at a time."""
+    """Workspaces take turns even if only one slot becomes free at a time."""
     queue = queue_of()
     queue.add(overdue(NOISY, *range(50)) + overdue(QUIET, *range(3)))
     assert Counter(queue.take(1)[0].key for _ in range(6)) == {NOISY: 3, QUIET: 3}

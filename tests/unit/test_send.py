@@ -43,7 +43,7 @@ class Plugin:
 
 
 async def attempt(does: Callable[[], Awaitable[Outcome]], limit: timedelta = SOON) -> Attempt | None:
-    """Make one call within the time limit."""
+    """Make one call with a time limit."""
     clock = DatabaseClock()
     clock.observe(NOW, uptime(), uptime())
     transport: Transport = Plugin(does)  # type: ignore[assignment]  # as much of one as a call needs

@@ -13,7 +13,7 @@ KERNELS = Path("/proc/uptime")
 
 
 def test_the_clock_never_goes_back() -> None:
-    """The uptime clock advances and never goes back."""
+    """The uptime clock only moves forward."""
     first = uptime()
     time.sleep(0.001)
     assert uptime() > first

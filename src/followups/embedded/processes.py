@@ -58,7 +58,7 @@ class Processes:
     """The project's own commands (worker, beat, web, ...), which are started one by one and stopped together."""
 
     def __init__(self, logs: Path | None = None, echo: Callable[[str, str], None] | None = None) -> None:
-        """Write logs to ``logs`` or a temporary directory; pass each (name, line) to ``echo``."""
+        """Write logs to ``logs`` or to a temporary directory; also pass each line and its process to ``echo``."""
         self.logs = logs or make_temporary_directory()
         self._temporary = logs is None
         self._echo = echo

@@ -12,8 +12,8 @@ and new failures open it again.
     recovering -> closed: the rate of begins doubles every second until nothing needs to wait
 
 The breaker affects only tripped workspaces: those whose most recent attempts have all failed. Follow-ups of all other
-workspaces begin without restriction. A workspace with thousands of failing chats therefore does not delay one with
-occasional failures.
+workspaces begin without restriction. A workspace with thousands of failing chats therefore does not delay a workspace
+with few failures.
 
 (Nygard, "Release It!", 2nd edition, 2018, chapter 5; the slow start is nginx's and Envoy's.)
 """

@@ -43,7 +43,7 @@ if TYPE_CHECKING:
 
 PASSES = 5
 PAUSE = 0.2
-"""Maximum number of attempts to lock a locked row, and the seconds between two attempts."""
+"""Maximum number of attempts to lock a locked row, and the pause between attempts in seconds."""
 
 RETRIES = 500
 """Number of follow-ups fetched in one batch.

@@ -232,7 +232,7 @@ class FollowUpPage(NamedTuple):
 
     rows: list[Row]
     following: BrowseCursor | None
-    """The position where the search continues, or None at the end."""
+    """The position from which the search continues, or None at the end."""
 
 
 def search(

@@ -77,7 +77,7 @@ def some_pending(connection: Connection, pending: CancelScope, most: int) -> lis
 
 
 class CancelCursor(NamedTuple):
-    """Where a batch ended: the chat, due date and id of its last follow-up."""
+    """The position at which a batch ended: the chat, due date and id of its last follow-up."""
 
     chat_id: UUID = NIL
     due_date: datetime = FIRST

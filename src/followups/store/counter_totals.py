@@ -29,7 +29,7 @@ Sample = tuple[str, str]
 """The name and labels of a sample; the labels are JSON with sorted keys."""
 
 INTERVAL = timedelta(seconds=1)
-"""The longest time for which a count exists only in a process's memory."""
+"""The longest time for which a count is kept only in a process's memory."""
 
 log = get_logger(__name__)
 

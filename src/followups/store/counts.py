@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from sqlalchemy import Connection, Row, TextClause
 
 EXACT_UP_TO = 100_000
-"""Up to this number, rows of a final state are counted exactly, in some 20 ms."""
+"""Rows of a final state are counted exactly only up to this number, which takes about 20 ms."""
 
 LIMIT = timedelta(seconds=2)
 """Time limit of the queries for lag and throughput."""

@@ -243,7 +243,7 @@ def find(follow_up_id: UUID, workspace_id: UUID | None) -> Steps[FollowUp | None
 
 @Rule
 def find_and_lock_if_not_begun(follow_up_id: UUID, chat_ids: Collection[UUID]) -> Steps[FollowUp | None]:
-    """Lock and return the current row of a follow-up, or None if it is in flight or in another chat.
+    """Lock a follow-up and return its row, or None if the follow-up is in flight or in another chat.
 
     The lock lasts until the transaction ends. The caller must have locked the chats. A follow-up in flight is not
     locked, because a lock would delay its settlement.

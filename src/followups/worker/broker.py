@@ -112,7 +112,7 @@ class App(Celery):
 
 
 class Consumer:
-    """The latest activity of this process's consumer, which proves that messages are being consumed.
+    """The latest activity of the process's consumer, as proof that messages are being consumed.
 
     The consumer polls the broker continuously (BRPOP). Even with empty queues, the broker answers within a second.
     Celery's ``ping`` is weaker: a worker that has stopped consuming can still answer it. Times are monotonic seconds.

@@ -90,7 +90,7 @@ def _exit_when_wrong() -> Iterator[None]:
 
 
 def broker_silence(settings: Settings) -> timedelta:
-    """Return how long the broker may be silent."""
+    """Return how long the broker may stay silent before its connection counts as broken."""
     return min(BROKER_SILENCE, settings.lease / 2)
 
 

@@ -40,7 +40,7 @@ def test_empty(api: Api) -> None:
 def test_filters(api: Api, brackets: str) -> None:
     """If a filter is repeated (with or without []), a row needs to match only one of the values.
 
-    A listed follow-up matches every filter.
+    Every listed follow-up matches all filters.
     """
     created = [api.patch(api.create(), chatMessageId=str(uuid4())).json() for _ in range(3)]
     first, second = created[:2]

@@ -180,7 +180,7 @@ def test_docs(api: Api) -> None:
 
 
 def test_transitions_are_counted_once(api: Api) -> None:
-    """A request's state transition is counted by status and code; a repeated request is not counted."""
+    """A request's state transition is counted by status and code; repeating the request counts nothing."""
     before = _settled(api, HUMAN_TAKEOVER)
     chat_id = str(uuid4())
     api.message(chat_id, "agent")

@@ -339,7 +339,7 @@ def typed(command: list[str], answer: bytes) -> tuple[int, str]:
 
 
 def test_confirmation_on_a_terminal(environment: pytest.MonkeyPatch, world: World) -> None:
-    """On a terminal, a bulk command shows the count and asks for confirmation.
+    """On a terminal, a bulk command shows the number of follow-ups and asks for confirmation.
 
     The answer "no" changes nothing; the answer "yes" runs the command.
     """

@@ -60,7 +60,7 @@ uvloop.run(main())
 def test_a_silent_name_server_costs_only_the_timeout(tmp_path: Path) -> None:
     """With an unresponsive name server, calls time out without sending anything.
 
-    The name server delays neither the event loop nor the end of the client or process.
+    An unresponsive name server delays neither the event loop nor the closing of the client.
     """
     resolver = tmp_path / "resolv.conf"
     resolver.write_text("nameserver 127.0.0.1\noptions timeout:30 attempts:2\n")

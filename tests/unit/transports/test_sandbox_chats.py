@@ -46,7 +46,7 @@ def test_a_repeated_key_is_answered_as_before_and_counted() -> None:
 def test_without_deduplication_a_repeated_key_is_a_second_message() -> None:
     """Without deduplication, a request with a repeated key adds a second message.
 
-    A key that was accepted more than once counts as exactly one duplicate.
+    If a key is accepted more than once, exactly one duplicate is counted.
     """
     chats = SandboxChats(deduplicates=False)
     replies = {chats.receive(incoming(), "key").body for _ in range(3)}

@@ -1,9 +1,9 @@
 """Each follow-up's result, compared with the demo's script, and a summary.
 
 Lag is the time of acceptance minus the due date, both read from the database. The dispatcher records the time of
-acceptance, which includes the receiver's response time. The measured lag is never shorter than the lag that the
-receiver observed. Only follow-ups delivered at the first attempt are counted, because a retry adds its backoff to the
-lag. Every follow-up in the script was created before it was due.
+acceptance after it has received the response. The measured lag is never shorter than the lag that the receiver
+observed. Only follow-ups delivered at the first attempt are counted, because a retry adds its backoff to the lag. Every
+follow-up in the script was created before it was due.
 """
 
 from __future__ import annotations

@@ -56,7 +56,7 @@ def sign_in(visit: Visit) -> Response:
 
 
 def _begin(session: Session, secret: str) -> str | None:
-    """Begin a session for the person with the given API key or token.
+    """Begin a session for the owner of the given API key or sign-in token.
 
     Return the session's token, or None if the API key or token is invalid.
     """

@@ -45,7 +45,7 @@ LEAST_RATE, MOST_RATE = 0.01 / SECONDS["d"], 1_000_000
 PREVIEWED = timedelta(days=7)
 
 RELEASE_LIMIT = timedelta(seconds=2)
-"""Maximum time that a request spends on releasing held follow-ups.
+"""Maximum time for which one request may release held follow-ups.
 
 Some ten thousand follow-ups are released per second.
 """

@@ -1,6 +1,6 @@
 """Add the index by which a fair claim shares a backlog between workspaces.
 
-As in migration 0006, the index is built without stopping the system.
+The index is built without stopping the system, as in migration 0006.
 """
 
 from __future__ import annotations

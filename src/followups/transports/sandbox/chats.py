@@ -65,7 +65,7 @@ class Conversation:
 
     chat_id: str
     changed: int = 0
-    """A number that increases with every change to any chat."""
+    """A number that increases whenever any chat changes."""
     total: int = 0
     """Number of all messages so far, including messages that are no longer kept."""
     messages: dict[str, Message] = field(default_factory=dict)
