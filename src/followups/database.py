@@ -250,7 +250,7 @@ def _check_encoding(row: Sequence[Any] | None) -> None:
 class _Pooler:
     """Detects, once per engine, a pooler that gives each transaction a different server session.
 
-    A pooler in transaction mode loses the settings of `_SET_UP`, prepared statements and session locks.
+    Behind a pooler in transaction mode, sessions lose the settings of `_SET_UP`, prepared statements and locks.
     """
 
     def __init__(self) -> None:

@@ -447,8 +447,8 @@ class FollowUp(Base):
     sendable_from: Mapped[datetime | None]
     """The first time at which sending hours allow the message, or None if the follow-up was never held.
 
-    If this time is in the future, it is derived again from the current sending hours. A time that is already past is
-    not changed, even if the sending hours change. A follow-up's lateness is counted from this time.
+    If this time is in the future, it is derived again from the current sending hours. A recorded time that has passed
+    is kept even if the sending hours change. A follow-up's lateness is counted from this time.
     """
     limited_until: Mapped[datetime | None]
     """The time of the next attempt, if a rate limit or the breaker has set it.

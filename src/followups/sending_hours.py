@@ -121,7 +121,7 @@ def _spans(hours: SendingHours, zone: ZoneInfo, first: date) -> Iterator[tuple[d
 
 
 def _moment(local: datetime, *, fold: int) -> datetime:
-    """Return the instant at which the local clock shows this time, or at which it skips this time."""
+    """Return the instant at which the local clock shows or skips the given time."""
     earlier, later = sorted(local.replace(fold=each).astimezone(UTC) for each in (0, 1))
     shown = earlier.astimezone(local.tzinfo).replace(tzinfo=None)
     if earlier == later or shown == local.replace(tzinfo=None):

@@ -32,7 +32,7 @@ def command(stack: Stack, *arguments: str) -> str:
 
 
 def test_no_attempt_begins_while_paused(stack: Stack) -> None:
-    """After a pause no attempt begins; after the resume all follow-ups are sent in order.
+    """While paused, no attempt begins; after the resume, all follow-ups are sent in order.
 
     A pause uses up no attempt.
     """

@@ -102,7 +102,7 @@ def poison(stack: Stack) -> None:
 
 
 def frozen(stack: Stack) -> None:
-    """Freeze a worker with an attempt in flight until another has taken over, then resume it."""
+    """Freeze a worker with an attempt in flight, and resume it after another worker has taken over."""
     worker, follow_up = the_worker(stack), stack.world.follow_up(chat_that(stack, "slow", delay=0.9))
     wait_until(lambda: begun(stack))
     worker.signal(signal.SIGSTOP)

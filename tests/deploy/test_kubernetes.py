@@ -35,7 +35,7 @@ def test_the_objects_are_valid(name: str, version: str) -> None:
 
 
 def test_kubectl_accepts_the_manifests() -> None:
-    """The manifests as a whole are accepted by kubectl.
+    """All manifests together are accepted by kubectl.
 
     The test runs only if kubectl is installed, and needs no cluster.
     """

@@ -1,4 +1,4 @@
-"""The probes: each runs an existing command that checks its own process."""
+"""Tests of the probes: each runs an existing command, which checks only its own process."""
 
 from __future__ import annotations
 

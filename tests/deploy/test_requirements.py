@@ -16,7 +16,7 @@ LISTS = ("requirements.txt", "requirements-flower.txt", "requirements-build.txt"
 
 
 def entries(name: str) -> dict[str, tuple[Requirement, list[str]]]:
-    """Return each pinned requirement that applies to this machine, with its hashes, by package."""
+    """Return, by package, the pinned requirements for this machine and their hashes."""
     text = (DEPLOY / name).read_text().replace("\\\n", " ")
     found = {}
     for line in text.splitlines():

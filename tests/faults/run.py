@@ -4,7 +4,7 @@
     uv run python tests/faults/run.py --long              # each long form once, some hours
     uv run python tests/faults/run.py --figures FILE      # only write the table, from figures kept before
 
-FOLLOWUPS_TEST_SERVERS=replicated,pooled (or one of the two) changes the servers. With ``replicated``, PostgreSQL has a
+FOLLOWUPS_TEST_SERVERS selects other servers: ``replicated``, ``pooled`` or both. With ``replicated``, PostgreSQL has a
 synchronous standby, which takes over whenever a test restarts PostgreSQL. With ``pooled``, workers, beat and web reach
 PostgreSQL through a real PgBouncer in session mode. Use these servers for the long forms of faults 1 to 8:
 

@@ -65,7 +65,7 @@ def run_endless_script(server: redis.Redis) -> None:
 
 
 def answers_busy(server: redis.Redis) -> bool:
-    """Return whether a script blocks the server."""
+    """Return whether the server is busy with a script."""
     try:
         server.ping()
     except redis.ResponseError:

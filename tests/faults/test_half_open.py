@@ -77,7 +77,7 @@ def finished(rig: Rig, workers: Sequence[Child], figures: Figures, **seconds: fl
 
 
 def dead_connections(proxied: Proxied, figures: Figures, server: str, limit: float) -> None:
-    """Make all connections half-open; measure the times until detection and until everything is sent."""
+    """Make all connections half-open; measure how long detection takes and when everything is sent."""
     rig, proxies = proxied
     proxy = proxy_of(server, proxies)
     workers = working(rig)

@@ -54,7 +54,7 @@ def receive(world: World, chat_id: UUID, ago: timedelta) -> UUID:
 def test_old_finished_follow_ups_are_deleted(world: World, engine: Engine, settings: Settings) -> None:
     """A finished follow-up is deleted after its retention period, along with its failed attempts.
 
-    Younger and pending follow-ups are kept.
+    Pruning keeps younger follow-ups and pending ones.
     """
     old, young = ended(world, 31 * DAY), ended(world, 29 * DAY)
     pending = world.follow_up(due=-300 * DAY)

@@ -40,7 +40,7 @@ class BacklogCollector(Collector):
     """
 
     def __init__(self, engine: Engine, window: int) -> None:
-        """Store the engine and the limit of deliveries in flight."""
+        """Store the engine and the limit on deliveries in flight."""
         self._engine = engine
         self._window = window
         self._lock = threading.Lock()

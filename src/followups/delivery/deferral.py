@@ -3,8 +3,8 @@
 Each worker keeps a few leases of the tripped workspaces as probes. All other follow-ups of tripped workspaces are
 deferred in the database. A deferral is not an attempt, and a deferred follow-up can still be cancelled. When a worker
 has used up its probes, or the transport recovers, the earliest deferrals end. When a workspace is no longer tripped,
-all its deferred follow-ups fall due. In any case, a deferred follow-up falls due after some minutes. The time limit is
-needed because a restarted worker has no record of its deferrals.
+all its deferred follow-ups fall due. In any case, a deferred follow-up falls due after some minutes. Deferrals need a
+time limit, because a restarted worker has no record of its deferrals.
 """
 
 from __future__ import annotations

@@ -53,7 +53,7 @@ SKIPPED_FOR = 60.0
 
 BACKOFF = 0.05
 LONGEST_BACKOFF = 4.0
-"""Longest pause in seconds between two attempts to reach the database; pauses double."""
+"""The pause in seconds between attempts to reach the database doubles up to this maximum."""
 AFTER_ANOTHER = 0.01
 """Seconds before the next try if another dispatcher is claiming; each further pause is doubled.
 

@@ -65,8 +65,8 @@ class DueQueue:
         """Enqueue new leases together with the id of the Celery task whose hint brought them."""
         now, known = uptime(), self._clock.known
         if now >= self._next_expiry_check:
-            # While the breaker is open, no lease is taken from the due queue. In the meantime, each tick claims the
-            # leases that have expired and enqueues them again.
+            # While the breaker is open, no lease is taken from the due queue. Leases that expire in the queue are
+            # claimed and enqueued again by each tick.
             self._next_expiry_check = now + self._lease
             self._fair.drop_expired(now)
         moment = self._clock.now() if known else None

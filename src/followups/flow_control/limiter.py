@@ -43,7 +43,7 @@ if TYPE_CHECKING:
     """A workspace and a channel; None means all workspaces or all channels."""
 
 IN_QUEUE = timedelta(seconds=1)
-"""Longest wait for which a follow-up keeps its lease and stays in the due queue."""
+"""Up to this wait, a follow-up keeps its lease and stays in the due queue."""
 
 SHORTEST = timedelta(milliseconds=5)
 """The shortest wait for a token; shorter waits would cause too many requests."""
@@ -282,7 +282,7 @@ class RateLimits:
             await self._limiter.close()
 
     def _log(self) -> None:
-        if self._unlogged:  # a line for each batch would be too much
+        if self._unlogged:  # one log line for each batch would be too many
             log.info("limited", count=self._unlogged)
             self._unlogged = 0
 

@@ -27,8 +27,8 @@ transaction is committed as a whole. A single row is not enough: another transac
 meantime.
 """
 
-# The transaction may still lock the row if its backend survived the lost connection. FOR SHARE reads the latest version
-# of the row, but raises an error on a standby.
+# If the backend survived the lost connection, its transaction may still lock the row. FOR SHARE reads the latest
+# version of the row, but raises an error on a standby.
 _ROW = "CROSS JOIN LATERAL (SELECT f.* FROM follow_ups f WHERE f.id = b.id FOR SHARE SKIP LOCKED) f"
 _LEASED = text(f"""
     SELECT f.lease_token = b.token

@@ -109,7 +109,7 @@ FAR_FROM_FULL = MOST_PENDING - 1_000
 concurrently created follow-up for each database connection.
 """
 
-# Every condition except the last uses the chat's values at the time of the lock.
+# The chat's columns are checked as they are when the chat is locked.
 _CREATE_IF_CLEAR = Statement(
     f"""
     WITH chat AS (

@@ -63,7 +63,8 @@ class Lease(NamedTuple):
 WINDOWED_NAMES = sorted(channel.value for channel in WINDOWED_CHANNELS)
 
 KEYS = 2**20
-"""The number of workspace queue keys. Two workspaces with the same key share a queue, which is harmless and rare."""
+"""The number of workspace queue keys. Two workspaces with the same queue key share a queue, which is rare and harmless.
+"""
 
 
 def key_of(workspace_id: UUID) -> int:

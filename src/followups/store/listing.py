@@ -135,7 +135,7 @@ def statement_of(
 
 
 def _narrowing(wanted: ListFilter) -> dict[str, tuple[str, Any]]:
-    """Return SQL conditions for the filters that no index covers; they are checked row by row.
+    """Return SQL conditions for filters without an index; these conditions are checked row by row.
 
     The result maps each filter's name to its condition and its value.
     """

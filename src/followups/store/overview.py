@@ -39,7 +39,7 @@ RECENT = 1_000
 class OverviewFigures:
     """The figures of the console's overview.
 
-    A figure above `MOST` means "more than `MOST`". None means that the query took too long.
+    A figure above `MOST` means "more than `MOST`". A figure is None if its query took too long.
     """
 
     at: datetime

@@ -27,7 +27,7 @@ class HttpTransport:
     name = "http"
 
     def __init__(self, settings: Settings) -> None:
-        """Check the URL and the secret. Raises `TransportConfigurationError` if either is missing or invalid."""
+        """Check the URL and the secret. Raises `TransportConfigurationError` if a value is missing or invalid."""
         self._url = required_url(settings, "the endpoint that receives the messages, https://host/path")
         secret = settings.transport_secret
         self._signer = Signer(secret.get_secret_value()) if secret else None

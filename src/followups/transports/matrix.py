@@ -38,7 +38,7 @@ class MatrixTransport:
     name = "matrix"
 
     def __init__(self, settings: Settings) -> None:
-        """Check the URL and the access token. Raises `TransportConfigurationError` if either is missing or invalid."""
+        """Check the URL and the access token. Raises `TransportConfigurationError` if a value is missing or invalid."""
         url = required_url(settings, "the homeserver's base URL, https://host")
         if "@" in url or "?" in url or "#" in url:
             message = (

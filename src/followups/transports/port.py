@@ -106,7 +106,7 @@ class Transport(Protocol):
         """Open long-lived resources, such as a session, in the event loop that uses them."""
 
     async def send(self, delivery: Delivery) -> Outcome:
-        """Deliver the message once, within the transport timeout. No error is raised, whatever the receiver does."""
+        """Deliver the message once, within the transport timeout. Raises no error, whatever the receiver does."""
 
     async def check(self) -> str:
         """Return one sentence saying that the receiver can be reached.

@@ -43,9 +43,9 @@ NO_PASSWORD = f"{AUTH}_FILE should name a file that contains user:password."
 
 
 def install(configure_logging: Callable[[], None]) -> None:
-    """Check Flower's options before it listens, if this process is Flower.
+    """If this process is Flower, check its options before it listens.
 
-    Celery's command imports Flower in every process. Only a process that parses Flower's options is Flower.
+    Celery's command imports Flower in every process. A process counts as Flower only if it parses Flower's options.
     ``configure_logging`` restores our format in place of Tornado's.
     """
     if "flower.options" not in sys.modules:

@@ -1,4 +1,4 @@
-"""The components that report to heartbeats of worker and beat, with the longest silence of each.
+"""Which components report to the heartbeat of a worker or beat, and how long each may be silent.
 
 A worker that has stopped consuming must be detected. Any worker could consume a canary message in the shared queues. If
 each worker had a canary queue of its own, every killed worker would leave keys behind. No canary is needed, because the
@@ -45,8 +45,8 @@ machine.
 """
 
 CONSUMING = timedelta(seconds=5)
-"""Longest time between two replies from the broker. `CONSUMING` exceeds the time to detect a half-open connection. A
-healthy broker answers within a second.
+"""Longest time between two replies from the broker. `CONSUMING` is longer than it takes to detect a half-open
+connection. A healthy broker answers within a second.
 """
 
 TURNING = timedelta(seconds=20)

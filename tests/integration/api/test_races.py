@@ -1,7 +1,7 @@
 """Races between reply and create, cancel and deliver, and patch and tick, over concurrent connections.
 
-The first transaction stops halfway, holding its locks. A second transaction starts, and then the first one continues.
-The tests need no sleep: PostgreSQL reports when the second transaction waits.
+In each test, one transaction stops halfway while it holds locks. A second transaction starts, and then the first one
+continues. The tests need no sleep: PostgreSQL reports when the second transaction waits.
 """
 
 from __future__ import annotations

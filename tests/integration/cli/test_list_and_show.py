@@ -133,7 +133,7 @@ class TestShow:
     def test_show_works_without_the_broker(
         self, run: RunCommand, world: World, environment: pytest.MonkeyPatch
     ) -> None:
-        """If the broker is unreachable, `show` reports only the breaker's state as unknown."""
+        """If the broker is unreachable, `show` reports everything except the breaker's state."""
         environment.setenv("FOLLOWUPS_BROKER_URL", "redis://127.0.0.1:9/0")
         shown = run("show", world.follow_up(due=HOUR), "--json").document
         assert shown["breaker"] is None

@@ -49,7 +49,7 @@ def archived(path: Path) -> list[dict[str, Any]]:
 def test_deleted(run: RunCommand, world: World) -> None:
     """Finished follow-ups older than the given age are deleted and counted.
 
-    Younger and pending follow-ups are kept.
+    Pruning keeps younger follow-ups and pending ones.
     """
     ended(world, 91)
     kept = {ended(world, 89), world.follow_up(due=-300 * DAY)}

@@ -83,7 +83,7 @@ def test_poolers(settings: Settings, database_url: str, mode: str, *, ok: bool) 
 def test_another_encoding(settings: Settings, postgres_url: str, encoding: str) -> None:
     """If the database cannot store every text, doctor's check fails with advice.
 
-    Doctor then skips the other checks.
+    Doctor skips the other checks if the database's encoding is unsupported.
     """
     url = create_database_of_encoding(postgres_url, name := f"test_{uuid4().hex}", encoding)
     engine = make_engine(url, pool_size=1)

@@ -1,4 +1,4 @@
-"""Add rate limits for deliveries, and a follow-up's waiting time for a rate limit."""
+"""Add rate limits for deliveries, and the time until which a rate limit delays a follow-up."""
 
 from __future__ import annotations
 

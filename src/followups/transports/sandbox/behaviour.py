@@ -79,7 +79,7 @@ class Behaviour(WireModel):
 
     kind: Kind = "accept"
     status: Annotated[int, Field(ge=200, le=599)] | None = None
-    """HTTP status of the answer. The default is 200, or 500 (fail), 403 (reject) or 429 (rate_limit)."""
+    """HTTP status of the answer. The default is 200; for fail it is 500, for reject 403 and for rate_limit 429."""
     times: Annotated[int, Field(ge=1)] | None = None
     """Number of requests to which the behaviour applies. None means that the behaviour applies until it is changed."""
     delay: Seconds | None = None
