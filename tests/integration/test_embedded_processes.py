@@ -111,7 +111,7 @@ class TestProcesses:
         assert done.exists()
 
     def test_output_lines_are_passed_on(self) -> None:
-        """If an echo is given, it receives each logged output line and the name of the process."""
+        """Each logged output line is also passed to ``echo``, with the name of its process."""
         lines: list[tuple[str, str]] = []
         with Processes(echo=lambda name, line: lines.append((name, line))) as processes:
             processes.spawn("talker", ["sh", "-c", "echo one; echo two >&2"], environment={"X": "1"})

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from followups.states import ReasonCode
 
 PIECE = 256 * 1024
-"""Maximum total size in bytes of the messages read in one query; every single message fits."""
+"""Maximum total size in bytes of the messages read in one query; the longest message fits too."""
 
 MAX_ROWS = 2**62
 """The largest offset; larger offsets overflow in PostgreSQL. A page beyond this offset is empty, like any page after
