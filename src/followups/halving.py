@@ -1,4 +1,4 @@
-"""Halving: a failing batch is split, so that all rows but the failing one succeed."""
+"""Halving: a failing batch is split until all rows succeed except the failing ones."""
 
 from __future__ import annotations
 

@@ -369,7 +369,7 @@ class FollowUp(Base):
             postgresql_where=text("chat_message_id IS NOT NULL"),
         ),
         # This index finds follow-ups that ended recently (lag, throughput, retries) or long ago (pruning). New entries
-        # are added at the index's right edge. Follow-ups that are settled together have the same key.
+        # are added at the index's right edge. Follow-ups that are settled together have the same index key.
         Index("ix_follow_ups_finished", "finished_at", postgresql_where=text("finished_at IS NOT NULL")),
         Index("ix_follow_ups_retry_of", "retry_of", unique=True, postgresql_where=text("retry_of IS NOT NULL")),
         # This index contains only follow-ups held by a pause or by sending hours. The index is usually empty.

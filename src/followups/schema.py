@@ -1,7 +1,7 @@
 """The schema's version, and the migrations between versions.
 
-This module is separate from the engine, so that processes that never migrate (worker, beat) need not import Alembic,
-which would account for a third of their imports.
+This module is separate from the engine, because worker and beat never migrate and need not import Alembic. Alembic
+would be a third of their imports.
 """
 
 from __future__ import annotations

@@ -366,7 +366,7 @@ def hide_password(url: str) -> str:
     'redis://me:***@host:6379/0'
     """
     scheme, separator, rest = url.partition("://")
-    # Everything before the last '@' is hidden, so that an unescaped '/', '?' or '@' reveals nothing.
+    # Everything before the last '@' is hidden, so that an unescaped '/', '?' or '@' in a password reveals nothing.
     user, at, host = rest.rpartition("@")
     shown = f"{re.split('[:/?#]', user)[0]}:***@" if at else ""
     return f"{scheme}{separator}{shown}{host.partition('?')[0]}"
@@ -403,7 +403,7 @@ def _read_files() -> dict[str, str]:
 
 
 def read_file_of(name: str) -> str | None:
-    """Return the stripped content of the file that ``NAME_FILE`` names, or None if unset.
+    """Return the stripped content of the file that ``NAME_FILE`` names, or None if it names none.
 
     Raises `SettingsError` if ``NAME`` is also set, or if the file cannot be read.
     """

@@ -50,8 +50,8 @@ def transact(engine: Engine, work: Callable[[Connection], T]) -> T:
     """Run the work in one transaction, commit the transaction, and return the work's result.
 
     Raises any error of the work or the commit. If this function returns, the transaction has been committed. If this
-    function raises the commit's error, the transaction was not committed. The outcome is uncertain if the database was
-    unreachable for `PATIENCE`. Without a registered query, the outcome is also uncertain.
+    function raises the commit's error, the transaction was not committed. The outcome of the commit is uncertain if the
+    database was unreachable for `PATIENCE`. Without a registered query, the outcome is also uncertain.
     """
     with engine.connect() as connection:
         connection.info.pop(_QUESTION, None)  # left over from an earlier transaction on the same connection

@@ -10,7 +10,7 @@ _CLOCK = getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC)
 
 
 def uptime() -> float:
-    """Return the seconds since the machine was started, including time suspended. Never set back.
+    """Return the seconds since the machine was started, including the time it was suspended. Never set back.
 
     A lease keeps running while a machine is suspended. Python's monotonic clock stops while the machine is suspended.
     With the monotonic clock, a worker would call the transport even after its lease has expired. Meanwhile the

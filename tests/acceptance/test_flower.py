@@ -125,7 +125,7 @@ def listening(port: int) -> set[str]:
 
 
 def test_flower_shows_ticks_and_deliveries(stack: Stack) -> None:
-    """Flower shows ticks and deliveries by name, with the number and first id of a delivery's follow-ups."""
+    """Flower names each tick and delivery, and shows a delivery's number of follow-ups and first id."""
     url = start_flower(stack, FLOWER_BASIC_AUTH="me:pa55w0rd")
     stack.start()
     follow_up = stack.world.follow_up()

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from contestants import Contestant
 
 PATIENCE = 300.0
-"""A turn is aborted after this many seconds."""
+"""A contestant's turn is aborted after this many seconds."""
 PORTION = 500_000
 """Number of filler rows inserted by one statement."""
 Figures = dict[str, float]

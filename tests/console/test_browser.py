@@ -158,7 +158,7 @@ def test_everything_works_without_javascript(window: Callable[..., BrowserWindow
 
 
 def test_times_are_in_the_browsers_zone(window: Callable[..., BrowserWindow], own: World) -> None:
-    """On the first visit, the page selects the browser's time zone."""
+    """On the first visit, the console shows times in the browser's time zone."""
     one_id = own.follow_up(due_date=text("'2100-01-31T12:00:00Z'"))
     sitting = window()
     sitting.sign_in("agent", own.workspace_id)

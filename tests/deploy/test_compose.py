@@ -54,7 +54,7 @@ def test_each_service_runs_the_procfiles_command(name: str) -> None:
 
 @pytest.mark.parametrize("name", OURS)
 def test_containers_have_few_privileges(name: str) -> None:
-    """Containers have a read-only root, no capabilities or new privileges, and a signal-forwarding init."""
+    """Containers have a read-only root, no capabilities, no new privileges, and a signal-forwarding init."""
     service: dict[str, Any] = SERVICES[name]
     assert service["read_only"] is True
     assert service["cap_drop"] == ["ALL"]

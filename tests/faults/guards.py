@@ -1,4 +1,4 @@
-"""The guards of the promises, how to remove each, and what fails without the guard.
+"""The guards of the promises: how to remove each guard, and what fails without it.
 
 A guard is removed by cutting its text out of the SQL statements. The text must occur in the statement. Otherwise, the
 guard would silently stay in a statement whose text has changed.

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 CHUNK = 65_536
 ESTABLISHED = 1
-"""The value in Linux's TCP_INFO that means that a connection is established."""
+"""The value by which Linux's TCP_INFO marks an established connection."""
 
 
 class Proxy:

@@ -54,7 +54,7 @@ def neighbour(rig: Rig, figures: Figures, each: int, spread: float, seconds: flo
 
 
 def test_noisy_neighbour(rig: Rig, figures: Figures) -> None:
-    """All other workspaces' follow-ups are sent while one workspace has a hundred times the load."""
+    """While one workspace has a hundred times the load, all follow-ups of the other workspaces are sent."""
     neighbour(rig, figures, each=15, spread=2.0, seconds=1.5)
 
 

@@ -45,7 +45,7 @@ _DEAD = "SELECT coalesce(sum(n_dead_tup), 0)::int FROM pg_stat_user_tables WHERE
 
 @dataclass
 class Samples:
-    """Samples taken repeatedly: a list of values for each name."""
+    """Repeated samples: for each name, a list of values."""
 
     rig: Rig
     values: dict[str, list[float]] = field(default_factory=lambda: defaultdict(list))

@@ -192,7 +192,7 @@ async def tripped(store: BreakerStore) -> frozenset[int]:
 def test_which_workspaces_are_tripped(own: Settings) -> None:
     """The breaker holds the workspaces whose last attempts failed.
 
-    When the breaker opens again, workspaces that have succeeded since then are no longer held.
+    When the breaker opens again, it no longer holds workspaces that had a success in the meantime.
     """
 
     async def script(store: BreakerStore) -> None:
@@ -258,7 +258,7 @@ def test_few_attempts_trip_earlier(own: Settings) -> None:
 
 
 def test_without_a_held_workspace_the_breaker_closes(own: Settings) -> None:
-    """A breaker that holds no workspace is closed, since no success could close it later."""
+    """If the breaker holds no workspace, it closes, because no success could close it later."""
 
     async def script(store: BreakerStore) -> None:
         for key, one in enumerate(ids(FAILURES * 2)):
@@ -429,7 +429,7 @@ def test_rejections_of_every_message_open_the_breaker(
 ) -> None:
     """If a receiver rejects every message, for example because a secret expired, few follow-ups fail.
 
-    Follow-ups that have not begun when the breaker opens are not attempted.
+    Once the breaker opens, no further follow-up is attempted.
     """
     transport = FailingTransport(Rejected(f"HTTP {status}", status))
     for _ in range(100):

@@ -127,7 +127,7 @@ async def test_cancelled_in_a_statement(world: World, database_url: str) -> None
 
 
 async def test_sessions_on_a_read_only_server_are_dropped(world: World, database_url: str) -> None:
-    """The first write rejected as read-only drops all sessions of the pool; later writes succeed."""
+    """If a write is rejected as read-only, all sessions of the pool are dropped, and later writes succeed."""
     assert world
     async with database(url_for_any_server(database_url)) as mine:
         with read_only(database_url):

@@ -140,7 +140,7 @@ def test_answer_lost_after_the_commit(delivery: DeliverySteps, name: str, monkey
 
 @pytest.mark.parametrize("name", STEPS)
 def test_commit_lost(delivery: DeliverySteps, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A delivery step whose commit never reached the server fails immediately and can be repeated."""
+    """If a step's commit never reaches the server, the step fails immediately and can be repeated."""
     step = STEPS[name](delivery)
     before = delivery.rows()
     break_once(monkeypatch, lambda _: None)

@@ -108,7 +108,7 @@ def test_plans(world: World, engine: Engine, settings: Settings, others: int, *,
 def test_plans_when_nothing_was_pending(world: World, engine: Engine, settings: Settings) -> None:
     """If the planner believes that the index of pending rows is empty, no plan uses that index.
 
-    After a vacuum without any pending row, the planner considers the index empty.
+    If there are no pending rows during a vacuum, the planner considers their index empty.
     """
     world.burst([timedelta(0)] * 2000)
     world.sql("UPDATE follow_ups SET status = 'sent', finished_at = now()")
@@ -166,7 +166,7 @@ class StepValues:
 
 
 LIGHT, EACH = 20, 3
-"""The number of workspaces without a backlog, and the number of each one's due follow-ups."""
+"""The number of workspaces without a backlog, and how many due follow-ups each of them has."""
 
 
 @pytest.mark.parametrize("others", [20_000, pytest.param(1_000_000, marks=pytest.mark.large)])
@@ -313,7 +313,7 @@ def test_stop_waits_for_the_update_of_statistics(
 ) -> None:
     """Stopping a dispatcher waits for a running update of the planner's statistics.
 
-    After the stop, the update must not use the dispatcher's closed engine.
+    A stopped dispatcher's engine is closed, and the update must not use it.
     """
     with engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
         connection.execute(text("VACUUM (ANALYZE) follow_ups"))

@@ -32,7 +32,7 @@ class TestWorkspaces:
     """Workspaces and their names."""
 
     def test_created_once(self, session: Session) -> None:
-        """An existing workspace stays unchanged; names are compared without leading and trailing spaces."""
+        """If a workspace with this name exists, it stays unchanged; spaces around names are ignored."""
         first, new = workspaces.create(session, " Acme ")
         again, new_again = workspaces.create(session, "Acme")
         assert (first.name, first.id, new, new_again) == ("Acme", again.id, True, False)

@@ -92,7 +92,7 @@ class KnownKeys:
     """
 
     def __init__(self) -> None:
-        """Create the cache, which contains no known keys at first."""
+        """Create the cache without any known key."""
         self._known: dict[bytes, Identity] = {}
 
     def get(self, hashed: bytes) -> Identity | None:

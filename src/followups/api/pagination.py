@@ -41,7 +41,7 @@ If a page is not deep, each request counts the preceding rows, which takes a few
 """
 
 KNOWN_FOR = 60.0
-"""Seconds for which a deep page starts at the same row despite added rows."""
+"""A deep page starts at the same row for this many seconds, even if rows are added."""
 
 MOST_LISTS, MOST_STARTS = 1_000, 64
 """The maximum number of remembered lists, and of starting points for each list."""

@@ -1,7 +1,7 @@
 """Output of the commands: results are printed on stdout, everything else on stderr.
 
-On a terminal, tables fit the terminal's width. In a pipe, tables are plain and complete. Texts may come from untrusted
-sources. Each value is printed as plain text, with control characters escaped.
+On a terminal, tables fit the terminal's width. In a pipe, tables are plain and complete. Printed texts may come from
+untrusted sources. Each value is printed as plain text, with control characters escaped.
 """
 
 from __future__ import annotations

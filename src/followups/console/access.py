@@ -40,7 +40,7 @@ ALLOWED = {"viewer": _VIEWER, "agent": _AGENT, "admin": _ADMIN, "operator": _OPE
 """The permissions of each role."""
 
 WHOLE_WORKSPACE = frozenset({Permission.SETTINGS, Permission.AUDIT, Permission.SYSTEM})
-"""Permissions that a session limited to one chat never has, regardless of its role."""
+"""Permissions that a session for a single chat never has, whatever its role."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -173,7 +173,7 @@ class Console:
             return _finished(visit, response)
 
     def _decide(self, visit: Visit, route: Route | None, scope: Scope, body: bytes) -> Response:
-        """Check the origin, the session and the role in this order, then call the route."""
+        """Check origin, session and role, in this order; then call the route."""
         if visit.method != "GET":
             public = self.services.settings.public_url
             own = access.own_origin(public, scope["scheme"], visit.headers.get("host", ""))

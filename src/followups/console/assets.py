@@ -21,8 +21,8 @@ POLICY = (
 HEADERS = {
     "content-security-policy": POLICY,
     "x-content-type-options": "nosniff",
-    # With no-referrer, browsers might omit Origin from the console's own forms. Without an Origin header, the console's
-    # origin check would fail.
+    # With the referrer policy no-referrer, browsers might omit Origin when the console's forms are sent. Without an
+    # Origin header, the console's origin check would fail.
     "referrer-policy": "same-origin",
     "cross-origin-opener-policy": "same-origin",
     "cross-origin-resource-policy": "same-origin",

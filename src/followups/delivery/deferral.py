@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from followups.store.leases import Lease
 
 SHARE = 1024
-"""Divisor: a worker requests 1/1024 of the in-flight limit, at most a lease per slot.
+"""A worker requests the in-flight limit divided by this number, but at most one lease per slot.
 
 A worker never holds more leases than it gets from two requests. A hundred workers together keep at most a fifth of the
 in-flight limit. A probe needs only three follow-ups from all workers together.

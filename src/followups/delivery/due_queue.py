@@ -138,7 +138,7 @@ class DueQueue:
     def shed(self, keys: frozenset[int], most: int) -> list[Lease]:
         """Keep ``most`` of the due leases; remove the others and return them, earliest first.
 
-        Only leases in the workspace queues of ``keys`` are considered.
+        Only workspace queues whose key is in ``keys`` are considered.
         """
         return self._fair.shed(keys, most)
 

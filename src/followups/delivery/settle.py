@@ -51,7 +51,7 @@ unrecorded outcomes become unknown.
 SETTLE_RETRY_DELAY = timedelta(milliseconds=50)
 """How long to wait before retrying to settle a row that another transaction has locked."""
 BACKOFF = timedelta(seconds=0.5)
-"""First pause before an unreachable database is tried again; each further pause doubles."""
+"""First pause before an unreachable database is tried again; each further pause is twice as long."""
 LONGEST_BACKOFF = timedelta(seconds=1)
 """Longest pause before an unreachable database is tried again. During a longer pause, leases could expire before their
 results are recorded.
@@ -61,7 +61,7 @@ log = get_logger(__name__)
 
 NOT_KNOWN = ": the outcome of the attempt in flight is unknown"
 ROOM = MAX_REASON_LENGTH - 100
-"""Number of characters that remain for a detail if text is added to it."""
+"""Number of characters left for a detail to which text is added."""
 
 
 class Settler:

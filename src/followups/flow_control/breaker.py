@@ -118,7 +118,9 @@ class RecoveryPolicy:
     probes: int = 3
     """Number of follow-ups that may begin in one probe."""
     first_rate: float = 10.0
-    """Begins per second of all workers together after a successful probe; the rate doubles every second."""
+    """Initial rate of begins per second after a successful probe, for all workers together. The rate doubles every
+    second.
+    """
     last_rate: float = 10_000.0
     """The breaker closes at this rate of begun follow-ups per second, after some ten seconds."""
     fails_again: int = 10

@@ -1,7 +1,7 @@
 """Pages of follow-ups for the console, newest first, with the data that explain each follow-up.
 
-As in `followups.store.listing`, a page is merged from several lists of rows, one for each workspace and each value of
-one column. These rows are read in the order of an index. Conditions without an index are checked row by row. The search
+As in `followups.store.listing`, a page is merged from several lists of rows. Each list has one workspace and one value
+of a column. Each list is read in the order of an index. Conditions without an index are checked row by row. The search
 therefore goes back in time, interval by interval, until the caller's time limit expires. The next search continues
 where this one stopped.
 """

@@ -142,7 +142,7 @@ _TRY = text(f"""
 
 
 def candidates(connection: Connection, look: ClaimSearch, *, fairly: bool) -> list[UUID]:
-    """Return the ids that a claim would lease, in its order, and lock their rows.
+    """Lock the rows that a claim would lease, and return their ids in the order of the claim.
 
     If ``fairly`` is true, the ids are those that `claim_fairly` would lease.
     """

@@ -1,6 +1,6 @@
 """Follow-ups, one at a time or by chat: create, find, change, end.
 
-Every change is guarded by the WHERE clause of its statement.
+The WHERE clause of each statement guards the change.
 """
 
 from __future__ import annotations
@@ -103,7 +103,7 @@ def insert_unless_full(
 
 
 FAR_FROM_FULL = MOST_PENDING - 1_000
-"""Number of a chat's pending follow-ups up to which `create_if_clear` inserts another one.
+"""`create_if_clear` inserts a follow-up only if its chat has at most this many pending ones.
 
 `create_if_clear` counts only follow-ups that were committed before it locked the chat. The count may miss one
 concurrently created follow-up for each database connection.

@@ -1,7 +1,7 @@
 """Holds: follow-ups that are paused or outside their workspace's sending hours.
 
 Claims do not find a held follow-up until its hold ends. A held follow-up uses up no attempt and is not leased
-repeatedly. The chat's order is preserved, because later follow-ups wait for the held follow-up.
+repeatedly. A chat's order is preserved, because later follow-ups wait for a held one.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Responses by Idempotency-Key, kept for a day.
 
 The changes and the stored response are committed together, so a crash cannot separate them. While a request is running,
-its transaction holds an advisory lock on the idempotency key. Another request with the same idempotency key does not
-wait for the advisory lock.
+its transaction holds an advisory lock on the idempotency key. A second request with the same key does not wait for this
+lock, but is refused.
 """
 
 from __future__ import annotations
@@ -100,7 +100,7 @@ def remember(workspace_id: UUID, key: str, request_hash: bytes, answer: StoredRe
 
 
 def _lock_number(workspace_id: UUID, key: str) -> int:
-    # PostgreSQL identifies advisory locks by signed 64-bit numbers. If two keys have the same number, at worst a
-    # request is refused while another is running.
+    # PostgreSQL identifies advisory locks by signed 64-bit numbers. If two keys share a number, one request may be
+    # refused while the other is running.
     digest = sha256(b"idempotency-key:" + workspace_id.bytes + key.encode()).digest()
     return int.from_bytes(digest[:8], signed=True)

@@ -36,7 +36,7 @@ class Obstacle:
     lease: Lease
     now: datetime
     send_time: datetime
-    """When the follow-up would be sent: now, or at a later due time."""
+    """When the follow-up would be sent: now, or at its due time if that is later."""
     due_date: datetime
     wanted_from: datetime
     """The due date or the time at which it was set, whichever is later."""

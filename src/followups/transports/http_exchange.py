@@ -4,8 +4,8 @@ This module decides which calls may be repeated. Once connected, libcurl request
 byte. Before libcurl asks for the body, nothing has been sent. After a kept connection ends without a response, libcurl
 itself tries another connection. libcurl also tries another connection after a refused HTTP/2 stream. To repeat a
 request on another connection, libcurl would have to rewind the body. Since the body cannot be rewound, libcurl gives up
-(CURLE_SEND_FAIL_REWIND). Refused streams (REFUSED_STREAM, GOAWAY) are reported exactly like lost streams, so a refused
-stream has an unknown outcome.
+(CURLE_SEND_FAIL_REWIND). libcurl reports a refused stream (REFUSED_STREAM, GOAWAY) like a lost one, so its outcome is
+unknown.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ BODY_LIMIT = 64 * 1024
 """Maximum number of bytes that are read from a response body (contract, section 4)."""
 
 HEAD_LIMIT = 64 * 1024
-"""The largest number of bytes in an answer's head, including the informational answers before it."""
+"""Maximum size of a response's head in bytes, including the informational (1xx) responses before it."""
 
 LONG = "the body of the answer is longer than 64 KiB"
 LATE = "the body of the answer did not arrive in time"

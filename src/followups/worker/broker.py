@@ -2,7 +2,7 @@
 
 The consumer of kombu 5.7 raises an exception if a queue entry is malformed or not JSON. A Redis error (READONLY,
 MISCONF, NOPERM) on a read also raises an exception out of the consumer. Any exception that escaped from the consumer
-would end the worker. A single LPUSH, or a failover of Redis, would stop every worker in this way.
+would end the worker. A single LPUSH of such an entry, or a failover of Redis, would thus stop every worker.
 
 A worker shuts down cleanly even while the broker does not answer. Celery 5.7 sends its heartbeats to Flower from the
 consumer's own loop. While the broker is silent, Celery retries a heartbeat endlessly, logs nothing and ignores SIGTERM.

@@ -129,9 +129,9 @@ def make_app(settings: Settings) -> Celery:
         broker_connection_retry_on_startup=True,
         broker_connection_max_retries=None,
         broker_transport_options={
-            # A message is deleted from Redis as soon as it is received. Otherwise kombu would keep a copy until the
-            # message is acknowledged. If a slow Redis lost an acknowledgement, the message would count as prefetched
-            # forever. The worker would then stop consuming.
+            # A message is deleted from Redis as soon as it is received. Otherwise, kombu would keep a copy of the
+            # message until the acknowledgement. If a slow Redis lost an acknowledgement, the message would count as
+            # prefetched forever. The worker would then stop consuming.
             "ack_emulation": False,
             "global_keyprefix": settings.broker_prefix,
             "socket_timeout": silence,

@@ -3,9 +3,9 @@
 A worker that has stopped consuming must be detected. Any worker could consume a canary message in the shared queues. If
 each worker had a canary queue of its own, every killed worker would leave keys behind. No canary is needed, because the
 consumer polls continuously (`followups.worker.broker.Consumer`). The broker answers each poll within a second, even
-when the queues are empty. An idle worker among fifty therefore reports as often as a busy worker. The pipeline's event
-loop sends reports for as long as it runs. The dispatcher's thread reports while idle. During a tick, reports continue
-for at most the longest duration of a tick.
+when the queues are empty. An idle worker therefore reports as often as a busy one. The pipeline's event loop sends
+reports for as long as it runs. The dispatcher's thread reports while idle. During a tick, reports continue for at most
+the longest duration of a tick.
 
 While the broker is unreachable, or the database unreachable or read-only, all components keep retrying. Retrying also
 counts as progress. A liveness check fails only for problems that a restart would fix. A restart during an outage would

@@ -34,7 +34,7 @@ only smaller steps.
 """
 
 PRUNE_MINUTE = 17
-"""Minute of each hour in which pruning starts, chosen to avoid most cron jobs and most openings of sending hours."""
+"""Pruning starts in this minute of each hour, in which few cron jobs start and few sending hours begin."""
 
 log = get_logger(__name__)
 

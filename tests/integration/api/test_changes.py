@@ -45,7 +45,7 @@ class TestChange:
             assert api.patch(before, **changes).json() == before
 
     def test_a_new_due_date_invalidates_the_lease(self, api: Api) -> None:
-        """Rescheduling a follow-up invalidates every hint sent for it before."""
+        """Rescheduling a follow-up invalidates all its earlier hints."""
         before = api.create()
         api.world.sql(
             "UPDATE follow_ups SET lease_token = 7, lease_until = now() + interval '1 min', next_attempt_at = now()"

@@ -178,7 +178,7 @@ def test_a_body_of_another_path_is_not_read(api: Api, path: str, head: str) -> N
 
 
 def test_a_length_of_zero_keeps_the_connection(api: Api) -> None:
-    """After a request with an empty body, its connection accepts further requests."""
+    """After a request with an empty body, the connection accepts further requests."""
     request = b"GET /healthz HTTP/1.1\r\nhost: a\r\ncontent-length: 0\r\n\r\n"
     stranger = request.replace(b"/healthz", FOLLOW_UPS.encode())
     answer = raw(api, request + stranger + request, wait=1)

@@ -171,7 +171,7 @@ class TestWorkspace:
         assert counts(world) == {"audit_events": 1}
 
     def test_a_concurrently_created_key_is_refused_or_deleted(self, world: World) -> None:
-        """A workspace's deletion waits for the creation of an API key, and deletes the new key."""
+        """If an API key is being created, the workspace's deletion waits, and then deletes the key too."""
         with Session(world.engine) as creating:
             api_keys.create(creating, world.workspace_id)
             with world.engine.connect() as connection:

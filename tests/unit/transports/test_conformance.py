@@ -1,7 +1,6 @@
 """The conformance suite: tests of the five outcomes that every transport must pass.
 
-A plug-in's author runs the suite by adding a `TransportRig`, which contains the plug-in's transport and the chats that
-receive its messages.
+To run the suite for a plug-in, add a `TransportRig` with its transport and the chats that receive its messages.
 """
 
 from __future__ import annotations
