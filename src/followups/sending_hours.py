@@ -110,7 +110,7 @@ def _spans(hours: SendingHours, zone: ZoneInfo, first: date) -> Iterator[tuple[d
         if day.weekday() not in hours.days:
             continue
         last = day if hours.closing > hours.opening else day + DAY
-        # A sending period of a whole day opens at the first occurrence of a repeated time.
+        # If the clocks go back, a sending period of a whole day opens at the first of the two occurrences.
         whole = hours.opening == hours.closing
         opening = _moment(datetime.combine(day, hours.opening, zone), fold=0 if whole else 1)
         closing = _moment(datetime.combine(last, hours.closing, zone), fold=0)

@@ -130,7 +130,7 @@ OTHERS: list[dict[str, Any]] = [
     {"body_encoding": "none"},
     {"body": "x" * (LONGEST_BODY + 1)},
 ]
-"""Properties of broker messages; a worker must not decode messages with these properties."""
+"""Broker message properties; a worker must not decode a message with such properties."""
 
 
 def message(**other: Any) -> str:

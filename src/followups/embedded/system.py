@@ -54,7 +54,7 @@ class StartPlan:
     tell: Callable[[str], None]
     """A function that is called with each component's name before its start."""
     signals: StopSignals
-    """The stop signals; the start checks for them between its steps."""
+    """The recorder of stop signals, which is checked between two steps of the start."""
     data: Path | None = None
     """Directory for PostgreSQL's data and the logs, or None to keep neither."""
     overrides: Mapping[str, object] = field(default_factory=dict)

@@ -1,8 +1,8 @@
 """Failpoints in processes under test; Python loads this file only from PYTHONPATH.
 
 Importing `followups.worker` adds failpoints to its dispatching steps. At each failpoint, a process looks into the
-directory FOLLOWUPS_TEST_FAILPOINTS. A file that `faults.failpoints` writes there arms a failpoint for one hit, and
-contains the action. FOLLOWUPS_TEST_CLOCK_OFFSET shifts the process's clock by that many seconds.
+directory FOLLOWUPS_TEST_FAILPOINTS. A file written by `faults.failpoints` arms a failpoint for one hit and contains the
+action. FOLLOWUPS_TEST_CLOCK_OFFSET shifts the process's clock by that many seconds.
 """
 
 from __future__ import annotations
