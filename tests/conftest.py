@@ -265,7 +265,7 @@ def world(engine: Engine) -> World:
 
 @pytest.fixture
 def steps(engine: Engine, settings: Settings) -> Steps:
-    """Return the steps of a delivery in this test's database."""
+    """Return an object that runs the steps of a delivery on this test's database."""
     from steps import Steps  # noqa: PLC0415 - not for unit tests
 
     return Steps(engine, settings)

@@ -225,7 +225,7 @@ _SET_UP = """
 def _session(options: Mapping[str, str] | None, statement_timeout: timedelta | None) -> dict[str, list[str]]:
     """Return the parameters of `_SET_UP`."""
     limit = str(statement_timeout // MILLISECOND if statement_timeout else 0)
-    # If a process is suspended during a transaction, the timeout also releases its row locks.
+    # The timeout also releases the row locks of a process that was suspended during a transaction.
     limits = {"statement_timeout": limit, "idle_in_transaction_session_timeout": limit}
     settings = {**SESSION, **limits, **(options or {})}
     return {"names": list(settings), "values": list(settings.values())}

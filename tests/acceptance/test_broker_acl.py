@@ -1,4 +1,4 @@
-"""Tests of a shared broker: an ACL with the service's prefix is sufficient, and doctor reports refusals."""
+"""On a shared broker, an ACL for the service's prefix is enough, and doctor reports refusals."""
 
 from __future__ import annotations
 

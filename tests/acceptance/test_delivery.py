@@ -167,7 +167,7 @@ def test_malformed_broker_messages(running: Stack) -> None:
 
 
 def test_forged_hints(running: Stack) -> None:
-    """Well-formed tasks with forged contents send nothing, harm nothing, and are logged."""
+    """Forged tasks in the correct format send nothing, do no harm and are logged."""
     later = running.world.follow_up(due=timedelta(hours=1))
     app = Celery(broker=running.settings.broker_url.get_secret_value())
     app.conf.broker_transport_options = {"global_keyprefix": "followups:"}

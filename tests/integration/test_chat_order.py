@@ -114,7 +114,7 @@ class TestOrder:
     def test_many_behind_one_stuck_follow_up(self, world: World, steps: Steps) -> None:
         """If a follow-up is stuck, each later follow-up of its chat is parked once and not scanned again.
 
-        Each of these follow-ups waits for the one before it in the chat.
+        Each follow-up waits for the one before it in the chat.
         """
         chat = world.chat()
         ids = [world.follow_up(chat, timedelta(seconds=n - 30)) for n in range(20)]

@@ -263,7 +263,7 @@ def test_each_attempt_takes_a_token(world: World, limited: LimitedPipeline) -> N
 
 
 def test_a_waiting_follow_up_ends_at_its_limit(world: World, limited: LimitedPipeline) -> None:
-    """A waiting follow-up ends at its maximum lateness or when its messaging window closes."""
+    """A waiting follow-up ends when it reaches its maximum lateness or its messaging window closes."""
     limit(world, NONE_COMES_IN)
     world.follow_up()
     closes_soon = datetime.now(UTC) - timedelta(days=1) + 2 * SECOND

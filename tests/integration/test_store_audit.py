@@ -1,4 +1,4 @@
-"""Audit events on PostgreSQL: recorded with their change, summed per bulk command, listed newest first."""
+"""Tests of audit events on PostgreSQL: how they are recorded, summed per bulk command and listed."""
 
 from __future__ import annotations
 

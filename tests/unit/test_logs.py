@@ -248,7 +248,7 @@ SECRETS = [
 
 @given(key=st.sampled_from(SECRETS), value=st.text(min_size=4) | st.lists(st.text(), min_size=1) | st.integers())
 def test_secrets_are_hidden_wherever_they_are(key: str, value: object) -> None:
-    """If a field has a secret's name, its value is hidden even when nested."""
+    """If a field has a secret's name, its value is hidden, even in a nested field."""
     event = redact(None, "info", {"event": "e", key: value, "headers": {key: value}, "all": [{"in": ({key: value},)}]})
     assert event == {"event": "e", key: HIDDEN, "headers": {key: HIDDEN}, "all": [{"in": [{key: HIDDEN}]}]}
 

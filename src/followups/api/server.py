@@ -119,7 +119,7 @@ class OpenConnections:
 
 
 class MessagePart(Enum):
-    """The part of the current message that a connection is now reading."""
+    """The part of an HTTP message that a connection is reading at the moment."""
 
     BETWEEN = "between two messages"
     HEAD = "head"

@@ -1,4 +1,4 @@
-"""Deferral removes follow-ups of tripped workspaces from the in-flight window, so that others are claimed.
+"""Deferral takes tripped workspaces' follow-ups out of the in-flight window, to make room for others.
 
 Each worker keeps a few leases of the tripped workspaces as probes. All other follow-ups of tripped workspaces are
 deferred in the database. A deferral is not an attempt, and a deferred follow-up can still be cancelled. When a worker

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     """A due time, a number that orders equal due times, and the lease."""
 
 ACTIVE = 60.0
-"""Seconds for which a workspace counts as active after its latest follow-up arrived."""
+"""How many seconds a workspace counts as active after its latest follow-up arrived."""
 
 
 class FairQueue:

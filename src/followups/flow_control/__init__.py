@@ -1,9 +1,9 @@
 """Rate limits and the breaker: all workers share their state in the broker's Redis, which may be lost.
 
 No guarantee depends on the rate limits or the breaker. If Redis is unreachable, deliveries continue without rate limits
-and breaker. The failure is counted and logged. After Redis has failed to answer, it is not queried for a while, because
-each query would wait for a timeout. The rate limits and the breaker use this directory's Lua scripts. Redis runs only
-one script at a time.
+and breaker. The failure is counted and logged. After a failed query, Redis is not queried for a while, because each
+query would wait for a timeout. The rate limits and the breaker use this directory's Lua scripts. Redis runs only one
+script at a time.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """Rate limiting: follow-ups over a limit are deferred before their attempt begins, oldest due first.
 
 A `Limiter` keeps each limit's state for all workers: token buckets and waiting queues. Two scripts (``take``,
-``give_back``) update this state in Redis. Losing this state allows one extra burst and loses the order of waiting
-follow-ups. A deferred follow-up uses up no attempt and no slot. A follow-up with a short wait stays in the due queue. A
-follow-up with a long wait is deferred in the database.
+``give_back``) update this state in Redis. If Redis loses this state, one extra burst is allowed and waiting follow-ups
+lose their order. A deferred follow-up uses up no attempt and no slot. A follow-up with a short wait stays in the due
+queue. A follow-up with a long wait is deferred in the database.
 """
 
 from __future__ import annotations
@@ -170,7 +170,7 @@ class Limits:
         return bool(self._of)
 
     def request(self, one: Limitable) -> TokenRequest:
-        """Return the tokens that a follow-up needs from each applicable limit, if any."""
+        """Return a follow-up's request for tokens, with a bucket for each limit that applies."""
         scopes = product((None, one.workspace_id), (None, one.channel))
         matching = (limit for scope in scopes for limit in self._of.get(scope, ()))
         return TokenRequest(one.id, one.since, tuple(bucket_of(limit, one) for limit in matching))

@@ -64,7 +64,7 @@ ENDINGS = {
 
 @dataclass(frozen=True, slots=True)
 class Circumstances:
-    """The circumstances outside a follow-up's row that affect when it is sent."""
+    """The circumstances, outside its row, that affect when a follow-up is sent."""
 
     pause: ActivePause | None = None
     """The pause of the follow-up's workspace or channel."""

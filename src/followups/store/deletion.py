@@ -86,7 +86,7 @@ def cancel(connection: Connection, scope: DeletionScope, after: CancelCursor) ->
 
 
 def end_lost(connection: Connection, scope: DeletionScope) -> int:
-    """End follow-ups with a lost lease, as a dispatcher does; return their number."""
+    """End follow-ups whose lease was lost, as a dispatcher does; return their number."""
     statement = text(f"""
         WITH lost AS MATERIALIZED (
             SELECT id FROM follow_ups

@@ -397,7 +397,7 @@ _CANCEL = Statement(f"""
 
 @Rule
 def cancel_chat_if_not_begun(workspace_id: UUID, chat_id: UUID, code: ReasonCode) -> Steps[list[UUID]]:
-    """Cancel the chat's pending follow-ups and return them; those in flight are not cancelled but will not be retried.
+    """Cancel the chat's pending follow-ups and return them; for those in flight, only prevent a retry.
 
     If a follow-up's row cannot be written, the follow-up stays pending, and begin reports it.
     """

@@ -74,7 +74,7 @@ been accepted.
 
 
 def honest(reason: str, row: str) -> str:
-    """Return SQL for the reason of an ending follow-up, with `OUTCOME_UNKNOWN` added if it applies.
+    """Return SQL for the reason of a follow-up that ends, with `OUTCOME_UNKNOWN` added if it applies.
 
     The given reason must also be SQL.
     """

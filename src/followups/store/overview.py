@@ -32,7 +32,7 @@ MINUTES = 60
 """Number of minutes that the throughput chart covers."""
 
 RECENT = 1_000
-"""Number of the most recently finished follow-ups among which failures are counted."""
+"""Failures are counted among this many of the most recently finished follow-ups."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 def required_url(settings: Settings, meaning: str) -> str:
-    """Return ``FOLLOWUPS_TRANSPORT_URL``; error messages end with "set it to" and ``meaning``.
+    """Return ``FOLLOWUPS_TRANSPORT_URL``; error messages use ``meaning`` to describe the expected URL.
 
     Raises `TransportConfigurationError` if the setting is missing, or is not a URL with a host.
     """

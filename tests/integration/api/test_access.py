@@ -29,7 +29,7 @@ def logged(stack: Stack) -> Iterator[Api]:
 
 
 def lines(stack: Stack, event: str, **fields: Any) -> list[dict[str, Any]]:
-    """Wait for log lines of an event with the given values, and return them."""
+    """Wait for log lines of an event with the given values, and return the lines."""
     return wait_until(
         lambda: [line for line in stack.log_events(event, "web") if fields.items() <= line.items()], within=5
     )

@@ -96,7 +96,7 @@ def test_moved_while_a_cancel_waits(api: Api, engine: Engine) -> None:
 
 
 def test_finished_in_a_removed_chat(api: Api) -> None:
-    """Repeating the cancel of a follow-up has no effect, even if its chat was removed."""
+    """A repeated cancel of a follow-up has no effect, even if the chat was removed."""
     created = api.create()
     assert api.patch(created, status="cancelled").status_code == 200
     assert api.client.delete(f"/api/v1/chats/{created['chatId']}").status_code == 204

@@ -75,7 +75,7 @@ def chunks(size: int) -> Iterator[bytes]:
 
 
 def test_endless_body_is_not_read(api: Api) -> None:
-    """If the declared length exceeds the limit, the request is rejected before its body."""
+    """If the declared length exceeds the limit, the request is rejected before its body is read."""
     with connect(api) as connection:
         connection.sendall(b"POST / HTTP/1.1\r\nhost: x\r\ncontent-length: 99999999999\r\n\r\n")
         assert b" 413 " in connection.recv(100)
