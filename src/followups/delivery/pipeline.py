@@ -148,7 +148,7 @@ class Pipeline:
             events.lines.flush()
             self._loop.close()
 
-    # These methods run in the event loop.
+    # The following methods run in the event loop.
 
     async def run(self) -> None:
         """Take due leases, begin and send them, and settle their outcomes, until the pipeline is drained."""

@@ -168,7 +168,7 @@ def _query_of_pieces(statement: str) -> Statement:
 
 _TYPES = {"chat_message_id": "uuid", "trigger_chat_message_id": "uuid", "chat_id": "uuid", "status": "text"}
 """The columns to filter by, with their SQL types. If a filter has several columns, the first column selects the index.
-This column matches the fewest rows.
+Columns that match fewer rows come first.
 """
 
 

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 def requests_of(document: dict[str, Any], mine: dict[str, Any]) -> list[tuple[str, str, dict[str, Any]]]:
     """Return a valid request (method, path, options) for each endpoint that requires an API key.
 
-    The requests use the ids in ``mine``.
+    ``mine`` contains the ids that the requests use.
     """
     bodies: dict[str, dict[str, Any]] = {
         "createFollowUp": {"chatId": mine["chatId"], "dueDate": in_days(1), "message": "?"},

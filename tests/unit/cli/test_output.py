@@ -65,7 +65,7 @@ def table(text: str) -> None:
 
 
 def line(text: str) -> None:
-    """Print a single cell."""
+    """Print a table with a single cell."""
     console().print(cell(text))
 
 
