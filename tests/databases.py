@@ -33,7 +33,7 @@ def url_of(server_url: str, database: str, role: str = SERVICE) -> str:
 
 
 def url_as(database_url: str | URL, role: str) -> str:
-    """Return the URL of the same database as another role."""
+    """Return the database's URL for connections as another role."""
     return make_url(database_url).set(username=role).render_as_string(hide_password=False)
 
 

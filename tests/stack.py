@@ -118,7 +118,7 @@ class Stack:
                 return requests
 
     def accepted(self, *ids: UUID) -> list[str]:
-        """Return the ids of the follow-ups that the chat accepted, in order, including repeated ids.
+        """Return the ids of the follow-ups that the chat accepted, in order and with repetitions.
 
         If ``ids`` are given, only these follow-ups are returned.
         """

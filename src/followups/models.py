@@ -612,7 +612,7 @@ class BulkAction(Base):
 class DispatcherState(Base):
     """A table with one row, which records when the last dispatcher tick ran.
 
-    Each claim locks this row (`followups.store.last_tick`).
+    Each claim locks the table's only row (`followups.store.last_tick`).
     """
 
     __tablename__ = "dispatcher_state"

@@ -202,7 +202,7 @@ def test_web_with_a_stalled_broker(proxied: Proxied, figures: Figures) -> None:
 
 @pytest.mark.faults_long
 def test_web_with_a_stalled_database(proxied: Proxied, figures: Figures) -> None:
-    """While the database is silent, requests get 503 after a limit; later they succeed immediately."""
+    """While the database does not respond, requests get 503 after a time limit."""
     rig, (database, _) = proxied
     api = rig.web()
     with api.client:

@@ -46,7 +46,7 @@ def replace_processes(rig: Rig, figures: Figures, rounds: int, rate: float) -> N
 
 
 def ended(child: Child) -> float:
-    """Stop a process; return the seconds that it took to exit."""
+    """Stop a process; return the number of seconds until it exited."""
     asked = time.monotonic()
     child.ask()
     wait_until(lambda: not child.running, within=60)

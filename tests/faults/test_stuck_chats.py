@@ -37,7 +37,7 @@ def stuck_chats(rig: Rig) -> list[UUID]:
 
 
 def pile_up(rig: Rig, chats: list[UUID], count: int) -> None:
-    """Insert ``count`` due follow-ups into the two chats in one transaction."""
+    """In one transaction, insert ``count`` due follow-ups into the test's two chats."""
     with rig.world.engine.begin() as connection:
         for first in range(1, count + 1, PORTION):
             numbers = {"first": first, "last": min(first + PORTION - 1, count)}

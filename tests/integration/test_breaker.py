@@ -185,7 +185,7 @@ def test_probes_that_never_end(own: Settings) -> None:
 
 
 async def tripped(store: BreakerStore) -> frozenset[int]:
-    """Return the keys of the workspaces that the breaker holds."""
+    """Return the keys of the workspaces that the breaker has tripped."""
     return (await store.report(OutcomeReport(), 0)).tripped
 
 

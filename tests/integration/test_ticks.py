@@ -125,7 +125,7 @@ class TestGap:
     def test_gap_within_a_grace(
         self, world: World, engine: Engine, settings: Settings, gap: timedelta, *, over: bool
     ) -> None:
-        """Repeated late ticks do not extend the grace period; only another outage starts one."""
+        """Late ticks do not extend a grace period; only another outage starts a new one."""
         follow_up = world.follow_up()
         in_flight(engine, settings)
         world.expire(follow_up)

@@ -79,7 +79,7 @@ def test_no_transition_leaves_a_final_state(
 
 
 def test_the_three_final_states_are_final() -> None:
-    """Sent, failed and cancelled have no transitions; pending has one to each of them."""
+    """The only transitions are from pending to sent, failed or cancelled."""
     assert frozenset({Status.SENT, Status.FAILED, Status.CANCELLED}) == FINAL
     assert set(TRANSITIONS) == set(Status)
     assert set(TRANSITIONS[Status.PENDING]) == FINAL

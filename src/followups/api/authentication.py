@@ -1,7 +1,7 @@
 """Authentication: validation of the API key in the transaction that serves the request.
 
-The first statement of the request's transaction also looks up the key. A committed revocation takes effect immediately.
-The look-up of the key needs no additional round trip. FastAPI validates the body before it runs dependencies. Without a
+The first statement of the request also looks up the API key. A committed revocation takes effect immediately. The
+look-up of the key needs no additional round trip. FastAPI validates the body before it runs dependencies. Without a
 valid key, even an invalid body must get 401 instead of 422: see `AuthenticatedRoute`.
 """
 

@@ -110,7 +110,7 @@ class RequestBody:
         owner.buffered += self.size
 
     def release(self) -> None:
-        """Release all memory that the body has reserved."""
+        """Release all memory reserved for the request's body."""
         if self.owner is not None:
             self.owner.buffered -= self.size
         self.budget.taken -= self.size

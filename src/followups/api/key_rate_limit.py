@@ -135,7 +135,7 @@ class KeyRateLimit:
             raise TooManyRequestsError(retry_after=min(max(wait, 1.0), 60.0))
 
     async def _count(self, key_id: UUID, size: int) -> float | None:
-        """Count requests. Return None if this request is allowed, otherwise the seconds to wait."""
+        """Count requests. Return None if the request is allowed, otherwise the number of seconds to wait."""
         name = str(key_id)
         for cost in (size, 1) if size > 1 else (1,):
             if await self._limiter.hit(self._item, name, cost=cost):

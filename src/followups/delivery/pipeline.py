@@ -102,7 +102,7 @@ class Pipeline:
     def start(self) -> None:
         """Start the event loop.
 
-        Before anything is sent, this loop opens the transport and samples the database's clock.
+        Before the first send, the event loop opens the transport and samples the database's clock.
         """
         self._thread.start()
 

@@ -50,8 +50,8 @@ After a secret has expired, for example, every message gets one of these codes.
 """
 
 READ_INTERVAL = 1.0
-"""Seconds between two reads of the breaker's shared state while the breaker is closed. A change to the state is noticed
-within this time.
+"""Seconds between two reads of the breaker's shared state while the breaker is closed. A change to the shared state is
+noticed within this time.
 """
 READ_INTERVAL_WHILE_OPEN = 0.1
 """Seconds between two reads of the shared state while follow-ups wait for the breaker."""

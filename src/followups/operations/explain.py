@@ -89,7 +89,7 @@ ALONE = Circumstances()
 STALE_TICK = timedelta(seconds=30)
 """If the last tick is older than this, ticks are considered to have stopped.
 
-Every tick interval in use is shorter than this age. The default interval is one second.
+Every tick interval in use is shorter than this age. By default, the tick interval is one second.
 """
 
 

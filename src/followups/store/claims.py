@@ -155,7 +155,7 @@ def candidates(connection: Connection, look: ClaimSearch, *, fairly: bool) -> li
 
 
 def try_to_lease(connection: Connection, ids: Sequence[UUID]) -> list[Lost]:
-    """Lease the rows in a transaction that will be rolled back; return the rows whose lease was lost.
+    """Try to lease the rows in a transaction that will be rolled back; return the lost leases.
 
     Raises any error that the content of a row causes.
     """

@@ -33,8 +33,8 @@ if TYPE_CHECKING:
 
 
 MOST_PENDING = 10_000
-"""The largest number of pending follow-ups in a chat. A reply cancels all these follow-ups in one transaction, in half
-a second.
+"""The largest number of pending follow-ups in a chat. A reply cancels all pending follow-ups of a full chat in one
+transaction, within half a second.
 """
 
 FIELDS = (

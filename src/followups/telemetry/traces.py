@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 ENDPOINTS = ("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "OTEL_EXPORTER_OTLP_ENDPOINT")
 
 FLUSH = 3.0
-"""Time limit in seconds to export spans at shutdown: an unreachable collector must not delay a drain."""
+"""Time limit for exporting spans at shutdown, in seconds. An unreachable collector must not delay a drain."""
 
 log = get_logger(__name__)
 

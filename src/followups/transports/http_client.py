@@ -71,7 +71,7 @@ _TLS_REASON = re.compile(r"[^:]*: (?:error:\w+:[^:]*:[^:]*:)?([^']*)")
 class HttpClient:
     """All calls of one process to ``FOLLOWUPS_TRANSPORT_URL``.
 
-    The client opens at most as many connections as there are simultaneous calls.
+    The client opens at most one connection for each simultaneous call.
     """
 
     def __init__(self, settings: Settings, method: str = "POST", headers: Mapping[str, str] | None = None) -> None:

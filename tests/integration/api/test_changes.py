@@ -155,7 +155,7 @@ class TestFinished:
     def test_chat_message_id_is_added_once(self, api: Api) -> None:
         """The chat message id of a sent follow-up can be added later, but only once.
 
-        A chat message id is rejected for a follow-up that failed or was cancelled.
+        A follow-up that failed or was cancelled cannot be given a chat message id.
         """
         sent, failed, name = api.create(), api.create(), str(uuid4())
         api.patch(sent, status="sent")

@@ -134,7 +134,7 @@ def test_deep_pages_keep_their_starting_points(
 
 
 def test_starting_points_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A deep page is read from the nearest stored starting point before it.
+    """A page far into the list is read from the nearest stored starting point before it.
 
     Each stored starting point expires after some time. If there are too many starting points, the oldest are discarded.
     """

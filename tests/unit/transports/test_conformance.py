@@ -194,7 +194,7 @@ async def test_any_text_arrives(rig: TransportRig, text: str) -> None:
 
 
 async def test_concurrent_calls(rig: TransportRig) -> None:
-    """Concurrent calls, even more than the settings allow, each receive their own response."""
+    """Each of 150 concurrent calls receives its own response, although the settings allow fewer calls."""
     outcomes = await asyncio.gather(*(rig.transport.send(a_delivery()) for _ in range(150)))
     assert len({outcome.chat_message_id for outcome in outcomes if isinstance(outcome, Sent)}) == 150
 

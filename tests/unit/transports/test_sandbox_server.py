@@ -64,7 +64,7 @@ async def test_an_invalid_delivery_is_rejected(http: aiohttp.ClientSession, chat
 
 
 async def test_a_signature_is_verified_where_there_is_a_secret(chats: SandboxChats) -> None:
-    """If a secret is set, only signed deliveries are accepted; others are rejected with 401."""
+    """If a secret is set, deliveries without a valid signature are rejected with 401."""
     body, now = json.dumps(BODY), datetime.now(UTC)
     signature = Webhook(SIGNING_SECRET).sign("id", now, body)
     stamp = str(int(now.timestamp()))

@@ -1,6 +1,6 @@
 """Pages for bulk actions: preview, start, progress, stop and history.
 
-The workers carry out each action.
+Workers carry out the bulk actions.
 """
 
 from __future__ import annotations

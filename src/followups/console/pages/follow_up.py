@@ -214,7 +214,7 @@ def _changes(visit: Visit, found: FollowUp, typed: FollowUpForm) -> dict[str, An
     if typed.message is not None and typed.message != _as_typed(found.message):
         changes["message"] = typed.message
     zone = Zone(visit.form.text("due_zone", visit.zone.name))
-    # Browsers omit the seconds of a time when they are zero.
+    # Browsers omit the seconds of a time if the seconds are zero.
     if typed.due and typed.due not in {zone.typed(found.due_date), zone.typed(found.due_date).removesuffix(":00")}:
         changes["due_date"] = zone.read(typed.due, visit.form.text("fold"))
     return changes

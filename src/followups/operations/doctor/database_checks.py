@@ -37,7 +37,7 @@ slows the claim.
 CLOCK_OFF = timedelta(seconds=1)
 
 LATEST = 10_000
-"""Number of failed attempts that the check examines, newest first.
+"""Number of the newest failed attempts that the check examines.
 
 The table may be too large to examine completely.
 """
