@@ -173,7 +173,7 @@ async def turn(load: ApiLoad) -> None:
 
 
 async def paced(load: ApiLoad, rate: float, seconds: float) -> list[float]:
-    """Send requests at this rate; return the delays between scheduled times and responses."""
+    """Send requests at the given rate; return the delay of each response after its scheduled time."""
     times: list[float] = []
     started = time.perf_counter()
 

@@ -219,7 +219,7 @@ def test_a_form_is_parsed_after_origin_session_and_role(
 def test_console_and_api_have_separate_slots(
     person: Callable[..., Person], own: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Console and API have separate slots: one still serves requests if the other is full."""
+    """Console and API have separate slots: each one serves requests even if the other is full."""
     one = person("agent", own)
     with monkeypatch.context() as patch:
         patch.setattr(gate, "MAX_CONSOLE_WAITING", 0)

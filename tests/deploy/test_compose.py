@@ -77,7 +77,7 @@ def test_the_example_has_every_variable() -> None:
 def test_flower_is_published_on_loopback_only() -> None:
     """Flower, which can stop workers, is published only on the loopback interface.
 
-    By default, `web` is also published only on the loopback interface.
+    By default, `web` is published only on the loopback interface.
     """
     assert all(port.startswith("127.0.0.1:") for port in SERVICES["flower"]["ports"])
     assert SERVICES["web"]["ports"] == ["${WEB_BIND:-127.0.0.1:8000}:8000"]

@@ -146,7 +146,7 @@ class Proxy:
                 await forwarding.wait()
                 writer.write(data)
                 await writer.drain()
-        # When one end of the connection is closed, the other end is closed too.
+        # When one end of a proxied connection closes, the proxy closes the other end too.
         writer.transport.abort()
 
     async def _close(self) -> None:

@@ -66,7 +66,7 @@ def test_clocks_off(rig: Rig, figures: Figures) -> None:
 
 
 def test_clocks_hours_off(rig: Rig, figures: Figures) -> None:
-    """Even if hosts' clocks differ by hours, no host drops another's message as too old."""
+    """Even if hosts' clocks differ by hours, no host drops another host's message as too old."""
     clocks_off(rig, figures, seconds=2.5, off=HOURS)
 
 

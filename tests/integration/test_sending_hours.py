@@ -77,7 +77,7 @@ def opening_of(world: World, hours: SendingHours) -> datetime:
 
 
 def test_held_until_sending_hours_begin(world: World, engine: Engine, settings: Settings) -> None:
-    """Outside its sending hours, a workspace begins no follow-up and uses up no attempt."""
+    """Outside a workspace's sending hours, no follow-up begins and no attempt is used up."""
     others = type(world)(engine)
     put(world, CLOSED)
     mine, theirs = world.follow_up(), others.follow_up()
@@ -219,7 +219,7 @@ class TestLateness:
         assert begun(claim_and_begin(engine, brief)) == {night}
 
     def test_sending_hours_locked_during_a_hold(self, world: World, engine: Engine, settings: Settings) -> None:
-        """If another transaction locks the sending hours, a late follow-up is retried rather than ended."""
+        """If another transaction has locked the sending hours, a late follow-up does not end but is retried."""
         brief = settings.model_copy(update={"max_lateness": HOUR})
         put(world, hours_from(-30 * MINUTE, 3 * HOUR))
         night = world.follow_up(due=-5 * HOUR, scheduled_at=text("now() - interval '9 h'"))

@@ -50,7 +50,7 @@ connection whose client has been slowest to read is closed. If every client is r
 
 READ_WITHIN = 20.0
 LEAST_READ = 64 * 1024
-"""Minimum number of bytes of a response that its client must read within `READ_WITHIN` seconds.
+"""A client must read at least this many bytes of its response within `READ_WITHIN` seconds.
 
 If the rest of a response is shorter than this minimum, the client must read all of it.
 """

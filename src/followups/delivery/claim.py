@@ -169,7 +169,7 @@ def _end_lost(connection: Connection, lost: Sequence[Lost], settings: Settings) 
 
 
 def after_loss(losses: int, cancel_requested: str | None, *, deduplicates: bool) -> Final | None:
-    """Return the final state of a follow-up after ``losses`` lost leases, or None if it is retried.
+    """Return a follow-up's final state after ``losses`` lost leases, or None if the follow-up is retried.
 
     >>> after_loss(1, None, deduplicates=True) is None
     True

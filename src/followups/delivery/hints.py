@@ -1,8 +1,8 @@
 """Hints: the broker messages sent after a claim's commit, written and parsed here.
 
 A hint lists follow-ups with lease tokens and due times, so workers need no query. A hint contains no message text and
-is not trusted. A lost, repeated or late hint does no harm, because begin reads the follow-up's row. A hint also
-contains the keys of the workspace queues. Workers can send follow-ups without knowing these keys, as during an upgrade.
+is not trusted. A lost, repeated or late hint does no harm, because begin reads the follow-up's row. Each hint contains
+the keys of the workspace queues. Workers can send follow-ups without knowing these keys, as during an upgrade.
 """
 
 from __future__ import annotations

@@ -49,7 +49,7 @@ def hold(
 
 
 def hold_or_end(obstacle: Obstacle, max_lateness: timedelta) -> Hold | Final | None:
-    """Return a leased follow-up's hold, or its final state if the hold is too long.
+    """Return the hold of a leased follow-up, or the follow-up's final state if the hold is too long.
 
     Returns None if the follow-up should be neither held nor ended. Sending hours are checked before a pause, because
     lateness is not counted outside sending hours. This function is pure.

@@ -1,7 +1,7 @@
 """Counts the slots that are in use by calls in flight. This module does no I/O.
 
-A slot is acquired before begin. A slot is released after the call, or at once if the follow-up does not begin. A
-possible poison pill also counts against a quota until its outcome is recorded.
+A slot is acquired before begin. A slot is released after the call, or at once if the follow-up does not begin. Until
+its outcome is recorded, a possible poison pill counts against a quota.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Breaker: while the transport fails as a whole, only a few probes begin.
+"""The circuit breaker: while the transport as a whole fails, only a few probes begin.
 
 An open breaker defers most due follow-ups in the database (`followups.delivery.deferral`). All workers share one state
 in Redis (`BreakerStore`). Deliveries continue while Redis is unreachable. While Redis is unreachable, a worker counts

@@ -13,8 +13,8 @@ When a caller creates, changes or cancels a follow-up, the follow-up's chat is l
 a chat message or removes a chat also locks the chat first. A transaction that changes several chats locks them in
 ascending order of their ids.
 
-The dispatcher's statements lock no chat. Locked follow-ups are skipped (``SKIP LOCKED``) and retried later. The bulk
-cancel, the release of held follow-ups and pruning also skip locked rows. A caller's change never locks a follow-up in
+The dispatcher's statements lock no chat. Locked follow-ups are skipped (``SKIP LOCKED``) and retried later. Bulk
+cancels, the release of held follow-ups and pruning skip locked rows, too. A caller's change never locks a follow-up in
 flight; the lock would delay the settle. Only a reply locks follow-ups in flight, and only briefly, to request their
 cancellation.
 """

@@ -143,7 +143,7 @@ def with_key(select: str) -> str:
     """  # noqa: S608 - no input, only statements of ours
 
 
-# If another process is recording a use of the key, this update is skipped.
+# The update is skipped if another process is recording a use of the key.
 _RECORD_USE = Statement("""
     UPDATE api_keys SET last_used_at = now()
      WHERE id = (SELECT id FROM api_keys

@@ -1,9 +1,9 @@
-"""Pages of follow-ups for the console, newest first, with the data that explain each follow-up.
+"""Pages of follow-ups for the console, newest first, with the information that explains each follow-up.
 
 As in `followups.store.listing`, a page is merged from several lists of rows. Each list has one workspace and one value
 of a column. Each list is read in the order of an index. Conditions without an index are checked row by row. The search
 therefore goes back in time, interval by interval, until the caller's time limit expires. The next search continues
-where this one stopped.
+where the previous search stopped.
 """
 
 from __future__ import annotations
@@ -115,7 +115,7 @@ _COLUMNS = tuple(column for column in FollowUp.__table__.columns if column.name 
 
 
 def _branches(wanted: BrowseFilter) -> tuple[str, ...]:
-    """Return the conditions that an index can serve, one for each index scan."""
+    """Return the conditions that can use an index, one for each index scan."""
     if wanted.ids:
         return ("f.id = ANY(CAST(:ids AS uuid[]))",)
     if wanted.any_id:

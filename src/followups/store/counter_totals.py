@@ -33,8 +33,7 @@ INTERVAL = timedelta(seconds=1)
 
 log = get_logger(__name__)
 
-# The rows are locked in the order of their keys. Two processes that add to the same rows therefore wait for each other
-# without deadlocks.
+# The rows are locked in the order of their keys. Two processes that add to the same rows therefore never deadlock.
 _ADD = text("""
     INSERT INTO metric_totals AS t (sample, labels, value)
     SELECT * FROM unnest(CAST(:samples AS text[]), CAST(:labels AS text[]), CAST(:values AS double precision[]))

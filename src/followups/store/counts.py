@@ -1,4 +1,4 @@
-"""Counts, lag and throughput. No statement here runs for long, however many rows there are.
+"""Counts, lag and throughput. No statement in this module runs for long, however many rows there are.
 
 Counts of pending, waiting, overdue and in-flight follow-ups are exact and use small partial indexes. Follow-ups in a
 final state are counted up to `EXACT_UP_TO` for each state. Above `EXACT_UP_TO`, the planner's estimate is used, which

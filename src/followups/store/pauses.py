@@ -64,7 +64,7 @@ _STANDING = text("""
 
 
 def pause(connection: Connection, scope: PauseScope) -> bool:
-    """Pause this scope; return False if it was already paused."""
+    """Pause the scope; return False if the scope was already paused."""
     return connection.execute(_PAUSE, scope.parameters).rowcount == 1
 
 

@@ -77,7 +77,7 @@ def test_lost_and_unknown_attempts(settings: Settings, engine: Engine, world: Wo
 
 
 def test_open_transaction(settings: Settings, engine: Engine, world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Doctor reports a transaction that has been open for long, and the command that ends it."""
+    """Doctor reports a transaction that stays open too long, and the command that ends it."""
     assert world
     monkeypatch.setattr(database_checks, "LONG_TRANSACTION", timedelta(0))
     with engine.connect() as holder:

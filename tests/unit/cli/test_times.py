@@ -1,4 +1,4 @@
-"""Tests for times as operators enter them, and as they are shown."""
+"""Tests of how operators enter times, and of how times are shown."""
 
 from __future__ import annotations
 

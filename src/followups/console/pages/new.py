@@ -42,7 +42,7 @@ class ScheduleForm:
     due: str = ""
     workspace: str = ""
     token: UUID = field(default_factory=uuid4)
-    """The identifier of this form, by which a repeated submission is recognised."""
+    """The form's identifier, by which a repeated submission is recognised."""
     told: str = ""
     ambiguous: bool = False
     consequences: list[str] = field(default_factory=list)

@@ -1,7 +1,8 @@
 """Add a column for lateness after a hold, and constraints that reject unreadable times.
 
 If existing rows violate a constraint, the constraint is not added. With the constraint, every change to a violating row
-would fail, including a claim. ``followups doctor`` lists these rows and shows the statement that adds the constraint.
+would fail, including a claim. ``followups doctor`` lists the violating rows and shows the statement that adds the
+constraint.
 """
 
 from __future__ import annotations

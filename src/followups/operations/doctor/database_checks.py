@@ -39,7 +39,7 @@ CLOCK_OFF = timedelta(seconds=1)
 LATEST = 10_000
 """Number of the newest failed attempts that the check examines.
 
-The table may be too large to examine completely.
+The table of failed attempts may be too large to examine completely.
 """
 
 _ATTEMPTS = text(f"""
