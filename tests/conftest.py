@@ -223,7 +223,7 @@ def settings(database_url: str, broker_url: str) -> Settings:
 
 
 def brisk_settings(database_url: str, broker_url: str) -> Settings:
-    """Return settings with short times and a transport URL at which no server listens."""
+    """Return settings with short times, and a transport URL on which no server listens."""
     return load_settings(
         database_url=database_url,
         broker_url=broker_url,

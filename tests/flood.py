@@ -1,7 +1,7 @@
 """A flood of requests: ``python tests/flood.py HOST PORT CONNECTIONS SECONDS PATH...``, with the API key in $FLOOD_KEY.
 
 The flood is a separate process, so that it does not slow down the test. Each connection sends one request after
-another, and is reopened when the server closes it.
+another; a closed connection is opened again.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ async def request_until(host: str, port: int, path: str, until: float) -> None:
 
 
 async def main(host: str, port: int, connections: int, seconds: float, paths: list[str]) -> None:
-    """Open the connections, distributed evenly over the paths."""
+    """Open all connections, and distribute them evenly over the paths."""
     until = time.monotonic() + seconds
     clients = [asyncio.create_task(request_until(host, port, paths[n % len(paths)], until)) for n in range(connections)]
     await asyncio.wait(clients, timeout=seconds + 1)

@@ -24,7 +24,7 @@ hostssl all all 127.0.0.1/32 scram-sha-256
 
 
 class SecureServer(Server):
-    """A PostgreSQL server that also accepts TLS on the loopback interface, certified for ``localhost``."""
+    """A PostgreSQL server that also accepts TLS; its certificate is valid for ``localhost``."""
 
     def __init__(self, binaries: Path, authority: trustme.CA) -> None:
         """Store the path of the binaries and the authority that signs the server's certificate."""

@@ -1,4 +1,4 @@
-"""The system as in production, for tests: sandbox chat, workers and beats in separate processes."""
+"""Runs the system as in production: a sandbox chat, and workers and beats as separate processes."""
 
 from __future__ import annotations
 

@@ -60,7 +60,7 @@ def start(processes: Processes, environment: dict[str, str], name: str = "web") 
 
 
 def key_of(world: World) -> tuple[UUID, str]:
-    """Create an API key for the world's workspace; return the key's id and the key."""
+    """Create an API key in the workspace of ``world``; return its id and the key."""
     with Session(world.engine) as session, session.begin():
         row, key = api_keys.create(session, world.workspace_id)
         return row.id, key

@@ -40,7 +40,7 @@ SILENCE_MARGIN = timedelta(seconds=5)
 If the silence lasts longer, the connection is half-open or the server hangs.
 """
 NO_CONNECT_TIMEOUT = 130
-"""Seconds that psycopg waits if `connect_timeout` is 0, which means no limit to libpq."""
+"""Seconds that psycopg waits for a connection if `connect_timeout` is 0 (no limit in libpq)."""
 
 ENCODING = "UTF8"
 MAKE_ANOTHER = (
@@ -179,8 +179,8 @@ def make_async_engine(
 ) -> AsyncEngine:
     """Return an engine like that of `make_engine`, for one event loop.
 
-    Transactions of this engine run in `followups.transactions.in_loop`. A connection is tested only if idle for
-    `RECENTLY`, since a test takes as long as a statement.
+    Transactions of this engine run in `followups.transactions.in_loop`. A connection is tested only after being idle
+    for `RECENTLY`: a test takes as long as a statement.
     """
     url = parse(database_url)
     arguments = _arguments(url, pool_size, application_name)

@@ -103,7 +103,7 @@ def unfit(error: Exception) -> str:
 ROW_STATES = frozenset({"P0001", "XX001", "XX002"})
 """Additional SQLSTATEs that a single row can cause: an exception from a trigger, or a damaged page.
 
-A single row may also cause the usual errors about invalid data or violated constraints.
+Errors about invalid data or violated constraints also concern single rows.
 """
 
 

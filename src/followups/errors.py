@@ -1,7 +1,7 @@
 """Every error that this package raises on purpose.
 
-All these errors have one base class, with which callers can catch every error of the package. Each class's docstring is
-its default message. ``slug`` is the last segment of the problem ``type`` in the REST API.
+A single base class lets callers catch every error of the package. Each class's docstring is its default message.
+``slug`` is the last segment of the problem ``type`` in the REST API.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """JSON for log lines and request bodies, encoded by pydantic.
 
-A log line takes 1.6 us, compared with 7 us for the standard library's encoder.
+Encoding a log line takes 1.6 us, or 7 us with the standard library's encoder.
 """
 
 from __future__ import annotations

@@ -70,7 +70,7 @@ WAYS = {
 def readable(*columns: str) -> str:
     """Return an SQL condition that holds only for times that Python can represent.
 
-    A manual change could store a time outside this range. Every query that reads the row would then fail.
+    A manual change could store a time that Python cannot represent. Every query that reads the row would then fail.
     """
     named = ", ".join(columns)
     return (
@@ -80,7 +80,7 @@ def readable(*columns: str) -> str:
 
 
 class Base(DeclarativeBase):
-    """The base of all tables: naming rules for constraints, and the types of times and ids."""
+    """The base class of all tables, with naming rules for constraints and types for times and ids."""
 
     metadata = MetaData(
         naming_convention={
@@ -225,7 +225,7 @@ class ApiKey(Base):
 
     @property
     def title(self) -> str:
-        """The name and prefix of the API key, by which people recognise it."""
+        """The name and prefix by which people recognise the API key."""
         return f"{self.name} ({self.prefix}…)" if self.name else f"{self.prefix}…"
 
 
@@ -300,8 +300,8 @@ class ChatMessage(Base):
 class FollowUp(Base):
     """A message to send into a chat at its due time; each row is one job.
 
-    The columns below ``trigger_chat_message_id`` contain the dispatcher's state. No index contains the lease columns,
-    so acquiring and returning a lease is a heap-only update.
+    All columns after ``trigger_chat_message_id`` hold the dispatcher's state. No index contains the lease columns, so
+    acquiring and returning a lease is a heap-only update.
     """
 
     __tablename__ = "follow_ups"
@@ -440,7 +440,7 @@ class FollowUp(Base):
     created_by_key: Mapped[UUID | None]
     """The API key that created the follow-up, or None for another creator."""
     traceparent: Mapped[str | None]
-    """The W3C traceparent of the trace in which the follow-up was created, or None."""
+    """The W3C traceparent under which the follow-up was created, or None."""
 
     held_until: Mapped[datetime | None]
     """The start of the sending hours that the follow-up last waited for."""
@@ -456,7 +456,7 @@ class FollowUp(Base):
     While ``next_attempt_at`` equals ``limited_until``, the follow-up waits for a rate limit or the breaker.
     """
     pause_id: Mapped[UUID | None]
-    """The pause that holds the follow-up.
+    """The id of the pause that holds the follow-up, or None.
 
     A held follow-up's next attempt is far in the future, so claims do not find the follow-up.
     """
@@ -601,7 +601,9 @@ class BulkAction(Base):
     """The number of matching follow-ups in the preview, counted up to a limit."""
     ended_at_time: Mapped[datetime | None]
     ended_at_id: Mapped[UUID | None]
-    """The follow-up at which the most recent batch ended. The batches follow the order of the list, newest first."""
+    """The follow-up at which the most recent batch ended. Batches process the list from the newest follow-up to the
+    oldest.
+    """
     done: Mapped[int] = mapped_column(Integer, server_default="0")
     passed_over: Mapped[dict[str, Any]] = mapped_column(JSONB, server_default="{}")
     """The number of skipped follow-ups, by reason."""

@@ -37,7 +37,7 @@ def migrate(database_url: str, revision: str = "head", *, wait: float = WAIT, pa
     """Migrate the database to ``revision``.
 
     Concurrent migrations are safe: the second migration waits, and then finds nothing to do. Raises `FollowUpsError` if
-    another migration keeps its lock for ``wait`` seconds. Also raises `FollowUpsError` if a long transaction locks a
+    another migration keeps its lock for ``wait`` seconds. `FollowUpsError` is also raised if a long transaction locks a
     table for ``patience`` seconds.
     """
     command.upgrade(alembic_config(database_url, wait=wait, patience=patience), revision)

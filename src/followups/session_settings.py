@@ -21,7 +21,7 @@ CONNECTION: Mapping[str, str | int] = {
     "keepalives_interval": 3,
     "keepalives_count": 3,
     "tcp_user_timeout": TCP_USER_TIMEOUT,
-    "options": "",  # ignores all options, even those in PGOPTIONS
+    "options": "",  # no options are sent, not even those in PGOPTIONS
     # During a failover, the address may lead to a standby. A standby would answer each SELECT with outdated data, and
     # its session would stay in the pool.
     "target_session_attrs": "read-write",

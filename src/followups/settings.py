@@ -50,7 +50,7 @@ def _seconds_or_iso(value: object) -> object:
         try:
             value = float(value)
         except ValueError:
-            return value  # the value is ISO 8601, which pydantic parses
+            return value  # pydantic parses this value as ISO 8601
     if isinstance(value, float) and not math.isfinite(value):
         message = "should be a finite number of seconds"
         raise ValueError(message)
@@ -312,7 +312,7 @@ class Settings(BaseSettings):
 
     @property
     def retry_policy(self) -> RetryPolicy:
-        """The retry policy given by the four retry settings."""
+        """The retry policy that the four retry settings define."""
         return RetryPolicy(self.retry_base, self.retry_factor, self.retry_cap, self.max_attempts)
 
     def environment(self) -> dict[str, str]:

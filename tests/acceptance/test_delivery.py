@@ -224,7 +224,7 @@ def test_remote_control_may_be_allowed(stack: Stack) -> None:
 
 
 def test_two_workers_and_two_beats(stack: Stack) -> None:
-    """Two workers and two beats share the load and deliver each follow-up once."""
+    """Two workers and two beats together deliver each follow-up once."""
     stack.options["FOLLOWUPS_BATCH_SIZE"] = "2"  # small batches, so that both workers receive hints
     stack.start()
     stack.worker("worker2")

@@ -1,4 +1,4 @@
-"""Tests of `followups health` with real processes that are stopped, not consuming, stuck or ended."""
+"""Tests of `followups health` for processes that are stopped, stuck, ended or no longer consuming."""
 
 from __future__ import annotations
 

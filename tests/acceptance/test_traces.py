@@ -38,7 +38,7 @@ class Received:
     """The status code of the chat's answer."""
 
     def spans(self) -> list[tuple[str, Span]]:
-        """Return the received spans, each with its service's name."""
+        """Return the received spans, each with the name of its service."""
         requests = [ExportTraceServiceRequest.FromString(body) for body in self.exports]
         return [
             (attributes(resource.resource)["service.name"], span)

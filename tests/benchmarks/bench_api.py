@@ -2,9 +2,9 @@
 
 ``PYTHONPATH=tests uv run --group benchmarks python tests/benchmarks/bench_api.py`` starts PostgreSQL, Valkey and both
 servers as processes. The bare endpoint does one INSERT through psycopg's pool with the same uvicorn. The API and the
-bare endpoint are measured alternately. Afterwards, follow-ups are created at half of the maximum rate measured. Each
-call of `schedule_many` creates a thousand follow-ups. The program asserts nothing. Only the ratios to the bare endpoint
-in the same run are meaningful.
+bare endpoint are measured alternately. Afterwards, follow-ups are created at half of the maximum rate measured.
+`schedule_many` creates a thousand follow-ups per call. The program asserts nothing. Only the ratios to the bare
+endpoint in the same run are meaningful.
 """
 
 from __future__ import annotations
@@ -114,7 +114,7 @@ def bare_app() -> FastAPI:
 
 @dataclass
 class ApiLoad:
-    """One type of request, sent repeatedly, and its measured results."""
+    """A type of request to send repeatedly, with its measured results."""
 
     name: str
     url: str

@@ -1,4 +1,4 @@
-"""Measures the figures of SCALING.md: many concurrent dispatchers, and a partitioned history table.
+"""Measures the figures of SCALING.md for many dispatchers and for a partitioned history table.
 
     uv run python tests/benchmarks/scale.py claim --rows 1000000 --dispatchers 1,2,4,8,16 --seconds 5
     uv run python tests/benchmarks/scale.py claim --rows 200000 --dispatchers 1 --window 100000 --held 33000

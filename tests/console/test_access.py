@@ -1,4 +1,4 @@
-"""Authorization: every route in every role, and with the ids of another workspace."""
+"""Tests of access rights: every route with every role, and with ids of another workspace."""
 
 from __future__ import annotations
 

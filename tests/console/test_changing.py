@@ -275,7 +275,7 @@ def test_a_retry_in_a_removed_chat_shows_its_error(person: Callable[..., Person]
 
 @pytest.mark.parametrize("due", ["0001-01-01T00:00+14:00", "9999-12-31T10:00", "9999-12-31T23:59"])
 def test_the_edge_of_the_calendar_is_refused(due: str, person: Callable[..., Person], own: World) -> None:
-    """A due date or filter in the first or last year of the calendar is refused without a server error."""
+    """Due dates and filters in the calendar's first or last year are refused without a server error."""
     own.sql(
         "INSERT INTO sending_hours (workspace_id, time_zone, opening, closing, days, open_from, open_until)"
         " VALUES (:id, 'America/Sao_Paulo', '08:00', '20:00', 31, now(), now() + interval '1 hour')",

@@ -127,7 +127,7 @@ def test_a_change_from_another_origin_is_refused(
 def test_failed_attempts_are_limited(
     person: Callable[..., Person], own: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """After too many failed sign-ins, wrong secrets are refused, but valid ones still work."""
+    """After too many failed sign-ins, wrong secrets get 429, but a valid link still works."""
     monkeypatch.setattr(access, "MAX_BY_CLIENT", 2)
     limited = load_settings(**settings_of(person, own))
     with served(limited) as (host, port):
@@ -394,7 +394,7 @@ def test_the_command_prints_only_the_link_on_stdout(
 ) -> None:
     """The command prints a link for an operator, or with --workspace for an admin.
 
-    An invalid command line creates no link.
+    If the command line is invalid, no link is created.
     """
 
     def link(*arguments: str) -> subprocess.CompletedProcess[str]:

@@ -41,7 +41,7 @@ def mounted(service: dict[str, Any], root: Path) -> None:
 
 
 def test_postgres_creates_the_roles(tmp_path: Path) -> None:
-    """PostgreSQL's image creates the two roles and their database by running our files with psql."""
+    """The PostgreSQL image creates the two roles and the database from our SQL files."""
     service = SERVICES["postgres"]
     mounted(service, tmp_path)
     files = sorted((tmp_path / "docker-entrypoint-initdb.d").iterdir())

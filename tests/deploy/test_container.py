@@ -1,4 +1,4 @@
-"""Tests of the container image's recipe, as far as possible without building the image."""
+"""Tests of the container image's recipe that do not build the image."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def test_hadolint_finds_nothing() -> None:
 
 
 def test_the_last_stage_contains_no_build_tools() -> None:
-    """The last stage copies only installed files: no compiler, build-time pip or sources."""
+    """The last stage of the image contains no compiler, build-time pip or sources."""
     assert len(STAGES) == 2
     copied = re.findall(r"^COPY (.*)$", STAGES[-1], re.MULTILINE)
     assert copied == ["--from=build /opt/followups /opt/followups"]
@@ -35,7 +35,7 @@ def test_the_user_is_not_root() -> None:
 
 
 def test_each_installed_package_has_a_hash() -> None:
-    """Each pip install uses requirements with hashes, or the locally built wheel without dependencies."""
+    """Every pip install either checks hashes or installs only the locally built wheel."""
     installs = re.findall(r"\binstall\b(?:[^&\n\\]|\\\n)*", RECIPE)
     assert len(installs) == 3
     for install in installs:

@@ -20,7 +20,7 @@ from followups.settings import Settings, environment_name
 DOCUMENTS = {str(path.relative_to(ROOT)): path for path in (ROOT / "README.md", *sorted(DEPLOY.glob("*.md")))}
 CODE = "\n".join(path.read_text() for path in sorted((ROOT / "src").rglob("*.py")))
 OTHERS = {"DATABASE_URL", "REDIS_URL", "FLOWER_ADDRESS", "FLOWER_BASIC_AUTH", "FOLLOWUPS_TEST_SEED", "FLOWER_PORT"}
-"""Variables that are not settings of this project, and alternative names of its settings."""
+"""Variables of other programs, and other names of this project's settings."""
 OTHER_PROGRAMS = {"createdb", "createuser", "kubectl", "runuser", "cp", "install", "systemctl", "docker build"}
 HOSTS = {"", "127.0.0.1", "localhost", "chat.example", "chat-server", "www.w3.org", "www.textualize.io", "..."}
 """Allowed hosts: this machine, placeholders, and hosts in the metadata of pictures."""

@@ -36,7 +36,7 @@ def test_each_panel_has_data(stack: Stack, prometheus: Prometheus) -> None:
 def test_faults_fire_their_alerts(stack: Stack, prometheus: Prometheus) -> None:
     """A failing chat, stopped workers and a stopped `web` each trigger their own alerts.
 
-    The alerts are resolved when the fault ends.
+    When the fault ends, its alerts are resolved.
     """
     wait_until(lambda: prometheus.ask(f"followups:pending offset {10 * MINUTE}s"), within=60)
     assert prometheus.firing() == set()

@@ -1,7 +1,7 @@
 """The guards of the promises: how to remove each guard, and what fails without it.
 
-A guard is removed by cutting its text out of the SQL statements. The text must occur in the statement. Otherwise, the
-guard would silently stay in a statement whose text has changed.
+A guard is removed by cutting its text out of the SQL statements. The text of a guard must occur in the statement.
+Otherwise, the guard would silently stay in a statement whose text has changed.
 """
 
 from __future__ import annotations
@@ -142,7 +142,7 @@ def stale_hint_begins(scene: Scene) -> None:
 
 
 def repeated_hint_begins(scene: Scene) -> None:
-    """Try to begin a follow-up a second time with the same hint."""
+    """Try to begin a follow-up twice with the same hint."""
     scene.world.follow_up()
     lease = scene.lease()
     scene.begin(lease)

@@ -62,7 +62,7 @@ class DrivenStore:
         return [place for place, step in enumerate(steps(self.model, self.protocol)) if step.action[0] == kind]
 
     def take(self, place: int) -> None:
-        """Execute a step in both the model and the database."""
+        """Carry out one step in the model and in the database."""
         step = list(steps(self.model, self.protocol))[place]
         self.model = step.make()
         kind, *what = step.action

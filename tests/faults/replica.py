@@ -65,7 +65,7 @@ class Server(EmbeddedPostgres):
     """A PostgreSQL server of a given version: either new, or a standby until its promotion."""
 
     def __init__(self, binaries: Path, primary: EmbeddedPostgres | None = None) -> None:
-        """Store the binaries and the server to replicate (None for an independent server)."""
+        """Store the server programs, and the server to replicate, or None for an independent server."""
         super().__init__(parent=memory_directory())
         self._binaries, self._primary = binaries, primary
 
@@ -106,7 +106,7 @@ class Replicated:
     """
 
     def __init__(self, *, synchronous: bool = True, binaries: Path = embedded.BINARIES) -> None:
-        """Store the directory of the servers' programs; no server is started yet."""
+        """Store the directory of the server programs, without starting a server."""
         self._synchronous, self._binaries = synchronous, binaries
         self._running = ExitStack()
         self.primary = Server(binaries)
@@ -144,7 +144,7 @@ class Replicated:
         self.replace_standby()
 
     def promote(self) -> None:
-        """Promote the standby and restart the old primary read-only; the address is not moved yet."""
+        """Promote the standby and restart the old primary read-only, without moving the address."""
         old = self.primary
         self.primary, self.standby = self.standby, old
         _data(old).joinpath("standby.signal").touch()

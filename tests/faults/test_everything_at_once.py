@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from web import Api
 
 KINDS = ("fail", "rate_limit", "drop", "slow")
-"""Faults that the chat may show for a short time."""
+"""Faults that the chat server has for a short time."""
 
 
 class RandomFaults:

@@ -1,6 +1,6 @@
 """Tests that kill a worker at each step; another worker takes over within a lease and a tick.
 
-The worker has no child process to kill, because its settings fix Celery's solo pool.
+A worker has no child processes that could be killed, because it always uses Celery's solo pool.
 """
 
 from __future__ import annotations

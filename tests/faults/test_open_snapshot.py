@@ -70,7 +70,7 @@ def under_snapshot(rig: Rig, figures: Figures, rate: float, seconds: float) -> N
 
 
 def test_open_snapshot(rig: Rig, figures: Figures) -> None:
-    """While a snapshot is open, all follow-ups due under load are sent once."""
+    """An open snapshot does not stop delivery: under load, each follow-up is sent once."""
     under_snapshot(rig, figures, rate=100, seconds=5)
 
 

@@ -1,4 +1,4 @@
-"""A poison pill that kills its workers is quarantined, and other follow-ups are sent."""
+"""Tests that a poison pill is quarantined, and that all other follow-ups are sent."""
 
 from __future__ import annotations
 
@@ -58,5 +58,5 @@ def test_poison(rig: Rig, figures: Figures) -> None:
 
 @pytest.mark.faults_long
 def test_poison_among_many(rig: Rig, figures: Figures) -> None:
-    """Of two thousand follow-ups, only the poison pill fails, as worker_lost."""
+    """Of two thousand follow-ups, only the poison pill fails, with the code worker_lost."""
     poisoned(rig, figures, neighbours=2000)

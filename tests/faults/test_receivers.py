@@ -79,7 +79,8 @@ def storm(rig: Rig, figures: Figures, count: int, seconds: float) -> None:
     rig.behave(kind="rate_limit", retry_after=1)
     rig.bulk(count, spread=0.5)
     time.sleep(seconds)
-    wait_until(lambda: len(rig.received()) >= count * 2, within=60, every=0.5)  # each follow-up was retried about once
+    # each follow-up was retried once on average
+    wait_until(lambda: len(rig.received()) >= count * 2, within=60, every=0.5)
     calm = time.monotonic()
     rig.behave(kind="accept")
     rig.settle_down(within=60 + count / 50)

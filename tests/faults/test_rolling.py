@@ -1,4 +1,4 @@
-"""Tests in which all processes are replaced under load one by one, as in an upgrade."""
+"""Tests that replace all processes one by one under load, as in an upgrade."""
 
 from __future__ import annotations
 

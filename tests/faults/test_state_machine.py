@@ -1,4 +1,4 @@
-"""Tests that compare the store with the model, in event orders from Hypothesis."""
+"""Tests that compare the store with the model, for event orders that Hypothesis generates."""
 
 from __future__ import annotations
 

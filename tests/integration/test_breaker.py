@@ -92,7 +92,7 @@ async def opened(store: BreakerStore) -> None:
 
 
 def test_opens_for_many_in_a_row(own: Settings) -> None:
-    """Consecutive failures of different follow-ups open the breaker, even if several workers report them.
+    """Consecutive failures of different follow-ups open the breaker, even across workers.
 
     Repeated failures of a single follow-up do not open the breaker.
     """

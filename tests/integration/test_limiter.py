@@ -99,7 +99,7 @@ async def test_grants_never_exceed_the_rate(under_test: LimiterUnderTest, rate: 
 
 
 async def test_several_workers(under_test: LimiterUnderTest, limiter_settings: Settings) -> None:
-    """Workers that request and return tokens concurrently do not exceed the rate in total."""
+    """If workers request and return tokens concurrently, their total rate stays within the limit."""
     limit = bucket(200, 4)
     others = [Limiter(limiter_settings, PATIENCE) for _ in range(3)]
     used: list[int] = []

@@ -124,7 +124,7 @@ STEPS = {
 
 @pytest.fixture
 def delivery(world: World, settings: Settings) -> DeliverySteps:
-    """Return an object with due follow-ups and the delivery steps for them."""
+    """Return an object that creates due follow-ups and delivers them step by step."""
     return DeliverySteps(world, settings)
 
 

@@ -77,7 +77,7 @@ def test_a_paused_channel(world: World, engine: Engine, settings: Settings, *, e
 
 
 def test_two_pauses_overlap(world: World, engine: Engine, settings: Settings) -> None:
-    """A follow-up held by two pauses continues only after both have ended."""
+    """If two pauses hold a follow-up, it continues only after both have ended."""
     follow_up = world.follow_up(world.chat(channel="waha"))
     first, second = pause(world), pause(world, "waha", everybody=True)
     assert begun(claim_and_begin(engine, settings)) == set()
@@ -97,7 +97,7 @@ def test_follow_ups_not_due_stay_unchanged(world: World, engine: Engine, setting
 
 
 def test_order_within_the_chat_is_kept(world: World, engine: Engine, settings: Settings) -> None:
-    """If a chat's earlier follow-up is paused, the later follow-up is sent after it."""
+    """A follow-up is not sent before an earlier, paused follow-up of the same chat."""
     chat = world.chat()
     first, second = world.follow_ups_at_once([(chat, -2 * SECOND), (chat, -SECOND)])
     scope = pause(world)

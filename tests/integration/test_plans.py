@@ -273,7 +273,7 @@ def _by_key_whatever_the_batch(engine: Engine, statement: str) -> None:
 
 
 def test_begin_with_an_old_plan(world: World, database_url: str, engine: Engine, settings: Settings) -> None:
-    """Even a plan made for nearly empty tables looks up each chat only once."""
+    """A plan made for nearly empty tables still looks up each chat only once."""
     patient = settings.model_copy(update={"lease": timedelta(minutes=1)})
     rules = leases.Rules(patient.lease, patient.max_lateness, early=timedelta(seconds=1))
     prepared = make_engine(database_url, pool_size=1, options=ONCE_PLANNED)

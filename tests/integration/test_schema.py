@@ -134,7 +134,7 @@ def test_24_o_clock(world: World, column: str) -> None:
 def test_existing_invalid_rows_stop_no_migration(world: World, database_url: str) -> None:
     """If existing rows violate a new constraint, the migration omits the constraint.
 
-    The migration adds all constraints that no existing row violates.
+    The migration adds every constraint that all existing rows satisfy.
     """
     owner = url_as(database_url, OWNER)
     downgrade(owner, "0008")

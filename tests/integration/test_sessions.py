@@ -271,7 +271,7 @@ class TestCallersOwnSession:
 
     @pytest.mark.parametrize("level", ["READ COMMITTED", "READ UNCOMMITTED"])
     def test_read_committed_is_accepted(self, base: Engine, world: World, database_url: str, level: Any) -> None:
-        """At READ COMMITTED, `schedule` and `cancel` take effect at the commit, whatever the server's default."""
+        """Whatever the server's default isolation level, `schedule` and `cancel` take effect at the commit."""
         set_defaults(database_url, {"default_transaction_isolation": "serializable"})
         chat, planned = world.chat(), world.follow_up(due=timedelta(days=1))
         with Session(base) as session:

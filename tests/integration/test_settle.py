@@ -186,7 +186,7 @@ class TestSettle:
 
 
 class TestCancelAgainstDeliver:
-    """A cancel that was confirmed is final."""
+    """A confirmed cancel is final."""
 
     def test_in_flight(self, world: World, steps: Steps, engine: Engine) -> None:
         """A follow-up in flight cannot be cancelled."""

@@ -182,7 +182,7 @@ class TestOneAtATime:
     """Tests that only one dispatcher claims at a time."""
 
     def test_window_of_several_dispatchers(self, world: World, engine: Engine, settings: Settings) -> None:
-        """However many dispatchers claim concurrently, at most MAX_IN_FLIGHT follow-ups are in flight."""
+        """Even if dispatchers claim concurrently, at most MAX_IN_FLIGHT follow-ups are in flight."""
         bounded = settings.model_copy(update={"max_in_flight": 100})
         world.burst([-MINUTE] * 300)
         for round_ in range(5):

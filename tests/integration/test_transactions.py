@@ -1,4 +1,4 @@
-"""Transactions: the outcome is known even when the answer to a commit is lost."""
+"""Tests that the outcome of a transaction is known even if the commit's response is lost."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def test_answer_lost_after_the_commit(world: World, engine: Engine, monkeypatch:
 
 
 def test_connection_lost_before_the_commit(world: World, engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
-    """If a commit never reached the server, the transaction counts as failed."""
+    """If a connection is lost before the commit reaches the server, the transaction has failed."""
     break_once(monkeypatch, lambda _: None)
     with pytest.raises(OperationalError):
         transact(engine, insert_workspace)

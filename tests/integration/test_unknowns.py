@@ -51,7 +51,7 @@ def unknown_outcome(world: World, settings: Settings) -> tuple[UUID, UUID]:
 
 
 def test_reply(world: World, unknown_outcome: tuple[UUID, UUID]) -> None:
-    """After an attempt of unknown outcome, a reply cancels the follow-up with a reason that says so."""
+    """If a reply follows an attempt of unknown outcome, the reason of the cancel says so."""
     follow_up, chat_id = unknown_outcome
     reply(world, chat_id)
     assert world.row(follow_up).reason == f"user_replied: {SAID}"

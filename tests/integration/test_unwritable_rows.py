@@ -73,7 +73,7 @@ def attempt(begun_one: Begun, outcome: Outcome) -> Attempt:
 
 
 def hours_of_24(world: World) -> None:
-    """Insert sending hours that exclude the current time and that Python cannot read."""
+    """Insert sending hours that are closed now, and that Python cannot read."""
     unchecked(world, "sending_hours")
     world.sql(
         "INSERT INTO sending_hours (workspace_id, time_zone, opening, closing, days, open_from, open_until)"

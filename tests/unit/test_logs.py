@@ -278,7 +278,7 @@ def test_passwords_in_texts_are_hidden(text: str, cleaned: str) -> None:
     "body", [b'{"ok": false, "why": "secret"}', b"<!doctype html><title>secret</title>", b'{"chatMessageId": "secret"}']
 )
 def test_an_invalid_body_is_not_quoted(body: bytes, capsys: pytest.CaptureFixture[str]) -> None:
-    """An invalid body of a 2xx response is described in the log, not quoted."""
+    """If a 2xx response has an invalid body, the log describes the body without quoting it."""
     configure_logging("json", "info")
     now = datetime.now(UTC)
     lease = Lease(uuid4(), 1, now, task_id="task")

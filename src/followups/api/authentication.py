@@ -164,7 +164,7 @@ class Work:
 
 
 class Caller:
-    """The client of a request, whose API key was valid when the request arrived.
+    """The client that sent a request with a valid API key.
 
     The first statement of each transaction checks the API key again.
     """

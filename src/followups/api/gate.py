@@ -197,7 +197,8 @@ class Gate:
         limit: RequestLimit = scope["app"].state.services.request_limits.of(scope[IDENTITY].workspace_id)
         wire.charge(limit)
         body = await _read_body(receive, wire)
-        await limit.acquire()  # acquired before a shared slot, so that one workspace cannot take every slot
+        # the workspace's limit comes before the shared slot, so that one workspace cannot take every slot
+        await limit.acquire()
         try:
             self._slots.acquire(MAX_WAITING, _FULL)
         except Refusal:

@@ -75,7 +75,7 @@ app = typer.Typer(add_completion=False, rich_markup_mode="markdown")
 MILLISECOND = timedelta(milliseconds=1)
 BARS = " ▁▂▃▄▅▆▇█"
 ASK_WORKERS = 5.0
-"""Seconds between two queries, since every worker has to reply to each query."""
+"""Seconds between two queries, each of which every worker has to answer."""
 
 
 @app.command(

@@ -166,7 +166,7 @@ def _given_hours(time_zone: str | None, opening: time | None, closing: time | No
 
 
 def _recheck_held(engine: Engine, workspace_id: UUID) -> None:
-    """Release held follow-ups so that they are checked against the new sending hours.
+    """Release held follow-ups, so that the new sending hours apply to them.
 
     The follow-ups are released in batches, so that other transactions do not wait for long.
     """

@@ -103,7 +103,7 @@ def ask_to_sign_in(visit: Visit) -> Response:
 
 
 def _place(visit: Visit) -> str:
-    """Return the page that contained the submitted form, according to the Referer header."""
+    """Return the page from which the form was sent, according to the Referer header."""
     try:
         path = urlsplit(visit.headers.get("referer", "")).path
     except ValueError:  # for example, a URL with an unclosed bracket

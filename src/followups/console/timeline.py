@@ -50,7 +50,7 @@ class TimelineEntry:
 
 
 def timeline(found: Explained) -> list[TimelineEntry]:
-    """Return everything that happened to the follow-up, oldest first."""
+    """Return all events of a follow-up, oldest first."""
     changes = [event for event in found.events if event.action != Action.FOLLOW_UP_CREATED]
     entries = [
         TimelineEntry(found.follow_up.created_at, Sentence("Created"), _creator(found)),

@@ -134,7 +134,7 @@ class Visit:
 
     @property
     def actor(self) -> Actor:
-        """The person's session as the author of a change, for the audit log."""
+        """The person signed in, as the author of a change in the audit log."""
         session = self.person.session
         return Actor(Way.CONSOLE, session.id, session.name)
 
@@ -200,7 +200,7 @@ class Visit:
         return span(duration)
 
     def workspace_names(self) -> list[str]:
-        """Return the list's first workspace names, as suggestions for people who see all workspaces."""
+        """Return the first workspace names, as suggestions for people who see all workspaces."""
 
         def names() -> list[str]:
             with self.transaction() as session:

@@ -57,7 +57,7 @@ LONGEST_BACKOFF = 4.0
 AFTER_ANOTHER = 0.01
 """Seconds before the next try if another dispatcher is claiming; each further pause is doubled.
 
-A claim itself takes some milliseconds.
+A claim normally takes only some milliseconds.
 """
 LONGEST_AFTER_ANOTHER = 0.1
 IN_GRACE = 0.5
@@ -112,7 +112,7 @@ class Dispatcher:
         self._wanted.set()
 
     def claim_no_more(self) -> None:
-        """Stop claiming after the claim in progress. This method acquires no lock, so a signal handler may call it."""
+        """Start no further claim. This method acquires no lock, so a signal handler may call it."""
         self._stopping.set()
 
     def stop(self) -> None:

@@ -45,7 +45,7 @@ class Hint(NamedTuple):
 
 
 def batches(leases: Sequence[Lease], size: int) -> Iterator[Hint]:
-    """Yield the leases in the given order, in hints of at most ``size`` leases each."""
+    """Divide the leases into hints of at most ``size``, in the given order."""
     for start in range(0, len(leases), size):
         batch = leases[start : start + size]
         entries = [[str(one.id), one.token, (one.due - _EPOCH) // _MICROSECOND, one.losses] for one in batch]
@@ -55,8 +55,8 @@ def batches(leases: Sequence[Lease], size: int) -> Iterator[Hint]:
 def leases_of(entries: object, keys: object = None) -> list[Lease]:
     """Return the leases that a hint lists.
 
-    If the hint's keys are invalid, all leases are put into one workspace queue. Raises ValueError for an invalid hint:
-    anyone with access to the broker can write hints.
+    If the hint's keys are invalid, all leases are put into one workspace queue. Raises ValueError if the hint is
+    invalid. Anyone with access to the broker can write hints.
     """
     try:
         count = len(entries)  # type: ignore[arg-type]

@@ -38,8 +38,8 @@ OUTCOME_NAMES: dict[type, str] = {
 """The names of the outcomes in logs, metrics, traces and the table of failed attempts."""
 
 GRACE = timedelta(seconds=1)
-"""How far a hanging call may exceed the transport's own timeout. The settings require a margin between timeout and
-lease that is greater than `GRACE`.
+"""How far a hanging call may exceed the transport's own timeout. The lease must exceed the transport's timeout by more
+than `GRACE`.
 """
 
 TIMER = 0.001
@@ -68,7 +68,7 @@ async def send(
     started = uptime()
     if started > latest:
         return None
-    # A delivery object is sent only once, so its call time is set in place. Copying a frozen value takes 2.5 us.
+    # A delivery object is sent only once, so its call time is set in place. Copying the object would take 2.5 us.
     object.__setattr__(begun.delivery, "made_at", clock.now())
     with traces.attempt(begun.traceparent, partial(_described, begun, transport.name)) as note:
         outcome = await _call(transport, begun.delivery, limit)

@@ -26,7 +26,7 @@ INTERVAL = 5.0
 FIRST_SAMPLES = 5
 """Number of clock samples taken at the start."""
 CLOCK_OFF = 60.0
-"""Seconds by which this host's clock may differ from the database's clock without a warning."""
+"""Seconds by which the clocks of this host and the database may differ without a warning."""
 BACKOFF = timedelta(seconds=0.5)
 """The first pause after the database was found unreachable. Each further pause is twice as long, up to
 `LONGEST_BACKOFF`.

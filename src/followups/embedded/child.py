@@ -44,7 +44,7 @@ class Command:
     argv: Sequence[str]
     log: Path
     environment: Mapping[str, str] | None = None
-    """The complete environment of the command, or None to inherit the environment of this process."""
+    """The command's environment, or None to inherit this process's environment."""
     directory: Path | None = None
     stdin: bytes = b""
     run_as: tuple[int, int] | None = None

@@ -19,7 +19,7 @@ Linux.
 
 MEMORY_WANTED = 4 * 1024**3
 """An in-memory file system is used only if it has this much free space, in bytes. PostgreSQL's write-ahead log alone
-may take one gigabyte before it is recycled.
+may need one gigabyte.
 """
 
 

@@ -21,7 +21,7 @@ class EmbeddedServer(ABC):
     name: ClassVar[str]
     """The program's name, which error messages contain."""
     start_within: ClassVar[timedelta]
-    """The longest time that the server may take to start."""
+    """How long the server may take to start."""
 
     def __init__(self, parent: Path | None = None) -> None:
         """Store the parent of the temporary directory without starting the server."""

@@ -36,8 +36,7 @@ not exist, it is created.
 """
 
 START_WITHIN = timedelta(seconds=60)
-"""The longest time that the server may take to start. A start normally takes half a second, but recovery after a crash
-takes longer.
+"""How long the server may take to start. A start normally takes half a second, but recovery after a crash takes longer.
 """
 
 STOP_WITHIN = timedelta(seconds=30)

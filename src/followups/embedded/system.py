@@ -33,9 +33,7 @@ if TYPE_CHECKING:
     from followups.settings import Settings
 
 READY_WITHIN = timedelta(seconds=90)
-"""The longest time that the server may take to start. A start takes about five seconds on two idle cores, more on a
-busy machine.
-"""
+"""How long the server may take to start. A start takes about five seconds on two idle cores, more on a busy machine."""
 
 GRACE = timedelta(seconds=6)
 """How long a process may take to stop before it is killed. A killed process loses leases, but no messages."""

@@ -20,7 +20,7 @@ DATABASES = 64
 """Number of logical databases; each process of a test run uses a separate database."""
 
 START_WITHIN = timedelta(seconds=30)
-"""The longest time that the server may take to start. A start takes some 50 ms, or more if much data is kept."""
+"""How long the server may take to start. A start takes some 50 ms, or more if much data is kept."""
 
 STOP_WITHIN = timedelta(seconds=10)
 

@@ -122,14 +122,14 @@ class RecoveryPolicy:
     second.
     """
     last_rate: float = 10_000.0
-    """The breaker closes at this rate of begun follow-ups per second, after some ten seconds."""
+    """Begun follow-ups per second at which the breaker closes, after about ten seconds."""
     fails_again: int = 10
     """How many different follow-ups must fail in a row before a recovering breaker opens again."""
     in_a_row: int = 5
     """Number of failed attempts in a row after which a workspace is tripped.
 
-    The example is a hundred attempts per second, of which one in fifty fails. Three failures in a row then occur every
-    21 minutes, four every 18 hours, and five once in 37 days. If one attempt in ten fails, five failures in a row occur
+    Suppose that a hundred attempts run per second, and one in fifty fails. Three failures in a row then occur every 21
+    minutes, four every 18 hours, and five once in 37 days. If one attempt in ten fails, five failures in a row occur
     every 18 minutes. With a higher number, every workspace would lose more attempts while the transport is unreachable.
     """
 

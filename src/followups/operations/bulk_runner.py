@@ -71,7 +71,7 @@ class BatchError(Exception):
 
 
 class BulkRunner(BackgroundThread):
-    """Carries out waiting bulk actions in a thread of a worker process. Other workers can continue a bulk action."""
+    """Carries out waiting bulk actions in a thread of a worker process. Any worker can continue a bulk action."""
 
     name = "bulk"
 
@@ -107,9 +107,9 @@ class BulkRunner(BackgroundThread):
 
 
 def run_batch(engine: Engine, without: Collection[UUID] = ()) -> bool:
-    """Carry out one batch of the oldest action, ignoring the actions in ``without``.
+    """Carry out one batch of the oldest action that is not in ``without``.
 
-    Return whether there was an action to carry out. Raises `BatchError` if the batch fails.
+    Return whether there was a bulk action to carry out. Raises `BatchError` if the batch fails.
     """
     action_id = None
     try:

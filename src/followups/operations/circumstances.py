@@ -36,7 +36,7 @@ shown.
 """
 
 PATIENCE = timedelta(seconds=1)
-"""How long to wait for the breaker's state from the broker. All other data in the explanations comes from the database.
+"""How long to wait for the breaker's state from the broker. Everything else in an explanation comes from the database.
 """
 
 

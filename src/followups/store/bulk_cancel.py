@@ -65,7 +65,7 @@ class Count(NamedTuple):
 
 
 def count_pending(connection: Connection, pending: CancelScope) -> Count:
-    """Count the pending follow-ups that a bulk cancel would cancel."""
+    """Count how many follow-ups a bulk cancel would cancel."""
     query = f"SELECT count(*), count(begun_at) FROM follow_ups WHERE {_where(pending)}"  # noqa: S608 - no input
     return Count(*connection.execute(text(query), pending.parameters).one())
 

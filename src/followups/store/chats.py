@@ -280,7 +280,7 @@ def receive(
     if chat.known_id is None and chat.id is None:
         yield _ENSURE(workspace_id=workspace_id, chat_id=chat_id, within_quota=False)
         (chat,) = yield _KNOWN_OR_LOCK(**names)
-    if chat.known_id is None and chat.id is None:  # no chat was inserted, because the workspace has a quota
+    if chat.known_id is None and chat.id is None:  # the chat was not inserted, because its workspace has a quota
         yield from quotas.take.steps(workspace_id, Kind.CHATS, 1)
         yield _ENSURE(workspace_id=workspace_id, chat_id=chat_id, within_quota=True)
         (chat,) = yield _KNOWN_OR_LOCK(**names)

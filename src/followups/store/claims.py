@@ -9,8 +9,8 @@ Each claim is one guarded statement, which skips rows that another transaction h
 This module updates the planner's statistics itself, because claims depend on them. Autovacuum updates the statistics
 only minutes later. After a table was emptied, vacuumed and quickly refilled, the planner estimates one row until
 autovacuum runs. With this estimate, any index that contains the id seems as good as the primary key. If the id is not
-an index's first column, each look-up scans the whole index. In such a table with 50,000 due follow-ups, each step of a
-batch took seconds.
+an index's first column, each look-up scans the whole index. With wrong statistics and 50,000 due follow-ups, each step
+of a batch took seconds.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class Claim:
 
     leases: tuple[Lease, ...]
     lost: tuple[Lost, ...]
-    """The follow-ups with a lost lease: a lease that expired with an attempt in flight."""
+    """Follow-ups whose lease expired while an attempt was in flight."""
     traced: tuple[tuple[UUID, str], ...]
     """The ids of claimed follow-ups created in a trace, each with its ``traceparent``."""
     more: bool
@@ -170,7 +170,7 @@ def try_to_lease(connection: Connection, ids: Sequence[UUID]) -> list[Lost]:
 def claim(connection: Connection, look: ClaimSearch) -> Claim:
     """Lease due follow-ups, the earliest first, and take over expired leases.
 
-    If the result has ``more``, the next claim should be a `claim_fairly`.
+    If ``more`` is true in the result, the caller should use `claim_fairly` next.
     """
     parameters = _parameters(look) | {"seen_most": look.window + look.most}
     totals, *claimed = driver_rows(connection, _CLAIM, parameters)

@@ -1,6 +1,6 @@
 """SQL fragments that several statements share.
 
-In these fragments, ``f`` is a follow-up, ``c`` its chat, and ``b`` a batch of leases. A LATERAL join looks up each
+``f`` stands for a follow-up, ``c`` for its chat, and ``b`` for a batch of leases. A LATERAL join looks up each
 follow-up by its key. After a burst of inserts, the planner's statistics are wrong. Without LATERAL, the planner might
 read every pending row instead of a hundred.
 """
@@ -34,7 +34,7 @@ WINDOWED = ", ".join(f"'{channel.value}'" for channel in sorted(WINDOWED_CHANNEL
 """An SQL list of the channels that have a messaging window."""
 
 OPEN = "f.finished_at IS NULL"
-"""The condition that a follow-up is pending, for queries by a follow-up's id. A CHECK constraint makes this condition
+"""SQL condition for pending follow-ups, used in queries that search by id. A CHECK constraint makes this condition
 equivalent to a check of the status. This form of the condition keeps the planner from using the partial indexes of
 pending rows. In the partial indexes, the id is only the last column. If no row was pending at the last vacuum, the
 planner believes that a partial index of pending rows is empty. The planner then prefers an index that seems empty to
@@ -43,9 +43,9 @@ forty follow-ups took up to 720 ms after 50,000 inserts. With the condition, eit
 """
 
 NEXT_TOKEN = "GREATEST(f.lease_token + 1, CAST(date_part('epoch', now()) * 1000000 AS bigint))"  # noqa: S105 - a fencing token
-"""The next fencing token, which is higher than all earlier ones and never issued twice. A token is never issued again,
-even if a failover or restore loses its lease. The value of a token is therefore the database's time in microseconds.
-Until the year 2255 this number is below 2^53, so JSON readers represent it exactly.
+"""SQL for the next fencing token, which is higher than all earlier ones. A token is never issued again, even if a
+failover or restore loses its lease. The value of a token is therefore the database's time in microseconds. Until the
+year 2255 this number is below 2^53, so JSON readers represent it exactly.
 """
 
 LOOKED_UP = f"""
@@ -53,7 +53,7 @@ LOOKED_UP = f"""
          WHERE f.id = b.id AND f.lease_token = b.token
            AND {OPEN} AND f.begun_at IS NULL AND f.lease_until > now()
 """  # noqa: S608 - no input, only the constant above
-"""SQL for a batch's follow-ups that have a valid lease and have not begun."""
+"""SQL that finds each lease's follow-up, if the lease is valid and no attempt has begun."""
 
 LEASED = f"CROSS JOIN LATERAL ({LOOKED_UP} FOR NO KEY UPDATE SKIP LOCKED) f"
 """SQL that locks the follow-ups of `LOOKED_UP`, and skips rows that another transaction has locked."""

@@ -1,7 +1,7 @@
 """The statements that begin, end or release leased follow-ups. Claims are in `followups.store.claims`.
 
 One guarded SQL statement begins, ends or releases a whole batch. If another transaction has changed a follow-up, the
-result does not contain its row. No statement in this module waits for another transaction's locks. Locked rows are
+result does not contain its row. No statement here waits for a lock that another transaction holds. Locked rows are
 skipped, reported and tried again.
 """
 

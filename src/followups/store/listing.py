@@ -31,14 +31,12 @@ PIECE = 256 * 1024
 """Maximum total size in bytes of the messages read in one query; the longest message fits too."""
 
 MAX_ROWS = 2**62
-"""The largest offset; larger offsets overflow in PostgreSQL. A page beyond this offset is empty, like any page after
-the last.
-"""
+"""The largest offset; larger offsets overflow in PostgreSQL. Beyond this offset, every page is empty."""
 
 
 @dataclass(frozen=True, slots=True)
 class ListFilter:
-    """The filter of a list: follow-ups with one of the given values in each column. Columns left empty are ignored."""
+    """Selects follow-ups that have one of the given values in each column. Columns left empty are ignored."""
 
     chat_ids: tuple[UUID, ...] = ()
     chat_message_ids: tuple[UUID, ...] = ()

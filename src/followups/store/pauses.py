@@ -185,8 +185,8 @@ def release_orphaned(
     return freed
 
 
-# Every transaction holds a lock on its virtual transaction id until it ends. Every role can see these locks and the
-# application names. In pg_stat_activity, a role sees the start times of only its own transactions.
+# Every transaction holds a lock on its virtual transaction id until it ends. Locks and application names are visible to
+# every role. In pg_stat_activity, a role sees the start times of only its own transactions.
 _WORKERS_OPEN = text("""
     SELECT l.virtualtransaction FROM pg_locks l JOIN pg_stat_activity a ON a.pid = l.pid
      WHERE l.locktype = 'virtualxid' AND l.mode = 'ExclusiveLock'

@@ -263,7 +263,7 @@ def workspaces_of(connection: Connection, keys: Iterable[int]) -> list[UUID]:
     return list(connection.scalars(_WORKSPACES, {"keys": int_array(keys)}))
 
 
-# Each workspace is searched separately, because one workspace may have almost all follow-ups due soon.
+# Each workspace is searched separately, because almost all follow-ups due soon may belong to one workspace.
 _LOCK_DEFERRED_OF = text(f"""
     WITH deferred AS MATERIALIZED (
         SELECT f.id, f.next_attempt_at

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from sqlalchemy.orm import Session
 
 MAX_NAME_LENGTH = 200
-"""The largest number of characters in a workspace's or an API key's name."""
+"""Maximum length of the name of a workspace or an API key."""
 
 
 def create(session: Session, name: str) -> tuple[Workspace, bool]:

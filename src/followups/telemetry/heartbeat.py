@@ -70,7 +70,7 @@ def default_directory() -> Path:
 
 
 def directory_of(configured: str | None) -> Path:
-    """Return the runtime directory for the setting's value; an empty value counts as unset."""
+    """Return the runtime directory that the setting names; an empty value counts as unset."""
     return Path(configured) if configured else default_directory()
 
 

@@ -157,7 +157,7 @@ def write(text: str) -> None:
 
 
 class StandardError:
-    """Writes finished lines to the current stderr, because tests and daemons replace stderr."""
+    """Writes complete lines to stderr, even after tests or daemons have replaced stderr."""
 
     def __init__(self, name: str = "") -> None:
         """Store the logger's name."""

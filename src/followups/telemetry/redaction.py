@@ -36,7 +36,7 @@ def redact(_logger: object, _method: str, event: EventDict) -> EventDict:
     return event
 
 
-@lru_cache(maxsize=1024)  # logs use few different keys, and repeat them in every line
+@lru_cache(maxsize=1024)  # log lines repeat the same few keys
 def _is_secret(key: str) -> bool:
     plain = key.lower().replace("-", "_")
     return plain in SECRET_KEYS or plain.endswith(LONGER)

@@ -156,7 +156,7 @@ def stop() -> None:
 def current_traceparent() -> str | None:
     """Return the current span as a W3C ``traceparent``, or None without a span.
 
-    The span may belong to another program's tracer provider, since other programs also call `followups.schedule`.
+    The span may come from another program's tracer, because other programs call `followups.schedule`.
     """
     api = sys.modules.get("opentelemetry.trace")
     if api is None:

@@ -34,7 +34,7 @@ class HttpTransport:
         self._client = HttpClient(settings)
 
     async def open(self) -> None:
-        """Prepare to connect in the running event loop."""
+        """Prepare for connections in the running event loop."""
         await self._client.open()
 
     async def send(self, delivery: Delivery) -> Outcome:

@@ -34,8 +34,8 @@ the server closes a connection during a request, the request's outcome is unknow
 """
 
 STREAMS = 10
-"""The largest number of simultaneous calls on one HTTP/2 connection. If the connection breaks, the outcomes of all
-calls on it are unknown.
+"""Maximum number of simultaneous calls on one HTTP/2 connection. If the connection breaks, the outcomes of all calls on
+it are unknown.
 """
 
 HEADERS = {
@@ -82,8 +82,8 @@ class HttpClient:
         self._timeout = settings.transport_timeout.total_seconds()
         self._endpoint = settings.transport_url or ""
         self._sockets = Sockets(speak_first=self._endpoint.startswith("https:"))
-        # If the receiver cannot deduplicate, each connection is used only once. A connection that is kept open may
-        # break just after a request was sent. The follow-up would then fail needlessly as outcome_unknown.
+        # A connection to a receiver that cannot deduplicate is used only once. A connection that is kept open may break
+        # just after a request was sent. The follow-up would then fail needlessly as outcome_unknown.
         kept = settings.transport_deduplicates
         every = HEADERS | dict(headers or {}) | ({} if kept else {"connection": "close"})
         self._headers = _lines(every)

@@ -49,7 +49,7 @@ class MatrixTransport:
         self._client = HttpClient(settings, "PUT", {"authorization": f"Bearer {_token(settings)}"})
 
     async def open(self) -> None:
-        """Prepare to connect in the running event loop."""
+        """Prepare for connections in the running event loop."""
         await self._client.open()
 
     async def send(self, delivery: Delivery) -> Outcome:

@@ -131,7 +131,7 @@ def make_app(settings: Settings) -> Celery:
         broker_transport_options={
             # A message is deleted from Redis as soon as it is received. Otherwise, kombu would keep a copy of the
             # message until the acknowledgement. If a slow Redis lost an acknowledgement, the message would count as
-            # prefetched forever. The worker would then stop consuming.
+            # prefetched forever. A worker in this state would stop consuming messages.
             "ack_emulation": False,
             "global_keyprefix": settings.broker_prefix,
             "socket_timeout": silence,
@@ -144,8 +144,8 @@ def make_app(settings: Settings) -> Celery:
             # 26 s.
             "retry_on_timeout": False,
         },
-        # While the broker is unreachable, a publish takes at most two seconds before it fails. After the failure, the
-        # leases are released.
+        # While the broker is unreachable, a publish takes at most two seconds before it fails. If the publish fails,
+        # the leases are released.
         task_publish_retry_policy={"max_retries": 3, "interval_start": 0.1, "interval_step": 0.3, "interval_max": 1},
         beat_scheduler="followups.worker.schedule:Scheduler",
         beat_max_loop_interval=min(settings.tick_interval.total_seconds(), 1.0),
@@ -356,7 +356,7 @@ def _show_life(sender: str = "", **_: object) -> None:
 @signals.worker_ready.connect
 @signals.worker_process_init.connect
 def _warm_up(sender: Any = None, **_: object) -> None:  # noqa: ANN401 - the worker, or nothing in a child
-    # The process connects at its start, so that the first follow-up need not wait. The parent of forked children makes
+    # The process connects at startup, so that its first follow-up is not delayed. The parent of forked children makes
     # no deliveries.
     pool = getattr(sender, "pool", None)
     if type(pool).__module__ == "celery.concurrency.prefork":

@@ -1,4 +1,4 @@
-"""Failpoints in processes under test; Python loads this file only from PYTHONPATH.
+"""Adds failpoints to processes under test, which load this file through PYTHONPATH.
 
 Importing `followups.worker` adds failpoints to its dispatching steps. At each failpoint, a process looks into the
 directory FOLLOWUPS_TEST_FAILPOINTS. A file written by `faults.failpoints` arms a failpoint for one hit and contains the

@@ -1,4 +1,4 @@
-"""API keys and the isolation of workspaces."""
+"""Tests of API keys and of the isolation between workspaces."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Floods of requests by one client, with measurements of how much they delay other clients."""
+"""Tests in which one client floods the API, with figures on how much other clients are delayed."""
 
 from __future__ import annotations
 
@@ -285,7 +285,7 @@ def test_slowloris(web: Web) -> None:
     command = [str(Path(sys.executable).with_name(tool[0])), *tool[1:]]
     log = subprocess.PIPE
     with web.flooded(" ".join(tool)) as flood, subprocess.Popen(command, stderr=log, text=True) as attack:
-        # The server closes the connections with unfinished headers, and the slowloris client opens new ones.
+        # When the server closes unfinished connections, the slowloris client opens new ones.
         time.sleep(server.HEADER_WITHIN + 3)
         attack.terminate()
         said = attack.communicate(timeout=20)[1]

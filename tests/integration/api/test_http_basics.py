@@ -198,7 +198,7 @@ def test_a_revoked_key_is_refused_at_once(api: Api) -> None:
 def test_bodies_have_a_budget(settings: Settings, world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     """If a workspace's request bodies fill half of the shared memory, its requests get 503 until memory is free.
 
-    Meanwhile, request bodies of other workspaces are read.
+    Request bodies of other workspaces are still read.
     """
     monkeypatch.setattr(gate, "MAX_BUFFERED", 600_000)
     other_key = key_of(World(world.engine))[1]

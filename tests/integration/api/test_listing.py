@@ -62,7 +62,7 @@ def test_filters(api: Api, brackets: str) -> None:
 
 @pytest.mark.parametrize("filtered", [False, True])
 def test_pages(api: Api, filtered: bool) -> None:  # noqa: FBT001 - a test parameter
-    """Pagination links lead through every page once, forwards and backwards, and keep the filters."""
+    """The pagination links lead through all pages in both directions, and keep the filters."""
     ids = created_at_once(api, 7)
     chat_id = api.world.row(UUID(ids[0])).chat_id
     parameters: dict[str, Any] = {"chatIds[]": str(chat_id), "statuses": ["pending", "sent"]} if filtered else {}

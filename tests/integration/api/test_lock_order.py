@@ -119,8 +119,8 @@ def deadlocked(api: Api, engine: Engine, request: Callable[[], Any], created: di
 def lock_chat(connection: Connection, chat_id: str) -> None:
     """Wait for a chat that the request has locked: PostgreSQL then aborts the request as a deadlock.
 
-    PostgreSQL checks a waiting transaction for deadlocks only once, after a second. A request that has already waited
-    for more than a second is not aborted.
+    PostgreSQL checks a waiting transaction for deadlocks only once, after a second. If the request has already waited
+    for a second, PostgreSQL does not abort it.
     """
     try:
         connection.execute(text("SELECT FROM chats WHERE id = :id FOR UPDATE"), {"id": chat_id})

@@ -1,4 +1,4 @@
-"""Races between reply and create, cancel and deliver, and patch and tick, over concurrent connections.
+"""Tests of races: reply against create, cancel against deliver, and patch against tick.
 
 In each test, one transaction stops halfway while it holds locks. A second transaction starts, and then the first one
 continues. The tests need no sleep: PostgreSQL reports when the second transaction waits.

@@ -1,4 +1,4 @@
-"""The endpoints of a running web process that are meant for operators."""
+"""Tests of the web endpoints that are meant for operators."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def _answered(api: Api, status: int) -> Any:
 def _refused_for(api: Api, failing: str) -> Any:
     """Return the 503 response of `/readyz` if the given check failed, and otherwise None.
 
-    A cached 503 response may still report the failure of another check.
+    The 503 response may come from the cache and report a different check.
     """
     answer = api.client.get("/readyz", headers={"authorization": ""})
     if answer.status_code != HTTPStatus.SERVICE_UNAVAILABLE:

@@ -84,7 +84,7 @@ class TestCancel:
     def test_a_workspace_in_batches(self, run: RunCommand, world: World, monkeypatch: pytest.MonkeyPatch) -> None:
         """A bulk cancel of a workspace runs in batches and does not affect other workspaces.
 
-        When the command runs again, no follow-up is left to cancel.
+        A second run of the bulk cancel finds no follow-up.
         """
         monkeypatch.setattr(bulk_cancel, "BATCH", 7)
         ids = world.burst([HOUR] * 40)

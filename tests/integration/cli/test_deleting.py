@@ -1,4 +1,4 @@
-"""The commands `workspace delete` and `chat delete`."""
+"""Tests of the commands `workspace delete` and `chat delete`."""
 
 from __future__ import annotations
 

@@ -56,7 +56,7 @@ def test_defaults_of_others(database_url: str) -> None:
     ],
 )
 def test_durability(commit: str, standbys: str, *, forgets: bool) -> None:
-    """Doctor's durability check passes if a commit survives the crash of one machine.
+    """Doctor's durability check fails if a machine crash could lose commits.
 
     If there are no synchronous standbys, `local` is as safe as `on`.
     """

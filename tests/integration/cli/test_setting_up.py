@@ -97,7 +97,7 @@ class TestMigrate:
         )
 
     def test_a_newer_schema_is_left_alone(self, run: RunCommand, world: World) -> None:
-        """`migrate` does not touch a newer schema, and its error names the version to install."""
+        """If the schema is newer, `migrate` changes nothing and names the version to install."""
         world.sql("UPDATE alembic_version SET version_num = '9999'")
         ran = run("migrate")
         assert ran.code == 1

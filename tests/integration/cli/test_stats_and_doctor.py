@@ -113,7 +113,7 @@ class TestStats:
         assert run("stats", "--json").document["estimated"] == []
 
     def test_lag_is_omitted_when_it_takes_too_long(self, world: World, engine: Engine) -> None:
-        """If reading the sent rows takes too long, `stats` omits the lag and continues."""
+        """If reading the sent rows takes too long, `stats` shows everything except the lag."""
         fill(world)
         world.sql(SENT, workspace=world.workspace_id, chat=world.chat(), number=20_000)
         with engine.begin() as connection:
@@ -192,7 +192,7 @@ def test_attempts_since_the_first_sample() -> None:
 
 
 def doctor(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Run doctor in a separate process, because the settings are read only at import."""
+    """Run doctor in a new process, because settings are read only once, at import."""
     command = [sys.executable, "-m", "followups.cli", "doctor", *arguments]
     return subprocess.run(
         command, capture_output=True, text=True, check=False, env=os.environ | environment, timeout=120

@@ -1,4 +1,4 @@
-"""Batches of the console's bulk actions, including follow-ups that a bulk action must skip."""
+"""Tests of the console's bulk actions, batch by batch, and of the follow-ups that they skip."""
 
 from __future__ import annotations
 

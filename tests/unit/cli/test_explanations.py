@@ -1,4 +1,4 @@
-"""The textual explanation of a follow-up for operators."""
+"""Tests of the text that explains a follow-up to operators."""
 
 from __future__ import annotations
 

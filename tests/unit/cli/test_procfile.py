@@ -35,5 +35,5 @@ def test_a_command_line_is_run_by_a_shell_with_more_arguments(monkeypatch: pytes
 
 
 def test_the_commands_of_this_installation_come_first() -> None:
-    """Commands of this installation come first on the search path, before equal names."""
+    """On the search path, this installation's commands come before others of the same name."""
     assert (Path(search_path().split(":")[0]) / "python").exists()

@@ -1,4 +1,4 @@
-"""Endpoints in other networks: private CAs, client certificates, proxies, IPv6 and keep-alive."""
+"""Tests of other networks: private CAs, client certificates, proxies, IPv6 and keep-alive."""
 
 from __future__ import annotations
 

@@ -110,7 +110,7 @@ async def demand_http_1(stream: Stream) -> None:
 
 
 async def fail(stream: Stream) -> None:
-    """Reset the stream with an error."""
+    """Reset the HTTP/2 stream with an error code."""
     stream.reset(ErrorCodes.INTERNAL_ERROR)
 
 

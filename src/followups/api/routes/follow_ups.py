@@ -121,7 +121,7 @@ def _pieces(rows: Sequence[Any]) -> Iterator[list[Any]]:
 def _list(
     starts: PageStarts, workspace_id: UUID, wanted: listing.ListFilter, query: FollowUpQuery
 ) -> Steps[tuple[Sequence[Any], bool, bool]]:
-    """Return a page of follow-ups, and whether a next page and a previous page exist."""
+    """Return a page of follow-ups, and whether there is a next and a previous page."""
     size, this = query.page_size, (workspace_id, wanted)
     offset = (query.page_number - 1) * size
     near = starts.nearest(this, offset)

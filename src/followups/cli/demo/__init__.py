@@ -67,7 +67,7 @@ def demo(*, json: Json = False) -> None:
 
 
 def plan_of(signals: StopSignals) -> StartPlan:
-    """Return the demo's processes and settings, which are the defaults regardless of the environment.
+    """Return the demo's processes and settings, which do not depend on the environment.
 
     These defaults make the demo the same on every machine.
     """

@@ -196,7 +196,7 @@ def summary_panel(score: Score) -> RenderableType:
 
 
 def summary_lines(score: Score) -> Sequence[str]:
-    """Return the summary as plain lines for output into a pipe."""
+    """Return the summary as plain lines, for output that is not a terminal."""
     said = [f"{name}: {meaning}" for name, meaning in _facts(score)]
     said += [f"Not as scripted: {problem}" for problem in score.problems]
     return [*said, "All as scripted. Next: followups up" if score.ok else "Not all as scripted."]

@@ -33,7 +33,7 @@ SAMPLE = 5
 """Number of follow-ups that the preview lists."""
 
 MOST = 10_000
-"""Largest number of matching follow-ups that the preview counts exactly."""
+"""Maximum number of matching follow-ups that a preview counts exactly."""
 
 LONGEST_EXPECTED = 9
 """Maximum number of digits in the form's expected count.
@@ -133,7 +133,7 @@ def _own(visit: Visit, session: Session) -> BulkAction:
 
 
 def _sees(visit: Visit, action: BulkAction) -> bool:
-    """Return whether the session may see the bulk action.
+    """Return whether the person in this session may see the bulk action.
 
     A session limited to one chat sees only the actions on that chat.
     """

@@ -28,7 +28,7 @@ MESSAGES = 50
 """Maximum number of messages shown. In a longer chat, only the most recent messages are shown."""
 
 FOLLOW_UPS = 25
-"""Maximum number of past follow-ups shown, and of pending follow-ups shown."""
+"""The page shows at most this many pending and this many past follow-ups."""
 
 NOW = text("SELECT now()")
 

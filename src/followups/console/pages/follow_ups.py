@@ -104,7 +104,7 @@ def _choices() -> Mapping[str, list[str]]:
 
 
 def filter_of(visit: Visit, session: Session, asked: ListFilters) -> BrowseFilter:
-    """Return the database query for the filters, limited to follow-ups that the person may see.
+    """Return a query for the filtered follow-ups that the person may see.
 
     Raises `InvalidRequestError`.
     """

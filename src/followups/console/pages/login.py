@@ -1,4 +1,4 @@
-"""The routes without a session: sign-in (API key or link token), sign-out, static files, preferences."""
+"""Routes without a session: sign-in by API key or link, sign-out, static files and preferences."""
 
 from __future__ import annotations
 

@@ -61,7 +61,7 @@ class PageResult:
     """A new API key, which is shown only once."""
     typed: dict[str, str] = field(default_factory=dict)
     hours: SendingHours | None = None
-    """Sending hours that are being previewed and are not yet saved."""
+    """Sending hours in a preview, not yet saved."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -53,8 +53,9 @@ def upgrade() -> None:
 
 
 def _alter(change: str) -> None:
-    # This statement runs outside the migration's transaction, so it needs its own lock timeout. `env` sets the lock
-    # timeout only for that transaction. While this statement waits for its lock, other access to the table waits too.
+    # This statement runs outside the migration's transaction, so it needs its own lock timeout. `env` sets its lock
+    # timeout only for the migration's transaction. While this statement waits for its lock, other access to the table
+    # waits too.
     op.get_bind().exec_driver_sql(f"BEGIN; SET LOCAL lock_timeout = '{LOCK_TIMEOUT}'; ALTER TABLE {change}; COMMIT")
 
 

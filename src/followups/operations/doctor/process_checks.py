@@ -1,4 +1,4 @@
-"""Checks of the processes: workers through the broker; worker, beat and web on this machine."""
+"""Checks workers through the broker, and the worker, beat and web processes of this machine."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from followups.settings import Settings
 
 Replies = list[dict[str, dict[str, Any]]]
-"""The replies to `followups.worker.liveness.signs_of_life`, keyed by the worker's name."""
+"""Each worker's reply to `followups.worker.liveness.signs_of_life`, by worker name."""
 
 RESTART = "Restart it; before the restart, py-spy dump --pid shows where it hangs."
 

@@ -137,7 +137,7 @@ def _hash(text: str, tag: str) -> str:
 
 
 BACKLOG = 1024
-"""Number of connections that may wait to be accepted. A burst may open a connection for each slot of the dispatcher."""
+"""Number of connections that may wait to be accepted. A burst may open a connection for each slot."""
 
 
 def build_app(chats: SandboxChats | None = None, *, secret: str | None = None) -> web.Application:

@@ -35,7 +35,7 @@ class SandboxTransport:
         """Do nothing, because this transport has no connection to open."""
 
     async def send(self, delivery: Delivery) -> Outcome:
-        """Deliver the message once; the outcome follows from the chat's behaviour."""
+        """Deliver the message once, with the outcome that the chat's behaviour determines."""
         reply = self.chats.receive(_incoming(delivery), str(delivery.follow_up_id))
         if reply.dropped:
             return Unknown("the connection broke before an answer arrived")
