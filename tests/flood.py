@@ -16,7 +16,7 @@ HEAD = f"host: a\r\nauthorization: {os.environ['FLOOD_KEY']}\r\n" if "FLOOD_KEY"
 
 
 async def ask(host: str, port: int, path: str, until: float) -> None:
-    """Request the path repeatedly on one connection until its end or the time limit."""
+    """Request the path repeatedly on one connection, until the connection ends or the time is up."""
     reader, writer = await asyncio.open_connection(host, port)
     try:
         while time.monotonic() < until:

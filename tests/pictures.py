@@ -48,7 +48,7 @@ CHATS = 150
 SECONDS = 120
 """The seconds during which follow-ups fall due; the screenshot is taken halfway through."""
 MEAN, WAVE, PERIOD = 20, 14, 24.0
-"""Follow-ups per second on average, and the amplitude and period (in seconds) of the wave."""
+"""The average rate of follow-ups per second, and the amplitude and period (in seconds) of its wave."""
 LEAD = 15.0
 """All follow-ups are created within this number of seconds before the first due date."""
 FAILING, REFUSED, REPLYING = 12, 2, 12

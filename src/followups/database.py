@@ -248,7 +248,7 @@ def _check_encoding(row: Sequence[Any] | None) -> None:
 
 
 class _Pooler:
-    """Detects, once per engine, a pooler that gives each transaction a different server session.
+    """Detects a pooler that gives each transaction a different session; each engine is checked once.
 
     Behind a pooler in transaction mode, sessions lose the settings of `_SET_UP`, prepared statements and locks.
     """

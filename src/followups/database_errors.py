@@ -61,7 +61,7 @@ None of the transaction's changes was committed.
 
 
 def is_undone(error: psycopg.Error | DBAPIError) -> bool:
-    """Return whether the transaction was rolled back because of a conflict with another transaction.
+    """Return whether a conflict with another transaction rolled back the transaction.
 
     A transaction that was rolled back by a conflict may be retried as a whole.
     """

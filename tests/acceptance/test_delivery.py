@@ -106,7 +106,7 @@ def test_order_in_a_chat(running: Stack) -> None:
 
 
 def test_cancelled_while_its_batch_waits(stack: Stack) -> None:
-    """A follow-up cancelled while its batch waits in the queue is never sent."""
+    """If a follow-up is cancelled while its batch waits in the queue, it is never sent."""
     stack.sandbox()
     stack.beat()
     worker = stack.worker()
@@ -187,7 +187,7 @@ def test_forged_hints(running: Stack) -> None:
 
 
 def test_remote_control_is_read_only(running: Stack) -> None:
-    """Remote commands that stop or change a worker are refused: any broker client can send them."""
+    """Remote commands that stop or change a worker are refused, because any broker client can send them."""
     control = celery_app(running).control
     commands: dict[str, dict[str, object]] = {
         "shutdown": {},

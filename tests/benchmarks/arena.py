@@ -1,4 +1,4 @@
-"""The benchmarks' shared environment: one PostgreSQL, one Valkey, one receiver, and the same rows."""
+"""The shared environment of all benchmarks: one PostgreSQL, one Valkey, one receiver and the same rows."""
 
 from __future__ import annotations
 

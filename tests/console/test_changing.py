@@ -292,7 +292,7 @@ def test_the_edge_of_the_calendar_is_refused(due: str, person: Callable[..., Per
 
 
 def test_a_due_date_with_an_offset_is_shown_in_utc(person: Callable[..., Person], own: World) -> None:
-    """A due date with another offset is converted to UTC in the preview of its consequences."""
+    """In the preview, a due date with an offset other than UTC is converted to UTC."""
     fields = {"chat": str(own.chat()), "message": "Hello", "due": "2100-01-30T08:00+02:00", "do": "check"}
     assert "is 2100-01-30 06:00:00 UTC." in words(person("agent", own).post("/follow-ups/new", **fields))
 

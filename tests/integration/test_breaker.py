@@ -209,7 +209,7 @@ def test_which_workspaces_are_tripped(own: Settings) -> None:
             3,
         }
         await report(store, [], 0, succeeded=True, key=OTHER)
-        assert await tripped(store) == {KEY, OTHER, 3}  # a workspace that the breaker holds recovers gradually, too
+        assert await tripped(store) == {KEY, OTHER, 3}  # a workspace that the breaker holds also recovers gradually
         await report(store, ids(FAILURES), 0, succeeded=False)
         assert await store.report(OutcomeReport(), 0) == SharedState("open", tripped=frozenset({KEY, 3}))
 

@@ -81,7 +81,7 @@ class TestOrder:
         assert world.row(second).waits_for == first
 
     def test_cancel_unblocks(self, world: World, steps: Steps, engine: Engine) -> None:
-        """Cancelling the earlier follow-up of a chat makes the later one claimable."""
+        """If a chat's earlier follow-up is cancelled, the later one can be claimed."""
         chat = world.chat()
         first, second = world.follow_up(chat, -2 * SECOND), world.follow_up(chat, -SECOND)
         batch = steps.claim().leases

@@ -61,7 +61,7 @@ def test_a_chat_in_order(world: World) -> None:
     ids=["reply", "no messages", "removed", "whatsapp", "instagram"],
 )
 def test_a_chat_that_needs_a_transaction(world: World, columns: dict[str, object]) -> None:
-    """A chat needs a transaction if it is removed, has a window or does not end with an agent's message."""
+    """If a chat is removed, has a window or does not end with an agent's message, a transaction is needed."""
     assert create(world, world.chat(**columns)) is None
     assert create(world, uuid4()) is None
     assert pending(world) == 0

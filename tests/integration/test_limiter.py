@@ -84,7 +84,7 @@ def assert_never_faster(moments: list[int], limit: Bucket) -> None:
 async def test_grants_never_exceed_the_rate(under_test: LimiterUnderTest, rate: float, burst: int) -> None:
     """Grants in any period never exceed the burst plus the tokens added in the period.
 
-    Requests are granted in the order of their follow-ups' due dates.
+    The rate limiter grants requests in the order of the follow-ups' due dates.
     """
     limit = bucket(rate, burst)
     waiting = [request(number, limit) for number in range(60)]
@@ -153,7 +153,7 @@ async def test_a_later_request_does_not_overtake(under_test: LimiterUnderTest) -
 async def test_waiting_for_one_bucket_takes_no_other_token(under_test: LimiterUnderTest) -> None:
     """A follow-up that waits for its chat's limit takes no token from its workspace's bucket.
 
-    Such a follow-up does not delay other follow-ups of its workspace.
+    A follow-up that waits for its chat's limit delays no other follow-up of its workspace.
     """
     workspace, chat = bucket(burst=2), bucket()
     assert await under_test.ask(request(0, workspace, chat)) == [GO]

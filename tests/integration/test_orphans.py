@@ -1,4 +1,4 @@
-"""Orphaned follow-ups: a tick finds follow-ups that wait for something that no longer exists."""
+"""Orphaned follow-ups wait for something that no longer exists; a tick finds them."""
 
 from __future__ import annotations
 

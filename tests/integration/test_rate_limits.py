@@ -82,7 +82,7 @@ class CountingLimiter(Limiter):
 
 @dataclass
 class LimitedPipeline:
-    """A pipeline with a limiter and dispatcher ticks."""
+    """A pipeline with a rate limiter, and the ticks of a dispatcher."""
 
     engine: Engine
     settings: Settings

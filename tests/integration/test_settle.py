@@ -176,7 +176,7 @@ class TestSettle:
     def test_the_search_skips_blocked_follow_ups_of_pending_ones(
         self, world: World, steps: Steps, engine: Engine
     ) -> None:
-        """The search for forgotten follow-ups skips those that wait for a pending follow-up."""
+        """The search for forgotten follow-ups skips follow-ups that wait for a pending one."""
         chat = world.chat()
         world.follow_up(chat, -2 * SECOND)
         world.follow_up(chat, -SECOND)

@@ -119,7 +119,7 @@ def filters_of(row: Any) -> list[ListFilter]:
 
 
 def test_pages_contain_everything_once(database_url: str) -> None:
-    """The pages of a list together contain every follow-up once, in order.
+    """Together, the pages of a list contain every follow-up once and in order.
 
     An operator sees the follow-ups of all workspaces.
     """

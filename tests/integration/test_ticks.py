@@ -256,7 +256,7 @@ class TestOneAtATime:
             frozen.invalidate()
 
     def test_row_deleted(self, world: World, engine: Engine, settings: Settings) -> None:
-        """Ticks continue after an operator has deleted the row that records them."""
+        """If an operator deletes the row that records the ticks, ticks continue."""
         world.follow_up()
         world.sql("DELETE FROM dispatcher_state")
         hints: list[Hint] = []

@@ -41,7 +41,7 @@ def test_no_samples() -> None:
 def test_never_ahead(samples: list[tuple[float, float, float]], offset: float) -> None:
     """The estimate never runs ahead of the database's clock, even after a long round trip.
 
-    No follow-up is sent early, since the estimated clock is never ahead of the database's.
+    The estimated clock is never ahead of the database's, so no follow-up is sent early.
     """
     monotonic = Monotonic()
     clock = DatabaseClock(monotonic)

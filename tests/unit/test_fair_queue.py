@@ -175,7 +175,7 @@ def test_expired_leases_are_removed(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_shedding() -> None:
-    """Shedding keeps the earliest leases of the selected workspace queues, up to the given number.
+    """Shedding keeps only the earliest leases of the selected workspace queues, up to a given number.
 
     The selected queues have equal shares, and an unused share goes to the other queues.
     """

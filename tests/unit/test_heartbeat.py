@@ -81,7 +81,7 @@ def test_an_overdue_component(reporting_process: subprocess.Popen[str], tmp_path
 
 
 def test_files_of_ended_processes_are_removed(reporting_process: subprocess.Popen[str], tmp_path: Path) -> None:
-    """A starting process removes the heartbeat files of ended processes and no other files."""
+    """When a process starts, it removes only the heartbeat files of processes that have ended."""
     dead = tmp_path / next(tmp_path.iterdir()).name.replace(str(reporting_process.pid), "1")
     dead.write_text("{}")
     heart = Heartbeat(tmp_path, "beat", "b@here")

@@ -226,7 +226,7 @@ def test_buffered_lines_have_the_usual_format(capsys: pytest.CaptureFixture[str]
 
 
 def test_context_variables_are_in_every_line(capsys: pytest.CaptureFixture[str]) -> None:
-    """Context variables appear in the log lines of this package and of libraries."""
+    """Log lines of this package and of libraries contain the context variables."""
     configure_logging("json", "info")
     with structlog.contextvars.bound_contextvars(task_id="7"):
         get_logger("x").info("own")

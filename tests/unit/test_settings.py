@@ -295,7 +295,7 @@ def test_a_process_reads_its_settings_once(monkeypatch: pytest.MonkeyPatch) -> N
 
 @pytest.mark.parametrize("value", ["90", "P0DT23H", "-1"])
 def test_a_retention_that_is_too_short_is_refused(monkeypatch: pytest.MonkeyPatch, value: str) -> None:
-    """A retention of 90, meant as days, is rejected with an explanation; nothing is deleted."""
+    """A retention of 90 (meant as days) is rejected with an explanation, and nothing is deleted."""
     monkeypatch.setenv("FOLLOWUPS_DATABASE_URL", DATABASE_URL)
     monkeypatch.setenv("FOLLOWUPS_BROKER_URL", BROKER_URL)
     monkeypatch.setenv("FOLLOWUPS_RETENTION", value)

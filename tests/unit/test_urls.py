@@ -71,7 +71,7 @@ def test_escaped_characters(hosts: str) -> None:
     ],
 )
 def test_an_invalid_database_url(text: str) -> None:
-    """The error for an invalid database URL is one sentence without any part of the URL."""
+    """If a database URL is invalid, the error is one sentence that contains no part of the URL."""
     with pytest.raises(SettingsError, match=r"^FOLLOWUPS_DATABASE_URL should be a valid URL: .*\.$") as raised:
         load_settings(database_url=text, broker_url=BROKER)
     assert not [word for word in ("pa55", "chats", "app", "no_such") if word in str(raised.value)]

@@ -282,7 +282,7 @@ def _check_head(scope: Scope) -> None:
 def _repeated(scope: Scope) -> str | None:
     """Return the name of a repeated header that may occur only once.
 
-    Two servers could interpret a request with a repeated header differently.
+    If a header is repeated, two servers could interpret the request differently.
     """
     names = [name for name, _ in scope["headers"]]
     return next((name.decode() for name in AT_MOST_ONCE if names.count(name) > 1), None)

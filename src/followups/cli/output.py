@@ -28,7 +28,7 @@ Json = Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")]
 
 
 def console() -> Console:
-    """Return a console for stdout, which respects NO_COLOR."""
+    """Return a console for stdout that respects NO_COLOR."""
     return _on(sys.stdout)
 
 

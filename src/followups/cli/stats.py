@@ -205,7 +205,7 @@ def _line(look: Stats) -> str:
 class Workers:
     """The workers that reply to a status query.
 
-    Workers are queried in a thread. Waiting for replies and importing Celery take a second each.
+    Workers are queried in a thread. The replies take a second, and so does the import of Celery.
     """
 
     said: str = "asking"

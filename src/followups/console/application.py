@@ -89,7 +89,7 @@ class Console:
         self.services.close()
 
     async def body_limit(self, scope: Scope) -> int:
-        """Return the maximum body size in bytes, which is smaller without a valid session."""
+        """Return the maximum size of a body in bytes; without a valid session it is smaller."""
         if scope["method"] in {"GET", "HEAD"}:
             return STRANGERS_BODY
         known = await self._in_thread(identity.is_known, self.services, _cookies(scope), scope["scheme"])

@@ -100,7 +100,7 @@ class ConsoleServices:
         self.proxies = networks_of(settings.console_proxy_addresses)
 
     def breaker(self) -> BreakerStatus | None:
-        """Return the breaker's state, up to a second old, or None without a reachable broker."""
+        """Return the breaker's state, at most a second old, or None if the broker is unreachable."""
         shown: BreakerStatus | None = self.results.get("breaker", lambda: breaker_state(self.settings))
         return shown
 

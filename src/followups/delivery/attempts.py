@@ -1,4 +1,4 @@
-"""The values that begin, send and settle exchange: begun follow-ups, attempts, and results of steps."""
+"""The values that begin, send and settle exchange: begun follow-ups, attempts, and the steps' results."""
 
 from __future__ import annotations
 

@@ -1,10 +1,10 @@
 """Deferral takes tripped workspaces' follow-ups out of the in-flight window, to make room for others.
 
 Each worker keeps a few leases of the tripped workspaces as probes. All other follow-ups of tripped workspaces are
-deferred in the database. A deferral is not an attempt, and a deferred follow-up can still be cancelled. When a worker
-has used up its probes, or the transport recovers, the earliest deferrals end. When a workspace is no longer tripped,
-all its deferred follow-ups fall due. In any case, a deferred follow-up falls due after some minutes. Deferrals need a
-time limit, because a restarted worker has no record of its deferrals.
+deferred in the database. A deferral is not an attempt, and a deferred follow-up can still be cancelled. The earliest
+deferrals end when a worker has used up its probes or the transport recovers. When a workspace is no longer tripped, all
+its deferred follow-ups fall due. In any case, a deferred follow-up falls due after some minutes. Deferrals need a time
+limit, because a restarted worker has no record of its deferrals.
 """
 
 from __future__ import annotations

@@ -104,10 +104,10 @@ class DueQueue:
         return []
 
     def take(self, most: int, tripped: frozenset[int] = frozenset(), permits: int = 0) -> list[Lease]:
-        """Remove and return up to ``most`` due leases, each with a slot.
+        """Take up to ``most`` due leases from the queue, with a slot for each lease; return the leases.
 
-        Possible poison pills are taken only within their quota. At most ``permits`` leases of ``tripped`` workspaces
-        are taken.
+        Leases that may be poison pills are taken only within their quota. At most ``permits`` leases of ``tripped``
+        workspaces are taken.
         """
         horizon, now, most = self._clock.now() + LEAD, uptime(), min(most, self.slots.free)
         taken: dict[object, Lease] = {}

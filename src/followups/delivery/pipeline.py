@@ -233,7 +233,7 @@ class Pipeline:
             self._nudge()
 
     def _enqueue_unblocked(self, step: BatchResult) -> None:
-        """Enqueue follow-ups whose predecessors have ended: immediately, or once their rows are unlocked."""
+        """Enqueue follow-ups whose predecessors have ended, now or as soon as their rows are unlocked."""
         self._enqueue(step.unblocked)
         if step.blocking:
             self._spawn(self._unblock_later(step.blocking))

@@ -98,7 +98,7 @@ class Settler:
     async def keep_up(self) -> None:
         """Wait while the database records outcomes more slowly than the transport returns them.
 
-        The wait ensures that the outcomes of accepted messages are recorded before further follow-ups begin.
+        Further follow-ups begin only after the outcomes of accepted messages have been recorded.
         """
         while len(self._attempts) > self._settings.max_in_flight:
             self._recorded.clear()

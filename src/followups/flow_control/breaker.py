@@ -54,7 +54,7 @@ READ_INTERVAL = 1.0
 noticed within this time.
 """
 READ_INTERVAL_WHILE_OPEN = 0.1
-"""Seconds between two reads of the shared state while follow-ups wait for the breaker."""
+"""Seconds between two reads of the shared breaker state while follow-ups wait for the breaker."""
 KEPT = 3600
 """Seconds without use after which the breaker's state is deleted."""
 AWAY = 5.0

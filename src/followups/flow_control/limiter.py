@@ -49,8 +49,8 @@ SHORTEST = timedelta(milliseconds=5)
 """The shortest wait for a token; shorter waits would cause too many requests."""
 
 LONGEST = timedelta(minutes=5)
-"""The longest time before a follow-up requests a token again. If follow-ups ahead in the queue are cancelled, a token
-is free earlier than predicted.
+"""The longest time before a follow-up requests a token again. A token may be free earlier than predicted if follow-ups
+ahead in the queue are cancelled.
 """
 
 EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
@@ -239,7 +239,7 @@ class RateLimits:
         """Acquire tokens for the leases whose turn has come.
 
         Yields a pair: the waits of the leases without a token, and an empty set. The caller adds each follow-up that
-        has begun to the yielded set. Tokens of follow-ups that did not begin are returned to their buckets.
+        has begun to the yielded set. Tokens are returned to their buckets if their follow-ups did not begin.
         """
         limitable = {one.id: one for one in await in_loop(self._engine, _limitable, self._settings, leases)}
         requests = [request for one in limitable.values() if (request := self._limits.request(one)).buckets]

@@ -68,8 +68,8 @@ def pending_of(session: Session, workspace_id: UUID | None, chat_id: UUID | None
 def cancel(engine: Engine, actor: Actor, chosen: Sequence[CancelScope], final: Final) -> Batches:
     """Cancel pending follow-ups in batches.
 
-    A follow-up in flight is not cancelled, but a failed attempt is not retried. Rows that stay locked are not
-    cancelled, only counted.
+    A follow-up in flight is not cancelled, but a failed attempt is not retried. Rows that stay locked are counted but
+    not cancelled.
     """
     for pending in chosen:
         details = {"code": final.code and final.code.value}

@@ -109,8 +109,8 @@ _PARK_PILE = text("""
 def park_pile(connection: Connection, parked: Collection[UUID]) -> int:
     """Park due follow-ups in order, behind those already parked in their chat; return how many.
 
-    Any lease of a parked follow-up becomes invalid, because begin would refuse the follow-up anyway. Call this after
-    `park_if_leased`, in the same transaction.
+    A parked follow-up loses its lease, because begin would refuse it anyway. Call this after `park_if_leased`, in the
+    same transaction.
     """
     return connection.execute(_PARK_PILE, {"ids": list(parked), "most": PILE}).rowcount
 

@@ -55,13 +55,13 @@ class Claim:
     traced: tuple[tuple[UUID, str], ...]
     """The ids of claimed follow-ups created in a trace, each with its ``traceparent``."""
     more: bool
-    """Whether more follow-ups may be due, because this claim or the in-flight window was full."""
+    """Whether more follow-ups may be due, because the claim was full or the in-flight limit was reached."""
     cut_short: bool
     """Whether another claim would find more, because this claim was full but the in-flight window is not."""
     low_water: datetime | None
     """The next claim may start from this due time, unless earlier rows are added."""
     ended: tuple[tuple[UUID, Final], ...] = ()
-    """Follow-ups not in ``leases``: their leases are lost, and they must not be retried."""
+    """Follow-ups that lost their leases and must not be retried; they are not in ``leases``."""
     in_grace: bool = False
     """Whether the claim left expired leases with an attempt in flight to their workers.
 

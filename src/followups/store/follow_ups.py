@@ -284,7 +284,7 @@ _END_HONESTLY = _ending(honest(_REASON, "follow_ups"))
 
 @Rule
 def end_if_not_begun(follow_up_id: UUID, final: Final, finished_at: datetime | None) -> Steps[FollowUp | None]:
-    """End a pending follow-up with no attempt in flight; return it, or None if it is in flight or has ended."""
+    """End a pending follow-up that is not in flight, and return it; return None for any other."""
     end = _END_HONESTLY if final.code else _END
     ended: Sequence[FollowUp] = yield end(
         id=follow_up_id, status=final.status.value, reason=final.reason, finished_at=finished_at

@@ -1,4 +1,4 @@
-"""Obstacles: the reasons why leased follow-ups did not begin, with the details of each.
+"""Obstacles: why leased follow-ups did not begin, with the details of each reason.
 
 All obstacles are listed in ``begin_checks.sql``.
 """

@@ -29,7 +29,7 @@ FIRST = datetime(1, 1, 1, tzinfo=UTC)
 class Failures:
     """The criteria that select failed follow-ups for a retry.
 
-    Failed follow-ups are selected by time and reason, unless they have already been retried.
+    The criteria are time and reason; follow-ups that were already retried are left out.
     """
 
     since: datetime
@@ -100,7 +100,7 @@ _NOTE = text("UPDATE follow_ups SET retry_of = :original WHERE id = :id")
 
 
 def last_of(session: Session, follow_up_id: UUID) -> UUID:
-    """Return the last retry in a chain, or the given follow-up if there is none.
+    """Return the last retry of the follow-up, or the follow-up itself if it was not retried.
 
     A caller that adds a retry to the chain must have locked the chat first.
     """

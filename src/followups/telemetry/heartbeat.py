@@ -58,9 +58,9 @@ class HeartbeatError(Exception):
 def default_directory() -> Path:
     """Return the default runtime directory.
 
-    Each user has a separate directory, since another user's directory could be a trap. ``XDG_RUNTIME_DIR`` is not used,
-    because it exists in login sessions but not in services. With `XDG_RUNTIME_DIR`, a login session and a service would
-    use different directories.
+    Each user has a separate directory, because another user's directory cannot be trusted. ``XDG_RUNTIME_DIR`` is not
+    used, because it exists in login sessions but not in services. With `XDG_RUNTIME_DIR`, a login session and a service
+    would use different directories.
     """
     try:
         parent = tempfile.gettempdir()
@@ -216,7 +216,7 @@ class ProcessState:
 
 
 def read_states(directory: Path, role: str, name: str = "") -> list[ProcessState]:
-    """Return the state of a role's processes on this machine, or of the process ``name``.
+    """Return the states of a role's processes on this machine, or of the one process ``name``.
 
     ``name`` is a Celery node's name, or the part before the ``@``. Processes that have ended are not included.
     """

@@ -47,7 +47,7 @@ def _is_well_formed(url: str) -> bool:
 
 
 def _fits_basic_authentication(user: str, password: str) -> bool:
-    # In credentials, the first colon ends the user name (RFC 7617). Servers disagree about the encoding of characters
+    # In credentials, the first colon ends the user name (RFC 7617). Servers do not agree on how to encode characters
     # beyond Latin-1.
     return ":" not in user and max(user + password, default="") <= "\xff"
 

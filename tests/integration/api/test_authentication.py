@@ -51,7 +51,7 @@ def document(web_url: str) -> dict[str, Any]:
 def test_every_endpoint_requires_a_key(api: Api, document: dict[str, Any]) -> None:
     """Without a valid API key, every endpoint answers 401 and changes nothing.
 
-    The key may be missing, malformed, unknown, expired or revoked.
+    The API key may be missing, malformed, unknown, expired or revoked.
     """
     mine = api.create()
     revoked_id, revoked = key_of(api.world)

@@ -18,7 +18,7 @@ LONG = "\N{GRINNING FACE}" * 65_536
 def test_a_page_of_long_messages_is_complete(api: Api) -> None:
     """A page sent in pieces has the same content and order as the responses for single follow-ups.
 
-    A page that is sent in pieces still contains the link to the next page.
+    A list page that is sent in pieces still links to the next page.
     """
     chat = api.chat()
     texts = ["short", LONG, "x" * 60_000, "", "y", "z" * 65_536, "\u0001" * 1000, LONG[:-1], "last"]

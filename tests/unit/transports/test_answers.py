@@ -128,7 +128,7 @@ def test_any_retry_after_is_within_the_limits(value: str, date: str) -> None:
 @QUICK
 @given(st.text(alphabet=string.digits + string.ascii_letters + " ,:+-.", max_size=40))
 def test_almost_valid_dates_are_within_the_limits(value: str) -> None:
-    """An almost valid Retry-After date leads to no delay, or to one within the limits."""
+    """If a Retry-After date is almost valid, there is no delay, or one within the limits."""
     wished = retry_after({"retry-after": value}, NOW)
     assert wished is None or timedelta(seconds=1) <= wished <= timedelta(hours=24)
 
@@ -238,7 +238,7 @@ def test_a_matrix_message_id_is_derived_from_the_event_id() -> None:
     ],
 )
 def test_a_homeservers_rate_limit_is_honoured(headers: dict[str, str], body: bytes, seconds: float | None) -> None:
-    """M_LIMIT_EXCEEDED has the delay in a header or, from older homeservers, in its body.
+    """With M_LIMIT_EXCEEDED, the delay is in a header; older homeservers put it into the body.
 
     In an M_LIMIT_EXCEEDED response, the header's delay takes precedence over the body's.
     """

@@ -177,7 +177,7 @@ async def test_a_cancelled_call_closes_its_connection() -> None:
 
 @pytest.mark.parametrize("deduplicates", [True, False])
 async def test_there_are_never_more_connections_than_calls_at_once(*, deduplicates: bool) -> None:
-    """Calls beyond the connection limit wait until another call ends."""
+    """If the connection limit is reached, further calls wait until another call ends."""
     open_now, most = 0, 0
 
     async def count(writer: asyncio.StreamWriter, _request: Request) -> None:

@@ -119,7 +119,7 @@ async def test_a_head_that_is_too_long_is_rejected(size: int) -> None:
 
 
 async def test_a_long_head_is_read() -> None:
-    """A response head of up to 64 KiB is read, however long the body."""
+    """A response head of up to 64 KiB is read, however long the body is."""
     reply = answer(200, NAMED.ljust(65_536), x_long="x" * (HEAD_LIMIT - 100))
     assert names(await outcome_of(reply))
 

@@ -125,7 +125,7 @@ class EventLines:
 
 
 def perform(stack: Stack, show: Show) -> Score:
-    """Play the scenario on a running system, and show its follow-ups regularly."""
+    """Play the scenario on a running system, and show the state of its follow-ups regularly."""
     workspace_id, key = stack.create_key("demo", "followups demo")
     engine = make_engine(stack.settings.database_url.get_secret_value(), pool_size=1)
     with ExitStack() as cleanup:

@@ -270,7 +270,7 @@ def _checks() -> Iterator[tuple[str, str, str]]:
 
 
 def _unguarded(connection: Connection, table: str, name: str, condition: str) -> Finding:
-    """Return a finding that lists the rows violating a missing constraint, with the way to restore it."""
+    """Return a finding about a missing constraint: the rows that violate it, and how to restore it."""
     keys = ", ".join(f"{column.name}::text" for column in Base.metadata.tables[table].primary_key)
     query = text(f"SELECT concat_ws(' ', {keys}) FROM {table} WHERE NOT ({condition}) LIMIT {SHOWN}")  # noqa: S608 - no input
     rows = list(connection.scalars(query))
