@@ -177,7 +177,7 @@ def open_directory() -> Iterator[Path]:
 
 @pytest.fixture(scope="session")
 def postgres_url(server_urls: tuple[str, str]) -> str:
-    """Return the URL for connecting to the database ``postgres`` of the run's server as superuser."""
+    """Return a superuser's connection URL for the database ``postgres`` on this run's server."""
     return server_urls[0]
 
 

@@ -29,7 +29,8 @@ COMMANDS = Path(__file__).with_name("bin")
 CELERY = (sys.executable, str(COMMANDS / "celery"), "-A", "followups.worker")
 
 PAGE = 5_000
-"""Number of requests on one page of the chat server's list. While the chat is returning a page, it accepts no message.
+"""Number of requests on one page of the chat server's list. While the chat server returns a page, it accepts no
+messages.
 """
 
 

@@ -115,7 +115,7 @@ Bounded = BoundedConnection | BoundedAsyncConnection
 def _fell_silent(connection: Bounded, since: float) -> bool:
     """Return whether an exchange failed because the database server did not respond.
 
-    ``since`` is the beginning of the exchange in monotonic seconds.
+    ``since`` is the time at which the exchange began, in monotonic seconds.
     """
     patience = connection.patience
     return patience is not None and time.monotonic() - since >= patience and not connection.closed

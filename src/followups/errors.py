@@ -140,7 +140,7 @@ class IdempotencyKeyInUseError(ConflictError):
 
 
 class TransactionError(FollowUpsError):
-    """The rules of scheduling require a session whose transaction runs at READ COMMITTED."""
+    """The session's transaction cannot guarantee the rules of scheduling; use one at READ COMMITTED."""
 
     slug = "transaction"
 

@@ -109,7 +109,7 @@ class Use:
         lost = self._connection.closed or getattr(error, "sqlstate", None) == READ_ONLY
         if lost and isinstance(error, psycopg.Error):
             self._database.drop_all()
-        # After a cancelled task, the server may still be executing the statement.
+        # When a task is cancelled, the server may still be executing the task's statement.
         if lost or not (error is None or isinstance(error, Exception)):
             await greenlet_spawn(self._pooled.invalidate)
         else:

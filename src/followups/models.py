@@ -438,7 +438,7 @@ class FollowUp(Base):
     accepted_duration: Mapped[timedelta | None]
     """How long the successful attempt took, or None if it was not timed."""
     created_by_key: Mapped[UUID | None]
-    """The API key that created the follow-up, or None for another creator."""
+    """The API key that created the follow-up, or None if it was created without an API key."""
     traceparent: Mapped[str | None]
     """The W3C traceparent under which the follow-up was created, or None."""
 

@@ -85,7 +85,7 @@ class BrokerTraffic:
 
 
 def unpacked(command: str) -> str:
-    """Return the decoded bodies of the messages in a command."""
+    """Return the decoded bodies of the Celery messages in a Redis command."""
     bodies = []
     for start in [position for position, sign in enumerate(command) if sign == "{"][:1]:
         with suppress(ValueError, KeyError, TypeError):

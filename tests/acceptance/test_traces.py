@@ -98,7 +98,7 @@ def traced(stack: Stack, received: Received) -> Stack:
 
 
 def create(stack: Stack, **headers: str) -> str:
-    """Create a follow-up that is due immediately with a POST request; return its id."""
+    """Send a POST request that creates a follow-up due now; return the follow-up's id."""
     api = Api(start(stack.processes, stack.environment())[1], stack.world)
     with api.client:
         chat_id = str(uuid4())

@@ -55,7 +55,7 @@ SECONDS = 1.0
 
 PACED_SECONDS = 10.0
 AHEAD = 15.0
-"""Seconds in which beat and two workers start while requests arrive."""
+"""Seconds before the measurement, in which beat and two workers start while requests arrive."""
 
 MANY = 1000
 

@@ -26,7 +26,7 @@ class Prometheus:
     url: str
 
     def ask(self, query: str) -> list[Any]:
-        """Return the current result of a query."""
+        """Return the current result of a Prometheus query."""
         answer = httpx.get(f"{self.url}/api/v1/query", params={"query": query}, timeout=10).json()
         assert answer["status"] == "success", answer
         series: list[Any] = answer["data"]["result"]

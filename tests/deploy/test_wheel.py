@@ -104,7 +104,7 @@ def test_the_demo_works(built: Built) -> None:
 
 
 def test_metadata(built: Built) -> None:
-    """The package metadata matches pyproject.toml and README, and contains no invented address."""
+    """The package metadata matches pyproject.toml and README, and contains no fictitious address."""
     with zipfile.ZipFile(built.wheel) as wheel:
         (name,) = [name for name in wheel.namelist() if name.endswith(".dist-info/METADATA")]
         metadata = message_from_string(wheel.read(name).decode())

@@ -77,7 +77,7 @@ def outage(rig: Rig, proxies: Sequence[Proxy], seconds: float) -> None:
 
 @pytest.mark.parametrize("deduplicates", [True, False])
 def test_both_unavailable(proxied: Proxied, figures: Figures, *, deduplicates: bool) -> None:
-    """If the database and the ticks are unavailable until a lease expires, accepted calls are not repeated.
+    """If the database and the ticks are down until leases expire, accepted messages are not sent again.
 
     The outcomes of the accepted calls are recorded later.
     """

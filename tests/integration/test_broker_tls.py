@@ -72,7 +72,7 @@ def ask_as_celery(settings: Settings, _engine: Engine) -> None:
     """Connect to the broker in the same way as workers, beat and Flower."""
     app = App("test", settings.broker_url.get_secret_value())
     with app.connection_for_write() as connection:
-        connection.transport.establish_connection()  # this also sends a ping
+        connection.transport.establish_connection()  # connecting also sends a ping
 
 
 def ask_as_limiter(settings: Settings, _engine: Engine) -> None:

@@ -89,7 +89,7 @@ def test_without_retention_only_expired_keys_are_deleted(world: World, engine: E
 
 
 def test_old_chat_messages_are_deleted(world: World, engine: Engine, settings: Settings) -> None:
-    """Old chat messages are deleted, except the last in each chat, which identifies a repeated message."""
+    """Old chat messages are deleted, except the last message of each chat."""
     chat_id, other = uuid4(), uuid4()
     receive(world, chat_id, 50 * DAY)
     receive(world, chat_id, 40 * DAY)
@@ -185,7 +185,7 @@ def test_audit_events_have_a_separate_retention(world: World, engine: Engine, se
 
 
 def test_keys_that_expired_are_recorded_once(world: World, engine: Engine, settings: Settings) -> None:
-    """An API key's expiry is recorded once as an audit event, with its time.
+    """The expiry of an API key is recorded once, as an audit event with the time of expiry.
 
     When an API key expires, one audit event is recorded with the time of expiry.
     """

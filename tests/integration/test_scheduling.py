@@ -247,7 +247,7 @@ class TestAmend:
         assert row.created_at <= row.scheduled_at
 
     def test_a_lease_does_not_prevent_a_cancel(self, caller: Caller) -> None:
-        """A cancel before begin takes effect immediately and ends the claimed follow-up's lease."""
+        """If a claimed follow-up is cancelled before it begins, its lease ends immediately."""
         follow_up = caller.world.follow_up(lease_token=3, lease_until=text("now() + interval '1 min'"))
         assert scheduling.cancel(caller.session, follow_up).status == "cancelled"
         caller.session.commit()
@@ -381,7 +381,7 @@ class TestChats:
     def test_known_message_of_a_removed_chat(self, caller: Caller) -> None:
         """Repeating a known message has no effect, even if its chat was removed.
 
-        A new message to a removed chat is rejected with the error that the chat was not found.
+        A new message to a removed chat raises `ChatNotFoundError`.
         """
         chat_id = uuid4()
         first = caller.receive(chat_id, Role.AGENT)

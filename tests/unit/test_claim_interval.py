@@ -50,7 +50,7 @@ def test_the_interval_converges(rate: float, window: int, pause: float) -> None:
 def test_size_of_claim(window: int, expected: int) -> None:
     """A claim takes half of the in-flight window.
 
-    In a small window, a claim may take more than half. In a large window, a claim has a maximum size.
+    If the window is small, a claim takes more than half of it. In a large window, a claim has a maximum size.
     """
     assert size_of_claim(window) == expected
 

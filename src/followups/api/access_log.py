@@ -30,7 +30,7 @@ HEADER = "x-request-id"
 SAFE_ID = re.compile(rb"[\w.:+/=@-]{1,128}", re.ASCII)
 """Pattern of the request ids that are accepted from a client or a proxy.
 
-A request id that does not match is replaced by a new one.
+A request id that does not match this pattern is replaced by a new one.
 """
 
 LONGEST_PATH = 200

@@ -48,7 +48,7 @@ def plain(address: tuple[str, int] | None) -> tuple[str, int] | None:
 
 
 class MetricsPort:
-    """ASGI middleware that serves `/metrics`, and nothing else, on the metrics port only."""
+    """ASGI middleware that serves only `/metrics` on the metrics port, and `/metrics` on no other port."""
 
     def __init__(self, app: ASGIApp, port: int | None) -> None:
         """Wrap the application. ``port`` is None if `/metrics` has no separate port."""

@@ -26,7 +26,7 @@ class Permission(StrEnum):
     """The permission for routes that need no session, such as sign-in."""
     SEE = "see"
     CHANGE = "change"
-    """The permission to schedule, change, cancel, send now and retry follow-ups."""
+    """The permission to schedule, change, cancel, retry and immediately send follow-ups."""
     SETTINGS = "settings"
     AUDIT = "audit"
     SYSTEM = "system"

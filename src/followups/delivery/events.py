@@ -171,7 +171,7 @@ def refused(step: str, follow_up_id: UUID, error: Exception) -> None:
 
 
 def clock_off(ahead: float) -> None:
-    """Log that this host's clock differs much from the database's; only log times are affected."""
+    """Log that this host's clock differs considerably from the database's; this affects only log times."""
     log.warning("clock_off", ahead_s=round(ahead, 1))
 
 

@@ -153,7 +153,7 @@ class CallTimeout:
     """Cancels every task whose call takes longer than the limit. An instance belongs to one event loop."""
 
     def __init__(self, limit: timedelta) -> None:
-        """Give each call the time limit ``limit``."""
+        """Limit the duration of each call to ``limit``."""
         self.seconds = limit.total_seconds()
         self._ends: dict[Task, float] = {}
         """For each task, the time on the event loop's clock at which its call times out. All calls have the same time

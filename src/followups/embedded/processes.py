@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 COMMANDS = {
     "web": "python -m followups.api",  # web comes first, so that it gets a Procfile runner's base port
-    # Under honcho each worker needs a distinct name. Without honcho, a host usually runs only one worker.
+    # Under honcho, each worker needs a distinct name. Without honcho, a host usually runs only one worker.
     "worker": (
         "celery -A followups.worker --quiet worker --loglevel=warning --hostname=${HONCHO_PROCESS_NAME:-worker}@%h"
         " --without-mingle --without-gossip"

@@ -46,7 +46,7 @@ RECOVERING = "recovering"
 REFUSING = {401, 403}
 """Status codes with which a receiver rejects the caller rather than the message.
 
-After a secret has expired, for example, every message gets one of these codes.
+After a secret has expired, for example, the receiver rejects every message with such a code.
 """
 
 READ_INTERVAL = 1.0

@@ -86,7 +86,7 @@ class CancelCursor(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Cancelled:
-    """The result of a batch of a bulk cancel. ``ended`` is None if no follow-up was left to cancel."""
+    """The result of one batch of a bulk cancel. ``ended`` is None if no follow-up was left to cancel."""
 
     cancelled: Sequence[UUID]
     in_flight: int

@@ -2,7 +2,7 @@
 
 The window is the in-flight limit. If all due follow-ups fit into the in-flight limit, claiming by due date is fair and
 cheapest. During a backlog, claiming by due date is unfair. A workspace with 100,000 overdue follow-ups would be served
-first. In that case, free slots go to the workspaces with the fewest follow-ups in flight.
+first. During a backlog, free slots go to the workspaces with the fewest follow-ups in flight.
 
 Each claim is one guarded statement, which skips rows that another transaction has locked.
 
@@ -53,7 +53,7 @@ class Claim:
     lost: tuple[Lost, ...]
     """Follow-ups whose lease expired while an attempt was in flight."""
     traced: tuple[tuple[UUID, str], ...]
-    """The ids of claimed follow-ups created in a trace, each with its ``traceparent``."""
+    """The ids of claimed follow-ups that were created in a trace, each with its ``traceparent``."""
     more: bool
     """Whether more follow-ups may be due, because the claim was full or the in-flight limit was reached."""
     cut_short: bool
@@ -86,7 +86,7 @@ class ClaimSearch:
     without: tuple[UUID, ...] = ()
     """Follow-ups whose rows cannot be written; the claim skips them."""
     in_grace: bool = False
-    """Whether the grace period is running, in which workers may still record outcomes (`followups.store.last_tick`)."""
+    """Whether workers are in the grace period for recording outcomes (`followups.store.last_tick`)."""
 
 
 class Totals(NamedTuple):

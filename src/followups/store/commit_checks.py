@@ -1,7 +1,7 @@
 """Find out from the written rows whether a commit without an answer succeeded.
 
 A lease is recognised by its fencing token. Other changes are recognised by the new timestamp in the row. Rows store
-times in microseconds. No two transactions write one row in the same microsecond.
+times with a precision of one microsecond. No two transactions write one row in the same microsecond.
 """
 
 from __future__ import annotations

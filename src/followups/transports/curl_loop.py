@@ -111,8 +111,8 @@ class CurlLoop:
         self._collect()
 
     def _set_timer(self, milliseconds: int) -> None:
-        # A timer that would fire too early is left running, and is set again once it has fired. A timer that would fire
-        # too early keeps running, and is set again after firing.
+        # No callback may call libcurl. libcurl sets the time of its next call with every transfer. If a timer would
+        # fire too early, it keeps running and is set again after firing.
         if milliseconds == 0:
             self._kick = self._kick or self._loop.call_soon(self._kicked)
             return

@@ -188,8 +188,8 @@ class Exchange:
 
     def _connected(self, _ip: str, own_ip: str, _port: int, own_port: int) -> int:
         # If a process freezes while it connects, its time limit may have passed before it sends. By that time, the
-        # follow-up may have been cancelled, or sent by another process. The outcome of a request on a connection that
-        # has already ended would also be unknown.
+        # follow-up may have been cancelled, or sent by another process. Without these checks, a request on a closed
+        # connection would also have an unknown outcome.
         if uptime() > self._until:
             self.late = True
             return _ABORT

@@ -40,7 +40,7 @@ STARTING = timedelta(seconds=90)
 CONNECTING = timedelta(seconds=45)
 """Longest time between two tries to reach the broker.
 
-Each pause between two tries takes at most 3 s, and each try at most 10 s. The rest of the limit is a margin for a busy
+Each pause between two tries takes at most 3 s, and each try at most 10 s. The limit includes a margin for a busy
 machine.
 """
 

@@ -29,8 +29,8 @@ LATE = timedelta(seconds=10)
 """How late the scheduler may return from its sleep."""
 
 SET_BACK = 1.0
-"""A clock counts as set back only if it goes back by at least this many seconds. Clock synchronization normally causes
-only smaller steps.
+"""A clock counts as set back only if it goes back by at least this many seconds. Normal clock synchronization changes
+the clock by less than this.
 """
 
 PRUNE_MINUTE = 17

@@ -57,7 +57,7 @@ class ModelWorld(NamedTuple):
     rows: tuple[ModelRow, ModelRow]
     workers: tuple[Job, ...] = (IDLE, IDLE, IDLE)
     accepted: tuple[int, int] = (0, 0)
-    """For each follow-up, how often the chat has accepted its message."""
+    """How often the chat has accepted each follow-up's message."""
     replied: bool = False
     may_create: bool = False
     """Whether a check without a lock allowed the second follow-up to be created."""

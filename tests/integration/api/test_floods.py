@@ -55,8 +55,8 @@ class Flood:
     def held_up_less(self, limit: float) -> bool:
         """Return whether 95 % of the other requests were delayed by less than the limit.
 
-        The limit applies to the ``busy`` part of each wait. By the clock, a busy machine may slow half of the requests
-        tenfold.
+        The limit applies to the ``busy`` part of each wait. Measured by the wall clock, half of the requests may take
+        ten times as long on a busy machine.
         """
         return p95(self.busy) < limit and statistics.median(self.waits) < 10 * limit
 

@@ -30,7 +30,7 @@ class TestCreate:
     """POST creates a pending follow-up or returns an error with the reason for the rejection."""
 
     def test_created(self, api: Api) -> None:
-        """A created follow-up is returned with 201, exactly the documented fields, and its location.
+        """A create request returns 201 with exactly the documented fields and the follow-up's location.
 
         Times in the response are in UTC and end with Z.
         """

@@ -243,7 +243,7 @@ class TestDoctor:
         assert "hidden" not in ran.stdout + ran.stderr
 
     def test_an_old_schema(self, settings: Settings, engine: Engine, world: World) -> None:
-        """An old or missing schema fails doctor's check, with advice to run `migrate`."""
+        """If the schema is old or missing, doctor's check fails and advises running `migrate`."""
         world.sql("UPDATE alembic_version SET version_num = '0001'")
         old = {finding.name: finding for finding in database_checks.databases(settings, engine)}["migrations"]
         assert old.detail.startswith("0001; the newest is ")

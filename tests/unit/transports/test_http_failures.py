@@ -77,7 +77,7 @@ async def test_no_answer_in_time_is_unknown() -> None:
 )
 @pytest.mark.parametrize("deduplicates", [True, False])
 async def test_an_answer_that_breaks_off_before_its_body_is_unknown(fragment: bytes, *, deduplicates: bool) -> None:
-    """If the response breaks off in its head, the outcome is unknown and the request is not repeated."""
+    """If the head of a response is incomplete, the outcome is unknown and the request is not repeated."""
 
     async def break_off(writer: asyncio.StreamWriter, _request: Request) -> None:
         writer.write(fragment)
