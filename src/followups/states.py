@@ -122,7 +122,7 @@ class Final:
     status: Status
     reason: str | None
     code: ReasonCode | None = field(default=None, compare=False)
-    """The reason's code, or None for ``sent`` and for a caller's own words.
+    """The reason's code; None for ``sent`` and for a reason in the caller's own words.
 
     A caller's own reason has no code, even if its text starts like a code.
     """

@@ -65,7 +65,7 @@ def outage(rig: Rig, proxies: Sequence[Proxy], seconds: float) -> None:
             beat.signal(signal.SIGSTOP)
     else:
         broker.stall()
-    # by now, any tick that was running has finished its claim
+    # by now, every tick that was running has finished its claim
     time.sleep(2 * rig.settings.tick_interval.total_seconds())
     database.refuse()
     time.sleep(seconds)

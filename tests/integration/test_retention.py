@@ -1,4 +1,4 @@
-"""Pruning on PostgreSQL: old rows are deleted, needed rows stay, and nothing else waits."""
+"""Tests of pruning: old rows are deleted, needed rows are kept, and no other transaction waits."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tests of unreadable and unwritable rows created by other programs: all other rows are processed."""
+"""Tests of rows that other programs made unreadable or unwritable: all other rows are processed."""
 
 from __future__ import annotations
 
@@ -481,7 +481,7 @@ class TestRecords:
         assert refused
 
     def test_a_claim(self, world: World, engine: Engine, settings: Settings) -> None:
-        """A lost lease is claimed again even if the failed attempt cannot be recorded."""
+        """A follow-up whose lease was lost is claimed again even if the failed attempt cannot be recorded."""
         lost = world.follow_up(begun_at=text("now()"), lease_until=text("now() - interval '1 s'"))
         with capture_logs() as logs:
             assert [lease.id for lease in claim(engine, settings).leases] == [lost]

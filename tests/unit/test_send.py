@@ -83,7 +83,7 @@ async def test_a_call_in_time() -> None:
 
 
 class Accepted(Sent):
-    """A plug-in's own kind of accepted message."""
+    """A plug-in's own subclass of `Sent`."""
 
 
 @pytest.mark.parametrize("given", [Accepted(status_code=200), Sent(None, 200, None), Sent(None, 200, b"")])  # type: ignore[arg-type]

@@ -1,4 +1,4 @@
-"""A server that runs as one child process and has a temporary directory for itself."""
+"""A server that runs as one child process, with its own temporary directory."""
 
 from __future__ import annotations
 

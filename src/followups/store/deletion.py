@@ -50,7 +50,7 @@ class DeletionScope:
 
 
 IN_BATCHES = ("follow_ups", "chat_messages", "idempotency_keys", "chats", "audit_events")
-"""Tables whose rows are deleted in batches, because there may be many."""
+"""Tables whose rows are deleted in batches, because there may be many rows."""
 
 _AT_ONCE = [
     table

@@ -46,7 +46,7 @@ Address = tuple[str, int]
 
 
 class Sockets:
-    """The sockets of open connections by their local address, which identifies a connection in libcurl."""
+    """Sockets of open connections, keyed by the local address that identifies the connection in libcurl."""
 
     def __init__(self, *, speak_first: bool) -> None:
         """Start without sockets.

@@ -94,7 +94,7 @@ def test_documentation(api: Api) -> None:
 
 
 def test_links_contain_no_client_headers(api: Api) -> None:
-    """Pagination links are relative, and contain known filters but no client or proxy headers."""
+    """Pagination links are relative; they contain only known filters and nothing from request headers."""
     chat = api.chat()
     for _ in range(3):
         api.create(chat)
