@@ -83,7 +83,7 @@ class LastUse:
 
 
 class KnownKeys:
-    """API keys that were valid at their last use.
+    """API keys that were valid when they were last used.
 
     For a known key, a request's body is read before the key is looked up. The transaction of each request checks the
     key again. A revocation therefore takes effect immediately and removes the key from the known keys. For a key in

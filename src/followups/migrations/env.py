@@ -79,7 +79,7 @@ def _who_migrates(connection: Connection, wait: float) -> str:
 
 
 def _migrate(engine: Engine, patience: float) -> None:
-    """Migrate, or raise `FollowUpsError` if a lock is unavailable for ``patience`` seconds."""
+    """Migrate; raise `FollowUpsError` if a lock is not available within ``patience`` seconds."""
     deadline = time.monotonic() + patience
     while True:
         try:

@@ -25,7 +25,7 @@ Topic = tuple[str, UUID | None]
 TopicValues = dict[Topic, str]
 
 RECENT = 1_000
-"""Number of recently finished follow-ups that change detection reads."""
+"""Number of recently finished follow-ups that are read to detect changes."""
 
 _NEWEST = ", ".join(
     f"""(SELECT f.created_at FROM follow_ups f

@@ -126,7 +126,7 @@ async def test_each_of_several_secrets_signs() -> None:
 
 
 async def test_the_signature_covers_the_body() -> None:
-    """A signature is invalid for another body or another secret."""
+    """A signature is valid only for its body and its secret."""
     request = await requested(a_delivery(message="\U0001f44d"), transport_secret=SIGNING_SECRET)
     Webhook(SIGNING_SECRET).verify(request.body, request.headers)
     for verifier, body in ((Webhook(SIGNING_SECRET), request.body + b" "), (Webhook(b"another"), request.body)):

@@ -100,7 +100,7 @@ async def clear(request: web.Request) -> web.Response:
 
 @routes.post("/sandbox/chats/{chat_id}/messages")
 async def add_message(request: web.Request) -> web.Response:
-    """Write a message into a chat as another participant: 201 with the message."""
+    """Write a message into a chat as another participant; return 201 with the message."""
     try:
         said = NewMessage.model_validate_json(await request.read())
     except ValueError as error:
