@@ -300,7 +300,7 @@ class ChatMessage(Base):
 class FollowUp(Base):
     """A message to send into a chat at its due time; each row is one job.
 
-    All columns after ``trigger_chat_message_id`` hold the dispatcher's state. No index contains the lease columns, so
+    The columns after ``trigger_chat_message_id`` hold the dispatcher's state. No index contains the lease columns, so
     acquiring and returning a lease is a heap-only update.
     """
 
