@@ -67,7 +67,7 @@ take longer than the statement.
 ONCE_PLANNED: Mapping[str, str] = {**BY_KEY, "plan_cache_mode": "force_generic_plan"}
 """Planner options for the pipeline, whose statements always look up rows by key.
 
-Without a cached plan, PostgreSQL plans the query for each batch of fewer than ten rows. With a cached plan, begin takes
-0.5 ms instead of 1.1 ms. Every claim is planned anew, because claims with different row limits may need different
+Without a cached plan, PostgreSQL plans a query anew for every batch of fewer than ten rows. With a cached plan, begin
+takes 0.5 ms instead of 1.1 ms. Every claim is planned anew, because claims with different row limits may need different
 plans.
 """

@@ -46,7 +46,7 @@ def poisoned(rig: Rig, figures: Figures, neighbours: int, spread: float = 2.0, d
 
 
 def test_poison_with_many_calls_in_flight(rig: Rig, figures: Figures) -> None:
-    """If a poison pill kills busy workers, few of their calls are lost twice."""
+    """If a poison pill kills busy workers, few other calls are lost twice."""
     rig.options |= {"FOLLOWUPS_LEASE": "6", "FOLLOWUPS_TRANSPORT_TIMEOUT": "4"}
     poisoned(rig, figures, neighbours=60, spread=0.0, delay=1.0)
 

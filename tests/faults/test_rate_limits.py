@@ -23,7 +23,7 @@ LET_THROUGH = "SELECT COALESCE(sum(value), 0) FROM metric_totals WHERE sample = 
 
 
 def test_wiped_while_they_wait(rig: Rig) -> None:
-    """Each wipe of Redis allows one extra burst, but no message is lost or doubled."""
+    """Each wipe of Redis allows one extra burst, but no message is lost or sent twice."""
     with rig.world.engine.begin() as connection:
         rate_limits.put(connection, LimitScope(rig.world.workspace_id, None, "all"), RATE, BURST)
     rig.start(workers=2)

@@ -22,8 +22,8 @@ ACTIONS = {
     Action.FOLLOW_UP_RETRIED: "Retried",
     Action.MESSAGES_SHOWN: "The message was shown",
 }
-"""Descriptions of the manual changes in a timeline. The creation of a follow-up and a change of its due date are
-described elsewhere.
+"""Descriptions of the manual changes in a timeline. A follow-up's creation and the changes of its due date have their
+own descriptions.
 """
 
 OUTCOMES = {

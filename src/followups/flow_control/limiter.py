@@ -43,7 +43,7 @@ if TYPE_CHECKING:
     """A workspace and a channel; None means all workspaces or all channels."""
 
 IN_QUEUE = timedelta(seconds=1)
-"""Up to this wait, a follow-up keeps its lease and stays in the due queue."""
+"""A follow-up with a shorter wait than this keeps its lease and stays in the due queue."""
 
 SHORTEST = timedelta(milliseconds=5)
 """The shortest wait for a token; shorter waits would cause too many requests."""
@@ -177,7 +177,7 @@ class Limits:
 
 
 def bucket_of(limit: Limit, one: Limitable) -> Bucket:
-    """Return the bucket of a rate limit for a follow-up to which the limit applies."""
+    """Return the bucket that a follow-up uses under a rate limit that applies to it."""
     sharers = {"all": "", "workspace": one.workspace_id.hex, "chat": f"{one.workspace_id.hex}{one.chat_id.hex}"}
     return Bucket(f"{limit.id.hex}:{sharers[limit.per]}", limit.rate, limit.burst)
 

@@ -24,8 +24,8 @@ ASK_AGAIN = 0.2
 LOCK_TIMEOUT = "2s"
 """How long a change to a table waits for the lock on that table.
 
-While such a change waits for its lock, other transactions on the table wait too. A migration therefore delays other
-transactions by less than three seconds.
+While a change to a table waits for its lock, other transactions on the table wait too. A migration therefore delays
+other transactions by less than three seconds.
 """
 
 GIVE_WAY = 1.0

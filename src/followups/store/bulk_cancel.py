@@ -90,7 +90,7 @@ class Cancelled:
 
     cancelled: Sequence[UUID]
     in_flight: int
-    """Number of follow-ups in flight, which are not cancelled but will not be retried."""
+    """Number of follow-ups in flight; their attempts finish but are not retried."""
     ended: CancelCursor | None
 
 

@@ -269,7 +269,7 @@ def within(
 
 
 def attempts(connection: Connection) -> dict[str, int]:
-    """Return all processes' numbers of attempts by outcome; the figures are at most a second old."""
+    """Return how many attempts all processes have made, by outcome; the figures are at most a second old."""
     found: dict[str, int] = {}
     for (name, labels), value in counter_totals.read(connection).items():
         if name == "followups_attempts_total":

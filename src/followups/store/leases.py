@@ -42,7 +42,8 @@ def int_array(numbers: Iterable[int]) -> str:
 class Lease(NamedTuple):
     """The right to begin one follow-up. ``token`` is the fencing token, and ``due`` is the time at which to send.
 
-    Several leases are created for each follow-up. A lease is a tuple because a dataclass takes twice as long to create.
+    A follow-up gets several leases, one after another. A lease is a tuple because a dataclass takes twice as long to
+    create.
     """
 
     id: UUID

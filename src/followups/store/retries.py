@@ -61,7 +61,7 @@ def count_failed(connection: Connection, failures: Failures) -> int:
 
 
 class FailureCursor(NamedTuple):
-    """Where a batch of retries ended, in the order in which follow-ups failed."""
+    """The position where a batch of retries ended; batches follow the order of failure."""
 
     finished_at: datetime = FIRST
     id: UUID = NIL

@@ -105,7 +105,7 @@ class TestMigrate:
         assert ran.stderr.count("\n") == 1
 
     def test_a_stale_lock_is_named(self, run: RunCommand, database_url: str) -> None:
-        """If a stale lock blocks `migrate`, the wait is limited and the error names the backend."""
+        """If an abandoned lock blocks `migrate`, the wait is limited and the error names the lock's holder."""
         with psycopg.connect(database_url, application_name="left behind", autocommit=True) as connection:
             connection.execute("SELECT pg_advisory_lock(7381237527265899888)")
             pid = connection.info.backend_pid
