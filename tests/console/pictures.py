@@ -1,6 +1,6 @@
 """Creates the README's pictures of the console.
 
-To create them, run ``PYTHONPATH=tests uv run python tests/console/pictures.py``. The script runs the console on
+To create the pictures, run ``PYTHONPATH=tests uv run python tests/console/pictures.py``. The script runs the console on
 embedded servers, with a workspace that shows every feature. The tests' browser takes the screenshots.
 """
 

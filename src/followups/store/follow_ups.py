@@ -50,7 +50,7 @@ FIELDS = (
     "status",
     "trigger_chat_message_id",
 )
-"""The fields of the API. Asynchronous code reads no other fields of a follow-up."""
+"""The fields of the API. Asynchronous code reads only the API's fields of a follow-up."""
 
 # The rows are sorted in an index's order, so only this chat's pending follow-ups are read.
 _FULL = f"""EXISTS (
