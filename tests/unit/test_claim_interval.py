@@ -1,4 +1,4 @@
-"""Tests that a backlog is claimed as often as half of the window becomes free."""
+"""Tests that a backlog is claimed each time that half of the window has become free."""
 
 from __future__ import annotations
 

@@ -39,7 +39,7 @@ class Attempt(NamedTuple):
 class BatchResult:
     """The result of begin or settle for one batch of follow-ups.
 
-    A follow-up that no field lists was stale, is held, or waits for an earlier follow-up in its chat.
+    Follow-ups missing from all fields are stale, held, or waiting for an earlier follow-up of their chat.
     """
 
     begun: tuple[Begun, ...] = ()

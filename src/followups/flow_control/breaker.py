@@ -90,7 +90,7 @@ class OutcomeReport:
     succeeded: bool = False
     """Whether an attempt that counts towards the breaker succeeded."""
     runs: tuple[WorkspaceOutcomes, ...] = ()
-    """The new outcomes of each workspace, tripped or not."""
+    """The outcomes of each workspace since the last report."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -79,7 +79,7 @@ class ValidSession:
     way: str
     name: str
     stale: bool
-    """Whether the time of the session's last use is due to be recorded again."""
+    """Whether the session's last use must be recorded again."""
 
 
 _INSERT = text("""

@@ -57,8 +57,8 @@ If one host's clock were an hour ahead, Celery would drop all ticks. The dispatc
 """
 
 STATEMENT_TIMEOUT = timedelta(seconds=10)
-"""Time limit of a worker's SQL statements, which normally take milliseconds. The limit is at most half a lease. After a
-hanging statement is aborted, the waiting follow-ups can still begin in time.
+"""Time limit of a worker's SQL statements, which normally take milliseconds. The time limit of a statement is at most
+half a lease. After a hanging statement is aborted, the waiting follow-ups can still begin in time.
 """
 
 BROKER_SILENCE = timedelta(seconds=5)
