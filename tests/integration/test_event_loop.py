@@ -213,9 +213,6 @@ async def test_unreachable() -> None:
 
 
 async def test_rows_equal_those_of_a_session(world: World, database_url: str) -> None:
-    """On the event loop's engine, the query for sending hours returns None if none are set.
-
-    Only a workspace without sending hours is tested.
-    """
+    """On the event loop's engine, the query for sending hours returns None if none are set."""
     async with database(database_url) as mine, mine.reading() as connection:
         assert await event_loop.run(connection, sending_hours.find.steps(world.workspace_id)) is None
