@@ -422,7 +422,7 @@ def test_briefly_read_only(
 
 
 async def test_not_sent_after_its_lease() -> None:
-    """If a process was frozen past the follow-up's lease, the process makes no call."""
+    """If a process was frozen until the follow-up's lease had expired, the process makes no call."""
     clock = DatabaseClock()
     clock.observe(datetime.now(UTC), uptime(), uptime())
     now = datetime.now(UTC)

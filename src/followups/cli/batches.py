@@ -166,7 +166,7 @@ def carry_out_deletion(whole: DeletionScope, what: str, name: str, manner: BulkO
 def _ask(what: str, name: str, counted: str) -> None:
     """Ask the operator to type the name.
 
-    Raises a usage error if stdin is not a terminal. Raises `typer.Exit` if anything but the name is typed.
+    Raises a usage error if stdin is not a terminal. Raises `typer.Exit` unless the exact name is typed.
     """
     if not sys.stdin.isatty():
         message = f"{what} with {counted}: there is no terminal to ask for the name, so confirm with --yes"

@@ -64,7 +64,7 @@ async def run(post: Post) -> None:
 
 
 async def main() -> None:
-    """Run the loop with an aiohttp session."""
+    """Run the benchmark's loop with an aiohttp session."""
     async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as session:
 
         async def post(row_id: UUID, message: str) -> UUID:

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 async def main() -> None:
-    """Run the loop with the HTTP client that the transports share."""
+    """Run the benchmark's loop with the HTTP client that the transports share."""
     client = HttpClient(load_settings(concurrency=IN_FLIGHT))
     await client.open()
 

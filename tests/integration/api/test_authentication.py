@@ -70,7 +70,7 @@ def test_every_endpoint_requires_a_key(api: Api, document: dict[str, Any]) -> No
 
 
 def test_an_error_without_a_key_reveals_nothing(api: Api) -> None:
-    """An invalid request without a key gets 401 instead of 422, without details."""
+    """An invalid request without a key gets 401 without details, not 422."""
     for path in (FOLLOW_UPS, CHAT_MESSAGES):
         for content in (b"{", b"\xff", b"{}"):
             answer = api.client.post(path, content=content, headers={"authorization": "x"})

@@ -1,4 +1,4 @@
-"""`Idempotency-Key` on create requests to a running web process."""
+"""Tests of `Idempotency-Key` on create requests to a running web process."""
 
 from __future__ import annotations
 
