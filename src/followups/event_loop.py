@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from datetime import timedelta
 
     from sqlalchemy import Connection as SyncConnection
-    from sqlalchemy.pool import PoolProxiedConnection
+    from sqlalchemy import Engine
 
     from followups.statements import Statement, Steps
 
@@ -48,39 +48,31 @@ class Database:
 
     def reading(self) -> Use:
         """Return a context manager for a connection in autocommit mode."""
-        return Use(self, reads=True)
+        return Use(self._engine.sync_engine, reads=True)
 
     def transaction(self) -> Use:
         """Return a context manager for a connection in a transaction.
 
         The transaction is committed after the block, or rolled back if the block raises an error.
         """
-        return Use(self, reads=False)
+        return Use(self._engine.sync_engine, reads=False)
 
     async def close(self) -> None:
         """Close the connections."""
         await self._engine.dispose()
 
-    def take(self) -> PoolProxiedConnection:
-        """Check out a connection from the pool in a greenlet."""
-        return self._engine.sync_engine.pool.connect()
-
-    def drop_all(self) -> None:
-        """Discard all open connections, because their server has failed or become read-only."""
-        drop_all(self._engine.sync_engine)
-
 
 class Use:
     """One use of a pooled connection, as a context manager."""
 
-    def __init__(self, database: Database, *, reads: bool) -> None:
-        """Store the pool, and whether the connection is in autocommit mode."""
-        self._database = database
+    def __init__(self, engine: Engine, *, reads: bool) -> None:
+        """Store the engine, whose pool is used, and whether the connection is in autocommit mode."""
+        self._engine = engine
         self._reads = reads
 
     async def __aenter__(self) -> Connection:
         """Check out the connection."""
-        self._pooled = await greenlet_spawn(self._database.take)
+        self._pooled = await greenlet_spawn(self._engine.pool.connect)
         self._connection = cast("Connection", self._pooled.driver_connection)
         if self._reads:
             await self._connection.set_autocommit(True)
@@ -108,7 +100,7 @@ class Use:
     async def _give_back(self, error: BaseException | None) -> None:
         lost = self._connection.closed or getattr(error, "sqlstate", None) == READ_ONLY
         if lost and isinstance(error, psycopg.Error):
-            self._database.drop_all()
+            drop_all(self._engine)
         # When a task is cancelled, the server may still be executing the task's statement.
         if lost or not (error is None or isinstance(error, Exception)):
             await greenlet_spawn(self._pooled.invalidate)

@@ -108,7 +108,11 @@ def _what_is_left(engine: Engine, whole: DeletionScope) -> str:
     with engine.connect() as opened:
         in_flight, number = deletion.left(opened, whole)
     if in_flight:
-        why = f"{in_flight} follow-ups are still being delivered"
+        why = f"the delivery of {_follow_ups(in_flight)} has not ended"
     else:
-        why = f"other transactions have locked {number} follow-ups, or the chats"
+        why = f"other transactions have locked {_follow_ups(number)}, or the chats"
     return f"The deletion is not complete, because {why}: run the command again to continue."
+
+
+def _follow_ups(number: int) -> str:
+    return f"{number} follow-up{'' if number == 1 else 's'}"

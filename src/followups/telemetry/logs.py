@@ -197,7 +197,7 @@ class _Escaped:
         return f'"{self._text}"'
 
 
-AS_THEY_ARE = frozenset({"event", "level", "logger", "timestamp"})
+UNQUOTED = frozenset({"event", "level", "logger", "timestamp"})
 """Log keys whose values are written unchanged to a terminal."""
 IN_LINES = frozenset({"exception", "stack"})
 """The log fields whose values a terminal shows unchanged, on several lines."""
@@ -207,7 +207,7 @@ def _escape(_logger: object, _method: str, event: EventDict) -> EventDict:
     """Escape control characters in strings, in place; `repr` escapes those in other values."""
     for key, value in event.items():
         if isinstance(value, str) and (shown := escape(value, lines=key in IN_LINES)) != value:
-            event[key] = shown if key in AS_THEY_ARE | IN_LINES else _Escaped(shown)
+            event[key] = shown if key in UNQUOTED | IN_LINES else _Escaped(shown)
     return event
 
 

@@ -58,7 +58,7 @@ def test_an_attempt_that_does_not_end_is_reported(
     world.put_in_flight(world.follow_up())
     ran = run("workspace", "delete", world.workspace_id, "--yes")
     assert ran.code == 1
-    assert "1 follow-ups are still being delivered" in ran.stderr
+    assert "the delivery of 1 follow-up has not ended" in ran.stderr
     listed = run("workspace", "list").stdout
     assert "being deleted since" in listed
     assert run("pause", "--workspace", world.workspace_id).code == 2

@@ -12,6 +12,7 @@ import pytest
 
 from followups.cli import prune
 from followups.store import pruning
+from world import FIELDS
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -23,10 +24,6 @@ if TYPE_CHECKING:
     RunCommand = Callable[..., Any]
 
 DAY = timedelta(days=1)
-FIELDS = {
-    "id", "createdAt", "updatedAt", "chatId", "chatMessageId", "dueDate", "finishedAt", "message", "reason", "status",
-    "triggerChatMessageId", "workspace", "attempts", "retryOf", "failedAttempts",
-}  # fmt: skip
 
 
 def ended(world: World, days: int) -> UUID:
@@ -84,7 +81,7 @@ def test_archived(
     lines = archived(path)
     assert [line["id"] for line in lines] == [str(one) for one in ids]
     assert {line["message"] for line in lines} == {"Hällo" if texts else None}
-    assert lines[0].keys() == FIELDS
+    assert lines[0].keys() == {*FIELDS, "workspace", "attempts", "retryOf", "failedAttempts"}
     assert lines[0]["workspace"] == str(world.workspace_id)
     assert [each["outcome"] for each in lines[0]["failedAttempts"]] == ["rejected"]
     assert stat.S_IMODE(path.stat().st_mode) == 0o600

@@ -155,7 +155,7 @@ class TestWorkspace:
         """
         follow_up = world.follow_up()
         world.put_in_flight(follow_up)
-        with pytest.raises(FollowUpsError, match="1 follow-ups are still being delivered"):
+        with pytest.raises(FollowUpsError, match="the delivery of 1 follow-up has not ended"):
             delete(world.engine, DeletionScope(world.workspace_id), timedelta(seconds=0.1))
         row = world.row(follow_up)
         assert (row.status, row.cancel_requested) == ("pending", "chat_removed")
