@@ -7,16 +7,19 @@ a call takes 40 us of processor time. With one epoll for all sockets, a call tak
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import math
 import select
 import threading
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 import pycurl
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
+
+RESOLUTION = 0.001
+"""Seconds by which a timer may call libcurl too early. libcurl then sets the timer again."""
 
 CLOSED = -1
 """`CurlLoop.close` ends transfers with this result code instead of one of libcurl's."""
@@ -43,8 +46,11 @@ class CurlLoop:
         self._sockets = select.epoll()
         self._watched: set[int] = set()
         self._kick: asyncio.Handle | None = None
-        self._timer: asyncio.TimerHandle | None = None
-        self._wanted = 0.0  # when libcurl must be called next, in the event loop's time
+        self._timer: asyncio.Handle | None = None
+        self._timer_at = math.inf  # when the timer fires, in the event loop's time
+        self._wanted = math.inf  # when libcurl must be called next, in the event loop's time
+        self.is_broken = False
+        """Whether libcurl has reported that it performs no more transfers with this multi handle."""
         self._running: dict[pycurl.Curl, asyncio.Future[int]] = {}
         self._looks_up = False  # whether libcurl may still be looking up the host name of an ended transfer
         self._loop.add_reader(self._sockets.fileno(), self._handle_ready_sockets)
@@ -60,9 +66,13 @@ class CurlLoop:
         Cancelling a transfer also closes its connection.
         """
         ended: asyncio.Future[int] = self._loop.create_future()
-        self._running[curl] = ended
         try:
             self._multi.add_handle(curl)
+        except pycurl.error:
+            self._break()
+            return CLOSED
+        self._running[curl] = ended
+        try:
             return await ended
         finally:
             if self._running.pop(curl, None):
@@ -101,13 +111,13 @@ class CurlLoop:
     def _handle_ready_sockets(self) -> None:
         for socket, events in self._sockets.poll(0):
             if socket not in self._watched:
-                with contextlib.suppress(OSError):  # libcurl closed this socket while it handled another socket's event
+                with suppress(OSError):  # libcurl closed this socket while it handled another socket's event
                     self._sockets.unregister(socket)
                 continue
             ready = pycurl.CSELECT_IN if events & _IN else 0
             ready |= pycurl.CSELECT_OUT if events & select.EPOLLOUT else 0
             ready |= pycurl.CSELECT_ERR if events & select.EPOLLERR else 0
-            self._multi.socket_action(socket, ready)
+            self._act(socket, ready)
         self._collect()
 
     def _set_timer(self, milliseconds: int) -> None:
@@ -117,26 +127,39 @@ class CurlLoop:
             self._kick = self._kick or self._loop.call_soon(self._kicked)
             return
         self._wanted = self._loop.time() + milliseconds / 1000 if milliseconds > 0 else math.inf
-        if self._timer is None or self._timer.when() > self._wanted:
+        if self._timer_at > self._wanted:
             self._arm()
 
     def _arm(self) -> None:
         if self._timer is not None:
             self._timer.cancel()
+        self._timer_at = self._wanted
         self._timer = None if self._wanted == math.inf else self._loop.call_at(self._wanted, self._time_out)
 
     def _kicked(self) -> None:
         self._kick = None
-        self._multi.socket_action(pycurl.SOCKET_TIMEOUT, 0)
+        self._act(pycurl.SOCKET_TIMEOUT, 0)
         self._collect()
 
     def _time_out(self) -> None:
-        self._timer = None
-        if self._wanted > self._loop.time():
+        self._timer, self._timer_at = None, math.inf
+        # uvloop's clock has whole milliseconds. Waiting for a fraction of one would repeat in every iteration.
+        if self._wanted - self._loop.time() >= RESOLUTION:
             self._arm()
             return
         self._wanted = math.inf
         self._kicked()
+
+    def _act(self, socket: int, ready: int) -> None:
+        try:
+            self._multi.socket_action(socket, ready)
+        except pycurl.error:
+            self._break()
+
+    def _break(self) -> None:
+        self.is_broken = True
+        for curl in tuple(self._running):
+            self._end(curl, CLOSED)
 
     def _collect(self) -> None:
         left = 1

@@ -149,8 +149,7 @@ class HttpClient:
                 return code
             if exchange.stale in refused and self._curls is curls:
                 # When our callback rejects a stale connection, libcurl closes it unless it uses HTTP/2.
-                self._retired.append(curls)
-                self._curls = None
+                self._retire(curls)
             refused.add(exchange.stale)
             exchange.stale = None
 
@@ -197,11 +196,17 @@ class HttpClient:
         if not self._is_open:
             message = "The transport is not open: await open() first."
             raise RuntimeError(message)
+        if self._curls is not None and self._curls.is_broken:
+            self._retire(self._curls)
         if self._curls is None:
             self._curls = CurlLoop(self._of_all)
         if self._sweeping is None:
             self._sweep_after(KEEPALIVE)
         return self._curls
+
+    def _retire(self, curls: CurlLoop) -> None:
+        self._retired.append(curls)
+        self._curls = None
 
     def _close_connections(self) -> None:
         if self._sweeping is not None:

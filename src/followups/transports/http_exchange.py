@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
 BODY_LIMIT = 64 * 1024
-"""Maximum number of bytes that are read from a response body (contract, section 4)."""
+"""Maximum number of bytes that are read from a response body (deploy/ENDPOINT.md)."""
 
 HEAD_LIMIT = 64 * 1024
 """Maximum size of a response's head in bytes, including the informational (1xx) responses before it."""

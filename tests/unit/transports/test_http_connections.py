@@ -222,6 +222,58 @@ async def test_waiting_for_a_connection_counts_towards_the_timeout() -> None:
         assert await transport.send(a_delivery()) == Sent(None, 200)
 
 
+async def test_timeouts_leave_the_client_usable() -> None:
+    """Calls that time out while other calls begin do not break the client.
+
+    A handle of uvloop's timer does not know its time if less than half a millisecond is left.
+    """
+
+    async def answer_most(writer: asyncio.StreamWriter, _request: Request) -> None:
+        if len(server.requests) % 10:
+            writer.write(OK)
+        else:
+            await asyncio.sleep(60)
+
+    async def call_repeatedly() -> None:
+        for _ in range(250):
+            outcome = await transport.send(a_delivery())
+            assert isinstance(outcome, Sent | Unknown | Retry)
+            assert "closed here" not in outcome.detail
+
+    async with (
+        scripted(answer_most) as server,
+        opened(HttpTransport(settings_for(server.url, transport_timeout=0.01))) as transport,
+        asyncio.timeout(60),
+    ):
+        await asyncio.gather(*[call_repeatedly() for _ in range(10)])
+
+
+async def test_a_broken_multi_handle_is_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
+    """If libcurl's multi handle breaks, its calls end with an outcome, and later calls use another handle."""
+    handles: list[pycurl.CurlMulti] = []
+
+    class Observed(pycurl.CurlMulti):
+        def __init__(self) -> None:
+            handles.append(self)
+
+    def fail(_milliseconds: int) -> None:
+        raise OSError  # after this, libcurl performs no more transfers with the handle
+
+    async def stay_silent(_writer: asyncio.StreamWriter, _request: Request) -> None:
+        await asyncio.sleep(60)
+
+    monkeypatch.setattr(pycurl, "CurlMulti", Observed)
+    async with scripted(stay_silent) as server, opened(HttpTransport(settings_for(server.url))) as transport:
+        in_flight = asyncio.create_task(transport.send(a_delivery()))
+        await server.requested.wait()
+        handles[0].setopt(pycurl.M_TIMERFUNCTION, fail)
+        server.answer = OK
+        assert isinstance(await transport.send(a_delivery()), Retry)
+        assert isinstance(await in_flight, Unknown)
+        assert await transport.send(a_delivery()) == Sent(None, 200)
+    assert len(handles) == 2
+
+
 async def test_an_idle_connection_is_closed_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
     """If a connection is idle for too long, the transport closes it without waiting for another call."""
     monkeypatch.setattr(http_client, "KEEPALIVE", 1)
