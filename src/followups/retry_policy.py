@@ -1,4 +1,4 @@
-"""The policy for retries of failed attempts, as plain data. Pure functions.
+"""The policy for retries of failed attempts: plain data and pure functions.
 
 The backoff is exponential with full jitter (Brooker, "Exponential Backoff And Jitter", AWS Architecture Blog, 2015).
 The delay is uniformly distributed between zero and the ceiling. Attempts that failed together are therefore retried at

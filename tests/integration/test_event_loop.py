@@ -212,7 +212,7 @@ async def test_unreachable() -> None:
         assert is_passing(unreachable.value)
 
 
-async def test_rows_equal_those_of_a_session(world: World, database_url: str) -> None:
+async def test_a_query_without_rows(world: World, database_url: str) -> None:
     """On the event loop's engine, the query for sending hours returns None if none are set."""
     async with database(database_url) as mine, mine.reading() as connection:
         assert await event_loop.run(connection, sending_hours.find.steps(world.workspace_id)) is None
