@@ -62,7 +62,7 @@ class PgBouncer(EmbeddedServer):
 
     def _prepare(self, directory: Path) -> Command:
         run_as = None
-        # PgBouncer refuses to run as root; only the embedded server's user can use the socket
+        # PgBouncer refuses to run as root; the socket is open only to the embedded server's user
         if os.geteuid() == 0:
             user = pwd.getpwnam(SYSTEM_USER)
             run_as = (user.pw_uid, user.pw_gid)

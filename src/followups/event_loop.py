@@ -66,7 +66,7 @@ class Use:
     """One use of a pooled connection, as a context manager."""
 
     def __init__(self, engine: Engine, *, reads: bool) -> None:
-        """Store the engine, whose pool is used, and whether the connection is in autocommit mode."""
+        """Store the engine, and whether connections from its pool use autocommit mode."""
         self._engine = engine
         self._reads = reads
 

@@ -28,7 +28,7 @@ DAY = timedelta(days=1)
 LOOK_AHEAD = 40
 """Number of days to search for the next opening.
 
-The search covers a week, plus a margin for days or hours that a time zone skips.
+The search covers more than a week, because a time zone may skip days or hours.
 """
 
 
@@ -116,7 +116,7 @@ def _spans(hours: SendingHours, zone: ZoneInfo, first: date) -> Iterator[tuple[d
         closing = _moment(datetime.combine(last, hours.closing, zone), fold=0)
         if closing <= opening:  # both times are in the repeated hour, so close at the second occurrence
             closing = _moment(datetime.combine(last, hours.closing, zone), fold=1)
-        if opening < closing:  # a clock change can leave nothing of a sending period
+        if opening < closing:  # after a clock change, the period may be empty
             yield opening, closing
 
 

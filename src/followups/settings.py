@@ -37,8 +37,8 @@ The margin allows for begin, settle and a slow commit.
 LONGEST_LEASE = timedelta(hours=1)
 """Maximum duration of a lease.
 
-After a worker has crashed, its follow-ups in flight wait until their leases expire. Without a maximum, follow-ups could
-wait for hours after a crash.
+After a worker has crashed, its follow-ups in flight wait until their leases expire. Without this maximum, the wait
+could be hours long.
 """
 
 LEAST_RETENTION = timedelta(days=1)

@@ -38,7 +38,7 @@ class Statement:
     def __init__(
         self, sql: str, entity: type[DeclarativeBase] | None = None, fields: Sequence[str] | None = None
     ) -> None:
-        """Store the SQL, with `COLUMNS` replaced by the columns of the entity's table."""
+        """Store the SQL; in it, the columns of the entity's table replace `COLUMNS`."""
         self._sql = sql
         self._entity = entity
         self._fields = fields

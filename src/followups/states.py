@@ -29,8 +29,8 @@ class Status(StrEnum):
     """The state of a follow-up. The states `sent`, `failed` and `cancelled` are final."""
 
     PENDING = "pending"
-    """The follow-up has been scheduled and has not ended. Scheduling or retrying makes a follow-up pending. Settling,
-    cancelling or recovery ends this state.
+    """The follow-up has been scheduled and has not ended. Scheduling or retrying makes a follow-up pending. The state
+    ends when the follow-up is settled, cancelled or recovered.
 
     A leased or in-flight follow-up is also pending, because a lease is not a state.
     """

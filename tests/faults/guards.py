@@ -175,7 +175,7 @@ def later_one_begins(scene: Scene) -> None:
 
 
 def begins_in(chat: Callable[[Scene], UUID], **columns: Any) -> Callable[[Scene], None]:
-    """Return a scenario that begins a follow-up in a chat that must get no messages."""
+    """Return a scenario that begins a follow-up, although its chat must get no messages."""
 
     def scenario(scene: Scene) -> None:
         scene.world.follow_up(chat(scene), **columns)
@@ -499,7 +499,7 @@ def beside(work: Callable[[], object], scene: Scene) -> Iterator[None]:
 
 @contextmanager
 def without(engine: Engine, within: str, cuts: dict[str, str]) -> Iterator[None]:
-    """Replace pieces of the SQL statements that contain ``within``; raise an error for unused pieces."""
+    """Replace parts of the SQL statements that contain ``within``; raise an error if a part is not found."""
     found = set()
 
     def cut(statement: str, _parameters: object) -> str:

@@ -50,7 +50,7 @@ def ended(child: Child) -> float:
     asked = time.monotonic()
     child.ask()
     wait_until(lambda: not child.running, within=60)
-    # After an orderly shutdown, uvicorn raises the received signal again, which ends the process.
+    # After an orderly shutdown, uvicorn raises the received signal again, so the signal ends the process.
     assert child.exit_code in {0, -signal.SIGTERM}, child.tail()
     return time.monotonic() - asked
 

@@ -78,7 +78,7 @@ async def report(
 ) -> SharedState:
     """Report outcomes of one workspace and return the breaker's state.
 
-    The function itself checks the tripped workspaces and leaves them out of the result.
+    The function itself checks the set of tripped workspaces.
     """
     runs = (WorkspaceOutcomes(key, len(failed), after_success=succeeded),) if failed or succeeded else ()
     reading = await store.report(OutcomeReport(tuple(failed), succeeded, runs), wanted)
@@ -409,7 +409,7 @@ SLOWLY = RecoveryPolicy(first_pause=600, longest_pause=600)
 def test_an_outage_uses_up_few_attempts(
     world: World, engine: Engine, own: Settings, started: Callable[..., Pipeline], outcome: Outcome
 ) -> None:
-    """If every chat fails, follow-ups use up attempts only until the breaker opens."""
+    """If every chat fails, follow-ups use up no more attempts once the breaker is open."""
     transport = FailingTransport(outcome)
     for _ in range(100):
         world.follow_up()

@@ -223,7 +223,7 @@ class TestFreeing:
     """Deferred follow-ups of the given workspaces are released in the order of their deferral."""
 
     def free(self, engine: Engine, most: int, *worlds: World) -> int:
-        """Release up to `most` deferred follow-ups of the given workspaces and return the number released."""
+        """Release up to `most` deferred follow-ups of the given workspaces; return how many were released."""
         with engine.begin() as connection:
             return rate_limits.release_workspaces(connection, [one.workspace_id for one in worlds], LONGEST, most)
 

@@ -179,7 +179,7 @@ def test_ended_leases_are_recovered(engine: Engine, settings: Settings) -> None:
 
 
 def test_lost_with_an_unknown_outcome(world: World, engine: Engine, settings: Settings) -> None:
-    """If a lease was lost and the outcome is unknown, a fair claim ends the follow-up."""
+    """If a lease was lost and the attempt's outcome is unknown, a fair claim ends the follow-up."""
     follow_up = world.follow_up()
     begin(engine, settings, claim_fairly(engine, settings).leases)
     world.expire(follow_up)

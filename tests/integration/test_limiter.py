@@ -45,7 +45,7 @@ class LimiterUnderTest:
 
 @pytest.fixture
 def limiter_settings(broker_url: str) -> Settings:
-    """Return settings for a limiter: the broker is reachable, the database is not."""
+    """Return settings for a limiter whose broker is reachable and whose database is not."""
     return load_settings(
         database_url="postgresql://nobody@127.0.0.1:9/none", broker_url=broker_url, broker_prefix=f"{uuid4().hex}:"
     )
@@ -202,7 +202,7 @@ async def test_a_returned_token(under_test: LimiterUnderTest) -> None:
 
 
 async def test_an_ended_follow_up_leaves_the_queue(under_test: LimiterUnderTest) -> None:
-    """If a queued follow-up ends, the next one moves up in the queue."""
+    """If a queued follow-up ends, the follow-up behind it moves up."""
     limit = bucket(rate=1 / 60, burst=1)
     await under_test.ask(request(0, limit))
     cancelled, second = request(1, limit), request(2, limit)

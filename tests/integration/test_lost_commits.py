@@ -73,7 +73,7 @@ def claiming(delivery: DeliverySteps) -> Callable[[], set[UUID]]:
 
 
 def beginning(delivery: DeliverySteps) -> Callable[[], set[UUID]]:
-    """Return a function that begins the claimed follow-ups."""
+    """Return a function that begins the given follow-ups, which have already been claimed."""
     leases = delivery.leases()
     return lambda: begun(begin(delivery.world.engine, delivery.settings, leases))
 
@@ -90,7 +90,7 @@ def ending(delivery: DeliverySteps) -> Callable[[], set[UUID]]:
 
 
 def unblocking(delivery: DeliverySteps) -> Callable[[], set[UUID]]:
-    """Return a function that unblocks follow-ups whose predecessors in the chat have already ended."""
+    """Return a function that unblocks follow-ups whose chats have no earlier follow-up left."""
     world = delivery.world
     world.sql(
         "INSERT INTO follow_ups (workspace_id, chat_id, message, due_date, trigger_chat_message_id, status, reason,"
@@ -140,7 +140,7 @@ def test_answer_lost_after_the_commit(delivery: DeliverySteps, name: str, monkey
 
 @pytest.mark.parametrize("name", STEPS)
 def test_commit_lost(delivery: DeliverySteps, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """If a step's commit never reaches the server, the step fails immediately and can be repeated."""
+    """If a COMMIT never reaches the server, the step fails immediately and can be repeated."""
     step = STEPS[name](delivery)
     before = delivery.rows()
     break_once(monkeypatch, lambda _: None)
@@ -196,7 +196,7 @@ def test_taken_over_meanwhile(delivery: DeliverySteps, monkeypatch: pytest.Monke
 
 @pytest.mark.parametrize("committed", [True, False])
 def test_counts(engine: Engine, monkeypatch: pytest.MonkeyPatch, *, committed: bool) -> None:
-    """A transaction's counts are added once, even if the connection breaks at the commit."""
+    """If the connection breaks at the commit, the transaction's counts are still added exactly once."""
     totals = CounterTotals(engine)
     totals.add()
     with engine.connect() as connection:

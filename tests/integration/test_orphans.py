@@ -66,7 +66,7 @@ def test_the_next_ticks_find_an_orphan(
     make_orphan: Callable[[World, Settings], UUID],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Even if leases are long, a cheap search finds an orphaned follow-up within two ticks."""
+    """Even with long leases, an orphaned follow-up is found within two ticks by a cheap search."""
     # on a busy machine, even a single search may seem expensive
     monkeypatch.setattr(dispatcher, "ORPHAN_SEARCH_SHARE", 1.0)
     patient = settings.model_copy(update={"lease": timedelta(hours=1)})

@@ -283,7 +283,7 @@ def test_cancelled_while_waiting(world: World, limited: LimitedPipeline) -> None
     receiver = Receiver()
     limited.start(receiver)
     wait_until(lambda: receiver.received)
-    # Revoke the lease, as the API does; the worker's due-queue entry becomes stale.
+    # Revoke the lease, as the API does; the worker still has the old lease in its due queue.
     world.sql(
         "UPDATE follow_ups SET status = 'cancelled', reason = 'x', finished_at = now(), lease_until = NULL"
         " WHERE id = ANY(:ids) AND status = 'pending' AND begun_at IS NULL",

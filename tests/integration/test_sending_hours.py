@@ -245,7 +245,7 @@ class TestLateness:
         assert begun(claim_and_begin(engine, brief)) == ids
 
     def test_hours_that_are_moved(self, world: World, engine: Engine, settings: Settings) -> None:
-        """If the sending hours change, held follow-ups wait until the new hours begin.
+        """If the sending hours change, a held follow-up waits until the new hours begin.
 
         Follow-ups that were already sendable keep the time at which they became sendable.
         """
@@ -280,7 +280,7 @@ class TestLateness:
         assert {one for one, _ in claim_and_begin(engine, brief).ended} == {mine, often}
 
     def test_a_new_due_date(self, world: World, engine: Engine, settings: Settings) -> None:
-        """Lateness is counted anew after a new due date, but not after a move to another chat."""
+        """A new due date resets a follow-up's lateness, but a move to another chat does not."""
         put(world, CLOSED)
         moved, elsewhere = world.follow_up(), world.follow_up()
         claim_and_begin(engine, settings)

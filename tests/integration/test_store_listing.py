@@ -100,7 +100,7 @@ def test_every_list_uses_an_index(filled: Engine) -> None:
 
 
 def filters_of(row: Any) -> list[ListFilter]:
-    """Return filters of every type that match the row, and filters that match only a few rows."""
+    """Return filters of every type that match the row, and some that match few rows."""
     chat, message, trigger = (row.chat_id,), (row.chat_message_id,), (row.trigger_chat_message_id,)
     strangers = tuple(uuid4() for _ in range(20))
     return [

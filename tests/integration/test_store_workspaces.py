@@ -127,7 +127,7 @@ class TestApiKeys:
             api_keys.revoke(session, uuid4())
 
     def test_use_is_recorded_once_a_minute(self, session: Session, engine: Engine) -> None:
-        """A key's use is recorded at most once a minute, and never waits for another recording."""
+        """A key's use is recorded at most once a minute; recordings do not wait for each other."""
         workspace, _ = workspaces.create(session, "Acme")
         row, _ = api_keys.create(session, workspace.id)
         session.commit()

@@ -313,7 +313,7 @@ def test_a_row_that_cannot_end(world: World, engine: Engine, settings: Settings)
 
 
 def test_more_unwritable_rows_than_one_claim(world: World, engine: Engine, settings: Settings) -> None:
-    """Claims continue even if more rows are unwritable than the in-flight limit allows."""
+    """Claims continue even if there are more unwritable rows than may be in flight."""
     others = type(world)(engine)
     world.burst([-10 * SECOND] * 30)
     world.sql("UPDATE follow_ups SET attempts = 99")
@@ -337,7 +337,7 @@ def test_fair_claim_skips_an_unwritable_row(world: World, engine: Engine, settin
 
 
 def test_the_chats_next_follow_up_cannot_be_written(world: World, engine: Engine, settings: Settings) -> None:
-    """An accepted follow-up is settled even if the chat's next follow-up cannot be unblocked.
+    """If a chat's next follow-up cannot be unblocked, the accepted follow-up is still settled.
 
     In all other chats, the next follow-up is unblocked.
     """

@@ -27,7 +27,7 @@ from followups.delivery.claim_interval import LONGEST, SHORTEST, ClaimInterval, 
     ],
 )
 def test_until_half_is_free(taken: int, seconds: float, window: int, expected: float) -> None:
-    """The interval lasts until half of the window is free, but has a minimum and a maximum.
+    """The next claim is due when half of the window is free; the interval has a minimum and a maximum.
 
     The interval at most doubles from one claim to the next.
     """
@@ -50,7 +50,7 @@ def test_the_interval_converges(rate: float, window: int, pause: float) -> None:
 def test_size_of_claim(window: int, expected: int) -> None:
     """A claim takes half of the in-flight window.
 
-    If the window is small, a claim takes more than half of it. In a large window, a claim has a maximum size.
+    If the window is small, one claim takes more than half of the window. In a large window, a claim has a maximum size.
     """
     assert size_of_claim(window) == expected
 

@@ -57,7 +57,7 @@ def test_errors_of_no_single_row(error: Exception) -> None:
 
 
 def test_unreachable_within_a_batch() -> None:
-    """If the database becomes unreachable during a batch, the done and remaining items are returned."""
+    """If the database fails in the middle of a batch, the finished and the remaining items are returned."""
 
     def work(part: Sequence[int]) -> list[int]:
         if 3 in part:

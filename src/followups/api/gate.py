@@ -280,7 +280,7 @@ def _check_head(scope: Scope) -> None:
 
 
 def _repeated(scope: Scope) -> str | None:
-    """Return the name of a repeated header that may occur only once.
+    """Return the name of a header that is repeated although it may occur only once.
 
     If a header is repeated, two servers could interpret the request differently.
     """

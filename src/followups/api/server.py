@@ -1,6 +1,6 @@
 """Serves the application with uvicorn, and limits what each connection may cost.
 
-The limits apply before, between and after the requests on a connection.
+The limits also apply between requests, and before the first request.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ MAX_CONNECTIONS = 2_000
 """Maximum number of open connections.
 
 When this number is exceeded, the connection that has been idle longest is closed. If no connection is idle, the
-connection whose client has been slowest to read is closed. If every client is reading, the new connection is closed.
+connection whose client has been slowest to read is closed. If no client is slow to read, the new connection is closed.
 """
 
 READ_WITHIN = 20.0

@@ -34,7 +34,7 @@ SHOWN = ("FOLLOWUPS_DATABASE_URL", "FOLLOWUPS_BROKER_URL", "FOLLOWUPS_TRANSPORT_
 IN_FIVE_SECONDS = "$(date -u -d '+5 seconds' +%FT%TZ 2>/dev/null || date -u -v+5S +%FT%TZ)"
 """Shell code for the RFC 3339 time five seconds from now.
 
-The code uses GNU date, or else the date command of BSD and macOS.
+The code works with the `date` command of GNU, BSD and macOS.
 """
 
 WORKSPACE = "local"

@@ -114,7 +114,7 @@ class Live:
                 log.warning("console_look_failed", error=type(error).__name__)
                 now = before
             for stream in self._streams:
-                # The first value of a topic counts as a change, because the rendered page may be older.
+                # The first value of a topic counts as a change, because the page may have been rendered earlier.
                 if any(before.get(topic) != now.get(topic) for topic in stream.topics):
                     stream.changed.set()
             before = now

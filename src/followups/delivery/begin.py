@@ -103,7 +103,7 @@ def _begin(settings: Settings, batch: Sequence[Lease], connection: Connection) -
 
 
 def _as_stored(lease: Lease, token: int, due: datetime) -> Lease:
-    """Return the lease with the token and due time of its row, which may differ from the hint."""
+    """Return the lease with its row's token and due time, which may differ from those in the hint."""
     return lease if lease.token == token and lease.due == due else lease._replace(token=token, due=due)
 
 

@@ -95,7 +95,7 @@ class Dispatcher:
         """Follow-ups that claims skip, each with the monotonic time at which the skipping ends."""
         self._interval = ClaimInterval(settings.max_in_flight)
         self.busy_since: float | None = None
-        """The monotonic time at which the current work began, or None while idle."""
+        """The monotonic time at which the dispatcher began its current work, or None while it is idle."""
         self._thread = threading.Thread(target=self._run, name="dispatcher", daemon=True)
 
     def start(self) -> None:

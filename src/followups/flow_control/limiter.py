@@ -170,7 +170,7 @@ class Limits:
         return bool(self._of)
 
     def request(self, one: Limitable) -> TokenRequest:
-        """Return a follow-up's request for tokens, with a bucket for each limit that applies."""
+        """Return the request for a follow-up's tokens, with a bucket for each limit that applies."""
         scopes = product((None, one.workspace_id), (None, one.channel))
         matching = (limit for scope in scopes for limit in self._of.get(scope, ()))
         return TokenRequest(one.id, one.since, tuple(bucket_of(limit, one) for limit in matching))

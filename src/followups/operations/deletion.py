@@ -40,7 +40,7 @@ NAMES = {
     "chats": "chats",
     "audit_events": "auditEvents",
 }
-"""The name under which a deletion returns the number of each table's deleted rows."""
+"""For each table, the name under which a deletion returns the number of deleted rows."""
 
 
 def delete(engine: Engine, actor: Actor, whole: DeletionScope, patience: timedelta) -> Batches:

@@ -22,7 +22,7 @@ _UNLOCK = text("SELECT pg_advisory_unlock(hashtext(:name))")
 
 
 def create_schema(connection: Connection, name: str) -> None:
-    """Create a schema and lock its name; drop schemas left over from killed benchmarks."""
+    """Create a schema and lock its name; drop schemas that killed benchmarks have left behind."""
     for left in connection.scalars(_LEFT, {"prefix": PREFIX}).all():
         if connection.scalar(_LOCK, {"name": left}):
             drop_schema(connection, left)

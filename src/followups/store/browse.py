@@ -70,7 +70,7 @@ class BrowseFilter:
         return cls(**known)
 
     def narrowed(self, workspace_id: UUID | None, chat_id: UUID | None) -> BrowseFilter:
-        """Return a copy of this filter that matches only follow-ups that the session may see."""
+        """Return a copy of this filter that matches only follow-ups visible to the session's user."""
         return replace(
             self,
             workspace_id=workspace_id or self.workspace_id,
@@ -130,7 +130,7 @@ def _branches(wanted: BrowseFilter) -> tuple[str, ...]:
 
 
 def _statuses_of(code: ReasonCode | None) -> tuple[Status, ...]:
-    """Return the states in which a follow-up may have this reason code, or all states for None."""
+    """Return the states that a follow-up with this reason code can have; for None, return all states."""
     return tuple(status for status in Status if code is None or code in TRANSITIONS[Status.PENDING].get(status, ()))
 
 
@@ -265,7 +265,7 @@ def search(
         left = timedelta(seconds=deadline - time.monotonic())
         if left <= timedelta(0):
             return FollowUpPage(rows, place)
-        # At least double the step, because a connection's first statement is always slow.
+        # The step at least doubles, because a connection's first statement is always slow.
         step = step * max(2, min(left.total_seconds() / took / 2, GROWTH)) if step < LONGEST_STEP else None
 
 

@@ -107,7 +107,7 @@ _PARK_PILE = text("""
 
 
 def park_pile(connection: Connection, parked: Collection[UUID]) -> int:
-    """Park due follow-ups in order, behind those already parked in their chat; return how many.
+    """Park due follow-ups behind those already parked in their chat, in order; return how many.
 
     A parked follow-up loses its lease, because begin would refuse it anyway. Call this after `park_if_leased`, in the
     same transaction.

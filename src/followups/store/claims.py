@@ -57,7 +57,7 @@ class Claim:
     more: bool
     """Whether more follow-ups may be due, because the claim was full or the in-flight limit was reached."""
     cut_short: bool
-    """Whether another claim would find more, because this claim was full but the in-flight window is not."""
+    """Whether the claim reached its maximum size and left room in the in-flight window for another claim."""
     low_water: datetime | None
     """The next claim may start from this due time, unless earlier rows are added."""
     ended: tuple[tuple[UUID, Final], ...] = ()
@@ -209,7 +209,7 @@ def _claim_of(connection: Connection, found: Totals, claimed: Sequence[tuple[Any
         tuple(leases),
         tuple(lost),
         tuple(traced),
-        # A row that is updated during the claim gets a new physical position (ctid), and is not leased.
+        # If another transaction updates a row during the claim, the row gets a new ctid and is not leased.
         more=found.taken >= min(look.most, room) or found.unseen,
         cut_short=found.taken == look.most < room,
         low_water=found.low_water,

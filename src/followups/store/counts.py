@@ -1,9 +1,9 @@
 """Counts, lag and throughput. No statement in this module runs for long, however many rows there are.
 
 Counts of pending, waiting, overdue and in-flight follow-ups are exact and use small partial indexes. Follow-ups in a
-final state are counted up to `EXACT_UP_TO` for each state. Above `EXACT_UP_TO`, the planner's estimate is used, which
-costs nothing however many rows there are. Lag and throughput are computed from an index of the follow-ups that ended in
-the last few minutes. A query that exceeds `LIMIT` is cancelled.
+final state are counted up to `EXACT_UP_TO` for each state. Above `EXACT_UP_TO`, the planner's estimate is used instead,
+which is equally fast for any number of rows. Lag and throughput are computed from an index of the follow-ups that ended
+in the last few minutes. A query that exceeds `LIMIT` is cancelled.
 
 The backlog is measured for metrics, which are read every few seconds. Counting ten million pending rows takes seconds.
 Counters kept by a trigger would update one shared row whenever a follow-up is inserted or ends. Rows are counted one by
@@ -64,10 +64,10 @@ _PENDING_ROWS = "FROM follow_ups WHERE status = 'pending'"
 
 # The query reads the claim's index only up to slightly after the current time. Follow-ups due later than this range
 # have not begun, so the range includes all follow-ups in flight. A follow-up that waits for its chat's earlier
-# follow-up does not count as overdue. The earlier follow-up itself counts as overdue. The ORDER BY ensures that only
-# the needed part of the index is read. Without an ORDER BY, the planner would read the whole table. The planner
-# estimates that a third of all pending rows are overdue. The index is read only once, because it starts with the
-# unvacuumed rows of sent follow-ups.
+# follow-up does not count as overdue. The earlier follow-up itself counts as overdue. Because of the ORDER BY,
+# PostgreSQL reads only the needed part of the index. Without an ORDER BY, the planner would read the whole table. The
+# planner estimates that a third of all pending rows are overdue. The index is read only once, because it starts with
+# the unvacuumed rows of sent follow-ups.
 _COUNT = text(f"""
     WITH head AS MATERIALIZED (
         SELECT {_DUE} AS due, begun_at {_PENDING_ROWS} AND waits_for IS NULL AND {_DUE} <= now() + interval '1 second'
@@ -128,7 +128,7 @@ class Counts:
 
 @dataclass(frozen=True, slots=True)
 class Pace:
-    """Throughput and lag of the follow-ups accepted within ``window``.
+    """Throughput and lag of the follow-ups accepted in the last ``window``.
 
     Lag is the acceptance time minus the due date. The lag of a retried follow-up includes its retries. Follow-ups
     created after their due date count too.
@@ -204,8 +204,8 @@ def _count_final(connection: Connection, most: int) -> dict[str, int]:
     return {row.status: row.number for row in connection.execute(_COUNT_FINAL, {"statuses": statuses, "most": most})}
 
 
-# A follow-up is always accepted before it ends. If a follow-up ended before the measured period, it was also accepted
-# before that period.
+# A follow-up is always accepted before it ends. Therefore, a follow-up that ended before the measured period was also
+# accepted before that period.
 _PACE = text("""
     SELECT count(*) AS sent,
            percentile_disc(ARRAY[0.5, 0.95, 0.99]) WITHIN GROUP (ORDER BY accepted_at - due_date) AS lags
@@ -225,7 +225,7 @@ _CANCELLED_BY_TIMEOUT = "57014"
 
 
 def pace(connection: Connection, window: timedelta, limit: timedelta = LIMIT) -> Pace | None:
-    """Measure the follow-ups sent in the last ``window``; return None if this takes longer than ``limit``.
+    """Measure the follow-ups sent in the last ``window``; return None if the query exceeds ``limit``.
 
     Percentiles are nearest-rank.
     """

@@ -142,8 +142,9 @@ def create_if_clear(
 ) -> Steps[FollowUp | None]:
     """Insert a pending follow-up and return it, or return None if the case needs several statements.
 
-    This single statement replaces a transaction of several statements. The statement inserts only if the API key is
-    valid, the chat is not locked, and the user did not write last. No messaging window and no quota may apply.
+    This single statement replaces a transaction of several statements. The statement inserts a row only if the API key
+    is valid, the chat is not locked, and the last message is not the user's. No messaging window and no quota may
+    apply.
     """
     created: Sequence[FollowUp] = yield _CREATE_IF_CLEAR(
         workspace_id=workspace_id,

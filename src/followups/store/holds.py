@@ -136,8 +136,8 @@ def columns_of(hours: SendingHours) -> dict[str, object]:
 
 
 # A recorded `sendable_from` that has already passed is left unchanged. If `sendable_from` is in the future or NULL, the
-# next opening under the current sending hours replaces it. If the workspace is within its sending hours or has none,
-# the current time replaces `sendable_from`.
+# next opening under the current sending hours replaces it. During sending hours, or if the workspace has none,
+# `sendable_from` is set to the current time.
 _RELEASE_HELD = text("""
     WITH held AS MATERIALIZED (
         SELECT id FROM follow_ups

@@ -107,7 +107,7 @@ _MESSAGES = Statement("""
 
 @Rule
 def messages(workspace_id: UUID, ids: Sequence[UUID]) -> Steps[dict[UUID, str]]:
-    """Return the messages of those given follow-ups that belong to the workspace."""
+    """Return the messages of the given follow-ups; leave out follow-ups of other workspaces."""
     return {row.id: row.message for row in (yield _MESSAGES(workspace_id=workspace_id, ids=uuid_array(ids)))}
 
 

@@ -1,4 +1,4 @@
-"""Rate limits that operators set, their scopes, and the deferral of follow-ups over a limit.
+"""Rate limits set by operators, their scopes, and the deferral of follow-ups that exceed a limit.
 
 This module also defers follow-ups when the circuit breaker is open.
 """

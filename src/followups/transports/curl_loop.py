@@ -121,8 +121,8 @@ class CurlLoop:
         self._collect()
 
     def _set_timer(self, milliseconds: int) -> None:
-        # No callback may call libcurl. libcurl sets the time of its next call with every transfer. If a timer would
-        # fire too early, it keeps running and is set again after firing.
+        # No callback may call libcurl. libcurl sets the time of its next call with every transfer. A timer that fires
+        # too early only sets itself again.
         if milliseconds == 0:
             self._kick = self._kick or self._loop.call_soon(self._kicked)
             return

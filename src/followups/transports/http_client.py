@@ -77,7 +77,7 @@ class HttpClient:
     def __init__(self, settings: Settings, method: str = "POST", headers: Mapping[str, str] | None = None) -> None:
         """Store the limits and the headers of every request; no connection is opened yet.
 
-        Raises `TransportConfigurationError` if certificates cannot be read.
+        Raises `TransportConfigurationError` if the certificates cannot be read.
         """
         self._timeout = settings.transport_timeout.total_seconds()
         self._endpoint = settings.transport_url or ""

@@ -1,9 +1,9 @@
 """One HTTP request and its response, through the callbacks of libcurl.
 
 This module decides which calls may be repeated. Once connected, libcurl requests the body and then sends the first
-byte. Before libcurl asks for the body, nothing has been sent. After a kept connection ends without a response, libcurl
-itself tries another connection. libcurl also tries another connection after a refused HTTP/2 stream. To repeat a
-request on another connection, libcurl would have to rewind the body. Since the body cannot be rewound, libcurl gives up
+byte. Before libcurl asks for the body, nothing has been sent. If a kept connection ends without a response, libcurl
+itself tries another connection. libcurl does the same if the server refuses an HTTP/2 stream. To repeat a request on
+another connection, libcurl would have to rewind the body. Since the body cannot be rewound, libcurl gives up
 (CURLE_SEND_FAIL_REWIND). libcurl reports a refused stream (REFUSED_STREAM, GOAWAY) like a lost one, so its outcome is
 unknown.
 """

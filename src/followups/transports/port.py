@@ -34,8 +34,8 @@ class Delivery:
     made_at: datetime | None = None
     """Time at which the transport was called, by the database's clock.
 
-    Receivers compare the time of the call with their own clocks. The calling host's clock may be wrong, so it is not
-    used.
+    Receivers compare the time of the call with their own clocks. The worker's clock may be wrong, so the time comes
+    from the database.
     """
 
 

@@ -53,7 +53,8 @@ log = get_logger(__name__)
 UNREAD = 1000
 """If the tick queue contains this many unread messages, no further ticks are added. Therefore, beat and nudges cannot
 fill the broker while no worker is running. Ticks do not expire, because expiry would depend on the clocks of two hosts.
-If one host's clock were an hour ahead, Celery would drop all ticks. The dispatcher merges all waiting ticks into one.
+If one host's clock were an hour ahead, Celery would drop all ticks. If several ticks wait, the dispatcher runs only
+one.
 """
 
 STATEMENT_TIMEOUT = timedelta(seconds=10)
@@ -108,8 +109,8 @@ def make_app(settings: Settings) -> Celery:
         task_serializer="json",
         task_ignore_result=True,
         task_store_errors_even_if_ignored=False,
-        # If a crash loses a hint, its leases expire and the follow-ups are claimed again. Late acknowledgement would
-        # cause redelivery without adding safety.
+        # If a crash loses a hint, its leases expire and the follow-ups are claimed again. Acknowledging hints late
+        # would only cause redelivery.
         task_acks_late=False,
         task_queues=[Queue(DISPATCH), Queue(DELIVER)],
         task_default_queue=DISPATCH,
@@ -224,8 +225,8 @@ def current_process() -> Process:
 
 
 def _collect_seldom() -> None:
-    # All present objects live as long as the process, so the garbage collector need not scan them. Objects that
-    # deliveries allocate contain no cycles, and are freed by reference counting. With default thresholds, garbage
+    # The garbage collector need not scan the objects that exist now, because they live as long as the process. Objects
+    # that deliveries allocate contain no cycles, and are freed by reference counting. With default thresholds, garbage
     # collection took a fifth of a loaded worker's time.
     gc.collect()
     gc.freeze()

@@ -1,11 +1,11 @@
 """Which components report to the heartbeat of a worker or beat, and how long each may be silent.
 
 A worker that has stopped consuming must be detected. Any worker could consume a canary message in the shared queues. If
-each worker had a canary queue of its own, every killed worker would leave keys behind. No canary is needed, because the
-consumer polls continuously (`followups.worker.broker.Consumer`). The broker answers each poll within a second, even
-when the queues are empty. An idle worker therefore reports as often as a busy one. The pipeline's event loop sends
-reports for as long as it runs. The dispatcher's thread reports while idle. During a tick, reports continue for at most
-the longest duration of a tick.
+each worker had its own canary queue, the queues of killed workers would remain in the broker. No canary is needed,
+because the consumer polls continuously (`followups.worker.broker.Consumer`). The broker answers each poll within a
+second, even when the queues are empty. An idle worker therefore reports as often as a busy one. The pipeline's event
+loop sends reports for as long as it runs. The dispatcher's thread reports while idle. During a tick, reports continue
+for at most the longest duration of a tick.
 
 While the broker or the database is unreachable, or the database is read-only, all components keep retrying. Retrying
 also counts as progress. A liveness check fails only for problems that a restart would fix. A restart during an outage
@@ -55,7 +55,7 @@ on an overloaded machine.
 """
 
 TICKING = timedelta(seconds=90)
-"""Longest time for one tick: the tick interval and a few statements of at most 20 s each."""
+"""Longest time for one tick, which consists of the tick interval and a few statements of at most 20 s each."""
 
 log = get_logger(__name__)
 
@@ -98,7 +98,8 @@ def stop() -> None:
 def watch_consumer(heart: Heartbeat, silence: timedelta, wanted: Callable[[], Collection[str]]) -> None:
     """Make the heartbeat depend on the consumer, too.
 
-    ``wanted`` returns the consumer's queues. ``silence`` is the longest time that the broker may take to reply.
+    ``wanted`` is a function that returns the queues that the consumer reads. ``silence`` is the longest time that the
+    broker may take to reply.
     """
     heart.report("consumer", STARTING, "has not begun to consume")
     heart.probe(partial(_report_consumer, heart, silence * 3 + CONSUMING, wanted))

@@ -209,7 +209,7 @@ def test_bodies_that_do_not_end(web: Web) -> None:
 
 
 def test_clients_that_do_not_read(web: Web) -> None:
-    """If 15 clients do not read their 26 MB page, memory and other clients are unaffected."""
+    """If 15 clients do not read their 26 MB responses, memory stays bounded and other clients are served."""
     chat = web.api.world.chat()
     web.api.world.sql(
         "INSERT INTO follow_ups (workspace_id, chat_id, message, due_date, trigger_chat_message_id)"

@@ -51,7 +51,7 @@ def _answered(api: Api, status: int) -> Any:
 
 
 def _refused_for(api: Api, failing: str) -> Any:
-    """Return the 503 response of `/readyz` if the given check failed, and otherwise None.
+    """Return the 503 response of `/readyz` if the given check failed; otherwise return None.
 
     The 503 response may come from the cache and report a different check.
     """

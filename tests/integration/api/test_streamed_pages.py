@@ -36,7 +36,7 @@ def test_a_page_of_long_messages_is_complete(api: Api) -> None:
 def test_no_message_is_stored_for_a_repeated_request(api: Api) -> None:
     """The response that is stored for an idempotency key does not contain the message.
 
-    Repeating the request still returns the complete first response.
+    A repeated request still gets the complete first response.
     """
     body = {"chatId": api.chat(), "dueDate": in_days(1), "message": 'sëcret "words"\n\u2028'}
     key = {"idempotency-key": str(uuid4())}

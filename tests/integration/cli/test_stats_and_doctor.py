@@ -98,7 +98,7 @@ class TestStats:
         assert "\x1b" not in shown
 
     def test_a_state_with_many_rows_is_estimated(self, run: RunCommand, world: World, engine: Engine) -> None:
-        """If a final state has many rows, `stats` shows an estimate; other counts are exact."""
+        """If a final state has many rows, `stats` estimates their number; other counts are exact."""
         fill(world)
         with engine.begin() as connection:
             unknown = store.count(connection, window=WINDOW, exact_up_to=10)

@@ -49,7 +49,7 @@ async def test_an_unknown_host_is_retried() -> None:
 
 
 async def test_a_failed_tls_handshake_is_retried(no_tls: str) -> None:
-    """If the TLS handshake fails, the call is retried, since nothing was sent."""
+    """If the TLS handshake fails, the call is retried, because nothing has been sent."""
     outcome = await outcome_at(no_tls)
     assert isinstance(outcome, Retry)
     assert outcome.detail == "no connection: TLS failed (wrong version number)"
@@ -194,7 +194,7 @@ async def test_a_slow_rejection_keeps_the_received_part() -> None:
 
 
 async def test_no_more_than_64_kib_of_an_answer_is_read() -> None:
-    """After 64 KiB of a response, the connection is closed; only the status counts."""
+    """If a response exceeds 64 KiB, the connection is closed and only the status counts."""
     written = 0
 
     async def flood(writer: asyncio.StreamWriter, _request: Request) -> None:

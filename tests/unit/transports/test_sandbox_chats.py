@@ -44,7 +44,7 @@ def test_a_repeated_key_is_answered_as_before_and_counted() -> None:
 
 
 def test_without_deduplication_a_repeated_key_is_a_second_message() -> None:
-    """Without deduplication, a request with a repeated key adds a second message.
+    """Without deduplication, a request with a repeated key sends a second message.
 
     If a key is accepted more than once, exactly one duplicate is counted.
     """

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from followups.embedded.system import Stack
 
 Show = Callable[[Sequence[FollowUpState], datetime, Sequence[str]], None]
-"""A callback that receives the states of all follow-ups, the time, and the chats with new replies."""
+"""A callback that receives the follow-ups' states, the time, and the chats in which a user has just replied."""
 
 app = typer.Typer(add_completion=False, rich_markup_mode="markdown")
 

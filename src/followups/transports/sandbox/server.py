@@ -76,7 +76,7 @@ async def page(_request: web.Request) -> web.Response:
 async def events(request: web.Request) -> web.StreamResponse:
     """Stream the changes of the sandbox.
 
-    The stream's first event, and the event after ``DELETE /sandbox``, contain the complete state.
+    The first event contains the complete state, as does the event after ``DELETE /sandbox``.
     """
     chats, closing = request.app[CHATS], request.app[CLOSING]
     response = web.StreamResponse(headers={"content-type": "text/event-stream", "cache-control": "no-store"})
@@ -141,7 +141,7 @@ BACKLOG = 1024
 
 
 def build_app(chats: SandboxChats | None = None, *, secret: str | None = None) -> web.Application:
-    """Return the sandbox's web application for ``chats``, by default for new, deduplicating chats.
+    """Return the sandbox's web application for ``chats``; by default, the chats are new and deduplicate.
 
     If ``secret`` is given (Standard Webhooks), deliveries must be signed. Raises `TransportConfigurationError` for an
     invalid secret.
