@@ -1,4 +1,4 @@
-"""A settable clock for Redis scripts, which read the time from a key instead of the server."""
+"""A settable clock for Redis scripts: they read the time from a key, not from the server."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Checks of a caller's values and of a chat's rules, the same for every kind of caller."""
+"""Checks of callers' values and of the rules for chats; they apply to every kind of caller."""
 
 from __future__ import annotations
 

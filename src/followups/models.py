@@ -347,7 +347,7 @@ class FollowUp(Base):
             "id",
             postgresql_where=text("status = 'pending' AND waits_for IS NULL"),
         ),
-        # This index serves the order within a chat and the cancellation by a reply.
+        # This index is used for the order in a chat, and when a reply cancels follow-ups.
         Index(
             "ix_follow_ups_chat_order",
             "workspace_id",

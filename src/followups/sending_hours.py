@@ -2,8 +2,8 @@
 
 Sending hours are local times. Messages are sent from the opening time until just before the closing time. If the clock
 skips the opening or closing time, sending starts or stops at once. If the clocks go back and the opening time occurs
-twice, the second occurrence counts. For the closing time, the first occurrence counts. No message is therefore sent
-while the local clock is outside the sending hours.
+twice, the second occurrence counts. For the closing time, the first occurrence counts. When the local time is outside
+the sending hours, no message is sent.
 """
 
 from __future__ import annotations

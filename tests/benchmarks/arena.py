@@ -100,7 +100,7 @@ class Arena:
         return self.processes.spawn(name, argv, environment=more, ready=check, within=timedelta(seconds=60))
 
     def clear(self) -> None:
-        """Stop the contestant's processes and delete its rows, messages and requests, except rows due later."""
+        """Stop the contestant's processes and delete its data, except follow-ups due much later."""
         self.processes.stop()
         self.processes = Processes()  # a new set of processes, with separate logs
         self.sql("DELETE FROM failed_attempts")

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from contestants import Contestant
 
 PATIENCE = 300.0
-"""A contestant's turn is aborted after this many seconds."""
+"""Time limit for one contestant's turn, in seconds."""
 PORTION = 500_000
 """Number of filler rows inserted by one statement."""
 Figures = dict[str, float]
@@ -33,7 +33,7 @@ def percentile(values: Sequence[float], share: float) -> float:
 
 
 def throughput(contestant: Contestant, count: int, control: str = "") -> Figures:
-    """Release a backlog; return the rates at which all of it is sent and 99 % of it is received."""
+    """Release a backlog; return the send rate, the time until 99 % is received, and the costs."""
     arena = contestant.arena
     arena.clear()
     arena.receiver(f"/control?{control}")

@@ -139,7 +139,7 @@ def snapshot(arena: Arena, options: argparse.Namespace) -> Results:
 
 
 def tick(arena: Arena, options: argparse.Namespace) -> Results:
-    """Return the duration of a claim with this many other rows pending."""
+    """Return how long a claim takes while the given number of other rows are pending."""
     results: Results = {}
     for others in sorted(map(int, options.others.split(","))):
         measures.others_pending(arena, others)

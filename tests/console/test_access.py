@@ -84,7 +84,7 @@ HOSTILE = (
 
 
 DOING = {"/bulk/preview": "cancel-all", "/bulk": "cancel-all", "/settings/hours": "save"}
-"""The buttons that some forms must contain, because otherwise their fields are not read."""
+"""For some forms, the button without which the form's fields are not read."""
 
 
 @pytest.mark.parametrize("value", HOSTILE, ids=range(len(HOSTILE)))

@@ -193,7 +193,7 @@ def test_a_body_is_bounded(person: Callable[..., Person], own: World) -> None:
 def test_a_form_is_parsed_after_origin_session_and_role(
     person: Callable[..., Person], own: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A form of more than 1 KiB is not parsed without a session.
+    """Without a session, a form of more than 1 KiB is not parsed.
 
     With a session, a form with a message of 65,536 four-byte characters is accepted.
     """

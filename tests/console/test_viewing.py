@@ -30,7 +30,7 @@ EVIL = "<script>alert(1)</script> \"'&{{ 7*7 }} \u202eabc"
 
 
 def listed(page: object) -> list[str]:
-    """Return the ids of a list's rows, in the order of the rows."""
+    """Return the ids of the rows in a list, in the order shown."""
     return re.findall(r'<tr id="row-([\w-]+)"', page.text)  # type: ignore[attr-defined] # an answer
 
 

@@ -16,7 +16,7 @@ LISTS = ("requirements.txt", "requirements-flower.txt", "requirements-build.txt"
 
 
 def entries(name: str) -> dict[str, tuple[Requirement, list[str]]]:
-    """Return, by package, the pinned requirements for this machine and their hashes."""
+    """Return the pinned requirement and the hashes of each package that this machine needs."""
     text = (DEPLOY / name).read_text().replace("\\\n", " ")
     found = {}
     for line in text.splitlines():

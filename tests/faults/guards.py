@@ -193,7 +193,7 @@ def rescheduled_begins(scene: Scene) -> None:
 
 
 def stale_result_settles(scene: Scene) -> None:
-    """Settle an attempt whose token has been replaced, while another attempt is in flight."""
+    """Settle an attempt with an outdated token while another attempt is in flight."""
     scene.world.follow_up()
     (frozen,) = scene.begin(scene.lease())
     (other,) = scene.begin(scene.leased_anew(frozen.lease))
@@ -411,7 +411,7 @@ def put_off(scene: Scene, lease: Lease) -> None:
 
 
 def stale_defer(scene: Scene) -> None:
-    """Try to defer a follow-up under a lease that another worker's lease has replaced."""
+    """Try to defer a follow-up with an outdated lease."""
     scene.world.follow_up()
     old = scene.lease()
     scene.leased_anew(old)

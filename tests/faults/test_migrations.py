@@ -35,7 +35,7 @@ READER = """
 WRITER = "UPDATE follow_ups SET updated_at = now(); UPDATE chats SET external_id = 'x'"
 
 LAST_IN_CONFLICT = {READER: "0014", WRITER: "0014"}
-"""The newest schema version from which an upgrade conflicts with the blocking transaction."""
+"""From this schema version or an older one, an upgrade conflicts with the blocking transaction."""
 REFUSAL = "A long transaction uses a table: end the one that followups doctor shows, and migrate again."
 
 SHORT = (
@@ -134,7 +134,7 @@ def test_during_a_reader_of_one_table(world: World, engine: Engine, figures: Fig
 
 
 def test_an_index_during_a_writer(world: World, engine: Engine, figures: Figures) -> None:
-    """A concurrent index build waits for a writer at most as long as the migration's limit allows."""
+    """If a writer stays open, an index build waits no longer than the migration's limit."""
     from_old_versions(world, engine, figures, [("0005", WRITER)], patience=1)
 
 

@@ -65,7 +65,7 @@ def test_noisy_neighbour_for_long(rig: Rig, figures: Figures) -> None:
 
 
 class Measurements(NamedTuple):
-    """Measurements taken in the other workspaces while one workspace has a backlog."""
+    """Measurements of all other workspaces while one workspace has a backlog."""
 
     verdict: Verdict
     alone: list[UUID]

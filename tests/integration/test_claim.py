@@ -1,4 +1,4 @@
-"""Tests of claims on PostgreSQL: which follow-ups are leased, lost leases, and the low-water mark."""
+"""Tests of claims on PostgreSQL: the choice of follow-ups, lost leases, and the low-water mark."""
 
 from __future__ import annotations
 

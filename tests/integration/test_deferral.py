@@ -178,7 +178,7 @@ def test_many_workers_lease_few_held_follow_ups(world: World, engine: Engine, ow
 
 
 def test_deferred_follow_ups_are_sent_after_the_recovery(world: World, engine: Engine, own: Settings) -> None:
-    """Once the transport recovers, deferred follow-ups do not wait for the end of their deferral.
+    """Once the transport recovers, deferred follow-ups are sent before their deferral ends.
 
     The follow-ups due earliest are sent first.
     """

@@ -53,7 +53,7 @@ class TestProcesses:
     """The `Processes` supervisor."""
 
     def test_start_waits_until_ready(self, tmp_path: Path) -> None:
-        """A process counts as started once its check passes, and has a log of its own."""
+        """Each process has its own log, and counts as started once its check passes."""
         (tmp_path / "index.html").write_text("hello")
         port = free_port()
         with Processes(tmp_path) as processes:

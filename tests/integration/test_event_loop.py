@@ -79,7 +79,7 @@ async def fill(of: Database) -> None:
 
 
 async def test_settings(database_url: str) -> None:
-    """Sessions of the event loop have the project's settings, whatever the server's defaults are."""
+    """Sessions of the event loop use the project's settings and not the server's defaults."""
     set_defaults(database_url, HOSTILE)
     async with database(database_url) as mine:
         rows = await fetch(mine, NAMES, names=[*SESSION, "transaction_isolation", "statement_timeout"])

@@ -1,4 +1,4 @@
-"""Tests of fair claims, which first serve workspaces with the fewest follow-ups in flight.
+"""Tests of fair claims: the workspaces with the fewest follow-ups in flight are served first.
 
 Fair claims never exceed the maximum number of follow-ups in flight.
 """

@@ -263,7 +263,7 @@ PARAMETER = re.compile(r"%\((\w+)\)s")
 
 
 def _by_key_whatever_the_batch(engine: Engine, statement: str) -> None:
-    """Check a pipeline statement that is planned once for batches of all sizes (`ONCE_PLANNED`)."""
+    """Check the plan of a statement that is planned once for batches of all sizes (`ONCE_PLANNED`)."""
     names = list(dict.fromkeys(PARAMETER.findall(statement)))
     numbered = PARAMETER.sub(lambda found: f"${names.index(found[1]) + 1}", statement)
     with engine.connect() as connection:

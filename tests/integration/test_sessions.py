@@ -178,7 +178,7 @@ class TestEncoding:
             drop_database(postgres_url, name)
 
     async def test_another_encoding_is_refused(self, other: str) -> None:
-        """If a database has another encoding, connections to it are refused, with advice in the error."""
+        """If a database's encoding is not UTF-8, connections to it are refused, with advice in the error."""
         engine, in_a_loop = make_engine(other), make_async_engine(other)
         refused = (
             "its encoding is (LATIN1|SQL_ASCII), which cannot store every text: create a database with ENCODING 'UTF8'"

@@ -19,7 +19,7 @@ HOUR = timedelta(hours=1)
 
 
 def test_exact(world: World, engine: Engine) -> None:
-    """In a small table, the counts of pending, overdue and in-flight rows and the oldest age are exact.
+    """In a small table, all counts and the age of the oldest overdue follow-up are exact.
 
     A follow-up that waits for an earlier one in its chat is not overdue.
     """

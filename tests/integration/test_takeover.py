@@ -84,7 +84,7 @@ def test_scheduled_after(world: World, engine: Engine, settings: Settings, late:
 def test_scheduled_after_by_a_transaction_that_began_before(world: World, engine: Engine, settings: Settings) -> None:
     """After an operator's message, even an older transaction can schedule a follow-up.
 
-    This follow-up is sent, although the transaction began before the message.
+    The follow-up is sent, although its transaction began before the operator's message.
     """
     chat_id = world.chat()
     with Session(engine) as session, session.begin():

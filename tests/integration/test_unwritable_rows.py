@@ -432,7 +432,7 @@ def test_a_time_before_the_calendar(
 
 
 def test_the_chats_next_follow_up_before_the_calendar(world: World, engine: Engine, settings: Settings) -> None:
-    """A follow-up due at minus infinity is sent once the chat's earlier follow-up is settled."""
+    """After its predecessor is settled, a follow-up due at minus infinity is sent."""
     unchecked(world, "follow_ups")
     chat = world.chat()
     world.follow_up(chat, -2 * SECOND)

@@ -23,7 +23,7 @@ AWAY = OperationalError("", None, psycopg.OperationalError("away"))
 def test_other_rows_are_processed(bad: list[bool]) -> None:
     """Good rows of a batch are processed once, in order, and bad rows are isolated.
 
-    The batch is halved as few times as possible.
+    A batch is halved no more often than necessary.
     """
     steps = 0
 

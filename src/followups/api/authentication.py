@@ -87,8 +87,8 @@ class KnownKeys:
 
     For a known key, a request's body is read before the key is looked up. The transaction of each request checks the
     key again. A revocation therefore takes effect immediately and removes the key from the known keys. For a key in
-    use, the separate look-up happens only once. A flood of requests with unknown keys therefore cannot delay requests
-    with known keys. An instance belongs to one event loop.
+    use, the separate look-up happens only once. A flood of requests with unknown keys cannot delay requests with known
+    keys. An instance belongs to one event loop.
     """
 
     def __init__(self) -> None:

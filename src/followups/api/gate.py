@@ -61,7 +61,7 @@ Console requests do not use the API's slots.
 
 
 WIRE = "followups.wire"
-"""The key under which an ASGI scope contains the request's `RequestBody`."""
+"""The ASGI scope's key for the request's `RequestBody`."""
 
 
 AT_MOST_ONCE = (b"host", b"authorization", b"idempotency-key", b"content-type", b"content-encoding")

@@ -55,7 +55,7 @@ SHARE_AHEAD = 600
 
 @dataclass(slots=True)
 class Allowance:
-    """Requests of one API key that this process has already counted in Redis but has not yet served."""
+    """Requests of one API key that are already counted in Redis but not yet served."""
 
     size: int
     left: int

@@ -81,7 +81,7 @@ class RequestLimit:
     """
 
     def __init__(self, share: int = SHARE, refusal: str = TOO_MANY_WAIT) -> None:
-        """Store how many database connections are allowed, and the error message for excess requests."""
+        """Store the number of database connections, and the error message if too many requests wait."""
         self._semaphore = asyncio.Semaphore(share)
         self._throttle = Throttle()
         self._refusal = refusal

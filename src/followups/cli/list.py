@@ -27,7 +27,7 @@ MAX_LIMIT = 1000
 AFTER = "Only follow-ups due at this time or later, as in 2030-01-31T09:00:00Z."
 BEFORE = "Only follow-ups due before this time."
 WIDE = 150
-"""Minimum terminal width at which the table has a column for the chat."""
+"""Minimum width of a terminal for a table with a column for the chat."""
 
 
 @app.command(

@@ -84,7 +84,7 @@ class Since:
     given: datetime | timedelta
 
     def resolve(self, now: datetime) -> datetime:
-        """Return the time, or ``EARLIEST`` if the given age reaches back further."""
+        """Return the given time; an age is counted back from ``now``, but no further than ``EARLIEST``."""
         if isinstance(self.given, datetime):
             return self.given
         return now - self.given if self.given < now - EARLIEST else EARLIEST

@@ -1,4 +1,4 @@
-"""Explanations of why follow-ups were sent or not sent, and of the consequences of a due date before it is saved.
+"""Explanations: why a follow-up was sent or not, and what a new due date will cause.
 
 A list explains a follow-up in the same words as ``followups show``.
 """

@@ -73,7 +73,7 @@ def _connecting(url: str) -> timedelta:
 
 
 def size_of_claim(window: int) -> int:
-    """Return the maximum rows per claim: half of the in-flight limit, but no fewer than `CLAIM_SIZE`.
+    """Return the maximum number of rows per claim: half the in-flight limit, at least `CLAIM_SIZE`.
 
     Each claim reads all follow-ups in flight. A few large claims therefore cost less than many small ones. While a
     claim runs, workers send the follow-ups of the previous claim.

@@ -41,7 +41,7 @@ A worker never holds more leases than it gets from two requests. A hundred worke
 in-flight limit. A probe needs only three follow-ups from all workers together.
 """
 SHARE_WHILE_RECOVERING = 128
-"""During recovery, a worker requests 1/128 of the in-flight limit.
+"""During recovery, a worker requests 1/128 of the in-flight limit at a time.
 
 With the default window, each worker can release 156 follow-ups a second during recovery.
 """

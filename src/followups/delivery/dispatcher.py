@@ -168,7 +168,7 @@ class Dispatcher:
         """Return the seconds until the next claim, or None if that claim needs a tick."""
         if self._in_grace:
             return IN_GRACE
-        # This tick may have been requested for a row that was inserted below the low-water mark.
+        # This tick may have been requested for a new row that is due before the low-water mark.
         if self._claimed_from_all:
             return None
         return max(0.0, max(self._next_whole, self._interval.next) - time.monotonic())

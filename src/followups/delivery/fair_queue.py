@@ -1,8 +1,8 @@
 """The fair queue: due leases, in a separate queue for each workspace. This module does no I/O.
 
-Workspace queues take turns; within each queue, the earliest lease comes first. A workspace with few follow-ups waits
-for at most one follow-up of each other workspace. While several workspaces are active, no workspace gets all the slots.
-Slow calls of one workspace therefore do not delay other workspaces.
+Workspace queues take turns; within each queue, the earliest lease comes first. Before a workspace's turn comes, each
+other workspace begins at most one follow-up. While several workspaces are active, no workspace gets all the slots. Slow
+calls of one workspace therefore do not delay other workspaces.
 """
 
 from __future__ import annotations

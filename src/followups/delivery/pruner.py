@@ -138,8 +138,8 @@ class Pruner(BackgroundThread):
             if number is None:
                 break
             total += number
-            # After each batch, the pruner pauses for as long as the batch took. Deliveries thus keep half of the disk's
-            # capacity.
+            # After each batch, the pruner pauses for as long as the batch took. At least half of the disk's capacity
+            # remains for deliveries.
             self._stopping.wait(max(time.monotonic() - began, LEAST_PAUSE))
         return total
 

@@ -165,7 +165,7 @@ def _give_up_root(directory: Path, *owned: Path) -> tuple[int, int]:
 
 
 def _reachable_binaries(directory: Path, run_as: tuple[int, int] | None) -> Path:
-    """Return the binaries, copied to our directory if PostgreSQL's user may not read them."""
+    """Return the path of the binaries; copy them if PostgreSQL's user may not read the originals."""
     anyone = stat.S_IROTH | stat.S_IXOTH
     program = BINARIES / "postgres"
     if run_as is None or (program.stat().st_mode & anyone == anyone and not closed_above(program, run_as[0])):

@@ -79,7 +79,7 @@ class WorkspaceOutcomes(NamedTuple):
 class OutcomeReport:
     """Outcomes recorded since the last report to the shared state.
 
-    Unless the breaker is closed, only outcomes of tripped workspaces count.
+    While the breaker is open, probing or recovering, only outcomes of tripped workspaces count.
     """
 
     failed: tuple[UUID, ...] = ()

@@ -128,7 +128,7 @@ def authenticate(key: str) -> Steps[Identity | None]:
     return Identity(rows[0].id, rows[0].workspace_id)
 
 
-@lru_cache(maxsize=256)  # requests can begin with fewer than 256 different statements
+@lru_cache(maxsize=256)  # there are fewer than 256 different SELECTs
 def with_key(select: str) -> str:
     """Return the given SELECT, extended to look up the API key whose id is ``this_key``.
 

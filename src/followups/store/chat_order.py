@@ -192,8 +192,8 @@ def places(connection: Connection, ids: Collection[UUID]) -> dict[UUID, int]:
 def unblock(ended: Collection[UUID]) -> Steps[None]:
     """Unblock the follow-ups whose predecessors have just ended.
 
-    Call this function right after ending the earlier follow-ups, in the same transaction. A follow-up whose row cannot
-    be written stays blocked, and `unblock_orphaned` reports it.
+    Call this function in the transaction that has just ended the earlier follow-ups. A follow-up whose row cannot be
+    written stays blocked, and `unblock_orphaned` reports it.
     """
     if ended:
         waiting = yield _LOCK_WAITING(ids=uuid_array(ended))

@@ -254,7 +254,7 @@ _SECOND = timedelta(seconds=1)
 
 
 def counts_as(created_at: datetime) -> datetime:
-    """Return when a message counts as written: a time in whole seconds moves to that second's end.
+    """Return a message's effective time: a time in whole seconds becomes the end of that second.
 
     Several channels report times in whole seconds. If a user replies within the same second as our message, the reply
     must not seem older than the message.

@@ -41,8 +41,8 @@ _ADD = text("""
     ON CONFLICT (sample, labels) DO UPDATE SET value = t.value + excluded.value
     RETURNING sample, labels, value
 """)
-# Counts only grow. Our transaction was committed if the stored totals are at least as high as the totals it wrote. The
-# check errs only if our counts were lost and another process added at least as many meanwhile.
+# Counts only grow. Our transaction was committed if the stored totals have reached the totals that it wrote. The check
+# errs only if our counts were lost and another process added at least as many meanwhile.
 _ADDED = text("""
     SELECT count(t.value) = count(*) AND bool_and(t.value >= b.value)
       FROM unnest(CAST(:samples AS text[]), CAST(:labels AS text[]), CAST(:values AS double precision[]))

@@ -1,6 +1,6 @@
 """Follow-ups, one at a time or by chat: create, find, change, end.
 
-The WHERE clause of each statement guards the change.
+Each statement's WHERE clause checks that the change is still allowed.
 """
 
 from __future__ import annotations

@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     from sqlalchemy import Connection
 
 FROZEN_AFTER = "3s"
-"""How long a dispatcher's session may idle during a claim before PostgreSQL ends the session. Without a maximum idle
-time, a frozen dispatcher would keep all other dispatchers from claiming.
+"""How long a dispatcher's session may idle during a claim before PostgreSQL ends the session. A frozen dispatcher with
+an open session keeps all other dispatchers from claiming.
 """
 
 STALE_TICKS = 5

@@ -64,7 +64,8 @@ class Lease(NamedTuple):
 WINDOWED_NAMES = sorted(channel.value for channel in WINDOWED_CHANNELS)
 
 KEYS = 2**20
-"""The number of workspace queue keys. Two workspaces with the same queue key share a queue, which is rare and harmless.
+"""The number of different queue keys for workspaces. Two workspaces with the same queue key share a queue, which is
+rare and harmless.
 """
 
 

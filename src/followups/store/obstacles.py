@@ -56,7 +56,7 @@ class Obstacle:
 
 
 def find(connection: Connection, leases: Sequence[Lease], rules: Rules) -> list[Obstacle]:
-    """Return the obstacles that keep the follow-ups of valid leases from beginning."""
+    """Return, for each valid lease, what keeps its follow-up from beginning."""
     by_id = {lease.id: lease for lease in leases}
     return [
         Obstacle(

@@ -23,7 +23,7 @@ BATCH = 1000
 
 @dataclass(frozen=True, slots=True)
 class PauseScope:
-    """The workspace and the channel that a pause applies to; None means all."""
+    """The workspace and the channel that a pause applies to; None means every workspace or channel."""
 
     workspace_id: UUID | None
     channel: str | None

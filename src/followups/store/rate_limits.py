@@ -164,7 +164,7 @@ _LIMITABLE = text(f"""
 
 
 def limitable(connection: Connection, leases: Sequence[Lease], max_lateness: timedelta) -> list[Limitable]:
-    """Return the facts that rate limits need for each valid lease.
+    """Return what the rate limits need to know about each valid lease.
 
     The result includes leases whose follow-ups have ended.
     """

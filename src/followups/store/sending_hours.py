@@ -40,8 +40,8 @@ def everything(session: Session) -> dict[UUID, SendingHours]:
 def put(session: Session, workspace_id: UUID, hours: SendingHours) -> None:
     """Set the workspace's sending hours.
 
-    Raises `InvalidRequestError` for an unknown time zone or an empty set of days. The caller must then call
-    `followups.store.holds.release_held`, because the old hours may hold follow-ups.
+    Raises `InvalidRequestError` for an unknown time zone or an empty set of days. Afterwards, call
+    `followups.store.holds.release_held` to release follow-ups that the old hours held.
     """
     if zone_of(hours.time_zone) is None:
         message = Sentence(

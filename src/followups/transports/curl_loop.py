@@ -143,7 +143,7 @@ class CurlLoop:
 
     def _time_out(self) -> None:
         self._timer, self._timer_at = None, math.inf
-        # uvloop's clock has whole milliseconds. Waiting for a fraction of one would repeat in every iteration.
+        # uvloop's clock has whole milliseconds. A wait for less than a millisecond would repeat in every iteration.
         if self._wanted - self._loop.time() >= RESOLUTION:
             self._arm()
             return

@@ -187,9 +187,9 @@ class Exchange:
         return _GO_ON
 
     def _connected(self, _ip: str, own_ip: str, _port: int, own_port: int) -> int:
-        # If a process freezes while it connects, its time limit may have passed before it sends. By that time, the
-        # follow-up may have been cancelled, or sent by another process. Without these checks, a request on a closed
-        # connection would also have an unknown outcome.
+        # A process that freezes while it connects may wake after the request's time limit. By that time, the follow-up
+        # may have been cancelled, or sent by another process. Without these checks, a request on a closed connection
+        # would also have an unknown outcome.
         if uptime() > self._until:
             self.late = True
             return _ABORT

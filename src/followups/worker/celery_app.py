@@ -130,8 +130,8 @@ def make_app(settings: Settings) -> Celery:
         broker_connection_retry_on_startup=True,
         broker_connection_max_retries=None,
         broker_transport_options={
-            # A message is deleted from Redis as soon as it is received. Otherwise, kombu would keep a copy of the
-            # message until the acknowledgement. If a slow Redis lost an acknowledgement, the message would count as
+            # A message is deleted from Redis as soon as it is received. By default, kombu keeps a copy of each message
+            # until the message is acknowledged. If a slow Redis lost an acknowledgement, the message would count as
             # prefetched forever. A worker in this state would stop consuming messages.
             "ack_emulation": False,
             "global_keyprefix": settings.broker_prefix,
@@ -141,8 +141,8 @@ def make_app(settings: Settings) -> Celery:
             # The consumer therefore detects a half-open connection within twice `silence` plus a second.
             "health_check_interval": silence,
             # kombu itself retries; retries by redis-py as well would multiply the attempts. With both kombu's and
-            # redis-py's retries, a publish to a silent broker took 51 s. Without redis-py's retries, the publish takes
-            # 26 s.
+            # redis-py's retries, a publish to a silent broker took 51 s. Without redis-py's retries, a publish to a
+            # silent broker takes 26 s.
             "retry_on_timeout": False,
         },
         # While the broker is unreachable, a publish takes at most two seconds before it fails. If the publish fails,

@@ -235,7 +235,7 @@ def test_unread_answers_have_a_budget(settings: Settings, world: World, monkeypa
 def test_unread_connections_are_closed_at_the_limit(
     settings: Settings, world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """If no connection is idle, a connection with an unread response is closed to admit a new one."""
+    """If no connection is idle, a connection with an unread response is closed for a new connection."""
     page = big_page(world)
     monkeypatch.setattr(server, "MAX_CONNECTIONS", 3)
     with served(settings) as address:

@@ -42,7 +42,7 @@ def _no_tick(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def failed(world: World, reason: str = "rejected: HTTP 403", ago: timedelta = HOUR, chat: UUID | None = None) -> UUID:
-    """Insert a follow-up that failed the given duration ago."""
+    """Insert a follow-up that failed ``ago`` before now."""
     ended = datetime.now(UTC) - ago
     return world.follow_up(chat, -DAY, status="failed", reason=reason, finished_at=ended, message="Hello")
 

@@ -97,7 +97,7 @@ def test_retry_after_does_not_change_a_rejection(status: int) -> None:
     ],
 )
 def test_retry_after_is_seconds_or_a_date(value: str, seconds: float) -> None:
-    """A Retry-After, in seconds or as a date, is limited to between 1 second and 24 hours."""
+    """A Retry-After, in seconds or as a date, counts as at least 1 second and at most 24 hours."""
     assert retry_after({"retry-after": value}, NOW) == timedelta(seconds=seconds)
 
 

@@ -47,7 +47,7 @@ PREVIEWED = timedelta(days=7)
 RELEASE_LIMIT = timedelta(seconds=2)
 """Maximum time for which one request may release held follow-ups.
 
-Some ten thousand follow-ups are released per second.
+About ten thousand follow-ups are released per second.
 """
 
 
