@@ -1,6 +1,7 @@
 """The states of a follow-up, the reasons for its end, and the allowed transitions.
 
-This module uses neither a clock nor a database. Every new ``status`` comes from a `Final` created by `finish`.
+This module uses neither a clock nor a database. Except for a sent message, every final ``status`` comes from a `Final`
+created by `finish`, or from a cancel that was requested during the attempt.
 
 ======= ========= ===================================================================================
 from    to        codes
@@ -29,8 +30,8 @@ class Status(StrEnum):
     """The state of a follow-up. The states `sent`, `failed` and `cancelled` are final."""
 
     PENDING = "pending"
-    """The follow-up has been scheduled and has not ended. Scheduling or retrying makes a follow-up pending. The state
-    ends when the follow-up is settled, cancelled or recovered.
+    """The follow-up has been scheduled and has not ended. Scheduling or retrying makes a follow-up pending. Begin,
+    settle, a lost lease or a cancel ends this state.
 
     A leased or in-flight follow-up is also pending, because a lease is not a state.
     """
@@ -41,7 +42,7 @@ class Status(StrEnum):
     """
     FAILED = "failed"
     """The follow-up will never be sent. The reason says why the follow-up failed. This state is set by begin, settle,
-    recovery or a PATCH request.
+    a claim that finds a lost lease, or a PATCH request.
     """
     CANCELLED = "cancelled"
     """The follow-up must not be sent.

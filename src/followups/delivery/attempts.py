@@ -39,7 +39,8 @@ class Attempt(NamedTuple):
 class BatchResult:
     """The result of begin or settle for one batch of follow-ups.
 
-    Follow-ups missing from all fields are stale, held, or waiting for an earlier follow-up of their chat.
+    The result does not list follow-ups that are stale, held, deferred in the database, or waiting for an earlier
+    follow-up of their chat.
     """
 
     begun: tuple[Begun, ...] = ()

@@ -1,4 +1,4 @@
-"""Deferral takes tripped workspaces' follow-ups out of the in-flight window, to make room for others.
+"""Deferral makes room in the in-flight window by deferring the follow-ups of workspaces whose breaker has tripped.
 
 Each worker keeps a few leases of the tripped workspaces as probes. All other follow-ups of tripped workspaces are
 deferred in the database. A deferral is not an attempt, and a deferred follow-up can still be cancelled. The earliest

@@ -168,9 +168,9 @@ class Dispatcher:
         """Return the seconds until the next claim, or None if that claim needs a tick."""
         if self._in_grace:
             return IN_GRACE
-        # This tick may have been requested for a new row that is due before the low-water mark.
         if self._claimed_from_all:
             return None
+        # A tick may have been requested for a row below the low-water mark, where the last claim did not look.
         return max(0.0, max(self._next_whole, self._interval.next) - time.monotonic())
 
     def _drain_due(self, seconds: float) -> None:

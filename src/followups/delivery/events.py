@@ -1,4 +1,4 @@
-"""The dispatcher's log lines and counters: one canonical line for each attempt and each transition."""
+"""The log lines and counters of deliveries: one canonical line for each attempt and each transition."""
 
 from __future__ import annotations
 

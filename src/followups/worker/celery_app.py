@@ -270,10 +270,10 @@ def remove_old(*_: object, **__: object) -> None:
 
 
 @app.task(name="followups.deliver", bind=True)
-def deliver(task: Any, hint: object = None, keys: object = None, *_: object, **__: object) -> None:  # noqa: ANN401 - Celery's task
+def deliver(task: Any, entries: object = None, keys: object = None, *_: object, **__: object) -> None:  # noqa: ANN401 - Celery's task
     """Deliver the hint's follow-ups: begin, send and settle each at its due time."""
     try:
-        leases = leases_of(hint, keys)
+        leases = leases_of(entries, keys)
     except ValueError as error:
         log.warning("hint_dropped", error=str(error), task_id=task.request.id)
         return
