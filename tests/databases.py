@@ -48,7 +48,7 @@ def make_roles(server_url: str, database: str = SERVICE, passwords: Mapping[str,
 
 def create_database(server_url: str, name: str, template: str = "template1") -> None:
     """Create a database of the owner role, empty or copied from ``template``, which must have no sessions."""
-    # Copying the files takes half as long as copying through the write-ahead log.
+    # Copying a database's files takes half as long as copying it through the write-ahead log.
     statement = sql.SQL("CREATE DATABASE {} OWNER {} TEMPLATE {} STRATEGY file_copy")
     _execute(server_url, statement.format(*map(sql.Identifier, (name, OWNER, template))))
 

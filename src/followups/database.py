@@ -318,7 +318,7 @@ def drop_all(engine: Engine) -> None:
     """Make the engine replace each open connection at its next checkout.
 
     Call this function if the database server is unreachable or read-only. SQLAlchemy replaces connections by itself
-    only after errors that it raises.
+    only after an error that SQLAlchemy raised.
     """
     _dropped_at[engine] = time.monotonic()
 

@@ -49,7 +49,7 @@ def downgrade(database_url: str, revision: str) -> None:
 
 
 def is_ready(current: str | None) -> bool:
-    """Return whether this schema version is this code's newest version or a newer one.
+    """Return whether this schema version is at least as new as this code.
 
     Migrations only add to the schema, so old processes keep working during an upgrade.
     """

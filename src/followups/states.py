@@ -69,7 +69,7 @@ class ReasonCode(StrEnum):
     WINDOW_CLOSED = "window_closed"
     """The channel's messaging window closed before the message could be sent."""
     TOO_LATE = "too_late"
-    """The due date plus the allowed lateness has passed."""
+    """The follow-up is later than the maximum lateness allows."""
     OUTCOME_UNKNOWN = "outcome_unknown"
     """The outcome of an attempt is unknown, and the transport cannot deduplicate."""
     WORKER_LOST = "worker_lost"

@@ -83,7 +83,7 @@ class Ours(Contestant):
     """Request a tick, as `followups.schedule` does for follow-ups that are due now."""
 
     def fill(self, count: int, due: str, each: int = 1) -> None:
-        """Insert rows, with the given number in each chat."""
+        """Insert ``count`` rows, distributed so that every chat has ``each`` rows."""
         self.arena.sql(CHATS.format(workspace=self.arena.workspace, chats=count // each, each=each, due=due))
 
     def release(self) -> None:

@@ -149,7 +149,7 @@ def tick(arena: Arena, options: argparse.Namespace) -> Results:
 
 
 def cost(arena: Arena, options: argparse.Namespace) -> Results:
-    """Return the memory, WAL and dead tuples that a backlog causes."""
+    """Return a backlog's cost: memory, WAL and dead tuples."""
     rounds = [measures.cost(Ours(arena), options.count) for _ in range(options.rounds)]
     return {f"cost: a backlog of {options.count:,}": {Ours.name: measures.spread(rounds)}}
 

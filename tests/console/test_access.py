@@ -22,7 +22,7 @@ GUARDED = [route for route in ROUTES if route.action is not Permission.PUBLIC]
 
 
 def called(person: Person, route: Route, ids: dict[str, str]) -> int:
-    """Call a route with these ids in its path, and return the response's status."""
+    """Call a route with the given ids in its path, and return the response's status."""
     path = route.path
     for name, value in ids.items():
         path = path.replace(f"{{{name}}}", value)

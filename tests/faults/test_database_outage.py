@@ -80,7 +80,7 @@ def test_restarted_under_load(breakable: Rig, figures: Figures) -> None:
 
 @pytest.mark.faults_long
 def test_restarted_for_minutes(breakable: Rig, figures: Figures) -> None:
-    """Sending continues after each of many restarts of PostgreSQL, one every 5 to 40 seconds."""
+    """If PostgreSQL is restarted every 5 to 40 seconds, sending continues each time."""
     outages(breakable, figures, times=10, between=(5, 40), rate=60)
 
 

@@ -53,7 +53,7 @@ def test_killed_at_each_step(rig: Rig, figures: Figures) -> None:
         rig.bulk(100, spread=0.5)
         time.sleep(rig.rng.random() * 0.3)
         rig.failpoints.arm(point)
-        # Add more follow-ups if all earlier ones were processed before the kill.
+        # If all follow-ups were processed before the kill, add more.
         wait_until(lambda point=point: rig.failpoints.taken(point) or not rig.bulk(3, 0.2), within=30, every=0.25)
         wait_until(lambda workers=workers: any(not worker.running for worker in workers))
         recovered(rig, figures, point, time.monotonic())

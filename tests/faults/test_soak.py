@@ -33,7 +33,7 @@ ROOM_MB = 32.0
 """
 
 # Include only follow-ups that were created early enough and accepted at the first attempt. The query uses the index of
-# the follow-up lists. The cost of a sample therefore stays the same throughout the test.
+# the follow-up lists. Taking a sample therefore does not become slower as the table grows.
 _LAG = """
     SELECT percentile_cont(0.99) WITHIN GROUP (ORDER BY extract(epoch FROM accepted_at - due_date)) * 1000, max(now())
       FROM follow_ups

@@ -102,7 +102,7 @@ class TestOrder:
         assert steps.begun().lease.id == second
 
     def test_end_before_the_attempt_unblocks(self, world: World, steps: Steps) -> None:
-        """If begin ends a follow-up without an attempt, the worker leases the chat's next follow-up."""
+        """If begin ends a follow-up without an attempt, the chat's next follow-up is leased."""
         chat = world.chat()
         long_ago = text("now() - interval '2 days'")
         world.follow_up(chat, timedelta(days=-2), scheduled_at=long_ago)

@@ -181,7 +181,7 @@ class TestLowWater:
     def test_rows_inserted_before_the_mark(self, world: World, steps: Steps) -> None:
         """A claim that starts at the low-water mark misses rows inserted before the mark.
 
-        A claim that starts from the beginning finds the row.
+        A claim that starts at the beginning of the index finds all rows.
         """
         low = steps.claim().low_water
         world.follow_up(due=-timedelta(minutes=5))

@@ -247,7 +247,7 @@ class TestLowWater:
 def test_dispatcher_continues_with_a_fair_claim(
     engine: Engine, settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """After a claim that reached its limit, the next claim is fair, so no workspace waits long."""
+    """If a claim reaches its limit, the next claim is fair to all workspaces."""
     monkeypatch.setattr(claiming, "CLAIM_SIZE", 10)
     worlds = worlds_of(engine, 200, 10)
     hints: list[Hint] = []

@@ -125,7 +125,7 @@ async def test_several_workers(under_test: LimiterUnderTest, limiter_settings: S
 
 
 async def test_earliest_due_first(under_test: LimiterUnderTest) -> None:
-    """Token requests are served by due date, and for equal due dates by id."""
+    """Follow-ups get tokens in the order of their due dates; ties are broken by id."""
     limit = bucket(rate=1 / 60, burst=1)
     await under_test.ask(request(0, limit))
     late, early = request(9, limit), request(5, limit)

@@ -373,8 +373,8 @@ def test_poison_pills_are_sent_alone(  # noqa: PLR0913 - fixtures and three para
 ) -> None:
     """A follow-up with two lost leases is sent alone.
 
-    A follow-up with one lost lease is sent together with at most a few other such follow-ups. Follow-ups without a lost
-    lease are sent without delay.
+    A follow-up with one lost lease is sent together with at most a few other such follow-ups. A follow-up that has lost
+    no lease is sent at once.
     """
     under_way: list[int] = []
     suspects = {str(world.follow_up(losses=losses)) for losses in [1] * count_once + [2] * count_twice}

@@ -44,7 +44,7 @@ MOST = 12 * DUE
 """Maximum number of `follow_ups` rows read for a batch: a few for each row of the batch."""
 
 PORTION = 100_000
-"""The number of rows inserted per statement, few enough for the statement timeout."""
+"""Number of rows per INSERT, small enough for the statement timeout."""
 
 OTHERS = """
     WITH chat AS (

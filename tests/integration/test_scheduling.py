@@ -82,7 +82,7 @@ class Caller:
 
 @pytest.fixture
 def caller(world: World) -> Iterator[Caller]:
-    """Return a caller with an open transaction."""
+    """Return a caller whose session has an open transaction."""
     with Session(world.engine, expire_on_commit=False) as session:
         yield Caller(session, world)
 

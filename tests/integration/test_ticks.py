@@ -136,7 +136,7 @@ class TestGap:
         assert claimed(engine, settings) == [follow_up] * over
 
     def test_rare_ticks(self, world: World, engine: Engine, settings: Settings) -> None:
-        """If ticks are further apart than a lease, the dispatcher claims again after the grace period."""
+        """If the tick interval is longer than a lease, the dispatcher claims again after the grace period."""
         rare = settings.model_copy(update={"tick_interval": timedelta(minutes=5)})
         follow_up = world.follow_up()
         in_flight(engine, rare)

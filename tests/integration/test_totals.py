@@ -28,7 +28,7 @@ def test_counts_of_processes_are_summed(engine: Engine) -> None:
     metrics.CLAIMED.inc(3)
     first.add()
     first.add()
-    second.add()  # as if another process added the same counts
+    second.add()  # as if another process had added the same counts
     assert sums(engine)[CLAIMED] == 2 * (before + 3)
     metrics.CLAIMED.inc(4)
     first.add()

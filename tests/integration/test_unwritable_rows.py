@@ -62,7 +62,7 @@ def test_begun_attempts_are_returned(
 
 
 def unchecked(world: World, table: str) -> None:
-    """Drop the constraint on times, to allow rows like those written before it existed."""
+    """Drop the constraint on times, since rows from before it existed may violate it."""
     world.alter(f"ALTER TABLE {table} DROP CONSTRAINT ck_{table}_times_are_readable")
 
 

@@ -18,7 +18,7 @@ from followups.delivery.claim_interval import LONGEST, SHORTEST, ClaimInterval, 
         (1000, 0.1, 5000, 0.2),
         (4000, 0.5, 5000, 0.3125),  # 8,000 a second
         (2500, 0.03, 5000, SHORTEST),  # immediately after a claim that filled the window
-        (100, 0.5, 100, SHORTEST),  # the whole window became free
+        (100, 0.5, 100, SHORTEST),  # all places in the window became free
         (20, 0.1, 100, 0.2),
         (1, 0.05, 5000, 0.1),
         (0, 0.2, 5000, 0.4),
@@ -95,6 +95,6 @@ def test_the_window_is_refilled_in_time(dispatchers: int, rate: int) -> None:
 
 @pytest.mark.parametrize("dispatchers", [1, 2, 4])
 def test_few_claims(dispatchers: int) -> None:
-    """The first claims of a tick are not small, since each claim reads all follow-ups in flight."""
+    """A tick starts with large claims, since each claim reads all follow-ups in flight."""
     _, claims = sent(dispatchers, rate=5000, seconds=20)
     assert claims <= 20 * 3

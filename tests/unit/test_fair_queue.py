@@ -134,7 +134,7 @@ steps = st.lists(
 
 @given(steps, st.integers(1, 9))
 def test_each_is_taken_once(steps: list[tuple[str, int, int]], slots: int) -> None:
-    """Each lease is taken exactly once, whatever the order of arrivals, takes and deferrals.
+    """In any order of arrivals, takes and deferrals, each lease is taken exactly once.
 
     The number of leases taken never exceeds the number of slots.
     """

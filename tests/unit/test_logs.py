@@ -98,7 +98,7 @@ def test_an_event_is_one_line_of_json(capsys: pytest.CaptureFixture[str]) -> Non
 def test_libraries_log_in_the_same_format(capsys: pytest.CaptureFixture[str], name: str) -> None:
     """A library's record from `logging` has the same keys as ours and is logged once.
 
-    The library's own log handlers do not write the line again.
+    The handlers that the library itself installs do not write the record again.
     """
     if name in OWN_HANDLERS:
         logging.getLogger(name).addHandler(logging.StreamHandler(sys.stderr))

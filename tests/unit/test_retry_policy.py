@@ -58,7 +58,7 @@ def test_the_ceiling_grows_by_the_factor_up_to_the_cap() -> None:
 
 
 def test_slow_growth_continues() -> None:
-    """If the factor is close to 1, the ceiling still grows after many attempts."""
+    """If the retry factor is close to 1, the delay's ceiling grows over many attempts."""
     policy = RetryPolicy(timedelta(seconds=1), 1.01, HOUR, max_attempts=1000)
     assert policy.ceiling(201).total_seconds() == pytest.approx(1.01**200, abs=1e-5)
 

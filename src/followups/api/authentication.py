@@ -244,7 +244,7 @@ class Caller:
             async with self._services.database.reading() as connection:
                 result = await event_loop.run(connection, rule(work))
         except FollowUpsError:
-            return None  # the transaction checks the key first, and then raises this error again
+            return None  # the transaction checks the key again, and raises this error
         if result is None:
             return None
         self._is_valid = True

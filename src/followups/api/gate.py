@@ -84,7 +84,7 @@ class RequestBody:
     most: int = MAX_BODY_SIZE
     size: int = 0
     owner: RequestLimit | None = None
-    """The workspace whose share of the memory this body uses, or None without a valid API key."""
+    """The workspace to which this body's memory is charged, or None without a valid API key."""
     problem: problems.ProblemAnswer | None = None
 
     def take(self, size: int) -> problems.ProblemAnswer | None:

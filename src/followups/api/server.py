@@ -263,7 +263,7 @@ class LimitedProtocol(HttpToolsProtocol):
                 return len(piece)
         try:
             self.parser.feed_data(piece)
-        # The server does not switch protocols, so it parses the following bytes as HTTP/1.1.
+        # The server does not switch protocols: the bytes after the upgrade request are parsed as HTTP/1.1.
         except httptools.HttpParserUpgrade as upgrade:
             return int(upgrade.args[0]) or len(piece)
         except httptools.HttpParserError:

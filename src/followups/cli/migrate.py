@@ -1,7 +1,7 @@
 """``followups migrate``: wait for the database, then upgrade its schema.
 
-honcho stops all processes as soon as one ends. If ``release`` ended, honcho would also stop web, worker and beat. After
-a plain ``honcho start``, this command therefore keeps running until honcho stops it. In all other cases, such as
+honcho stops all processes as soon as one ends. If ``release`` ended by itself, honcho would stop web, worker and beat.
+After a plain ``honcho start``, this command therefore keeps running until honcho stops it. In all other cases, such as
 ``honcho start release``, the command ends after the upgrade.
 """
 

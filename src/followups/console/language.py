@@ -11,7 +11,7 @@ LANGUAGES = {"en": "English", "pt-BR": "Português (Brasil)"}
 
 @lru_cache
 def catalogue(language: str) -> dict[str, str]:
-    """Return a language's translations, keyed by the English text. The mapping is empty for English."""
+    """Return a language's translations, keyed by the English text. For English, the mapping is empty."""
     if language not in LANGUAGES or language == "en":
         return {}
     found: dict[str, str] = json.loads((files(__package__) / "locale" / f"{language}.json").read_text("utf-8"))

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from followups.store.obstacles import Obstacle
 
 TOLERANCE = timedelta(milliseconds=100)
-"""How early a follow-up may begin: the lead plus the largest error of a worker's clock."""
+"""How early an attempt may begin: the lead plus the largest error of a worker's clock."""
 
 
 REFUSED_PAUSE = timedelta(minutes=1)

@@ -50,7 +50,8 @@ class ClaimInterval:
         """Start a tick; the rate of claims is not known yet.
 
         The current number of free places predicts nothing, because other dispatchers also claim. The first pause of a
-        tick is as long as the last known pause. Starting with the shortest pause would double the number of claims.
+        tick is as long as the last known pause. If each tick started with the shortest pause, there would be twice as
+        many claims.
         """
         self._full_at = None
 

@@ -64,8 +64,8 @@ BACKOFF = 1.0
 class ReturnTimes:
     """Spreads the times at which deferred follow-ups fall due again, in the order of deferral.
 
-    The first return times are 15 ms apart. The more follow-ups are deferred, the shorter the intervals between these
-    times become. No follow-up is deferred for longer than `LONGEST`.
+    At first, successive return times are 15 ms apart. The more follow-ups are deferred, the shorter the intervals
+    between these times become. No follow-up is deferred for longer than `LONGEST`.
 
     >>> returns = ReturnTimes()
     >>> [round(returns.next(now=0.0), 3) for _ in range(3)]

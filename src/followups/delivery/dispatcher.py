@@ -40,7 +40,7 @@ NEXT_STATISTICS = 60.0
 QUICK = 0.01
 """If a claim from the beginning of the index takes at most this many seconds, the next claim starts there too."""
 LOOKING_SHARE = 0.1
-"""The maximum share of the dispatcher's time for claims from the beginning of the index."""
+"""Claims from the beginning of the index may take this share of the dispatcher's time."""
 
 ORPHAN_SEARCH_SHARE = 0.01
 """The largest share of the dispatcher's time for checking blocked and paused follow-ups.
@@ -165,7 +165,7 @@ class Dispatcher:
         return tuple(self._skipped)
 
     def _seconds_to_next_claim(self) -> float | None:
-        """Return the seconds until the next claim, or None if that claim needs a tick."""
+        """Return the seconds until the next claim, or None if a tick has to start that claim."""
         if self._in_grace:
             return IN_GRACE
         if self._claimed_from_all:

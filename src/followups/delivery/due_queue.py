@@ -32,7 +32,7 @@ BEGIN_BATCH = 200
 """The largest number of leases in one batch. A statement for more leases would take longer and save no time per row."""
 GATHER = timedelta(milliseconds=5)
 """How long to wait for more free slots or due follow-ups while there are few. A statement for five rows costs almost as
-much as a statement for fifty. This wait is a third of `LEAD`.
+much as a statement for fifty. `GATHER` is a third of `LEAD`.
 """
 ENOUGH_SLOTS = 0.4
 """If at least this share of the slots is free, the next batch does not wait for more slots."""
@@ -65,8 +65,8 @@ class DueQueue:
         """Enqueue new leases together with the id of the Celery task whose hint brought them."""
         now, known = uptime(), self._clock.known
         if now >= self._next_expiry_check:
-            # While the breaker is open, no lease is taken from the due queue. Leases that expire in the queue are
-            # claimed and enqueued again by each tick.
+            # While the breaker is open, leases stay in the due queue. Leases that expire in the queue are claimed and
+            # enqueued again by each tick.
             self._next_expiry_check = now + self._lease
             self._fair.drop_expired(now)
         moment = self._clock.now() if known else None

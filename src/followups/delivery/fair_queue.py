@@ -47,7 +47,7 @@ class FairQueue:
         self._latest_at = self._others_at = -inf
 
     def note_arrival(self, key: int, now: float) -> None:
-        """Record that a lease of a workspace arrived at the `uptime` ``now``."""
+        """Record that a lease of the workspace ``key`` arrived at `uptime` ``now``."""
         if key != self._latest:
             self._latest, self._others_at = key, self._latest_at
         self._latest_at = now
@@ -62,7 +62,7 @@ class FairQueue:
             self._turns.append(key)
 
     def has_turn(self, tripped: frozenset[int] = frozenset()) -> bool:
-        """Return whether a lease of any workspace other than the ``tripped`` ones may be taken."""
+        """Return whether any workspace outside ``tripped`` has a lease that may be taken."""
         return any(key not in tripped and self._may_go(key) for key in self._turns)
 
     def next(self, tripped: frozenset[int] = frozenset()) -> Lease | None:

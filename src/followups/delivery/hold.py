@@ -95,7 +95,7 @@ def sendable_from(obstacle: Obstacle) -> datetime | None:
     """Return the first time at which sending hours allow the follow-up, or None if unknown.
 
     The returned time may be in the future. A recorded time that has already passed is returned unchanged. Lateness is
-    counted from this time even after the sending hours end. This function is pure.
+    counted from the returned time, even if sending hours end in the meantime. This function is pure.
     """
     first = obstacle.sendable_from
     if first is None:

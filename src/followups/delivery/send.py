@@ -151,7 +151,7 @@ def _described(begun: Begun, transport: str) -> dict[str, str | int]:
 
 
 class CallTimeout:
-    """Cancels every task whose call takes longer than the limit. An instance belongs to one event loop."""
+    """Cancels each task whose call takes too long. An instance belongs to one event loop."""
 
     def __init__(self, limit: timedelta) -> None:
         """Limit the duration of each call to ``limit``."""

@@ -19,8 +19,8 @@ POISON_PILLS = 16
 needs the whole quota, so it is sent alone.
 
 Any of these follow-ups may be a poison pill. A poison pill kills its worker and all attempts in flight there. If
-hundreds of leases are lost together, at most 16 follow-ups lose a second lease. These 16 follow-ups do not lose a third
-lease, which would end them.
+hundreds of leases are lost together, at most 16 follow-ups lose a second lease. Only a real poison pill loses a third
+lease, which ends the follow-up.
 """
 
 

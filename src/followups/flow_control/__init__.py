@@ -34,7 +34,7 @@ def connect(settings: Settings, timeout: timedelta = TIMEOUT) -> Redis:
         socket_timeout=timeout.total_seconds(),
         socket_connect_timeout=timeout.total_seconds(),
         retry=Retry(NoBackoff(), 0),
-        # With this setting, the client does not retry the command. After a failover, the address leads to another
+        # Despite its name, `retry_on_error` causes no retry here. After a failover, the address leads to another
         # server, so the client also closes the failing connection.
         retry_on_error=[ReadOnlyError],
         decode_responses=True,

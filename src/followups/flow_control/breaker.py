@@ -118,7 +118,7 @@ class RecoveryPolicy:
     probes: int = 3
     """Number of follow-ups that may begin in one probe."""
     first_rate: float = 10.0
-    """Initial rate of begins per second after a successful probe, for all workers together. The rate doubles every
+    """Initial rate of begins per second after a successful probe, for all workers together. The rate then doubles every
     second.
     """
     last_rate: float = 10_000.0
@@ -345,7 +345,7 @@ def _text(value: str | bytes) -> str:
 def _failed(outcome: Outcome) -> bool:
     """Return whether an outcome is a failure of the transport.
 
-    A rejection counts as a failure only if the receiver rejects the caller, not one message.
+    A rejection of the caller is a failure of the transport; a rejection of one message is not.
     """
     if isinstance(outcome, Rejected):
         return outcome.status_code in REFUSING

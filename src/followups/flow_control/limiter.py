@@ -119,7 +119,7 @@ class Limiter:
     async def give_back(self, requests: Sequence[TokenRequest], moment: int) -> None:
         """Return the tokens acquired at ``moment`` for follow-ups that did not begin.
 
-        If Redis is unreachable, the tokens are lost.
+        If Redis is unreachable, the returned tokens are lost.
         """
         unused = Counter(bucket for request in requests for bucket in request.buckets)
         limits = [(bucket.rate, bucket.burst, count) for bucket, count in unused.items()]
@@ -302,7 +302,7 @@ def _limitable(engine: Engine, settings: Settings, leases: Sequence[Lease]) -> l
         with engine.connect() as connection:
             return rate_limits.limitable(connection, part, settings.max_lateness)
 
-    # If a row cannot be read, its lease still goes to `begin`, which logs the row.
+    # A lease whose row cannot be read still goes to `begin`, which logs the row.
     return list(chain.from_iterable(halve(leases, read).done))
 
 

@@ -32,8 +32,8 @@ GIVE_WAY = 1.0
 """Seconds between two tries to change a table. Between two tries, the transactions that wait for the table can proceed.
 """
 
-# The advisory lock's key is not a bind parameter. After a statement with parameters, PostgreSQL keeps the snapshot
-# until the next statement. Creating an index concurrently would wait for that snapshot to end.
+# The advisory lock's key is part of the SQL text, not a parameter. After a statement with parameters, PostgreSQL keeps
+# the snapshot until the next statement. Creating an index concurrently would wait for that snapshot to end.
 _TRY_LOCK = text(f"SELECT pg_try_advisory_xact_lock({LOCK})")
 _HOLDER = text("""
     SELECT a.pid, a.application_name, a.state, date_trunc('second', now() - a.state_change) AS since

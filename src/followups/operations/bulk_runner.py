@@ -1,7 +1,7 @@
 """Carries out the console's bulk actions in the worker processes, one batch after another.
 
-Each batch locks the row of its bulk action, so only one worker runs an action at a time. The batch's own transaction
-records the progress. If a worker crashes, another worker continues the action.
+Each batch locks the row of its bulk action, so only one worker runs an action at a time. Each batch records the bulk
+action's progress in its own transaction. If a worker crashes, another worker continues the action.
 """
 
 from __future__ import annotations

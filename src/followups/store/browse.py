@@ -232,7 +232,7 @@ class FollowUpPage(NamedTuple):
 
     rows: list[Row]
     following: BrowseCursor | None
-    """The position from which the search continues, or None at the end."""
+    """Where the search continues, or None at the end of the list."""
 
 
 def search(

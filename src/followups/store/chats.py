@@ -217,7 +217,7 @@ _ENSURE = Statement(f"""
     INSERT INTO chats (workspace_id, id) SELECT :workspace_id, :chat_id WHERE {_WITHIN_QUOTA}
     ON CONFLICT (workspace_id, id) DO NOTHING
 """)
-# If a recorded message arrives again, the statement does not lock the chat.
+# If the message is already recorded, this statement does not lock the chat.
 _KNOWN_OR_LOCK = Statement("""
     SELECT now() AS now, m.id AS known_id, m.chat_id AS known_chat_id, m.role AS known_role,
            m.created_at AS known_created_at, chat.*

@@ -41,7 +41,7 @@ _WRITTEN = text(f"""
 
 
 def by_token(connection: Connection, tokens: Iterable[tuple[UUID, int]]) -> None:
-    """Register the rows' new lease tokens, which later show whether a lost commit succeeded."""
+    """Register the new lease tokens, which show later whether a commit without a response succeeded."""
     ask_if_lost(connection, partial(_still_written, _LEASED, list(islice(tokens, SAMPLE))))
 
 

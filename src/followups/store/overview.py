@@ -51,7 +51,7 @@ class OverviewFigures:
     lags: tuple[timedelta, ...] | None = None
     """p50, p95 and p99 of the lag in the last five minutes, or None.
 
-    The value is None if no message was accepted in this time or the query took too long.
+    The result is None if no message was accepted in the last five minutes, or if the query took too long.
     """
     sent: list[int] | None = None
     """Number of follow-ups sent in each of the last few minutes, oldest first."""

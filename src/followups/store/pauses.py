@@ -93,7 +93,7 @@ _OF = text("""
 def of(connection: Connection, workspace_id: UUID, channel: str) -> ActivePause | None:
     """Return the oldest pause in force on this channel of this workspace, or None.
 
-    Follow-ups held by the pause are not counted here: ``held`` is always 0.
+    ``held`` is always 0, because the follow-ups held by the pause are not counted.
     """
     row = connection.execute(_OF, {"workspace_id": workspace_id, "channel": channel}).one_or_none()
     return ActivePause(*row) if row else None

@@ -74,7 +74,7 @@ def delete(connection: Connection, ids: Sequence[UUID]) -> int:
 
 
 def delete_finished(connection: Connection, before: datetime) -> int:
-    """Delete the next batch of follow-ups that finished before this time; return their number."""
+    """Delete the next batch of follow-ups that finished before the given time; return their number."""
     return connection.execute(_DELETE_OLD, {"before": before, "most": BATCH}).rowcount
 
 

@@ -124,7 +124,7 @@ class Limitable:
 
     id: UUID
     ended: bool
-    """Whether the follow-up was cancelled or sent by another worker; no limit then applies."""
+    """Whether the follow-up was cancelled, or sent by another worker, so that no rate limit applies."""
     workspace_id: UUID
     chat_id: UUID
     channel: str

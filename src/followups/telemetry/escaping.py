@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 
 # The set contains bidirectional marks, embeddings, overrides and isolates, which reorder the text after them. The set
-# also contains line and paragraph separators, and lone surrogates, which UTF-8 cannot encode.
+# also contains line separators, paragraph separators and lone surrogates. UTF-8 cannot encode a lone surrogate.
 _BEYOND_ASCII = "\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff"
 _CONTROLS = re.compile(f"[\x00-\x1f{_BEYOND_ASCII}]")
 _BUT_LINE_FEEDS = re.compile(f"[\x00-\x09\x0b-\x1f{_BEYOND_ASCII}]")

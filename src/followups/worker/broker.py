@@ -198,7 +198,7 @@ class BrokerTransport(kombu_redis.Transport):
     """
     Empty = queue.Empty
     delivering = False
-    """Whether the entry last read was decoded and passed to the consumer."""
+    """Whether the consumer received the last entry read from the broker."""
     _stopping = False
     """Whether shutdown has begun. To drain, the worker may still open connections."""
 

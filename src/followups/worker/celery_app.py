@@ -138,7 +138,7 @@ def make_app(settings: Settings) -> Celery:
             "socket_timeout": silence,
             "socket_connect_timeout": silence,
             "socket_keepalive": True,
-            # The consumer therefore detects a half-open connection within twice `silence` plus a second.
+            # A half-open connection is therefore detected within two times `silence`, plus a second.
             "health_check_interval": silence,
             # kombu itself retries; retries by redis-py as well would multiply the attempts. With both kombu's and
             # redis-py's retries, a publish to a silent broker took 51 s. Without redis-py's retries, a publish to a
@@ -378,7 +378,7 @@ def _stop_beat_in_order(**_: object) -> None:
     # Celery's own handler closes the producer while the signal is being handled. If a signal interrupted a publish,
     # Celery's handler would wait forever for the lock of that publish. In a test with ten ticks per second, two of
     # about thirty beat processes never exited. If the handler raises an exception, however, the interrupted publish
-    # releases its locks. Beat closes the producer after the handler has raised the exception.
+    # releases its locks. Our handler raises an exception, and beat closes the producer afterwards.
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: sys.exit(0))
 

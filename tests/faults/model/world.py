@@ -24,7 +24,7 @@ class ModelRow(NamedTuple):
     losses: int = 0
     cancel_requested: str = ""
     unknown: bool = False
-    """Whether the outcome of an attempt is recorded as unknown."""
+    """Whether an attempt's outcome is recorded as unknown."""
     exists: bool = True
 
     @property
@@ -69,7 +69,7 @@ class ModelWorld(NamedTuple):
     def without_dead_jobs(self) -> ModelWorld:
         """Return this state without the jobs that can no longer change anything.
 
-        If all guards are present, removing dead jobs is safe: no token is reused and no final state changes.
+        With all guards in place, dead jobs can be removed: no token is reused, and no final state changes.
         """
         if all(job is IDLE or job.stage == "begun" or self._is_alive(job) for job in self.workers):
             return self

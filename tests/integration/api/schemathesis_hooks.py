@@ -23,7 +23,7 @@ TOGETHER = {"#/reason", "#/finishedAt", "#/chatMessageId"}
 def valid_requests_are_accepted(
     ctx: schemathesis.CheckContext, response: schemathesis.Response, case: schemathesis.Case[Any]
 ) -> bool | None:
-    """Run Schemathesis's own check, except for requests that a rule rejected."""
+    """Run Schemathesis's own check, unless one of our rules rejected the request."""
     if response.status_code == 422:
         problem = response.json()
         pointers = {error["pointer"] for error in problem["errors"]}

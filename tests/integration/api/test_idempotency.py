@@ -156,7 +156,7 @@ def test_crash(api: Api, web_settings: Settings, step: str) -> None:
 def test_many_concurrent_requests(api: Api) -> None:
     """Of many concurrent requests with one idempotency key, exactly one creates a follow-up.
 
-    All other requests with the same idempotency key get 409 or the first response again.
+    All but one of the concurrent requests get 409, or the first request's response.
     """
     body, together = body_of(api), threading.Barrier(8)
 

@@ -57,7 +57,7 @@ def test_429_is_a_rate_limit_in_any_case() -> None:
 
 @pytest.mark.parametrize("status", [401, 403, 404, 410, 301, 307, 308])
 def test_final_statuses_are_rejections(status: int) -> None:
-    """A 401, 403, 410 or redirect is a rejection, whatever the redirect's target."""
+    """A 401, 403, 410 or any redirect is a rejection."""
     answer = Answer(status, {"location": "http://elsewhere/", "retry-after": "5"}, b"gone")
     assert outcome_of(answer, HTTP) == Rejected(f"HTTP {status} gone", status)
 

@@ -242,7 +242,7 @@ def _without_nulls(workspace_id: UUID, follow_up_id: UUID, given: Mapping[str, A
     """
     nulls = {name for name, value in given.items() if value is None}
     if given.get("status") in FINAL:
-        # null in a request with a final status means that the client provides no value
+        # next to a final status, a null means that the client gives no value
         nulls -= {"reason", "finished_at"}
     kept = {name: value for name, value in given.items() if value is not None}
     if not nulls:

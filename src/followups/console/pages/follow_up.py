@@ -100,7 +100,7 @@ def cancel(visit: Visit) -> Response:
         changes: dict[str, Any] = {"status": Status.CANCELLED}
         if typed.reason:
             changes["reason"] = typed.reason
-        # Without this check, cancelling again with a different reason would be reported as a conflict.
+        # Without this check, a second cancel with a different reason would be reported as a conflict.
         if found.status == Status.CANCELLED:
             raise AlreadyFinishedError
         changed = _amend(visit, session, found, changes)

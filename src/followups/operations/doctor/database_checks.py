@@ -70,7 +70,7 @@ EXPLAINED = {
     "rejected": "refused for good",
 }
 """The meaning of each outcome of a failed attempt."""
-# The query reads the server's default settings, because the service's sessions override some of them.
+# The query reads the server's default settings. The service's own sessions override some of these settings.
 _DEFAULTS = text("""
     SELECT name, reset_val FROM pg_settings
      WHERE name IN ('default_transaction_isolation', 'synchronous_commit', 'synchronous_standby_names')
