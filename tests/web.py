@@ -67,7 +67,7 @@ def key_of(world: World) -> tuple[UUID, str]:
 
 
 def in_days(days: float) -> str:
-    """Return the time this many days from now, in the format that clients send."""
+    """Return the time ``days`` days from now, in the format that clients send."""
     return (datetime.now(UTC) + timedelta(days=days)).isoformat()
 
 

@@ -179,8 +179,8 @@ def make_async_engine(
 ) -> AsyncEngine:
     """Return an engine like that of `make_engine`, for one event loop.
 
-    Transactions of this engine run in `followups.transactions.in_loop`. A connection is tested only after being idle
-    for `RECENTLY`: a test takes as long as a statement.
+    Transactions of this engine run in `followups.transactions.in_loop`. A test takes as long as a statement, so only
+    connections idle for `RECENTLY` are tested.
     """
     url = parse(database_url)
     arguments = _arguments(url, pool_size, application_name)

@@ -135,7 +135,7 @@ def driver_rows(
 
 
 async def _tuples(connection: Connection, sql: bytes, parameters: Mapping[str, Any]) -> list[tuple[Any, ...]]:
-    # PostgreSQL and psycopg together need a third less time for binary rows than for text rows.
+    # For PostgreSQL and psycopg together, binary rows take a third less time than text rows.
     async with connection.cursor(binary=True, row_factory=tuple_row) as cursor:
         await cursor.execute(sql, parameters)
         return await cursor.fetchall()

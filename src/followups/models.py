@@ -458,7 +458,7 @@ class FollowUp(Base):
     pause_id: Mapped[UUID | None]
     """The id of the pause that holds the follow-up, or None.
 
-    A held follow-up's next attempt is far in the future, so claims do not find the follow-up.
+    Claims skip a held follow-up, because its next attempt is set far in the future.
     """
     retry_of: Mapped[UUID | None]
     """The failed follow-up that this follow-up retries. Each failed follow-up is retried by at most one other

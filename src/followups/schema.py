@@ -22,7 +22,7 @@ WAIT = 60.0
 """Seconds for which a migration waits for another migration to end."""
 
 PATIENCE = 600.0
-"""For this many seconds, a migration tries to lock tables used by long transactions."""
+"""How many seconds a migration tries to lock tables that long transactions use."""
 
 
 def alembic_config(database_url: str = "", *, wait: float = WAIT, patience: float = PATIENCE) -> Config:

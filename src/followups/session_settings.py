@@ -22,8 +22,8 @@ CONNECTION: Mapping[str, str | int] = {
     "keepalives_count": 3,
     "tcp_user_timeout": TCP_USER_TIMEOUT,
     "options": "",  # no options are sent, not even those in PGOPTIONS
-    # During a failover, the address may lead to a standby. A standby would answer each SELECT with outdated data, and
-    # its session would stay in the pool.
+    # During a failover, the address may lead to a standby. A session with a standby would return outdated data and stay
+    # in the pool.
     "target_session_attrs": "read-write",
 }
 """libpq parameters that apply unless the URL sets them."""

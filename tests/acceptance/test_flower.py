@@ -88,7 +88,7 @@ def test_flowers_password_from_a_file(stack: Stack, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("content", [None, "", "me:"])
 def test_a_file_without_flowers_password(stack: Stack, tmp_path: Path, content: str | None) -> None:
-    """Flower exits with an error if the file that FLOWER_BASIC_AUTH_FILE names is missing or contains no password."""
+    """If the file in FLOWER_BASIC_AUTH_FILE is missing or has no password, Flower exits with an error."""
     secret = tmp_path / "flower"
     if content is not None:
         secret.write_text(content)

@@ -1,8 +1,8 @@
 """Compares the API with a bare async FastAPI endpoint: requests per second, CPU time and p99.
 
 ``PYTHONPATH=tests uv run --group benchmarks python tests/benchmarks/bench_api.py`` starts PostgreSQL, Valkey and both
-servers as processes. The bare endpoint does one INSERT through psycopg's pool with the same uvicorn. The API and the
-bare endpoint are measured alternately. Afterwards, follow-ups are created at half of the maximum rate measured.
+servers as processes. The bare endpoint does one INSERT through psycopg's pool, and also runs on uvicorn. The API and
+the bare endpoint are measured alternately. Afterwards, follow-ups are created at half of the maximum rate measured.
 `schedule_many` creates a thousand follow-ups per call. The program asserts nothing. Only the ratios to the bare
 endpoint in the same run are meaningful.
 """
@@ -173,7 +173,7 @@ async def turn(load: ApiLoad) -> None:
 
 
 async def paced(load: ApiLoad, rate: float, seconds: float) -> list[float]:
-    """Send requests at the given rate; return the delay of each response after its scheduled time."""
+    """Send requests at the given rate; return the time from each scheduled start to the response."""
     times: list[float] = []
     started = time.perf_counter()
 

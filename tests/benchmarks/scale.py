@@ -116,7 +116,7 @@ _HOLD = text("""
 
 
 def claim(options: argparse.Namespace) -> dict[str, Any]:
-    """Measure claims by an increasing number of dispatchers on the same table."""
+    """Measure claims with more and more dispatchers on the same table."""
     found = {}
     with filled(options.rows) as (url, engine):
         with engine.begin() as connection:

@@ -40,7 +40,7 @@ BY_VALUE = {
     *(label for _, label, _ in MENU),
     *("user", "message", "due date", "reason", "chat", "Not allowed", "Not found", "Not available"),
 }
-"""Texts that are looked up by a value, so that no call contains them literally."""
+"""Texts that no call contains literally, because a value selects them."""
 
 
 def sentences() -> Iterator[str]:

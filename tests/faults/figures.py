@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from faults.promises import Verdict
 
 KEPT = "FOLLOWUPS_TEST_FIGURES"
-"""The file for figures as JSON lines; if unset, figures are only printed."""
+"""The file to which figures are appended as JSON lines; without it, figures are only printed."""
 
 
 @dataclass(frozen=True, slots=True)

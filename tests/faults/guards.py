@@ -1,7 +1,7 @@
 """The guards of the promises: how to remove each guard, and what fails without it.
 
-A guard is removed by cutting its text out of the SQL statements. The text of a guard must occur in the statement.
-Otherwise, the guard would silently stay in a statement whose text has changed.
+A guard is removed by cutting its text out of the SQL statements. The text of a guard must occur in the statement. If a
+guard's text were not found, the guard would silently stay in its statement.
 """
 
 from __future__ import annotations
@@ -394,7 +394,7 @@ def stale_park(scene: Scene) -> None:
 
 
 def parked_behind_an_end(scene: Scene) -> None:
-    """Park a follow-up behind another whose uncommitted cancellation has already unblocked its successors."""
+    """Park a follow-up behind an earlier one whose cancellation is not yet committed."""
     earlier, later = two_in_a_chat(scene)
     with Session(scene.engine) as session:
         followups.cancel(session, earlier)

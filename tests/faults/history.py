@@ -51,6 +51,6 @@ def rewritten(engine: Engine) -> int:
 
 
 def begun_after_cancel(engine: Engine) -> set[UUID]:
-    """Return the follow-ups with an attempt that began after the cancel."""
+    """Return the cancelled follow-ups with an attempt that began after the cancel."""
     with engine.connect() as connection:
         return set(connection.scalars(_BEGUN_AFTER_CANCEL))

@@ -65,7 +65,7 @@ class Server(EmbeddedPostgres):
     """A PostgreSQL server of a given version: either new, or a standby until its promotion."""
 
     def __init__(self, binaries: Path, primary: EmbeddedPostgres | None = None) -> None:
-        """Store the server programs, and the server to replicate, or None for an independent server."""
+        """Store the server programs and the server to replicate; None means an independent server."""
         super().__init__(parent=memory_directory())
         self._binaries, self._primary = binaries, primary
 

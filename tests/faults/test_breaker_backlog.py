@@ -1,4 +1,4 @@
-"""Tests that other workspaces continue if one has more failing follow-ups than MAX_IN_FLIGHT."""
+"""A workspace with more failing follow-ups than MAX_IN_FLIGHT does not stop other workspaces."""
 
 from __future__ import annotations
 

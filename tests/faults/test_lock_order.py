@@ -1,4 +1,4 @@
-"""A reply is never lost to a deadlock with a transaction that cancels and schedules follow-ups."""
+"""A reply is never lost through a deadlock with a caller's transaction."""
 
 from __future__ import annotations
 

@@ -72,7 +72,7 @@ class Measurements(NamedTuple):
     beside: list[UUID]
     noise: list[UUID]
     left: int
-    """Number of follow-ups still in the backlog when the other workspaces had none left."""
+    """Number of follow-ups left in the backlog when the other workspaces were done."""
 
 
 def backlog(rig: Rig, overdue: int, each: int, spread: float, call: float = 0.0) -> Measurements:

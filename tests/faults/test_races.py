@@ -1,4 +1,4 @@
-"""When cancel races with delivery, or reply with create, both clients see the same result."""
+"""Tests of races: a cancel against a delivery, and a reply against a create request."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 CLIENTS = 8
 NEAR = 0.03
-"""Maximum seconds between a cancel and the due time. An attempt begins 15 ms before its due time."""
+"""Longest time between a cancel and the due time, in seconds. An attempt begins 15 ms before its due time."""
 
 
 def cancel_against_deliver(rig: Rig, figures: Figures, pairs: int, spread: float) -> None:

@@ -32,8 +32,8 @@ ROOM_MB = 32.0
 """A process's memory may end at most a quarter plus this many megabytes above its median. Allocators keep freed memory.
 """
 
-# Include only follow-ups that were created early enough and accepted at the first attempt. The query uses the index of
-# the follow-up lists. Taking a sample therefore does not become slower as the table grows.
+# Count only follow-ups created at least 0.5 s before their due date and accepted at the first attempt. The query uses
+# the index of the follow-up lists. Taking a sample therefore does not become slower as the table grows.
 _LAG = """
     SELECT percentile_cont(0.99) WITHIN GROUP (ORDER BY extract(epoch FROM accepted_at - due_date)) * 1000, max(now())
       FROM follow_ups

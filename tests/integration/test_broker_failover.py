@@ -1,4 +1,4 @@
-"""When a failover makes a broker a replica, clients close their connections to it."""
+"""If a failover turns a broker into a replica, clients close their connections to that broker."""
 
 from __future__ import annotations
 

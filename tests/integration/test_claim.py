@@ -152,7 +152,7 @@ class TestRecovery:
 
 
 def test_lost_leases_are_counted_in_the_lease(world: World, steps: Steps) -> None:
-    """A lease includes the count of lost leases, so that a last attempt runs alone."""
+    """A lease contains the number of the follow-up's earlier lost leases."""
     follow_up = world.follow_up()
     told = []
     for _ in range(MAX_LOSSES):

@@ -213,6 +213,6 @@ async def test_unreachable() -> None:
 
 
 async def test_a_query_without_rows(world: World, database_url: str) -> None:
-    """On the event loop's engine, the query for sending hours returns None if none are set."""
+    """If no sending hours are set, the asynchronous query for them returns None."""
     async with database(database_url) as mine, mine.reading() as connection:
         assert await event_loop.run(connection, sending_hours.find.steps(world.workspace_id)) is None

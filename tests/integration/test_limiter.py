@@ -195,8 +195,8 @@ async def test_a_returned_token(under_test: LimiterUnderTest) -> None:
     await under_test.limiter.give_back([first, second], answer.moment)
     await under_test.limiter.give_back([first, second], answer.moment)
     waits = await under_test.ask(*(request(since, limit) for since in range(2, 5)))
-    # A bucket holds at most its size and has refilled slightly in the meantime. Only one of the two returned tokens is
-    # therefore whole.
+    # The bucket holds at most two tokens and has refilled slightly in the meantime. At least one of the two returned
+    # tokens can be used.
     assert [wait == GO for wait in waits].count(True) <= 2
     assert waits[0] == GO
 

@@ -111,7 +111,7 @@ def test_order_within_the_chat_is_kept(world: World, engine: Engine, settings: S
 
 
 def test_paused_follow_ups_can_be_cancelled_and_rescheduled(world: World, engine: Engine, settings: Settings) -> None:
-    """A paused follow-up can be cancelled; rescheduling it ends the hold until the new due date."""
+    """A paused follow-up can be cancelled; if rescheduled, it is not held before the new due date."""
     cancelled, moved = world.follow_up(), world.follow_up()
     scope = pause(world)
     claim_and_begin(engine, settings)

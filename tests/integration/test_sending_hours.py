@@ -264,7 +264,7 @@ class TestLateness:
         assert world.row(snoozed).sendable_from == was
 
     def test_held_repeatedly(self, world: World, engine: Engine, settings: Settings) -> None:
-        """If a follow-up could have been sent before its hold, its lateness counts from that time."""
+        """Lateness counts from the first time at which a follow-up could have been sent, even after holds."""
         brief = settings.model_copy(update={"max_lateness": 3 * HOUR})
         put(world, hours_from(-2 * HOUR, HOUR))
         due = {"due": -90 * MINUTE, "scheduled_at": text("now() - interval '2 h'")}

@@ -84,7 +84,7 @@ class TestSettle:
         deduplicates: bool,  # noqa: FBT001 - a test parameter
         status: str,
     ) -> None:
-        """If a transport deduplicates, a message with an unknown outcome is repeated under its key."""
+        """If the transport deduplicates, a message with an unknown outcome is sent again with the same key."""
         follow_up = world.follow_up()
         chosen = settings.model_copy(update={"transport_deduplicates": deduplicates})
         steps.settle([attempt(steps.begun(chosen), Unknown("timeout"))], chosen)

@@ -196,7 +196,7 @@ def test_shedding() -> None:
 
 
 def test_a_shed_workspace_queue_is_empty() -> None:
-    """If the queue must keep fewer leases than it has workspace queues, some of these become empty.
+    """If fewer leases are kept than there are workspace queues, some workspace queues become empty.
 
     An emptied workspace queue later accepts leases like a new one.
     """

@@ -61,7 +61,7 @@ def request(since: int, bucket: Bucket) -> TokenRequest:
 
 
 def failed(*, key: int = FAILING, count: int = FAILURES) -> OutcomeReport:
-    """Return a report in which this many different follow-ups of one workspace failed."""
+    """Return a report of ``count`` different failed follow-ups of one workspace."""
     ids: tuple[UUID, ...] = tuple(uuid4() for _ in range(count))
     return OutcomeReport(ids, runs=(WorkspaceOutcomes(key, max(count, 5), after_success=False),))
 

@@ -93,7 +93,7 @@ def test_the_api_rate_limit_has_an_older_name(monkeypatch: pytest.MonkeyPatch) -
     ],
 )
 def test_a_secret_may_be_in_a_file(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name: str, field: str) -> None:
-    """A secret or URL can be read from the file in NAME_FILE; white space around it is removed."""
+    """A secret or URL can be read from the file that NAME_FILE names, without surrounding white space."""
     values = {"database_url": DATABASE_URL, "broker_url": BROKER_URL, "transport_secret": "whsec_" + "x" * 32}
     file = tmp_path / "secret"
     file.write_text(f"  {values[field]}\n\n")

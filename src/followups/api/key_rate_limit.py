@@ -65,9 +65,9 @@ class Allowance:
 class KeyRateLimit:
     """A sliding-window rate limit for each API key.
 
-    For a busy API key, a process reserves requests in advance and doubles the number each time. A query to Redis for
-    every request would make create requests a tenth slower. If a key is idle or its limit is small, each request is
-    counted when it arrives. An instance belongs to one event loop.
+    For a busy API key, a process reserves requests in advance, each time twice as many. A query to Redis for every
+    request would make create requests a tenth slower. If a key is idle or its limit is small, each request is counted
+    when it arrives. An instance belongs to one event loop.
     """
 
     def __init__(self, settings: Settings) -> None:

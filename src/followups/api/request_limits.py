@@ -21,10 +21,10 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 SHARE = 6
-"""Number of database connections, of the pool's 8, that one workspace may use at a time."""
+"""How many of the pool's 8 database connections one workspace may use at the same time."""
 
 WAITING_SHARE = 128
-"""Maximum number of a workspace's running and waiting requests: half of the process's limit."""
+"""Most requests that one workspace may have running or waiting: half of the process's limit."""
 
 BUSY = 32
 """A workspace with this many requests running or waiting must use a turnstile for further requests."""

@@ -237,7 +237,7 @@ class Attempts:
     at: float = 0.0
 
     def see(self, attempts: Mapping[str, int], now: float) -> None:
-        """Record the totals measured at ``now``, which is in seconds."""
+        """Record the totals measured at ``now`` (in seconds)."""
         if not self.at:
             self.first = attempts
         elif now > self.at:

@@ -45,7 +45,7 @@ class ResultCache:
         self._lock = threading.Lock()
 
     def get(self, key: Hashable, make: Callable[[], Any]) -> Any:  # noqa: ANN401 - what is made
-        """Return the key's cached result if it is less than a second old, and otherwise compute a new one."""
+        """Return the key's result; a result older than a second is computed again."""
         with self._lock:
             own = self._locks.setdefault(key, threading.Lock())
         with own:

@@ -22,9 +22,7 @@ ACTIONS = {
     Action.FOLLOW_UP_RETRIED: "Retried",
     Action.MESSAGES_SHOWN: "The message was shown",
 }
-"""Descriptions of the manual changes in a timeline. This table does not describe a follow-up's creation or changes of
-its due date.
-"""
+"""Descriptions of the manual changes in a timeline. A follow-up's creation and rescheduling are not included."""
 
 OUTCOMES = {
     "retry": "failed for now",

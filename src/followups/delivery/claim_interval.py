@@ -17,8 +17,7 @@ def until_half_is_free(taken: int, seconds: float, window: int) -> float:
     """Return the predicted number of seconds until half of a ``window`` is free.
 
     In the last ``seconds`` seconds, ``taken`` places of the window became free and were claimed. The result is at most
-    twice the measured time ``seconds``. A few places freed at the same moment say nothing about when further places
-    become free.
+    twice the measured time ``seconds``. A few places freed at one moment do not predict when more places become free.
 
     >>> until_half_is_free(taken=1000, seconds=0.1, window=5000)
     0.2

@@ -56,7 +56,7 @@ SOONEST = LONGEST / 2
 SPREAD = 10_000
 """Number of simultaneous deferrals that spread over two thirds of the time from `SOONEST` to `LONGEST`."""
 COMING = 0.25
-"""Released follow-ups get this many seconds to reach a worker before any more are released."""
+"""Seconds that released follow-ups get to reach a worker before more follow-ups are released."""
 BACKOFF = 1.0
 """Seconds to wait if the database does not answer. This is also the maximum duration of any wait."""
 
@@ -117,7 +117,7 @@ class Deferral:
         self._closed = False
 
     async def run(self) -> None:
-        """Call `balance` whenever `check_again` was called, until `close` is called."""
+        """After each call of `check_again`, call `balance`, until `close` is called."""
         while not self._closed:
             self._wanted.clear()
             pause = await self.balance()

@@ -75,7 +75,7 @@ def hold_or_end(obstacle: Obstacle, max_lateness: timedelta) -> Hold | Final | N
 
 
 def closed_until(obstacle: Obstacle) -> datetime | None:
-    """Return when sending hours next open, or None if the follow-up may be sent without waiting.
+    """Return when the sending hours open next, or None if the follow-up may be sent now.
 
     Until its end, a stored sending period takes precedence over this machine's time zone data. This function is pure.
     """

@@ -68,8 +68,8 @@ async def send(
     started = uptime()
     if started > latest:
         return None
-    # A delivery object is sent only once, so its call time is set in place. Copying a delivery object would take 2.5
-    # us.
+    # Each delivery object is sent only once, so its call time can be set without a copy. Copying a delivery object
+    # would take 2.5 us.
     object.__setattr__(begun.delivery, "made_at", clock.now())
     with traces.attempt(begun.traceparent, partial(_described, begun, transport.name)) as note:
         outcome = await _call(transport, begun.delivery, limit)

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     Unblock = Callable[[Connection, Collection[UUID], timedelta], tuple[list[Lease], list[UUID]]]
 
 SETTLE_BATCH = 500
-"""The largest number of rows in one statement. A larger statement would take longer and cost as much per row."""
+"""The largest number of rows in one statement. A larger statement would take longer without saving time per row."""
 ENOUGH = 100
 """Once this many results are available, they are recorded without waiting for more."""
 GATHER = timedelta(milliseconds=30)

@@ -60,7 +60,7 @@ SETTINGS = {
 TEMPORARY_SETTINGS = {
     # The data is deleted with the server, so it need not survive a machine crash. For the fault tests, which kill the
     # server, synchronous_commit stays on. With synchronous_commit off, a killed server would lose confirmed
-    # transactions. Because fsync is off, synchronous_commit costs only one write into the page cache for each commit.
+    # transactions. Without fsync, synchronous_commit costs only one write into the page cache per commit.
     "fsync": "off",
     "full_page_writes": "off",
     # these files are in the data directory, so that a killed server leaves no files elsewhere

@@ -1,9 +1,9 @@
 """Stop signals (Ctrl-C, SIGTERM, a closed terminal) are recorded at once and handled between steps.
 
 A signal handler must not raise an exception: a process that has just started might not be recorded yet. The handler
-therefore only records the first signal. `StopSignals.check` then raises KeyboardInterrupt. A second signal that arrives
-before `StopSignals.check` is called raises KeyboardInterrupt immediately. The watchdog of `followups.embedded` then
-stops the remaining processes.
+therefore only records the first signal. `StopSignals.check` then raises KeyboardInterrupt. A second signal before the
+next `StopSignals.check` raises KeyboardInterrupt immediately. The watchdog of `followups.embedded` then stops the
+remaining processes.
 """
 
 from __future__ import annotations

@@ -43,7 +43,7 @@ class Watchdog:
         os.register_at_fork(after_in_child=self._close_in_fork)
 
     def guard_process(self, pid: int, stop_signal: signal.Signals, grace: float) -> None:
-        """Have the watchdog stop this process after the owner has ended.
+        """Have the watchdog stop a process once the owner has ended.
 
         The watchdog sends the signal to the process and, after ``grace`` seconds, SIGKILL to its group.
         """

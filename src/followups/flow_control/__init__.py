@@ -1,4 +1,4 @@
-"""Rate limits and the breaker: all workers share their state in the broker's Redis, which may be lost.
+"""Rate limits and the breaker, whose state all workers share in the broker's Redis.
 
 No guarantee depends on the rate limits or the breaker. If Redis is unreachable, deliveries continue without rate limits
 and breaker. The failure is counted and logged. After a failed query, Redis is not queried for a while, because each

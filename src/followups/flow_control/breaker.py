@@ -180,7 +180,7 @@ class BreakerStore:
 
 
 class Breaker:
-    """A worker's breaker, which records and reports outcomes, and decides what may begin."""
+    """A worker's breaker, which records and reports outcomes, and decides which follow-ups may begin."""
 
     def __init__(self, store: BreakerStore | None, transport: str, failures: int) -> None:
         """Create a breaker that opens after ``failures`` different follow-ups have failed in a row.
@@ -197,7 +197,7 @@ class Breaker:
         """Follow-ups that failed since the last success, with the keys of their workspaces."""
         self._unreported: dict[UUID, None] = {}
         self._runs: dict[int, WorkspaceOutcomes] = {}
-        """Each workspace's outcomes that have not been reported yet."""
+        """The outcomes not yet reported, for each workspace."""
         self._succeeded = False
         self._report_due = asyncio.Event()
 

@@ -46,7 +46,7 @@ IN_QUEUE = timedelta(seconds=1)
 """A follow-up with a shorter wait than this keeps its lease and stays in the due queue."""
 
 SHORTEST = timedelta(milliseconds=5)
-"""The shortest wait for a token; shorter waits would cause too many requests."""
+"""The minimum wait for a token; shorter waits would cause too many requests."""
 
 LONGEST = timedelta(minutes=5)
 """The longest time before a follow-up requests a token again. A token may be free earlier than predicted if follow-ups

@@ -36,7 +36,8 @@ shown.
 """
 
 PATIENCE = timedelta(seconds=1)
-"""How long to wait for the breaker's state from the broker. Everything else in an explanation comes from the database.
+"""How long to wait for the breaker's state from the broker. All facts in an explanation except the breaker's state come
+from the database.
 """
 
 

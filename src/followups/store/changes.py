@@ -59,7 +59,7 @@ _FOLLOW_UPS = text("""
 
 
 def read_values(engine: Engine, topics: Iterable[Topic]) -> TopicValues:
-    """Return a value for each topic; whenever the topic's data changes, so does the value."""
+    """Return a value for each topic, which changes whenever the topic's data changes."""
     wanted = list(topics)
     workspaces = [own for kind, own in wanted if kind == "workspace" and own is not None]
     follow_ups = [own for kind, own in wanted if kind == "follow_up" and own is not None]

@@ -80,8 +80,8 @@ PILE = 1000
 Parking thousands of follow-ups one by one would delay every later follow-up.
 """
 
-# As in `park_if_leased`, each follow-up is locked while it becomes the predecessor of another follow-up. Locked rows
-# are skipped. A follow-up after a locked row waits for the follow-up before the locked row.
+# Each follow-up is locked while another follow-up is placed behind it, as in `park_if_leased`. Locked rows are skipped.
+# A follow-up after a locked row waits for the follow-up before the locked row.
 _PARK_PILE = text("""
     WITH chat AS MATERIALIZED (
         SELECT DISTINCT ON (workspace_id, chat_id) workspace_id, chat_id, due_date, id
@@ -109,8 +109,8 @@ _PARK_PILE = text("""
 def park_pile(connection: Connection, parked: Collection[UUID]) -> int:
     """Park due follow-ups behind those already parked in their chat, in order; return how many.
 
-    A parked follow-up loses its lease, because begin would refuse it anyway. Call this after `park_if_leased`, in the
-    same transaction.
+    A parked follow-up's lease is removed, because `begin` would refuse the follow-up. Call this after `park_if_leased`,
+    in the same transaction.
     """
     return connection.execute(_PARK_PILE, {"ids": list(parked), "most": PILE}).rowcount
 

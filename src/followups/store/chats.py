@@ -256,8 +256,8 @@ _SECOND = timedelta(seconds=1)
 def counts_as(created_at: datetime) -> datetime:
     """Return a message's effective time: a time in whole seconds becomes the end of that second.
 
-    Several channels report times in whole seconds. If a user replies within the same second as our message, the reply
-    must not seem older than the message.
+    Several channels report times in whole seconds. A reply in the same second as a follow-up's message must not seem
+    older than that message.
 
     >>> counts_as(datetime(2030, 1, 31, 9, 0, 0)).time().isoformat()
     '09:00:00.999999'

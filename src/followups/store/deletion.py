@@ -129,7 +129,7 @@ def delete_batch(connection: Connection, scope: DeletionScope, table: str, condi
     """Delete the next batch of a table's rows; return how many were deleted.
 
     Audit events about a follow-up are deleted with the follow-up. Rows are deleted by their physical position (ctid).
-    If a row has been updated in the meantime, its position has changed and the next batch deletes it.
+    If a row was just updated, its position has changed, so only the next batch deletes the row.
     """
     returned, events = ("id", _EVENTS) if table == "follow_ups" else ("1", "")
     statement = text(f"""

@@ -105,8 +105,8 @@ def insert_unless_full(
 FAR_FROM_FULL = MOST_PENDING - 1_000
 """`create_if_clear` inserts a follow-up only if its chat has at most this many pending ones.
 
-`create_if_clear` counts only follow-ups that were committed before it locked the chat. The count may miss one
-concurrently created follow-up for each database connection.
+`create_if_clear` counts only follow-ups that were committed before it locked the chat. For each database connection,
+the count may miss one follow-up created at the same time.
 """
 
 # The chat's columns are checked as they are when the chat is locked.
@@ -381,7 +381,7 @@ def cancelled_or_asked_to(reason: str) -> str:
     """
 
 
-# As in every other statement, follow-ups are locked in the order of their chats.
+# Every statement locks follow-ups in the order of their chats.
 _LOCK_CHATS_PENDING = Statement("""
     SELECT id FROM follow_ups
      WHERE workspace_id = :workspace_id AND chat_id = :chat_id AND status = 'pending'

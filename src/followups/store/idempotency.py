@@ -67,7 +67,7 @@ def recall(workspace_id: UUID, key: str, request_hash: bytes) -> Steps[StoredRes
     return StoredResponse(known.status, known.location, known.body)
 
 
-# If a stored response is found here, it has expired: `recall` would have returned a valid one.
+# A stored response found here has expired, because `recall` would have returned a valid one.
 _REMEMBER = Statement("""
     INSERT INTO idempotency_keys (workspace_id, key, request_hash, status, location, body, created_at)
     VALUES (:workspace_id, :key, :request_hash, :status, CAST(:location AS text), :body, now())

@@ -39,7 +39,7 @@ class Obstacle:
     """When the follow-up would be sent: now, or at its due time if that is later."""
     due_date: datetime
     wanted_from: datetime
-    """The due date or the time at which it was set, whichever is later."""
+    """The later of the due date and the time at which the due date was set."""
     chat_removed: bool = False
     silence_broken: bool = False
     taken_over: bool = False

@@ -56,7 +56,7 @@ class OverviewFigures:
     sent: list[int] | None = None
     """Number of follow-ups sent in each of the last few minutes, oldest first."""
     failures: Mapping[str, int] = field(default_factory=dict)
-    """Numbers of failures by code, among the most recently finished follow-ups of the last hour."""
+    """Number of failures per reason code, among the newest follow-ups finished in the last hour."""
 
 
 _DUE = "COALESCE(next_attempt_at, due_date)"

@@ -114,7 +114,7 @@ _IN_FORCE = text("""
 
 
 def in_force(connection: Connection, workspace_id: UUID | None, most: int) -> list[ActivePause]:
-    """Return at most ``most`` pauses, of one workspace or of all; ``held`` is at most 10,001."""
+    """Return up to ``most`` pauses of one or all workspaces; ``held`` is counted up to 10,001."""
     return [ActivePause(*row) for row in connection.execute(_IN_FORCE, {"workspace_id": workspace_id, "most": most})]
 
 

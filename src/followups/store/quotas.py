@@ -2,7 +2,7 @@
 
 By default there is no quota. Without a quota, a create request needs no extra query, because its INSERT checks for a
 quota. With a quota, a transaction locks the chat's row first and then the quota's row. Two concurrent create requests
-therefore cannot both use the last free place.
+cannot both use the last free place.
 
 Each quota row stores how many more follow-ups or chats the workspace may create. Each create request reduces the stored
 number of free places. The follow-ups or chats are counted again only when the stored number reaches zero. A recount

@@ -114,7 +114,7 @@ def concerning(connection: Connection, workspace_id: UUID | None, most: int) -> 
 
 
 def of(connection: Connection, workspace_id: UUID, channel: str) -> list[Limit]:
-    """Return the rate limits on this channel of this workspace, the slowest first."""
+    """Return the rate limits that apply to one channel of a workspace, the slowest first."""
     return [Limit(*row) for row in connection.execute(_OF, {"workspace_id": workspace_id, "channel": channel})]
 
 
@@ -131,7 +131,7 @@ class Limitable:
     since: datetime
     """The earliest time at which the follow-up could be sent.
 
-    This is the due date, or the time at which the due date was set, if that is later.
+    This is the later of the due date and the time at which the due date was set.
     """
     left: timedelta | None
     """Time until the messaging window or the allowed lateness ends, or None if neither applies."""

@@ -44,7 +44,7 @@ class Settlement(NamedTuple):
     refunded: bool = False
     """Whether the receiver asked for a later attempt, so that this attempt does not count."""
     cancel_takes_precedence: bool = True
-    """Whether a cancel requested during the attempt takes precedence over the attempt's outcome."""
+    """Whether a cancel during the attempt overrides the attempt's outcome."""
     cancel_detail: str = ""
     """If the reason of a requested cancel is only a code, this text (': ...' or empty) is appended."""
 

@@ -141,7 +141,7 @@ class Heartbeat:
         self._waits = {"why": why, "since": since} if why else None
 
     def waits(self) -> str:
-        """Return for the heartbeat file why, and for how long, this process has made no progress."""
+        """Return why and for how long this process has made no progress, for the heartbeat file."""
         return _waits({"waits": self._waits}, time.monotonic())
 
     def end(self, within: timedelta, otherwise: str) -> None:

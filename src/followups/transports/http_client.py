@@ -45,8 +45,8 @@ HEADERS = {
     "content-type": "application/json",
     "expect": "",
 }
-"""Headers of every request. An empty Expect header turns off libcurl's own. With its own Expect header, libcurl would
-wait for permission before it sends a body of more than 1 MiB.
+"""Headers of every request. An empty Expect header keeps libcurl from adding an Expect header. With its own Expect
+header, libcurl would wait for permission before it sends a body of more than 1 MiB.
 """
 
 _REASONS = {

@@ -4,8 +4,8 @@ This module decides which calls may be repeated. Once connected, libcurl request
 byte. Before libcurl asks for the body, nothing has been sent. If a kept connection ends without a response, libcurl
 itself tries another connection. libcurl does the same if the server refuses an HTTP/2 stream. To repeat a request on
 another connection, libcurl would have to rewind the body. Since the body cannot be rewound, libcurl gives up
-(CURLE_SEND_FAIL_REWIND). libcurl reports a refused stream (REFUSED_STREAM, GOAWAY) like a lost one, so its outcome is
-unknown.
+(CURLE_SEND_FAIL_REWIND). For libcurl, a refused stream (REFUSED_STREAM, GOAWAY) looks like a lost one, so the request's
+outcome is unknown.
 """
 
 from __future__ import annotations
@@ -79,9 +79,9 @@ class Sockets:
         """Return whether a request may be sent on the connection that has this local address.
 
         ``opened`` lists the sockets of a new connection; for a reused connection, ``opened`` is empty. A kept
-        connection is checked by libcurl at most once a second. Otherwise, between two checks, libcurl would take
-        unsolicited data for the response to the next request. An HTTP/2 server may send unsolicited data to announce
-        that it will close the connection.
+        connection is checked by libcurl at most once a second. Without this function, libcurl could take unsolicited
+        data for the response to the next request. An HTTP/2 server may send unsolicited data to announce that it will
+        close the connection.
         """
         for each in opened:
             if _port(each) == address[1]:

@@ -185,7 +185,7 @@ class BrokerChannel(kombu_redis.Channel):
 
 
 class BrokerTransport(kombu_redis.Transport):
-    """A Celery transport that drops entries without the shape of a message.
+    """A Celery transport that drops queue entries that are not valid messages.
 
     Every error response from Redis is treated as a connection error.
     """

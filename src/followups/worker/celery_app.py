@@ -81,7 +81,7 @@ DRAIN_MARGIN = timedelta(seconds=5)
 def _exit_when_wrong() -> Iterator[None]:
     """If settings are invalid, end the process with a one-sentence error and exit code 2.
 
-    Without this check, Celery would print a stack trace or start anyway.
+    With invalid settings, Celery itself would print a stack trace or start anyway.
     """
     try:
         yield
@@ -140,7 +140,7 @@ def make_app(settings: Settings) -> Celery:
             "socket_keepalive": True,
             # A half-open connection is therefore detected within two times `silence`, plus a second.
             "health_check_interval": silence,
-            # kombu itself retries; retries by redis-py as well would multiply the attempts. With both kombu's and
+            # Because kombu itself retries, retries by redis-py would multiply the attempts. With both kombu's and
             # redis-py's retries, a publish to a silent broker took 51 s. Without redis-py's retries, a publish to a
             # silent broker takes 26 s.
             "retry_on_timeout": False,

@@ -1,8 +1,8 @@
 """Hooks for schemathesis that allow valid requests to be rejected because of the current state.
 
 The OpenAPI document cannot express rules that depend on the current state. The check `valid_requests_are_accepted`
-replaces schemathesis's check `positive_data_acceptance`. The replacement makes the same check, but also accepts 422
-responses that depend on the state. Separate tests cover those responses.
+replaces schemathesis's check `positive_data_acceptance`. The replacement also accepts 422 responses that depend on the
+current state. Separate tests cover those responses.
 """
 
 from __future__ import annotations

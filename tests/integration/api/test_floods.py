@@ -278,7 +278,7 @@ def test_one_workspace_on_400_connections(web: Web) -> None:
 @pytest.mark.large
 @pytest.mark.usefixtures("many_files")
 def test_slowloris(web: Web) -> None:
-    """A slowloris attack that uses up all connections delays no other client."""
+    """During a slowloris attack on all connections, other clients are served without delay."""
     host, port = web.address
     sockets = server.MAX_CONNECTIONS + 100
     tool = ["slowloris", host, "--port", str(port), "--sockets", str(sockets), "--sleeptime", "1"]

@@ -146,7 +146,7 @@ class TestCreate:
         is_problem(api.patch(inside, dueDate=outside), 422, "outside-messaging-window")
 
     def test_no_window_without_a_user(self, api: Api) -> None:
-        """Before the user's first message, a channel with a messaging window accepts no due date."""
+        """If the user has never written, a channel with a messaging window accepts no follow-up."""
         body = {"chatId": api.chat("whatsapp"), "dueDate": "2001-01-01T00:00:00Z", "message": "?"}
         is_problem(api.post(FOLLOW_UPS, body), 422, "outside-messaging-window")
 

@@ -53,7 +53,7 @@ def test_head(api: Api, path: str) -> None:
 
 
 def test_head_of_one(api: Api) -> None:
-    """HEAD works wherever GET does; for other paths, a 405 response lists the allowed methods."""
+    """HEAD works wherever GET does; elsewhere, a 405 response lists the allowed methods."""
     assert api.client.head(f"{FOLLOW_UPS}/{api.create()['id']}").status_code == 200
     refused = api.client.head(CHAT_MESSAGES)
     assert (refused.status_code, refused.headers["allow"]) == (405, "POST")
@@ -71,7 +71,7 @@ def test_headers_of_every_answer(api: Api, method: str, path: str) -> None:
 
 
 def test_headers_of_the_response_to_malformed_http(api: Api) -> None:
-    """The server's response to malformed HTTP also forbids content sniffing and caching."""
+    """Even a response to malformed HTTP forbids content sniffing and caching."""
     answer = raw(api, b"nonsense\r\n\r\n").lower()
     assert b"x-content-type-options: nosniff" in answer
     assert b"cache-control: no-store" in answer
@@ -249,7 +249,7 @@ def test_the_longest_idle_connection_is_closed(settings: Settings, monkeypatch: 
 def test_unknown_keys_are_looked_up_with_a_limit(settings: Settings, world: World) -> None:
     """Only a few unknown API keys are looked up concurrently, however many requests arrive.
 
-    If too many requests are already waiting for a look-up of their API key, further requests get 429.
+    If too many requests wait for a look-up of their API key, further requests get 429.
     """
     counted = (
         "SELECT count(*) FROM pg_stat_activity"

@@ -82,7 +82,7 @@ def few_connections(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> Iter
 
 
 def dialogue(address: tuple[str, int], *sent: bytes) -> bytes:
-    """Send the parts one by one, each after the previous response; return all data received."""
+    """Send each part after the response to the previous part; return all data received."""
     with socket.create_connection(address, timeout=5) as connection:
         received = b""
         for piece in sent:

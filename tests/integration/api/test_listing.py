@@ -38,7 +38,7 @@ def test_empty(api: Api) -> None:
 
 @pytest.mark.parametrize("brackets", ["", "[]", "%5B%5D", "%5b%5D"])
 def test_filters(api: Api, brackets: str) -> None:
-    """If a filter is repeated (with or without []), a row needs to match only one of the values.
+    """If a filter has several values, a row needs to match only one of them.
 
     Every listed follow-up matches all filters.
     """

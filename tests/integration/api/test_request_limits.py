@@ -74,7 +74,7 @@ def test_too_many_requests_of_a_workspace(two_workspaces: tuple[Api, Api], monke
 
 
 def test_deep_pages_do_not_delay_another_workspace(two_workspaces: tuple[Api, Api]) -> None:
-    """While 20 clients of one workspace list page 1,490, another workspace's list takes under 250 ms."""
+    """While 20 clients of a workspace request page 1,490 of a list, another workspace is not delayed."""
     one, other = two_workspaces
     chat_id = one.world.chat()
     one.world.sql(

@@ -53,7 +53,7 @@ def _answered(api: Api, status: int) -> Any:
 def _refused_for(api: Api, failing: str) -> Any:
     """Return the 503 response of `/readyz` if the given check failed; otherwise return None.
 
-    The 503 response may come from the cache and report a different check.
+    A cached 503 response may name a different failed check.
     """
     answer = api.client.get("/readyz", headers={"authorization": ""})
     if answer.status_code != HTTPStatus.SERVICE_UNAVAILABLE:

@@ -28,7 +28,7 @@ HOUR = timedelta(hours=1)
 
 @pytest.fixture(autouse=True)
 def nudges(monkeypatch: pytest.MonkeyPatch) -> list[datetime]:
-    """Replace the commands' tick request; return the list of due dates that it receives."""
+    """Replace the function that requests ticks; return the list of due dates passed to it."""
     told: list[datetime] = []
     monkeypatch.setattr(connection, "nudge_if_soon", lambda due, _now: told.append(due))
     return told

@@ -66,7 +66,7 @@ def test_an_attempt_that_does_not_end_is_reported(
 
 
 def test_without_a_terminal_yes_is_required(run: RunCommand, world: World) -> None:
-    """If there is no terminal on which to confirm, the delete command deletes nothing."""
+    """Without a terminal for the confirmation, a delete command deletes nothing."""
     ran = run("workspace", "delete", world.workspace_id)
     assert ran.code == 2
     assert "--yes" in ran.stderr

@@ -91,7 +91,7 @@ def test_archived(
 def test_only_archived_rows_are_deleted(
     run: RunCommand, world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """If the disk fills up, the archive contains only complete batches, and no unarchived row is deleted."""
+    """If the disk fills up, only complete batches are archived and only archived rows are deleted."""
     monkeypatch.setattr(pruning, "BATCH", 2)
     ids = [ended(world, 100 - n) for n in range(5)]
     real, calls = prune._write, iter(range(9))  # noqa: SLF001 - simulates a full disk

@@ -85,7 +85,7 @@ def test_a_retry_over_the_quota_is_skipped(world: World) -> None:
 
 
 def test_a_pruned_follow_up_is_skipped(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    """If a follow-up has been pruned before a bulk action reaches it, the action skips and counts it."""
+    """If a follow-up is already pruned, a bulk action counts it as skipped."""
     gone, kept = failed(world), failed(world)
     real = bulk_runner.scheduling.retry_once
     monkeypatch.setattr(

@@ -89,7 +89,7 @@ async def test_a_busy_key_is_counted_in_advance(limit_of: Callable[[int], KeyRat
 async def test_simultaneous_requests_are_counted_once(
     limit_of: Callable[[int], KeyRateLimit], server: FakeServer
 ) -> None:
-    """Concurrent requests with one API key use up the count that one of them reserved in advance."""
+    """If requests of one API key run concurrently, each is counted once."""
     limit = limit_of(6_000)
     assert sum(await asyncio.gather(*(allowed(limit, 50) for _ in range(60)))) == 3_000
     counted = sum(int(value) for value in await values(server))

@@ -109,7 +109,7 @@ def test_lag_is_of_first_attempts_and_nearest_rank() -> None:
 
 @given(st.floats(-3, 15), st.integers(1, 60))
 def test_the_rows_are_around_now(second: float, count: int) -> None:
-    """The demo lists as many follow-ups as fit, in due order, and always the late unfinished ones."""
+    """The demo lists all late unfinished follow-ups, and as many others as fit, in due order."""
     now = START + timedelta(seconds=second)
     standings = [ended(part) if part.due < second - 1 else pending(part) for part in SCENARIO.parts]
     rows = around_now(standings, now, count)

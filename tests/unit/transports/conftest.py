@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def pytest_asyncio_loop_factories(item: pytest.Item) -> dict[str, Callable[[], asyncio.AbstractEventLoop]]:
-    """Also run the connection tests on production's event loop, whose transports differ."""
+    """Run the connection tests also on the event loop that production uses."""
     factories: dict[str, Callable[[], asyncio.AbstractEventLoop]] = {"asyncio": asyncio.new_event_loop}
     if item.path.name.startswith("test_http_"):
         factories["uvloop"] = uvloop.new_event_loop

@@ -128,7 +128,7 @@ def test_any_retry_after_is_within_the_limits(value: str, date: str) -> None:
 @QUICK
 @given(st.text(alphabet=string.digits + string.ascii_letters + " ,:+-.", max_size=40))
 def test_almost_valid_dates_are_within_the_limits(value: str) -> None:
-    """If a Retry-After date is almost valid, there is no delay, or one within the limits."""
+    """If a Retry-After date is almost valid, the transport ignores it or keeps the delay within limits."""
     wished = retry_after({"retry-after": value}, NOW)
     assert wished is None or timedelta(seconds=1) <= wished <= timedelta(hours=24)
 

@@ -242,7 +242,7 @@ async def test_a_decompressed_answer_is_bounded() -> None:
 
 
 async def test_an_informational_answer_is_not_final() -> None:
-    """A 103 Early Hints response is followed by the final response, which counts."""
+    """After a 103 Early Hints response, only the final response counts."""
     async with scripted(b"HTTP/1.1 103 Early Hints\r\n\r\n" + answer(200, NAMED)) as server:
         assert isinstance(await outcome_at(server.url), Sent)
 

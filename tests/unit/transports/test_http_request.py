@@ -92,7 +92,7 @@ async def test_the_request_is_json_posted_to_the_url() -> None:
 
 
 async def test_credentials_in_the_url_become_basic_authentication() -> None:
-    """Credentials in a URL such as ``https://user:password@host/`` become basic authentication."""
+    """A user and password in the endpoint's URL are sent as basic authentication."""
     async with scripted(OK) as server:
         url = server.url.replace("http://", "http://user:pa%20ss@")
         async with opened(HttpTransport(settings_for(url))) as transport:

@@ -90,7 +90,7 @@ async def test_an_answer_may_come_in_pieces(reply: bytes, size: int) -> None:
     ids=["bare LF", "no reason", "odd headers", "spaces after the chunk size"],
 )
 async def test_a_slightly_malformed_answer_is_accepted(reply: bytes) -> None:
-    """A response with minor flaws that other clients tolerate is accepted, and so is the next response."""
+    """If a response has minor flaws, the transport accepts it and keeps the connection."""
     async with scripted(reply) as server, opened(HttpTransport(settings_for(server.url))) as transport:
         assert names(await transport.send(a_delivery()))
         assert names(await transport.send(a_delivery()))

@@ -58,7 +58,7 @@ def demo(*, json: Json = False) -> None:
     The follow-ups are sent on time, retried, rejected, or cancelled by a reply, all through the REST API. Nothing needs
     to be installed or configured, and nothing is left behind. The exit code is 0 only if every follow-up ended as
     scripted and none arrived twice. Lag is the time of acceptance minus the due date, by the database's clock. Lag is
-    measured only for follow-ups that the first attempt delivered. A retried follow-up is late by its backoff.
+    measured only for follow-ups that the first attempt delivered. A retried follow-up is late because of its backoff.
     """
     with StopSignals() as signals, running(plan_of(signals)) as stack:
         result = _present(stack, json=json)

@@ -211,7 +211,7 @@ class DemoRun:
         return [self._create(part) for part in self._scenario.parts]
 
     def play(self, now: datetime) -> list[str]:
-        """Send the due user messages, and return the names of their chats."""
+        """Send the users' messages that are due; return the names of the chats."""
         due = [name for name, at in self._replies.items() if now >= self.start + timedelta(seconds=at)]
         for name in due:
             del self._replies[name]
