@@ -1,4 +1,4 @@
-"""Databases whose defaults and encodings differ from those that the service expects."""
+"""Databases with defaults and encodings that the service does not expect."""
 
 from __future__ import annotations
 

@@ -225,7 +225,7 @@ _SET_UP = """
 def _session(options: Mapping[str, str] | None, statement_timeout: timedelta | None) -> dict[str, list[str]]:
     """Return the parameters of `_SET_UP`."""
     limit = str(statement_timeout // MILLISECOND if statement_timeout else 0)
-    # The timeout also releases the row locks of a process that was suspended during a transaction.
+    # If a process is suspended during a transaction, the idle timeout releases its row locks.
     limits = {"statement_timeout": limit, "idle_in_transaction_session_timeout": limit}
     settings = {**SESSION, **limits, **(options or {})}
     return {"names": list(settings), "values": list(settings.values())}
@@ -248,7 +248,7 @@ def _check_encoding(row: Sequence[Any] | None) -> None:
 
 
 class _Pooler:
-    """Detects a pooler that gives each transaction a different session; each engine is checked once.
+    """Checks once per engine whether a pooler gives each transaction a different session.
 
     Behind a pooler in transaction mode, sessions lose the settings of `_SET_UP`, prepared statements and locks.
     """

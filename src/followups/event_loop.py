@@ -114,7 +114,7 @@ def driver_rows(
     """Execute the statement in the connection's transaction and return its rows as tuples.
 
     psycopg executes the statement, because SQLAlchemy's objects would add 5 us per row. If the engine is asynchronous,
-    call this function in a greenlet. Raises the errors that the connection's own methods raise.
+    call this function in a greenlet. Raises the same errors as the connection's own methods.
     """
     driver = cast("psycopg.AsyncConnection[Any] | psycopg.Connection[Any]", connection.connection.driver_connection)
     if not connection.in_transaction():

@@ -30,7 +30,7 @@ CONNECTION: Mapping[str, str | int] = {
 
 SESSION: Mapping[str, str] = {
     # A statement must see everything that was committed before the statement began. With one snapshot per transaction,
-    # a reply that waited for the chat's lock would miss new follow-ups.
+    # a reply that waits for the chat's lock would miss follow-ups created meanwhile.
     "default_transaction_isolation": "read committed",
     # psycopg reads and writes these formats.
     "client_encoding": "UTF8",

@@ -346,7 +346,7 @@ def _plain(value: Any) -> str:  # noqa: ANN401 - the value of any field
     if isinstance(value, SecretStr):
         return value.get_secret_value()
     if isinstance(value, timedelta):
-        # Durations are written with six decimals, because 'g' would round to six significant digits.
+        # Durations are written with six decimals, because the format 'g' would round them to six digits.
         return f"{value.total_seconds():.6f}".rstrip("0").rstrip(".")
     return str(value).lower() if isinstance(value, bool) else str(value)
 

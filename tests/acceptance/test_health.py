@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 COMMAND = str(Path(sys.executable).with_name("followups"))
 
 BOUND = 15.0
-"""Time limit in seconds for reporting a fault: ten without a heartbeat, plus the command's start."""
+"""Seconds until a fault must be reported: ten without a heartbeat, plus the command's start time."""
 
 DEAF = '''
 """Celery's consumer asks for no work any more once the file is there; all the rest of the worker goes on."""

@@ -78,7 +78,7 @@ def followups(environment: Mapping[str, str], *arguments: str) -> str:
 
 
 def test_an_installation_with_tls_and_broker_users_delivers(servers: dict[str, str], tmp_path: Path) -> None:
-    """With a certificate, role, user and secret file for each process, a follow-up is sent.
+    """If each process has its own certificate, role, user and secret file, a follow-up is sent.
 
     Doctor has no findings, and the broker refuses no command. The delivery is signed, and no log contains a secret.
     """

@@ -46,7 +46,7 @@ def figures(request: pytest.FixtureRequest, seed: int) -> Figures:
 
 @pytest.fixture
 def rig(request: pytest.FixtureRequest, dice: random.Random) -> Iterator[Rig]:
-    """Return a system with its own database and broker on shared servers; a test must not stop them."""
+    """Return a system with its own database and broker on shared servers, which no test may stop."""
     if chosen_servers():
         with own_servers(dice) as (rig, _):
             yield rig

@@ -133,7 +133,8 @@ CATALOGUE = {
     ),
     "token at release": Guard("SET lease_until = NULL FROM leased", {TOKEN: ""}, guards.stale_release),
     "token at end": Guard("leased.status", {TOKEN: ""}, guards.stale_end),
-    # The locking query, the UPDATE and a table constraint each keep a follow-up in flight from being cancelled.
+    # Three guards prevent the cancellation of a follow-up in flight: the locking query, the UPDATE and a table
+    # constraint.
     "begun at cancel": Guard(
         "follow_ups",
         {BEGUN_ORM: "", "lease_until = NULL": "begun_at = NULL, lease_until = NULL"},
@@ -184,7 +185,7 @@ def test_without_the_guard(name: str, world: World, settings: Settings) -> None:
 @pytest.mark.parametrize(
     ("constraint", "change"),
     [
-        # as if a stale copy of the row were saved with all its columns
+        # simulates saving a stale copy of the row with all its columns
         ("final_has_finished_at", "status = 'pending'"),
         ("reason_explains", "status = 'failed'"),
         ("waiting_is_pending", "waits_for = id"),

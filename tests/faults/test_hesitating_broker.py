@@ -1,4 +1,4 @@
-"""If a broker is silent for slightly longer than the limit, no connection is lost."""
+"""If the broker's silence slightly exceeds the time limit, no connection is lost."""
 
 from __future__ import annotations
 

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from faults.rig import Rig
 
 CLIENTS = 4
-"""The number of threads that replace follow-ups, and of threads that send replies."""
+"""Number of threads that replace follow-ups; the same number of threads send replies."""
 DELAY = 0.01
 """Maximum pause in seconds before a thread begins and between its cancel and schedule calls."""
 

@@ -129,7 +129,7 @@ def test_during_an_idle_reader(world: World, engine: Engine, figures: Figures, v
 
 @pytest.mark.parametrize("table", ["follow_ups", "chats", "sending_hours"])
 def test_during_a_reader_of_one_table(world: World, engine: Engine, figures: Figures, table: str) -> None:
-    """Whatever a long transaction reads, a migration delays other transactions by less than 3 s."""
+    """During a long transaction that only reads, a migration delays others by less than 3 s."""
     from_old_versions(world, engine, figures, [("0008", f"TABLE {table}")], patience=1)
 
 

@@ -243,7 +243,7 @@ def test_few_in_a_row_trip_no_workspace(own: Settings) -> None:
 
 
 def test_few_attempts_trip_earlier(own: Settings) -> None:
-    """If the settings allow only a few attempts, a workspace is tripped after fewer consecutive failures."""
+    """If the settings allow few attempts, fewer failures in a row trip a workspace."""
 
     async def script(store: BreakerStore) -> None:
         await report(store, ids(FAILURES), 0, succeeded=False)

@@ -1,4 +1,4 @@
-"""Tests of the event loop's driver-only database engine: sessions, errors and transactions."""
+"""Tests of database access in an event loop with the driver alone: sessions, errors, transactions."""
 
 from __future__ import annotations
 

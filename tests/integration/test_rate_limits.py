@@ -162,7 +162,7 @@ def test_a_burst_is_sent_at_the_rate(world: World, limited: LimitedPipeline) -> 
 
 
 def test_an_unreadable_due_date(world: World, limited: LimitedPipeline) -> None:
-    """If the due date of one rate-limited follow-up cannot be read, no other follow-up is delayed.
+    """A rate-limited follow-up with an unreadable due date does not delay other follow-ups.
 
     All follow-ups with a readable due date still count towards the limit.
     """

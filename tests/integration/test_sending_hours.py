@@ -101,7 +101,7 @@ def test_begins_after_the_opening(world: World, engine: Engine, settings: Settin
     put(world, CLOSED)
     follow_up = world.follow_up()
     claim_and_begin(engine, settings)
-    # Shift the times that the database compares, as if an hour had passed.
+    # Simulate that an hour has passed: shift the times that the database compares.
     world.sql("UPDATE sending_hours SET open_from = now() - interval '1 min'")
     world.sql("UPDATE follow_ups SET next_attempt_at = now(), held_until = now() - interval '1 min'")
     assert begun(claim_and_begin(engine, settings)) == {follow_up}

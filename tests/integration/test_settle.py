@@ -136,7 +136,7 @@ class TestSettle:
         assert status == "sent" or row.reason.partition(":")[0] == "user_replied"
 
     def test_callers_open_transaction(self, world: World, steps: Steps, engine: Engine) -> None:
-        """If a row is locked, its result is settled later, and other results are not delayed."""
+        """A locked row delays only its own result, which is settled later."""
         held, other = world.follow_up(), world.follow_up()
         begun = steps.begin(steps.claim().leases).begun
         results = [attempt(one, Sent()) for one in begun]

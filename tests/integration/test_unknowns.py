@@ -140,7 +140,7 @@ def test_rejected(world: World, settings: Settings, unknown_outcome: tuple[UUID,
 
 
 def test_too_late(world: World, engine: Engine, settings: Settings, unknown_outcome: tuple[UUID, UUID]) -> None:
-    """If a follow-up ends without another attempt, its reason still mentions the unknown outcome."""
+    """If a follow-up ends as too late, its reason also mentions an earlier attempt's unknown outcome."""
     follow_up, _ = unknown_outcome
     world.sql(
         "UPDATE follow_ups SET due_date = now() - interval '2 d', scheduled_at = now() - interval '2 d',"

@@ -363,7 +363,7 @@ def test_the_chats_next_follow_up_when_begin_ends_the_first(world: World, engine
 
 
 def test_a_later_row_of_the_chat_cannot_be_written(world: World, engine: Engine, settings: Settings) -> None:
-    """A follow-up waits for an earlier one of its chat, even if a third one's row cannot be written."""
+    """A chat's second follow-up waits for the first, even if the third row cannot be written."""
     chat = world.chat()
     first = world.follow_up(chat, -3 * SECOND, next_attempt_at=text("now() + interval '1 h'"))
     second = world.follow_up(chat, -2 * SECOND)

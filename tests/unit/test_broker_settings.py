@@ -37,7 +37,7 @@ VARIABLES = {
 
 
 def test_no_other_variable_decides(tmp_path: Path) -> None:
-    """Celery connects only to FOLLOWUPS_BROKER_URL and stores no results, whatever else is set."""
+    """Celery uses FOLLOWUPS_BROKER_URL and stores no results, even if other variables are set."""
     (tmp_path / "elsewhere.py").write_text("task_always_eager = True\n")
     environment = os.environ | {
         "FOLLOWUPS_BROKER_URL": OURS,

@@ -29,7 +29,7 @@ from followups.delivery.claim_interval import LONGEST, SHORTEST, ClaimInterval, 
 def test_until_half_is_free(taken: int, seconds: float, window: int, expected: float) -> None:
     """The next claim is due when half of the window is free; the interval has a minimum and a maximum.
 
-    The interval at most doubles from one claim to the next.
+    Each interval is at most twice as long as the previous one.
     """
     assert until_half_is_free(taken, seconds, window) == pytest.approx(expected)
 

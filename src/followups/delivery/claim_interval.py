@@ -38,7 +38,7 @@ class ClaimInterval:
         """Number of follow-ups claimed since the in-flight limit was last reached."""
         self._full_at: float | None = None
         """The monotonic time at which the in-flight limit was last reached, or None if unknown. At the start of a
-        backlog, neither this time nor the sending speed is known.
+        backlog, the sending speed is not known yet.
         """
         self._pause = SHORTEST
         """The most recent pause, in seconds, that was computed from a known rate of claims."""
@@ -55,7 +55,7 @@ class ClaimInterval:
         self._full_at = None
 
     def record_claim(self, taken: int, at: float, *, more: bool, cut_short: bool) -> None:
-        """Record a claim of ``taken`` follow-ups, started at the monotonic time ``at``.
+        """Record that a claim took ``taken`` follow-ups and began at ``at`` on the monotonic clock.
 
         ``more`` means that some due follow-ups were not claimed. ``cut_short`` means that the claim reached its own
         limit before the window was full.

@@ -55,7 +55,7 @@ BACKOFF = 0.05
 LONGEST_BACKOFF = 4.0
 """The pause in seconds between attempts to reach the database doubles up to this maximum."""
 AFTER_ANOTHER = 0.01
-"""Seconds before the next try if another dispatcher is claiming; each further pause is doubled.
+"""Pause in seconds while another dispatcher is claiming; each further pause is twice as long.
 
 A claim normally takes only some milliseconds.
 """

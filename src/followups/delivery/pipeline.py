@@ -91,7 +91,7 @@ class Pipeline:
         self._settler = Settler(settings, engine, self._settled)
         self._upkeep = Upkeep(engine, self._clock, self._rate_limits)
         self._tasks: set[asyncio.Task[None]] = set()
-        """Tasks for calls in flight, and tasks that wait for a chat's locked row."""
+        """Tasks that make calls, and tasks that wait until a chat's row is unlocked."""
         self._backoff = BACKOFF
         self._draining = False
         self._loop = uvloop.new_event_loop()

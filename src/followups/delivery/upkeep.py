@@ -28,7 +28,7 @@ FIRST_SAMPLES = 5
 CLOCK_OFF = 60.0
 """Seconds by which the clocks of this host and the database may differ without a warning."""
 BACKOFF = timedelta(seconds=0.5)
-"""The first pause after the database was found unreachable. Each further pause is twice as long, up to
+"""The first pause after the database has been found unreachable. Each further pause is twice as long, up to
 `LONGEST_BACKOFF`.
 """
 LONGEST_BACKOFF = timedelta(seconds=4)

@@ -50,7 +50,7 @@ After a secret has expired, for example, the receiver rejects every message with
 """
 
 READ_INTERVAL = 1.0
-"""Seconds between two reads of the breaker's shared state while the breaker is closed. A change to the shared state is
+"""While the breaker is closed, its shared state is read at this interval, in seconds. A change to the shared state is
 noticed within this time.
 """
 READ_INTERVAL_WHILE_OPEN = 0.1
@@ -210,7 +210,7 @@ class Breaker:
 
     @property
     def tripped_for_all(self) -> frozenset[int]:
-        """The keys of the workspaces that are tripped in the shared state.
+        """The keys of the workspaces that the shared state lists as tripped.
 
         Once tripped, a workspace stays tripped for some seconds.
         """

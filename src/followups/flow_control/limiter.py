@@ -177,7 +177,7 @@ class Limits:
 
 
 def bucket_of(limit: Limit, one: Limitable) -> Bucket:
-    """Return the bucket that a follow-up uses under a rate limit that applies to it."""
+    """Return the bucket that a rate limit uses for the follow-up."""
     sharers = {"all": "", "workspace": one.workspace_id.hex, "chat": f"{one.workspace_id.hex}{one.chat_id.hex}"}
     return Bucket(f"{limit.id.hex}:{sharers[limit.per]}", limit.rate, limit.burst)
 

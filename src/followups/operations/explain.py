@@ -87,7 +87,7 @@ class Circumstances:
 ALONE = Circumstances()
 
 STALE_TICK = timedelta(seconds=30)
-"""If the last tick is older than this, ticks are considered to have stopped.
+"""If the last tick is older than this age, ticks count as stopped.
 
 Every tick interval in use is shorter than this age. By default, the tick interval is one second.
 """

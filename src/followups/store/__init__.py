@@ -15,6 +15,6 @@ ascending order of their ids.
 
 The dispatcher's statements lock no chat. Locked follow-ups are skipped (``SKIP LOCKED``) and retried later. Bulk
 cancels, the release of held follow-ups and pruning skip locked rows. A caller's change never locks a follow-up in
-flight; the lock would delay the settle. Only a reply locks follow-ups in flight, and only briefly, to request their
+flight, because the lock would delay settle. Only a reply locks follow-ups in flight, and only briefly, to request their
 cancellation.
 """

@@ -32,7 +32,7 @@ CHATS = 50
 
 @dataclass(frozen=True, slots=True)
 class BrowseFilter:
-    """The filter of the console's list of follow-ups; None or empty fields are ignored."""
+    """The filter of the console's list of follow-ups; fields that are None or empty are ignored."""
 
     workspace_id: UUID | None = None
     statuses: tuple[Status, ...] = ()

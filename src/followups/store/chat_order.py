@@ -75,7 +75,7 @@ def park_if_leased(connection: Connection, pairs: Sequence[tuple[Lease, UUID]]) 
 
 
 PILE = 1000
-"""The largest number of a chat's due follow-ups that are parked in one statement.
+"""Maximum number of due follow-ups of one chat that a single statement parks.
 
 Parking thousands of follow-ups one by one would delay every later follow-up.
 """

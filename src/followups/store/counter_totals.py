@@ -42,7 +42,7 @@ _ADD = text("""
     RETURNING sample, labels, value
 """)
 # Counts only grow. Our transaction was committed if the stored totals have reached the totals that it wrote. The check
-# errs only if our counts were lost and another process added at least as many meanwhile.
+# is wrong only if our counts were lost but another process added at least as many.
 _ADDED = text("""
     SELECT count(t.value) = count(*) AND bool_and(t.value >= b.value)
       FROM unnest(CAST(:samples AS text[]), CAST(:labels AS text[]), CAST(:values AS double precision[]))

@@ -66,8 +66,8 @@ _PENDING_ROWS = "FROM follow_ups WHERE status = 'pending'"
 # flight, because no attempt begins long before its due time. A follow-up that waits for its chat's earlier follow-up
 # does not count as overdue. The earlier follow-up itself counts as overdue. Because of the ORDER BY, PostgreSQL reads
 # only the needed part of the index. Without an ORDER BY, the planner would read the whole table. The planner estimates
-# that a third of all pending rows are overdue. The index is read only once, because it starts with the unvacuumed rows
-# of sent follow-ups.
+# that a third of all pending rows are overdue. The index begins with dead rows of sent follow-ups, so the query reads
+# the index only once.
 _COUNT = text(f"""
     WITH head AS MATERIALIZED (
         SELECT {_DUE} AS due, begun_at {_PENDING_ROWS} AND waits_for IS NULL AND {_DUE} <= now() + interval '1 second'

@@ -143,8 +143,8 @@ def create_if_clear(
     """Insert a pending follow-up and return it, or return None if the case needs several statements.
 
     This single statement replaces a transaction of several statements. The statement inserts a row only if the API key
-    is valid, the chat is not locked, and the last message is not the user's. No messaging window and no quota may
-    apply.
+    is valid, the chat is not locked, and the last message is not the user's. The channel must have no messaging window,
+    and the workspace must have no quota.
     """
     created: Sequence[FollowUp] = yield _CREATE_IF_CLEAR(
         workspace_id=workspace_id,

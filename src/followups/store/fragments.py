@@ -45,7 +45,7 @@ forty follow-ups took up to 720 ms after 50,000 inserts. With the condition, eit
 NEXT_TOKEN = "GREATEST(f.lease_token + 1, CAST(date_part('epoch', now()) * 1000000 AS bigint))"  # noqa: S105 - a fencing token
 """SQL for the next fencing token, which is higher than all earlier ones. A token is never issued again, even if a
 failover or restore loses the lease. The value of a token is therefore the database's time in microseconds. Until the
-year 2255 this number is below 2^53, so JSON readers represent it exactly.
+year 2255, a token is below 2^53, so JSON readers represent it exactly.
 """
 
 LOOKED_UP = f"""

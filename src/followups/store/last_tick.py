@@ -45,9 +45,9 @@ class Tick:
 
 
 # Ticks are recorded at most five times a second: each update leaves a dead row. A recorded time in the future means
-# that the clock was set back. A small difference only means that two transactions began in the opposite order. A short
-# gap that begins within a grace period does not start another grace period. Otherwise, no lease would ever be taken
-# over on a machine whose ticks are always late.
+# that the clock was set back. A small difference only means that two transactions began in the opposite order. During a
+# grace period, a short gap between ticks does not start another grace period. With a new grace period after every late
+# tick, no expired lease would ever be taken over.
 _BEGIN = text("""
     WITH state AS MATERIALIZED (
         SELECT id, last_tick_at,

@@ -108,7 +108,7 @@ _CONCERNING = text(f"""
 def concerning(connection: Connection, workspace_id: UUID | None, most: int) -> list[Limit]:
     """Return the rate limits that apply to a workspace.
 
-    If no workspace is given, return the limits that are not restricted to one workspace.
+    Without a workspace, return the limits that apply to all workspaces.
     """
     return [Limit(*row) for row in connection.execute(_CONCERNING, {"workspace_id": workspace_id, "most": most})]
 

@@ -123,9 +123,9 @@ class Heartbeat:
     def report(self, component: str, within: timedelta, otherwise: str, at: float | None = None) -> None:
         """Record that a component made progress.
 
-        ``at`` is the time of the progress in monotonic seconds; the default is now. The component must report again
-        before ``within`` has elapsed. If the report is late, the heartbeat names the component and shows ``otherwise``.
-        For example, ``otherwise`` can be "has not asked the broker for work".
+        ``at`` is the time of the progress in monotonic seconds; the default is now. ``within`` is the longest time that
+        may pass before the component's next report. If the report is late, the heartbeat names the component and shows
+        ``otherwise``. For example, ``otherwise`` can be "has not asked the broker for work".
         """
         with self._lock:
             if not self._ending:

@@ -47,7 +47,7 @@ class CurlLoop:
         self._watched: set[int] = set()
         self._kick: asyncio.Handle | None = None
         self._timer: asyncio.Handle | None = None
-        self._timer_at = math.inf  # when the timer fires, in the event loop's time
+        self._timer_at = math.inf  # the event loop's time at which the timer fires
         self._wanted = math.inf  # when libcurl must be called next, in the event loop's time
         self.is_broken = False
         """Whether libcurl has reported that it performs no more transfers with this multi handle."""
@@ -143,7 +143,7 @@ class CurlLoop:
 
     def _time_out(self) -> None:
         self._timer, self._timer_at = None, math.inf
-        # uvloop's clock has whole milliseconds. A wait for less than a millisecond would repeat in every iteration.
+        # uvloop's clock counts whole milliseconds. A wait for less than a millisecond would repeat in every iteration.
         if self._wanted - self._loop.time() >= RESOLUTION:
             self._arm()
             return

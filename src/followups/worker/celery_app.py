@@ -51,7 +51,7 @@ if TYPE_CHECKING:
 log = get_logger(__name__)
 
 UNREAD = 1000
-"""If the tick queue contains this many unread messages, no further ticks are added. Therefore, beat and nudges cannot
+"""Maximum number of unread messages in the tick queue; further ticks are not added. Therefore, beat and nudges cannot
 fill the broker while no worker is running. Ticks do not expire, because expiry would depend on the clocks of two hosts.
 If one host's clock were an hour ahead, Celery would drop all ticks. If several ticks wait, the dispatcher runs only
 one.

@@ -75,7 +75,7 @@ class Scheduler(CelerysScheduler):
     def _follow_clock_change(self) -> None:
         """Restart the schedule if the host's clock has been set back.
 
-        Without a restart, Celery would send nothing until the clock again reached its former time.
+        Without the restart, Celery would send nothing until the clock had caught up.
         """
         before, self._booted_at = self._booted_at, time.time() - uptime()
         if before is None or self._booted_at > before - SET_BACK:

@@ -94,7 +94,7 @@ class Protocol:
     deduplicates: bool = True
     without: frozenset[str] = frozenset()
     most_claims: int = 2
-    """The maximum number of claims of each follow-up: two by default, and three in the long form."""
+    """Maximum number of claims of a follow-up: two in the short form of the test, three in the long form."""
     most_attempts: int = 2
     creates_late: bool = False
     """Whether the second follow-up is created later; otherwise it exists from the start."""

@@ -147,7 +147,7 @@ def test_filters_of_another_workspace(api: Api, other: Api) -> None:
 def test_same_ids_in_two_workspaces(api: Api, other: Api) -> None:
     """Two workspaces may use the same chat and message ids without affecting each other.
 
-    A reply in one workspace cancels no follow-up of the other workspace.
+    A reply in one workspace cancels no follow-up of another workspace.
     """
     chat_id, message_id = str(uuid4()), str(uuid4())
     for each in (api, other):

@@ -117,7 +117,7 @@ def test_slow_client(short_timeouts: tuple[str, int], world: World, sent: list[b
 
 
 def test_too_many_connections(few_connections: tuple[str, int], world: World) -> None:
-    """At the connection limit, a new connection is closed unless another one is idle.
+    """If the connection limit is reached and no connection is idle, a new connection is closed.
 
     Connections that are already open are still served.
     """

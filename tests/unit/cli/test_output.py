@@ -99,7 +99,7 @@ def test_untrusted_text_is_escaped(write: Callable[[str], None], text: str, enco
 
 @given(text=TEXTS, encoding=ENCODINGS)
 def test_json_is_readable_in_every_encoding(text: str, encoding: str) -> None:
-    """In every terminal encoding, JSON output is valid, with no control character except line feeds."""
+    """JSON output is valid in every encoding; its only control characters are line feeds."""
     with terminal(encoding) as made:
         print_json({"text": text})
         assert json.loads(made.written) == {"text": text}

@@ -187,7 +187,7 @@ async def test_however_a_stream_ends_the_request_went_out_once(
 async def test_the_status_decides_when_the_body_breaks_off(
     end: Callable[[Stream], Awaitable[None]], status: int, outcome: type, server: Http2Server, transport: Transport
 ) -> None:
-    """If a response body breaks off, the status in the head still determines the outcome."""
+    """If a response's body breaks off, the response's status still determines the outcome."""
 
     async def break_off(stream: Stream) -> None:
         stream.answer(status, b"{", ends=False)

@@ -1,4 +1,4 @@
-"""The behaviours of the sandbox, and how the sandbox replies in each of them."""
+"""The behaviours of the sandbox, and its reply for each behaviour."""
 
 from __future__ import annotations
 
