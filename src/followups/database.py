@@ -55,7 +55,7 @@ CHANGES_SESSIONS = (
 """Advice for a pooler that loses session settings, locks and prepared statements."""
 
 POOLER_ROUNDS = 4
-"""Number of comparisons between the server sessions of two connections.
+"""Number of times that the server sessions of two connections are compared.
 
 Under load, one comparison is enough to detect that the server session has changed.
 """

@@ -119,8 +119,8 @@ class Workspace(Base):
 class WorkspaceSendingHours(Base):
     """A row with the sending hours of a workspace (`followups.sending_hours`).
 
-    The messages of a workspace without such a row are sent at any time. The sending hours have their own table, so
-    begin reads nothing if no workspace has any.
+    If a workspace has no row in this table, its messages are sent at any time. The sending hours are in a separate
+    table, so begin reads no rows if no workspace has sending hours.
     """
 
     __tablename__ = "sending_hours"
@@ -447,8 +447,8 @@ class FollowUp(Base):
     sendable_from: Mapped[datetime | None]
     """The first time at which sending hours allow the message, or None if the follow-up was never held.
 
-    If this time is in the future, it is derived again from the current sending hours. A recorded time that has passed
-    is kept even if the sending hours change. A follow-up's lateness is counted from this time.
+    A time in the future is derived again from the current sending hours. A time in the past is kept, even if the
+    sending hours change. A follow-up's lateness is counted from this time.
     """
     limited_until: Mapped[datetime | None]
     """When the next attempt is made, if a rate limit or the breaker has deferred it.
@@ -461,9 +461,7 @@ class FollowUp(Base):
     Claims skip a held follow-up, because its next attempt is set far in the future.
     """
     retry_of: Mapped[UUID | None]
-    """The failed follow-up that this follow-up retries. Each failed follow-up is retried by at most one other
-    follow-up.
-    """
+    """The failed follow-up that this follow-up retries. At most one follow-up retries a given failed follow-up."""
 
     @property
     def in_flight(self) -> bool:
@@ -625,7 +623,7 @@ class DispatcherState(Base):
     grace_until: Mapped[datetime | None]
     """The end of the grace period that follows a gap in the ticks.
 
-    During the grace period, expired leases with an attempt in flight stay with their workers.
+    During the grace period, no other worker claims an expired lease with an attempt in flight.
     """
 
 

@@ -270,7 +270,7 @@ def amending(
 def _event(actor: Actor, workspace_id: UUID, found: FollowUp, fresh: Mapping[str, Any]) -> Event:
     """Return the audit event of a change.
 
-    The event contains the names of the changed fields and both due dates, but no message text.
+    The event contains the names of the changed fields and the old and new due dates, but no message text.
     """
     details: dict[str, object] = {"fields": sorted(to_camel(name) for name in fresh)}
     action = Action.FOLLOW_UP_CHANGED

@@ -269,7 +269,7 @@ def loads_of(
 
 
 def report(loads: list[ApiLoad]) -> None:
-    """Print each figure's median; ratios are taken within a round, so that other load cancels out."""
+    """Print each figure's median; a ratio compares runs of one round, which share the machine's load."""
     bare = loads[0].rates
     sys.stdout.write(f"{'':12} {'requests/s':>10} {'of bare':>8} {'p50 ms':>8} {'p99 ms':>8} {'CPU ms':>8}\n")
     for load in loads:

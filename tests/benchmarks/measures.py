@@ -1,4 +1,4 @@
-"""The measurements: each runs one contestant's turn and returns figures by name."""
+"""The measurements: each function measures one contestant and returns the figures by name."""
 
 from __future__ import annotations
 

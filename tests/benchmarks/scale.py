@@ -79,7 +79,7 @@ def vacuum(engine: Engine) -> None:
 
 
 def dispatch(url: str, ready: Barrier, results: Queue[Any], options: argparse.Namespace) -> None:
-    """Claim as a dispatcher does, and end the leases; return the ids and how long each claim took."""
+    """Claim as a dispatcher does, then end the leases; return the ids and each claim's duration."""
     engine = make_engine(url, pool_size=1, options=BY_KEY)
     most, more = size_of_claim(options.window), False
     look = claims.ClaimSearch(timedelta(seconds=2), timedelta(minutes=1), options.window, most)

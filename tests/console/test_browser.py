@@ -217,7 +217,7 @@ def test_the_rows_of_a_list_in_use_do_not_move(window: Callable[..., BrowserWind
 
 
 def test_an_open_page_shows_that_its_session_was_revoked(window: Callable[..., BrowserWindow], own: World) -> None:
-    """If a console session is revoked, its open pages say so."""
+    """If a console session is revoked, its open pages show a notice."""
     sitting = window()
     sitting.sign_in("agent", own.workspace_id)
     page = sitting.go("/follow-ups")

@@ -392,7 +392,7 @@ def test_a_link_of_the_api_is_limited(body: dict[str, object], status: int, cons
 def test_the_command_prints_only_the_link_on_stdout(
     console_settings: Settings, person: Callable[..., Person], own: World
 ) -> None:
-    """The command prints a link for an operator, or with --workspace for an admin.
+    """The command prints an operator's link; with --workspace, it prints an admin's link.
 
     If the command line is invalid, no link is created.
     """

@@ -175,7 +175,7 @@ _CONSTRAINTS = text("""
 
 
 UNBREAKABLE = {"0009": {f"ck_{table}_times_are_readable" for table in ("chats", "follow_ups", "sending_hours")}}
-"""The new constraints on existing columns that old code never violates, keyed by migration."""
+"""New constraints on existing columns, by migration; old code never violates these constraints."""
 
 
 @pytest.mark.parametrize(("before", "after"), list(itertools.pairwise(REVISIONS)))

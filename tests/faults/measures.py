@@ -20,7 +20,7 @@ NOTICE = timedelta(seconds=0.5)
 
 
 PORTION = 2_000
-"""Number of rows in one INSERT statement, so that the statement finishes within the client's timeout."""
+"""Number of rows in one INSERT statement; a larger statement could exceed the client's timeout."""
 
 
 def punctual(rig: Rig, count: int, spread: float, world: World | None = None, notice: timedelta = NOTICE) -> list[UUID]:

@@ -106,7 +106,7 @@ def _after_cancel(begun_after: set[UUID], by_id: Mapping[str, Collection[Mapping
 
 
 def _disordered(rows: Mapping[UUID, Any], requests: Collection[Mapping[str, Any]]) -> int:
-    """Count follow-ups that a chat accepted out of order, after one with a later due date."""
+    """Count follow-ups that a chat accepted after another follow-up with a later due date."""
     latest: dict[str, tuple[Any, UUID]] = {}
     count = 0
     for request in requests:

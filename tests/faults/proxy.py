@@ -80,7 +80,7 @@ class Proxy:
         self._call(self._forwarding.clear)
 
     def flow(self) -> None:
-        """Forward the data that was held back, resume forwarding, and accept connections again."""
+        """Forward the data that was held back, and let new data and connections through again."""
         self._refusing = False
         self._call(self._forwarding.set)
 

@@ -95,7 +95,7 @@ def pooled(pgbouncer: PgBouncer, settings: Settings, engine: Engine, dice: rando
 
 
 def test_foreign_defaults_behind_a_pooler(pooled: Rig, figures: Figures) -> None:
-    """Unusual server defaults change no outcome, even behind a PgBouncer that reuses sessions."""
+    """Unusual PostgreSQL defaults change no outcome, even if PgBouncer reuses sessions."""
     on_foreign_defaults(pooled, figures, pairs=20, rate=100, seconds=2)
 
 

@@ -46,7 +46,7 @@ def frozen_at(
 
 
 def refused(rig: Rig, name: str) -> int:
-    """Return the number of results and sends that were refused because they were late."""
+    """Return how many results and calls were refused because they came too late."""
     stale = sum(line["count"] for line in rig.log_events("stale_writes", name))
     return stale + len(rig.log_events("attempt_abandoned", name))
 

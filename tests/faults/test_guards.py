@@ -53,7 +53,7 @@ CATALOGUE = {
     "token at begin": Guard(BEGIN, {TOKEN: ""}, guards.stale_hint_begins),
     "begun at begin": Guard(BEGIN, {"AND f.begun_at IS NULL": ""}, guards.repeated_hint_begins),
     "lease at begin": Guard(BEGIN, {"AND f.lease_until > now()": ""}, guards.ended_lease_begins),
-    # A cancel also revokes the lease, so either of the two guards is enough.
+    # Either guard alone is enough here, because a cancel also revokes the lease.
     "pending and lease at begin": Guard(
         BEGIN, {"AND f.finished_at IS NULL": "", "AND f.lease_until > now()": ""}, guards.cancelled_begins
     ),

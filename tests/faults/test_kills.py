@@ -1,4 +1,4 @@
-"""Tests that kill a worker at each step; another worker takes over within a lease and a tick.
+"""Tests that kill a worker at each step of a delivery; another takes over within a lease and a tick.
 
 A worker has no child processes that could be killed, because it always uses Celery's solo pool.
 """

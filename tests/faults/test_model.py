@@ -42,7 +42,7 @@ def completely(protocol: Protocol) -> None:
         ({"begun at cancel"}, True, "no lie"),
         ({"chat lock"}, True, "a reply stops what is not in flight"),
         ({"order at begin"}, True, "order within a chat"),
-        # Where either of two guards is enough, both must be removed.
+        # If two guards protect the same guarantee, both must be removed to break it.
         ({"pending at begin", "lease at begin"}, True, "nothing after its cancel"),
         ({"pending at settle", "begun at settle"}, True, "final states never change"),
     ],

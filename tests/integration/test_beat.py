@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 @pytest.mark.parametrize("step", [-timedelta(hours=1), timedelta(hours=1)])
 def test_clock_is_set(step: timedelta, settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Beat's ticks keep their interval if the host's clock is set back or forward."""
+    """If the host's clock is set back or forward, beat still ticks at the same interval."""
     environment = settings.environment() | {"FOLLOWUPS_RUNTIME_DIR": str(tmp_path)}
     for name, value in environment.items():
         monkeypatch.setenv(name, value)

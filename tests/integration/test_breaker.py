@@ -258,7 +258,7 @@ def test_few_attempts_trip_earlier(own: Settings) -> None:
 
 
 def test_without_a_held_workspace_the_breaker_closes(own: Settings) -> None:
-    """If the breaker holds no workspace, it closes, because no success could close it later."""
+    """If the breaker holds back no workspace, it closes instead of waiting for a success."""
 
     async def script(store: BreakerStore) -> None:
         for key, one in enumerate(ids(FAILURES * 2)):

@@ -198,7 +198,7 @@ def test_deferred_follow_ups_are_sent_after_the_recovery(world: World, engine: E
 
 
 def test_a_row_that_is_locked_is_deferred_later(world: World, engine: Engine, own: Settings) -> None:
-    """A follow-up locked by another transaction keeps its lease, and is deferred after the unlock."""
+    """A follow-up locked by another transaction keeps its lease, and is deferred once it is unlocked."""
     *_, last = world.burst([-SECOND * number for number in range(OVERDUE, 0, -1)])
     with engine.connect() as connection, worker(own, engine, SelectiveTransport(), FOR_LONG):
         wait_until(lambda: is_open(own))

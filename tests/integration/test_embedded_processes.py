@@ -68,7 +68,7 @@ class TestProcesses:
         assert "GET / HTTP/1.1" in (tmp_path / "web.log").read_text()
 
     def test_an_early_exit_shows_the_end_of_the_log(self) -> None:
-        """If a process ends early, the error shows the exit code and the log's end."""
+        """If a process ends early, the error shows its exit code and the end of its log."""
         with Processes() as processes, pytest.raises(EmbeddedError, match=r"(?s)beat ended with code 3\..*no broker"):
             processes.spawn("beat", ["sh", "-c", "echo no broker >&2; exit 3"], ready=lambda: False)
 

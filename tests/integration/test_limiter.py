@@ -278,7 +278,7 @@ async def test_the_clock_is_set(clock: ServerClock, limiter_settings: Settings, 
 async def test_an_abandoned_request_when_the_clock_is_set(
     clock: ServerClock, limiter_settings: Settings, step: timedelta
 ) -> None:
-    """Even if Redis's clock jumps, a cancelled token request delays the next by at most the longest wait."""
+    """If Redis's clock jumps, a cancelled token request delays the next one by at most `LONGEST`."""
     limiter = Limiter(limiter_settings, PATIENCE)
     limit = bucket(rate=10, burst=1)
     lost, second = request(1, limit), request(2, limit)

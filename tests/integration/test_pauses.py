@@ -1,4 +1,4 @@
-"""Pauses on PostgreSQL: paused follow-ups neither begin nor slow down claims, and are released later."""
+"""Pauses on PostgreSQL: a paused follow-up does not begin or slow down claims, and is released later."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def pause(world: World, channel: str | None = None, *, everybody: bool = False) 
 
 
 def resume(world: World, scope: PauseScope) -> int:
-    """End the pause, release the follow-ups it held, and return how many were released."""
+    """End the pause of ``scope``, and return how many follow-ups were released."""
     with world.engine.begin() as connection:
         assert pauses.resume(connection, scope)
     return free(world)

@@ -166,7 +166,7 @@ class StepValues:
 
 
 LIGHT, EACH = 20, 3
-"""The number of workspaces without a backlog, and how many due follow-ups each of them has."""
+"""The number of workspaces without a backlog, and the number of due follow-ups in each."""
 
 
 @pytest.mark.parametrize("others", [20_000, pytest.param(1_000_000, marks=pytest.mark.large)])

@@ -379,7 +379,7 @@ class TestChats:
         assert (chat.last_user_message_at, created.status) == (late, "pending")
 
     def test_known_message_of_a_removed_chat(self, caller: Caller) -> None:
-        """Repeating a known message has no effect, even if its chat was removed.
+        """Recording a known message again has no effect, even if its chat has been removed.
 
         A new message to a removed chat raises `ChatNotFoundError`.
         """

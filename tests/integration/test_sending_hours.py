@@ -178,7 +178,7 @@ def test_changed_during_the_hold(world: World, engine: Engine, settings: Setting
 
 
 def test_changed_before_the_hold(world: World, engine: Engine, settings: Settings) -> None:
-    """If the sending hours change before the hold, the follow-up is not held."""
+    """If the sending hours change just before a follow-up would be held, it is not held."""
     put(world, CLOSED)
     world.follow_up()
     (lease,) = claim(engine, settings).leases
@@ -383,7 +383,7 @@ def test_an_unknown_time_zone(world: World, engine: Engine, settings: Settings) 
 
 
 def test_other_time_zone_data(world: World, engine: Engine, settings: Settings) -> None:
-    """If only this machine's time-zone data says that sending hours have begun, a follow-up is held.
+    """If the database says that sending hours have not begun, a follow-up is held.
 
     The database decides when sending hours begin. Until sending hours begin, the follow-up is held and is not checked
     repeatedly.

@@ -282,7 +282,7 @@ class TestCallersOwnSession:
         assert {row.id: row.status for row in world.rows()} == {planned: "cancelled", scheduled: "pending"}
 
     def test_a_default_of_the_server(self, world: World, database_url: str) -> None:
-        """An isolation level stricter than READ COMMITTED is rejected, even as the server's default."""
+        """If the server's default isolation level is stricter than READ COMMITTED, scheduling is refused."""
         set_defaults(database_url, {"default_transaction_isolation": "serializable"})
         engine = create_engine(make_url(database_url).set(drivername="postgresql+psycopg"))
         with Session(engine) as session, pytest.raises(TransactionError, match="SERIALIZABLE"):

@@ -77,7 +77,7 @@ class TestApiKeys:
             api_keys.create(session, workspace.id, "a\x00")
 
     def test_authenticate(self, session: Session) -> None:
-        """An API key identifies its workspace; any other text identifies none."""
+        """An API key identifies its workspace; any other string identifies no workspace."""
         workspace, _ = workspaces.create(session, "Acme")
         row, key = api_keys.create(session, workspace.id)
         found = api_keys.authenticate(session, key)

@@ -107,7 +107,7 @@ def test_moved_and_renamed_after(world: World, engine: Engine, settings: Setting
 
 
 def test_an_agent_writes_after_the_takeover(world: World, engine: Engine, settings: Settings) -> None:
-    """A follow-up scheduled after an operator's message is sent even if an agent has written since."""
+    """If an agent writes after an operator, a follow-up scheduled in between is still sent."""
     chat_id = world.chat()
     with Session(engine) as session, session.begin():
         write(session, world, chat_id)

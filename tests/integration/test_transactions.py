@@ -63,7 +63,7 @@ def test_no_extra_round_trip(engine: Engine) -> None:
 def test_the_commit_check_of_a_failed_transaction_is_dropped(
     world: World, engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A failed transaction's commit check is not run for the next transaction on the connection."""
+    """If a transaction fails, its commit check is not kept for the connection's next transaction."""
 
     def ask_and_fail(connection: Connection) -> None:
         ask_if_lost(connection, lambda _: False)

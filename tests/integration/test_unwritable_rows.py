@@ -466,7 +466,7 @@ class TestRecords:
         world.alter("ALTER SEQUENCE failed_attempts_id_seq RESTART")
 
     def test_a_settlement(self, world: World, engine: Engine, settings: Settings) -> None:
-        """All results are settled, and a failed attempt that cannot be recorded is logged.
+        """If a failed attempt cannot be recorded, it is logged and all results are still settled.
 
         All failed attempts that can be recorded are recorded.
         """

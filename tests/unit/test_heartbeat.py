@@ -105,7 +105,7 @@ def test_a_process_that_waits(reporting_process: subprocess.Popen[str], tmp_path
 
 
 def test_probes_run_before_each_write(tmp_path: Path) -> None:
-    """A probe runs before each write of the heartbeat.
+    """The probes run each time before the heartbeat is written.
 
     A process that is stopping must report only its end.
     """

@@ -103,7 +103,7 @@ class KnownKeys:
         return identity
 
     def add(self, hashed: bytes, identity: Identity) -> None:
-        """Remember a valid key. If there are more than `KNOWN_AT_MOST` keys, drop the least recently used key."""
+        """Remember a valid key. If there are more than `KNOWN_AT_MOST` keys, forget the least recently used key."""
         self._known[hashed] = identity
         if len(self._known) > KNOWN_AT_MOST:
             del self._known[next(iter(self._known))]

@@ -113,7 +113,7 @@ class KeyRateLimit:
         await self._pool.disconnect()
 
     def _spend(self, key_id: UUID) -> bool:
-        """Use one of the requests that were counted in advance. Return False if no such request is left."""
+        """Use up one of the requests that have been counted in advance. Return False if no such request is left."""
         allowance = self._allowances.get(key_id)
         if allowance is None or not allowance.left or time.monotonic() >= allowance.until:
             return False

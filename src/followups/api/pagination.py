@@ -69,7 +69,7 @@ class PageStarts:
         return max(known, key=lambda start: start.offset, default=None)
 
     def remember(self, of: Hashable, start: Start) -> None:
-        """Store the starting point of a page. If there are too many starting points, drop the oldest one."""
+        """Store the starting point of a page. If too many starting points are stored, drop the oldest one."""
         if start.offset < DEEP:
             return
         starts = self._known.pop(of, {})

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from starlette.types import ASGIApp
 
 PEER = "peer"
-"""The key in a request's state for the peer's address, which is not taken from headers."""
+"""The key of the peer's address in a request's state; the address is not taken from headers."""
 
 HEADER_WITHIN = 10.0
 """Time limit in seconds for all headers of a request to arrive."""

@@ -134,7 +134,7 @@ MAX_BY_CLIENT = 10
 """Maximum number of failed sign-ins by one client within `COUNTED_FOR`."""
 
 MAX_IN_ALL = 600
-"""Maximum number of failed sign-ins in this process within `COUNTED_FOR`, by all clients together."""
+"""Maximum number of failed sign-ins per `COUNTED_FOR` in this process, for all clients together."""
 
 COUNTED_FOR = 60.0
 """Seconds over which failed sign-ins are counted."""

@@ -33,8 +33,8 @@ def identify(visit: Visit, scope: Scope) -> None:
     role = services.settings.console_proxy_role or "viewer"
     with visit.transaction() as session:
         found = console_sessions.find(session, token) if token else None
-        # If the proxy signed a person in, the session is valid only while the proxy sends the same name. The session
-        # also ends if the configured role changes.
+        # If a person signed in through the proxy, the session is valid only while the proxy sends that person's name.
+        # The session also ends if the configured role changes.
         if found is not None and found.way == "proxy" and (found.name, found.role) != (told, role):
             console_sessions.end(session, token)
             found = None

@@ -112,7 +112,7 @@ def _hold_end_or_park(
 ) -> BatchResult:
     held, not_held, ends = hold.hold(connection, settings, missing)
     missing = [obstacle for obstacle in missing if obstacle.lease.id not in held]
-    # `begin` does not end a follow-up that should be held, because closed sending hours are not lateness.
+    # `begin` does not end a follow-up that should be held, because waiting for sending hours is not lateness.
     judgeable = [obstacle for obstacle in missing if obstacle.lease.id not in not_held]
     verdicts = [(o.lease, final) for o in judgeable if (final := ends.get(o.lease.id) or verdict(o))]
     ended = leases.end_if_not_begun(connection, verdicts) if verdicts else set()

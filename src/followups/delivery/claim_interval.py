@@ -1,9 +1,9 @@
 """The interval between two claims during a backlog.
 
-This module has no clock and does no I/O. Each claim reads all follow-ups in flight, however few slots have become free.
-If every free slot caused a claim, each batch would contain only one follow-up. If each claim waited until all claimed
-follow-ups were sent, workers would be idle. One half of the window is therefore claimed while the workers send the
-other half.
+This module has no clock and does no I/O. Each claim reads all follow-ups in flight, even if only one slot has become
+free. If every free slot caused a claim, each batch would contain only one follow-up. If each claim waited until all
+claimed follow-ups were sent, workers would be idle. One half of the window is therefore claimed while the workers send
+the other half.
 """
 
 from __future__ import annotations

@@ -43,7 +43,7 @@ LOOKING_SHARE = 0.1
 """Claims from the beginning of the index may take this share of the dispatcher's time."""
 
 ORPHAN_SEARCH_SHARE = 0.01
-"""The largest share of the dispatcher's time for checking blocked and paused follow-ups.
+"""The largest share of its time that the dispatcher spends on checking blocked and paused follow-ups.
 
 Each blocked or paused follow-up is checked at least once per lease time, even above this share.
 """
@@ -237,7 +237,7 @@ class Dispatcher:
         return claimed.more
 
     def _refresh_statistics(self, took: float, leased: int) -> None:
-        """Update the planner's statistics in a thread, if the statistics are certainly wrong."""
+        """If the planner's statistics are certainly wrong, update them in a thread."""
         if (took > SLOW or leased >= MANY) and time.monotonic() >= self._next_statistics:
             self._next_statistics = time.monotonic() + NEXT_STATISTICS
             refreshing = threading.Thread(target=self._refresh, args=(took, leased), name="statistics", daemon=True)

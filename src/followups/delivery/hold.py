@@ -49,7 +49,7 @@ def hold(
 
 
 def hold_or_end(obstacle: Obstacle, max_lateness: timedelta) -> Hold | Final | None:
-    """Return the hold of a leased follow-up, or the follow-up's final state if the hold is too long.
+    """Return the hold of a leased follow-up, or its final state if the hold would last too long.
 
     Returns None if the follow-up should be neither held nor ended. Sending hours are checked before a pause, because
     lateness is not counted outside sending hours. This function is pure.
@@ -107,7 +107,7 @@ def sendable_from(obstacle: Obstacle) -> datetime | None:
 
 
 def _open_next(connection: Connection, obstacles: Iterable[Obstacle]) -> None:
-    """Compute the next sending period if the stored period has ended."""
+    """If the stored sending period has ended, compute the next one."""
     stale: dict[UUID, tuple[WorkspaceHours, datetime]] = {}
     for obstacle in obstacles:
         if obstacle.hours and obstacle.now >= obstacle.hours.open_until:

@@ -2,8 +2,8 @@
 
     submit -> due queue -> slot -> begin -> send -> settle
 
-Begins and settles are batched: while one statement runs, the next batch is gathered. A call in flight occupies a slot;
-without a free slot, no follow-up begins. A slow chat occupies one slot, but does not delay a batch.
+Begins and settles are batched: while one statement runs, the next batch is gathered. Each call in flight occupies a
+slot. Without a free slot, no follow-up begins. A slow chat occupies one slot, but does not delay a batch.
 """
 
 from __future__ import annotations

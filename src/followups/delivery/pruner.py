@@ -68,7 +68,7 @@ class BackgroundThread(ABC):
 
 
 class Pruner(BackgroundThread):
-    """Prunes in a thread of a worker process."""
+    """Deletes old rows in a thread of a worker process."""
 
     name = "pruner"
 

@@ -1,4 +1,4 @@
-"""Counts the slots that are in use by calls in flight. This module does no I/O.
+"""Counts the slots that calls in flight occupy. This module does no I/O.
 
 A slot is acquired before begin. A slot is released after the call, or at once if the follow-up does not begin. Until
 its outcome is recorded, a possible poison pill counts against a quota.
@@ -56,7 +56,7 @@ class Slots:
             del self._of_workspace[lease.key]
 
     def release_poison_quota(self, ids: Iterable[UUID]) -> None:
-        """Release the quota used by possible poison pills that did not begin or are settled."""
+        """Free the quota held for possible poison pills that did not begin or have been settled."""
         for one in ids:
             self._poison_pills.pop(one, None)
 

@@ -52,7 +52,7 @@ class StartPlan:
     tell: Callable[[str], None]
     """A function that is called with each component's name before its start."""
     signals: StopSignals
-    """The recorder of stop signals, which is checked between two steps of the start."""
+    """The recorder of stop signals; it is checked between the steps of the start."""
     data: Path | None = None
     """Directory for PostgreSQL's data and the logs, or None to keep neither."""
     overrides: Mapping[str, object] = field(default_factory=dict)
@@ -76,7 +76,7 @@ class Stack:
     _servers: tuple[EmbeddedServer, ...]
 
     def check(self) -> None:
-        """Raise KeyboardInterrupt after a stop signal, or `EmbeddedError` if one of the processes has ended."""
+        """Raise KeyboardInterrupt after a stop signal, or `EmbeddedError` if a process has ended."""
         self._signals.check()
         servers = [server.child for server in self._servers]
         for child in [*servers, *self._processes.children]:

@@ -118,8 +118,7 @@ class RecoveryPolicy:
     probes: int = 3
     """Number of follow-ups that may begin in one probe."""
     first_rate: float = 10.0
-    """Initial rate of begins per second after a successful probe, for all workers together. The rate then doubles every
-    second.
+    """Begins per second right after a successful probe, for all workers together. The rate then doubles every second.
     """
     last_rate: float = 10_000.0
     """Begun follow-ups per second at which the breaker closes, after about ten seconds."""
@@ -257,7 +256,7 @@ class Breaker:
     async def run(self, wanted: Callable[[], int], changed: Callable[[], None]) -> None:
         """Report outcomes to the store and read the shared state, until cancelled.
 
-        ``wanted`` returns the number of due follow-ups that wait for the breaker.
+        ``wanted`` is a function that returns how many due follow-ups wait for the breaker.
         """
         if self._store is None:
             return

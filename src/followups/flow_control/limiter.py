@@ -70,7 +70,7 @@ class Bucket:
 
 @dataclass(frozen=True, slots=True)
 class TokenRequest:
-    """A request for one token from each of a follow-up's buckets.
+    """A follow-up's request for one token from each bucket that applies.
 
     Requests are served in order of ``since``; ties are broken by id.
     """
@@ -104,7 +104,7 @@ class Limiter:
         self._ask_again_at = 0.0
 
     async def ask(self, requests: Sequence[TokenRequest], ended: Sequence[TokenRequest]) -> LimiterReply:
-        """Acquire tokens for the requests, in their given order, and remove ended requests."""
+        """Acquire tokens for the requests in the given order, and remove requests that have ended."""
         buckets = _numbered((*requests, *ended))
         limits = [(bucket.rate, bucket.burst) for bucket in buckets]
         documents = (limits, _documents(requests, buckets), _documents(ended, buckets))
@@ -287,11 +287,11 @@ class RateLimits:
             self._unlogged = 0
 
     def _within(self, wait: timedelta, one: Limitable) -> timedelta:
-        """Return for how long a follow-up is deferred.
+        """Return how long to defer a follow-up.
 
-        No deferral lasts beyond the follow-up's expiry, so the follow-up ends on time. The due queue releases a
-        follow-up slightly early, so this lead is added to the wait. Without the lead, a follow-up would ask for a token
-        before its turn.
+        No deferral lasts beyond the follow-up's expiry, so the follow-up ends on time. The due queue releases
+        follow-ups slightly early; the wait is lengthened by this lead. Without the lead, a follow-up would ask for a
+        token before its turn.
         """
         wait = min(max(wait, SHORTEST) + self._lead, LONGEST)
         return wait if one.left is None else min(wait, one.left + SHORTEST + self._lead)

@@ -29,8 +29,7 @@ other transactions by less than three seconds.
 """
 
 GIVE_WAY = 1.0
-"""Seconds between two tries to change a table. Between two tries, the transactions that wait for the table can proceed.
-"""
+"""Seconds between two tries to change a table. During this pause, transactions that wait for the table can proceed."""
 
 # The advisory lock's key is part of the SQL text, not a parameter. After a statement with parameters, PostgreSQL keeps
 # the snapshot until the next statement. Creating an index concurrently would wait for that snapshot to end.

@@ -35,7 +35,7 @@ class Role(StrEnum):
 
 
 CANCELLING = {Role.USER: ReasonCode.USER_REPLIED, Role.OPERATOR: ReasonCode.HUMAN_TAKEOVER}
-"""The roles whose chat messages cancel pending follow-ups, each with the reason to record."""
+"""The roles whose chat messages cancel pending follow-ups, with the reason for each role."""
 
 
 @dataclass(frozen=True, slots=True)

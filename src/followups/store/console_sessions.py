@@ -41,7 +41,7 @@ ROLES = ("viewer", "agent", "admin", "operator")
 
 LONGEST_NAME = 200
 PRUNED = 100
-"""Each console sign-in deletes at most this many sessions and links that ended long ago."""
+"""Maximum number of old sessions and links that one console sign-in deletes."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -130,8 +130,8 @@ class Counts:
 class Pace:
     """Throughput and lag of the follow-ups accepted in the last ``window``.
 
-    Lag is the acceptance time minus the due date. The lag of a retried follow-up includes its retries. Follow-ups
-    created after their due date count too.
+    Lag is the acceptance time minus the due date. The lag of a retried follow-up includes its retries. Follow-ups that
+    were created after their due date are included.
     """
 
     window: timedelta

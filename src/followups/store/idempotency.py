@@ -100,7 +100,7 @@ def remember(workspace_id: UUID, key: str, request_hash: bytes, answer: StoredRe
 
 
 def _lock_number(workspace_id: UUID, key: str) -> int:
-    # PostgreSQL identifies advisory locks by signed 64-bit numbers. If two keys share a number, one request may be
-    # refused while the other is running.
+    # PostgreSQL identifies advisory locks by signed 64-bit numbers. If two keys have the same lock number, one request
+    # may be refused while the other is running.
     digest = sha256(b"idempotency-key:" + workspace_id.bytes + key.encode()).digest()
     return int.from_bytes(digest[:8], signed=True)

@@ -3,9 +3,10 @@
 One row of the database holds the claim lock and the last tick's time, because dispatchers cannot see each other's
 ticks. Only one dispatcher at a time may count the follow-ups in flight and claim more.
 
-A long gap between ticks means that there was an outage, or that the database's clock was set forward. In a long gap,
-leases expire although their workers may still be running. Workers therefore get a grace period to record the outcomes
-of their attempts in flight. Until the grace period ends, the leases of attempts in flight are not claimed again.
+A long gap between ticks means that there was an outage, or that the database's clock was set forward. During a long gap
+between ticks, leases expire although their workers may still be running. Workers therefore get a grace period to record
+the outcomes of their attempts in flight. Until the grace period ends, the leases of attempts in flight are not claimed
+again.
 """
 
 from __future__ import annotations

@@ -42,7 +42,7 @@ def int_array(numbers: Iterable[int]) -> str:
 class Lease(NamedTuple):
     """The right to begin one follow-up. ``token`` is the fencing token, and ``due`` is the time at which to send.
 
-    A follow-up gets several leases, one after another. A lease is a tuple because a dataclass takes twice as long to
+    A follow-up may get several leases, one after another. A lease is a tuple because a dataclass takes twice as long to
     create.
     """
 

@@ -40,7 +40,7 @@ class Settlement(NamedTuple):
     accepted_ago: float = 0.0
     """For a sent follow-up, the seconds since the transport accepted it."""
     seconds: float = 0.0
-    """How many seconds the attempt of a sent follow-up took."""
+    """Duration, in seconds, of the attempt that sent the follow-up."""
     refunded: bool = False
     """Whether the receiver asked for a later attempt, so that this attempt does not count."""
     cancel_takes_precedence: bool = True

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from followups.delivery.pipeline import Pipeline
 
 STARTING = timedelta(seconds=90)
-"""Longest time from a worker's start until it consumes, including imports and connecting."""
+"""Longest time from a worker's start until it reads its queues, including imports and connecting."""
 
 CONNECTING = timedelta(seconds=45)
 """Longest time between two tries to reach the broker.

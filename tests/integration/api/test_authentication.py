@@ -132,7 +132,7 @@ def test_another_workspace(api: Api, other: Api, document: dict[str, Any]) -> No
 
 
 def test_filters_of_another_workspace(api: Api, other: Api) -> None:
-    """Whatever the filter, a list contains no follow-up of another workspace."""
+    """With any filter, a list contains only follow-ups of the caller's workspace."""
     mine = api.patch(api.create(), status="sent", chatMessageId=str(uuid4())).json()
     for name, field in (
         ("chatIds", "chatId"),

@@ -20,7 +20,7 @@ class TestChange:
     """PATCH requests for a pending follow-up."""
 
     def test_fields(self, api: Api) -> None:
-        """Every field of a pending follow-up can be changed without affecting its other fields."""
+        """Every field of a pending follow-up can be changed; the other fields stay the same."""
         before, chat_id = api.create(), api.chat()
         changes = {
             "chatId": chat_id,

@@ -186,7 +186,7 @@ def test_a_length_of_zero_keeps_the_connection(api: Api) -> None:
 
 
 def test_a_revoked_key_is_refused_at_once(api: Api) -> None:
-    """A revoked API key is rejected immediately, whether the body is valid or not."""
+    """A revoked API key is rejected immediately, even if the request's body is invalid."""
     assert api.get(FOLLOW_UPS).status_code == 200
     api.world.sql("UPDATE api_keys SET revoked_at = now()")
     assert api.get(FOLLOW_UPS).status_code == 401

@@ -119,7 +119,7 @@ def test_bad_key(api: Api, key: str) -> None:
 def test_still_running(api: Api, web_settings: Settings) -> None:
     """While a create request runs, another request with the same idempotency key gets 409.
 
-    Once the first request has ended, repeating it returns the first response.
+    Once the first request has ended, a repeated request gets the same response.
     """
     body = body_of(api)
     with ThreadPoolExecutor(1) as pool, psycopg.connect(web_settings.database_url.get_secret_value()) as connection:

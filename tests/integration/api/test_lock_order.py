@@ -81,7 +81,7 @@ def test_moved_during_a_reply(api: Api, engine: Engine) -> None:
 
 
 def test_moved_while_a_cancel_waits(api: Api, engine: Engine) -> None:
-    """If a follow-up moves while a cancel waits, the cancel locks the new chat first."""
+    """If a follow-up moves to another chat while a cancel waits, the cancel locks that chat first."""
     created, target = api.create(), api.chat()
     with ThreadPoolExecutor(1) as pool, Session(engine) as moving:
         scheduling.amend(moving, UUID(created["id"]), {"chat_id": UUID(target)})
@@ -117,10 +117,10 @@ def deadlocked(api: Api, engine: Engine, request: Callable[[], Any], created: di
 
 
 def lock_chat(connection: Connection, chat_id: str) -> None:
-    """Wait for a chat that the request has locked: PostgreSQL then aborts the request as a deadlock.
+    """Cause a deadlock with a request that has locked the chat; PostgreSQL aborts that request.
 
     PostgreSQL checks a waiting transaction for deadlocks only once, after a second. If the request has already waited
-    for a second, PostgreSQL does not abort it.
+    for more than a second, PostgreSQL aborts another transaction instead.
     """
     try:
         connection.execute(text("SELECT FROM chats WHERE id = :id FOR UPDATE"), {"id": chat_id})

@@ -45,7 +45,7 @@ def test_method_not_allowed(api: Api, method: str, path: str, allowed: str) -> N
 
 
 def test_unknown_method(api: Api) -> None:
-    """A request with a method that HTTP does not define is rejected as a bad request."""
+    """A request with an unknown HTTP method is rejected as a bad request."""
     is_problem(api.client.request("BREW", FOLLOW_UPS), 400, "bad-request")
 
 

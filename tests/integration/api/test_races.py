@@ -1,4 +1,4 @@
-"""Tests of races: reply against create, cancel against deliver, and patch against tick.
+"""Tests of races: a reply and a create, a cancel and a delivery, a PATCH and a tick.
 
 In each test, one transaction stops halfway while it holds locks. A second transaction starts, and then the first one
 continues. The tests need no sleep: PostgreSQL reports when the second transaction waits.

@@ -144,7 +144,7 @@ class TestCancel:
         ],
     )
     def test_wrong_choices(self, run: RunCommand, arguments: tuple[object, ...]) -> None:
-        """An invalid or empty selection for a bulk cancel is a usage error of one sentence."""
+        """If the selection for a bulk cancel is invalid or empty, the command prints a one-sentence error."""
         ran = run("cancel", *arguments)
         assert (ran.code, ran.stdout) == (2, "")
         assert ran.stderr.startswith("followups: ")

@@ -154,7 +154,7 @@ def test_a_change_due_soon_requests_a_tick(environment: pytest.MonkeyPatch, worl
 
 @pytest.mark.usefixtures("environment")
 def test_a_change_due_later_requests_no_tick(monkeypatch: pytest.MonkeyPatch) -> None:
-    """If a changed follow-up is due after the next regular tick, no tick is requested."""
+    """If a follow-up's new due date is after the next regular tick, no extra tick is requested."""
     asked: list[str] = []
     monkeypatch.setattr(connection, "ask_for_tick", lambda: asked.append("tick"))
     now = datetime.now(UTC)

@@ -140,7 +140,7 @@ class TestShow:
         assert "will be sent in" in shown["explanation"]
 
     def test_show_prints_text(self, run: RunCommand, world: World) -> None:
-        """`show` prints facts, the explanation and failed attempts as text; --message adds the message."""
+        """`show` prints a follow-up's facts, explanation and failed attempts; --message adds the message."""
         follow_up = world.follow_up(
             status="sent",
             finished_at=datetime(2030, 1, 31, tzinfo=UTC),

@@ -108,7 +108,7 @@ def test_pause_waits_with_any_database_role(
     unprivileged_url: str,
     environment: pytest.MonkeyPatch,
 ) -> None:
-    """`pause` waits for attempts that are beginning even if it cannot see other sessions."""
+    """If `pause` cannot see other sessions, it still waits for attempts that are beginning."""
     environment.setenv("FOLLOWUPS_DATABASE_URL", unprivileged_url)
     environment.setattr(pause, "UNDER_WAY", 60.0)
     world.follow_up()

@@ -272,7 +272,7 @@ class TestDoctor:
         assert bool(found) == bool(advice)
 
     def test_wrong_settings_are_wrong_usage(self, run: RunCommand, environment: pytest.MonkeyPatch) -> None:
-        """With invalid settings, doctor runs no check, names the settings and exits with code 2."""
+        """If settings are invalid, doctor names them, runs no check and exits with code 2."""
         environment.setenv("FOLLOWUPS_LEASE", "1")
         ran = run("doctor")
         assert (ran.code, ran.stdout) == (2, "")

@@ -61,7 +61,7 @@ def test_overdue(settings: Settings, engine: Engine, world: World) -> None:
 
 
 def test_lost_and_unknown_attempts(settings: Settings, engine: Engine, world: World) -> None:
-    """Doctor reports attempts that were lost or unanswered in the last hour, with advice."""
+    """If attempts were lost or unanswered in the last hour, doctor reports them and gives advice."""
     follow_up = world.follow_up(due=timedelta(hours=1))
     for outcome, ago in (("lost", "1 min"), ("lost", "2 h"), ("unknown", "1 min"), ("unknown", "2 min")):
         world.sql(

@@ -35,7 +35,7 @@ CHANGES: dict[str, Callable[[Session, UUID], object]] = {
     "sending_hours.set": lambda s, w: administration.set_hours(s, ACTOR, w, HOURS),
     "sending_hours.cleared": lambda s, w: administration.clear_hours(s, ACTOR, w),
 }
-"""Administrative actions, in an order in which each of them changes something."""
+"""Administrative actions, ordered so that each of them changes something."""
 DETAILS = {
     "pause.begun": {"channel": "waha"},
     "rate_limit.set": {"channel": None, "per": "all", "rate": 5, "burst": 2},

@@ -1,6 +1,6 @@
 """The conformance suite: tests of the five outcomes that every transport must pass.
 
-To run the suite for a plug-in, add a `TransportRig` with its transport and the chats that receive its messages.
+To run the suite for a plug-in, add a `TransportRig` with the plug-in's transport and chats.
 """
 
 from __future__ import annotations

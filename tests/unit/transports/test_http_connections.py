@@ -223,7 +223,7 @@ async def test_waiting_for_a_connection_counts_towards_the_timeout() -> None:
 
 
 async def test_timeouts_leave_the_client_usable() -> None:
-    """Calls that time out while other calls begin do not break the client.
+    """If calls time out while other calls begin, the client stays usable.
 
     A handle of uvloop's timer does not know its time if less than half a millisecond is left.
     """

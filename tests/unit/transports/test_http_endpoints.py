@@ -138,7 +138,7 @@ async def test_a_client_certificate_is_shown(
 ) -> None:
     """The client certificate is sent if the endpoint requests one.
 
-    The private key may be in the certificate's file or in a separate one.
+    The private key may be in the certificate's file or in its own file.
     """
     ours = authority.issue_cert("worker.example")
     ours.private_key_and_cert_chain_pem.write_to_path(tmp_path / "both.pem")

@@ -128,7 +128,7 @@ def test_a_dropped_request_is_accepted_and_has_no_status() -> None:
 
 
 def test_lag_is_received_minus_due() -> None:
-    """Lag quantiles are nearest-rank values in ms; an early message has a negative lag."""
+    """Lag is in milliseconds, with nearest-rank quantiles; an early message has a negative lag."""
     chats = SandboxChats()
     for n in range(100):
         chats.receive(incoming(f"f{n}"), f"f{n}", late(n - 1))
@@ -181,7 +181,7 @@ def test_a_conversation_shows_a_follow_up_once_with_its_attempts() -> None:
 
 
 def test_the_newest_activity_comes_first() -> None:
-    """Chats are ordered by their last change; ``since`` limits the list to recent changes."""
+    """Chats are listed by their last change; ``since`` leaves out chats without a recent change."""
     chats = SandboxChats()
     for chat_id in ("c1", "c2", "c3", "c1"):
         chats.add_message(chat_id, "user", "hi")

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from followups.store.pauses import ActivePause
 
 LATE = timedelta(minutes=1)
-"""Time for which a follow-up must be overdue before the page shows a warning."""
+"""How long a follow-up must be overdue before the page shows a warning."""
 
 MOST_PAUSES = 20
 """Maximum number of pauses shown."""

@@ -39,7 +39,7 @@ CLOCK_OFF = timedelta(seconds=1)
 LATEST = 10_000
 """Number of the newest failed attempts that the check examines.
 
-The table of failed attempts may be too large to examine completely.
+Examining all failed attempts could take too long.
 """
 
 _ATTEMPTS = text(f"""
@@ -149,8 +149,8 @@ def isolation(level: str) -> Iterator[Finding]:
 def durability(commit: str, standbys: str) -> Iterator[Finding]:
     """Report a `synchronous_commit` setting that can lose acknowledged transactions in a crash or failover.
 
-    `local` is sufficient if no standby is synchronous. `remote_write` loses transactions only if both machines crash at
-    the same time.
+    `local` is sufficient if no standby is synchronous. With `remote_write`, transactions are lost only if both machines
+    crash at the same time.
     """
     if commit == "off" or (commit == "local" and standbys):
         event = "crash" if commit == "off" else "failover"

@@ -28,7 +28,7 @@ OUTCOMES: dict[Kind, str] = {
     "reject": "rejected",
     "rate_limit": "rate_limited",
 }
-"""The outcome that the list of requests shows for each behaviour."""
+"""The outcome of each behaviour, as shown in the list of requests."""
 
 DEFAULT_SLOWNESS = 5.0
 """Default number of seconds before a ``slow`` chat answers."""
