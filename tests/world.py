@@ -167,7 +167,7 @@ class World:
             connection.execute(statement.encode())
 
     def expire(self, *ids: UUID) -> None:
-        """Make these follow-ups' leases expire now, as if ticks had never stopped."""
+        """Make these follow-ups' leases expire now, and record a tick so that no grace period applies."""
         self.close_gap()
         self.sql(
             "UPDATE follow_ups SET lease_until = now() - interval '1 ms' WHERE id = ANY(CAST(:ids AS uuid[]))",

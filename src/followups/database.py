@@ -31,11 +31,11 @@ T = TypeVar("T")
 
 MILLISECOND = timedelta(milliseconds=1)
 POOL_MARGIN = 5
-"""Seconds added to the connect timeout when a caller waits for a pooled connection."""
+"""A caller waits for a pooled connection for the connect timeout plus this many seconds."""
 STATEMENT_TIMEOUT = timedelta(seconds=30)
 """Time limit of a statement on the server. Statements normally take milliseconds."""
 SILENCE_MARGIN = timedelta(seconds=5)
-"""Seconds added to the statement timeout; a connection that is silent for longer is closed.
+"""A connection is closed if it is silent for the statement timeout plus this many seconds.
 
 If the silence lasts longer, the connection is half-open or the server hangs.
 """
@@ -69,8 +69,8 @@ RECENTLY = 1.0
 class BoundedConnection(psycopg.Connection[Any]):
     """A connection that is closed if its server stops responding.
 
-    libpq does not limit the wait for a response. If a machine between client and server still acknowledges packets, TCP
-    detects nothing.
+    libpq does not limit the wait for a response. TCP does not notice a dead server if a machine in between still
+    acknowledges packets.
     """
 
     patience: float | None = None
@@ -267,7 +267,7 @@ class _Pooler:
     def check(
         self, session: Mapping[str, Any], patience: float, arguments: Sequence[Any], named: Mapping[str, Any]
     ) -> None:
-        """Raise `UnfitDatabaseError` if two connections share a session, or one changes its session.
+        """Raise `UnfitDatabaseError` if two connections share a session, or if a connection changes sessions.
 
         Before the check, settings are changed on both connections. RDS Proxy pins a connection to a session only after
         a setting has been changed.
@@ -303,7 +303,7 @@ def _note_time(_connection: object, record: ConnectionPoolEntry) -> None:
 def is_read_committed(connection: Connection) -> bool:
     """Return whether the connection still has the isolation level READ COMMITTED.
 
-    The result is also False for a connection of another engine.
+    For a connection of another engine, the result is False.
     """
     driver = connection.connection.driver_connection
     if _MADE not in connection.info or driver is None or driver.autocommit:

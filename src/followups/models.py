@@ -177,8 +177,8 @@ class Pause(Base):
 class RateLimit(Base):
     """The number of attempts that may begin per second.
 
-    A limit applies to all follow-ups, or to those of a workspace, of a channel, or of both. All matching limits apply.
-    The token buckets of each limit are kept in Redis (`followups.flow_control.limiter`).
+    A limit applies to all follow-ups, or to those of a workspace, of a channel, or of a channel in a workspace. All
+    matching limits apply. The token buckets of each limit are kept in Redis (`followups.flow_control.limiter`).
     """
 
     __tablename__ = "rate_limits"
@@ -506,7 +506,7 @@ class MetricTotal(Base):
     """One sample of a counter or a histogram, summed over all processes."""
 
     __tablename__ = "metric_totals"
-    # Every process updates rows each second. Half of each page is left free, so that these updates stay in their page.
+    # Every process updates rows each second. Half of each page stays free, so that an updated row stays in its page.
     __table_args__ = ({"postgresql_with": {"fillfactor": "50"}},)
 
     sample: Mapped[str] = mapped_column(primary_key=True)

@@ -74,7 +74,7 @@ def zone_of(name: str) -> ZoneInfo | None:
 
 
 def opens_at(hours: SendingHours, moment: datetime) -> datetime:
-    """Return the first time, not before ``moment``, at which sending is allowed.
+    """Return the first time at or after ``moment`` at which sending is allowed.
 
     Raises `LookupError` if this machine does not know the time zone.
 

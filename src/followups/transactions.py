@@ -1,10 +1,11 @@
 """A transaction whose outcome is known even if the response to its commit is lost.
 
 If a connection breaks during a commit, the transaction's outcome is unknown. With an unknown outcome, the process might
-own leases that it does not know of. Rows leased unknowingly would be delayed by a whole lease. A statement therefore
-registers a query (`ask_if_lost`) that checks whether its changes are stored. If the commit's response is lost, the
-registered query runs on the server that is then reachable. A promoted standby either has the written rows or lacks
-them. The lost transaction's id would prove nothing, because the new server may have reused the id.
+own leases that it does not know of. Follow-ups leased without the process's knowledge would be delayed by a whole
+lease. A statement therefore registers a query (`ask_if_lost`) that checks whether its changes are stored. If the
+commit's response is lost, the registered query runs on the server that is then reachable. A promoted standby either has
+the written rows or lacks them. The lost transaction's id would prove nothing, because the new server may have reused
+the id.
 """
 
 from __future__ import annotations
@@ -51,7 +52,8 @@ def transact(engine: Engine, work: Callable[[Connection], T]) -> T:
 
     Raises any error of the work or the commit. If this function returns, the transaction has been committed. If this
     function raises the commit's error, the transaction was not committed. The outcome of the commit is uncertain if the
-    database was unreachable for `PATIENCE`. Without a registered query, the outcome is also uncertain.
+    database was unreachable for `PATIENCE`. If no query is registered and the response to the commit is lost, the
+    outcome is uncertain as well.
     """
     with engine.connect() as connection:
         connection.info.pop(_QUESTION, None)  # left over from an earlier transaction on the same connection

@@ -149,7 +149,7 @@ def test_created_outside_a_trace(traced: Stack, received: Received) -> None:
 
 
 def test_tracing_is_off_by_default(stack: Stack, received: Received) -> None:
-    """Without a collector in the environment, nothing is traced and requests have no traceparent."""
+    """If the environment names no collector, nothing is traced and requests have no traceparent."""
     stack.options["FOLLOWUPS_TRANSPORT_URL"] = f"{received.url}/messages"
     stack.beat()
     stack.worker()

@@ -192,7 +192,7 @@ async def paced(load: ApiLoad, rate: float, seconds: float) -> list[float]:
 
 
 def many(engine: Engine, workspace_id: UUID, chat_ids: list[str]) -> float:
-    """Return how many follow-ups `schedule_many` creates per second if each call has a thousand."""
+    """Return how many follow-ups per second `schedule_many` creates, with 1,000 in each call."""
     due = datetime.now(UTC) + timedelta(days=2)
     planned = [followups.Planned(UUID(chat_ids[number % len(chat_ids)]), "Hello", due) for number in range(MANY)]
     rates = []

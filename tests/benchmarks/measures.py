@@ -108,7 +108,7 @@ class _snapshot:  # noqa: N801 - used as a statement
 
 
 def others_pending(arena: Arena, count: int) -> None:
-    """Insert this many unrelated follow-ups, ten in each chat, all due in a month or later."""
+    """Insert this many unrelated follow-ups that are due in a month or later, ten in each chat."""
     there = int(arena.sql(f"SELECT count(*) FROM follow_ups WHERE due_date >= {FAR} - interval '10 days'")[0][0])  # noqa: S608
     if there >= count:
         return

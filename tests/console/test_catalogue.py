@@ -44,7 +44,7 @@ BY_VALUE = {
 
 
 def sentences() -> Iterator[str]:
-    """Yield each text given to ``t``, ``Sentence`` or a refusal without its own text."""
+    """Yield each text given to ``t`` or ``Sentence``, and each refusal's default text."""
     for file in ROOT.rglob("*.py"):
         for node in ast.walk(ast.parse(file.read_text("utf-8"))):
             if isinstance(node, ast.Call) and node.args and isinstance(node.args[0], ast.Constant):

@@ -39,7 +39,7 @@ def another_worker(stack: Stack) -> None:
 
 
 def replaced(stack: Stack, setting: str, value: str) -> None:
-    """Replace the running worker by one with this setting, unless the setting is already set."""
+    """Give the worker this setting by replacing the worker, unless the setting is already set."""
     if setting not in stack.options:
         stack.options[setting] = value
         old = the_worker(stack)

@@ -47,7 +47,7 @@ def test_each_is_pinned_and_hashed(name: str) -> None:
 def test_every_dependency_is_pinned() -> None:
     """Every direct or indirect dependency is pinned to an allowed version.
 
-    A package's dependencies are only checked if its pinned version is installed.
+    The dependencies of a package are checked only if its pinned version is installed.
     """
     have = entries("requirements.txt")
     open_ones = [Requirement(line) for line in pyproject()["project"]["dependencies"]]

@@ -82,7 +82,7 @@ def replace_during_replies(rig: Rig, figures: Figures, pairs: int) -> None:
 
 
 def test_replace_during_replies(rig: Rig, figures: Figures) -> None:
-    """If one transaction cancels and schedules while the user replies, both take full effect."""
+    """If a user replies while a transaction replaces a follow-up, reply and transaction take full effect."""
     replace_during_replies(rig, figures, pairs=150)
 
 

@@ -33,7 +33,7 @@ PATIENT = {
 }
 """Settings for a slow machine: long time limits, and enough attempts to outlast an outage."""
 WINDOWS = {"100_ms": 0.1, "1_s": 1.0}
-"""Requests are counted in windows of these lengths, in seconds."""
+"""Lengths in seconds of the windows in which requests are counted."""
 
 
 def histogram(rig: Rig, ids: Sequence[UUID]) -> dict[int, int]:
@@ -194,7 +194,7 @@ def test_some_fail(rig: Rig, figures: Figures) -> None:
 
 
 def test_storm_of_429(rig: Rig, figures: Figures) -> None:
-    """While the receiver limits the rate, no retry is early and no attempt is used up."""
+    """While the receiver limits the rate, no retry comes early and no attempt is used up."""
     storm(rig, figures, count=200, seconds=1)
 
 

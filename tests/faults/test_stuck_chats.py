@@ -89,5 +89,5 @@ def test_stuck_chats(rig: Rig, figures: Figures) -> None:
 
 @pytest.mark.faults_long
 def test_stuck_chats_with_many(rig: Rig, figures: Figures) -> None:
-    """If 100,000 follow-ups wait behind two stuck ones, a reply cancels all of them."""
+    """A reply cancels all 100,000 follow-ups that wait behind two stuck ones."""
     behind_stuck(rig, figures, count=100_000, spread=10.0)

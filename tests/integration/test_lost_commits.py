@@ -79,7 +79,7 @@ def beginning(delivery: DeliverySteps) -> Callable[[], set[UUID]]:
 
 
 def ending(delivery: DeliverySteps) -> Callable[[], set[UUID]]:
-    """Return a function that calls begin, which ends all follow-ups because the users have replied."""
+    """Return a function that calls begin; all follow-ups then end because their users have replied."""
     leases = delivery.leases()
     delivery.world.sql("UPDATE chats SET last_message_role = 'user'")
 

@@ -61,7 +61,7 @@ CLAIM = 0.03
 
 
 def sent(dispatchers: int, rate: int, seconds: int, window: int = 5000) -> tuple[int, int]:
-    """Send a backlog at ``rate`` per second; return the numbers of sent follow-ups and of claims.
+    """Send a backlog at ``rate`` per second; count the sent follow-ups and the claims.
 
     The dispatchers tick in turn.
     """

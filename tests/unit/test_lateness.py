@@ -90,7 +90,7 @@ def test_too_late_is_final(hours: SendingHours, wanted: datetime, most: timedelt
 
 @given(MOMENTS, st.timedeltas(-HOUR, 3 * HOUR))
 def test_the_stored_opening_time_decides(now: datetime, off: timedelta) -> None:
-    """If a machine's time zone data differs, the machine waits until the stored opening time.
+    """A machine with different time zone data waits until the stored opening time.
 
     The machine does not check the follow-up again before the stored opening time.
     """

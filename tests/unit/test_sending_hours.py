@@ -121,7 +121,7 @@ def test_times_in_berlin(opening: str, closing: str, moment: str, expected: str)
 
 
 def test_days() -> None:
-    """Sending hours begin only on the chosen days, even if they end after midnight."""
+    """Sending hours that end after midnight begin only on the chosen days."""
     weekdays = SendingHours(BERLIN, time(8), time(20), read_days("mon-fri"))
     saturday = datetime(2030, 2, 2, 10, tzinfo=UTC)
     assert opens_at(weekdays, saturday) == datetime(2030, 2, 4, 7, tzinfo=UTC)

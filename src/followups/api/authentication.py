@@ -85,10 +85,10 @@ class LastUse:
 class KnownKeys:
     """API keys that were valid when they were last used.
 
-    For a known key, a request's body is read before the key is looked up. The transaction of each request checks the
-    key again. A revocation therefore takes effect immediately and removes the key from the known keys. For a key in
-    use, the separate look-up happens only once. A flood of requests with unknown keys cannot delay requests with known
-    keys. An instance belongs to one event loop.
+    For a known key, a request's body is read before the key is looked up. Each request's transaction checks the API key
+    again. A revocation therefore takes effect immediately and removes the key from the known keys. For a key in use,
+    the separate look-up happens only once. A flood of requests with unknown keys cannot delay requests with known keys.
+    An instance belongs to one event loop.
     """
 
     def __init__(self) -> None:
@@ -192,7 +192,7 @@ class Caller:
         return self._services.starts
 
     async def read(self, rule: Callable[[Work], Steps[T]]) -> T:
-        """Run a read-only rule, each of its statements in a separate transaction.
+        """Run a read-only rule with each statement in a separate transaction.
 
         Raises the same errors as `change`.
         """

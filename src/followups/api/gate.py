@@ -37,8 +37,7 @@ MAX_HEADER_SIZE = 32 * 1024
 MAX_BODY_SIZE = 1024 * 1024
 """Maximum size of a body, in bytes.
 
-The longest message has 65,536 characters. If a message of this length is escaped as surrogate pairs, its JSON takes
-786,432 bytes.
+The longest message has 65,536 characters. Escaped as surrogate pairs, the longest message takes 786,432 bytes of JSON.
 """
 
 BODY_WITHIN = 20.0

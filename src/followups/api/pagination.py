@@ -1,4 +1,4 @@
-"""Links to the previous and next page (RFC 8288), and the starting points of pages far into a list."""
+"""Links to the previous and next page (RFC 8288), and the rows at which deep pages start."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 def link_header(query: FollowUpQuery, *, has_next: bool, has_previous: bool) -> dict[str, str]:
     """Return the `Link` header, or None if there is neither a previous nor a next page.
 
-    The links are relative and are built from the validated query. With an absolute link, a forged host could receive a
-    client's API key.
+    The links are relative and are built from the validated query. An absolute link could send a client's API key to a
+    forged host.
     """
     links = []
     if has_next:

@@ -44,7 +44,7 @@ MAX_PIPELINED = 16
 MAX_CONNECTIONS = 2_000
 """Maximum number of open connections.
 
-When this number is exceeded, the connection that has been idle longest is closed. If no connection is idle, the
+If there are more connections, the connection that has been idle longest is closed. If no connection is idle, the
 connection whose client has been slowest to read is closed. If no client is slow to read, the new connection is closed.
 """
 

@@ -1,4 +1,4 @@
-"""The values that begin, send and settle exchange: begun follow-ups, attempts, and the steps' results."""
+"""Values passed between begin, send and settle: begun follow-ups, attempts and results."""
 
 from __future__ import annotations
 

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from followups.store.leases import Lease
 
     Entry = tuple[datetime, int, Lease]
-    """A due time, a number that orders equal due times, and the lease."""
+    """An entry of the queue: a due time, a number that orders equal due times, and a lease."""
 
 ACTIVE = 60.0
 """How many seconds a workspace counts as active after its latest follow-up arrived."""

@@ -121,7 +121,7 @@ def _checked_sent(sent: Sent) -> Sent:
     named = sent.chat_message_id if isinstance(sent.chat_message_id, UUID) else None
     code = _status_code(sent.status_code)
     if type(sent) is Sent and named is sent.chat_message_id and code is sent.status_code and sent.detail == "":
-        return sent  # true for almost every outcome; a copy would take 2 us
+        return sent  # the usual case: the same object is returned, because a copy would take 2 us
     odd = "the chat message id is not a UUID" if sent.chat_message_id and not named else _text(sent.detail)
     return Sent(named, code, odd)
 

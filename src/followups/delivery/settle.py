@@ -105,7 +105,7 @@ class Settler:
             await self._recorded.wait()
 
     async def run(self) -> None:
-        """Record added attempts until `close` has been called and every attempt is recorded."""
+        """Record the added attempts; return once `close` has been called and no attempt is left."""
         while not self._closed or self:
             await self._wanted.wait()
             self._wanted.clear()

@@ -49,8 +49,8 @@ SHORTEST = timedelta(milliseconds=5)
 """The minimum wait for a token; shorter waits would cause too many requests."""
 
 LONGEST = timedelta(minutes=5)
-"""The longest time before a follow-up requests a token again. A token may be free earlier than predicted if follow-ups
-ahead in the queue are cancelled.
+"""The longest time before a follow-up requests a token again. If follow-ups ahead in the queue are cancelled, a token
+becomes free earlier than predicted.
 """
 
 EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
@@ -201,7 +201,7 @@ class RateLimits:
     def __init__(self, settings: Settings, engine: AsyncEngine, limiter: Limiter | None, lead: timedelta) -> None:
         """Store the limiter; None means that there are no rate limits.
 
-        ``lead`` is how long before its due time a follow-up requests a token.
+        A follow-up requests a token at its due time minus ``lead``.
         """
         self._settings = settings
         self._engine = engine

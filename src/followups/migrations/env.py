@@ -22,7 +22,7 @@ ASK_AGAIN = 0.2
 """Seconds between two attempts to acquire the lock while another migration is running."""
 
 LOCK_TIMEOUT = "2s"
-"""How long a change to a table waits for the lock on that table.
+"""How long a change to a table waits for the table's lock.
 
 While a change to a table waits for its lock, other transactions on the table wait too. A migration therefore delays
 other transactions by less than three seconds.

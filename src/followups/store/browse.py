@@ -1,9 +1,9 @@
 """Pages of follow-ups for the console, newest first, with the information that explains each follow-up.
 
-As in `followups.store.listing`, a page is merged from several lists of rows. Each list has one workspace and one value
-of a column. Each list is read in the order of an index. Conditions without an index are checked row by row. The search
-therefore goes back in time, interval by interval, until the caller's time limit expires. The next search continues
-where the previous search stopped.
+As in `followups.store.listing`, a page is merged from several lists of rows. Each list contains the rows of one
+workspace that have one value in a column. Each list is read in the order of an index. Conditions without an index are
+checked row by row. The search therefore goes back in time, interval by interval, until the caller's time limit expires.
+The next search continues where the previous search stopped.
 """
 
 from __future__ import annotations
@@ -224,7 +224,7 @@ LONGEST_STEP = timedelta(days=3650)
 """After a search step of this length, the next step covers all older follow-ups."""
 
 GROWTH = 100
-"""The largest factor by which one search step may be longer than the previous step."""
+"""A search step may be at most this many times as long as the previous step."""
 
 
 class FollowUpPage(NamedTuple):

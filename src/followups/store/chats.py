@@ -305,8 +305,8 @@ def _advance(chat: Any, message_id: UUID, role: Role, at: datetime) -> tuple[boo
     """Return whether the message is the chat's latest, and the chat's changed values.
 
     A message's time may come from a host whose clock is fast. A message whose time lies in the future counts as written
-    now. With a future time stored, later replies would seem older and cancel nothing. The time of an agent's message is
-    stored exactly. A reply within the same second counts as later.
+    now. If a future time were stored, later replies would seem older and cancel nothing. The time of an agent's message
+    is stored exactly. A reply within the same second counts as later.
     """
     counted = min(counts_as(at), chat.now)
     is_last = chat.last_message_at is None or chat.last_message_at <= counted

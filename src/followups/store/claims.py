@@ -108,8 +108,8 @@ FEW = 6
 """Number of rows per workspace that a fair claim reads."""
 STRIDE = 32
 """Number of rows read in one step of the scan over all workspaces. The scan skips the rest of a workspace's rows. One
-step can read several workspaces with few rows. The scan needs 0.5 us for a workspace with a single row that is not yet
-due. With a stride of 1, it needs 2.4 us. A workspace without pending rows costs nothing.
+step can read several workspaces if they have few rows. The scan needs 0.5 us for a workspace with a single row that is
+not yet due. With a stride of 1, it needs 2.4 us. A workspace without pending rows costs nothing.
 """
 
 _IN_ORDER, _FAIRLY = (read_sql(name) + read_sql("lease") for name in ("claim", "fair_claim"))

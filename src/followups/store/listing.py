@@ -1,10 +1,10 @@
 """Pages of follow-ups, newest first.
 
-Each page is read from an index in the order of the list. A page's cost does not depend on the rows after the page. An
-index returns rows in the list's order only if each of its leading columns has a fixed value. The first rows are read
-separately for each workspace and each value of one filter. The rows of all workspaces and filter values are then
-merged. If no filter is set, the rows of each of the four states are read separately. An additional index would slow
-down every write.
+Each page is read from an index in the order of the list. The cost of a page does not depend on the number of later
+rows. An index returns rows in the list's order only if each of its leading columns has a fixed value. The first rows
+are read separately for each workspace and each value of one filter. The rows of all workspaces and filter values are
+then merged. If no filter is set, the rows of each of the four states are read separately. An additional index would
+slow down every write.
 """
 
 from __future__ import annotations

@@ -200,7 +200,7 @@ class _Escaped:
 UNQUOTED = frozenset({"event", "level", "logger", "timestamp"})
 """Log keys whose values are written unchanged to a terminal."""
 IN_LINES = frozenset({"exception", "stack"})
-"""The log fields whose values a terminal shows unchanged, on several lines."""
+"""Log fields with several lines of text, which a terminal shows unchanged."""
 
 
 def _escape(_logger: object, _method: str, event: EventDict) -> EventDict:

@@ -124,7 +124,7 @@ def is_wanted() -> bool:
 
 
 def start(service: str) -> None:
-    """Start tracing if the environment enables it, under ``OTEL_SERVICE_NAME`` or else ``service``.
+    """Start tracing if the environment enables it; ``service`` replaces a missing ``OTEL_SERVICE_NAME``.
 
     Call this function in each process, after the fork. If the extra is not installed, only a warning is logged.
     """

@@ -107,7 +107,7 @@ def _port(number: int) -> int:
 
 
 class Exchange:
-    """One HTTP exchange at a time, on a curl handle that keeps its options."""
+    """A curl handle that keeps its options and makes one HTTP exchange at a time."""
 
     __slots__ = (
         "_address",

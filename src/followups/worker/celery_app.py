@@ -69,8 +69,8 @@ lease, the follow-ups of a delayed hint are claimed again.
 
 SWITCH_INTERVAL = 0.0005
 """Seconds for which a Python thread may run while another waits for the interpreter. With Python's default of 0.005,
-the dispatcher's thread would delay a due follow-up several times. The dispatcher holds the interpreter while it claims
-a thousand follow-ups and publishes their hints.
+the dispatcher's thread would repeatedly delay a due follow-up. The dispatcher holds the interpreter while it claims a
+thousand follow-ups and publishes their hints.
 """
 
 DRAIN_MARGIN = timedelta(seconds=5)

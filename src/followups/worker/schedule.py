@@ -26,7 +26,7 @@ SENDING = timedelta(seconds=60)
 """Longest time that sending a tick may take; the broker may be silent for half of it."""
 
 LATE = timedelta(seconds=10)
-"""How late the scheduler may return from its sleep."""
+"""How much longer than planned the scheduler may sleep."""
 
 SET_BACK = 1.0
 """A clock counts as set back only if it goes back by at least this many seconds. Normal clock synchronization changes

@@ -1,4 +1,4 @@
-"""Tests of external chat ids: since a ``matrix`` room receives messages, it belongs to one workspace."""
+"""Tests of external chat ids: each ``matrix`` room belongs to only one workspace."""
 
 from __future__ import annotations
 

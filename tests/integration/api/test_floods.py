@@ -55,8 +55,8 @@ class Flood:
     def held_up_less(self, limit: float) -> bool:
         """Return whether 95 % of the other requests were delayed by less than the limit.
 
-        The limit applies to the ``busy`` part of each wait. Measured by the wall clock, half of the requests may take
-        ten times as long on a busy machine.
+        The limit applies to the ``busy`` part of each wait. On a busy machine, half of the requests may take ten times
+        as long by the wall clock.
         """
         return p95(self.busy) < limit and statistics.median(self.waits) < 10 * limit
 

@@ -57,7 +57,7 @@ def test_a_workspace_has_a_share_of_the_connections(two_workspaces: tuple[Api, A
 
 
 def test_too_many_requests_of_a_workspace(two_workspaces: tuple[Api, Api], monkeypatch: pytest.MonkeyPatch) -> None:
-    """If too many requests of a workspace wait, only its requests are rejected, with Retry-After."""
+    """If a workspace has too many waiting requests, only its requests are rejected, with Retry-After."""
     one, other = two_workspaces
     monkeypatch.setattr(request_limits, "WAITING_SHARE", 1)
     chat_id = one.chat()

@@ -77,7 +77,7 @@ def test_pause_waits_for_beginning_attempts(
 ) -> None:
     """`pause` waits until every worker transaction that may have begun before the pause has ended.
 
-    `pause` reports a transaction that may have begun before the pause and stays open.
+    `pause` reports any transaction that stays open and may have begun before the pause.
     """
     monkeypatch.setattr(pause, "UNDER_WAY", 0.3)
     url = settings.database_url.get_secret_value()

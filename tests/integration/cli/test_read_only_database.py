@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 def test_readiness_and_doctor_report_read_only(
     settings: Settings, world: World, database_url: str, *, any_server: bool
 ) -> None:
-    """Readiness and doctor report a read-only database, whether the URL accepts or excludes such servers.
+    """Readiness and doctor report a read-only database, even if the URL excludes read-only servers.
 
     Doctor never advises the operator to start more workers.
     """

@@ -64,7 +64,7 @@ COMMANDS = (
 
 
 def test_every_command_escapes_untrusted_text(run: RunCommand, follow_up: UUID) -> None:
-    """Every command accepts untrusted text and prints no control characters from it, also in JSON."""
+    """Every command accepts untrusted text but prints none of its control characters, even in JSON."""
     for command in COMMANDS:
         for form in ([], ["--json"]):
             ran = run(*command.format(id=follow_up).split(), *form)

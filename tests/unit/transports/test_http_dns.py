@@ -1,4 +1,4 @@
-"""An unresponsive name server delays neither other hosts' calls nor the closing of the transport."""
+"""If a name server does not respond, neither calls to other hosts nor the closing is delayed."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Add indexes for finished, retried and held follow-ups, built without stopping the system.
 
-Each index is built concurrently, so no other session waits, however large the table. An interrupted build leaves an
-invalid index, which is updated but never used. The migration first drops any index that has the same name.
+Each index is built concurrently, so other sessions do not wait, even if the table is large. An interrupted build leaves
+an invalid index, which is updated but never used. The migration first drops any index that has the same name.
 """
 
 from __future__ import annotations

@@ -50,7 +50,7 @@ class SandboxTransport:
         return "The sandbox runs in this process; it accepts every message and delivers none."
 
     async def close(self) -> None:
-        """Do nothing: the sandbox's chats can still be read afterwards."""
+        """Do nothing: the sandbox's chats must remain readable."""
 
 
 def _incoming(delivery: Delivery) -> Incoming:
