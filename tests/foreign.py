@@ -37,7 +37,7 @@ HOSTILE: Mapping[str, str] = {
     "idle_session_timeout": "5s",
     "plan_cache_mode": "force_custom_plan",
 }
-"""Unusual server defaults, each of which would break a statement or change its result."""
+"""Unusual server defaults that would break a statement or change its result if they took effect."""
 
 
 def set_defaults(database_url: str, defaults: Mapping[str, str]) -> None:

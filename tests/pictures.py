@@ -52,7 +52,7 @@ MEAN, WAVE, PERIOD = 20, 14, 24.0
 LEAD = 15.0
 """All follow-ups are created within this number of seconds before the first due date."""
 FAILING, REFUSED, REPLYING = 12, 2, 12
-"""The numbers of chats that fail twice, of chats that refuse messages, and of chats whose users reply."""
+"""How many chats fail twice, how many refuse messages, and in how many the user replies."""
 
 
 def console(size: tuple[int, int]) -> Console:

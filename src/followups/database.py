@@ -177,7 +177,7 @@ def make_async_engine(
     options: Mapping[str, str] | None = None,
     statement_timeout: timedelta = STATEMENT_TIMEOUT,
 ) -> AsyncEngine:
-    """Return an engine like that of `make_engine`, for one event loop.
+    """Return an asynchronous engine, similar to that of `make_engine`, for one event loop.
 
     Transactions of this engine run in `followups.transactions.in_loop`. A test takes as long as a statement, so only
     connections idle for `RECENTLY` are tested.

@@ -92,7 +92,7 @@ def takes_changes(connection: Connection) -> bool:
 def unfit(error: Exception) -> str:
     """Return why the database cannot be used and what to do about it.
 
-    For all other errors, the result is an empty string.
+    The result is an empty string if the error does not mean that the database is unusable.
     """
     cause = _cause(error)
     if is_read_only(error):

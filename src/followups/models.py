@@ -175,7 +175,7 @@ class Pause(Base):
 
 
 class RateLimit(Base):
-    """The number of attempts that may begin per second.
+    """A rate limit: the number of attempts that may begin per second.
 
     A limit applies to all follow-ups, or to those of a workspace, of a channel, or of a channel in a workspace. All
     matching limits apply. The token buckets of each limit are kept in Redis (`followups.flow_control.limiter`).
@@ -630,8 +630,8 @@ class DispatcherState(Base):
 class AuditEvent(Base):
     """An audit event: one manual change or one bulk command (`followups.store.audit`).
 
-    An audit event contains no message text. The table has no foreign keys, because an event must remain after the
-    deletion of its object.
+    An audit event contains no message text. The table has no foreign keys, because an event must remain when its object
+    is deleted.
     """
 
     __tablename__ = "audit_events"

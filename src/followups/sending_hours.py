@@ -87,7 +87,7 @@ def opens_at(hours: SendingHours, moment: datetime) -> datetime:
 
 
 def span_of(hours: SendingHours, moment: datetime) -> tuple[datetime, datetime]:
-    """Return the start and end of the sending period at ``moment``, or of the next one.
+    """Return the start and end of the sending period that contains ``moment``, or else of the next one.
 
     Raises `LookupError` if this machine does not know the time zone.
     """

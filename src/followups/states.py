@@ -135,7 +135,7 @@ def finish(
     """Return the final state and reason of a follow-up that changes from ``current`` to ``to``.
 
     ``code`` and ``detail`` form the reason ``code: detail``. ``words`` is the caller's own reason, which is stored
-    unchanged. Raises `TransitionError` for a transition that is not in the table.
+    unchanged. Raises `TransitionError` if a follow-up must not change from ``current`` to ``to``.
 
     >>> finish(Status.FAILED, ReasonCode.REJECTED, "HTTP 403").reason
     'rejected: HTTP 403'

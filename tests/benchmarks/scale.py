@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
 WINDOW = int(Settings.model_fields["max_in_flight"].default)
 FINAL = finish(Status.CANCELLED, ReasonCode.CHAT_REMOVED)
-"""The final state recorded when a lease is ended without an attempt."""
+"""The final state of leased follow-ups that are ended without an attempt."""
 
 CHATS = 10_000
 MONTHS = 4

@@ -97,7 +97,7 @@ def test_the_demo_works(built: Built) -> None:
     lag = result.pop("lagMs")
     assert result == {"sent": 52, "failed": 1, "cancelled": 2, "retried": 3, "duplicates": 0, "ok": True}
     assert 0 <= lag["p50"] <= lag["p95"] <= lag["p99"]
-    assert lag["p50"] < 1000  # benchmarks measure the actual lag; here, other tests may keep the machine busy
+    assert lag["p50"] < 1000  # a generous limit, because other tests may keep the machine busy
     if os.getloadavg()[0] < 2 * (os.cpu_count() or 1):  # on a busy machine, the demo may be slow
         assert took < WITHIN
     assert "Traceback" not in ran.stderr

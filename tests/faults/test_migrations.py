@@ -47,7 +47,7 @@ SHORT = (
 
 
 class OtherTransactions(threading.Thread):
-    """Runs short transactions, one after another, that read the tables changed by a migration."""
+    """Repeats short transactions that read the tables changed by a migration."""
 
     def __init__(self, url: str, holder: str) -> None:
         super().__init__(daemon=True)

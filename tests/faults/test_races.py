@@ -93,7 +93,7 @@ def test_reply_against_create(rig: Rig, figures: Figures) -> None:
 
 @pytest.mark.faults_long
 def test_many_cancels_against_deliver(rig: Rig, figures: Figures) -> None:
-    """If ten thousand follow-ups are cancelled near their due time, only those with a 409 response are sent."""
+    """In ten thousand races of a cancel with a send, only follow-ups whose cancel got 409 are sent."""
     cancel_against_deliver(rig, figures, pairs=10_000, spread=150.0)
 
 

@@ -55,7 +55,7 @@ def request_rates(requests: Collection[Mapping[str, Any]], since: float) -> dict
 
 
 def some_fail(rig: Rig, figures: Figures, count: int) -> None:
-    """In 1 %, then 10 %, then 50 % of the chats, let the first request fail."""
+    """Let the first request fail in 1 % of the chats, then in 10 %, then in 50 %."""
     rig.options |= PATIENT
     rig.start()
     found = {}
@@ -73,7 +73,7 @@ def some_fail(rig: Rig, figures: Figures, count: int) -> None:
 
 
 def storm(rig: Rig, figures: Figures, count: int, seconds: float) -> None:
-    """Answer every request with 429 and Retry-After 1 for some seconds, then accept all."""
+    """For some seconds, answer every request with 429 and a Retry-After of 1; then accept all requests."""
     rig.options |= PATIENT
     rig.start()
     rig.behave(kind="rate_limit", retry_after=1)

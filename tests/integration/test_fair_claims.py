@@ -37,7 +37,7 @@ LEASED = "SELECT count(*) FROM follow_ups WHERE lease_until > now()"
 
 
 def worlds_of(engine: Engine, *counts: int, due: timedelta = timedelta(0)) -> list[World]:
-    """Create a workspace for each number, with that many overdue follow-ups; return the workspaces.
+    """Create and return workspaces with the given ``counts`` of overdue follow-ups.
 
     All follow-ups of one workspace are due before those of the next workspace.
     """
@@ -189,7 +189,7 @@ def test_lost_with_an_unknown_outcome(world: World, engine: Engine, settings: Se
 
 
 def test_concurrent_claims(engine: Engine, settings: Settings) -> None:
-    """Fair claims and ordered claims that run concurrently lease each follow-up exactly once."""
+    """If fair and ordered claims run concurrently, each follow-up is leased exactly once."""
     worlds_of(engine, 40, 5, 5)
     taken: list[UUID] = []
     start = threading.Barrier(4)

@@ -88,7 +88,7 @@ def test_two_pauses_overlap(world: World, engine: Engine, settings: Settings) ->
 
 
 def test_follow_ups_not_due_stay_unchanged(world: World, engine: Engine, settings: Settings) -> None:
-    """The end of a pause affects only follow-ups that fell due during the pause."""
+    """When a pause ends, follow-ups that are not yet due stay unchanged."""
     later = world.follow_up(due=HOUR)
     scope = pause(world)
     claim_and_begin(engine, settings)

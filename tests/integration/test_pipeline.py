@@ -311,7 +311,7 @@ def test_drain_while_begin_waits_for_slots(
     started: Callable[..., Pipeline],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """After a drain is requested, no attempt begins, even if begin has been waiting for more free slots."""
+    """If a drain is requested while begin waits for free slots, no further attempt begins."""
     monkeypatch.setattr(due_queue, "GATHER", timedelta(seconds=1))
     for _ in range(20):
         world.follow_up()

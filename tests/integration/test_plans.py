@@ -106,7 +106,7 @@ def test_plans(world: World, engine: Engine, settings: Settings, others: int, *,
 
 
 def test_plans_when_nothing_was_pending(world: World, engine: Engine, settings: Settings) -> None:
-    """If the planner believes that the index of pending rows is empty, no plan uses that index.
+    """If the planner expects no pending rows, it still does not use the index of pending rows.
 
     If there are no pending rows during a vacuum, the planner considers their index empty.
     """

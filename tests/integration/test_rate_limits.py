@@ -332,7 +332,7 @@ def test_a_raised_limit_releases_its_follow_ups(world: World, limited: LimitedPi
 
 
 def test_a_locked_row(world: World, limited: LimitedPipeline) -> None:
-    """A locked follow-up over a rate limit is deferred soon after the lock is released."""
+    """If a locked follow-up is over a rate limit, it is deferred soon after the lock is released."""
     limit(world, NONE_COMES_IN)
     _, second = due_in_turn(world, 2)
     receiver = Receiver()

@@ -1,4 +1,4 @@
-"""On PostgreSQL, follow-ups wait outside sending hours, and messaging windows still apply."""
+"""Tests of sending hours on PostgreSQL, alone and together with messaging windows."""
 
 from __future__ import annotations
 
@@ -292,7 +292,7 @@ class TestLateness:
 
 
 class TestWindow:
-    """The channel's messaging window combined with sending hours."""
+    """Tests of chats that have both a messaging window and sending hours."""
 
     def windowed(self, world: World, left: timedelta) -> UUID:
         """Return a chat whose messaging window ends in the given time."""

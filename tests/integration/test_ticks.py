@@ -271,7 +271,7 @@ class TestToken:
     """Lease tokens, which are never reused, even if the database loses a commit."""
 
     def test_claim_lost_in_a_failover(self, world: World, engine: Engine, settings: Settings) -> None:
-        """If a failover loses a claim, a late result of that claim does not settle the next attempt."""
+        """If a failover loses a claim, the late result of its attempt does not settle the next attempt."""
         follow_up = world.follow_up()
         before = in_flight(engine, settings)
         world.sql("UPDATE follow_ups SET lease_token = 0, lease_until = NULL, begun_at = NULL, attempts = 0")

@@ -134,7 +134,7 @@ def test_cancel_before_the_worker_is_lost(world: World, settings: Settings, word
 
 
 def test_rejected(world: World, settings: Settings, unknown_outcome: tuple[UUID, UUID]) -> None:
-    """If a rejection follows an unknown outcome, the reason mentions both events."""
+    """If a follow-up is rejected after an unknown outcome, its reason mentions both attempts."""
     attempted(world, settings, Rejected("HTTP 403", 403), unknown_outcome[0])
     assert world.row(unknown_outcome[0]).reason == f"rejected: HTTP 403; {SAID}"
 

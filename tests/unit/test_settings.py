@@ -261,7 +261,7 @@ def test_a_url_without_a_password_stays_as_it_is() -> None:
 
 
 def test_another_process_reads_the_same_settings(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The environment created for another process yields the same settings when it is read back."""
+    """Settings that are written to another process's environment are read back unchanged."""
     settings = load_settings(transport_url="http://127.0.0.1:9/", transport_deduplicates=False, log_format="console")
     for name, value in settings.environment().items():
         monkeypatch.setenv(name, value)

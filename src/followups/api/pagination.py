@@ -48,7 +48,7 @@ MOST_LISTS, MOST_STARTS = 1_000, 64
 
 
 class PageStarts:
-    """Remembered starting points of deep pages, which are then read by key.
+    """Starting points, stored so that pages far into a list can be read by key.
 
     Without a remembered starting point, a page that begins after 15,000 rows took 30 ms.
     """

@@ -16,8 +16,8 @@ if TYPE_CHECKING:
     from sqlalchemy import Engine
 
 SAMPLES = 12
-"""Number of clock samples that are kept. At one sample every few seconds, the clocks drift by less than a millisecond
-over the kept samples.
+"""Number of clock samples that are kept. While the kept samples are collected, the clocks drift apart by less than a
+millisecond.
 """
 
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)

@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 SHARE = 1024
 """A worker requests the in-flight limit divided by this number, but at most one lease per slot.
 
-A worker never holds more leases than it gets from two requests. A hundred workers together keep at most a fifth of the
+A worker never holds more leases than two requests can return. A hundred workers together keep at most a fifth of the
 in-flight limit. A probe needs only three follow-ups from all workers together.
 """
 SHARE_WHILE_RECOVERING = 128

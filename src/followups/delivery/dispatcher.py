@@ -45,7 +45,7 @@ LOOKING_SHARE = 0.1
 ORPHAN_SEARCH_SHARE = 0.01
 """The largest share of its time that the dispatcher spends on checking blocked and paused follow-ups.
 
-Each blocked or paused follow-up is checked at least once per lease time, even above this share.
+Each blocked or paused follow-up is checked at least once per lease time, however long the checks take.
 """
 
 SKIPPED_FOR = 60.0
@@ -118,7 +118,7 @@ class Dispatcher:
     def stop(self) -> None:
         """Stop claiming, and wait until the current claim is published.
 
-        Once this function has returned, the dispatcher no longer uses the engine.
+        Once `stop` has returned, the dispatcher no longer uses its database engine.
         """
         self.claim_no_more()
         self._wanted.set()

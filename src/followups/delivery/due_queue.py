@@ -1,4 +1,4 @@
-"""The due queue: leases by due time. Among due leases, the workspaces take turns.
+"""The due queue: leases by due time. Workspaces with due leases take turns.
 
 The due queue does no I/O. Only one event loop may use a due queue.
 """
@@ -35,7 +35,7 @@ GATHER = timedelta(milliseconds=5)
 much as a statement for fifty. `GATHER` is a third of `LEAD`.
 """
 ENOUGH_SLOTS = 0.4
-"""If at least this share of the slots is free, the next batch does not wait for more slots."""
+"""The next batch waits for free slots only until this share of all slots is free."""
 RETRY_DELAY = timedelta(milliseconds=50)
 """Delay before begin or settle is retried; each failed begin doubles the delay."""
 LONGEST_RETRY_DELAY = timedelta(milliseconds=800)

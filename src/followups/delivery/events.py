@@ -37,7 +37,7 @@ _attempts = cache(metrics.ATTEMPTS.labels)
 
 @dataclass(frozen=True, slots=True)
 class Outage:
-    """A period without progress in this process: its start (monotonic seconds), and the reason."""
+    """An outage: since when (monotonic seconds) and why this process has made no progress."""
 
     since: float
     why: str

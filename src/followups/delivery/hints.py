@@ -41,7 +41,7 @@ class Hint(NamedTuple):
     entries: list[list[Any]]
     """``[[id, token, due in microseconds since 1970, lost leases], ...]``"""
     keys: list[int]
-    """For each entry of the hint, the key of its workspace queue."""
+    """The keys of the workspace queues, one for each entry of the hint."""
 
 
 def batches(leases: Sequence[Lease], size: int) -> Iterator[Hint]:

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from followups.store.obstacles import Obstacle
 
 UNREADABLE = timedelta(minutes=1)
-"""Time until sending hours are checked again if their time zone is unknown on this machine."""
+"""The wait before sending hours are checked again, if this machine does not know their time zone."""
 
 log = get_logger(__name__)
 
@@ -34,7 +34,7 @@ def hold(
     """Hold the leases that are blocked only by a pause or by sending hours.
 
     Returns three results: the held leases, the leases to check again, and the final states of follow-ups that must end.
-    A lease is checked again if its pause or sending hours are locked or have changed.
+    A lease must be checked again if the pause or sending hours that block it are locked or have changed.
     """
     candidates = [one for one in obstacles if one.pause_id or one.hours]
     _open_next(connection, candidates)

@@ -48,8 +48,8 @@ class Command:
     directory: Path | None = None
     stdin: bytes = b""
     run_as: tuple[int, int] | None = None
-    """The user and group ids to run the command as, if this process is root. With None, the command runs with the ids
-    of this process.
+    """The user and group ids to run the command as, if this process is root. If None, the command runs as the user and
+    group of this process.
     """
     stop_signal: signal.Signals = signal.SIGTERM
     grace: timedelta = timedelta(seconds=10)

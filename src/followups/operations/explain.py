@@ -78,7 +78,7 @@ class Circumstances:
     place: int = 1
     """The follow-up's position among its chat's pending follow-ups, at most `MOST_PLACES`."""
     first: Sentence | None = None
-    """The explanation of the chat's first pending follow-up, or None if that is this follow-up."""
+    """The explanation of the chat's first pending follow-up, or None if this follow-up is the first."""
     window_closes_at: datetime | None = None
     """The end of the chat's messaging window, or None for a channel without one."""
     retried_as: UUID | None = None

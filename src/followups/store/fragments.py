@@ -27,7 +27,7 @@ DUE_READ = f"LEAST(GREATEST({DUE}, timestamptz '0002-01-01'), timestamptz '9998-
 
 LATENESS_FROM = "COALESCE(f.sendable_from, GREATEST(f.due_date, f.scheduled_at, f.held_until))"
 """The time from which the lateness of a follow-up is measured. A follow-up that sending hours have never held has no
-``sendable_from``. When older versions hold a follow-up, they set only ``held_until``.
+``sendable_from``. Older versions set only ``held_until`` when they hold a follow-up.
 """
 
 WINDOWED = ", ".join(f"'{channel.value}'" for channel in sorted(WINDOWED_CHANNELS))
@@ -56,7 +56,7 @@ LOOKED_UP = f"""
 """SQL that finds each lease's follow-up, if the lease is valid and no attempt has begun."""
 
 LEASED = f"CROSS JOIN LATERAL ({LOOKED_UP} FOR NO KEY UPDATE SKIP LOCKED) f"
-"""SQL that locks the follow-ups of `LOOKED_UP`, and skips rows that another transaction has locked."""
+"""SQL that locks the rows found by `LOOKED_UP`, but skips rows that other transactions have locked."""
 
 # OFFSET 0 makes the planner look up the chat for each row. When planned for an empty table of chats, the query locked
 # the whole batch again for each chat. With 1,650 chats and without OFFSET 0, beginning a hundred follow-ups took more

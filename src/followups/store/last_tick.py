@@ -1,7 +1,7 @@
 """Dispatcher ticks: one dispatcher claims at a time, and checks when the last tick ran.
 
-One row of the database holds the claim lock and the last tick's time, because dispatchers cannot see each other's
-ticks. Only one dispatcher at a time may count the follow-ups in flight and claim more.
+Dispatchers cannot see each other's ticks. They therefore share one database row, which holds the last tick's time and
+serves as the claim lock. Only one dispatcher at a time may count the follow-ups in flight and claim more.
 
 A long gap between ticks means that there was an outage, or that the database's clock was set forward. During a long gap
 between ticks, leases expire although their workers may still be running. Workers therefore get a grace period to record
@@ -97,7 +97,7 @@ def last_tick_age(connection: Connection) -> timedelta | None:
 
 
 def last_tick(connection: Connection) -> float:
-    """Return the last tick's time in seconds since 1970, or 0 if none has run."""
+    """Return the last tick's time in seconds since 1970, or 0 if no tick has run yet."""
     return float(connection.scalar(_LAST) or 0)
 
 

@@ -1,4 +1,4 @@
-"""Obstacles: why leased follow-ups did not begin, with the details of each reason.
+"""Obstacles: the reasons why leased follow-ups did not begin, each with its details.
 
 All obstacles are listed in ``begin_checks.sql``.
 """

@@ -236,7 +236,7 @@ def release(
 
     Follow-ups that were deferred for more than ``longest`` are not released. ``scope`` is the limit's workspace and
     channel; None means all. Follow-ups whose ids are in ``without`` are skipped. Returns the released follow-ups, and
-    those whose rows cannot be written.
+    the follow-ups whose rows cannot be written.
     """
     workspace_id, channel = scope
     parameters = {"workspace_id": workspace_id, "channel": channel, "longest": longest, "most": BATCH}

@@ -29,7 +29,7 @@ FIRST = datetime(1, 1, 1, tzinfo=UTC)
 class Failures:
     """The criteria that select failed follow-ups for a retry.
 
-    The criteria are time and reason; follow-ups that were already retried are left out.
+    Failed follow-ups are selected by time and reason; those that were already retried are left out.
     """
 
     since: datetime

@@ -42,7 +42,7 @@ class Settlement(NamedTuple):
     seconds: float = 0.0
     """Duration, in seconds, of the attempt that sent the follow-up."""
     refunded: bool = False
-    """Whether the receiver asked for a later attempt, so that this attempt does not count."""
+    """Whether the attempt does not count because the receiver asked for a later one."""
     cancel_takes_precedence: bool = True
     """Whether a cancel during the attempt overrides the attempt's outcome."""
     cancel_detail: str = ""

@@ -1,4 +1,4 @@
-"""Dramatiq: a loop finds due rows and enqueues an actor's message for each row."""
+"""Dramatiq: a loop finds due rows and enqueues one Dramatiq message per row."""
 
 from __future__ import annotations
 

@@ -187,7 +187,7 @@ class TestFinished:
 
 
 def test_changes_are_recorded_with_their_key(api: Api) -> None:
-    """Each change by PATCH is an audit event with the API key, but without message texts.
+    """Each change by PATCH records an audit event that names the API key but contains no message text.
 
     A create request leaves no audit event.
     """

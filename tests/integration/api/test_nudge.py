@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from world import World
 
 SOON = 0.1 / 86_400
-"""A due date within the next two ticks, in days from now."""
+"""A due date, in days from now, that falls within the next two ticks."""
 
 
 def test_nudge(settings: Settings, world: World) -> None:

@@ -148,8 +148,8 @@ def test_an_action_that_fails_blocks_no_other(world: World, engine: Engine, monk
 def test_a_retry_locks_its_chats_before_the_quota(world: World, engine: Engine) -> None:
     """A bulk retry locks the chats of its follow-ups before it locks the quota.
 
-    While a bulk retry waits for a chat, it must not hold the quota's lock. The transaction that locks the chat may need
-    the quota.
+    While a bulk retry waits for a chat's lock, it must not hold the quota's lock. The transaction that locks the chat
+    may need the quota.
     """
     limit(world, 10)
     first, second = sorted([world.chat(), world.chat()])

@@ -164,7 +164,7 @@ class TestWorkspace:
         assert counts(world) == {"audit_events": 1}
 
     def test_a_lost_lease_ends_without_a_tick(self, world: World) -> None:
-        """A crashed worker's attempt ends when its lease expires, even without a tick."""
+        """If a worker crashes, its attempt ends when the lease expires, even without a tick."""
         world.put_in_flight(world.follow_up())
         world.sql("UPDATE follow_ups SET lease_until = now() + interval '0.3 s'")
         delete(world.engine, DeletionScope(world.workspace_id))

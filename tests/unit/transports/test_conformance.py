@@ -25,7 +25,7 @@ TIMEOUT = 0.25
 
 @pytest.fixture(params=RIGS)
 async def rig(request: pytest.FixtureRequest) -> AsyncIterator[TransportRig]:
-    """Return an opened transport of each kind, with a timeout for slow machines."""
+    """Return an open transport of the kind under test, with a timeout long enough for slow machines."""
     async with RIGS[request.param](10.0) as made:
         yield made
 

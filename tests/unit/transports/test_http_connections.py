@@ -347,7 +347,7 @@ async def test_the_rest_of_a_timed_out_request_is_not_sent() -> None:
 
 
 async def test_a_connection_with_half_a_request_is_not_used_again() -> None:
-    """If a request was only half sent, its connection is closed."""
+    """If only half of a request was sent, the connection is closed."""
 
     async def refuse(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         peers.append(writer)

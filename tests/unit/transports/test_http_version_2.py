@@ -310,7 +310,7 @@ async def test_a_call_that_is_cancelled_harms_no_other(server: Http2Server, tran
 async def test_a_connection_that_ended_while_idle_is_not_used(server: Http2Server, transport: Transport) -> None:
     """If a receiver closes the connection between two calls, neither call is affected.
 
-    The calls before and after the close both succeed, however the connection is closed.
+    Both calls succeed, whether the connection is closed normally, abruptly or after a GOAWAY frame.
     """
     for end in (close, abort, go_away_and_close):
         assert await transport.send(a_delivery()) == OK

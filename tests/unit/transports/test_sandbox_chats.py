@@ -34,7 +34,7 @@ def messages(chats: SandboxChats, chat_id: str = "c1") -> list[dict[str, Any]]:
 
 
 def test_a_repeated_key_is_answered_as_before_and_counted() -> None:
-    """If a key is repeated, no message is added, the first id is returned, and one repeat is counted."""
+    """A request with a repeated key adds no message, returns the first id, and counts as one repeat."""
     chats = SandboxChats()
     first, second = (chats.receive(incoming(), "key") for _ in range(2))
     assert first == second

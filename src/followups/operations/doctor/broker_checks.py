@@ -87,7 +87,7 @@ def _refusals(client: redis.Redis, prefix: str) -> dict[str, str]:
 
 
 def broker_commands(key: str) -> tuple[tuple[str, ...], ...]:
-    """Return all broker commands of the processes and their scripts, each with the key ``key``."""
+    """Return all broker commands that the processes and their scripts use, with ``key`` as their key."""
     channel = f"{key}*"
     sha = "0" * 40
     return (

@@ -71,8 +71,8 @@ class Incoming(WireModel):
 class Behaviour(WireModel):
     """The behaviour of a chat: how it answers requests.
 
-    Statuses are HTTP status codes, and times are in seconds. ``drop`` accepts the message but closes the connection;
-    ``slow`` accepts the message but answers late. ``fail``, ``reject`` and ``rate_limit`` do not accept the message.
+    Statuses are HTTP status codes, and times are in seconds. With ``drop``, the message is accepted but the connection
+    is closed; with ``slow``, the answer is late. ``fail``, ``reject`` and ``rate_limit`` do not accept the message.
     """
 
     model_config = ConfigDict(extra="forbid")
