@@ -43,7 +43,7 @@ class Steps:
         return claim(self.engine, settings or self.settings, since)
 
     def lease(self, settings: Settings | None = None) -> Lease:
-        """Claim due follow-ups and return the lease; there must be exactly one."""
+        """Claim due follow-ups; check that exactly one was leased, and return its lease."""
         (lease,) = self.claim(settings).leases
         return lease
 

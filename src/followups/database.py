@@ -63,7 +63,7 @@ Under load, one comparison is enough to detect that the server session has chang
 _MADE = "followups.made"
 
 RECENTLY = 1.0
-"""A connection used within this many seconds is reused without a test."""
+"""How many seconds after its last use a connection is reused without a test."""
 
 
 class BoundedConnection(psycopg.Connection[Any]):
@@ -250,7 +250,7 @@ def _check_encoding(row: Sequence[Any] | None) -> None:
 class _Pooler:
     """Checks once per engine whether a pooler gives each transaction a different session.
 
-    Behind a pooler in transaction mode, sessions lose the settings of `_SET_UP`, prepared statements and locks.
+    Behind a pooler in transaction mode, sessions lose prepared statements, locks, and the settings of `_SET_UP`.
     """
 
     def __init__(self) -> None:

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 LEASE_MARGIN = timedelta(seconds=2)
-"""A lease must last longer than the transport timeout by at least this much.
+"""A lease must exceed the transport timeout by at least this margin.
 
 The margin allows for begin, settle and a slow commit.
 """

@@ -112,7 +112,7 @@ def test_an_invalid_filter_is_reported(query: dict[str, str], person: Callable[.
 
 
 def test_paging_skips_no_follow_up(person: Callable[..., Person], own: World) -> None:
-    """Paging skips no follow-up, even if many were created simultaneously, and links keep the filter."""
+    """Paging skips no follow-up, even if many were created at once, and keeps the filter."""
     own.burst([HOUR] * 60)
     failed(own)
     one = person("viewer", own)

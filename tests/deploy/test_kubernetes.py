@@ -78,7 +78,7 @@ def test_containers_have_few_privileges(name: str) -> None:
 
 @pytest.mark.parametrize(("name", "seconds"), [("web", 5 + 20), ("worker", 10 + 20), ("beat", 10)])
 def test_a_pod_has_time_to_drain(name: str, seconds: int) -> None:
-    """A pod's grace period is long enough for its work in progress."""
+    """A pod's grace period is long enough to finish the work in progress."""
     assert PODS[name]["terminationGracePeriodSeconds"] >= seconds
 
 

@@ -30,7 +30,7 @@ class Record:
     created: frozenset[UUID] = frozenset()
     """The follow-ups whose creation the system has confirmed."""
     cancelled: Mapping[UUID, float] = field(default_factory=dict)
-    """The acknowledged cancels, each with the monotonic time (in seconds) at which it was acknowledged."""
+    """The acknowledged cancels, each with the monotonic time of its acknowledgement in seconds."""
     sent_by_others: frozenset[UUID] = frozenset()
 
 

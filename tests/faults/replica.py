@@ -133,7 +133,7 @@ class Replicated:
         return make_url(self.proxy.url).set(database=database).render_as_string(hide_password=False)
 
     def kill(self) -> None:
-        """Kill the primary with SIGKILL, including its sessions."""
+        """Kill the primary and its sessions with SIGKILL."""
         self.primary.kill()
 
     def restart(self) -> None:

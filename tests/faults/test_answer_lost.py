@@ -26,7 +26,7 @@ def start(rig: Rig) -> None:
 
 
 def answers_lost(rig: Rig, figures: Figures, step: str, count: int, times: int) -> None:
-    """Lose the responses to commits of a step, and check that nothing waits for a lease to expire."""
+    """Lose the responses to a step's commits, and check that nothing waits for a lease to expire."""
     point = f"{step}.answer_lost"
     rig.failpoints.arm(point, "raise", times)
     rig.bulk(count, spread=1.0)

@@ -65,7 +65,7 @@ def backlog(rig: Rig, figures: Figures, overdue: int, others: int) -> None:
 
 
 def lag_p50_ms(rig: Rig, ids: list[UUID]) -> float:
-    """Return the median lag of these follow-ups in milliseconds."""
+    """Return the median lag of the given follow-ups in milliseconds."""
     query = "SELECT extract(epoch FROM accepted_at - due_date) FROM follow_ups WHERE id = ANY(:ids)"
     return round(statistics.median(float(lag) for (lag,) in rows_of(rig, query, ids=ids)) * 1000, 1)
 

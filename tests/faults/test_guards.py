@@ -35,7 +35,7 @@ DEFER = "limited_until = leased.again"
 TOKEN = "AND f.lease_token = b.token"  # noqa: S105 - a fencing token
 NO_LOCK = {
     "FOR NO KEY UPDATE SKIP LOCKED": "",
-    # After a wait for the row lock, the move is detected, so one guard suffices.
+    # A statement that waits for the row lock detects a changed row by its ctid, so one guard suffices.
     "WHERE f.ctid = taken.place": "WHERE f.id = (SELECT id FROM follow_ups WHERE ctid = taken.place)",
 }
 BEGUN_ORM = " AND follow_ups.begun_at IS NULL"

@@ -32,7 +32,7 @@ SAID = ("got no reply", '"broker_unreachable"', "Connection to broker lost")
 """Events that a worker logs when it notices a silent broker."""
 
 DEFAULTS = {"FOLLOWUPS_LEASE": "60", "FOLLOWUPS_TRANSPORT_TIMEOUT": "10", "FOLLOWUPS_TICK_INTERVAL": "1"}
-"""The default settings. The limits are derived from the lease, which is shorter in the tests' short forms."""
+"""The default settings. Short forms of the tests use a shorter lease and therefore shorter limits."""
 
 GRACE = 30.0
 """The seconds that an orchestrator allows between SIGTERM and SIGKILL."""

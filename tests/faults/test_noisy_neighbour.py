@@ -28,7 +28,7 @@ def quiet(rig: Rig, worlds: list[World], each: int, spread: float, notice: timed
 def neighbour(rig: Rig, figures: Figures, each: int, spread: float, seconds: float) -> None:
     """Measure five workspaces of ``each`` follow-ups, with and without another that has 100 times as many.
 
-    All follow-ups are inserted in the ``seconds`` seconds before the first one is due.
+    The follow-ups are inserted within ``seconds`` seconds, before the first one is due.
     """
     notice = timedelta(seconds=seconds)
     rig.options |= {"FOLLOWUPS_TRANSPORT_TIMEOUT": "20", "FOLLOWUPS_LEASE": "40"}

@@ -29,7 +29,8 @@ STEP = 0.25
 AHEAD = 5.0
 """The inserted follow-ups fall due within this many seconds."""
 ROOM_MB = 32.0
-"""A process's memory may end at most a quarter plus this many megabytes above its median. Allocators keep freed memory.
+"""A process's final memory may exceed its median by a quarter plus this margin in megabytes. Allocators keep freed
+memory.
 """
 
 # Count only follow-ups created at least 0.5 s before their due date and accepted at the first attempt. The query uses

@@ -140,7 +140,7 @@ def test_locked_rows_are_skipped(world: World, engine: Engine, settings: Setting
 
 
 def test_one_worker_prunes_at_a_time(world: World, engine: Engine, settings: Settings) -> None:
-    """Only one worker prunes at a time, and then releases the pruning lock."""
+    """While one worker prunes, no other worker does; afterwards, the pruning lock is free."""
     ended(world, 31 * DAY)
     with engine.connect() as other:
         other.execute(text("SELECT pg_advisory_lock(:key)"), {"key": LOCK})

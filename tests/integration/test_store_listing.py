@@ -63,7 +63,7 @@ def nodes(plan: dict[str, Any]) -> Iterator[dict[str, Any]]:
 
 
 def examined(engine: Engine, workspace_id: UUID | None, wanted: ListFilter, most: int) -> tuple[set[str], float]:
-    """Run a page's query; return its types of scan of `follow_ups`, and the number of rows read."""
+    """Run a page's query; return how it scans `follow_ups`, and how many rows it reads."""
     statement, parameters = listing.statement_of(workspace_id, wanted)
     statement = statement.replace(COLUMNS, "follow_ups.*")
     parameters |= {"offset": most - 11, "size": 11, "most": most}

@@ -36,7 +36,7 @@ def test_counts_of_processes_are_summed(engine: Engine) -> None:
 
 
 def test_labels_and_histograms(engine: Engine) -> None:
-    """The samples of labelled counters and of histograms are summed separately."""
+    """Each combination of labels and each part of a histogram has a separate sum."""
     metrics.TRANSITIONS.labels(status="failed", code="rejected").inc()
     metrics.LAG.observe(0.003)
     CounterTotals(engine).add()

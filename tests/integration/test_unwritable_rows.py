@@ -227,7 +227,7 @@ def test_more_unwritable_rows_than_one_search(
     insert: Callable[[World], UUID],
     store: ModuleType,
 ) -> None:
-    """Every releasable follow-up is found, even among many that stay blocked or paused."""
+    """Every follow-up that can be released is found, even among many that stay blocked or paused."""
     monkeypatch.setattr(store, "BATCH", 2)
     for _ in range(5):
         insert(world)

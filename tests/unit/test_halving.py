@@ -43,7 +43,7 @@ def test_other_rows_are_processed(bad: list[bool]) -> None:
 
 @pytest.mark.parametrize("error", [AWAY, ProgrammingError("", None, psycopg.ProgrammingError("no such column"))])
 def test_errors_of_no_single_row(error: Exception) -> None:
-    """If the database is unreachable or the statement wrong, the error is raised without halving."""
+    """If the database is unreachable or the statement is wrong, an error is raised without halving."""
     steps = 0
 
     def work(_: Sequence[int]) -> None:

@@ -51,7 +51,7 @@ def test_the_number_of_a_workspace_is_small(workspace_id: UUID) -> None:
 
 @given(json_values, json_values)
 def test_any_json(value: object, keys: object) -> None:
-    """Whatever JSON the broker sends, decoding gives a valid hint or raises ValueError."""
+    """If the broker sends any JSON, decoding returns a valid hint or raises ValueError."""
     try:
         leases_of(value, keys)
     except ValueError as error:

@@ -56,7 +56,7 @@ If the rest of a response is shorter than this minimum, the client must read all
 """
 
 MAX_UNSENT = 32 * 1024 * 1024
-"""Maximum bytes of responses that clients have not read yet.
+"""Maximum total size of unread responses, in bytes.
 
 Above this number, the connection whose response has been unread longest is closed.
 """

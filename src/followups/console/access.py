@@ -137,7 +137,7 @@ MAX_IN_ALL = 600
 """Maximum number of failed sign-ins per `COUNTED_FOR` in this process, for all clients together."""
 
 COUNTED_FOR = 60.0
-"""Seconds over which failed sign-ins are counted."""
+"""Length of the period in which failed sign-ins are counted, in seconds."""
 
 MAX_CLIENTS = 10_000
 """Maximum number of clients whose failed sign-ins are remembered."""

@@ -63,7 +63,7 @@ class Fields:
         return self._values.get(name, [])
 
     def uuid(self, name: str) -> UUID | None:
-        """Return a field's value as a UUID, or None if missing or invalid."""
+        """Return a field's value as a UUID, or None if the value is missing or invalid."""
         return uuid_or_none(self.text(name))
 
     def __contains__(self, name: object) -> bool:

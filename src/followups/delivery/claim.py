@@ -61,7 +61,7 @@ def rhythm_of(settings: Settings) -> Rhythm:
     grace period of 13 s.
     """
     known_within = max(settings.transport_timeout + GRACE, _connecting(settings.database_url.get_secret_value()))
-    # If the interval between ticks exceeds a lease, leases can expire between ticks without being noticed.
+    # If ticks are further apart than a lease, leases can expire unnoticed between two ticks.
     longest_gap = min(settings.tick_interval * AHEAD_TICKS + timedelta(seconds=1), settings.lease / 2)
     return Rhythm(longest_gap, known_within + SETTLE_MARGIN)
 

@@ -58,14 +58,14 @@ SPREAD = 10_000
 COMING = 0.25
 """Seconds that released follow-ups get to reach a worker before more follow-ups are released."""
 BACKOFF = 1.0
-"""Seconds to wait if the database does not answer. This is also the maximum duration of any wait."""
+"""Seconds to wait if the database does not answer. The pause after a batch is never longer."""
 
 
 class ReturnTimes:
     """Spreads the times at which deferred follow-ups fall due again, in the order of deferral.
 
-    At first, successive return times are 15 ms apart. The more follow-ups are deferred, the shorter the intervals
-    between these times become. No follow-up is deferred for longer than `LONGEST`.
+    At first, successive return times are 15 ms apart. The more follow-ups are deferred, the closer together the return
+    times are. No follow-up is deferred for longer than `LONGEST`.
 
     >>> returns = ReturnTimes()
     >>> [round(returns.next(now=0.0), 3) for _ in range(3)]

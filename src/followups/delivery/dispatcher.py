@@ -53,7 +53,7 @@ SKIPPED_FOR = 60.0
 
 BACKOFF = 0.05
 LONGEST_BACKOFF = 4.0
-"""The pause in seconds between attempts to reach the database doubles up to this maximum."""
+"""Longest pause between attempts to reach the database, in seconds. The pauses double up to this maximum."""
 AFTER_ANOTHER = 0.01
 """Pause in seconds while another dispatcher is claiming; each further pause is twice as long.
 
@@ -257,10 +257,10 @@ class Dispatcher:
     def _claim(self) -> tuple[Claim, float]:
         """Claim follow-ups due from the low-water mark on, and occasionally all due follow-ups.
 
-        A claim from the beginning also finds follow-ups inserted later with an earlier due time. If a claim leaves due
-        follow-ups, the next claims prefer workspaces with the fewest in flight. While a long transaction is open, index
-        entries of sent follow-ups stay in front of pending ones. It took 34 ms to skip 36,000 index entries of sent
-        follow-ups.
+        A claim without a low-water mark also finds follow-ups inserted late with an early due time. If a claim leaves
+        due follow-ups, the next claims prefer workspaces with the fewest in flight. While a long transaction is open,
+        index entries of sent follow-ups stay in front of pending ones. It took 34 ms to skip 36,000 index entries of
+        sent follow-ups.
         """
         started = time.monotonic()
         from_all = started >= self._next_whole

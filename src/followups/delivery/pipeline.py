@@ -125,8 +125,8 @@ class Pipeline:
     def drain(self, limit: timedelta) -> int:
         """Begin no more follow-ups, settle the calls in flight, and release the unused leases.
 
-        Returns how many results could not be recorded within ``limit``. The leases of follow-ups without a recorded
-        result expire.
+        Returns how many results could not be recorded within ``limit``. If a result could not be recorded, the
+        follow-up's lease expires.
         """
         if not self._thread.is_alive():
             return 0
@@ -233,7 +233,7 @@ class Pipeline:
             self._nudge()
 
     def _enqueue_unblocked(self, step: BatchResult) -> None:
-        """Enqueue follow-ups whose predecessors have ended, now or as soon as their rows are unlocked."""
+        """Enqueue unblocked follow-ups, and those with locked rows as soon as the rows are unlocked."""
         self._enqueue(step.unblocked)
         if step.blocking:
             self._spawn(self._unblock_later(step.blocking))

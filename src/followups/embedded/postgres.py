@@ -49,7 +49,7 @@ SETTINGS = {
     "unix_socket_permissions": "0700",
     "max_connections": "200",
     "shared_buffers": "'128MB'",
-    "jit": "off",  # JIT compilation takes tens of milliseconds; these statements take less than one
+    "jit": "off",  # JIT compilation takes tens of milliseconds; our statements take less than one millisecond
     "timezone": "'UTC'",
     "log_timezone": "'UTC'",
     "log_checkpoints": "off",

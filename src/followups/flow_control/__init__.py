@@ -34,8 +34,8 @@ def connect(settings: Settings, timeout: timedelta = TIMEOUT) -> Redis:
         socket_timeout=timeout.total_seconds(),
         socket_connect_timeout=timeout.total_seconds(),
         retry=Retry(NoBackoff(), 0),
-        # Despite its name, `retry_on_error` causes no retry here. After a failover, the address leads to another
-        # server, so the client also closes the failing connection.
+        # Despite its name, `retry_on_error` causes no retry here. The client also closes a failing connection, because
+        # the address leads to another server after a failover.
         retry_on_error=[ReadOnlyError],
         decode_responses=True,
     )

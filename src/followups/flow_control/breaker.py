@@ -152,7 +152,7 @@ class BreakerStore:
         name = _key(settings, transport)
         self._keys = [name, *(f"{name}:{part}" for part in ("failing", "runs", "held"))]
         self._threshold = settings.breaker_failures
-        # A workspace is tripped before its only follow-up would use up its last attempt.
+        # A workspace with a single follow-up is tripped before that follow-up's last attempt.
         self._in_a_row = max(1, min(policy.in_a_row, settings.max_attempts - 1))
         self._policy = policy.arguments()
 

@@ -193,7 +193,7 @@ def _record(
     if audited := len(done) + passed.get(bulk_actions.IN_FLIGHT, 0):
         what = Action.FOLLOW_UPS_CANCELLED if action.kind == "cancel" else Action.FOLLOW_UPS_RETRIED
         actor = Actor(Way.CONSOLE, name=action.created_by)
-        # All batches of an action share one audit event, whose id is the action's id. One audit event therefore
-        # contains the sums of all batches.
+        # All batches of an action share one audit event, whose id is the action's id. The audit event contains the sums
+        # over all batches.
         event = Event(actor, what, action.workspace_id, number=audited, id=action.id)
         audit.record(session.connection(), event)

@@ -1,7 +1,6 @@
 """Every SQL statement of the system, one module for each subject.
 
-**Lock order.** If a transaction waits for row locks, it acquires them in this order, so that no two of our transactions
-deadlock:
+**Lock order.** Every transaction that waits for row locks acquires them in this order, which prevents deadlocks:
 
 1. chats, in ascending order of their ids (`lock_chat`, `lock_many` and `lock_chats_of` of `followups.store.chats`);
 

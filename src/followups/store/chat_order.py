@@ -115,9 +115,9 @@ def park_pile(connection: Connection, parked: Collection[UUID]) -> int:
     return connection.execute(_PARK_PILE, {"ids": list(parked), "most": PILE}).rowcount
 
 
-# A constraint ensures that a waiting follow-up is pending. If the query also required the status pending, the planner
-# might scan the index of all pending follow-ups. If a waiting follow-up's row is locked, `unblock_orphaned` unblocks
-# the follow-up later.
+# A constraint ensures that a waiting follow-up is pending. If the query also checked for the status pending, the
+# planner might scan the index of all pending follow-ups. If a waiting follow-up's row is locked, `unblock_orphaned`
+# unblocks the follow-up later.
 _WAITING = "f.waits_for = ANY(CAST(:ids AS uuid[])) AND f.waits_for IS NOT NULL"
 
 _LOCK_WAITING = Statement(f"SELECT f.id FROM follow_ups f WHERE {_WAITING} FOR NO KEY UPDATE SKIP LOCKED")  # noqa: S608 - no input, only the constant above

@@ -102,7 +102,7 @@ class Totals(NamedTuple):
 
 
 LOW_WATER_MARGIN = timedelta(seconds=10)
-"""Margin below the low-water mark, for due rows that are committed slightly late."""
+"""Margin before the low-water mark, for due rows that are committed slightly late."""
 
 FEW = 6
 """Number of rows per workspace that a fair claim reads."""

@@ -46,7 +46,7 @@ def by_token(connection: Connection, tokens: Iterable[tuple[UUID, int]]) -> None
 
 
 def by_time(connection: Connection, moments: Iterable[tuple[UUID, datetime]]) -> None:
-    """Register the times written to these rows, so that a commit without an answer can be checked."""
+    """Register the times written to the rows, so that a commit can be checked if its response is lost."""
     ask_if_lost(connection, partial(_still_written, _WRITTEN, list(islice(moments, SAMPLE))))
 
 

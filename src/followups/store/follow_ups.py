@@ -103,7 +103,7 @@ def insert_unless_full(
 
 
 FAR_FROM_FULL = MOST_PENDING - 1_000
-"""`create_if_clear` inserts a follow-up only if its chat has at most this many pending ones.
+"""`create_if_clear` inserts a follow-up only if its chat has no more pending follow-ups than this limit.
 
 `create_if_clear` counts only follow-ups that were committed before it locked the chat. For each database connection,
 the count may miss one follow-up created at the same time.

@@ -76,7 +76,7 @@ been accepted.
 def honest(reason: str, row: str) -> str:
     """Return SQL for the reason of a follow-up that ends, with `OUTCOME_UNKNOWN` added if it applies.
 
-    The given reason must also be SQL.
+    ``reason`` must be an SQL expression.
     """
     return f"""
         CASE WHEN {reason} IS NOT NULL AND {reason} NOT LIKE '{ReasonCode.OUTCOME_UNKNOWN}%'

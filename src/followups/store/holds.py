@@ -58,8 +58,8 @@ class Hold:
 
 
 # Until this transaction commits, locks keep the pause and the sending hours unchanged. A concurrent resume or change of
-# sending hours therefore commits after this transaction. The resume or change then releases the follow-ups held here.
-# Rows that were locked or changed meanwhile are soon checked again.
+# sending hours therefore commits after this transaction. A later resume or change of sending hours releases the
+# follow-ups held here. Rows that were locked or changed meanwhile are soon checked again.
 _HOLD = text(f"""
     WITH standing AS MATERIALIZED (
         SELECT id FROM pauses WHERE id = ANY(CAST(:pauses AS uuid[])) AND ended_at IS NULL

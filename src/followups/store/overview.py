@@ -39,7 +39,7 @@ RECENT = 1_000
 class OverviewFigures:
     """The figures of the console's overview.
 
-    A figure above `MOST` means "more than `MOST`". A figure is None if its query took too long.
+    A figure that exceeds `MOST` is not exact: it means "more than `MOST`". A figure is None if its query took too long.
     """
 
     at: datetime

@@ -234,9 +234,9 @@ def release(
 ) -> Halved[UUID, int]:
     """Release up to a thousand follow-ups deferred by a rate limit, so that they become due.
 
-    Follow-ups that were deferred for more than ``longest`` are not released. ``scope`` is the limit's workspace and
-    channel; None means all. Follow-ups whose ids are in ``without`` are skipped. Returns the released follow-ups, and
-    the follow-ups whose rows cannot be written.
+    Follow-ups that were deferred for more than ``longest`` are not released. ``scope`` is the workspace and the channel
+    of the limit; None means every workspace or channel. Follow-ups whose ids are in ``without`` are skipped. Returns
+    the released follow-ups, and the follow-ups whose rows cannot be written.
     """
     workspace_id, channel = scope
     parameters = {"workspace_id": workspace_id, "channel": channel, "longest": longest, "most": BATCH}
@@ -286,7 +286,7 @@ _LOCK_DEFERRED_OF = text(f"""
 
 
 def release_workspaces(connection: Connection, workspace_ids: Iterable[UUID], longest: timedelta, most: int) -> int:
-    """Make up to ``most`` deferred follow-ups of these workspaces due now; return how many.
+    """Make up to ``most`` deferred follow-ups of the given workspaces due now; return how many.
 
     The follow-ups that were deferred first are the first to fall due. A follow-up with an unwritable row stays deferred
     until its deferral ends.

@@ -46,7 +46,7 @@ class Settlement(NamedTuple):
     cancel_takes_precedence: bool = True
     """Whether a cancel during the attempt overrides the attempt's outcome."""
     cancel_detail: str = ""
-    """If the reason of a requested cancel is only a code, this text (': ...' or empty) is appended."""
+    """Text that is appended to a cancel's reason if the reason is only a code; may be empty."""
 
 
 class SettledFollowUp(NamedTuple):

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from uuid import UUID
 
 EXCERPT_LENGTH = 200
-"""Maximum number of characters of a rejection's body that are stored in the reason."""
+"""Maximum number of characters that a reason quotes from a rejection's body."""
 
 _SECONDS = re.compile(r"\d+(?:\.\d+)?", re.ASCII)
 _CONTROLS = dict.fromkeys([*range(9), 11, 12, *range(14, 32), *range(127, 160)])

@@ -23,8 +23,8 @@ def available_transports() -> list[str]:
 def load_transport(settings: Settings) -> Transport:
     """Create the transport that ``FOLLOWUPS_TRANSPORT`` selects, without opening it.
 
-    Raises `TransportConfigurationError`, with one sentence, if the name is unknown, a plug-in cannot be loaded or is
-    not a `Transport`, or the transport rejects the settings.
+    Raises `TransportConfigurationError`, with a one-sentence message, if the name is unknown, the plug-in is unusable,
+    or the transport rejects the settings.
     """
     entry_point = _registered().get(settings.transport)
     if entry_point is None:

@@ -1,4 +1,4 @@
-"""Celery as commonly used: beat finds due rows; each becomes a task that uses an ORM and `requests`."""
+"""Celery as commonly used: beat enqueues a task for each due row; tasks use an ORM and `requests`."""
 
 from __future__ import annotations
 

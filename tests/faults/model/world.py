@@ -63,7 +63,7 @@ class ModelWorld(NamedTuple):
     """Whether a check without a lock allowed the second follow-up to be created."""
 
     def with_row(self, number: int, row: ModelRow) -> ModelWorld:
-        """Return a copy of this state in which one row is replaced."""
+        """Return a copy of the state with one row replaced."""
         return self._replace(rows=(row, self.rows[1]) if number == 0 else (self.rows[0], row))
 
     def without_dead_jobs(self) -> ModelWorld:

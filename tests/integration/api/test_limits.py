@@ -155,7 +155,7 @@ def refused(connection: socket.socket) -> bool:
 
 
 def test_too_many_waiting(settings: Settings, world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    """If too many requests wait, the next is rejected with Retry-After; probes never wait."""
+    """If too many requests wait, the next one is rejected with Retry-After, but probes are served."""
     with served(settings) as address, client_of(address, key_of(world)[1]) as client:
         monkeypatch.setattr(gate, "MAX_WAITING", 0)
         answer = client.get(FOLLOW_UPS)

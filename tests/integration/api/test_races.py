@@ -150,7 +150,7 @@ class TestCancelAgainstDeliver:
         assert api.read(created)["status"] == "pending"
 
     def test_cancel_first(self, api: Api, engine: Engine) -> None:
-        """If a follow-up is being cancelled or was cancelled, begin starts no attempt and does not wait."""
+        """If a cancel has started, begin starts no attempt and does not wait for the cancel."""
         created, taken = due_now(api)
         with Session(engine) as session, engine.connect() as connection:
             scheduling.cancel(session, UUID(str(created["id"])), reason="called")

@@ -63,7 +63,7 @@ def test_limits_are_named() -> None:
 
 
 def test_a_callers_reason_is_shown_unchanged() -> None:
-    """A caller's own reason is displayed without interpretation."""
+    """A caller's own reason is displayed unchanged."""
     assert explained(Status.CANCELLED, reason="the customer called") == (
         "The follow-up was cancelled, with a reason in the caller's own words."
     )

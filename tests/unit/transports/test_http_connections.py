@@ -225,7 +225,7 @@ async def test_waiting_for_a_connection_counts_towards_the_timeout() -> None:
 async def test_timeouts_leave_the_client_usable() -> None:
     """If calls time out while other calls begin, the client stays usable.
 
-    A handle of uvloop's timer does not know its time if less than half a millisecond is left.
+    uvloop's timer handles fail to report their time in the last half millisecond.
     """
 
     async def answer_most(writer: asyncio.StreamWriter, _request: Request) -> None:

@@ -136,8 +136,8 @@ Follow-ups are created before they are due, so that lag shows only the dispatche
 """
 
 CALLS_A_CHAT = 3
-"""Number of requests that are needed to open one chat. The duration of these requests serves as an estimate for all
-other requests.
+"""Number of requests that are needed to open one chat. The requests that open chats are timed, to estimate the duration
+of all other requests.
 """
 
 

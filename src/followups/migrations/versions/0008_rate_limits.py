@@ -1,4 +1,4 @@
-"""Add rate limits for deliveries, and the time until which a rate limit delays a follow-up."""
+"""Add rate limits for deliveries, and a column for the end of a follow-up's delay by a rate limit."""
 
 from __future__ import annotations
 

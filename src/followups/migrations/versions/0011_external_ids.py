@@ -17,7 +17,7 @@ NAME = "ix_chats_external_id"
 def upgrade() -> None:
     """Create the index concurrently, outside a transaction.
 
-    If an interrupted run has left the index behind, the index is dropped first.
+    An index left behind by an interrupted run is dropped first.
     """
     with op.get_context().autocommit_block():
         op.drop_index(NAME, table_name="chats", if_exists=True, postgresql_concurrently=True)
