@@ -57,7 +57,7 @@ CHANGES_SESSIONS = (
 POOLER_ROUNDS = 4
 """Number of times that the server sessions of two connections are compared.
 
-Under load, one comparison is enough to detect that the server session has changed.
+Under load, one comparison is enough to detect a pooler that changes server sessions.
 """
 
 _MADE = "followups.made"

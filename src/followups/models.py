@@ -301,7 +301,7 @@ class FollowUp(Base):
     """A message to send into a chat at its due time; each row is one job.
 
     The columns after ``trigger_chat_message_id`` hold the dispatcher's state. No index contains the lease columns, so
-    acquiring and returning a lease is a heap-only update.
+    leases are acquired and returned by heap-only updates.
     """
 
     __tablename__ = "follow_ups"

@@ -2,8 +2,8 @@
 
 Sending hours are local times. Messages are sent from the opening time until just before the closing time. If the clock
 skips the opening or closing time, sending starts or stops at once. If the clocks go back and the opening time occurs
-twice, the second occurrence counts. For the closing time, the first occurrence counts. When the local time is outside
-the sending hours, no message is sent.
+twice, the second occurrence counts. If the closing time occurs twice, its first occurrence counts. When the local time
+is outside the sending hours, no message is sent.
 """
 
 from __future__ import annotations
@@ -110,7 +110,7 @@ def _spans(hours: SendingHours, zone: ZoneInfo, first: date) -> Iterator[tuple[d
         if day.weekday() not in hours.days:
             continue
         last = day if hours.closing > hours.opening else day + DAY
-        # If the clocks go back, a sending period of a whole day opens at the first of the two occurrences.
+        # If the opening time of a whole-day sending period occurs twice, the period opens at the first occurrence.
         whole = hours.opening == hours.closing
         opening = _moment(datetime.combine(day, hours.opening, zone), fold=0 if whole else 1)
         closing = _moment(datetime.combine(last, hours.closing, zone), fold=0)

@@ -42,7 +42,7 @@ unused.
 """
 
 PAUSE = timedelta(milliseconds=100)
-"""The pause between two tries to learn a commit's outcome."""
+"""The pause before the outcome of a commit is checked again."""
 
 _QUESTION = "followups.question"
 

@@ -65,7 +65,7 @@ def lag(contestant: Contestant, rate: float, seconds: float, *, snapshot: bool =
     arena = contestant.arena
     arena.clear()
     count = int(rate * seconds)
-    # The insert and the publishing take time, especially with a million other rows.
+    # Inserting and publishing take time, especially with a million other rows.
     ahead += count / (500 if contestant.waits_in_broker else 4000)
     due = f"now() + interval '1 s' * ({ahead} + random() * {seconds})"
     if contestant.waits_in_broker:

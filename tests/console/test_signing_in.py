@@ -49,7 +49,7 @@ def test_an_api_key_gives_an_agent_of_its_workspace_until_it_is_revoked(
 def test_a_session_is_a_random_token_of_which_only_the_hash_is_stored(
     person: Callable[..., Person], own: World
 ) -> None:
-    """The session cookie is HttpOnly and SameSite=Lax; except over plain HTTP, it is Secure and prefixed."""
+    """The session cookie is HttpOnly and SameSite=Lax; over HTTPS, it is also Secure and has a prefix."""
     one = person()
     answer = one.post("/login", secret=make_link(own.engine, "agent", own.workspace_id))
     cookie = answer.headers["set-cookie"]

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def beats(rig: Rig, figures: Figures, number: int, seconds: float) -> None:
-    """Run this many beats under load; kill one of them, and stop and restart another."""
+    """Run several beats under load; kill one of them, and stop and restart another."""
     rig.start(workers=2, beats=number)
     running = [child for child in rig.processes.children if child.command.name.startswith("beat.")]
     with Load(rig, 60, seconds) as load:

@@ -74,5 +74,5 @@ def test_doubled_and_shuffled(rig: Rig, figures: Figures) -> None:
 
 @pytest.mark.faults_long
 def test_doubled_and_shuffled_often(rig: Rig, figures: Figures) -> None:
-    """In many rounds of duplicated hints, exactly one request sends each follow-up."""
+    """If hints are duplicated in many rounds, each follow-up is sent by exactly one request."""
     doubled(rig, figures, count=900, rounds=20)

@@ -261,7 +261,7 @@ async def test_never_early(world: World, engine: Engine, settings: Settings) -> 
 
 
 async def test_never_after_the_lease(world: World, engine: Engine, settings: Settings) -> None:
-    """If a sender is frozen past its lease, only this guard keeps it from calling the transport."""
+    """If a sender wakes after its lease has expired, only the guard under test keeps it from sending."""
     world.follow_up()
     begun = begun_of(Scene(world, settings).lease())
     assert await sent_by(DatabaseClock(), engine, begun, uptime() - 1) == []

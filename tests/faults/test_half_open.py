@@ -128,7 +128,7 @@ def stalled(proxied: Proxied, figures: Figures, server: str, seconds: float) -> 
 
 @by_server
 def test_stalled(server: str, proxied: Proxied, figures: Figures) -> None:
-    """If a server stops responding for a while, follow-ups are late by that time plus a few seconds."""
+    """If a server stops responding, follow-ups are late by the length of the outage plus a few seconds."""
     stalled(proxied, figures, server, seconds=4.0)
 
 

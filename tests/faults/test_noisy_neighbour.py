@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 def quiet(rig: Rig, worlds: list[World], each: int, spread: float, notice: timedelta = NOTICE) -> list[UUID]:
-    """Add ``each`` follow-ups to each workspace except the noisy one."""
+    """Add ``each`` follow-ups to every workspace except the noisy one."""
     return [id_ for world in worlds for id_ in punctual(rig, each, spread, world, notice)]
 
 

@@ -54,7 +54,7 @@ def slow_answers(rig: Rig, figures: Figures, count: int, delay: float) -> None:
 
 
 def test_slow_answers(rig: Rig, figures: Figures) -> None:
-    """If 1 % of answers take a second, all follow-ups are sent once, and 99 % of them without delay."""
+    """If 1 % of responses take a second, each follow-up is sent once, and 99 % are sent without delay."""
     slow_answers(rig, figures, count=1_000, delay=1.0)
 
 

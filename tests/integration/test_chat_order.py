@@ -92,7 +92,7 @@ class TestOrder:
         assert [lease.id for lease in steps.claim().leases] == [second]
 
     def test_deferral_unblocks(self, world: World, steps: Steps, engine: Engine) -> None:
-        """If a chat's first follow-up is rescheduled past the second's due time, the second is sent first."""
+        """If a chat's first follow-up is rescheduled to a time after the second, the second is sent first."""
         chat = world.chat()
         first, second = world.follow_up(chat, -2 * SECOND), world.follow_up(chat, -SECOND)
         batch = steps.claim().leases
@@ -134,7 +134,7 @@ class TestOrder:
 
 
 def test_lost_leases_of_an_unblocked_follow_up(world: World, steps: Steps) -> None:
-    """The count of lost leases does not change while a follow-up is parked."""
+    """While a follow-up is parked, its count of lost leases does not change."""
     chat = world.chat()
     earlier = world.follow_up(chat, -SECOND)
     later = world.follow_up(chat, losses=2, waits_for=earlier)

@@ -52,7 +52,7 @@ class TestClaim:
         assert (row.attempts, row.losses, row.snoozes) == (0, 0, 0)
 
     def test_the_window_limits_follow_ups_in_flight(self, world: World, steps: Steps, settings: Settings) -> None:
-        """Ticks claim at most MAX_IN_FLIGHT follow-ups in total and report that more are due."""
+        """Ticks never claim more than MAX_IN_FLIGHT follow-ups in total, but report that more are due."""
         bounded = settings.model_copy(update={"max_in_flight": 3})
         for _ in range(5):
             world.follow_up()

@@ -97,7 +97,7 @@ def test_a_locked_chat(world: World) -> None:
 
 
 def test_a_chat_that_is_almost_full(world: World) -> None:
-    """If a chat is almost full, its follow-ups are counted in a transaction, which sees all of them."""
+    """If a chat is almost full, its follow-ups are counted in a transaction, so that none is missed."""
     chat_id = world.full_chat()
     world.sql(
         """

@@ -178,7 +178,7 @@ def test_a_killed_watchdog_is_replaced() -> None:
 
 
 def test_the_topmost_closed_directory(open_directory: Path) -> None:
-    """If a user may not enter a directory on the path, the topmost such directory is returned.
+    """If a user may not enter some directories on a path, the topmost of them is returned.
 
     For the directory's owner, who may enter it, None is returned.
     """

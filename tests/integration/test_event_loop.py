@@ -104,7 +104,7 @@ async def test_transactions(world: World, database_url: str) -> None:
 
 
 async def test_each_statement_of_a_reader_is_a_transaction(database_url: str) -> None:
-    """A read-only connection opens no transaction, so no transaction has to be ended."""
+    """A read-only connection leaves no transaction open."""
     async with database(database_url, size=1) as mine:
         async with mine.reading() as connection:
             await event_loop.rows_of(connection, "SELECT 1", {})

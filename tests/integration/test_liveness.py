@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 def test_a_stuck_loop_and_a_stuck_tick(
     settings: Settings, engine: Engine, database_url: str, world: World, tmp_path: Path
 ) -> None:
-    """The pipeline and the dispatcher report regularly, even if they are idle.
+    """Even an idle pipeline or dispatcher reports regularly.
 
     If a component is stuck, the time since its last report grows.
     """

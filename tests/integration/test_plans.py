@@ -75,7 +75,7 @@ def statements(engine: Engine) -> Iterator[list[tuple[str, Any]]]:
 def read(plan: dict[str, Any]) -> Iterator[tuple[str, float]]:
     """Yield the scan type of each plan node that reads follow-ups or chats.
 
-    For an executed plan, also yield the number of rows read.
+    If the plan was executed, also yield how many rows were read.
     """
     if plan.get("Relation Name") in {"follow_ups", "chats"} and "Scan" in plan["Node Type"]:
         looked_at = plan.get("Actual Rows", 0) + plan.get("Rows Removed by Filter", 0)
@@ -273,7 +273,7 @@ def _by_key_whatever_the_batch(engine: Engine, statement: str) -> None:
 
 
 def test_begin_with_an_old_plan(world: World, database_url: str, engine: Engine, settings: Settings) -> None:
-    """A plan made for nearly empty tables still looks up each chat only once."""
+    """If a plan was made when the tables were nearly empty, it still looks up each chat only once."""
     patient = settings.model_copy(update={"lease": timedelta(minutes=1)})
     rules = leases.Rules(patient.lease, patient.max_lateness, early=timedelta(seconds=1))
     prepared = make_engine(database_url, pool_size=1, options=ONCE_PLANNED)

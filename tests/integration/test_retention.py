@@ -37,7 +37,7 @@ def pruner_of(engine: Engine, settings: Settings, days: int = 30) -> Pruner:
 
 
 def receive(world: World, chat_id: UUID, ago: timedelta) -> UUID:
-    """Store a human operator's chat message that was written ``ago`` before now."""
+    """Store a chat message that a human operator wrote ``ago`` before the current time."""
     message_id = uuid4()
     with Session(world.engine) as session, session.begin():
         chats.receive(

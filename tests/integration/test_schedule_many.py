@@ -100,7 +100,7 @@ def test_refused_by_index(world: World) -> None:
 
 
 def test_full_chat(world: World) -> None:
-    """The limit of a chat counts its existing follow-ups together with the new ones of the call."""
+    """The chat's limit applies to its existing follow-ups plus those that the call would create."""
     full = world.full_chat()
     with pytest.raises(SomeRefusedError) as refused:
         schedule_many(world, [planned(world.chat()), planned(full)])

@@ -152,7 +152,7 @@ def test_order_within_the_chat_is_kept(world: World, engine: Engine, settings: S
 
 
 def test_changed_during_the_hold(world: World, engine: Engine, settings: Settings) -> None:
-    """Clearing sending hours waits for a hold in progress, and then releases the held follow-up."""
+    """If sending hours are cleared during a hold, the clearing waits and then releases the follow-up."""
     put(world, CLOSED)
     follow_up = world.follow_up()
     (lease,) = claim(engine, settings).leases

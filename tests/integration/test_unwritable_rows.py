@@ -73,7 +73,7 @@ def attempt(begun_one: Begun, outcome: Outcome) -> Attempt:
 
 
 def hours_of_24(world: World) -> None:
-    """Insert sending hours that are closed now, and that Python cannot read."""
+    """Insert sending hours that Python cannot read and that are closed now."""
     unchecked(world, "sending_hours")
     world.sql(
         "INSERT INTO sending_hours (workspace_id, time_zone, opening, closing, days, open_from, open_until)"
@@ -468,7 +468,7 @@ class TestRecords:
     def test_a_settlement(self, world: World, engine: Engine, settings: Settings) -> None:
         """If a failed attempt cannot be recorded, it is logged and all results are still settled.
 
-        All failed attempts that can be recorded are recorded.
+        A failed attempt that cannot be recorded does not keep others from being recorded.
         """
         ids = [world.follow_up() for _ in range(4)]
         attempts = [attempt(one, Retry("busy")) for one in claim_and_begin(engine, settings).begun]

@@ -66,7 +66,7 @@ def test_leases_without_a_workspace_key() -> None:
 def test_one_workspace_does_not_get_all_slots() -> None:
     """If other workspaces are active, a workspace occupies at most seven eighths of the slots.
 
-    The workspace can use its released slots again.
+    A workspace can reuse the slots that it has released.
     """
     queue = queue_of(slots=16)
     queue.add(overdue(QUIET, 1))

@@ -75,6 +75,6 @@ def test_any_json(value: object, keys: object) -> None:
     ],
 )
 def test_refused(entry: object) -> None:
-    """If one entry of a hint cannot come from a worker, the whole batch is rejected."""
+    """If one entry of a hint is invalid, the whole hint is rejected."""
     with pytest.raises(ValueError, match=r".+"):
         leases_of([entry])

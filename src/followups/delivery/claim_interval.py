@@ -48,9 +48,9 @@ class ClaimInterval:
     def begin(self) -> None:
         """Start a tick; the rate of claims is not known yet.
 
-        The current number of free places predicts nothing, because other dispatchers also claim. The first pause of a
-        tick is as long as the last known pause. If each tick started with the shortest pause, there would be twice as
-        many claims.
+        The number of free places says nothing about the rate of claims, because other dispatchers also claim. The first
+        pause of a tick is as long as the last known pause. If each tick started with the shortest pause, there would be
+        twice as many claims.
         """
         self._full_at = None
 

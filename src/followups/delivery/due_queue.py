@@ -149,8 +149,8 @@ class DueQueue:
         """
         if self._fair.has_turn(tripped):
             return -LEAD.total_seconds()
-        # Anyone with broker access can write a hint with the earliest representable time. Subtracting the lead from the
-        # earliest representable time would overflow.
+        # A hint may contain the earliest representable time, because anyone with broker access can write hints.
+        # Subtracting the lead from the earliest representable time would overflow.
         return self._clock.until(self._heap[0][0]) - LEAD.total_seconds() if self._heap else None
 
     def is_due(self) -> bool:

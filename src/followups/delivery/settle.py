@@ -42,7 +42,8 @@ GATHER = timedelta(milliseconds=30)
 """How long to gather results before one statement records all of them.
 
 The wait delays only the chat's next follow-up. After a kill, messages without a recorded result are sent again under
-the same keys. This wait is no longer than a quick call. A kill during the wait loses that call's outcome as well.
+the same keys. This wait is no longer than a quick call. If the worker is killed while it gathers results, these results
+are lost.
 """
 SHORT_GATHER = timedelta(milliseconds=5)
 """How long to gather results before recording them if the receiver cannot deduplicate. If the process is killed, all

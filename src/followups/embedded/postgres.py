@@ -75,7 +75,9 @@ SERVICE_ROLE = """
     GRANT pg_read_all_data, pg_write_all_data, pg_maintain, pg_read_all_stats TO followups;
     GRANT CREATE ON DATABASE postgres TO followups;
 """
-"""SQL that creates the role of the processes of `followups up`. `followups bench` creates a schema as this role."""
+"""SQL that creates the database role used by the processes of `followups up`. `followups bench` creates a schema as
+this role.
+"""
 
 
 class EmbeddedPostgres(EmbeddedServer):

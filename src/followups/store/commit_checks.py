@@ -23,12 +23,12 @@ if TYPE_CHECKING:
 
 SAMPLE = 10
 """The largest number of rows read again after a commit with an unknown result. A small sample is enough, since a
-transaction is committed as a whole. A single row is not enough: another transaction may have changed it in the
-meantime.
+transaction is committed as a whole. A single row is not enough, because another transaction may have changed that row
+in the meantime.
 """
 
-# If the backend survived the lost connection, its transaction may still lock the row. FOR SHARE reads the latest
-# version of the row, but raises an error on a standby.
+# If the server process survived the lost connection, its transaction may still hold the row's lock. FOR SHARE reads the
+# latest version of the row, but raises an error on a standby.
 _ROW = "CROSS JOIN LATERAL (SELECT f.* FROM follow_ups f WHERE f.id = b.id FOR SHARE SKIP LOCKED) f"
 _LEASED = text(f"""
     SELECT f.lease_token = b.token

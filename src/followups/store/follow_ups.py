@@ -140,7 +140,7 @@ _CREATE_IF_CLEAR = Statement(
 def create_if_clear(
     *, workspace_id: UUID, chat_id: UUID, message: str, due_date: datetime, key_id: UUID
 ) -> Steps[FollowUp | None]:
-    """Insert a pending follow-up and return it, or return None if the case needs several statements.
+    """Insert a pending follow-up and return it, or return None if one statement is not enough.
 
     This single statement replaces a transaction of several statements. The statement inserts a row only if the API key
     is valid, the chat is not locked, and the last message is not the user's. The channel must have no messaging window,

@@ -121,8 +121,8 @@ class CurlLoop:
         self._collect()
 
     def _set_timer(self, milliseconds: int) -> None:
-        # No callback may call libcurl. libcurl sets the time of its next call with every transfer. A timer that fires
-        # too early only sets itself again.
+        # No callback may call libcurl. With every transfer, libcurl sets the time at which it must be called next. A
+        # timer that fires too early only sets itself again.
         if milliseconds == 0:
             self._kick = self._kick or self._loop.call_soon(self._kicked)
             return

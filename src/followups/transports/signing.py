@@ -27,7 +27,7 @@ SHORTEST, LONGEST = 24, 64
 
 
 class Signer:
-    """Signs with all secrets, and accepts a signature by any one, so that secrets can be replaced."""
+    """Signs with every secret, and accepts a signature by any of them, so that secrets can be replaced."""
 
     def __init__(self, secrets: str) -> None:
         """Parse base64 secrets separated by white space; padding and ``whsec_`` are optional.

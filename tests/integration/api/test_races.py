@@ -193,7 +193,7 @@ class TestPatchAgainstTick:
     """Once a reschedule has been confirmed, the new due date applies even to a claimed follow-up."""
 
     def test_claim_first(self, api: Api, engine: Engine) -> None:
-        """If a reschedule arrives during a claim, the reschedule waits and then makes the new lease stale."""
+        """A reschedule that arrives during a claim waits, and then makes the claim's lease stale."""
         created = api.create(due="2020-01-01T00:00:00Z")
         with ThreadPoolExecutor(1) as pool, engine.connect() as connection:
             taken = [lease for lease in claim(connection) if str(lease.id) == created["id"]]

@@ -64,7 +64,7 @@ def test_final_statuses_are_rejections(status: int) -> None:
 
 @pytest.mark.parametrize("status", [408, 425, 500, 502, 504])
 def test_retry_after_is_honoured_for_every_retried_failure(status: int) -> None:
-    """After every failure that is retried, Retry-After delays the next attempt."""
+    """For every kind of failure that is retried, a Retry-After header delays the next attempt."""
     assert outcome_of(Answer(status, {"retry-after": "60"}), HTTP) == Retry(
         f"HTTP {status}", timedelta(seconds=60), status
     )

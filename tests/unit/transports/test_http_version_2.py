@@ -90,7 +90,7 @@ async def test_calls_share_a_connection(server: Http2Server, transport: Transpor
 async def test_an_endpoint_that_cannot_deduplicate_gets_http_1(context: ssl.SSLContext) -> None:
     """An endpoint that cannot deduplicate is called over HTTP/1.1.
 
-    A lost HTTP/2 connection would leave many calls with an unknown outcome, which would be final.
+    If an HTTP/2 connection broke, many follow-ups would end with an unknown outcome.
     """
     context.set_alpn_protocols(["h2", "http/1.1"])
     async with scripted(answer(200), context) as server:

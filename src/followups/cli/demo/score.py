@@ -103,7 +103,7 @@ class Score:
     lag: Mapping[str, float | None]
     """Quantiles of the lag in milliseconds (nearest rank)."""
     problems: tuple[str, ...]
-    """The differences between the script and what happened in the run."""
+    """The differences between the demo's script and what actually happened."""
 
     @property
     def ok(self) -> bool:
