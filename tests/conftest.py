@@ -92,7 +92,7 @@ class Servers:
             return self._postgres.url(), self._valkey.url()
 
     def address(self) -> str:
-        """Return the path of a private socket from which other processes read the URLs."""
+        """Return the path of a private socket from which other processes read the servers' URLs."""
         if self._listener is None:
             self._listener = Listener(family="AF_UNIX")
             self._thread = threading.Thread(target=self._serve, args=(self._listener,), daemon=True)

@@ -51,7 +51,7 @@ class World:
     def follow_up(self, chat_id: UUID | None = None, due: timedelta = timedelta(0), **columns: Any) -> UUID:
         """Insert a pending follow-up whose due date is ``due`` after the database's current time.
 
-        If ``begun_at`` is given, the attempt in flight is counted.
+        If ``begun_at`` is given, an attempt is in flight and counted.
         """
         values = {
             "attempts": int("begun_at" in columns),

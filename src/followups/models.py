@@ -5,8 +5,8 @@ chat by guessing ids. Foreign keys to a chat's key make PostgreSQL refuse rows t
 
 Row-level security was tried and rejected. With row-level security, creating a follow-up takes 6 % more SQL time, and
 listing takes 16 % more (2 cores, 20,000 rows). Row-level security does not apply to the tables' owner, and only the
-owner's URL is configured. Row-level security would need a second role, which many hosted databases do not allow. FORCE
-ROW LEVEL SECURITY would also apply to the owner, but then the owner's pg_dump fails. Each query filters by workspace,
+owner's URL is configured. Row-level security would need a second role, which many hosted databases do not allow. With
+FORCE ROW LEVEL SECURITY, which includes the owner, the owner's pg_dump would fail. Each query filters by workspace,
 which protects reads. A test calls every documented endpoint with another workspace's key and ids.
 
 Only guarded UPDATE statements in `followups.store` write a follow-up's ``status``; the attribute is never assigned. In

@@ -4,8 +4,8 @@ If a connection breaks during a commit, the transaction's outcome is unknown. Wi
 own leases that it does not know of. Follow-ups leased without the process's knowledge would be delayed by a whole
 lease. A statement therefore registers a query (`ask_if_lost`) that checks whether its changes are stored. If the
 commit's response is lost, the registered query runs on the server that is then reachable. A promoted standby either has
-the written rows or lacks them. The lost transaction's id would prove nothing, because the new server may have reused
-the id.
+the written rows or lacks them. The lost transaction's id would prove nothing, because a new server may use this id
+again.
 """
 
 from __future__ import annotations

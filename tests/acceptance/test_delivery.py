@@ -130,7 +130,7 @@ OTHERS: list[dict[str, Any]] = [
     {"body_encoding": "none"},
     {"body": "x" * (LONGEST_BODY + 1)},
 ]
-"""Broker message properties; a worker must not decode a message with such properties."""
+"""Properties of broker messages that a worker must refuse to decode."""
 
 
 def message(**other: Any) -> str:

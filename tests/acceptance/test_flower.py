@@ -1,4 +1,4 @@
-"""Tests that Flower needs a password unless it listens only locally, and that its tasks are readable."""
+"""Tests that Flower requires a password on public addresses, and shows tasks in readable form."""
 
 from __future__ import annotations
 

@@ -140,7 +140,7 @@ def test_streams_end_within_a_second_when_the_process_ends(console_settings: Set
 
 
 def test_without_viewers_there_are_no_queries(sign_in: Callable[..., Person], monkeypatch: pytest.MonkeyPatch) -> None:
-    """All viewers share one database query per second. Without viewers there are no queries."""
+    """All viewers share one database query per second. Without viewers, the database is not queried."""
     looks: list[float] = []
     looked = live.changes.read_values
 

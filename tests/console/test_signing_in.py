@@ -281,7 +281,7 @@ def test_behind_a_proxy_addresses_have_the_prefix_and_the_cookie_is_secure(behin
 
 
 def test_a_proxy_signs_people_in_by_a_header(behind_proxy: str, own: World) -> None:
-    """A session that a proxy's header started ends when the header names another person.
+    """When the proxy's header names another person, the previous person's session ends.
 
     The settings determine the role of a person signed in by the proxy.
     """

@@ -66,6 +66,6 @@ def breakable(dice: random.Random) -> Iterator[Rig]:
 
 @pytest.fixture
 def proxied(dice: random.Random) -> Iterator[tuple[Rig, Sequence[Proxy]]]:
-    """Return a system whose servers can be killed, with proxies before PostgreSQL and the broker."""
+    """Return a system whose servers can be killed, with proxies in front of PostgreSQL and the broker."""
     with own_servers(dice, proxied=True) as both:
         yield both

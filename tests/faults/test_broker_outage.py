@@ -50,12 +50,12 @@ def test_killed_several_times(breakable: Rig, figures: Figures) -> None:
 
 @pytest.mark.faults_long
 def test_killed_for_minutes(breakable: Rig, figures: Figures) -> None:
-    """After many kills of the broker, every worker consumes from both queues again."""
+    """Even if the broker is killed many times, every worker consumes from both queues again."""
     outages(breakable, figures, times=20, between=12.0, rate=60)
 
 
 def test_flushed_in_mid_burst(rig: Rig, figures: Figures) -> None:
-    """If the broker loses its data, follow-ups are only late, by at most a lease and a tick interval."""
+    """If the broker loses its data, follow-ups are late by at most a lease and a tick interval."""
     flushes(rig, figures, count=400, spread=1.5, times=5)
 
 

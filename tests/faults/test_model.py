@@ -11,7 +11,7 @@ from faults.model.world import Protocol
 
 
 def test_complete_protocol() -> None:
-    """With every guard, no order of events breaks a guarantee, and every follow-up can end."""
+    """With all guards in place, no order of events breaks a guarantee, and every follow-up can end."""
     for deduplicates in (True, False):
         for creates_late in (True, False):
             completely(Protocol(deduplicates=deduplicates, creates_late=creates_late))

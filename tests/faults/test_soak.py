@@ -128,7 +128,7 @@ def start(rig: Rig) -> Api:
 
 
 def soak(rig: Rig, figures: Figures, seconds: float, rate: float) -> None:
-    """Add ``rate`` follow-ups per second for ``seconds``, and sample at least every thirty seconds."""
+    """For ``seconds``, add ``rate`` follow-ups per second and take a sample at least every 30 seconds."""
     api = start(rig)
     samples = Samples(rig)
     started = time.monotonic()

@@ -64,7 +64,7 @@ class TestBegin:
         assert (world.row(follow_up).status, world.row(follow_up).reason) == ("cancelled", "the customer called")
 
     def test_rescheduled_in_the_queue(self, world: World, steps: Steps, engine: Engine) -> None:
-        """If a follow-up is rescheduled in the queue, its old hint begins nothing."""
+        """If a queued follow-up is rescheduled, its old hint has no effect."""
         follow_up = world.follow_up()
         lease = steps.lease()
         with Session(engine) as session, session.begin():

@@ -51,7 +51,7 @@ def detail(engine: Engine) -> str:
     ],
 )
 def test_doctor_reports_the_connection(tls_server: tuple[SecureServer, str], query: str, said: str) -> None:
-    """For the database, doctor shows the TLS version and what was verified, or that there is no TLS."""
+    """Doctor shows the database connection's TLS version and what was verified, or the lack of TLS."""
     server, trusted = tls_server
     engine = make_engine(server.secure_url("localhost", query.format(trusted)))
     assert detail(engine) == said

@@ -1,4 +1,4 @@
-"""If a commit gets no answer, delivery steps continue, whether the commit succeeds, fails or is slow."""
+"""Tests of commits without an answer: delivery continues after success, failure and delay."""
 
 from __future__ import annotations
 

@@ -194,7 +194,7 @@ class TestLateness:
     OLD: ClassVar = {"due": -5 * HOUR, "scheduled_at": text("now() - interval '5 h'")}
 
     def test_held_time_is_not_lateness(self, world: World, engine: Engine, settings: Settings) -> None:
-        """A follow-up that was held for longer than MAX_LATENESS is sent when sending hours begin.
+        """Even a follow-up held for longer than MAX_LATENESS is sent when the sending hours begin.
 
         Only the delay after the hold counts as lateness.
         """

@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
 
 def settings_of(engine: Engine, *names: str) -> dict[str, str]:
-    """Return a session's values of the named settings, or of all settings in `SESSION` by default."""
+    """Return the values that a session has for the named settings, by default for those in `SESSION`."""
     query = text("SELECT name, current_setting(name, true) FROM unnest(CAST(:names AS text[])) AS wanted (name)")
     with engine.connect() as connection:
         rows = connection.execute(query, {"names": list(names or SESSION)})

@@ -56,7 +56,7 @@ def test_never_ahead(samples: list[tuple[float, float, float]], offset: float) -
 
 
 def test_quickest_sample_counts() -> None:
-    """The quickest answer from the database sets the clock estimate, even if a slower answer follows."""
+    """The clock estimate uses the database's quickest answer, even if slower answers follow."""
     monotonic = Monotonic()
     clock = DatabaseClock(monotonic)
     clock.observe(moment(5000.0), 1000.0, 1000.001)

@@ -37,7 +37,7 @@ _RETRIED = text("SELECT retry_of, id FROM follow_ups WHERE retry_of = ANY(CAST(:
 def of_rows(services: ConsoleServices, session: Session, rows: Sequence[Row], now: datetime) -> Mapping[UUID, Sentence]:
     """Return the explanation of each row, keyed by the row's id.
 
-    Data that several explanations need are read once per workspace and channel.
+    Data that several explanations need is read only once per workspace and channel.
     """
     connection = session.connection()
     failed = [row.follow_up.id for row in rows if row.follow_up.status == Status.FAILED]

@@ -79,7 +79,7 @@ class ReturnTimes:
         self._last = -inf
 
     def next(self, now: float) -> float:
-        """Return the seconds after which the next deferred follow-up falls due.
+        """Return the number of seconds until the next deferred follow-up falls due.
 
         ``now`` is a reading of the monotonic clock.
         """

@@ -24,12 +24,13 @@ if TYPE_CHECKING:
     from followups.flow_control.breaker import Breaker
 
 LEAD = timedelta(milliseconds=15)
-"""A follow-up begins this long before its due time, to be sent on time.
+"""How long before its due time a follow-up begins, so that it is sent on time.
 
 A cancel that arrives after the begin is too late.
 """
 BEGIN_BATCH = 200
-"""The largest number of leases in one batch. A statement for more leases would take longer and save no time per row."""
+"""The largest number of leases in one batch. A statement for more leases would take longer without saving time per row.
+"""
 GATHER = timedelta(milliseconds=5)
 """How long to wait for more free slots or due follow-ups while there are few. A statement for five rows costs almost as
 much as a statement for fifty. `GATHER` is a third of `LEAD`.

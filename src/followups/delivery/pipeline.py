@@ -278,7 +278,7 @@ class Pipeline:
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
-    # The methods below drain the pipeline.
+    # The following methods drain the pipeline.
 
     def _close(self) -> None:
         self._draining = True

@@ -37,7 +37,7 @@ class Slots:
         """Possible poison pills without a recorded outcome, each with its share of the quota."""
 
     def acquire(self, lease: Lease) -> bool:
-        """Acquire a slot; return False, without a slot, if the poison pill quota is used up."""
+        """Acquire a slot; return False without acquiring one if the poison pill quota is used up."""
         if lease.losses:
             share = POISON_PILLS if lease.losses > 1 else 1
             if share > POISON_PILLS - sum(self._poison_pills.values()):

@@ -1,6 +1,6 @@
 """Temporary directories that are removed even if this process is killed.
 
-Other users can be allowed to pass through the directories.
+Other users can be allowed to enter these directories without listing them.
 """
 
 from __future__ import annotations

@@ -173,8 +173,8 @@ def _spawn(processes: Processes, stack: Stack, port: int) -> None:
 
 def _wait_until_ready(stack: Stack) -> None:
     deadline = time.monotonic() + READY_WITHIN.total_seconds()
-    # The API is ready only if the database, broker, beat and worker work and migrations are complete. A ready API also
-    # means that the sandbox accepts messages.
+    # The API is ready only if the servers, beat and a worker are up and migrations are complete. A ready API also means
+    # that the sandbox accepts messages.
     for ready in (answers(f"{stack.sandbox}/sandbox/summary"), answers(f"{stack.api}/readyz")):
         while not ready():
             stack.check()

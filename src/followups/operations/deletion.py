@@ -95,7 +95,7 @@ def _pass(engine: Engine, whole: DeletionScope, event: Event) -> Batches:
 
 
 def _complete(engine: Engine, whole: DeletionScope) -> bool:
-    """Delete the row of the workspace or chat itself. Return False if other rows still refer to that row."""
+    """Delete the row of the workspace or chat itself. Return False if other rows still refer to the row to delete."""
     try:
         with engine.begin() as opened:
             deletion.complete(opened, whole)

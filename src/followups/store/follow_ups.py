@@ -52,7 +52,7 @@ FIELDS = (
 )
 """The fields of the API. Asynchronous code reads only the API's fields of a follow-up."""
 
-# The rows are sorted in an index's order, so only this chat's pending follow-ups are read.
+# The sort order matches an index, so that only this chat's pending follow-ups are read.
 _FULL = f"""EXISTS (
     SELECT FROM follow_ups
      WHERE workspace_id = :workspace_id AND chat_id = :chat_id AND status = 'pending'

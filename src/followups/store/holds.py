@@ -57,8 +57,8 @@ class Hold:
     hours: SendingHours | None = None
 
 
-# Until this transaction commits, locks keep the pause and the sending hours unchanged. A concurrent resume or change of
-# sending hours therefore commits after this transaction. A later resume or change of sending hours releases the
+# Until this transaction commits, locks keep the pause and the sending hours unchanged. A concurrent resume, or a change
+# of the sending hours, commits only after this transaction. A later resume or change of sending hours releases the
 # follow-ups held here. Rows that were locked or changed meanwhile are soon checked again.
 _HOLD = text(f"""
     WITH standing AS MATERIALIZED (
@@ -124,7 +124,7 @@ _OPEN_NEXT = text("""
 
 
 def open_next(connection: Connection, hours: WorkspaceHours, span: tuple[datetime, datetime]) -> None:
-    """Store this sending period, with which the database then compares its current time."""
+    """Store this sending period, against which the database then checks the current time."""
     parameters = columns_of(hours.hours) | {"workspace_id": hours.workspace_id, "open_until": hours.open_until}
     connection.execute(_OPEN_NEXT, parameters | {"new_from": span[0], "new_until": span[1]})
 
@@ -163,7 +163,7 @@ def release_held(connection: Connection, workspace_id: UUID) -> int:
 
 
 SPREAD = timedelta(seconds=1)
-"""After the sending hours open, held follow-ups are spread over this period by due date."""
+"""When sending hours open, held follow-ups are spread over this period, earliest due first."""
 _LONGEST = timedelta(days=1)
 
 

@@ -50,7 +50,7 @@ class ListFilter:
 
 @dataclass(frozen=True, slots=True)
 class Start:
-    """The key of a row in a list, and the number of rows before it."""
+    """The key of a row in a list, and the number of rows before this row."""
 
     offset: int
     created_at: datetime

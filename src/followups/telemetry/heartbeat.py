@@ -117,7 +117,7 @@ class Heartbeat:
         self._thread.start()
 
     def probe(self, report_progress: Callable[[], None]) -> None:
-        """Call the function before each heartbeat write, so that it can report a component's progress."""
+        """Register a function that reports a component's progress before each heartbeat is written."""
         self._probes.append(report_progress)
 
     def report(self, component: str, within: timedelta, otherwise: str, at: float | None = None) -> None:

@@ -188,7 +188,7 @@ def render_json(_logger: object, _method: str, event: EventDict) -> str:
 
 
 class _Escaped:
-    """Escaped text whose `repr` is the text in quotes, for the console renderer."""
+    """Escaped text; its `repr`, which the console renderer prints, is the text in quotes."""
 
     def __init__(self, text: str) -> None:
         self._text = text

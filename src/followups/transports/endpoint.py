@@ -77,7 +77,8 @@ def _trusted() -> dict[int, object]:
     """Return libcurl's options for the trusted certificate authorities.
 
     By default, the system's authorities are trusted; ``SSL_CERT_FILE`` and ``SSL_CERT_DIR`` replace them. The libcurl
-    in pycurl's wheel knows the certificate path of only one Linux distribution. This libcurl ignores both variables.
+    in pycurl's wheel knows the certificate path of only one Linux distribution. The libcurl in pycurl's wheel ignores
+    ``SSL_CERT_FILE`` and ``SSL_CERT_DIR``.
     """
     paths = ssl.get_default_verify_paths()
     for name, found, what in (("SSL_CERT_FILE", paths.cafile, "file"), ("SSL_CERT_DIR", paths.capath, "directory")):
@@ -111,6 +112,6 @@ def _client_certificate(settings: Settings) -> dict[int, object]:
 
 
 def _proxy() -> dict[int, object]:
-    # The check applies only to https, for which the proxy sees only the host name.
+    # Only https endpoints use a proxy, which then sees nothing but the host name.
     named = {name: os.environ.get(name) or os.environ.get(name.upper()) or "" for name in ("https_proxy", "no_proxy")}
     return {pycurl.PROXY: named["https_proxy"], pycurl.NOPROXY: named["no_proxy"]}

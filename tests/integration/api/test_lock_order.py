@@ -104,7 +104,7 @@ def test_finished_in_a_removed_chat(api: Api) -> None:
 
 
 def deadlocked(api: Api, engine: Engine, request: Callable[[], Any], created: dict[str, Any]) -> Any:
-    """Let a request be aborted by a deadlock, and return the response.
+    """Cause a deadlock that aborts a request, and return the request's response.
 
     Another transaction locks the follow-up and then waits for the chat that the request has locked.
     """

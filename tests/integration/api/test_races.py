@@ -179,7 +179,7 @@ class TestCancelAgainstDeliver:
         assert set(outcomes) <= {(200, False), (409, True)}
 
     def test_reply_while_begun(self, api: Api, engine: Engine) -> None:
-        """A reply waits for a running begin, and prevents a retry of the begun follow-up."""
+        """A reply waits for a running begin, and then prevents any retry of that follow-up."""
         created, taken = due_now(api)
         with ThreadPoolExecutor(1) as pool, engine.connect() as connection:
             begin(connection, taken)

@@ -1,4 +1,4 @@
-"""Tests of pages with long messages, sent in pieces, and of stored message texts."""
+"""Tests of pages with long messages, which are sent in pieces, and of stored message texts."""
 
 from __future__ import annotations
 

@@ -61,7 +61,7 @@ async def allowed(limit: KeyRateLimit, requests: int, key: UUID = KEY) -> int:
 
 
 async def test_each_key_has_the_limit(limit_of: Callable[[int], KeyRateLimit]) -> None:
-    """If several API keys make requests, each key has its own limit per minute."""
+    """Each API key has its own limit of requests per minute."""
     limit = limit_of(5)
     assert await allowed(limit, 9) == 5
     assert await allowed(limit, 9, uuid4()) == 5

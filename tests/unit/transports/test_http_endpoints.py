@@ -68,7 +68,7 @@ async def outcome_at(url: str, **settings: object) -> Outcome:
 
 @pytest.mark.usefixtures("trusted")
 async def test_a_private_authority_is_trusted_by_its_file(authority: trustme.CA) -> None:
-    """SSL_CERT_FILE names the trusted certificate authorities, which `check` trusts too."""
+    """`check` also trusts the certificate authorities that SSL_CERT_FILE names."""
     async with scripted(OK, certified(authority)) as server:
         assert await outcome_at(server.url) == Sent(None, 200)
         assert "accepts connections over TLS" in await HttpTransport(settings_for(server.url)).check()

@@ -249,7 +249,7 @@ SHOWN = 3
 def of_tables(engine: Engine) -> Iterator[Finding]:
     """Find rows that cannot be read, and sequences whose next id is already in use.
 
-    Yields nothing if there are no such rows or ids.
+    Yields nothing if no problem is found.
     """
     try:
         with engine.connect() as connection:
