@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 @contextmanager
 def intercepted(engine: Engine, replace: Callable[[str, Any], str]) -> Iterator[None]:
-    """Replace each statement of the engine with the result of ``replace(text, parameters)``.
+    """Before the engine executes a statement, replace it with the result of ``replace(text, parameters)``.
 
     SQLAlchemy's own event `before_cursor_execute` does not see the statements of `driver_rows`.
     """

@@ -31,9 +31,9 @@ MISSING = "PgBouncer is not installed: apt-get install pgbouncer."
 class PgBouncer(EmbeddedServer):
     """A PgBouncer on a TCP port of the loopback interface.
 
-    Clients may connect without a password and under any user name. PgBouncer connects as the user that the server's URL
-    names. Every database of the server is available under its own name. The configuration is strict: an unknown startup
-    parameter is refused.
+    Clients may connect without a password and under any user name. PgBouncer connects to the server as the user in the
+    server's URL. Every database of the server is available under its own name. The configuration is strict: an unknown
+    startup parameter is refused.
     """
 
     name = "PgBouncer"

@@ -79,7 +79,7 @@ def draw_demo(stack: Stack) -> None:
 
 
 def due_moments(start: datetime) -> list[datetime]:
-    """Return due times that become denser and sparser in waves."""
+    """Return due times whose density rises and falls in waves."""
     moments, at = [], 0.0
     while at < SECONDS:
         moments.append(start + timedelta(seconds=at))

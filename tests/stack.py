@@ -100,7 +100,7 @@ class Stack:
             assert child.exit_code is not None, f"did not end within {within} s of SIGTERM:\n{child.tail()}"
 
     def log(self, name: str = "worker") -> list[dict[str, Any]]:
-        """Return the JSON lines of a process's log; an incomplete last line is left out."""
+        """Return the JSON lines of a process's log, without an incomplete last line."""
         lines = (self.processes.logs / f"{name}.log").read_text().rpartition("\n")[0].splitlines()
         return [json.loads(line) for line in lines if line.startswith("{")]
 

@@ -75,8 +75,8 @@ def check_moment(chat: Chat, moment: datetime, hours: SendingHours | None) -> No
 def _opening(workspace_id: UUID, hours: SendingHours, moment: datetime) -> datetime:
     """Return the first time within the sending hours that is not before ``moment``.
 
-    Return ``moment`` itself if this host does not know the time zone. An unknown time zone on this host is no reason to
-    refuse a follow-up. The worker checks the sending hours again when it begins the attempt.
+    Return ``moment`` itself if this host does not know the time zone. A follow-up is accepted even if this host does
+    not know the time zone. The worker checks the sending hours again when it begins the attempt.
     """
     try:
         return opens_at(hours, moment)

@@ -136,7 +136,7 @@ def make_engine(
     options: Mapping[str, str] | None = None,
     statement_timeout: timedelta | None = STATEMENT_TIMEOUT,
 ) -> Engine:
-    """Return an engine for ``database_url`` (``postgresql://...``), which connects on first use.
+    """Return an engine for ``database_url`` (``postgresql://...``); it connects on first use.
 
     The engine's sessions use the settings in `SESSION` and the given ``options``. The pool tests each connection before
     use. After a server restart, the engine therefore reconnects, and no request fails. A connection is closed if its

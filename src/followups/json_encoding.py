@@ -23,8 +23,8 @@ def encode_json(document: Mapping[str, object]) -> bytes:
     b'{"attempt":1,"outcome":"sent","half":"?"}'
     """
     try:
-        # Characters are written as UTF-8, because \u escapes would treble the size of text in most alphabets. Receivers
-        # limit the size of a body.
+        # Non-ASCII characters are not written as \u escapes, because most alphabets would then take three times the
+        # space. Receivers limit the size of a body.
         return to_json(document, fallback=str)
     except PydanticSerializationError:
         text = json.dumps(document, default=str, ensure_ascii=False, separators=(",", ":"))

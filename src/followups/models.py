@@ -53,7 +53,7 @@ CHURNING = {"autovacuum_vacuum_scale_factor": "0.02", "autovacuum_analyze_scale_
 """Storage options of tables from which old rows are deleted.
 
 A search for the oldest rows also reads rows deleted since the last vacuum. By default, a vacuum starts only when a
-fifth of the table's rows are dead.
+fifth of a table's rows have been updated or deleted.
 """
 
 
@@ -64,7 +64,7 @@ WAYS = {
     "python": "Python as {actor}",
     "service": "service {actor}",
 }
-"""For each means of access (`followups.store.audit.Way`), the words for an audit event's author."""
+"""How an audit event names its author, for each way in which a change can be made."""
 
 
 def readable(*columns: str) -> str:

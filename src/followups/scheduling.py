@@ -370,8 +370,8 @@ _NOW = Statement("SELECT now() AS now")
 def check_window(chat: Chat, due_date: datetime) -> Steps[None]:
     """Refuse a due date at which the channel's messaging window is closed.
 
-    The due date may be outside the sending hours. In that case, the messaging window must still be open when the
-    sending hours begin.
+    The due date may be outside the sending hours. For a due date outside sending hours, the messaging window must still
+    be open when sending hours begin.
     """
     if chat.channel in WINDOWED_CHANNELS:
         (row,) = yield _NOW()

@@ -90,7 +90,7 @@ Steps: TypeAlias = Generator[Query, Sequence[Any], T]
 def run(session: Session | Connection, steps: Steps[T]) -> T:
     """Execute the rule's statements in the session's transaction and return the rule's result.
 
-    A query's error is raised inside the rule, which may handle it.
+    If a query fails, its error is raised inside the rule, which may handle the error.
     """
     try:
         query = next(steps)

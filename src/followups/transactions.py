@@ -1,11 +1,10 @@
 """A transaction whose outcome is known even if the response to its commit is lost.
 
-If a connection breaks during a commit, the transaction's outcome is unknown. With an unknown outcome, the process might
-own leases that it does not know of. Follow-ups leased without the process's knowledge would be delayed by a whole
-lease. A statement therefore registers a query (`ask_if_lost`) that checks whether its changes are stored. If the
-commit's response is lost, the registered query runs on the server that is then reachable. A promoted standby either has
-the written rows or lacks them. The lost transaction's id would prove nothing, because a new server may use this id
-again.
+If a connection breaks during a commit, the transaction's outcome is unknown. If the outcome stays unknown, the process
+may own leases without knowing it. Follow-ups leased without the process's knowledge would be delayed by a whole lease.
+A statement therefore registers a query (`ask_if_lost`) that checks whether its changes are stored. If the commit's
+response is lost, the registered query runs on the server that is then reachable. A promoted standby either has the
+written rows or lacks them. The lost transaction's id would prove nothing, because a new server may use this id again.
 """
 
 from __future__ import annotations

@@ -203,7 +203,7 @@ def _without_tuning(parameters: dict[str, str]) -> dict[str, str]:
 
 
 def _tls(scheme: str, parameters: dict[str, str]) -> dict[str, str]:
-    """Return the TLS parameters of a URL, spelled in a way that both Redis clients accept."""
+    """Return the TLS parameters of a URL, with names that both Redis clients accept."""
     if unknown := parameters.keys() - _TLS:
         message = f"it has {len(unknown)} unknown parameters; known are db, {', '.join(sorted(_TLS))}"
         raise ValueError(message)

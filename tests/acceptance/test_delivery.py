@@ -26,7 +26,7 @@ SECOND = timedelta(seconds=1)
 
 
 def test_each_at_its_due_date(running: Stack) -> None:
-    """Each follow-up is sent on time and once, and ends as sent with the chat's message id."""
+    """Each follow-up is sent once and on time, and ends as sent with the chat's message id."""
     ids = running.world.burst([timedelta(seconds=1 + n / 20) for n in range(40)])
     running.wait_until_done(*ids)
     rows = [running.world.row(one) for one in ids]
@@ -74,7 +74,7 @@ def test_retry_reject_and_rate_limit(running: Stack) -> None:
 
 
 def test_dropped_answer(running: Stack) -> None:
-    """If the response is lost, the message is sent again with the same key and accepted once."""
+    """If the response is lost, the message is sent again with the same key, and the chat accepts it once."""
     chat_id = running.world.chat()
     running.behave(chat_id, kind="drop", times=1)
     follow_up = running.world.follow_up(chat_id)

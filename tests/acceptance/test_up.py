@@ -125,7 +125,7 @@ def test_the_printed_request_is_delivered_and_ctrl_c_stops_all_processes() -> No
 
 
 def test_a_crashed_process_is_named_and_stops_the_others(open_directory: Path) -> None:
-    """If a process crashes, `followups up` prints the end of that log and exits; --data keeps all data."""
+    """If a process crashes, `followups up` prints the end of its log and exits; --data keeps all data."""
     with up("--data", str(open_directory / "kept")) as system:
         system.wait_until_ready()
         children = descendants(system.process.pid)

@@ -38,7 +38,7 @@ FAR = "now() + interval '30 days'"
 
 
 class Arena:
-    """The servers, the receiver, and the processes of one contestant at a time."""
+    """The servers and the receiver, and the processes of one contestant at a time."""
 
     def __init__(self) -> None:
         self._stack = ExitStack()

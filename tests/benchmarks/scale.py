@@ -101,7 +101,7 @@ def dispatch(url: str, ready: Barrier, results: Queue[Any], options: argparse.Na
 
 
 def end_all(engine: Engine, held: list[leases.Lease]) -> None:
-    """End all leases without an attempt; repeat for rows that another dispatcher has locked."""
+    """End all leases that have no attempt; repeat this for rows that another dispatcher has locked."""
     while held:
         with engine.begin() as connection:
             ended = leases.end_if_not_begun(connection, [(lease, FINAL) for lease in held])

@@ -129,7 +129,7 @@ def test_labels_have_values_that_exist() -> None:
 
 
 def test_no_count_is_summed_over_web_processes() -> None:
-    """Alerts and graphs use the maximum of the web processes' counts, never the sum.
+    """Alerts and graphs use the maximum of the counts from all web processes, never their sum.
 
     All `web` processes expose the same counts.
     """

@@ -95,7 +95,7 @@ def test_pods_have_probes_and_are_spread(name: str) -> None:
 
 
 def test_readiness_does_not_depend_on_shared_servers() -> None:
-    """An outage of a shared server does not make all `web` pods unready simultaneously."""
+    """If a shared server fails, the `web` pods do not all become unready at once."""
     assert container("web")["readinessProbe"]["httpGet"]["path"] == "/healthz"
 
 

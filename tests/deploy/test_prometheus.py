@@ -34,7 +34,7 @@ def test_each_panel_has_data(stack: Stack, prometheus: Prometheus) -> None:
 
 @pytest.mark.faults_long
 def test_faults_fire_their_alerts(stack: Stack, prometheus: Prometheus) -> None:
-    """A failing chat, stopped workers and a stopped `web` each trigger their own alerts.
+    """If chats fail, workers stop or `web` stops, the matching alerts fire.
 
     When the fault ends, its alerts are resolved.
     """

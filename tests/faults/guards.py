@@ -76,7 +76,7 @@ class Scene:
 
     @property
     def engine(self) -> Engine:
-        """An engine whose statements may lack a guard."""
+        """An engine that can run statements from which a guard has been removed."""
         return self.world.engine
 
     def lease(self) -> Lease:

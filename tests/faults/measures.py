@@ -41,7 +41,7 @@ def lag_p99_ms(rig: Rig, ids: Sequence[UUID]) -> float:
 
 
 def claim_ms(rig: Rig, since: datetime, until: datetime) -> float | None:
-    """Return the median duration of successful claims between two times, or None."""
+    """Return the median duration of the claims that succeeded between two times, or None if there were none."""
     took = [tick["duration_ms"] for tick in rig.events("tick") if since <= _moment(tick) <= until]
     return round(statistics.median(took), 2) if took else None
 

@@ -72,7 +72,7 @@ class Proxy:
         self._url = server_url
 
     def freeze(self) -> None:
-        """Stop all forwarding on open connections; new connections are forwarded."""
+        """Stop forwarding on all open connections; new connections are forwarded."""
         self._call(self._freeze)
 
     def stall(self) -> None:
@@ -90,7 +90,7 @@ class Proxy:
         self.cut()
 
     def given_up(self) -> int:
-        """Return how many clients closed their connection while the proxy forwarded nothing."""
+        """Return how many clients closed their connections while forwarding was stopped."""
         return sum(_is_closed(writer) for writer in tuple(self._open))
 
     def _call(self, function: Callable[[], None]) -> None:
@@ -118,7 +118,7 @@ class Proxy:
             writer.transport.abort()
             return
         self._open.add(writer)
-        # asyncio's own callback raises an error if the handler was cancelled.
+        # If the handler was cancelled, asyncio's own callback raises an error.
         with contextlib.suppress(OSError, asyncio.CancelledError):
             forwarding = self._forwarding
             await forwarding.wait()

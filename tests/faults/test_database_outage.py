@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from faults.rig import Rig
 
 BACK_WITHIN = 10.0
-"""Sending must resume within this many seconds; the limit is doubled for a busy machine."""
+"""Sending must resume within this many seconds, or within twice as many on a busy machine."""
 
 
 def outages(rig: Rig, figures: Figures, times: int, between: tuple[float, float], rate: float) -> None:

@@ -215,7 +215,7 @@ def test_several_hosts_in_the_url() -> None:
 def test_a_begin_lost_in_an_asynchronous_failover_fails(broker_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """If a failover loses a begin and its answer, the begin counts as failed immediately.
 
-    A new transaction with the same id is not mistaken for the lost transaction.
+    If a new transaction reuses the lost transaction's id, it is not mistaken for the lost one.
     """
     with Replicated(synchronous=False) as postgres:
         make_roles(postgres.url())

@@ -46,7 +46,7 @@ def proxy_of(server: str, proxies: Sequence[Proxy]) -> Proxy:
 
 
 def working(rig: Rig) -> list[Child]:
-    """Start workers and beat, use every connection, and create follow-ups due after the fault."""
+    """Start workers and beat, use every connection, and create follow-ups that are due after the fault."""
     workers = rig.start(workers=2)
     rig.bulk(40, spread=1.0)
     rig.settle_down(within=60)

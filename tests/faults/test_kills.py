@@ -1,6 +1,6 @@
 """Tests that kill a worker at each step of a delivery; another takes over within a lease and a tick.
 
-A worker has no child processes that could be killed, because it always uses Celery's solo pool.
+A worker always uses Celery's solo pool, so it has no child processes.
 """
 
 from __future__ import annotations

@@ -24,7 +24,7 @@ def test_a_broken_promise_stays_until_the_next_run() -> None:
 
 
 def test_each_row_has_the_date_of_its_run() -> None:
-    """Each row of the report shows the date of its run."""
+    """Each row of the report shows the date on which it was measured."""
     first = report(run("one", "long"), "")
     assert "| recovery s 1.5 | 2026-01-31 09:00 |" in first
     second = report([*run("two", "long", at="2026-02-01 10:00"), *run("three", "short")], first)

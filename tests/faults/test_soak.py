@@ -95,7 +95,7 @@ def resident_mb(pid: int) -> float:
 
 
 def disturb(rig: Rig, api: Api, fresh: list[UUID]) -> None:
-    """Make one new follow-up fail once, cancel another, and send a reply to the chat of a third."""
+    """Make one new follow-up fail once, cancel another, and send a reply to a third one's chat."""
     failing, cancelled, replied = rig.rng.sample(fresh, 3)
     rig.behave(chat_of(rig, failing), kind="fail", times=1)
     assert rig.cancel(api, cancelled) in {200, 409}

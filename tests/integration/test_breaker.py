@@ -114,7 +114,7 @@ def test_opens_for_many_in_a_row(own: Settings) -> None:
 
 
 def test_probes_then_recovers(own: Settings) -> None:
-    """An open breaker permits a few probes after a pause.
+    """After a pause, an open breaker permits a few probes.
 
     A failed probe lengthens the next pause; a successful probe permits more attempts.
     """

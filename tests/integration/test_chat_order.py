@@ -123,7 +123,7 @@ class TestOrder:
         assert steps.claim().leases == ()
 
     def test_an_earlier_follow_up_is_rescheduled(self, world: World, steps: Steps, engine: Engine) -> None:
-        """A follow-up is not parked if the earlier follow-up is rescheduled in the meantime."""
+        """If the earlier follow-up has just been rescheduled, the later follow-up is not parked."""
         chat = world.chat()
         first, second = world.follow_up(chat, -2 * SECOND), world.follow_up(chat, -SECOND)
         lease = next(one for one in steps.claim().leases if one.id == second)

@@ -227,7 +227,7 @@ async def test_an_abandoned_request_leaves_the_queue(under_test: LimiterUnderTes
 
 
 async def test_many_cancelled_requests_delay_others_briefly(under_test: LimiterUnderTest) -> None:
-    """A request that waits for a token is repeated within five minutes.
+    """A worker repeats each waiting token request within five minutes.
 
     A token request that is not repeated delays other requests for at most five minutes.
     """

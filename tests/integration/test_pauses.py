@@ -66,7 +66,7 @@ def test_a_paused_workspace(world: World, engine: Engine, settings: Settings) ->
 
 @pytest.mark.parametrize("everybody", [True, False])
 def test_a_paused_channel(world: World, engine: Engine, settings: Settings, *, everybody: bool) -> None:
-    """If a channel is paused in one workspace or in all workspaces, other channels continue."""
+    """If a channel is paused in one or all workspaces, other channels continue."""
     others = type(world)(engine)
     stopped = world.follow_up(world.chat(channel="waha"))
     kept = world.follow_up(world.chat(channel="matrix"))

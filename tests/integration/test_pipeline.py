@@ -373,8 +373,8 @@ def test_poison_pills_are_sent_alone(  # noqa: PLR0913 - fixtures and three para
 ) -> None:
     """A follow-up with two lost leases is sent alone.
 
-    A follow-up with one lost lease is sent together with at most a few other such follow-ups. A follow-up that has lost
-    no lease is sent at once.
+    Only a few follow-ups that have lost one lease are sent at the same time. A follow-up that has lost no lease is sent
+    at once.
     """
     under_way: list[int] = []
     suspects = {str(world.follow_up(losses=losses)) for losses in [1] * count_once + [2] * count_twice}
@@ -422,7 +422,7 @@ def test_briefly_read_only(
 
 
 async def test_not_sent_after_its_lease() -> None:
-    """If a process was frozen until the follow-up's lease had expired, the process makes no call."""
+    """If a process is frozen until the follow-up's lease expires, the process does not send the message."""
     clock = DatabaseClock()
     clock.observe(datetime.now(UTC), uptime(), uptime())
     now = datetime.now(UTC)

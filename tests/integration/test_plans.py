@@ -1,4 +1,4 @@
-"""The statements of claim, begin and settle use index look-ups among many pending follow-ups.
+"""Even among many pending follow-ups, the statements of claim, begin and settle use index look-ups.
 
 The plans of the API's lists are tested in `test_store_listing.py`.
 """

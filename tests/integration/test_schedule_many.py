@@ -121,7 +121,7 @@ def test_another_workspaces_chat(world: World) -> None:
 
 
 def test_the_number_of_statements_is_constant(world: World) -> None:
-    """Scheduling a thousand follow-ups takes as many statements as scheduling one, and under a second."""
+    """Scheduling a thousand follow-ups takes under a second and no more statements than scheduling one."""
     targets = [world.chat() for _ in range(20)]
     statements: list[str] = []
 

@@ -295,7 +295,7 @@ class TestWindow:
     """Tests of chats that have both a messaging window and sending hours."""
 
     def windowed(self, world: World, left: timedelta) -> UUID:
-        """Return a chat whose messaging window ends in the given time."""
+        """Return a chat whose messaging window ends after the given duration."""
         ago = (24 * HOUR - left).total_seconds()
         return world.chat(channel="whatsapp", last_user_message_at=text(f"now() - interval '{ago} s'"))
 

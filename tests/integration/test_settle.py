@@ -268,7 +268,7 @@ def test_edge_of_the_calendar(world: World, engine: Engine, due: datetime) -> No
 
 
 def test_settle_of_all_kinds_together(world: World, steps: Steps, engine: Engine) -> None:
-    """If the results in a batch differ, each follow-up gets its own result."""
+    """If the results in a batch differ, each follow-up still gets its own result."""
     chat = world.chat()
     sent, again, refused, stale, held = (world.follow_up(due=-SECOND * n) for n in range(6, 1, -1))
     first = world.follow_up(chat, -SECOND)

@@ -96,7 +96,7 @@ def test_scheduled_after_by_a_transaction_that_began_before(world: World, engine
 
 
 def test_moved_and_renamed_after(world: World, engine: Engine, settings: Settings, taken_over: UUID) -> None:
-    """A follow-up that is moved or gets a new trigger after an operator's message is still sent."""
+    """If a follow-up is moved or gets a new trigger after an operator's message, it is still sent."""
     moved = world.follow_up(scheduled_at=text("now() - interval '2 min'"))
     other = world.chat(last_message_role="operator")
     with Session(engine) as session, session.begin():

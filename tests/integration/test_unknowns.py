@@ -51,7 +51,7 @@ def unknown_outcome(world: World, settings: Settings) -> tuple[UUID, UUID]:
 
 
 def test_reply(world: World, unknown_outcome: tuple[UUID, UUID]) -> None:
-    """If a reply follows an attempt of unknown outcome, the reason of the cancel says so."""
+    """If a reply follows an attempt with an unknown outcome, the cancel's reason mentions this outcome."""
     follow_up, chat_id = unknown_outcome
     reply(world, chat_id)
     assert world.row(follow_up).reason == f"user_replied: {SAID}"

@@ -102,7 +102,7 @@ def as_many_attempts_as_there_can_be(world: World) -> None:
 
 
 def refused_by_a_trigger(world: World) -> None:
-    """Create a trigger that rejects the begin of an attempt, like another program's trigger."""
+    """Create a trigger that makes begin fail, as another program's trigger might."""
     world.alter(
         "CREATE FUNCTION refuse() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN"
         f" IF NEW.workspace_id = '{world.workspace_id}' AND NEW.begun_at IS NOT NULL THEN RAISE 'not this one'; END IF;"
@@ -135,7 +135,7 @@ def test_a_follow_up_that_cannot_begin(
 
 
 def test_a_row_that_cannot_be_deferred(world: World, engine: Engine, settings: Settings) -> None:
-    """A follow-up with an unwritable row is claimed again after its lease; other follow-ups begin."""
+    """A follow-up that cannot be written is claimed again after its lease; other follow-ups begin."""
     bad, good = world.follow_up(), world.follow_up()
     leases = claim(engine, settings).leases
     world.alter(f"ALTER TABLE follow_ups ADD CHECK (id <> '{bad}') NOT VALID")
@@ -151,7 +151,7 @@ def unwritable(world: World, follow_up_id: UUID) -> None:
 
 
 def lost_twice(world: World, chat: UUID | None = None) -> UUID:
-    """Insert a follow-up in flight whose lease has expired for the third time."""
+    """Insert a follow-up in flight that has now lost its third lease."""
     return world.follow_up(
         chat,
         -2 * SECOND,
@@ -202,7 +202,7 @@ def ticking(settings: Settings, engine: Engine) -> Iterator[Callable[[], set[UUI
 def test_a_row_that_cannot_be_released(
     world: World, engine: Engine, settings: Settings, insert: Callable[[World], UUID]
 ) -> None:
-    """A blocked or paused follow-up that cannot be released is logged.
+    """If a blocked or paused follow-up cannot be released, it is logged.
 
     All other blocked or paused follow-ups are released and claimed.
     """

@@ -1,4 +1,4 @@
-"""Tests of the Lua scripts for flow control, run on fakeredis; `integration` runs them on a real Valkey."""
+"""Tests of the Lua scripts for flow control on fakeredis; `integration` tests them on a real Valkey."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The lint check of metrics pages finds each type of flaw."""
+"""The lint check finds each type of mistake in a metrics page."""
 
 from __future__ import annotations
 

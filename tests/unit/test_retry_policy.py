@@ -64,7 +64,7 @@ def test_slow_growth_continues() -> None:
 
 
 def test_the_jitter_is_full() -> None:
-    """Each delay is drawn at random between zero and the ceiling."""
+    """Each delay is drawn at random between zero and an upper limit."""
     policy = RetryPolicy(timedelta(seconds=8), 2.0, HOUR, max_attempts=8)
     assert policy.next_delay(2, lambda: 0.0) == ZERO
     assert policy.next_delay(2, lambda: 0.25) == timedelta(seconds=4)

@@ -57,7 +57,7 @@ IDENTITY = "followups.identity"
 """The key under which an ASGI scope contains the request's `Identity`."""
 
 KEY_HASH = "followups.key_hash"
-"""The key under which an ASGI scope contains the hash of the request's API key."""
+"""The key in an ASGI scope under which the hash of the request's API key is stored."""
 
 USE_RECORDED_EVERY = timedelta(minutes=1)
 """Minimum time between two updates of an API key's `last_used_at`."""

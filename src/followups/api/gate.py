@@ -104,7 +104,7 @@ class RequestBody:
         return None
 
     def charge(self, owner: RequestLimit) -> None:
-        """Count the body's memory against its workspace, which may use half of the shared memory."""
+        """Count the body's memory against its workspace, which may use at most half of the shared memory."""
         self.owner = owner
         owner.buffered += self.size
 
@@ -238,7 +238,7 @@ class _Answer:
         self._send = send
         self.begun = False
         self.closes = False
-        """Whether the response closes the connection because the request's body was not read."""
+        """Whether the response closes the connection because part of the request's body was not read."""
         self.at_start: Callable[[], None] | None = None
 
     async def __call__(self, message: Message) -> None:

@@ -83,7 +83,7 @@ KiB.
 class OpenConnections:
     """The state that all connections of a server share.
 
-    This state includes the connections that can be closed to admit new ones. The connection that has been idle or
+    The connections that can be closed to admit new ones are stored in order. The connection that has been idle or
     unread longest comes first.
     """
 

@@ -258,7 +258,7 @@ def require_either(follow_up_id: UUID | None, many: object, options: str) -> Non
 
 
 def refuse_bulk_options(**options: object) -> None:
-    """Raise a usage error if a bulk option is combined with a follow-up's ID."""
+    """Raise a usage error if the command line has both a bulk option and a follow-up's ID."""
     for name, value in options.items():
         if value:
             message = "cannot be combined with the ID of one follow-up."

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 app = typer.Typer(add_completion=False, rich_markup_mode="markdown")
 
 UNDER_WAY = 10.0
-"""Maximum seconds that a pause waits for transactions that may be beginning attempts."""
+"""Longest time, in seconds, that a pause waits for transactions that may be beginning attempts."""
 LOOK = 0.02
 
 

@@ -38,7 +38,7 @@ AHEAD_TICKS = 2
 """A claim covers this many tick intervals, so that one late tick delays no follow-up."""
 
 CLAIM_SIZE = 1000
-"""A claim may lease this many rows, even if that exceeds half of the in-flight limit."""
+"""A claim may always lease this many rows, even if they are more than half of the in-flight limit."""
 LARGEST_CLAIM = 10_000
 """Maximum number of rows in one claim. A claim of this size takes up to 0.2 s. The first rows of a claim are sent while
 the next claim runs.

@@ -107,7 +107,7 @@ class Deferral:
         self._returns = ReturnTimes()
         self._release_again_at = -inf
         self._excess: list[Lease] = []
-        """Leases taken out of the due queue that still have to be deferred."""
+        """Leases that were taken out of the due queue and must still be deferred."""
         self._tripped: frozenset[int] = frozenset()
         self._recovered: frozenset[int] = frozenset()
         """Workspaces that are no longer tripped, but still have deferred follow-ups."""

@@ -181,8 +181,8 @@ class Dispatcher:
         deadline = time.monotonic() + seconds
         self._interval.begin()
         self._release_orphans()
-        # After the deadline, the remaining claims are left to the next tick of any dispatcher. If two dispatchers take
-        # turns, claims are twice as frequent but half as large.
+        # After the deadline, no further claim starts in this tick; the next tick of any dispatcher continues. If two
+        # dispatchers take turns, claims are twice as frequent but half as large.
         while self._interval.next <= deadline:
             if self._stopping.wait(max(0.0, self._interval.next - time.monotonic())) or not self._claim_and_publish():
                 return

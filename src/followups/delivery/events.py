@@ -171,7 +171,7 @@ def refused(step: str, follow_up_id: UUID, error: Exception) -> None:
 
 
 def clock_off(ahead: float) -> None:
-    """Log that this host's clock differs considerably from the database's; this affects only log times."""
+    """Log that this host's clock differs from the database's by too much; only log times are affected."""
     log.warning("clock_off", ahead_s=round(ahead, 1))
 
 

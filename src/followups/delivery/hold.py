@@ -62,7 +62,7 @@ def hold_or_end(obstacle: Obstacle, max_lateness: timedelta) -> Hold | Final | N
         return None
     until = opening or (since if obstacle.too_late else None)
     if until is None or obstacle.hours is None:
-        # A follow-up that waits for an earlier follow-up is parked rather than held.
+        # If a follow-up waits for an earlier follow-up, it is parked rather than held.
         paused = obstacle.pause_id and not obstacle.earlier
         return Hold(obstacle.lease, NEVER, NEVER, since, obstacle.pause_id) if paused else None
     if obstacle.window_ends is not None and until >= obstacle.window_ends:

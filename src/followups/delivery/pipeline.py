@@ -119,7 +119,7 @@ class Pipeline:
             self._loop.call_soon_threadsafe(answer)
 
     def stop_beginning(self) -> None:
-        """Begin no further follow-ups and return immediately; attempts in flight continue."""
+        """Begin no further follow-ups; attempts in flight continue, and this function returns immediately."""
         self.ask(self._close)
 
     def drain(self, limit: timedelta) -> int:

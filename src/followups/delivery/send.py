@@ -58,9 +58,9 @@ async def send(
 ) -> Attempt | None:
     """Wait until the follow-up is due and call the transport once, within ``limit``.
 
-    The transport is never called before the due time. Return None without a call if ``latest`` (an `uptime`) has
-    passed. Only in a frozen process can ``latest`` pass before the call. After ``latest``, another worker might lease
-    the follow-up during the call. The only exception that this function raises is cancellation.
+    The transport is never called before the due time. If ``latest`` (an `uptime`) has passed, return None without
+    calling the transport. Only in a frozen process can ``latest`` pass before the call. After ``latest``, another
+    worker might lease the follow-up during the call. The only exception that this function raises is cancellation.
     """
     # A timer uses another clock and may fire early, so the time is checked again.
     while (wait := clock.until(begun.lease.due)) > 0:  # noqa: ASYNC110 - time is what is waited for
@@ -137,7 +137,8 @@ def _delay(after: object) -> timedelta | None:
 def _status_code(code: object) -> int | None:
     if not isinstance(code, int) or isinstance(code, bool) or not 0 <= code < STATUS_CODE_LIMIT:
         return None
-    return int(code)  # an HTTPStatus is also an int, but psycopg cannot adapt an array of HTTPStatus values
+    # an HTTPStatus is also an int, but psycopg cannot pass an array of HTTPStatus values to PostgreSQL
+    return int(code)
 
 
 def _described(begun: Begun, transport: str) -> dict[str, str | int]:
@@ -163,7 +164,7 @@ class CallTimeout:
         self._timer: asyncio.TimerHandle | None = None
 
     def begin(self) -> Task:
-        """Start the time limit of the current task's call, and return the task."""
+        """Start the time limit for the call that the current task makes, and return the task."""
         task = cast("Task", asyncio.current_task())
         loop = asyncio.get_running_loop()
         end = self._ends[task] = loop.time() + self.seconds

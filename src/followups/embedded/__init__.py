@@ -3,7 +3,7 @@
 The embedded processes are used by `followups up`, `followups demo` and the tests. Every process started here is a child
 of the owner process, in a separate session. Ctrl-C therefore reaches only the owner process, which then stops its
 children in order. Each child is stopped at the end of the owner's ``with`` block. If the owner is killed, a small
-`watchdog` process stops its children and removes temporary directories.
+`watchdog` process stops the children and removes temporary directories.
 """
 
 from __future__ import annotations

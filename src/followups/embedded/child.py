@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 POLL = timedelta(milliseconds=20)
-"""Seconds between two checks of whether a process is ready."""
+"""Seconds between two checks whether a process is ready."""
 
 TAIL_LINES = 20
 """Number of lines at the end of the log that an error message quotes."""

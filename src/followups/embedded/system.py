@@ -58,7 +58,7 @@ class StartPlan:
     overrides: Mapping[str, object] = field(default_factory=dict)
     """Settings given by field name; all other settings are read from the environment."""
     echo: Callable[[str, str], None] | None = None
-    """A function that is called with every (process, line) of the logs."""
+    """A function that is called with the process and the line, for every log line."""
 
 
 @dataclass(frozen=True, slots=True)

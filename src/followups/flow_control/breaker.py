@@ -157,7 +157,7 @@ class BreakerStore:
         self._policy = policy.arguments()
 
     async def report(self, outcomes: OutcomeReport, wanted: int) -> SharedState:
-        """Report outcomes to Redis, and request permits.
+        """Report outcomes to Redis, and ask Redis for permits.
 
         Raises `redis.RedisError` or `OSError` if Redis is unreachable.
         """

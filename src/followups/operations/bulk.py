@@ -123,7 +123,7 @@ def _retry_one(engine: Engine, actor: Actor, follow_up_id: UUID, events: dict[UU
 
 
 def retry_refusal(error: FollowUpsError) -> str:
-    """Return a short reason why a follow-up is not retried."""
+    """Return a short reason for not retrying the follow-up."""
     match error:
         case ChatNotFoundError():
             return "chat removed"

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     Batches = Iterator[dict[str, int]]
 
 PAUSE = 0.2
-"""Seconds between two passes while follow-ups are in flight or locked by another transaction."""
+"""Seconds between two passes, if follow-ups are still in flight or locked by another transaction."""
 
 NAMES = {
     "follow_ups": "deleted",

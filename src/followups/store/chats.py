@@ -272,8 +272,8 @@ def receive(
     """Record a chat message; a user's or operator's message cancels the chat's pending follow-ups.
 
     If the chat is unknown, it is created. A message older than the chat's last one is recorded but cancels nothing. An
-    older message of a user still opens the messaging window, counted from the time of that message. Recording the same
-    message again changes nothing. Raises `ChatNotFoundError` for a removed chat.
+    older message of a user still opens the messaging window from the time of that message. Recording the same message
+    again changes nothing. Raises `ChatNotFoundError` for a removed chat.
     """
     names: dict[str, Any] = {"workspace_id": workspace_id, "message_id": message_id, "chat_id": chat_id}
     (chat,) = yield _KNOWN_OR_LOCK(**names)

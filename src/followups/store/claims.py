@@ -68,7 +68,7 @@ class Claim:
     Expired leases are taken over by the first claim after the grace period.
     """
     busy: bool = False
-    """Whether this claim read nothing because another dispatcher was claiming."""
+    """Whether the claim read nothing because another dispatcher was claiming at the same time."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -80,8 +80,8 @@ _COUNT = text(f"""
 """)  # noqa: S608 - no input, only the constants above
 
 _ESTIMATE_PENDING = text(f"EXPLAIN (FORMAT JSON) SELECT {_PENDING_ROWS}")
-# The planner does not use the histogram of a partial index. Instead, the planner assumes that a third of the rows are
-# overdue.
+# The planner does not use the histogram of a partial index and assumes that a third of the rows are overdue. Instead,
+# the planner assumes that a third of the rows are overdue.
 _SHARE_OVERDUE = text("""
     SELECT avg((bound <= now())::int)
       FROM pg_stats, unnest(CAST(CAST(histogram_bounds AS text) AS timestamptz[])) AS bound
@@ -269,7 +269,7 @@ def within(
 
 
 def attempts(connection: Connection) -> dict[str, int]:
-    """Return how many attempts all processes have made, by outcome; the figures are at most a second old."""
+    """Return how many attempts all processes have made, by outcome; the result is at most a second old."""
     found: dict[str, int] = {}
     for (name, labels), value in counter_totals.read(connection).items():
         if name == "followups_attempts_total":

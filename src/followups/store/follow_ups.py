@@ -358,7 +358,7 @@ _NAME_CHAT_MESSAGE = Statement(
 def name_chat_message_if_unnamed(follow_up_id: UUID, chat_message_id: UUID) -> Steps[FollowUp | None]:
     """Store the transport's message id in a sent follow-up that has none yet.
 
-    Return the updated follow-up, or None if it already had a message id.
+    Return the updated follow-up, or None if it already has a message id.
     """
     named: Sequence[FollowUp] = yield _NAME_CHAT_MESSAGE(id=follow_up_id, chat_message_id=chat_message_id)
     return named[0] if named else None

@@ -34,7 +34,7 @@ WINDOWED = ", ".join(f"'{channel.value}'" for channel in sorted(WINDOWED_CHANNEL
 """An SQL list of the channels that have a messaging window."""
 
 OPEN = "f.finished_at IS NULL"
-"""SQL condition for pending follow-ups, used in queries that search by id. A CHECK constraint makes this condition
+"""SQL condition for pending follow-ups, for queries that search by id. A CHECK constraint makes this condition
 equivalent to a check of the status. This form of the condition keeps the planner from using the partial indexes of
 pending rows. In the partial indexes, the id is only the last column. After a vacuum that finds no pending row, the
 planner believes that the partial indexes of pending rows are empty. The planner then prefers an index that seems empty
@@ -58,16 +58,15 @@ LOOKED_UP = f"""
 LEASED = f"CROSS JOIN LATERAL ({LOOKED_UP} FOR NO KEY UPDATE SKIP LOCKED) f"
 """SQL that locks the rows found by `LOOKED_UP`, but skips rows that other transactions have locked."""
 
-# OFFSET 0 makes the planner look up the chat for each row. When planned for an empty table of chats, the query locked
-# the whole batch again for each chat. With 1,650 chats and without OFFSET 0, beginning a hundred follow-ups took more
-# than 8 s.
+# OFFSET 0 makes the planner look up the chat for each row. Planned for an empty table of chats, the query locked the
+# whole batch once per chat. With 1,650 chats and without OFFSET 0, beginning a hundred follow-ups took more than 8 s.
 CHAT = """CROSS JOIN LATERAL (
              SELECT c.* FROM chats c WHERE c.workspace_id = f.workspace_id AND c.id = f.chat_id OFFSET 0
          ) c"""
 """SQL that looks up the chat of each follow-up."""
 
 OUTCOME_UNKNOWN = "the outcome of an attempt is unknown"
-"""The text added to a reason if the outcome of an attempt was unknown. After an unknown outcome, the follow-up is
+"""The text added to a reason if the outcome of an attempt was unknown. If an outcome is unknown, the follow-up is
 retried under the same key and usually ends as sent. Without this text, the reason would hide that the message may have
 been accepted.
 """

@@ -96,7 +96,7 @@ _HOLD = text(f"""
 
 
 def hold_if_leased(connection: Connection, holds: Sequence[Hold]) -> set[UUID]:
-    """Hold leased follow-ups; return the ones that were held."""
+    """Hold leased follow-ups; return those that were held."""
     parameters: dict[str, object] = {
         "ids": [one.lease.id for one in holds],
         "tokens": [one.lease.token for one in holds],

@@ -133,7 +133,7 @@ def statement_of(
 
 
 def _narrowing(wanted: ListFilter) -> dict[str, tuple[str, Any]]:
-    """Return SQL conditions for filters without an index; these conditions are checked row by row.
+    """Return SQL conditions for filters without an index; they are checked for each row.
 
     The result maps each filter's name to its condition and its value.
     """

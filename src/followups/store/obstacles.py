@@ -46,7 +46,7 @@ class Obstacle:
     window_closed: bool = False
     too_late: bool = False
     earlier: UUID | None = None
-    """The pending follow-up directly before this follow-up in the chat."""
+    """The pending follow-up that comes directly before this one in the chat."""
     sendable_from: datetime | None = None
     """The first time at which sending hours allow the message, or None if none was recorded."""
     window_ends: datetime | None = None

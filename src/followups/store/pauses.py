@@ -171,7 +171,7 @@ def release_orphaned(
     A lifted pause is deleted once it holds no follow-ups. ``refused`` is called for each row that cannot be written.
     Rows in ``without`` are skipped.
 
-    `resume` calls this function until no follow-up is left to release. If resuming is interrupted, the dispatcher
+    `resume` calls this function until no follow-up is left to release. If `resume` is interrupted, the dispatcher
     releases the remaining follow-ups.
     """
 

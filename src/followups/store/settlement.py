@@ -1,4 +1,4 @@
-"""Settlement records each attempt's outcome, and inserts a row for a failed attempt."""
+"""Settlement records the outcome of each attempt. For a failed attempt, settlement also inserts a row."""
 
 from __future__ import annotations
 

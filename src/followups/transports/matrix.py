@@ -1,8 +1,8 @@
 """The transport ``matrix``: ``m.room.message`` through the client-server API of a homeserver.
 
 ``PUT .../rooms/{roomId}/send/m.room.message/{txnId}`` (Matrix specification v1.11, client-server API, "Sending events
-to a room"). The follow-up's id serves as the transaction id, by which the homeserver recognises duplicates. The chat's
-external id serves as the room id.
+to a room"). The follow-up's id is used as the transaction id. The homeserver recognises duplicates by this id. The
+chat's external id serves as the room id.
 """
 
 from __future__ import annotations

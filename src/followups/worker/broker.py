@@ -44,7 +44,7 @@ TRANSPORT_ALIASES.update(
 )
 
 LONGEST_PAUSE = 3.0
-"""The longest time in seconds between two tries to reach the broker.
+"""The longest pause, in seconds, between two attempts to reach the broker.
 
 Celery's own pauses grow to thirty seconds.
 """

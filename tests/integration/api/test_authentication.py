@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 def requests_of(document: dict[str, Any], mine: dict[str, Any]) -> list[tuple[str, str, dict[str, Any]]]:
-    """Return a valid request (method, path, options) for each endpoint that requires an API key.
+    """For each endpoint that requires an API key, return a valid request (method, path, options).
 
     ``mine`` contains the ids that the requests use.
     """

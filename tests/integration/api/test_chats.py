@@ -146,7 +146,7 @@ class TestMessages:
         assert api.message(chat_id, "user").json()["cancelledFollowUpIds"] == [created["id"]]
 
     def test_in_flight(self, api: Api) -> None:
-        """A reply does not cancel a follow-up that is in flight, but prevents its retry."""
+        """If a user replies while a follow-up is in flight, the attempt continues but is not retried."""
         created = api.create()
         api.world.put_in_flight(created["id"])
         assert api.message(created["chatId"], "user").json()["cancelledFollowUpIds"] == []

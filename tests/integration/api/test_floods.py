@@ -168,7 +168,7 @@ def answered(connection: socket.socket) -> bytes:
 
 @pytest.mark.parametrize("has_key", [False, True])
 def test_a_million_chunks(web: Web, *, has_key: bool) -> None:
-    """If a client sends a body in a million one-byte chunks, it is rejected long before the last chunk."""
+    """A body sent in a million one-byte chunks is rejected long before the last chunk."""
     with web.flooded(f"a million chunks, {'with' if has_key else 'without'} a key") as flood, web.connect() as client:
         client.sendall(POST + (web.key if has_key else b"") + b"transfer-encoding: chunked\r\n\r\n")
         with suppress(ConnectionError):

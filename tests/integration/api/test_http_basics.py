@@ -226,7 +226,7 @@ def test_bodies_have_a_budget(settings: Settings, world: World, monkeypatch: pyt
 
 
 def test_the_longest_idle_connection_is_closed(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
-    """At the connection limit, the connection idle for longest is closed to admit a new one."""
+    """At the connection limit, the connection that has been idle longest is closed for a new one."""
     monkeypatch.setattr(server, "MAX_CONNECTIONS", 3)
     request = b"GET /healthz HTTP/1.1\r\nhost: a\r\n\r\n"
 

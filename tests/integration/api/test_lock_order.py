@@ -106,7 +106,7 @@ def test_finished_in_a_removed_chat(api: Api) -> None:
 def deadlocked(api: Api, engine: Engine, request: Callable[[], Any], created: dict[str, Any]) -> Any:
     """Cause a deadlock that aborts a request, and return the request's response.
 
-    Another transaction locks the follow-up and then waits for the chat that the request has locked.
+    Another transaction locks the follow-up, and then waits for the chat, which the request has locked.
     """
     with ThreadPoolExecutor(1) as pool, engine.connect() as connection:
         connection.execute(text("SELECT FROM follow_ups WHERE id = :id FOR UPDATE"), {"id": created["id"]})
@@ -119,8 +119,8 @@ def deadlocked(api: Api, engine: Engine, request: Callable[[], Any], created: di
 def lock_chat(connection: Connection, chat_id: str) -> None:
     """Cause a deadlock with a request that has locked the chat; PostgreSQL aborts that request.
 
-    PostgreSQL checks a waiting transaction for deadlocks only once, after a second. If the request has already waited
-    for more than a second, PostgreSQL aborts another transaction instead.
+    A waiting transaction is checked for deadlocks only once, after it has waited for a second. If the request has
+    already waited for more than a second, PostgreSQL aborts another transaction instead.
     """
     try:
         connection.execute(text("SELECT FROM chats WHERE id = :id FOR UPDATE"), {"id": chat_id})

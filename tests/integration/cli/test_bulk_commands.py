@@ -238,7 +238,7 @@ class TestRetry:
     def test_a_follow_up_retried_by_id_is_skipped(self, run: RunCommand, world: World) -> None:
         """A bulk retry skips a follow-up that an operator has already retried by its id.
 
-        After a bulk retry skips a follow-up, an operator can still retry it by its id.
+        If a bulk retry has skipped a follow-up, an operator can still retry it by its id.
         """
         original = failed(world)
         assert run("retry", original).code == 0

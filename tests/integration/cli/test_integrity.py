@@ -38,7 +38,7 @@ def test_unreadable_rows(world: World, engine: Engine) -> None:
 
 
 def test_a_constraint_that_was_never_validated(world: World, engine: Engine) -> None:
-    """Doctor reports an unvalidated constraint like a missing one."""
+    """Doctor reports a constraint that was never validated as if it were missing."""
     name = "ck_follow_ups_due_date_is_readable"
     world.alter(
         f"ALTER TABLE follow_ups DROP CONSTRAINT {name}, ADD CONSTRAINT {name} CHECK (due_date > 'epoch') NOT VALID"
@@ -47,7 +47,7 @@ def test_a_constraint_that_was_never_validated(world: World, engine: Engine) -> 
 
 
 def test_ids_already_in_use(world: World, engine: Engine) -> None:
-    """Doctor reports a sequence that is behind its table, and advises SQL that corrects it."""
+    """If a sequence is behind its table, doctor reports this and shows SQL that corrects it."""
     follow_up = world.follow_up()
     record = "INSERT INTO failed_attempts (follow_up_id, number, outcome, detail) VALUES (:id, 1, 'retry', '')"
     for _ in range(3):

@@ -179,7 +179,7 @@ def test_the_dashboard(running: Stack) -> None:
 
 
 def test_attempts_since_the_first_sample() -> None:
-    """The attempt count starts at the first sample; the rate is based on the last two samples."""
+    """The attempt count starts at the first sample; the rate is computed from the last two samples."""
     attempts = stats.Attempts()
     attempts.see({"sent": 100, "retry": 3}, 10.0)
     attempts.see({"sent": 110, "retry": 3, "rejected": 1}, 12.0)

@@ -223,7 +223,7 @@ class TestChat:
 
 
 def test_every_table_of_a_workspace_is_known() -> None:
-    """Every table that refers to a workspace has a column by which its rows are deleted."""
+    """Every table that refers to a workspace has a column by which the workspace's rows are deleted."""
     referring: Sequence[Any] = [
         table
         for table in Base.metadata.sorted_tables

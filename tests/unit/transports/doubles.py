@@ -203,7 +203,7 @@ def homeserver(chats: SandboxChats) -> web.Application:
 
 
 def _matrix_body(body: str) -> bytes:
-    """Convert the sandbox's response to Matrix's format, unless a test scripted the response."""
+    """Convert the sandbox's response to Matrix's format, unless a test prescribed the response."""
     try:
         message_id = UUID(json.loads(body)["chatMessageId"])
     except (ValueError, RecursionError, TypeError, KeyError, AttributeError):

@@ -78,7 +78,7 @@ def threaded() -> Iterator[ThreadedServer]:
 
 
 async def test_a_connection_that_ended_while_idle_is_not_used() -> None:
-    """If a receiver closes the connection between two calls, neither call is affected."""
+    """If a receiver closes the connection between two calls, both calls succeed."""
     async with scripted(OK) as server, opened(HttpTransport(settings_for(server.url))) as transport:
         for _ in range(3):
             assert await transport.send(a_delivery()) == Sent(None, 200)

@@ -230,7 +230,7 @@ async def test_a_compressed_answer_is_not_asked_for_and_understood() -> None:
 
 
 async def test_an_invalid_compressed_answer_is_sent() -> None:
-    """If a 2xx response cannot be decompressed, the message counts as sent."""
+    """If a 2xx response cannot be decompressed, the message still counts as sent."""
     async with scripted(answer(200, b"\x1f\x8b\x08garbage", content_encoding="gzip")) as server:
         assert await outcome_at(server.url) == Sent(None, 200, "the body of the answer cannot be decompressed")
 

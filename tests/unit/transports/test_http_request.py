@@ -179,7 +179,7 @@ async def test_connections_are_kept_where_the_receiver_deduplicates() -> None:
 async def test_no_connection_is_used_twice_where_the_receiver_does_not_deduplicate() -> None:
     """If the receiver does not deduplicate, each connection carries only one request.
 
-    The outcome of a request on a stale connection would be unknown, and therefore final.
+    The outcome of a request on a stale connection would be unknown, and without deduplication it would be final.
     """
     settings = {"transport_deduplicates": False}
     async with scripted(OK) as server, opened(HttpTransport(settings_for(server.url, **settings))) as transport:

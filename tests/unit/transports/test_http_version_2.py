@@ -202,7 +202,7 @@ async def test_the_status_decides_when_the_body_breaks_off(
 async def test_a_connection_that_breaks_sends_none_of_its_requests_again(
     server: Http2Server, transport: Transport
 ) -> None:
-    """If a connection breaks, its calls have unknown outcomes, and other calls are not affected."""
+    """If a connection breaks, only its own calls get unknown outcomes."""
 
     async def break_first(stream: Stream) -> None:
         await asyncio.sleep(0.1)
@@ -308,7 +308,7 @@ async def test_a_call_that_is_cancelled_harms_no_other(server: Http2Server, tran
 
 
 async def test_a_connection_that_ended_while_idle_is_not_used(server: Http2Server, transport: Transport) -> None:
-    """If a receiver closes the connection between two calls, neither call is affected.
+    """If a receiver closes the connection between two calls, both calls succeed.
 
     Both calls succeed, whether the connection is closed normally, abruptly or after a GOAWAY frame.
     """

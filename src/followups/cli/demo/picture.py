@@ -32,7 +32,7 @@ NARROW = 76
 CHATS_WIDTH = 22
 STATE_WIDTH = 23
 PAST_SHARE = 0.6
-"""Share of the table's rows for past follow-ups; the rest is for upcoming follow-ups."""
+"""Share of the table's rows that show past follow-ups; the others show upcoming follow-ups."""
 
 STYLES = {Status.SENT: "green", Status.FAILED: "red", Status.CANCELLED: "yellow", Status.PENDING: "dim"}
 MARKS = {Status.SENT: "●", Status.FAILED: "✗", Status.CANCELLED: "⊘", Status.PENDING: "○"}
@@ -132,7 +132,7 @@ def _cells(standing: FollowUpState, now: datetime) -> tuple[Text, ...]:
         Text(due, style="" if left > 0 else "dim"),
         Text(state_of(standing, now), style=_style(standing)),
         Text(str(standing.attempts or "-"), style="magenta" if standing.retried else "dim"),
-        # The lag of a retried follow-up is not shown, because it is mostly the backoff.
+        # The lag of a retried follow-up is not shown, because most of it is the time between two attempts.
         Text(lag, style="magenta" if standing.retried else "cyan"),
     )
 

@@ -204,7 +204,7 @@ class DemoRun:
     def schedule(self, call: timedelta) -> list[Scheduled]:
         """Create every follow-up.
 
-        If no request takes more than twice ``call``, all follow-ups exist before any is due.
+        If each request takes at most twice ``call``, all follow-ups exist before the first one is due.
         """
         lead = max(timedelta(seconds=LEAST_LEAD), 2 * call * len(self._scenario.parts))
         self.start = datetime.now(UTC) + lead

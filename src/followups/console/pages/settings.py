@@ -310,7 +310,7 @@ def end_session(visit: Visit) -> Response:
 
 
 def _chosen(visit: Visit, session: Session) -> Workspace | None:
-    """Return the session's workspace or an operator's chosen workspace; None means all workspaces."""
+    """Return the session's workspace, or the one an operator has chosen; None means all workspaces."""
     viewer = visit.person
     if viewer.workspace_id is not None:
         return session.get_one(Workspace, viewer.workspace_id)
@@ -382,7 +382,7 @@ def _shown_hours(shown: SendingHours | None, told: PageResult, visit: Visit) -> 
 
 
 def _keys(session: Session, workspace_id: UUID) -> list[tuple[ApiKey, Sentence | None]]:
-    """Return a workspace's newest API keys, each with its creator if recorded."""
+    """Return a workspace's newest API keys, with each key's creator if recorded."""
     query = select(ApiKey).where(ApiKey.workspace_id == workspace_id).order_by(ApiKey.created_at.desc())
     keys = session.scalars(query.limit(MOST_KEYS)).all()
     created = select(AuditEvent).where(

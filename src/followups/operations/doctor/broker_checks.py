@@ -37,7 +37,7 @@ REFUSED = (
 """Advice for errors that the broker returns to all clients."""
 
 UNREAD_TICKS = 100
-"""The number of queued ticks above which no worker seems to read the queue."""
+"""Number of queued ticks; if there are more, probably no worker reads the queue."""
 
 
 def broker_client(settings: Settings, patience: timedelta = PATIENCE) -> redis.Redis:

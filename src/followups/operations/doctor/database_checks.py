@@ -137,7 +137,7 @@ def of_server(engine: Engine) -> Iterator[Finding]:
 
 
 def isolation(level: str) -> Iterator[Finding]:
-    """Report a default isolation level other than PostgreSQL's own default.
+    """Report a default isolation level other than READ COMMITTED, PostgreSQL's own default.
 
     The default isolation level affects programs that call `followups.schedule`.
     """

@@ -128,7 +128,7 @@ class Ledger:
         return list(enumerate(islice(self._records, start, start + limit), forgotten + start + 1))
 
     def summary(self, latest: int | None = None) -> dict[str, object]:
-        """Return the counts, and the lag of the ``latest`` accepted messages (by default, of all).
+        """Return the counts, and the lag of the ``latest`` accepted messages; by default, of all messages.
 
         ``duplicates`` are keys that were accepted more than once. ``repeats`` counts all requests whose key had been
         accepted before. Lags are in milliseconds, or None if nothing was accepted.
