@@ -1,7 +1,7 @@
 """The databases on the tests' server, and the two roles of deploy/roles.sql.
 
-All code under test connects as the role `SERVICE`. If a test needs the rights of the owner or a superuser, it connects
-as that role.
+All code under test connects as the role `SERVICE`. A test that needs the rights of the owner or a superuser connects as
+that role.
 """
 
 from __future__ import annotations

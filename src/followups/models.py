@@ -506,7 +506,8 @@ class MetricTotal(Base):
     """One sample of a counter or a histogram, summed over all processes."""
 
     __tablename__ = "metric_totals"
-    # Every process updates rows each second. Half of each page stays free, so that an updated row stays in its page.
+    # Every process updates rows of this table each second. Half of each page stays free, so that an updated row stays
+    # in its page.
     __table_args__ = ({"postgresql_with": {"fillfactor": "50"}},)
 
     sample: Mapped[str] = mapped_column(primary_key=True)

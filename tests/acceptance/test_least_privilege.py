@@ -17,7 +17,7 @@ DEPLOY = Path(__file__).parents[2] / "deploy"
 
 
 def test_the_roles_need_no_superuser() -> None:
-    """roles.sql needs no superuser; the administrator owns nothing in the database that it creates."""
+    """roles.sql needs no superuser; in the new database, the administrator owns nothing."""
     with EmbeddedPostgres(parent=memory_directory()) as server:
         with psycopg.connect(server.url(), autocommit=True) as connection:
             connection.execute("CREATE ROLE administrator LOGIN CREATEROLE CREATEDB")

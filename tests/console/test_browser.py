@@ -170,7 +170,7 @@ def test_times_are_in_the_browsers_zone(window: Callable[..., BrowserWindow], ow
 def test_an_open_page_updates_and_keeps_typed_text(window: Callable[..., BrowserWindow], own: World) -> None:
     """If a follow-up is sent while its page is open, the page shows this and keeps the typed text.
 
-    After the follow-up has been sent, saving its form is refused.
+    Once the follow-up has been sent, its form can no longer be saved.
     """
     one_id = own.follow_up(due=HOUR)
     sitting = window()

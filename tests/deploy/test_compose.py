@@ -97,5 +97,5 @@ def test_every_process_waits_for_the_migration() -> None:
 
 
 def test_a_worker_has_time_to_drain() -> None:
-    """The stop timeout covers the transport timeout (10 s by default) and settling."""
+    """The stop timeout leaves a worker enough time for a call (10 s by default) and for settling."""
     assert int(SERVICES["worker"]["stop_grace_period"].removesuffix("s")) >= 10 + 20

@@ -6,7 +6,7 @@
 
 FOLLOWUPS_TEST_SERVERS selects other servers: ``replicated``, ``pooled`` or both. With ``replicated``, PostgreSQL has a
 synchronous standby, which takes over whenever a test restarts PostgreSQL. With ``pooled``, workers, beat and web reach
-PostgreSQL through a real PgBouncer in session mode. Use these servers for the long forms of faults 1 to 8:
+PostgreSQL through a real PgBouncer in session mode. Run the long tests of faults 1 to 8 with these servers:
 
     FOLLOWUPS_TEST_SERVERS=replicated,pooled uv run pytest -m faults_long tests/faults/test_kills.py ...
 

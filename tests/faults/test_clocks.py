@@ -20,7 +20,7 @@ MINUTES, HOURS = timedelta(minutes=10), timedelta(hours=2)
 
 
 def clocks_off(rig: Rig, figures: Figures, seconds: float, off: timedelta) -> None:
-    """Run two workers and two beats; of each type, one clock is ahead by ``off`` and one is behind."""
+    """Run two workers and two beats; in each pair, one clock is ahead by ``off`` and one is behind."""
     rig.options["FOLLOWUPS_LEASE"] = "30"  # a dropped hint delays its follow-ups by one lease
     rig.options["FOLLOWUPS_TRANSPORT_SECRET"] = SECRET
     ahead, behind = ({"FOLLOWUPS_TEST_CLOCK_OFFSET": f"{sign * off.total_seconds()}"} for sign in (1, -1))

@@ -97,7 +97,7 @@ def storm(rig: Rig, figures: Figures, count: int, seconds: float) -> None:
         **request_rates(requests, calm),
     )
     assert used == 0
-    # the receiver's own clock measured the pause of one second that its Retry-After requested
+    # the receiver requested a pause of one second, and measured it by its own clock
     assert shortest_pause(refused) > 0.95
 
 
@@ -243,7 +243,7 @@ def test_some_fail_of_many(rig: Rig, figures: Figures) -> None:
 
 @pytest.mark.faults_long
 def test_long_storm_of_429(rig: Rig, figures: Figures) -> None:
-    """If thousands of chats get 429 for half a minute, retries wait and use no attempt."""
+    """If requests for thousands of chats get 429 for half a minute, retries wait and use up no attempt."""
     storm(rig, figures, count=3_000, seconds=30)
 
 

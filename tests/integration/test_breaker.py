@@ -157,7 +157,7 @@ def test_recovers_at_a_growing_rate(own: Settings) -> None:
 
 
 def test_fails_again(own: Settings) -> None:
-    """A recovering breaker opens again after fewer consecutive failures than a closed one."""
+    """A recovering breaker needs fewer consecutive failures to open than a closed breaker."""
 
     async def script(store: BreakerStore) -> None:
         await opened(store)

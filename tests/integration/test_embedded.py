@@ -192,7 +192,7 @@ class TestValkey:
     def test_a_restarted_temporary_server_is_empty(
         self, valkey: EmbeddedValkey, end: Callable[[EmbeddedValkey], None]
     ) -> None:
-        """A temporary server is empty after a restart or a kill, and keeps its URL."""
+        """A temporary server is empty after a restart or a kill, but keeps its URL."""
         url = valkey.url()
         with redis.Redis.from_url(url) as client:
             client.set("key", "value")

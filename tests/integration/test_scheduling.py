@@ -302,7 +302,7 @@ class TestChats:
         assert (new, chat.removed_at, chat.last_message_id, chat.last_user_message_at) == (True, None, None, None)
 
     def test_last_message(self, caller: Caller) -> None:
-        """The latest message becomes the chat's last one; the user's latest opens the messaging window.
+        """The newest message becomes the chat's last; the user's newest message opens the messaging window.
 
         A message older than the chat's last one changes neither the last message nor the messaging window.
         """
@@ -335,7 +335,7 @@ class TestChats:
     def test_reply_within_the_second_of_our_message(
         self, caller: Caller, ours: float, reply: float, *, cancels: bool
     ) -> None:
-        """A reply timed in whole seconds counts as written at the end of that second."""
+        """If a reply's time has no fraction of a second, the reply counts as written at that second's end."""
         chat_id, second = uuid4(), soon(-1).replace(microsecond=0)
         caller.receive(chat_id, Role.AGENT, second + timedelta(seconds=ours))
         created = caller.schedule(chat_id)

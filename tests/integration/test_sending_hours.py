@@ -233,7 +233,7 @@ class TestLateness:
     def test_hours_that_are_widened_or_cleared(
         self, world: World, engine: Engine, settings: Settings, hours: SendingHours | None
     ) -> None:
-        """If new sending hours release held follow-ups, lateness is counted from the change."""
+        """If a change of sending hours releases held follow-ups, their lateness counts from the change."""
         brief = settings.model_copy(update={"max_lateness": HOUR})
         put(world, CLOSED)
         ids = {world.follow_up(**self.OLD), world.follow_up(**self.OLD)}

@@ -60,7 +60,7 @@ def claimed(engine: Engine, settings: Settings) -> list[UUID]:
 
 
 class TestGap:
-    """Tests of a gap between ticks, after which workers have time to record known outcomes."""
+    """Tests that workers get time to record known outcomes after a gap between ticks."""
 
     @pytest.mark.parametrize("deduplicates", [True, False])
     def test_outcome_is_recorded(self, world: World, engine: Engine, settings: Settings, *, deduplicates: bool) -> None:

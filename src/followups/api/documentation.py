@@ -1,7 +1,7 @@
 """The OpenAPI 3.1 document, and the interactive documentation at ``/docs``.
 
-The document is FastAPI's own, with this API's error responses and security schemes. The documentation is Swagger UI
-from a Python package, with a content security policy.
+FastAPI generates the document; this API's error responses and security schemes are added. The documentation is Swagger
+UI from a Python package, with a content security policy.
 """
 
 from __future__ import annotations

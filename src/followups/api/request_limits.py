@@ -27,7 +27,7 @@ WAITING_SHARE = 128
 """Most requests that one workspace may have running or waiting: half of the process's limit."""
 
 BUSY = 32
-"""A workspace with this many requests running or waiting must use a turnstile for further requests."""
+"""Once a workspace has `BUSY` running or waiting requests, its further requests pass a turnstile."""
 
 UNKNOWN_KEYS_SHARE = 2
 """Maximum number of database connections for looking up unknown API keys."""

@@ -36,7 +36,7 @@ MAX_WIRE_SIZE = 1024 * 1024 * 5 // 4
 """Maximum size of a request body on the wire, in bytes. Chunk framing may add a quarter to the body."""
 
 CHUNK_COST = 32
-"""Bytes counted for each chunk besides its size. Parsing even a one-byte chunk takes 1 us."""
+"""Each chunk counts as its size plus this number of bytes. Parsing even a one-byte chunk takes 1 us."""
 
 MAX_PIPELINED = 16
 """Maximum number of pipelined requests that may wait on one connection."""
@@ -58,7 +58,7 @@ If the rest of a response is shorter than this minimum, the client must read all
 MAX_UNSENT = 32 * 1024 * 1024
 """Maximum total size of unread responses, in bytes.
 
-Above this number, the connection whose response has been unread longest is closed.
+If more bytes are unread, the connection with the oldest unread response is closed.
 """
 
 KEEP_ALIVE = 65

@@ -37,13 +37,13 @@ if TYPE_CHECKING:
 SETTLE_BATCH = 500
 """The largest number of rows in one statement. A larger statement would take longer without saving time per row."""
 ENOUGH = 100
-"""Once this many results are available, they are recorded without waiting for more."""
+"""Number of gathered results that are recorded immediately, without waiting for more."""
 GATHER = timedelta(milliseconds=30)
 """How long to gather results before one statement records all of them.
 
 The wait delays only the chat's next follow-up. After a kill, messages without a recorded result are sent again under
-the same keys. This wait is no longer than a quick call. If the worker is killed while it gathers results, these results
-are lost.
+the same keys. Gathering results takes no longer than a quick call to the receiver. If the worker is killed while it
+gathers results, these results are lost.
 """
 SHORT_GATHER = timedelta(milliseconds=5)
 """How long to gather results before recording them if the receiver cannot deduplicate. If the process is killed, all

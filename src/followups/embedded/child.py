@@ -161,7 +161,7 @@ class Child:
         """Send SIGKILL to the process and its group, and return once all descendants have ended."""
         if self._process is None:
             return
-        # The process may have ended, but other processes of its group may still run.
+        # Even if the process has ended, other processes of its group may still be running.
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(self._process.pid, signal.SIGKILL)
         self._process.wait()

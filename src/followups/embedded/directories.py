@@ -26,7 +26,7 @@ may need one gigabyte.
 def make_temporary_directory(parent: Path | None = None) -> Path:
     """Create a private directory in ``parent``, or in a temporary directory if ``parent`` is None.
 
-    The default temporary directory is used if a socket's path in it is short enough, otherwise ``/tmp``.
+    The default temporary directory is used if the paths of sockets in it are short enough; otherwise, ``/tmp`` is used.
     """
     usual = tempfile.gettempdir()
     where = parent or (usual if len(usual) <= LONGEST_PARENT else "/tmp")  # noqa: S108 - mkdtemp makes it private

@@ -217,7 +217,7 @@ class Breaker:
 
     @property
     def recovers(self) -> bool:
-        """Whether the breaker is recovering. The limit for follow-ups of tripped workspaces then rises."""
+        """Whether the breaker is recovering. During recovery, the limit for follow-ups of tripped workspaces rises."""
         return self._shared.state == RECOVERING
 
     def spend(self, keys: Iterable[int]) -> None:

@@ -82,7 +82,7 @@ class TokenRequest:
 
 @dataclass(frozen=True, slots=True)
 class LimiterReply:
-    """The waits of the requests, in their order; zero means that the follow-up may begin."""
+    """How long each request must wait, in the order of the requests; zero means no wait."""
 
     waits: tuple[timedelta, ...]
     moment: int | None = None
@@ -238,8 +238,8 @@ class RateLimits:
     async def tokens(self, leases: Sequence[Lease]) -> AsyncIterator[tuple[dict[UUID, timedelta], set[UUID]]]:
         """Acquire tokens for the leases whose turn has come.
 
-        Yields a pair: how long each lease without a token must wait, and an empty set. The caller adds each follow-up
-        that has begun to the yielded set. Tokens are returned to their buckets if their follow-ups did not begin.
+        Yields a pair: how long each lease without a token must wait, and an empty set. When a follow-up has begun, the
+        caller adds it to the yielded set. Tokens are returned to their buckets if their follow-ups did not begin.
         """
         limitable = {one.id: one for one in await in_loop(self._engine, _limitable, self._settings, leases)}
         requests = [request for one in limitable.values() if (request := self._limits.request(one)).buckets]

@@ -64,7 +64,7 @@ ENDINGS = {
 
 @dataclass(frozen=True, slots=True)
 class Circumstances:
-    """The circumstances, outside its row, that affect when a follow-up is sent."""
+    """Circumstances that affect when a follow-up is sent but are not stored in its row."""
 
     pause: ActivePause | None = None
     """The pause of the follow-up's workspace or channel."""

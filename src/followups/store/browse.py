@@ -240,8 +240,8 @@ def search(
 ) -> FollowUpPage | None:
     """Return at most ``size`` matching follow-ups after ``after``; the search stops after ``limit``.
 
-    Return None if the first search step exceeds the time limit. Each step back is short enough that it probably ends in
-    the time left. A search for an id needs only one step, because the index finds few rows.
+    Return None if the first search step exceeds the time limit. Each search step is small enough that it will probably
+    end before the time limit. A search for an id needs only one step, because the index finds few rows.
     """
     deadline = time.monotonic() + limit.total_seconds()
     step = None if wanted.ids or wanted.any_id or wanted.external_id or wanted.chat_id else FIRST_STEP

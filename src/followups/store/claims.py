@@ -216,7 +216,7 @@ def _claim_of(connection: Connection, found: Totals, claimed: Sequence[tuple[Any
     )
 
 
-# If VACUUM or a similar command has locked the table, that command updates the statistics.
+# ANALYZE skips a table locked by VACUUM or a similar command, which itself updates the statistics.
 _ANALYZE = text("ANALYZE (SKIP_LOCKED) follow_ups")
 _COUNTED = text("SELECT reltuples FROM pg_class WHERE oid = 'follow_ups'::regclass")
 

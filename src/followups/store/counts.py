@@ -9,11 +9,11 @@ The backlog is measured for metrics, which are read every few seconds. Counting 
 Counters kept by a trigger would update one shared row whenever a follow-up is inserted or ends. Rows are counted one by
 one only up to `BACKLOG_EXACT_UP_TO`. A healthy system has fewer overdue follow-ups than `BACKLOG_EXACT_UP_TO`. Above
 `BACKLOG_EXACT_UP_TO`, the planner's estimates are used. The estimates are as exact as the last ANALYZE, which runs
-after 2 % of the rows have changed. An estimate is never below the number of rows counted. On two busy cores, with
-500,000 rows pending and 36,000 of them overdue, measuring the backlog took 16 ms. Counting all pending rows takes 83
-ms, and longer if there are more. After 60,000 rows have been sent, the first measurement before a vacuum takes 287 ms.
-Later measurements of the backlog take 13 to 16 ms. The time needed to measure the backlog does not depend on the number
-of rows.
+after 2 % of the rows have changed. An estimate is never lower than the number of rows that were counted. On two busy
+cores, with 500,000 rows pending and 36,000 of them overdue, measuring the backlog took 16 ms. Counting all pending rows
+takes 83 ms, and longer if there are more. After 60,000 rows have been sent, the first measurement before a vacuum takes
+287 ms. Later measurements of the backlog take 13 to 16 ms. The time needed to measure the backlog does not depend on
+the number of rows.
 """
 
 from __future__ import annotations
@@ -258,8 +258,8 @@ def within(
             previous = connection.scalar(_PREVIOUS)
             connection.execute(_LIMIT, {"limit": milliseconds})
             rows = connection.execute(query, parameters).all()
-            # Releasing the savepoint does not reset `statement_timeout`. Only a rollback to the savepoint or the end of
-            # the transaction resets this setting.
+            # Releasing the savepoint does not reset `statement_timeout`. Only a rollback to the savepoint, or the end
+            # of the transaction, resets `statement_timeout`.
             connection.execute(_LIMIT, {"limit": previous})
     except OperationalError as error:
         if getattr(error.orig, "sqlstate", None) != _CANCELLED_BY_TIMEOUT:

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from followups.states import ReasonCode
 
 PIECE = 256 * 1024
-"""Maximum total size in bytes of the messages read in one query; the longest message fits too."""
+"""Maximum size in bytes of all messages read in one query; even the longest message fits."""
 
 MAX_ROWS = 2**62
 """The largest offset; larger offsets overflow in PostgreSQL. Beyond this offset, every page is empty."""

@@ -5,7 +5,7 @@ quota. With a quota, a transaction locks the chat's row first and then the quota
 cannot both use the last free place.
 
 Each quota row stores how many more follow-ups or chats the workspace may create. Each create request reduces the stored
-number of free places. The follow-ups or chats are counted again only when the stored number reaches zero. A recount
+number of free places. Follow-ups or chats are recounted only when the number of free places reaches zero. A recount
 excludes follow-ups that have finished in the meantime.
 """
 

@@ -192,7 +192,7 @@ def _open_locked(path: Path) -> int:
         file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            # Another process may have removed the file as a leftover before this process locked it.
+            # Before this process locked the file, another process may have removed it as a leftover.
             if os.fstat(file).st_ino == path.stat().st_ino:
                 return file
         except OSError:  # another process is reading the file, or has just removed it

@@ -67,7 +67,7 @@ class Dialect:
 def outcome_of(answer: Answer, dialect: Dialect, now: datetime | None = None) -> Outcome:
     """Return the outcome of ``answer``.
 
-    ``now``, which must be timezone-aware, stands in for a missing Date header if Retry-After is a date.
+    If Retry-After is a date and the Date header is missing, the timezone-aware ``now`` is used.
     """
     status, detail = answer.status, f"HTTP {answer.status}"
     if status // 100 == 2:  # noqa: PLR2004 - 2xx

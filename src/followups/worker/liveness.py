@@ -45,8 +45,8 @@ machine.
 """
 
 CONSUMING = timedelta(seconds=5)
-"""Longest time between two replies from the broker. `CONSUMING` is longer than it takes to detect a half-open
-connection. A healthy broker answers within a second.
+"""Longest time between two replies from the broker. Detecting a half-open connection takes less time than `CONSUMING`.
+A healthy broker answers within a second.
 """
 
 TURNING = timedelta(seconds=20)

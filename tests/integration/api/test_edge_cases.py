@@ -76,7 +76,7 @@ def test_links_lead_to_pages(api: Api) -> None:
 def test_invalid_queries(api: Api, query: str) -> None:
     """A query with an invalid number or an empty filter is rejected with 422.
 
-    If a filter of a list request is invalid, the response never lists all follow-ups.
+    A list request with an invalid filter never returns all follow-ups.
     """
     is_problem(api.client.get(f"{FOLLOW_UPS}?{query}"), 422, "invalid-request")
 

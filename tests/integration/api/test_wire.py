@@ -33,7 +33,7 @@ def address_of(api: Api) -> tuple[str, int]:
 def answers(address: tuple[str, int], sent: bytes, methods: Sequence[str], key: str = "", most: int = 1) -> list[int]:
     """Send the bytes and return the statuses of the responses, as parsed by h11.
 
-    ``methods`` are the requests' HTTP methods in order; the last applies to all further requests. After ``most``
+    ``methods`` lists the requests' HTTP methods in order; the last one applies to all further requests. After ``most``
     responses, the server must be silent for a moment. Every ``KEY`` in ``sent`` is replaced by the API key.
     """
     statuses: list[int] = []
