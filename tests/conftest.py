@@ -42,7 +42,7 @@ TEMPLATE_LOCK = 4_071_969
 
 pytest_plugins = ["pgbouncer", "redis_server", "stack_fixtures"]
 
-# Tests start hundreds of processes. If no bytecode were written, each process would compile everything that it imports.
+# Tests start hundreds of processes. Without stored bytecode, each process would compile every module that it imports.
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 
 # Some tests send Ctrl-C. A process that a shell started in the background ignores Ctrl-C, as do its children.

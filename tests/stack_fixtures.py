@@ -35,7 +35,7 @@ def stack(settings: Settings, world: World) -> Iterator[Stack]:
 def running(server_urls: tuple[str, str], template_database: str) -> Iterator[Stack]:
     """Return a running system for tests that use only their own chats and follow-ups.
 
-    The system ticks ten times per second while any module uses the system.
+    While any test module uses the system, it ticks ten times per second.
     """
     postgres, valkey = server_urls
     name = f"running_{uuid4().hex}"

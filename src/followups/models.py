@@ -594,7 +594,7 @@ class BulkAction(Base):
     chosen: Mapped[dict[str, Any]] = mapped_column(JSONB)
     """The follow-ups that the action applies to: a filter, or a list of ids."""
     created_at: Mapped[datetime] = mapped_column(server_default=func.now())
-    """The time at which the action was created. Follow-ups created after this time are not affected."""
+    """The time at which the action was created. The bulk action ignores follow-ups created later."""
     created_by: Mapped[str]
     expected: Mapped[int] = mapped_column(Integer)
     """The number of matching follow-ups in the preview, counted up to a limit."""

@@ -3,8 +3,8 @@
 ``PYTHONPATH=tests uv run --group benchmarks python tests/benchmarks/bench_api.py`` starts PostgreSQL, Valkey and both
 servers as processes. The bare endpoint does one INSERT through psycopg's pool, and also runs on uvicorn. The API and
 the bare endpoint are measured alternately. Afterwards, follow-ups are created at half of the maximum rate measured.
-`schedule_many` creates a thousand follow-ups per call. The program asserts nothing. Only the ratios to the bare
-endpoint in the same run are meaningful.
+`schedule_many` creates a thousand follow-ups per call. The program asserts nothing. Only ratios to the bare endpoint's
+figures, from the same run, are meaningful.
 """
 
 from __future__ import annotations

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 @pytest.fixture
 def restored(postgres_url: str) -> Iterator[tuple[str, Engine]]:
-    """Return an empty database into which a test restores: its URL and an engine."""
+    """Return the URL and an engine of an empty database, into which a test restores."""
     name = f"test_restored_{uuid4().hex}"
     create_database(postgres_url, name)
     run("psql", "--quiet", "--file", str(DEPLOY / "grants.sql"), url_of(postgres_url, name, SUPERUSER))

@@ -1,4 +1,4 @@
-"""Tests of an upgrade under load without downtime, first of the schema and then of the code."""
+"""Tests that upgrade the schema, then the code, under load and without downtime."""
 
 from __future__ import annotations
 

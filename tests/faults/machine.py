@@ -51,7 +51,7 @@ class DrivenStore:
             world.sql(LATER, id=follow_up)
         self.begun: dict[tuple[int, int], Begun] = {}
         self.tokens: dict[tuple[int, int], int] = {}
-        """The lease token in the database for each pair of row number and model token."""
+        """The lease tokens in the database, keyed by row number and model token."""
 
     def kinds(self) -> set[str]:
         """Return the kinds of steps that are possible in the current state."""

@@ -60,7 +60,7 @@ def test_stale_row_is_saved(world: World, engine: Engine, settings: Settings) ->
     follow_up = world.follow_up()
     with Session(engine) as session:
         assert session.get_one(FollowUp, follow_up).status == "pending"
-        session.commit()  # the object keeps its old value, like an object in a cache
+        session.commit()  # after the commit, the object keeps its old value, like a cached object
         deliver(engine, settings, Sent(None))
         with pytest.raises(AlreadyFinishedError):
             amend(session, follow_up, {"message": "Hello?"})

@@ -87,7 +87,7 @@ def test_cancel_against_deliver(rig: Rig, figures: Figures) -> None:
 
 
 def test_reply_against_create(rig: Rig, figures: Figures) -> None:
-    """If a reply arrives first, the follow-up that it should prevent is not created."""
+    """If a reply arrives before the create request, no follow-up is created."""
     reply_against_create(rig, figures, pairs=100)
 
 

@@ -163,7 +163,7 @@ def test_claim_in_order_detects_a_backlog(engine: Engine, settings: Settings) ->
 
 
 def test_ended_leases_are_recovered(engine: Engine, settings: Settings) -> None:
-    """An expired lease gets a successor with a greater token, and counts as lost if it was in flight."""
+    """If leases expire, a fair claim leases their follow-ups again, with greater tokens."""
     noisy, quiet = worlds_of(engine, 40, 2)
     few = bounded(settings, 6)
     leases = {lease.id: lease for lease in claim_fairly(engine, few).leases}

@@ -104,7 +104,7 @@ class TestSettle:
         assert world.row(follow_up).status == "sent"
 
     def test_twice(self, world: World, steps: Steps) -> None:
-        """If a commit's response is lost and a result is settled again, the result is counted once."""
+        """If settle runs twice because a commit's response was lost, the result is counted once."""
         follow_up = world.follow_up()
         result = attempt(steps.begun(), Snoozed("HTTP 429", SECOND))
         steps.settle([result])

@@ -231,7 +231,7 @@ class TestOneAtATime:
         assert claims_of_first_tick == 1
 
     def test_waits_and_claims_without_another_tick(self, world: World, engine: Engine, settings: Settings) -> None:
-        """While one dispatcher claims, another waits, and then claims without a new tick."""
+        """If another dispatcher is claiming, a dispatcher waits and then claims without a new tick."""
         rare = settings.model_copy(update={"tick_interval": MINUTE})
         world.follow_up()
         hints: list[Hint] = []

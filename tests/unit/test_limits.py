@@ -104,7 +104,7 @@ def test_default_burst() -> None:
 
 
 def test_ended_follow_ups_take_no_token() -> None:
-    """A follow-up that has ended, or would end when it begins, does not wait for a token."""
+    """A follow-up that has ended, or that begin would end, does not wait for a token."""
     soon = timedelta(microseconds=1)
     fields = (UUID(int=1), False, ACME, ACME, "waha", NOW)
     assert not Limitable(*fields, None).is_over

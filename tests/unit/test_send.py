@@ -140,7 +140,7 @@ async def test_cancelled_from_outside() -> None:
 
 
 async def test_cancelled_from_outside_as_the_limit_ends() -> None:
-    """If the task is cancelled just as the time limit expires, there is no outcome."""
+    """If the task is cancelled just as the time limit expires, the call has no outcome."""
 
     async def block() -> Outcome:
         # the blocking `time.sleep` lasts beyond the time limit

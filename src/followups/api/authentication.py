@@ -274,7 +274,7 @@ class Caller:
         return Work(self._identity.workspace_id, self._identity.key_id, AHEAD_TICKS * self._services.tick_interval)
 
     async def _ask(self, connection: Connection, query: Query) -> Sequence[Any]:
-        """Execute the query and the API key's lookup together."""
+        """Execute the query and look up the API key in one statement."""
         parameters = {**query.parameters, "this_key": self._identity.key_id}
         rows = await event_loop.rows_of(connection, api_keys.with_key(query.statement.driver_sql), parameters)
         if not rows:

@@ -57,7 +57,7 @@ def _in_utc(value: datetime) -> datetime:
     try:
         value = value.astimezone(UTC)
     except OverflowError:
-        pass  # the time is at the edge of the calendar, where another check rejects its year anyway
+        pass  # times at the edge of the calendar are rejected by another check
     else:
         if min(year, value.year) >= FIRST_YEAR and max(year, value.year) <= LAST_YEAR:
             return value

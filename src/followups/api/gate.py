@@ -1,4 +1,4 @@
-"""The gate: checks the API key, limits the body, and turns errors into responses.
+"""The gate checks the API key, limits the request body, and turns errors into responses.
 
 The key is checked first, so the body of an unauthenticated request is never read. The whole body is read before any
 other component handles the request. A slow client therefore occupies a socket, but no thread and no database

@@ -36,7 +36,7 @@ ESTIMATED = f"above {counts.BACKLOG_EXACT_UP_TO:,}, PostgreSQL's estimate."
 class BacklogCollector(Collector):
     """Gauges that are read from the database on each scrape.
 
-    If the query fails, only the gauges from the database are missing.
+    If the query fails, the metrics page lacks only the gauges from the database.
     """
 
     def __init__(self, engine: Engine, window: int) -> None:

@@ -111,7 +111,7 @@ class OpenConnections:
         self.unread.pop(connection, None)
 
     def _close_first(self, connections: dict[LimitedProtocol, None]) -> None:
-        """Close the first connection without a valid API key, or the first of all if each has one."""
+        """Close the first connection that has no valid API key, or else the first connection."""
         connection = next((each for each in connections if not each.has_key), next(iter(connections)))
         self.forget(connection)
         connection.connections.discard(connection)

@@ -57,4 +57,4 @@ class BatchResult:
     unblocked: tuple[Lease, ...] = ()
     """Follow-ups that waited for an ended follow-up and are now leased to the caller."""
     blocking: tuple[UUID, ...] = ()
-    """Ended follow-ups whose successor could not be unblocked because another transaction has locked it."""
+    """Ended follow-ups whose successor stays blocked, because another transaction has locked it."""

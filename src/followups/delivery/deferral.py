@@ -1,10 +1,10 @@
 """Deferral makes room in the in-flight window by deferring the follow-ups of workspaces whose breaker has tripped.
 
 Each worker keeps a few leases of the tripped workspaces as probes. All other follow-ups of tripped workspaces are
-deferred in the database. A deferral is not an attempt, and a deferred follow-up can still be cancelled. The earliest
-deferrals end when a worker has used up its probes or the transport recovers. When a workspace is no longer tripped, all
-its deferred follow-ups fall due. In any case, a deferred follow-up falls due after some minutes. Deferrals need a time
-limit, because a restarted worker has no record of its deferrals.
+deferred in the database. A deferral is not an attempt, and a deferred follow-up can still be cancelled. Deferrals end,
+earliest first, when a worker has used up its probes or the transport recovers. When a workspace is no longer tripped,
+all its deferred follow-ups fall due. In any case, a deferred follow-up falls due after some minutes. Deferrals need a
+time limit, because a restarted worker has no record of its deferrals.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ SHARE = 1024
 """A worker requests the in-flight limit divided by this number, but at most one lease per slot.
 
 A worker never holds more leases than two requests can return. A hundred workers together keep at most a fifth of the
-in-flight limit. A probe needs only three follow-ups from all workers together.
+in-flight limit. All workers together need only three follow-ups for a probe.
 """
 SHARE_WHILE_RECOVERING = 128
 """During recovery, a worker requests 1/128 of the in-flight limit at a time.

@@ -92,7 +92,7 @@ def closed_until(obstacle: Obstacle) -> datetime | None:
 
 
 def sendable_from(obstacle: Obstacle) -> datetime | None:
-    """Return the first time at which sending hours allow the follow-up, or None if unknown.
+    """Return when sending hours first allow the follow-up, or None if that is unknown.
 
     The returned time may be in the future. A recorded time that has already passed is returned unchanged. Lateness is
     counted from the returned time, even if sending hours end in the meantime. This function is pure.

@@ -58,8 +58,8 @@ SETTINGS = {
 }
 
 TEMPORARY_SETTINGS = {
-    # The data is deleted with the server, so it need not survive a machine crash. For the fault tests, which kill the
-    # server, synchronous_commit stays on. With synchronous_commit off, a killed server would lose confirmed
+    # The data is deleted when the server stops, so it need not survive a machine crash. For the fault tests, which kill
+    # the server, synchronous_commit stays on. With synchronous_commit off, a killed server would lose confirmed
     # transactions. Without fsync, synchronous_commit costs only one write into the page cache per commit.
     "fsync": "off",
     "full_page_writes": "off",
@@ -91,7 +91,7 @@ class EmbeddedPostgres(EmbeddedServer):
     start_within = START_WITHIN
 
     def __init__(self, data: Path | None = None, *, parent: Path | None = None) -> None:
-        """With ``data``, keep all data there; otherwise delete all data when the server stops.
+        """If ``data`` is given, keep all data in that directory; otherwise, delete all data when the server stops.
 
         ``parent`` is the parent of the temporary directory. Copying a database is ten times as fast in an in-memory
         file system (`memory_directory`).

@@ -109,7 +109,7 @@ class Processes:
         return [child for child in self.children if child.exit_code is not None]
 
     def stop(self) -> None:
-        """Send all processes the stop signal, wait for each one's ``grace``, then kill the rest."""
+        """Send each process the stop signal, wait up to its ``grace``, then kill those still running."""
         for child in reversed(self.children):
             child.ask()
         # stop every process, newest first, even if one cannot be stopped

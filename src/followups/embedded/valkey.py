@@ -39,7 +39,7 @@ class EmbeddedValkey(EmbeddedServer):
     start_within = START_WITHIN
 
     def __init__(self, data: Path | None = None) -> None:
-        """With ``data``, keep all data there; otherwise delete all data when the server stops."""
+        """If ``data`` is given, keep all data in that directory; otherwise, delete all data when the server stops."""
         super().__init__()
         self._kept = data
         self._password = secrets.token_urlsafe(24)

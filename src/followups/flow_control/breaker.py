@@ -223,8 +223,8 @@ class Breaker:
     def spend(self, keys: Iterable[int]) -> None:
         """Use up a permit for each begun follow-up of a tripped workspace.
 
-        ``keys`` has one workspace key for each follow-up that has begun. If the breaker has just opened, there may be
-        too few permits.
+        ``keys`` has one workspace key for each follow-up that has begun. Just after the breaker has opened, there may
+        be fewer permits than begun follow-ups.
         """
         if tripped := self.tripped:
             self.permits = max(0, self.permits - sum(key in tripped for key in keys))

@@ -43,14 +43,14 @@ if TYPE_CHECKING:
     """A workspace and a channel; None means all workspaces or all channels."""
 
 IN_QUEUE = timedelta(seconds=1)
-"""A follow-up with a shorter wait than this keeps its lease and stays in the due queue."""
+"""A follow-up that waits for at most this time keeps its lease and stays in the due queue."""
 
 SHORTEST = timedelta(milliseconds=5)
 """The minimum wait for a token; shorter waits would cause too many requests."""
 
 LONGEST = timedelta(minutes=5)
-"""The longest time before a follow-up requests a token again. If follow-ups ahead in the queue are cancelled, a token
-becomes free earlier than predicted.
+"""A follow-up without a token requests one again after at most this time. If follow-ups ahead in the queue are
+cancelled, a token becomes free earlier than predicted.
 """
 
 EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
@@ -244,8 +244,8 @@ class RateLimits:
         limitable = {one.id: one for one in await in_loop(self._engine, _limitable, self._settings, leases)}
         requests = [request for one in limitable.values() if (request := self._limits.request(one)).buckets]
         ended = [request for request in requests if limitable[request.id].ended]
-        # The begin statement ends expired follow-ups. Begin also detects stale leases, whose follow-up another worker
-        # has leased.
+        # The begin statement ends expired follow-ups. Begin also detects leases that another worker's lease has
+        # replaced.
         asking = [request for request in requests if not limitable[request.id].is_over]
         if self._limiter is None or (not asking and not ended):
             yield {}, set()

@@ -140,7 +140,7 @@ _ON_CHANNEL = """:channel = (
 
 
 def _conditions(wanted: BrowseFilter) -> tuple[str, ...]:
-    """Return the conditions that no index covers, which are checked row by row."""
+    """Return the filter conditions that no index covers; they are checked row by row."""
     given = {
         "f.status = ANY(CAST(:statuses AS text[]))": wanted.statuses,
         "f.chat_id = :chat_id": wanted.chat_id,

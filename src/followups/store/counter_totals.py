@@ -92,7 +92,7 @@ class CounterTotals:
         self._thread = threading.Thread(target=self._run, name="totals", daemon=True)
 
     def start(self) -> None:
-        """Start the thread, which adds new counts to the totals once every `INTERVAL`."""
+        """Start the thread that adds new counts to the totals once per `INTERVAL`."""
         self._thread.start()
 
     def stop(self) -> None:

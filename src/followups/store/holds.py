@@ -135,9 +135,9 @@ def columns_of(hours: SendingHours) -> dict[str, object]:
     return {"time_zone": hours.time_zone, "opening": hours.opening, "closing": hours.closing, "days": days}
 
 
-# A recorded `sendable_from` that has already passed is left unchanged. If `sendable_from` is in the future or NULL, the
-# next opening under the current sending hours replaces it. During sending hours, or if the workspace has none,
-# `sendable_from` is set to the current time.
+# A recorded `sendable_from` that has already passed is left unchanged. A future or NULL `sendable_from` is replaced by
+# the next start of the current sending hours. During sending hours, or if the workspace has none, `sendable_from` is
+# set to the current time.
 _RELEASE_HELD = text("""
     WITH held AS MATERIALIZED (
         SELECT id FROM follow_ups

@@ -166,7 +166,7 @@ def _query_of_pieces(statement: str) -> Statement:
 
 _TYPES = {"chat_message_id": "uuid", "trigger_chat_message_id": "uuid", "chat_id": "uuid", "status": "text"}
 """The columns to filter by, with their SQL types. If a filter has several columns, the first column selects the index.
-Columns that match fewer rows come first.
+Columns whose values match fewer rows come first.
 """
 
 

@@ -185,7 +185,7 @@ def release_orphaned(
     return freed
 
 
-# Every transaction holds a lock on its virtual transaction id until it ends. Locks and application names are visible to
+# A running transaction always holds a lock on its virtual transaction id. Locks and application names are visible to
 # every role. In pg_stat_activity, a role sees the start times of only its own transactions.
 _WORKERS_OPEN = text("""
     SELECT l.virtualtransaction FROM pg_locks l JOIN pg_stat_activity a ON a.pid = l.pid

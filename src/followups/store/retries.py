@@ -102,7 +102,7 @@ _NOTE = text("UPDATE follow_ups SET retry_of = :original WHERE id = :id")
 def last_of(session: Session, follow_up_id: UUID) -> UUID:
     """Return the last retry of the follow-up, or the follow-up itself if it was not retried.
 
-    A caller that adds a retry to the chain must have locked the chat first.
+    A caller that adds a retry of the follow-up must lock the chat first.
     """
     last: UUID = session.execute(_LAST, {"id": follow_up_id}).scalar_one()
     return last

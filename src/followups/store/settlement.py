@@ -204,7 +204,7 @@ _RECORD = text("""
 
 
 def record_failures(connection: Connection, failures: Sequence[Failure]) -> list[tuple[Failure, Exception]]:
-    """Record failed attempts, with a savepoint for each batch; return those that were not recorded."""
+    """Record failed attempts, each batch under a savepoint; return the attempts that were not recorded."""
     return halve_within(connection, failures, partial(_record, connection)).refused
 
 

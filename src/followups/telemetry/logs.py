@@ -204,7 +204,7 @@ IN_LINES = frozenset({"exception", "stack"})
 
 
 def _escape(_logger: object, _method: str, event: EventDict) -> EventDict:
-    """Escape control characters in strings, in place; `repr` escapes those in other values."""
+    """Escape the control characters in an event's strings, in place; `repr` escapes other values."""
     for key, value in event.items():
         if isinstance(value, str) and (shown := escape(value, lines=key in IN_LINES)) != value:
             event[key] = shown if key in UNQUOTED | IN_LINES else _Escaped(shown)

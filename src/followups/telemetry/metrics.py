@@ -1,6 +1,6 @@
 """The counters of a process, keyed by the fixed names of their Prometheus metrics. Labels contain no ids.
 
-Gauges, such as pending follow-ups, are not included: they are queried at each scrape.
+Gauges, such as the number of pending follow-ups, are queried at each scrape instead.
 """
 
 from __future__ import annotations

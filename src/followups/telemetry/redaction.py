@@ -24,7 +24,7 @@ ends with one of these words.
 LONGER = tuple(f"_{key}" for key in sorted(SECRET_KEYS))
 
 PASSWORD_IN_URL = re.compile(r"(://[^\s:/?#@]*:)[^\s/?#]*@")
-"""A pattern for ``://user:`` and the password after it, which may contain an ``@``."""
+"""A pattern that finds ``://user:`` and the password, which may contain an ``@``."""
 
 BEARER = re.compile(r"(?i)\b(bearer\s+)[\w.~+/=-]+")
 

@@ -46,7 +46,7 @@ class Answer(NamedTuple):
     headers: Mapping[str, str] = MappingProxyType({})
     body: bytes = b""
     flaw: str = ""
-    """Why the body is incomplete, or an empty string if it is complete. The status is valid even if the body is
+    """Why the body is incomplete, or an empty string if it is complete. The HTTP status is valid even if the body is
     incomplete.
     """
 

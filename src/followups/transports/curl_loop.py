@@ -50,7 +50,7 @@ class CurlLoop:
         self._timer_at = math.inf  # the event loop's time at which the timer fires
         self._wanted = math.inf  # when libcurl must be called next, in the event loop's time
         self.is_broken = False
-        """Whether libcurl has reported that it performs no more transfers with this multi handle."""
+        """Whether libcurl has reported that this multi handle can no longer perform transfers."""
         self._running: dict[pycurl.Curl, asyncio.Future[int]] = {}
         self._looks_up = False  # whether libcurl may still be looking up the host name of an ended transfer
         self._loop.add_reader(self._sockets.fileno(), self._handle_ready_sockets)

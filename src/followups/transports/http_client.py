@@ -148,7 +148,7 @@ class HttpClient:
             if exchange.stale is None or not self._is_open:
                 return code
             if exchange.stale in refused and self._curls is curls:
-                # When our callback rejects a stale connection, libcurl closes it unless it uses HTTP/2.
+                # libcurl closes a stale connection that our callback rejects, except with HTTP/2.
                 self._retire(curls)
             refused.add(exchange.stale)
             exchange.stale = None

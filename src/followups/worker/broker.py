@@ -1,8 +1,8 @@
 """Celery's broker connection: kombu's Redis transport that tolerates bad entries and Redis errors.
 
-The consumer of kombu 5.7 raises an exception if a queue entry is malformed or not JSON. A Redis error (READONLY,
-MISCONF, NOPERM) on a read also raises an exception that escapes from the consumer. Any exception that escaped from the
-consumer would end the worker. A single LPUSH of such an entry, or a failover of Redis, would thus stop every worker.
+The consumer of kombu 5.7 raises an exception if a queue entry is malformed or not JSON. The consumer also raises an
+exception if Redis rejects a read (READONLY, MISCONF, NOPERM). Any exception that escaped from the consumer would end
+the worker. A single LPUSH of such an entry, or a failover of Redis, would thus stop every worker.
 
 A worker shuts down cleanly even while the broker does not answer. Celery 5.7 sends its heartbeats to Flower from the
 consumer's own loop. While the broker is silent, Celery retries a heartbeat endlessly, logs nothing and ignores SIGTERM.
@@ -46,7 +46,7 @@ TRANSPORT_ALIASES.update(
 LONGEST_PAUSE = 3.0
 """The longest pause, in seconds, between two attempts to reach the broker.
 
-Celery's own pauses grow to thirty seconds.
+Celery itself would wait up to thirty seconds between two tries.
 """
 
 FIRST_PAUSE = 0.25

@@ -68,7 +68,7 @@ lease, the follow-ups of a delayed hint are claimed again.
 """
 
 SWITCH_INTERVAL = 0.0005
-"""Seconds for which a Python thread may run while another waits for the interpreter. With Python's default of 0.005,
+"""Seconds that a Python thread may run while another thread waits for the interpreter. With Python's default of 0.005,
 the dispatcher's thread would repeatedly delay a due follow-up. The dispatcher holds the interpreter while it claims a
 thousand follow-ups and publishes their hints.
 """

@@ -13,7 +13,7 @@ from followups.states import Status
 
 
 class ModelRow(NamedTuple):
-    """A follow-up in the model's database; of a `ModelWorld`'s two, the earlier one comes first."""
+    """A follow-up in the model's database; a `ModelWorld` has two, with the earlier one first."""
 
     status: Status = Status.PENDING
     reason: str = ""

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from followups.settings import Settings
 
 KUBERNETES = {"PORT": "tcp://10.96.0.7:80"}
-"""Environment variables that Kubernetes sets for Services, with names like the application's settings."""
+"""Environment variables that Kubernetes sets for Services; their names resemble those of settings."""
 ARGV = [sys.executable, "-m", "followups.api"]
 
 

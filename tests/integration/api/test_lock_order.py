@@ -56,7 +56,7 @@ FIRST: dict[str, Callable[[Session, UUID], Any]] = {
 
 @pytest.mark.parametrize("change", FIRST)
 def test_change_then_schedule_during_a_reply(api: Api, engine: Engine, change: str) -> None:
-    """A reply that arrives while a transaction schedules follow-ups waits, and then cancels them."""
+    """If a reply arrives while a transaction schedules follow-ups, the reply waits and then cancels them."""
     created = api.create()
     chat_id = created["chatId"]
     with ThreadPoolExecutor(1) as pool, Session(engine) as session:

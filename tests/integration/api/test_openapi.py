@@ -101,7 +101,7 @@ def generated(tmp_path_factory: pytest.TempPathFactory) -> ModuleType:
     """Generate a client from the OpenAPI document with openapi-python-client, and return its package."""
     directory = tmp_path_factory.mktemp("generated")
     (directory / "openapi.json").write_text(json.dumps(openapi_document()))
-    # The generator's post hooks would only format the code.
+    # The generator's post hooks would only format the generated code.
     (directory / "config.yaml").write_text("post_hooks: []\n")
     options = ["--path", "openapi.json", "--output-path", "followups_client", "--meta", "none", "--fail-on-warning"]
     subprocess.run(

@@ -296,7 +296,7 @@ def test_list_by_reason_and_due_date(run: RunCommand, world: World) -> None:
 
 
 def test_killed_during_a_bulk_cancel(environment: pytest.MonkeyPatch, world: World) -> None:
-    """If a bulk cancel is killed, no follow-up is half cancelled; a second run continues."""
+    """If a bulk cancel is killed, a second run completes it, and no follow-up is half cancelled."""
     del environment
     with world.engine.begin() as connection:
         connection.execute(

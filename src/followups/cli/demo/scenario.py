@@ -52,7 +52,7 @@ class Scheduled:
 
 @dataclass(frozen=True, slots=True)
 class Scenario:
-    """The demo's script: follow-ups in order of due time, and what the receiver and users do."""
+    """The demo's script: follow-ups in due order, and the actions of the receiver and users."""
 
     parts: tuple[ScenarioStep, ...]
     failures: dict[str, int]
@@ -84,7 +84,7 @@ REPLY_AT = 5.0
 GOLDEN = 0.618_033_988_75
 """The fractional part of the golden ratio.
 
-Multiples of this fraction are spread evenly without a pattern, like the due times of real chats.
+Due times based on the golden ratio are spread evenly but without a pattern, as in real chats.
 """
 
 SENT = Ending(Status.SENT, attempts=1)

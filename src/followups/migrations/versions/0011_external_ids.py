@@ -1,4 +1,4 @@
-"""Add an index of external ids, which finds chats with the same id in other workspaces.
+"""Add an index of external ids, to find chats of other workspaces that have the same external id.
 
 The index is used only if an external id may not appear in two workspaces.
 """
