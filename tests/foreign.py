@@ -41,7 +41,7 @@ HOSTILE: Mapping[str, str] = {
 
 
 def set_defaults(database_url: str, defaults: Mapping[str, str]) -> None:
-    """Set the database's defaults, and the role's defaults in this database, which take precedence."""
+    """Set the defaults of the database, and those of the role in this database, which take precedence."""
     url = make_url(database_url)
     database, role = sql.Identifier(url.database or ""), sql.Identifier(url.username or "")
     with psycopg.connect(url_as(database_url, SUPERUSER), autocommit=True) as connection:

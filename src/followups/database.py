@@ -40,7 +40,7 @@ SILENCE_MARGIN = timedelta(seconds=5)
 If the silence lasts longer, the connection is half-open or the server hangs.
 """
 NO_CONNECT_TIMEOUT = 130
-"""Seconds that psycopg waits for a connection if `connect_timeout` is 0 (no limit in libpq)."""
+"""If `connect_timeout` is 0, psycopg waits this many seconds for a connection."""
 
 ENCODING = "UTF8"
 MAKE_ANOTHER = (

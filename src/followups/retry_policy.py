@@ -20,7 +20,7 @@ MAX_RETRY_AFTER = timedelta(hours=24)
 SPREAD = 0.1
 """Maximum extra delay, as a fraction of the requested delay.
 
-The extra delay spreads the retries of follow-ups that were refused simultaneously.
+Follow-ups that were refused at the same moment are therefore retried at different times.
 """
 
 

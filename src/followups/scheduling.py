@@ -1,4 +1,4 @@
-"""The rules for creating, changing and cancelling follow-ups, which are the same for every caller.
+"""The rules for creating, changing and cancelling follow-ups, whoever the caller is.
 
 Each function works in the caller's own transaction and does not commit it. The row itself is the job, so nothing else
 has to be enqueued. The REST API and the command line call the same functions.

@@ -278,8 +278,8 @@ class Settings(BaseSettings):
     @field_validator("retention", "audit_retention")
     @classmethod
     def _is_a_day_or_more(cls, value: timedelta) -> timedelta:
-        # A bare number means seconds. The minimum prevents a mistake: 90, meant as days, would delete everything older
-        # than 90 seconds.
+        # A bare number means seconds. Without a minimum, 90 (meant as days) would delete everything older than 90
+        # seconds.
         if value and value < LEAST_RETENTION:
             message = "should be 0, or at least a day (86400, or P1D)"
             raise ValueError(message)

@@ -1,8 +1,8 @@
 """Statements that run with both SQLAlchemy and psycopg, and the rules that use them.
 
 A rule is a generator without I/O: it yields a query, receives the query's rows, and decides. A rule needs only one
-implementation for both libraries. A session runs a rule synchronously (`run`). The API runs the rule on its event loop
-with psycopg (`followups.event_loop`).
+implementation for both libraries. A session runs a rule synchronously (`run`). The API uses psycopg, and runs the rule
+on its event loop (`followups.event_loop`).
 """
 
 from __future__ import annotations

@@ -55,7 +55,7 @@ SECONDS = 1.0
 
 PACED_SECONDS = 10.0
 AHEAD = 15.0
-"""Seconds before the measurement, in which beat and two workers start while requests arrive."""
+"""The requests start this many seconds before the measurement, and so do beat and two workers."""
 
 MANY = 1000
 

@@ -105,7 +105,7 @@ def test_streams_need_a_session_and_are_bounded(
 ) -> None:
     """Only a client with a session gets streams, and only a limited number of them.
 
-    A session with the maximum number of streams can still use the console.
+    A session that has opened the maximum number of streams can still use the console.
     """
     monkeypatch.setattr(live, "BY_SESSION", 2)
     assert person().get("/stream").status_code == 401

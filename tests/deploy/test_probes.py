@@ -15,7 +15,7 @@ PROCESSES = ("web", "worker", "beat")
 
 
 def probes() -> dict[str, list[str]]:
-    """Return each probe's command, keyed by a place that ends with the process's name."""
+    """Return the command of each probe, keyed by its source and its process, as in ``compose web``."""
     found = {}
     for name, service in compose()["services"].items():
         if name in PROCESSES:

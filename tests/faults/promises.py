@@ -36,7 +36,7 @@ class Record:
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """How the follow-ups ended, and how often each promise was broken."""
+    """How the follow-ups ended, with a count of the violations of each promise."""
 
     lost: int
     doubled: int
@@ -50,7 +50,7 @@ class Verdict:
     unknown: int
     """The follow-ups that ended with an unknown outcome."""
     repeated: int
-    """The requests whose key the chat had already accepted."""
+    """The requests whose idempotency key the chat had already accepted."""
 
     def broken(self) -> dict[str, int]:
         """Return the promises that were broken, each with a count."""

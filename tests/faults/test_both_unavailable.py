@@ -87,5 +87,5 @@ def test_both_unavailable(proxied: Proxied, figures: Figures, *, deduplicates: b
 @pytest.mark.faults_long
 @pytest.mark.parametrize("deduplicates", [True, False])
 def test_both_unavailable_for_long(proxied: Proxied, figures: Figures, *, deduplicates: bool) -> None:
-    """In five outages of the database and the ticks, no call is repeated."""
+    """If database and ticks fail together five times, no call is repeated."""
     both_unavailable(proxied, figures, deduplicates=deduplicates, count=100, lease=20, rounds=5)

@@ -94,7 +94,7 @@ def test_taken_over_while_leased(world: World, engine: Engine, settings: Setting
 
 
 def test_same_text_again(rig: Rig, figures: Figures) -> None:
-    """If two follow-ups have the same text, a deduplicating chat accepts both."""
+    """If two follow-ups have the same text, a chat that deduplicates by key accepts both."""
     rig.start()
     rig.bulk(20, spread=0.5, per_chat=4)
     rig.settle_down(within=60)

@@ -88,5 +88,5 @@ def test_replace_during_replies(rig: Rig, figures: Figures) -> None:
 
 @pytest.mark.faults_long
 def test_replace_during_many_replies(rig: Rig, figures: Figures) -> None:
-    """In 5,000 chats, transactions that cancel and schedule take effect, as do concurrent replies."""
+    """In 5,000 chats, all transactions that cancel and schedule take effect, and so do concurrent replies."""
     replace_during_replies(rig, figures, pairs=5_000)

@@ -198,12 +198,12 @@ def test_storm_of_429(rig: Rig, figures: Figures) -> None:
 
 
 def test_outage(rig: Rig, figures: Figures) -> None:
-    """A receiver that was unreachable gets every message once, and not all in one burst."""
+    """If a receiver was unreachable, it gets every message once, and not all at the same time."""
     outage(rig, figures, rate=60, seconds=2)
 
 
 def test_left_alone(rig: Rig, figures: Figures) -> None:
-    """If the transport fails for all workspaces, no follow-up runs out of attempts."""
+    """If the transport fails for all workspaces, no follow-up uses up all its attempts."""
     rig.options |= PATIENT | {"FOLLOWUPS_BREAKER_FAILURES": "20", "FOLLOWUPS_MAX_ATTEMPTS": "8"}
     check_breaker_outage(rig, figures, rate=120, seconds=4)
 

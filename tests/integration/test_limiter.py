@@ -171,7 +171,7 @@ async def test_the_strictest_limit_decides(under_test: LimiterUnderTest) -> None
 
 
 async def test_a_long_wait_is_understated(under_test: LimiterUnderTest) -> None:
-    """Short waits are exact, but long waits are understated, since other requests may be dropped."""
+    """Short waits are exact; long waits are understated, as requests ahead of them may be dropped."""
     limit = bucket(rate=0.01, burst=1)
     await under_test.ask(request(0, limit))
     waits = await under_test.ask(*(request(since, limit) for since in range(1, 4)))

@@ -314,7 +314,7 @@ class TestChats:
         assert (chat.last_message_id, chat.last_user_message_at) == (agent.id, user.created_at)
 
     def test_same_timestamp(self, caller: Caller) -> None:
-        """If two messages have equal timestamps, the later arrival counts as the last message."""
+        """If two messages have the same timestamp, the one that arrived later counts as the last."""
         chat_id, at = uuid4(), soon(-1)
         caller.receive(chat_id, Role.USER, at)
         agent = caller.receive(chat_id, Role.AGENT, at)

@@ -317,7 +317,7 @@ class TestWindow:
     def test_rejected_when_scheduled(self, world: World) -> None:
         """A due date is rejected if the messaging window closes before sending hours begin.
 
-        A due date is accepted if sending hours begin within the messaging window.
+        If sending hours begin before the messaging window closes, the due date is accepted.
         """
         put(world, CLOSED)
         missed, fits = (self.windowed(world, left) for left in (2 * HOUR, 5 * HOUR))
@@ -372,7 +372,7 @@ def test_held_follow_ups_can_be_cancelled_and_rescheduled(world: World, engine: 
 def test_an_unknown_time_zone(world: World, engine: Engine, settings: Settings) -> None:
     """If a workspace's time zone is unknown, its follow-ups are held for a minute and checked again.
 
-    A follow-up with an unknown time zone is never sent at a wrong hour.
+    While its time zone is unknown, a follow-up is not sent.
     """
     put(world, CLOSED)
     world.sql("UPDATE sending_hours SET time_zone = 'Mars/Olympus', open_until = now() - interval '1 day'")

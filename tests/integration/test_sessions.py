@@ -104,7 +104,7 @@ class TestSettings:
         await engine.dispose()
 
     def test_limits(self, database_url: str) -> None:
-        """If an engine has a time limit, the limit applies to statements and idle transactions."""
+        """An engine's time limit, if any, applies to statements and to idle transactions."""
         set_defaults(database_url, {"statement_timeout": "1h", "idle_in_transaction_session_timeout": "1h"})
         for limit, shown in ((timedelta(seconds=7), "7s"), (None, "0")):
             engine = make_engine(database_url, pool_size=1, statement_timeout=limit)

@@ -1,4 +1,4 @@
-"""Tests for human takeover: an operator's message cancels only follow-ups scheduled before it."""
+"""Tests for human takeover: an operator's message cancels the follow-ups scheduled before it."""
 
 from __future__ import annotations
 

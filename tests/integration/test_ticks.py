@@ -162,7 +162,7 @@ class TestGap:
     ],
 )
 def test_length_of_a_gap(settings: Settings, changed: dict[str, timedelta], gap: float, grace: float) -> None:
-    """A gap between ticks counts as long after two intervals and a second, or after half a lease.
+    """A gap between ticks is long if it exceeds half a lease, or two tick intervals plus a second.
 
     The grace period is as long as the longest call or connection attempt.
     """
@@ -268,7 +268,7 @@ class TestOneAtATime:
 
 
 class TestToken:
-    """Lease tokens, which are never reused, even if the database loses a commit."""
+    """Tests that no lease token is used twice, even if the database loses a commit."""
 
     def test_claim_lost_in_a_failover(self, world: World, engine: Engine, settings: Settings) -> None:
         """If a failover loses a claim, the late result of its attempt does not settle the next attempt."""

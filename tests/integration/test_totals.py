@@ -1,4 +1,4 @@
-"""Tests of the sums of all processes' counters, which are kept in the database."""
+"""Tests of the counters that the database sums over all processes."""
 
 from __future__ import annotations
 

@@ -242,7 +242,7 @@ def test_more_unwritable_rows_than_one_search(
 def test_a_lease_that_cannot_be_released(world: World, engine: Engine, settings: Settings) -> None:
     """If hints cannot be published and one lease cannot be released, the other leases are released.
 
-    The follow-ups of the released leases can be claimed again immediately.
+    The follow-ups of these released leases can be claimed again at once.
     """
     bad, good = world.follow_up(due=-SECOND), world.follow_up()
     world.alter(f"ALTER TABLE follow_ups ADD CHECK (id <> '{bad}' OR lease_until IS NOT NULL) NOT VALID")

@@ -198,7 +198,7 @@ def test_shedding() -> None:
 def test_a_shed_workspace_queue_is_empty() -> None:
     """If fewer leases are kept than there are workspace queues, some workspace queues become empty.
 
-    An emptied workspace queue later accepts leases like a new one.
+    If a workspace queue was emptied, it later accepts leases like a new one.
     """
     queue = queue_of()
     queue.add([lease for key in range(1, 6) for lease in overdue(key, 1)])

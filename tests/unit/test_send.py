@@ -131,7 +131,7 @@ async def test_exceptions_of_a_transport(error: type[BaseException]) -> None:
 
 
 async def test_cancelled_from_outside() -> None:
-    """Cancelling the task cancels the call, which then has no outcome."""
+    """If the calling task is cancelled, the call is cancelled too and has no outcome."""
     task = asyncio.create_task(attempt(hang, timedelta(seconds=60)))
     await asyncio.sleep(0.01)
     task.cancel()

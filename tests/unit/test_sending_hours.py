@@ -131,7 +131,7 @@ def test_days() -> None:
 
 @given(st.frozensets(st.integers(0, 6), min_size=1))
 def test_days_round_trip(days: frozenset[int]) -> None:
-    """Weekdays written as text are read back as the same weekdays."""
+    """If weekdays are written as text, the text is read back as the same weekdays."""
     assert read_days(written_days(days)) == days
 
 

@@ -53,7 +53,7 @@ Further requests are refused immediately, with a Retry-After header.
 """
 
 MAX_CONSOLE_WAITING = 32
-"""Maximum number of console requests that are running or waiting: five for each console thread.
+"""Maximum number of running and waiting console requests: five for each console thread.
 
 Console requests do not use the API's slots.
 """

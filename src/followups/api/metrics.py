@@ -117,7 +117,7 @@ class Exposition:
         return _families(samples)
 
     def describe(self) -> list[Metric]:
-        """Return no metrics, because the metrics' names are known only at collection."""
+        """Return no metrics, because their names are unknown before collection."""
         return []
 
     def text(self) -> bytes:

@@ -352,7 +352,7 @@ def config_of(app: ASGIApp) -> uvicorn.Config:
 
 
 class Server(uvicorn.Server):
-    """uvicorn's server, which on shutdown ends event streams before it waits for running requests."""
+    """uvicorn's server, except that on shutdown it ends event streams first, then waits for requests."""
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """End the console's event streams, then shut down uvicorn."""

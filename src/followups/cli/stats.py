@@ -75,7 +75,7 @@ app = typer.Typer(add_completion=False, rich_markup_mode="markdown")
 MILLISECOND = timedelta(milliseconds=1)
 BARS = " ▁▂▃▄▅▆▇█"
 ASK_WORKERS = 5.0
-"""Seconds between two queries, each of which every worker has to answer."""
+"""Seconds between two queries to the workers, since every worker has to answer each query."""
 
 
 @app.command(

@@ -62,7 +62,7 @@ class Viewer:
 
     @property
     def chat_id(self) -> UUID | None:
-        """The session's only chat, or None if all chats of its workspace are visible."""
+        """The only chat that the session may show, or None if it may show all chats of its workspace."""
         return self.session.chat_id
 
     @property

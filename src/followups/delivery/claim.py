@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     Take = Callable[[Connection, claims.ClaimSearch], Claim]
 
 MAX_LOSSES = 3
-"""Number of lost leases after which a follow-up counts as a poison pill."""
+"""A follow-up that has lost this many leases counts as a poison pill."""
 
 AHEAD_TICKS = 2
 """A claim covers this many tick intervals, so that one late tick delays no follow-up."""
@@ -56,8 +56,8 @@ def rhythm_of(settings: Settings) -> Rhythm:
     """Return the longest harmless gap between ticks, and the grace period that follows a longer gap.
 
     During a longer gap, leases may expire unnoticed. In the grace period, the workers of expired leases can record
-    their outcomes. After an outage, a worker must connect before it can record its outcomes. If the database's clock
-    was set forward, calls in flight also need this grace period. By default, a gap of more than 3 s is followed by a
+    their outcomes. After an outage, a worker must connect before it can record its outcomes. After the database's clock
+    is set forward, calls in flight need this grace period as well. By default, a gap of more than 3 s is followed by a
     grace period of 13 s.
     """
     known_within = max(settings.transport_timeout + GRACE, _connecting(settings.database_url.get_secret_value()))

@@ -33,12 +33,12 @@ SLOW = 1.0
 milliseconds.
 """
 MANY = 100
-"""If a claim has at least this many rows, the dispatcher checks the planner's statistics."""
+"""After a claim of at least this many rows, the dispatcher checks the planner's statistics."""
 NEXT_STATISTICS = 60.0
 """Seconds between two checks of the planner's statistics."""
 
 QUICK = 0.01
-"""If a claim from the beginning of the index takes at most this many seconds, the next claim starts there too."""
+"""If a claim from the beginning of the index is this quick (in seconds), the next one starts there too."""
 LOOKING_SHARE = 0.1
 """Claims from the beginning of the index may take this share of the dispatcher's time."""
 

@@ -124,7 +124,7 @@ def statistics_refreshed(seconds: float) -> None:
 def failed(step: str, error: Exception, engine: Engine) -> None:
     """Log that a step failed and will be retried.
 
-    The cause is either a bug or an unreachable or unusable database.
+    The cause is a bug, or a database that cannot be reached or used.
     """
     why = f"its {step} fails (see its log)"
     if is_passing(error):

@@ -86,7 +86,7 @@ class FairQueue:
         return sum(len(queue) for key, queue in self._queues.items() if key in keys)
 
     def shed(self, keys: frozenset[int], most: int) -> list[Lease]:
-        """Remove the leases beyond ``most`` from these workspace queues; return them, earliest first.
+        """Shrink these queues to ``most`` leases in total; return the removed leases, earliest first.
 
         Each workspace queue keeps its earliest leases, up to an equal share of ``most``.
         """

@@ -241,7 +241,7 @@ class Pipeline:
     async def _unblock_later(self, ended: Collection[UUID]) -> None:
         """Unblock each follow-up behind an ended one as soon as its row is no longer locked.
 
-        While the pipeline drains, dispatchers unblock these follow-ups instead.
+        When the pipeline drains, the dispatchers unblock the remaining follow-ups.
         """
         pause = RETRY_DELAY
         while ended and not self._draining:

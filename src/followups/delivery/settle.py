@@ -147,7 +147,7 @@ class Settler:
         self._add_later([attempt for attempt in batch if attempt.begun.lease.id in retry_later], SETTLE_RETRY_DELAY)
 
     async def _record_apart(self, batch: Sequence[Attempt]) -> None:
-        """Record a rejected batch in halves, so that only the rejected result is delayed."""
+        """Record a rejected batch in smaller parts, so that only the faulty result is delayed."""
         if len(batch) > 1:
             for half in (batch[: len(batch) // 2], batch[len(batch) // 2 :]):
                 await self._record(half)

@@ -43,8 +43,8 @@ STOP_WITHIN = timedelta(seconds=30)
 """Maximum duration of a fast shutdown. A fast shutdown ends the sessions and writes a checkpoint."""
 
 SETTINGS = {
-    # TCP is disabled. Only the owner and root can enter the directory of the Unix socket. So no password can leak, and
-    # the server cannot be reached over the network.
+    # TCP is disabled. Only the owner and root can enter the directory of the Unix socket. The server cannot be reached
+    # over the network, and it needs no password that could leak.
     "listen_addresses": "''",
     "unix_socket_permissions": "0700",
     "max_connections": "200",
@@ -104,7 +104,7 @@ class EmbeddedPostgres(EmbeddedServer):
         return f"postgresql://{role}@/{quote(database, safe='')}?host={quote(str(self.directory / 'socket'))}"
 
     def service_url(self) -> str:
-        """Create, if missing, a role that may change rows but owns nothing; return its URL."""
+        """Create a role that may change rows but owns nothing, unless it exists; return its URL."""
         with psycopg.connect(self.url(), autocommit=True) as connection:
             connection.execute(SERVICE_ROLE)
         return self.url(role="followups")

@@ -2,8 +2,8 @@
 
 A signal handler must not raise an exception: a process that has just started might not be recorded yet. The handler
 therefore only records the first signal. `StopSignals.check` then raises KeyboardInterrupt. A second signal before the
-next `StopSignals.check` raises KeyboardInterrupt immediately. The watchdog of `followups.embedded` then stops the
-remaining processes.
+next `StopSignals.check` raises KeyboardInterrupt immediately. If processes remain, the watchdog of `followups.embedded`
+stops them.
 """
 
 from __future__ import annotations

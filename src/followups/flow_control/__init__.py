@@ -28,7 +28,7 @@ PAUSE = timedelta(seconds=5)
 
 
 def connect(settings: Settings, timeout: timedelta = TIMEOUT) -> Redis:
-    """Return a client that is not yet connected, for use in one event loop."""
+    """Return a client for one event loop; it connects on first use."""
     return Redis.from_url(
         settings.broker_url.get_secret_value(),
         socket_timeout=timeout.total_seconds(),

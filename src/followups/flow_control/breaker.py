@@ -121,7 +121,7 @@ class RecoveryPolicy:
     """Begins per second right after a successful probe, for all workers together. The rate then doubles every second.
     """
     last_rate: float = 10_000.0
-    """Begun follow-ups per second at which the breaker closes, after about ten seconds."""
+    """The breaker closes at this many begins per second, which takes about ten seconds."""
     fails_again: int = 10
     """How many different follow-ups must fail in a row before a recovering breaker opens again."""
     in_a_row: int = 5

@@ -92,7 +92,7 @@ class BulkRunner(BackgroundThread):
         self._stopping.wait(SEEN_EVERY)
 
     def _run_batch(self) -> bool:
-        """Carry out the next batch, if any, and return whether there was one.
+        """Carry out the next batch of a bulk action; return False if there is none.
 
         A bulk action is skipped for a while after one of its batches has failed.
         """

@@ -134,7 +134,7 @@ def _statuses_of(code: ReasonCode | None) -> tuple[Status, ...]:
     return tuple(status for status in Status if code is None or code in TRANSITIONS[Status.PENDING].get(status, ()))
 
 
-# The query looks up the chat of each row. With EXISTS, the planner would join all chats for each workspace.
+# The query looks up the chat of each row. With EXISTS instead, the planner would join all chats of each workspace.
 _ON_CHANNEL = """:channel = (
     SELECT c.channel FROM chats c WHERE c.workspace_id = f.workspace_id AND c.id = f.chat_id)"""
 
@@ -194,7 +194,7 @@ def _sql(wanted: BrowseFilter, *more: str) -> str:
 def _page(
     wanted: BrowseFilter, after: BrowseCursor | None, floor: datetime | None, most: int
 ) -> tuple[TextClause, dict[str, Any]]:
-    """Return a query for up to ``most`` rows after ``after`` and newer than ``floor``, with its parameters."""
+    """Return the query for one page of at most ``most`` rows, and its parameters."""
     columns = ", ".join(f"f.{column.name}" for column in _COLUMNS)
     parameters = _parameters(wanted) | {"most": most}
     bounds = []

@@ -115,7 +115,7 @@ def _cancel(*, by_code: bool) -> TextClause:
 
 
 def cancel_if_not_begun(connection: Connection, pending: CancelScope, final: Final, after: CancelCursor) -> Cancelled:
-    """Cancel the next batch of follow-ups; for those in flight, only prevent a retry.
+    """Cancel the next batch of follow-ups, but only prevent the retry of those in flight.
 
     A follow-up is skipped if its row is locked or cannot be written.
     """

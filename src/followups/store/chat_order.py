@@ -170,7 +170,7 @@ def first_of(connection: Connection, workspace_id: UUID, chat_id: UUID) -> UUID 
 
 
 MOST_PLACES = 100
-"""The largest computed position of a follow-up in its chat; later positions count as this one."""
+"""Any follow-up behind this position in its chat counts as if it were at this position."""
 
 _PLACES = text("""
     SELECT f.id, (SELECT count(*) FROM (

@@ -179,7 +179,7 @@ def put_chat(workspace_id: UUID, chat_id: UUID, channel: Channel, external_id: s
     """Create or update the chat; return the chat and whether it is new. A removed chat is created again."""
     name: dict[str, Any] = {"workspace_id": workspace_id, "chat_id": chat_id}
     values = name | {"channel": channel.value, "external_id": external_id}
-    # The lock keeps other transactions from removing the chat or adding messages to it.
+    # The lock prevents other transactions from removing the chat and from adding messages.
     locked: Sequence[Chat] = yield _LOCK_ANY(**name)
     if not locked:
         if created := (yield _INSERT(**values, within_quota=False)):
@@ -271,9 +271,9 @@ def receive(
 ) -> Steps[RecordedMessage]:
     """Record a chat message; a user's or operator's message cancels the chat's pending follow-ups.
 
-    If the chat is unknown, it is created. A message older than the chat's last one is recorded but cancels nothing. An
-    older message of a user still opens the messaging window from the time of that message. Recording the same message
-    again changes nothing. Raises `ChatNotFoundError` for a removed chat.
+    If the chat is unknown, it is created. A message older than the chat's latest message is recorded but cancels
+    nothing. An older message of a user still opens the messaging window from the time of that message. Recording the
+    same message again changes nothing. Raises `ChatNotFoundError` for a removed chat.
     """
     names: dict[str, Any] = {"workspace_id": workspace_id, "message_id": message_id, "chat_id": chat_id}
     (chat,) = yield _KNOWN_OR_LOCK(**names)

@@ -7,7 +7,7 @@ served first. During a backlog, free slots go to the workspaces with the fewest 
 Each claim is one guarded statement, which skips rows that another transaction has locked.
 
 This module updates the planner's statistics itself, because claims depend on them. Autovacuum updates the statistics
-only minutes later. After a table was emptied, vacuumed and quickly refilled, the planner estimates one row until
+only minutes later. If a table has been emptied, vacuumed and quickly refilled, the planner expects one row until
 autovacuum runs. To a planner that expects one row, any index that contains the id seems as good as the primary key. In
 an index whose first column is not the id, each look-up of an id scans the whole index. With wrong statistics and 50,000
 due follow-ups, each step of a batch took seconds.

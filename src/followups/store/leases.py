@@ -70,7 +70,7 @@ rare and harmless.
 
 
 def key_of(workspace_id: UUID) -> int:
-    """Return the key of a workspace's queue: the last bits of the workspace's id, which are random."""
+    """Return the key of a workspace's queue: the last, random bits of the workspace's id."""
     return workspace_id.int % KEYS
 
 

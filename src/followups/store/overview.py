@@ -1,7 +1,7 @@
 """Figures of one workspace, or of all workspaces, for the console's overview page.
 
-Each figure is computed from a limited number of rows, and in a limited time. Every query reads its rows in the order of
-an index. A query that exceeds the time limit `LIMIT` is cancelled, and its figure is None.
+Each figure is computed from a limited number of rows. Every query reads its rows in the order of an index. A query that
+exceeds the time limit `LIMIT` is cancelled, and its figure is None.
 """
 
 from __future__ import annotations

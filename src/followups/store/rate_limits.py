@@ -256,14 +256,14 @@ _WORKSPACES = text("""
 
 
 def workspaces_of(connection: Connection, keys: Iterable[int]) -> list[UUID]:
-    """Return the workspaces with these queue keys.
+    """Return the workspaces whose queues have these keys.
 
     The query reads all workspaces, which takes 48 ms for 50,000 of them.
     """
     return list(connection.scalars(_WORKSPACES, {"keys": int_array(keys)}))
 
 
-# Each workspace is searched separately, because almost all follow-ups due soon may belong to one workspace.
+# Each workspace is searched separately, because one workspace may have almost all follow-ups that are due soon.
 _LOCK_DEFERRED_OF = text(f"""
     WITH deferred AS MATERIALIZED (
         SELECT f.id, f.next_attempt_at

@@ -44,8 +44,8 @@ def find(session: Session, name: str, *, to_delete: bool = False) -> Workspace:
     unless ``to_delete`` is true.
     """
     name = name.strip()
-    # No workspace's name contains unprintable characters. PostgreSQL or its driver could reject a query that contains
-    # unprintable characters.
+    # No workspace's name contains unprintable characters. A query with unprintable characters could be rejected by
+    # PostgreSQL or its driver.
     found = session.scalar(select(Workspace).where(Workspace.name == name)) if name.isprintable() else None
     if found is None:
         raise WorkspaceNotFoundError

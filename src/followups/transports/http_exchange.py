@@ -188,8 +188,8 @@ class Exchange:
 
     def _connected(self, _ip: str, own_ip: str, _port: int, own_port: int) -> int:
         # A process that freezes while it connects may wake after the request's time limit. By that time, the follow-up
-        # may have been cancelled, or sent by another process. Without these checks, a request on a closed connection
-        # would also have an unknown outcome.
+        # may have been cancelled, or sent by another process. These checks also detect a closed connection, on which a
+        # request would have an unknown outcome.
         if uptime() > self._until:
             self.late = True
             return _ABORT

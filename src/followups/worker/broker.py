@@ -55,7 +55,7 @@ the previous pause.
 """
 
 LASTS = 5.0
-"""A connection whose reads are still answered after this many seconds counts as good.
+"""If reads are still answered after this many seconds, the connection counts as good.
 
 A Redis ACL may allow reads of the queues but forbid subscriptions. One read may therefore be answered while another is
 rejected.
@@ -126,7 +126,7 @@ class Consumer:
         self.connecting_at = 0.0
         self.connected_at = 0.0
         self.refused = 0
-        """Number of broker connections in a row that were lost soon after they were opened."""
+        """Number of consecutive broker connections that were lost soon after they were opened."""
         self.queues: frozenset[str] = frozenset()
         """The queues that the consumer has polled."""
 

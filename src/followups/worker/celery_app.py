@@ -375,10 +375,10 @@ def _warm_up(sender: Any = None, **_: object) -> None:  # noqa: ANN401 - the wor
 
 @signals.beat_init.connect
 def _stop_beat_in_order(**_: object) -> None:
-    # Celery's own handler closes the producer while the signal is being handled. If a signal interrupted a publish,
-    # Celery's handler would wait forever for the lock of that publish. In a test with ten ticks per second, two of
-    # about thirty beat processes never exited. A signal handler that raises an exception makes the interrupted publish
-    # release its locks. Our handler raises an exception, and beat closes the producer afterwards.
+    # Celery's own handler closes the producer while the signal is being handled. An interrupted publish still holds its
+    # lock, so Celery's handler would wait forever. In a test with ten ticks per second, two of about thirty beat
+    # processes never exited. A signal handler that raises an exception makes the interrupted publish release its locks.
+    # Our handler raises an exception, and beat closes the producer afterwards.
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: sys.exit(0))
 

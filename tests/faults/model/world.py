@@ -60,7 +60,7 @@ class ModelWorld(NamedTuple):
     """How often the chat has accepted each follow-up's message."""
     replied: bool = False
     may_create: bool = False
-    """Whether a check without a lock allowed the second follow-up to be created."""
+    """Whether a check without a lock has allowed a client to create the second follow-up."""
 
     def with_row(self, number: int, row: ModelRow) -> ModelWorld:
         """Return a copy of the state with one row replaced."""

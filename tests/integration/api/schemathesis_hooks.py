@@ -2,7 +2,7 @@
 
 The OpenAPI document cannot express rules that depend on the current state. The check `valid_requests_are_accepted`
 replaces schemathesis's check `positive_data_acceptance`. The replacement also accepts 422 responses that depend on the
-current state. Separate tests cover those responses.
+current state. Other tests cover the 422 responses that depend on the state.
 """
 
 from __future__ import annotations

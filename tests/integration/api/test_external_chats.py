@@ -36,7 +36,7 @@ def two_workspaces(matrix_url: str, web_engine: Engine) -> Iterator[tuple[Api, A
 
 
 def put(api: Api, room: str | None, chat: object = None) -> int:
-    """Assign a chat to a room and return the response status."""
+    """Assign a chat to a Matrix room and return the response's status."""
     answer = api.client.put(f"{CHATS}/{chat or uuid4()}", json={"channel": "matrix", "externalId": room})
     if answer.status_code == 409:
         is_problem(answer, 409, "external-chat-taken")

@@ -40,7 +40,7 @@ POST = b"POST /api/v1/chat-messages HTTP/1.1\r\nhost: a\r\n"
 
 @dataclass
 class Flood:
-    """A flood's cost: CPU time and memory of the web process, and other clients' waits."""
+    """A flood's cost: CPU time, memory of the web process, and waits of other clients."""
 
     cpu: float = 0.0
     memory: float = 0.0
@@ -55,8 +55,8 @@ class Flood:
     def held_up_less(self, limit: float) -> bool:
         """Return whether 95 % of the other requests were delayed by less than the limit.
 
-        The limit applies to the ``busy`` part of each wait. On a busy machine, half of the requests may take ten times
-        as long by the wall clock.
+        The limit applies to the time during which the web process is ``busy``, not to the whole wait. On a busy
+        machine, half of the requests may take ten times as long by the wall clock.
         """
         return p95(self.busy) < limit and statistics.median(self.waits) < 10 * limit
 

@@ -212,7 +212,7 @@ class TestRetry:
         assert found == {"dryRun": False, "matched": 5, "interrupted": False} | counts
 
     def test_retries_over_the_quota_are_counted(self, run: RunCommand, world: World) -> None:
-        """If the quota rejects some retries, a bulk retry counts them and continues."""
+        """If the quota rejects some retries, a bulk retry counts the rejected ones and continues."""
         with world.engine.begin() as opened:
             quotas.put(opened, world.workspace_id, quotas.Kind.PENDING, 2)
         for _ in range(5):

@@ -125,7 +125,7 @@ class TestRetry:
         assert new["createdAt"] < new["dueDate"]
 
     def test_only_a_failed_follow_up(self, run: RunCommand, world: World) -> None:
-        """`retry` rejects a follow-up that has not failed, or whose user has replied since."""
+        """`retry` rejects a follow-up that has not failed, and one whose user has replied since it failed."""
         assert "this one is pending" in run("retry", world.follow_up(due=HOUR)).stderr
         answered = world.follow_up(world.chat(last_message_role="user"), **FAILED)
         ran = run("retry", answered)

@@ -1,4 +1,4 @@
-"""Rigs for the conformance suite: each transport together with the chats that receive its messages."""
+"""The conformance suite's rigs: each has a transport and the chats that receive its messages."""
 
 from __future__ import annotations
 

@@ -110,7 +110,7 @@ async def test_other_failures_are_final(rig: TransportRig, status: int) -> None:
 
 
 async def test_a_lost_answer_is_unknown_until_the_next_attempt(rig: TransportRig) -> None:
-    """If a connection breaks before the response, the outcome is `Unknown` and a second send succeeds."""
+    """If a connection breaks before the response, the outcome is `Unknown`; sending again succeeds."""
     delivery = a_delivery()
     outcome = await rig.send(delivery, kind="drop", times=1)
     assert isinstance(outcome, Unknown)

@@ -61,7 +61,7 @@ async def test_a_whole_second_is_written_like_any_other_time() -> None:
 
 
 async def test_a_chat_without_an_external_id_has_null() -> None:
-    """The body always has the external chat id, null if the chat has none."""
+    """If the chat has no external id, the body contains null for it."""
     request = await requested(a_delivery(external_chat_id=None))
     assert json.loads(request.body)["externalChatId"] is None
 

@@ -100,7 +100,7 @@ async def test_an_endpoint_that_cannot_deduplicate_gets_http_1(context: ssl.SSLC
 
 
 async def refuse(stream: Stream) -> None:
-    """Refuse the stream. HTTP/2 guarantees that a request on a refused stream has not been processed."""
+    """Refuse the stream. According to HTTP/2, a request whose stream was refused has not been processed."""
     stream.reset(ErrorCodes.REFUSED_STREAM)
 
 

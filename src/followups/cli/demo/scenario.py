@@ -132,7 +132,7 @@ FIRST_ERROR = 400
 LEAST_LEAD = 1.5
 """Minimum seconds between a follow-up's creation and its due time.
 
-Follow-ups are created before they are due, so that lag shows only the dispatcher's punctuality.
+Each follow-up is created before it is due, so that its lag depends only on the dispatcher.
 """
 
 CALLS_A_CHAT = 3

@@ -63,6 +63,6 @@ def _snapshot(services: ConsoleServices, workspace_id: UUID | None) -> OverviewS
 
 
 def _bars(sent: list[int]) -> list[tuple[int, float]]:
-    """Return each minute's bar (x position, height) in a drawing of 600 by 100 units."""
+    """Return the x position and height of each minute's bar, in a drawing of 600 by 100 units."""
     most = max(sent, default=0)
     return [(10 * minute, 100 * number / most) for minute, number in enumerate(sent) if number]

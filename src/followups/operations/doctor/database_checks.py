@@ -30,8 +30,8 @@ OLDEST_POSTGRESQL = 14
 LONG_TRANSACTION = timedelta(minutes=10)
 """Age from which an open transaction is reported.
 
-This system's own transactions take milliseconds. A long transaction keeps PostgreSQL from removing dead rows, which
-slows the claim.
+This system's own transactions take milliseconds. A long transaction prevents PostgreSQL from removing dead rows. Dead
+rows slow the claim.
 """
 
 CLOCK_OFF = timedelta(seconds=1)
