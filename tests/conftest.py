@@ -1,6 +1,6 @@
 """Fixtures for all tests: one PostgreSQL and one Valkey per run, started on first use.
 
-The controller of pytest-xdist starts and stops the servers, and passes on their URLs through a socket. The controller
+The controller of pytest-xdist starts and stops the servers, and sends their URLs through a socket. The controller
 outlives the xdist workers; with ``-n 0``, the controller is the only process. Unit tests start no server, and no server
 is started twice. If an xdist worker crashes, no server is left running.
 """

@@ -147,7 +147,7 @@ FAULTS: list[tuple[Callable[[Stack], None], set[str], set[str]]] = [
     (locked, {"FollowUpsTicksSlow"}, {"FollowUpsDatabaseUnreachable", "FollowUpsWebDown", "FollowUpsTicksStopped"}),
     (no_sessions, {"FollowUpsDatabaseUnreachable"}, {"FollowUpsTicksStopped"}),
 ]
-"""For each fault, the alerts that must fire and other alerts that may fire."""
+"""For each fault: the alerts that must fire, and the alerts that may fire."""
 
 
 @pytest.mark.parametrize(("fault", "woken", "besides"), FAULTS, ids=[fault.__name__ for fault, _, _ in FAULTS])

@@ -74,7 +74,7 @@ def test_the_wheel_contains_the_migrations(built: Built, postgres_url: str) -> N
 
 
 def test_a_missing_extra_is_named(built: Built) -> None:
-    """Without their extra, `up` and `demo` say what to install; all other commands work."""
+    """If the extra for `up` and `demo` is missing, these two commands say what to install."""
     for command in ("up", "demo"):
         ran = run(built, command, bare=True)
         assert ran.returncode == 1

@@ -25,7 +25,7 @@ INSTALLED = max(Path("/usr/lib/postgresql").glob("*/bin"), default=None)
 """The directory of Debian's newest PostgreSQL binaries, or None if there is none."""
 
 MISSING = "PostgreSQL is not installed: apt-get install postgresql."
-"""Why a test is skipped if these binaries are missing."""
+"""The reason for skipping a test if PostgreSQL is not installed."""
 
 CONFIGURATION = """
 listen_addresses = ''
@@ -154,7 +154,7 @@ class Replicated:
         ask(self.primary, "SELECT pg_promote()")
 
     def move(self) -> None:
-        """Route new connections to the current primary, and leave existing connections unchanged."""
+        """Route new connections to the current primary; existing connections stay where they are."""
         self.proxy.lead_to(self.primary.url())
 
     def replace_standby(self) -> None:

@@ -22,7 +22,7 @@ BACK_WITHIN = 10.0
 
 
 def outages(rig: Rig, figures: Figures, times: int, between: float, rate: float) -> None:
-    """Repeatedly kill and restart the broker, sometimes in quick succession, and check every worker."""
+    """Kill and restart the broker repeatedly, sometimes within seconds, and check every worker."""
     assert rig.valkey
     workers = rig.start(workers=2, beats=2)
     with Load(rig, rate, seconds=3600) as load:

@@ -54,7 +54,7 @@ def clocks_off(rig: Rig, figures: Figures, seconds: float, off: timedelta) -> No
 
 
 def is_off(worker: Child, by: timedelta) -> int:
-    """Return 1 if the log shows that the worker's clock is ahead by this much, -1 if it is behind."""
+    """Return 1 if the worker's clock is ahead by ``by`` according to the log, or -1 if behind."""
     lines = [json.loads(line) for line in worker.command.log.read_text().splitlines() if line.startswith("{")]
     off = datetime.fromisoformat(lines[-1]["timestamp"]) - datetime.now(UTC)
     return round(off / by)

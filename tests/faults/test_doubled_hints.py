@@ -68,7 +68,7 @@ def claimed_and_doubled(rig: Rig) -> int:
 
 
 def test_doubled_and_shuffled(rig: Rig, figures: Figures) -> None:
-    """Even if hints are duplicated and shuffled, each follow-up is sent by exactly one request."""
+    """If hints are duplicated and shuffled, each follow-up is still sent by exactly one request."""
     doubled(rig, figures, count=100, rounds=2)
 
 

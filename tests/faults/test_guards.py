@@ -251,7 +251,7 @@ async def sent_by(clock: DatabaseClock, engine: Engine, begun: Begun, latest: fl
 
 
 async def test_never_early(world: World, engine: Engine, settings: Settings) -> None:
-    """Without the wait for the due date, the sender would call the transport too early."""
+    """If the sender did not wait for the due date, it would call the transport too early."""
     ahead = timedelta(seconds=2)
     world.follow_up(due=ahead)
     begun = begun_of(Scene(world, settings.model_copy(update={"tick_interval": ahead})).lease())

@@ -26,7 +26,7 @@ def quiet(rig: Rig, worlds: list[World], each: int, spread: float, notice: timed
 
 
 def neighbour(rig: Rig, figures: Figures, each: int, spread: float, seconds: float) -> None:
-    """Measure five workspaces of ``each`` follow-ups, with and without another that has 100 times as many.
+    """Measure five workspaces of ``each`` follow-ups: alone, and beside one with 100 times as many.
 
     The follow-ups are inserted within ``seconds`` seconds, before the first one is due.
     """

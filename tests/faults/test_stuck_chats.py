@@ -79,7 +79,7 @@ def behind_stuck(rig: Rig, figures: Figures, count: int, spread: float) -> None:
     assert [tuple(row) for row in refused] == [
         ("retry", 1),
         ("snoozed", 1),
-    ]  # only the first follow-up of each chat was ever attempted
+    ]  # only the first follow-up of each chat has ever been attempted
 
 
 def test_stuck_chats(rig: Rig, figures: Figures) -> None:

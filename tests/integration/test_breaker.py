@@ -288,7 +288,7 @@ DAY = 86_400.0
 
 @pytest.mark.parametrize("step", [-DAY, -60.0, 60.0, DAY])
 def test_the_clock_is_set_while_open(own: Settings, clock: ServerClock, step: float) -> None:
-    """After a change of Redis's clock, the next probe follows after at most the longest pause."""
+    """If Redis's clock is changed, the next probe begins no later than after the longest pause."""
 
     async def script(store: BreakerStore) -> None:
         await opened(store)

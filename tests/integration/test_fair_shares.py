@@ -31,7 +31,7 @@ LEASE_THE_FIRST = """
 
 @pytest.mark.parametrize("seed", range(20))
 def test_max_min(engine: Engine, settings: Settings, monkeypatch: pytest.MonkeyPatch, seed: int) -> None:
-    """A fair claim of only a few rows also prefers workspaces with the fewest follow-ups in flight.
+    """Even a small fair claim prefers the workspaces with the fewest follow-ups in flight.
 
     A fair claim uses all free slots.
     """

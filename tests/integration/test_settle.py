@@ -159,7 +159,7 @@ class TestSettle:
         assert world.row(follow_up).status == "sent"
 
     def test_the_next_follow_up_of_the_chat_is_locked(self, world: World, steps: Steps, engine: Engine) -> None:
-        """If the chat's next follow-up is locked, settle completes, and that follow-up is unblocked later."""
+        """If a chat's next follow-up is locked, settle completes but does not unblock it yet."""
         chat = world.chat()
         first, second = world.follow_up(chat, -2 * SECOND), world.follow_up(chat, -SECOND)
         beginning = steps.begin(steps.claim().leases)

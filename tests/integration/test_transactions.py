@@ -112,7 +112,7 @@ def server_process(engine: Engine) -> int:
 async def test_an_idle_connection_is_tested_first(
     world: World, database_url: str, monkeypatch: pytest.MonkeyPatch, recently: float
 ) -> None:
-    """A broken connection is replaced unnoticed if it was idle; otherwise one statement fails."""
+    """If a connection breaks while idle, it is replaced unnoticed; otherwise, one statement fails."""
     monkeypatch.setattr(database, "RECENTLY", recently)
     engine = make_async_engine(database_url, pool_size=1)
     first = await in_loop(engine, server_process)

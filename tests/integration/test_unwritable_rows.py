@@ -299,7 +299,7 @@ def test_a_row_that_stays_deferred(
 
 
 def test_a_row_that_cannot_end(world: World, engine: Engine, settings: Settings) -> None:
-    """If a follow-up has lost three leases, it is not sent again, even if its row cannot be written.
+    """After three lost leases, a follow-up is not sent again, even if its row cannot be written.
 
     Other follow-ups are claimed as usual.
     """
@@ -324,7 +324,7 @@ def test_more_unwritable_rows_than_one_claim(world: World, engine: Engine, setti
 
 
 def test_fair_claim_skips_an_unwritable_row(world: World, engine: Engine, settings: Settings) -> None:
-    """A fair claim also skips an unwritable row that an ordered claim would not reach."""
+    """A fair claim skips an unwritable row, even one that an ordered claim would not reach."""
     others = type(world)(engine)
     world.burst([-10 * SECOND] * 25)
     with ticking(settings.model_copy(update={"max_in_flight": 10, "lease": timedelta(minutes=5)}), engine) as claimed:

@@ -213,7 +213,7 @@ def many(model: type[ResponseModel], rows: Iterable[object]) -> bytes:
     return to_json([dict(zip(names, values(row), strict=True)) for row in rows])
 
 
-@lru_cache(maxsize=8)  # more than the API has models
+@lru_cache(maxsize=8)  # more entries than the API has models
 def _fields(model: type[ResponseModel]) -> tuple[tuple[str, ...], Callable[[object], tuple[Any, ...]]]:
     """Return a model's JSON field names, and a function that reads the fields from a row."""
     names = tuple(field.serialization_alias or name for name, field in model.model_fields.items())

@@ -43,7 +43,7 @@ DASHBOARD_SECONDS = 60
 
 @dataclass(frozen=True, slots=True)
 class Stats:
-    """A snapshot of the system. ``pace`` is None if measuring it took too long."""
+    """A snapshot of the system. ``pace`` is None if its measurement took too long."""
 
     at: datetime
     counts: Counts

@@ -62,7 +62,7 @@ BACKOFF = 1.0
 
 
 class ReturnTimes:
-    """Spreads the times at which deferred follow-ups fall due again, in the order of deferral.
+    """Makes deferred follow-ups fall due at different times, in the order of their deferral.
 
     At first, successive return times are 15 ms apart. The more follow-ups are deferred, the closer together the return
     times are. No follow-up is deferred for longer than `LONGEST`.

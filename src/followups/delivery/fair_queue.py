@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     """An entry of the queue: a due time, a number that orders equal due times, and a lease."""
 
 ACTIVE = 60.0
-"""How many seconds a workspace counts as active after its latest follow-up arrived."""
+"""A workspace counts as active for this many seconds after its latest follow-up arrived."""
 
 
 class FairQueue:

@@ -1,8 +1,8 @@
 """Stop signals (Ctrl-C, SIGTERM, a closed terminal) are recorded at once and handled between steps.
 
-A signal handler must not raise an exception: a process that has just started might not be recorded yet. The handler
-therefore only records the first signal. `StopSignals.check` then raises KeyboardInterrupt. A second signal before the
-next `StopSignals.check` raises KeyboardInterrupt immediately. If processes remain, the watchdog of `followups.embedded`
+An exception in the signal handler could lose a process that has started but is not recorded yet. The handler therefore
+only records the first signal. `StopSignals.check` then raises KeyboardInterrupt. A second signal before the next
+`StopSignals.check` raises KeyboardInterrupt immediately. If processes remain, the watchdog of `followups.embedded`
 stops them.
 """
 

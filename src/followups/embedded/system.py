@@ -56,7 +56,7 @@ class StartPlan:
     data: Path | None = None
     """Directory for PostgreSQL's data and the logs, or None to keep neither."""
     overrides: Mapping[str, object] = field(default_factory=dict)
-    """Settings given by field name; all other settings are read from the environment."""
+    """Settings by field name; all other settings are read from the environment."""
     echo: Callable[[str, str], None] | None = None
     """A function that is called with the process and the line, for every log line."""
 

@@ -88,7 +88,7 @@ class OutcomeReport:
     A success that does not count towards the breaker is ignored.
     """
     succeeded: bool = False
-    """Whether an attempt that counts towards the breaker succeeded."""
+    """Whether any attempt that counts towards the breaker has succeeded."""
     runs: tuple[WorkspaceOutcomes, ...] = ()
     """The outcomes of each workspace since the last report."""
 

@@ -183,8 +183,8 @@ def count(connection: Connection, *, window: int, exact_up_to: int = EXACT_UP_TO
     estimated = frozenset(status for status, number in final.items() if number > exact_up_to)
     if estimated:
         estimates = {row[0]: row[1] for row in connection.execute(_ESTIMATE_FINAL)}
-        # Before the first ANALYZE, the table has no row estimate. Without an estimate, the number of rows counted so
-        # far is returned.
+        # Before the first ANALYZE, the table has no row estimate. Without an estimate, the function returns the number
+        # of rows counted so far.
         final |= {status: max(estimates.get(status, 0), final[status]) for status in estimated}
     return Counts(
         pending=pending.pending,

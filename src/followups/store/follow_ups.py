@@ -109,7 +109,7 @@ FAR_FROM_FULL = MOST_PENDING - 1_000
 the count may miss one follow-up created at the same time.
 """
 
-# The chat's columns are checked as they are when the chat is locked.
+# The statement checks the chat's values at the time of the lock.
 _CREATE_IF_CLEAR = Statement(
     f"""
     WITH chat AS (

@@ -32,7 +32,7 @@ MINUTES = 60
 """Number of minutes that the throughput chart covers."""
 
 RECENT = 1_000
-"""Failures are counted among this many of the most recently finished follow-ups."""
+"""Number of the most recently finished follow-ups among which failures are counted."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -288,7 +288,7 @@ _LOCK_DEFERRED_OF = text(f"""
 def release_workspaces(connection: Connection, workspace_ids: Iterable[UUID], longest: timedelta, most: int) -> int:
     """Make up to ``most`` deferred follow-ups of the given workspaces due now; return how many.
 
-    The follow-ups that were deferred first are the first to fall due. A follow-up with an unwritable row stays deferred
+    Follow-ups fall due in the order in which they were deferred. A follow-up with an unwritable row stays deferred
     until its deferral ends.
     """
     parameters = {"workspace_ids": uuid_array(workspace_ids), "longest": longest, "most": most}

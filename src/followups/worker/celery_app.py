@@ -63,7 +63,7 @@ half a lease. After a hanging statement is aborted, the waiting follow-ups can s
 """
 
 BROKER_SILENCE = timedelta(seconds=5)
-"""The broker's connection is replaced after this time without an answer. The limit is at most half a lease: after a
+"""If the broker does not answer for this time, the connection is replaced. The limit is at most half a lease: after a
 lease, the follow-ups of a delayed hint are claimed again.
 """
 

@@ -47,7 +47,7 @@ class Flood:
     """The largest increase of the web process's memory, in MiB."""
     waits: list[float] = field(default_factory=list)
     busy: list[float] = field(default_factory=list)
-    """For each measured wait, the seconds during which the web process's event loop was busy.
+    """For each measured wait, how many seconds the web process's event loop was busy.
 
     During the rest of each wait, the machine ran other processes.
     """

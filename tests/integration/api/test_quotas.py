@@ -95,7 +95,7 @@ def test_from_python(api: Api) -> None:
 
 
 def test_several_calls_in_one_transaction(api: Api) -> None:
-    """With a quota, two transactions that call `schedule` several times may deadlock; one is aborted.
+    """Under a quota, two transactions with several `schedule` calls each may deadlock; one is aborted.
 
     To create several follow-ups, use `schedule_many`: it locks all chats first, and then the quota.
     """

@@ -57,7 +57,7 @@ def run(environment: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
 
 @pytest.fixture
 def unprivileged_url(database_url: str) -> Iterator[str]:
-    """Return a database URL with a role that cannot see the activity of other roles."""
+    """Return a database URL with a role that may not see what other roles are doing."""
     url = make_url(database_url)
     role = f"role_of_{url.database}"
     with psycopg.connect(url_as(database_url, SUPERUSER), autocommit=True) as connection:

@@ -120,7 +120,7 @@ def test_a_date_is_measured_by_the_receivers_own_clock() -> None:
 @QUICK
 @given(st.text(max_size=60), st.text(max_size=60))
 def test_any_retry_after_is_within_the_limits(value: str, date: str) -> None:
-    """Any Retry-After header results either in a delay within the limits or in no delay."""
+    """Every Retry-After header results in a delay within the limits, or in no delay."""
     wished = retry_after({"retry-after": value, "date": date}, NOW)
     assert wished is None or timedelta(seconds=1) <= wished <= timedelta(hours=24)
 

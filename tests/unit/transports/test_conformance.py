@@ -1,4 +1,4 @@
-"""The conformance suite: tests of the five outcomes that every transport must pass.
+"""The conformance suite: every transport must pass tests of the five outcomes.
 
 To run the suite for a plug-in, add a `TransportRig` with the plug-in's transport and chats.
 """

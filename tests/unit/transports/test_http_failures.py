@@ -171,7 +171,7 @@ async def test_the_status_decides_when_the_body_breaks_off(head: bytes, outcome:
 
 
 async def test_the_status_decides_when_the_body_is_slow() -> None:
-    """If the timeout expires during the body of a 200, the message was sent."""
+    """If the timeout expires during a 200 response's body, the message counts as sent."""
 
     async def dawdle(writer: asyncio.StreamWriter, _request: Request) -> None:
         writer.write(b"HTTP/1.1 200 OK\r\ncontent-length: 999\r\n\r\n" + NAMED)

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 
 VERIFIED = {"verify-full": "certificate and host name verified", "verify-ca": "certificate verified, host name not"}
-"""What each `sslmode` verifies. An `sslmode` that is not listed verifies nothing."""
+"""What each `sslmode` verifies. Any other `sslmode` verifies nothing."""
 
 _OF_THE_SERVER = text("SELECT version FROM pg_stat_ssl WHERE pid = pg_backend_pid()")
 

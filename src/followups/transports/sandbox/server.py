@@ -56,7 +56,7 @@ INTERVAL = 0.2
 SHARE = 0.05
 """Share of one core that an open page may use; under load the page is updated less often."""
 HEARTBEAT = 10.0
-"""Seconds without a change before a comment is sent to detect a lost connection."""
+"""If nothing changes for this many seconds, a comment is sent to detect a lost connection."""
 CHATS_SHOWN = 40
 """Number of chats that the page shows."""
 LATEST_LAGS = 1_000
