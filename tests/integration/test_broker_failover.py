@@ -49,7 +49,7 @@ def check(admin: redis.Redis, use: Callable[[], None]) -> None:
 
 
 def test_the_apis_rate_limit(broker: tuple[Settings, redis.Redis]) -> None:
-    """During a broker failover, the API admits requests without counting them until the API has reconnected."""
+    """During a broker failover, the API does not count requests until a connection works again."""
     limit = KeyRateLimit(broker[0])
     with asyncio.Runner() as loop:
         check(broker[1], lambda: loop.run(limit.check(uuid4())))

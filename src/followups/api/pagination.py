@@ -35,7 +35,7 @@ def _reference(query: FollowUpQuery, page_number: int) -> str:
 
 
 DEEP = 1_000
-"""For a page that is not deep, counting the preceding rows takes a few milliseconds.
+"""A page is deep if at least this many rows precede the page.
 
 If a page is not deep, each request counts the preceding rows, which takes a few milliseconds.
 """
