@@ -63,7 +63,7 @@ None of the transaction's changes was committed.
 def is_undone(error: psycopg.Error | DBAPIError) -> bool:
     """Return whether a conflict with another transaction rolled back the transaction.
 
-    A transaction that was rolled back by a conflict may be retried as a whole.
+    A transaction may be retried as a whole after a conflict has rolled it back.
     """
     return getattr(_cause(error), "sqlstate", None) in UNDONE
 

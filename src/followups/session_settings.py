@@ -60,8 +60,8 @@ BY_KEY: Mapping[str, str] = {
 
 A worker's SQL statements look up rows by key or scan an index. A burst of inserts makes the statistics wrong, but must
 not change a plan. Without these options, beginning a hundred follow-ups took 17 ms after an insert of 20,000 rows. With
-these options, beginning a hundred follow-ups took 4 ms. JIT is off because compiling would take longer than the
-statement.
+these options, beginning a hundred follow-ups took 4 ms. JIT is off because compiling a statement would take longer than
+running it.
 """
 
 ONCE_PLANNED: Mapping[str, str] = {**BY_KEY, "plan_cache_mode": "force_generic_plan"}

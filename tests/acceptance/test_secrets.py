@@ -230,7 +230,7 @@ def test_no_text_or_secret_is_revealed(stack: Stack, level: str) -> None:
 
 
 def _assert_it_was_a_full_run(stack: Stack, told: dict[str, str], ids: dict[str, str]) -> None:
-    """Check that the run produced enough output to make the search for secrets meaningful."""
+    """Check that the run produced enough output, so that the search for secrets is meaningful."""
     outcomes = {line["outcome"] for line in stack.log_events("attempt")}
     assert {"sent", "retry", "rejected"} <= outcomes
     assert {frozenset(line) for line in stack.log_events("attempt")} == {ATTEMPT}

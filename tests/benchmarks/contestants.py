@@ -136,7 +136,7 @@ class CeleryRows(Contestant):
 
 @dataclass
 class CeleryEta(Contestant):
-    """A Celery application that uses ETAs, with no durable state except in Redis."""
+    """A Celery application that uses ETAs and keeps its durable state only in Redis."""
 
     name: str = "celery, eta"
     waits_in_broker: bool = True

@@ -241,7 +241,7 @@ def test_a_viewer_has_no_buttons(person: Callable[..., Person], own: World) -> N
 
 
 def test_an_error_shows_an_operator_only_what_was_typed(person: Callable[..., Person], own: World) -> None:
-    """After an error, the page shows an operator the text that was typed, but not the stored message.
+    """After an error, an operator sees the text that was typed, but not the stored message.
 
     The stored message is shown only after a click, which is recorded as an audit event.
     """

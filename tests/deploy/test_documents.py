@@ -101,7 +101,7 @@ def test_commands_are_found() -> None:
 
 @pytest.mark.parametrize("name", DOCUMENTS)
 def test_each_setting_exists(name: str) -> None:
-    """Every setting named in the documents exists, whether or not its prefix is written."""
+    """Every setting named in the documents exists, even if it is named without its prefix."""
     spans = "\n".join(code(DOCUMENTS[name].read_text()))
     named = {each.removesuffix("_FILE") for each in re.findall(r"\bFOLLOWUPS_[A-Z_]+", spans)}
     assert named <= SETTINGS | OTHERS

@@ -420,7 +420,7 @@ def stale_defer(scene: Scene) -> None:
 
 
 def ended_lease_deferred(scene: Scene) -> None:
-    """Try to defer a follow-up whose lease has expired."""
+    """Try to defer a follow-up after its lease has expired."""
     scene.world.follow_up()
     lease = scene.lease()
     scene.world.expire(lease.id)

@@ -62,7 +62,7 @@ def _data(server: EmbeddedPostgres) -> Path:
 
 
 class Server(EmbeddedPostgres):
-    """A PostgreSQL server of a given version: either new, or a standby until its promotion."""
+    """A PostgreSQL server of a given version: a new primary, or a standby until it is promoted."""
 
     def __init__(self, binaries: Path, primary: EmbeddedPostgres | None = None) -> None:
         """Store the server programs and the server to replicate; None means an independent server."""

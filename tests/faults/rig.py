@@ -229,7 +229,7 @@ def running(settings: Settings, engine: Any, rng: random.Random, **servers: Any)
 
 
 class Load:
-    """A steady stream of follow-ups from a thread, until stopped or until ``seconds`` have passed."""
+    """Creates follow-ups at a steady rate in a thread, until stopped or until ``seconds`` have passed."""
 
     def __init__(self, rig: Rig, rate: float, seconds: float, spread: float = 1.0) -> None:
         """Add ``rate`` follow-ups per second, each due within ``spread`` seconds."""

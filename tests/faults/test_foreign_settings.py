@@ -54,7 +54,7 @@ def send_replies_and_creates(rig: Rig, api: web.Api, pairs: int) -> Counter[tupl
 
 
 def on_foreign_defaults(rig: Rig, figures: Figures, pairs: int, rate: float, seconds: float) -> None:
-    """Run concurrent replies and create requests, then a load, on a database with unusual defaults."""
+    """On a database with unusual defaults, run concurrent replies and create requests, then a load."""
     direct = rig.world.engine.url.set(drivername="postgresql").render_as_string(hide_password=False)
     set_defaults(direct, HOSTILE)
     rig.options |= ENVIRONMENT

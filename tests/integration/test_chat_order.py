@@ -62,7 +62,7 @@ class TestOrder:
         assert sent == ids
 
     def test_locked_row_of_a_pile(self, world: World, steps: Steps, engine: Engine) -> None:
-        """If one of a chat's follow-ups is locked, the others are parked in order without it."""
+        """If one follow-up of a chat is locked, the chat's other follow-ups are parked in order."""
         chat = world.chat()
         first, second, held, last = (world.follow_up(chat, (number - 9) * SECOND) for number in range(4))
         batch = steps.claim().leases[:2]

@@ -41,7 +41,7 @@ class TestClaim:
     def test_leased_is_not_claimed_again(self, world: World, steps: Steps) -> None:
         """A leased follow-up is not claimed again until its lease expires.
 
-        The next lease has a greater token. An expired lease is not counted as an attempt.
+        Each new lease of a follow-up has a greater token than the last. An expired lease is not counted as an attempt.
         """
         follow_up = world.follow_up()
         lease = steps.lease()
@@ -179,7 +179,7 @@ class TestLowWater:
         assert timedelta(0) < datetime.now(UTC) - low - claims.LOW_WATER_MARGIN < timedelta(minutes=1)
 
     def test_rows_inserted_before_the_mark(self, world: World, steps: Steps) -> None:
-        """A claim that starts at the low-water mark misses rows inserted before the mark.
+        """A claim from the low-water mark misses rows that were inserted later with an earlier due time.
 
         A claim that starts at the beginning of the index finds all rows.
         """

@@ -164,7 +164,7 @@ def test_held_follow_ups_release_their_leases(world: World, engine: Engine, own:
 
 
 def test_many_workers_lease_few_held_follow_ups(world: World, engine: Engine, own: Settings) -> None:
-    """For a held workspace, each worker leases less than a hundredth of the in-flight limit.
+    """Each worker leases few follow-ups of a held workspace: less than a hundredth of the in-flight limit.
 
     A large number of slots does not increase a worker's share.
     """

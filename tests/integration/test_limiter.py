@@ -212,7 +212,7 @@ async def test_an_ended_follow_up_leaves_the_queue(under_test: LimiterUnderTest)
 
 
 async def test_an_abandoned_request_leaves_the_queue(under_test: LimiterUnderTest) -> None:
-    """A request for a token loses its place in the queue if it is not repeated in time."""
+    """If a request for a token is not repeated in time, it loses its place in the queue."""
     limit = bucket(rate=10, burst=1)
     lost, second = request(1, limit), request(2, limit)
     await under_test.ask(request(0, limit))

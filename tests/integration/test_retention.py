@@ -157,7 +157,7 @@ def test_one_worker_prunes_at_a_time(world: World, engine: Engine, settings: Set
 
 
 def test_a_stop_ends_the_run(world: World, engine: Engine, settings: Settings) -> None:
-    """A stopped pruner ends with its current batch; starting a running pruner again has no effect."""
+    """A pruner that is stopped finishes its current batch; starting a running pruner has no effect."""
     ended(world, 31 * DAY)
     one = pruner_of(engine, settings)
     one.start()

@@ -48,7 +48,7 @@ class TestSettings:
     """Tests of the settings that are applied to every database session."""
 
     def test_settings_override_all_defaults(self, database_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
-        """Role and database defaults, the URL and the environment do not change the session settings."""
+        """The session settings take precedence over role and database defaults, the URL and the environment."""
         set_defaults(database_url, HOSTILE)
         for name, value in {"PGTZ": "Asia/Kolkata", "PGDATESTYLE": "German", "PGCLIENTENCODING": "LATIN1"}.items():
             monkeypatch.setenv(name, value)

@@ -213,7 +213,7 @@ class TestOneAtATime:
     def test_no_claim_after_the_tick(
         self, world: World, engine: Engine, settings: Settings, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        """After its tick, a dispatcher claims nothing more; another dispatcher may run the next tick."""
+        """After its tick, a dispatcher stops claiming, because another one may run the next tick."""
         monkeypatch.setattr(claim_interval, "SHORTEST", 0.4)
         short = settings.model_copy(update={"tick_interval": timedelta(seconds=0.2), "max_in_flight": 10})
         world.burst([timedelta(0)] * 30)

@@ -45,7 +45,7 @@ def test_invalid_workspace_keys(keys: object) -> None:
 
 @given(st.uuids(version=4))
 def test_the_number_of_a_workspace_is_small(workspace_id: UUID) -> None:
-    """A workspace has the same number in every process, with at most seven digits."""
+    """A workspace's number has at most seven digits and is the same in every process."""
     assert 0 <= key_of(workspace_id) == key_of(UUID(str(workspace_id))) < 10**7
 
 

@@ -108,8 +108,8 @@ def test_the_first_moment_is_open(hours: SendingHours, moment: datetime) -> None
         ("02:30", "20:00", "2030-03-31T00:00Z", "2030-03-31T01:00Z"),
         ("00:30", "02:30", "2030-03-31T01:00Z", "2030-03-31T22:30Z"),
         ("02:10", "02:40", "2030-03-31T00:00Z", "2030-04-01T00:10Z"),
-        # When the clocks go back from 03:00 to 02:00, 02:30 occurs twice. An opening at 02:30 then means the second
-        # 02:30, and a closing at 02:30 means the first.
+        # When the clocks go back from 03:00 to 02:00, 02:30 occurs twice. If sending hours open at 02:30, the second
+        # 02:30 counts. If they close at 02:30, the first one counts.
         ("02:30", "20:00", "2030-10-27T00:00Z", "2030-10-27T01:30Z"),
         ("01:00", "02:30", "2030-10-27T00:30Z", "2030-10-28T00:00Z"),
     ],

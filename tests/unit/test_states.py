@@ -93,7 +93,7 @@ def test_each_code_explains_one_state() -> None:
 
 
 def test_the_documented_table_is_the_code() -> None:
-    """The table in the module's docstring matches the code."""
+    """The table of transitions in the module's docstring matches the code."""
     rows = re.findall(r"^(\w+) +(\w+) +(.+)$", (states.__doc__ or "").split("\n=======")[2], re.MULTILINE)
     documented = {
         (Status(current), Status(to)): frozenset(re.findall(r"\w+", codes)) - {"none"} for current, to, codes in rows

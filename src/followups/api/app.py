@@ -141,7 +141,7 @@ def app_from_environment() -> FastAPI:
 
 
 def openapi_document() -> dict[str, Any]:
-    """Return the OpenAPI 3.1 document, which needs neither settings nor a database."""
+    """Return the OpenAPI 3.1 document; building it needs neither settings nor a database."""
     return _routes().openapi()
 
 

@@ -285,8 +285,8 @@ class Caller:
 
     async def _record_use(self) -> None:
         if self._is_valid and self._services.last_use.is_due(self._identity.key_id):
-            # The last use of the API key is recorded in a separate transaction. Otherwise, the API key's row would stay
-            # locked until the request ends.
+            # The last use of the API key is recorded in a separate transaction. In the request's own transaction, this
+            # update would lock the API key's row until the request ends.
             with suppress(psycopg.Error, SQLAlchemyError):
                 async with self._services.database.reading() as connection:
                     await event_loop.run(connection, api_keys.record_use.steps(self._identity.key_id))

@@ -19,7 +19,7 @@ from followups.store.console_sessions import LINK
 MAX_FIELDS = 100
 """Maximum number of fields in a request body.
 
-The number of fields is checked before any field is validated, because each invalid field produces an error.
+Fields are counted before they are validated, because each invalid field produces an error.
 """
 
 

@@ -52,7 +52,7 @@ READ_WITHIN = 20.0
 LEAST_READ = 64 * 1024
 """A client must read at least this many bytes of its response within `READ_WITHIN` seconds.
 
-If the rest of a response is shorter than this minimum, the client must read all of it.
+If less than this minimum is left of a response, the client must read the whole rest.
 """
 
 MAX_UNSENT = 32 * 1024 * 1024
@@ -83,8 +83,8 @@ KiB.
 class OpenConnections:
     """The state that all connections of a server share.
 
-    The connections that can be closed to admit new ones are stored in order. The connection that has been idle or
-    unread longest comes first.
+    The connections that can be closed to admit new ones are stored in order. Of these, the connection that has been
+    idle or unread for the longest time is closed first.
     """
 
     def __init__(self) -> None:
@@ -253,7 +253,7 @@ class LimitedProtocol(HttpToolsProtocol):
     def _parse(self, piece: memoryview) -> int:
         """Parse a slice and return the number of bytes parsed.
 
-        All bytes are parsed unless the slice contains the end of an upgrade request.
+        If the slice contains the end of an upgrade request, parsing stops there. Otherwise all bytes are parsed.
         """
         began_in, self._has_ended = self._part, False
         if began_in is MessagePart.BODY:

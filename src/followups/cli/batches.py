@@ -64,7 +64,7 @@ class BulkPreview:
 def carry_out(plan: BulkPreview, batches: Batches, manner: BulkOptions) -> None:
     """Run the batches, unless this is a dry run or the operator declines.
 
-    Each batch yields its counts, keyed by name. The progress bar adds up the counts named ``plan.done`` and
+    Each batch yields its counts, keyed by name. The progress bar shows the sum of the counts ``plan.done`` and
     ``passedOver``. After Ctrl-C, each follow-up is either completely processed or unchanged. Running the command again
     processes the remaining follow-ups.
     """

@@ -32,7 +32,7 @@ STEP = 0.25
 CHECKED_EVERY = 15.0
 """Seconds between two checks that a stream's session is still valid.
 
-Each check of the session also sends a keep-alive over the stream.
+With each check, a keep-alive is sent over the stream.
 """
 
 BY_SESSION, BY_WORKSPACE, ALL = 6, 100, 500

@@ -121,7 +121,7 @@ class Visit:
     workspace_zone: Zone | None = None
     """The time zone of the workspace's sending hours.
 
-    The value is None if the workspace has no sending hours, or if the session covers all workspaces.
+    The time zone is None if there are no sending hours or the session covers all workspaces.
     """
     set_cookies: list[tuple[str, str, dict[str, Any]]] = field(default_factory=list)
 

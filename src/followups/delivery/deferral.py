@@ -3,8 +3,8 @@
 Each worker keeps a few leases of the tripped workspaces as probes. All other follow-ups of tripped workspaces are
 deferred in the database. A deferral is not an attempt, and a deferred follow-up can still be cancelled. Deferrals end,
 earliest first, when a worker has used up its probes or the transport recovers. When a workspace is no longer tripped,
-all its deferred follow-ups fall due. In any case, a deferred follow-up falls due after some minutes. Deferrals need a
-time limit, because a restarted worker has no record of its deferrals.
+all its deferred follow-ups fall due. Every deferral ends after some minutes at the latest. Deferrals need a time limit,
+because a restarted worker has no record of its deferrals.
 """
 
 from __future__ import annotations
@@ -112,7 +112,7 @@ class Deferral:
         self._recovered: frozenset[int] = frozenset()
         """Workspaces that are no longer tripped, but still have deferred follow-ups."""
         self._workspaces: dict[int, list[UUID]] = {}
-        """A cache of the workspaces of tripped and recovered keys; a search for many workspaces is slow."""
+        """Caches the workspaces of tripped and recovered keys, because searching for many of them is slow."""
         self._wanted = asyncio.Event()
         self._closed = False
 

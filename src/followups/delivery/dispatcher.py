@@ -92,7 +92,7 @@ class Dispatcher:
         self._claimed_from_all = True
         self._left_some = False
         self._skipped: dict[UUID, float] = {}
-        """Follow-ups that claims skip, each with the monotonic time at which the skipping ends."""
+        """The follow-ups that claims skip, and the monotonic time until which each is skipped."""
         self._interval = ClaimInterval(settings.max_in_flight)
         self.busy_since: float | None = None
         """The monotonic time at which the dispatcher began its current work, or None while it is idle."""
@@ -258,8 +258,8 @@ class Dispatcher:
         """Claim follow-ups due from the low-water mark on, and occasionally all due follow-ups.
 
         A claim without a low-water mark also finds follow-ups inserted late with an early due time. If a claim leaves
-        due follow-ups, the next claims prefer workspaces with the fewest in flight. While a long transaction is open,
-        index entries of sent follow-ups stay in front of pending ones. It took 34 ms to skip 36,000 index entries of
+        due follow-ups, the next claims prefer workspaces with the fewest in flight. During a long transaction, index
+        entries of sent follow-ups stay in front of those of pending ones. It took 34 ms to skip 36,000 index entries of
         sent follow-ups.
         """
         started = time.monotonic()

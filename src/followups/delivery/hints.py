@@ -2,7 +2,8 @@
 
 A hint lists follow-ups with lease tokens and due times, so workers need no query. A hint contains no message text and
 is not trusted. A lost, repeated or late hint does no harm, because begin reads the follow-up's row. Each hint contains
-the keys of the workspace queues. Workers can send follow-ups without knowing these keys, as during an upgrade.
+the keys of the workspace queues. If a hint lacks these keys, as during an upgrade, workers can still send its
+follow-ups.
 """
 
 from __future__ import annotations

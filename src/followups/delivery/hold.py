@@ -77,7 +77,8 @@ def hold_or_end(obstacle: Obstacle, max_lateness: timedelta) -> Hold | Final | N
 def closed_until(obstacle: Obstacle) -> datetime | None:
     """Return when the sending hours open next, or None if the follow-up may be sent now.
 
-    Until its end, a stored sending period takes precedence over this machine's time zone data. This function is pure.
+    A stored sending period takes precedence over this machine's time zone data until the period ends. This function is
+    pure.
     """
     hours, moment = obstacle.hours, obstacle.send_time
     if hours is None:

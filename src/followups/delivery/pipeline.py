@@ -107,7 +107,7 @@ class Pipeline:
         self._thread.start()
 
     def submit(self, leases: Sequence[Lease], task_id: str = "") -> None:
-        """Submit leases to be delivered, each at its due time, and return immediately."""
+        """Accept leases for delivery at their due times, and return immediately."""
         self._loop.call_soon_threadsafe(self._enqueue, list(leases), task_id)
 
     def ask(self, answer: Callable[[], None]) -> None:
@@ -239,7 +239,7 @@ class Pipeline:
             self._spawn(self._unblock_later(step.blocking))
 
     async def _unblock_later(self, ended: Collection[UUID]) -> None:
-        """Unblock each follow-up behind an ended one as soon as its row is no longer locked.
+        """Unblock follow-ups that wait for an ended one, each when its row is no longer locked.
 
         When the pipeline drains, the dispatchers unblock the remaining follow-ups.
         """

@@ -62,7 +62,7 @@ log = get_logger(__name__)
 
 NOT_KNOWN = ": the outcome of the attempt in flight is unknown"
 ROOM = MAX_REASON_LENGTH - 100
-"""Number of characters left for a detail to which text is added."""
+"""If text is added to a detail, the detail is cut to this many characters."""
 
 
 class Settler:

@@ -74,7 +74,7 @@ async def repeat_until_done(
 ) -> bool:
     """Repeat the work while the database is unreachable; return whether the work succeeded.
 
-    The work is not repeated once ``stopping`` returns true.
+    Once ``stopping`` returns true, the work is not repeated.
     """
     backoff = BACKOFF
     while True:

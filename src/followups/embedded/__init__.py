@@ -32,7 +32,7 @@ __all__ = [
 ]
 
 SERVERS = {"EmbeddedPostgres": "followups.embedded.postgres", "EmbeddedValkey": "followups.embedded.valkey"}
-"""Names in this package that need the packages of the extra `embedded`."""
+"""Names in this package that cannot be used without the extra `embedded`."""
 
 
 def __getattr__(name: str) -> object:

@@ -3,8 +3,8 @@
     python -m followups.embedded.receiver --port 9100
 
 ``GET /control?delay=0.05&slow=0.01&slow_delay=5`` resets the receiver. After a reset, each response is delayed by
-``delay`` seconds. A fraction ``slow`` of the requests takes ``slow_delay`` seconds instead. ``GET /count`` returns the
-number of requests. ``GET /times`` returns when each follow-up first arrived, in seconds since 1970.
+``delay`` seconds. A fraction ``slow`` of the responses is delayed by ``slow_delay`` seconds instead. ``GET /count``
+returns the number of requests. ``GET /times`` returns when each follow-up first arrived, in seconds since 1970.
 """
 
 from __future__ import annotations

@@ -136,7 +136,7 @@ def retry_refusal(error: FollowUpsError) -> str:
 def prune(engine: Engine, actor: Actor, before: datetime, remove: Callable[[Connection, datetime], int]) -> Batches:
     """Delete old rows: finished follow-ups, chat messages, and expired idempotency keys.
 
-    Finished follow-ups are deleted through ``remove``.
+    Finished follow-ups are deleted by calling ``remove``.
     """
     event = Event(actor, Action.FOLLOW_UPS_PRUNED, details={"before": before.isoformat()})
     number = 1

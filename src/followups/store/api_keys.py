@@ -116,8 +116,8 @@ _BY_HASH = Statement(f"SELECT id, workspace_id, key_hash FROM api_keys k WHERE k
 def authenticate(key: str) -> Steps[Identity | None]:
     """Return an API key's owner, or None if the key is malformed, unknown, expired or revoked.
 
-    The key is looked up by its hash, so the query's duration reveals nothing. The hashes are then compared in constant
-    time.
+    Since the key is looked up by its hash, the duration of the query reveals nothing about the key. The stored hash and
+    the given key's hash are then compared in constant time.
     """
     hashed = hash_of(key)
     if hashed is None:

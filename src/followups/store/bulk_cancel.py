@@ -1,7 +1,7 @@
 """Bulk cancellation for operators: count, preview, cancel.
 
 Follow-ups are cancelled in batches, each in a short transaction. Each batch starts after the last follow-up of the
-previous batch. A locked row is therefore skipped once and is not read again by later batches.
+previous batch. Later batches therefore do not read a locked row again.
 """
 
 from __future__ import annotations

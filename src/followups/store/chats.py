@@ -306,7 +306,7 @@ def _advance(chat: Any, message_id: UUID, role: Role, at: datetime) -> tuple[boo
 
     A message's time may come from a host whose clock is fast. A message whose time lies in the future counts as written
     now. If a future time were stored, later replies would seem older and cancel nothing. The time of an agent's message
-    is stored exactly. A reply within the same second counts as later.
+    is stored exactly. A reply within the same second counts as later than the agent's message.
     """
     counted = min(counts_as(at), chat.now)
     is_last = chat.last_message_at is None or chat.last_message_at <= counted

@@ -1,4 +1,4 @@
-"""Find out from the written rows whether a commit without an answer succeeded.
+"""Find out whether a commit whose response was lost succeeded, by checking the written rows.
 
 A lease is recognised by its fencing token. Other changes are recognised by the new timestamp in the row. Rows store
 times with a precision of one microsecond. No two transactions write one row in the same microsecond.

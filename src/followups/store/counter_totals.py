@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from sqlalchemy import Connection, Engine
 
 Sample = tuple[str, str]
-"""The name and labels of a sample; the labels are JSON with sorted keys."""
+"""A sample's name, and its labels as JSON with sorted keys."""
 
 INTERVAL = timedelta(seconds=1)
 """The longest time for which a count is kept only in a process's memory."""

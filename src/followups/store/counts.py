@@ -11,9 +11,9 @@ one only up to `BACKLOG_EXACT_UP_TO`. A healthy system has fewer overdue follow-
 `BACKLOG_EXACT_UP_TO`, the planner's estimates are used. The estimates are as exact as the last ANALYZE, which runs
 after 2 % of the rows have changed. An estimate is never lower than the number of rows that were counted. On two busy
 cores, with 500,000 rows pending and 36,000 of them overdue, measuring the backlog took 16 ms. Counting all pending rows
-takes 83 ms, and longer if there are more. After 60,000 rows have been sent, the first measurement before a vacuum takes
-287 ms. Later measurements of the backlog take 13 to 16 ms. The time needed to measure the backlog does not depend on
-the number of rows.
+takes 83 ms, and longer if there are more. If 60,000 rows have been sent since the last vacuum, the first measurement
+takes 287 ms. Later measurements of the backlog take 13 to 16 ms. The time needed to measure the backlog does not depend
+on the number of rows.
 """
 
 from __future__ import annotations
@@ -80,8 +80,8 @@ _COUNT = text(f"""
 """)  # noqa: S608 - no input, only the constants above
 
 _ESTIMATE_PENDING = text(f"EXPLAIN (FORMAT JSON) SELECT {_PENDING_ROWS}")
-# The planner does not use the histogram of a partial index and assumes that a third of the rows are overdue. Instead,
-# the planner assumes that a third of the rows are overdue.
+# The planner does not use the histogram of a partial index and assumes that a third of the rows are overdue. Without a
+# histogram, the planner assumes that a third of the rows are overdue.
 _SHARE_OVERDUE = text("""
     SELECT avg((bound <= now())::int)
       FROM pg_stats, unnest(CAST(CAST(histogram_bounds AS text) AS timestamptz[])) AS bound
@@ -204,8 +204,8 @@ def _count_final(connection: Connection, most: int) -> dict[str, int]:
     return {row.status: row.number for row in connection.execute(_COUNT_FINAL, {"statuses": statuses, "most": most})}
 
 
-# A follow-up is always accepted before it ends. Therefore, a follow-up that ended before the measured period was also
-# accepted before that period.
+# A follow-up's message is always accepted before the follow-up ends as sent. Therefore, a follow-up that ended before
+# the measured period was also accepted before that period.
 _PACE = text("""
     SELECT count(*) AS sent,
            percentile_disc(ARRAY[0.5, 0.95, 0.99]) WITHIN GROUP (ORDER BY accepted_at - due_date) AS lags

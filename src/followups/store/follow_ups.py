@@ -195,7 +195,7 @@ def room_in(workspace_id: UUID, chat_ids: Collection[UUID]) -> Steps[dict[UUID, 
 
 @Rule
 def insert_many(workspace_id: UUID, new: Sequence[tuple[UUID, Planned, UUID]]) -> Steps[list[FollowUp]]:
-    """Insert pending follow-ups, each with its id and trigger; return them in the given order.
+    """Insert pending follow-ups with the given ids and triggers; return them in the same order.
 
     The caller must have locked the chats and checked them against `MOST_PENDING`.
     """

@@ -53,7 +53,7 @@ LOOKED_UP = f"""
          WHERE f.id = b.id AND f.lease_token = b.token
            AND {OPEN} AND f.begun_at IS NULL AND f.lease_until > now()
 """  # noqa: S608 - no input, only the constant above
-"""SQL that finds each lease's follow-up, if the lease is valid and no attempt has begun."""
+"""SQL that looks up the follow-up of each valid lease for which no attempt has begun."""
 
 LEASED = f"CROSS JOIN LATERAL ({LOOKED_UP} FOR NO KEY UPDATE SKIP LOCKED) f"
 """SQL that locks the rows found by `LOOKED_UP`, but skips rows that other transactions have locked."""

@@ -3,7 +3,7 @@
 Dispatchers cannot see each other's ticks. They therefore share one database row, which holds the last tick's time and
 serves as the claim lock. Only one dispatcher at a time may count the follow-ups in flight and claim more.
 
-A long gap between ticks means that there was an outage, or that the database's clock was set forward. During a long gap
+After a long gap between ticks, either there was an outage or the database's clock was set forward. During a long gap
 between ticks, leases expire although their workers may still be running. Workers therefore get a grace period to record
 the outcomes of their attempts in flight. Until the grace period ends, the leases of attempts in flight are not claimed
 again.

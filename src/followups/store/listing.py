@@ -177,7 +177,7 @@ def _filters(wanted: ListFilter) -> dict[str, tuple[Any, ...]]:
         "chat_id": wanted.chat_ids,
         "status": tuple(status.value for status in wanted.statuses),
     }
-    # Duplicate values are removed because their rows would be returned twice.
+    # Duplicate values are removed, so that no row is returned twice.
     named = {column: tuple(dict.fromkeys(values)) for column, values in given.items() if values}
     return named or {"status": tuple(status.value for status in Status)}
 

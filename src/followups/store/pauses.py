@@ -71,7 +71,7 @@ def pause(connection: Connection, scope: PauseScope) -> bool:
 def resume(connection: Connection, scope: PauseScope) -> bool:
     """End the scope's pause, and return whether the scope was paused.
 
-    The caller must then call `release_orphaned` to release the held follow-ups.
+    Afterwards, the caller must call `release_orphaned` to release the held follow-ups.
     """
     return connection.execute(_RESUME, scope.parameters).rowcount == 1
 

@@ -95,7 +95,7 @@ def delete_expired_keys(connection: Connection) -> int:
 
 
 class MessageCursor(NamedTuple):
-    """Where a scan of chat messages in order of age has stopped."""
+    """The position at which a scan of chat messages by age has stopped."""
 
     created_at: datetime = datetime(1, 1, 1, tzinfo=UTC)
     id: UUID = UUID(int=0)
@@ -103,8 +103,8 @@ class MessageCursor(NamedTuple):
 
 OLDEST = MessageCursor()
 
-# Each chat's last message is kept, so that a repeated report of it is recognised. To skip the kept messages, each scan
-# continues where the previous one ended.
+# Each chat's last message is kept, so that a repeated report of it is recognised. Each scan continues where the
+# previous one ended, so it skips the messages that are kept.
 _DELETE_MESSAGES = text("""
     WITH old AS MATERIALIZED (
         SELECT workspace_id, id, chat_id, created_at FROM chat_messages

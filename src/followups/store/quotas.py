@@ -5,8 +5,8 @@ quota. With a quota, a transaction locks the chat's row first and then the quota
 cannot both use the last free place.
 
 Each quota row stores how many more follow-ups or chats the workspace may create. Each create request reduces the stored
-number of free places. Follow-ups or chats are recounted only when the number of free places reaches zero. A recount
-excludes follow-ups that have finished in the meantime.
+number of free places. Follow-ups or chats are recounted only when the number of free places reaches zero. A recount no
+longer includes follow-ups that have finished.
 """
 
 from __future__ import annotations

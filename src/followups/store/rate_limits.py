@@ -148,7 +148,7 @@ _ENDS = f"""
           CASE WHEN c.channel IN ({WINDOWED})
                THEN COALESCE(c.last_user_message_at + CAST(:window AS interval), now()) END)
 """
-# LATERAL makes PostgreSQL look up each follow-up by its key, even with wrong statistics.
+# LATERAL makes PostgreSQL look up each follow-up by its key, even if the statistics are wrong.
 _LIMITABLE = text(f"""
     SELECT f.id, f.status <> 'pending' AS ended, f.workspace_id, f.chat_id, c.channel,
            GREATEST(f.due_date, f.scheduled_at) AS since, GREATEST({_ENDS}, now()) - now() AS left, {_ENDS} AS ends
@@ -166,7 +166,7 @@ _LIMITABLE = text(f"""
 def limitable(connection: Connection, leases: Sequence[Lease], max_lateness: timedelta) -> list[Limitable]:
     """Return what the rate limits need to know about each valid lease.
 
-    The result includes leases whose follow-ups have ended.
+    The list includes follow-ups that have ended.
     """
     parameters = batch_of(leases) | {"max_lateness": max_lateness, "window": WINDOW}
     return [

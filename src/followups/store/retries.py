@@ -1,7 +1,7 @@
 """Retries: new follow-ups created from failed ones, and the search for failed follow-ups to retry.
 
-Each retry's row contains the failed follow-up's id. A unique index prevents a second retry. An interrupted bulk retry
-therefore continues where it stopped.
+Each retry's row contains the failed follow-up's id. A unique index prevents a second retry. If a bulk retry was
+interrupted, running it again continues where it stopped.
 """
 
 from __future__ import annotations

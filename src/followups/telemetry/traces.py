@@ -6,9 +6,9 @@ OpenTelemetry describes them (``OTEL_SERVICE_NAME``, ``OTEL_TRACES_SAMPLER``, he
 Spans are exported as OTLP over HTTP.
 
 Each process creates its tracer provider after the fork, because the exporter's thread would not survive a fork. The
-tracer provider is not registered globally. With a global provider, libraries would add spans with texts outside our
-control. Span attributes contain only ids and numbers. Exception messages are left out, because they may contain a
-follow-up's message.
+tracer provider is not registered globally. With a global tracer provider, spans of libraries could contain texts that
+we do not control. Span attributes contain only ids and numbers. Exception messages are left out, because they may
+contain a follow-up's message.
 """
 
 from __future__ import annotations

@@ -45,8 +45,8 @@ HEADERS = {
     "content-type": "application/json",
     "expect": "",
 }
-"""Headers of every request. An empty Expect header keeps libcurl from adding an Expect header. With its own Expect
-header, libcurl would wait for permission before it sends a body of more than 1 MiB.
+"""Headers of every request. An empty Expect header keeps libcurl from adding an Expect header. With libcurl's own
+Expect header, a body of more than 1 MiB would wait for the receiver's permission.
 """
 
 _REASONS = {
@@ -83,7 +83,8 @@ class HttpClient:
         self._endpoint = settings.transport_url or ""
         self._sockets = Sockets(speak_first=self._endpoint.startswith("https:"))
         # A connection to a receiver that cannot deduplicate is used only once. A connection that is kept open may break
-        # just after a request was sent. The follow-up would then fail needlessly as outcome_unknown.
+        # just after a request was sent. With a reused connection, a follow-up could therefore fail needlessly as
+        # outcome_unknown.
         kept = settings.transport_deduplicates
         every = HEADERS | dict(headers or {}) | ({} if kept else {"connection": "close"})
         self._headers = _lines(every)

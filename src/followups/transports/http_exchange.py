@@ -62,7 +62,7 @@ class Sockets:
         self._known.clear()
 
     def begin(self, address: Address) -> None:
-        """Count another call on this connection. Only HTTP/2 allows several calls at a time on one connection."""
+        """Count another call on this connection. Only HTTP/2 allows several simultaneous calls on one connection."""
         self._calls[address] = self._calls.get(address, 0) + 1
 
     def end(self, address: Address) -> None:

@@ -225,9 +225,9 @@ def current_process() -> Process:
 
 
 def _collect_seldom() -> None:
-    # The garbage collector need not scan the objects that exist now, because they live as long as the process. Objects
-    # that deliveries allocate contain no cycles, and are freed by reference counting. With default thresholds, garbage
-    # collection took a fifth of a loaded worker's time.
+    # The garbage collector need not scan the objects that exist now, because they live as long as the process. The
+    # objects that deliveries allocate contain no cycles, so reference counting frees them. With default thresholds,
+    # garbage collection took a fifth of a loaded worker's time.
     gc.collect()
     gc.freeze()
     gc.set_threshold(50_000, 20, 50)

@@ -7,10 +7,10 @@ second, even when the queues are empty. An idle worker therefore reports as ofte
 loop sends reports for as long as it runs. The dispatcher's thread reports while idle. If a tick takes longer than
 allowed, the reports stop.
 
-While the broker or the database is unreachable, or the database is read-only, all components keep retrying. Retrying
-also counts as progress. A liveness check fails only for problems that a restart would fix. A restart during an outage
-would lose the outcomes that are not yet recorded. A worker therefore counts as alive during an outage. The worker's
-heartbeat shows what the worker is waiting for. `/readyz` and `followups doctor` show which server is unreachable.
+While a server is unreachable or the database is read-only, all components keep retrying. Retrying also counts as
+progress. A liveness check fails only for problems that a restart would fix. A restart during an outage would lose the
+outcomes that are not yet recorded. A worker therefore counts as alive during an outage. The worker's heartbeat shows
+what the worker is waiting for. `/readyz` and `followups doctor` show which server is unreachable.
 """
 
 from __future__ import annotations

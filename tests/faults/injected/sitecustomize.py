@@ -105,7 +105,7 @@ def around_send(function: Callable[..., Any]) -> Callable[..., Any]:
 def around_commit(function: Callable[..., Any]) -> Callable[..., Any]:
     """Wrap a connection's commit with the failpoints ``<step>.before_commit`` and ``<step>.answer_lost``.
 
-    When ``<step>.answer_lost`` is reached, the transaction has already been committed.
+    At the failpoint ``<step>.answer_lost``, the transaction has already been committed.
     """
 
     @functools.wraps(function)

@@ -81,7 +81,7 @@ class ModelWorld(NamedTuple):
         return row.pending and row.token == job.token and row.begun == (job.stage == "answered")
 
     def with_worker(self, old: Job, new: Job) -> ModelWorld:
-        """Return this state with the job of one worker replaced."""
+        """Return this state, but with another job for one worker."""
         workers = list(self.workers)
         workers[workers.index(old)] = new
         return self._replace(workers=tuple(sorted(workers)))

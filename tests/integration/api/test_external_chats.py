@@ -44,7 +44,7 @@ def put(api: Api, room: str | None, chat: object = None) -> int:
 
 
 def test_a_room_belongs_to_one_workspace(two_workspaces: tuple[Api, Api]) -> None:
-    """A Matrix room used by one workspace is rejected for chats of other workspaces.
+    """If one workspace uses a Matrix room, chats of other workspaces cannot use it.
 
     The workspace that used the room first keeps using it.
     """

@@ -119,7 +119,7 @@ def test_slow_client(short_timeouts: tuple[str, int], world: World, sent: list[b
 def test_too_many_connections(few_connections: tuple[str, int], world: World) -> None:
     """If the connection limit is reached and no connection is idle, a new connection is closed.
 
-    Connections that are already open are still served.
+    Connections that were opened earlier are still served.
     """
     post = b"POST /api/v1/chat-messages HTTP/1.1\r\nhost: x\r\nauthorization: KEY\r\ncontent-length: 2\r\n\r\n{"
     open_ones = [socket.create_connection(few_connections, timeout=5) for _ in range(3)]

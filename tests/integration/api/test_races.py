@@ -115,7 +115,7 @@ class TestReplyAgainstCreate:
         assert api.ids() == []
 
     def test_many(self, api: Api) -> None:
-        """After concurrent creates and replies, no follow-up is pending in chats whose user wrote last."""
+        """After concurrent creates and replies, a chat in which the user wrote last has no pending follow-up."""
         chat_ids = [api.chat() for _ in range(PAIRS)]
         together = threading.Barrier(2)
 

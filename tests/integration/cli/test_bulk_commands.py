@@ -113,7 +113,7 @@ class TestCancel:
     ) -> None:
         """A bulk cancel skips and counts a row that stays locked by another transaction.
 
-        All rows that are not locked are cancelled.
+        All follow-ups whose rows are not locked are cancelled.
         """
         monkeypatch.setattr(bulk, "PAUSE", 0.01)
         held, free = world.follow_up(due=HOUR), world.follow_up(due=HOUR)

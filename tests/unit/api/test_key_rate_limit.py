@@ -105,7 +105,7 @@ async def values(server: FakeServer) -> list[bytes]:
 
 
 async def test_the_window_slides(limit_of: Callable[[int], KeyRateLimit]) -> None:
-    """Two minutes after an API key has used up its limit, the whole limit is available again."""
+    """If an API key has used up its limit, the whole limit is available again two minutes later."""
     with time_machine.travel("2030-01-31T09:00:00Z", tick=False) as now:
         limit = limit_of(5)
         assert await allowed(limit, 9) == 5

@@ -153,7 +153,7 @@ async def test_no_answer_in_time_is_unknown(hasty_rig: TransportRig) -> None:
     ids=lambda body: body[:12].replace("\x00", "NUL"),
 )
 async def test_an_invalid_body_is_sent_without_an_id(rig: TransportRig, body: str) -> None:
-    """A 2xx with an invalid body is `Sent`; the detail does not quote the body."""
+    """A 2xx with an invalid body is `Sent`, with a detail that does not quote the body."""
     outcome = await rig.send(a_delivery(), kind="accept", body=body)
     assert isinstance(outcome, Sent)
     assert outcome.chat_message_id is None

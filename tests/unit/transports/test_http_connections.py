@@ -404,7 +404,7 @@ async def test_calls_in_flight_are_answered_before_closing() -> None:
 
 
 async def test_a_connection_closed_by_libcurl_does_not_stop_the_loop() -> None:
-    """If libcurl closes a connection that the event loop must handle, the loop continues."""
+    """If libcurl closes a socket for which the event loop still has an event, the loop continues."""
     loop, errors = asyncio.get_running_loop(), []
     loop.set_exception_handler(lambda _, context: errors.append(context))
     with socket.create_server(("127.0.0.1", 0)) as listening, contextlib.ExitStack() as peers:

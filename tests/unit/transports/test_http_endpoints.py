@@ -286,7 +286,7 @@ async def test_an_unreachable_proxy_is_retried(free_port: int, monkeypatch: pyte
 
 
 async def test_a_proxy_that_fails_before_its_tunnel_is_retried(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A call is retried if the proxy fails before its tunnel exists, since nothing was sent."""
+    """If a proxy fails before its tunnel exists, nothing was sent, so the call is retried."""
     for refusal in (b"HTTP/1.1 200", b"HTTP/1.1 200 OK\r\n\r\nno TLS"):
         async with proxy_that(refusal) as proxy:
             monkeypatch.setenv("HTTPS_PROXY", proxy.url)

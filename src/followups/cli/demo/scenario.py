@@ -60,7 +60,7 @@ class Scenario:
     refused: frozenset[str]
     """The chats for which the receiver responds with 403."""
     replies: dict[str, float]
-    """The chats in which the user replies, each with the seconds until the reply."""
+    """For each chat in which the user replies, the seconds until the reply."""
 
     @property
     def chats(self) -> list[str]:

@@ -38,7 +38,7 @@ MOST = 10_000
 LONGEST_EXPECTED = 9
 """Maximum number of digits in the form's expected count.
 
-Python refuses to convert a string of thousands of digits.
+Python refuses to convert strings of thousands of digits to numbers.
 """
 
 NEEDED = {"cancel": Status.PENDING, "retry": Status.FAILED}

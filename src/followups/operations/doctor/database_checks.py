@@ -149,8 +149,8 @@ def isolation(level: str) -> Iterator[Finding]:
 def durability(commit: str, standbys: str) -> Iterator[Finding]:
     """Report a `synchronous_commit` setting that can lose acknowledged transactions in a crash or failover.
 
-    `local` is sufficient if no standby is synchronous. With `remote_write`, transactions are lost only if both machines
-    crash at the same time.
+    Without a synchronous standby, `local` is sufficient. With `remote_write`, transactions are lost only if both
+    machines crash at the same time.
     """
     if commit == "off" or (commit == "local" and standbys):
         event = "crash" if commit == "off" else "failover"
@@ -270,7 +270,7 @@ def _checks() -> Iterator[tuple[str, str, str]]:
 
 
 def _unguarded(connection: Connection, table: str, name: str, condition: str) -> Finding:
-    """Return a finding about a missing constraint: the rows that violate it, and how to restore it."""
+    """Return a finding that a constraint is missing: which rows violate it, and how to restore it."""
     keys = ", ".join(f"{column.name}::text" for column in Base.metadata.tables[table].primary_key)
     query = text(f"SELECT concat_ws(' ', {keys}) FROM {table} WHERE NOT ({condition}) LIMIT {SHOWN}")  # noqa: S608 - no input
     rows = list(connection.scalars(query))
