@@ -31,7 +31,7 @@ FAILED = {"status": "failed", "reason": "rejected: HTTP 403 no", "finished_at": 
 
 @dataclass
 class World:
-    """One workspace in this test's database, with helpers to add and read data."""
+    """A workspace in the test's database, with helpers to add and read data."""
 
     engine: Engine
     workspace_id: UUID = field(default_factory=uuid4)

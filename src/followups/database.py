@@ -77,7 +77,7 @@ class BoundedConnection(psycopg.Connection[Any]):
     """Time limit in seconds for the response to one statement, or None for no limit."""
 
     def wait(self, gen: PQGen[T], interval: float = 0.1, timeout: float | None = None) -> T:
-        """Wait for the server's response in the way that psycopg waits.
+        """Wait for the server's response, as psycopg does.
 
         If no response arrives in time, close the connection and raise `psycopg.OperationalError`.
         """
@@ -96,7 +96,7 @@ class BoundedAsyncConnection(psycopg.AsyncConnection[Any]):
     patience: float | None = None
 
     async def wait(self, gen: PQGen[T], interval: float = 0.1, timeout: float | None = None) -> T:  # noqa: ASYNC109 - psycopg's own
-        """Wait for the server's response in the way that psycopg waits.
+        """Wait for the server's response, as psycopg does.
 
         If no response arrives in time, close the connection and raise `psycopg.OperationalError`.
         """

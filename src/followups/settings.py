@@ -403,7 +403,7 @@ def _read_files() -> dict[str, str]:
 
 
 def read_file_of(name: str) -> str | None:
-    """Return the stripped content of the file that ``NAME_FILE`` names, or None if it names none.
+    """Return the stripped content of the file named by ``NAME_FILE``, or None if the variable is not set.
 
     Raises `SettingsError` if ``NAME`` is also set, or if the file cannot be read.
     """

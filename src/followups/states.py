@@ -171,7 +171,7 @@ def storable(text: str) -> str:
 
 
 def code_of(reason: str | None) -> str:
-    """Return a stored reason's code: '' without a reason, 'other' for a caller's own words.
+    """Return the code of a stored reason; '' if there is none, 'other' for a caller's own words.
 
     >>> code_of("rejected: HTTP 403"), code_of("the customer called"), code_of(None)
     ('rejected', 'other', '')

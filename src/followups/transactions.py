@@ -3,8 +3,8 @@
 If a connection breaks during a commit, the transaction's outcome is unknown. If the outcome stays unknown, the process
 may own leases without knowing it. Follow-ups leased without the process's knowledge would be delayed by a whole lease.
 A statement therefore registers a query (`ask_if_lost`) that checks whether its changes are stored. If the commit's
-response is lost, the registered query runs on the server that is then reachable. A promoted standby either has the
-written rows or lacks them. The lost transaction's id would prove nothing, because a new server may use this id again.
+response is lost, the registered query runs on the server that is then reachable. A promoted standby has either all rows
+of the transaction or none. The lost transaction's id would prove nothing, because a new server may use this id again.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ Ts = TypeVarTuple("Ts")
 PATIENCE = timedelta(seconds=15)
 """How long the query is retried if the database is unreachable. A restart takes a few seconds.
 
-If the database stays unreachable, the commit is assumed to have failed. If the commit did succeed, the leases expire
-unused.
+If the database stays unreachable, the commit is assumed to have failed. If the commit succeeded after all, its leases
+expire unused.
 """
 
 PAUSE = timedelta(milliseconds=100)
@@ -69,8 +69,8 @@ def transact(engine: Engine, work: Callable[[Connection], T]) -> T:
 def ask_if_lost(connection: Connection, question: Question) -> None:
     """Register the query that finds out whether the current transaction was committed.
 
-    The query runs if the response to the commit is lost. One query per transaction is enough, so only the first is
-    kept.
+    The query runs if the response to the commit is lost. One query per transaction is enough, so only the first query
+    is kept.
     """
     connection.info.setdefault(_QUESTION, question)
 

@@ -58,7 +58,7 @@ _ROWS = """
 
 @contextmanager
 def filled(rows: int, columns: str = "", values: str = "") -> Iterator[tuple[str, Engine]]:
-    """Start a server with this many due follow-ups; yield its URL and an engine."""
+    """Start a server with the given number of due follow-ups; yield its URL and an engine."""
     with EmbeddedPostgres() as postgres:
         migrate(postgres.url())
         engine = make_engine(postgres.url(), statement_timeout=None)

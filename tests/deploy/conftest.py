@@ -1,4 +1,4 @@
-"""Fixtures: the package, built and installed as users do, and Prometheus with the real system."""
+"""Fixtures: the package as users install it, and Prometheus with the real system."""
 
 from __future__ import annotations
 

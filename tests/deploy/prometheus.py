@@ -42,7 +42,7 @@ class Prometheus:
 
 
 def shortened(rules: str) -> str:
-    """Return the rules with two seconds for a minute, `for` of one second, and lateness in seconds."""
+    """Return the rules with shortened times: two seconds for each minute, and a `for` of one second."""
     rules = re.sub(r"\[(\d+)m\]", lambda found: f"[{int(found[1]) * MINUTE}s]", rules)
     rules = re.sub(r"offset (\d+)m", lambda found: f"offset {int(found[1]) * MINUTE}s", rules)
     rules = re.sub(r"for: \w+", "for: 1s", rules)

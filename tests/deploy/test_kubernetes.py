@@ -64,7 +64,7 @@ def test_each_container_runs_the_procfiles_command(name: str) -> None:
 
 @pytest.mark.parametrize("name", PODS)
 def test_containers_have_few_privileges(name: str) -> None:
-    """Containers run without root, capabilities or a cluster token, read-only and with limited memory."""
+    """Containers run read-only, with limited memory, and without root, capabilities or a cluster token."""
     pod, context = PODS[name], container(name)["securityContext"]
     assert pod["securityContext"]["runAsNonRoot"] is True
     assert pod["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}

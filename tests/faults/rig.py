@@ -106,7 +106,7 @@ class Rig(Stack):
         return started
 
     def bulk(self, count: int, spread: float = 0.0, *, per_chat: int = 1) -> list[UUID]:
-        """Insert follow-ups that fall due within ``spread`` seconds from now, ``per_chat`` in each chat."""
+        """Insert ``per_chat`` follow-ups in each chat, due within ``spread`` seconds from now."""
         due = [timedelta(seconds=self.rng.random() * spread) for _ in range(count)]
         if per_chat == 1:
             ids = self.world.burst(due)
@@ -194,7 +194,7 @@ def own_servers(
     kinds: frozenset[str] | None = None,
     binaries: Path = embedded.BINARIES,
 ) -> Iterator[tuple[Rig, Sequence[Proxy]]]:
-    """Return a system whose servers a test may kill, with proxies in front if ``proxied``.
+    """Return a system whose servers a test may kill, behind proxies if ``proxied``.
 
     ``kinds`` selects the types of servers; None means `chosen_servers`. ``binaries`` selects the PostgreSQL version of
     replicated servers.

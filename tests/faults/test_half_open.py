@@ -1,4 +1,4 @@
-"""Tests for half-open connections, on which no data arrives although the network keeps acknowledging.
+"""Tests for half-open connections: packets are still acknowledged, but no data arrives.
 
 Only the service's own limits detect half-open connections; TCP keepalives and user timeouts do not.
 """
@@ -175,7 +175,7 @@ def test_stopped_while_the_broker_is_silent_for_long(proxied: Proxied, figures: 
 
 
 def seconds_until_answered(api: web.Api) -> float:
-    """Return how long a request takes, whatever its status."""
+    """Return how long a request takes; any status is accepted."""
     started = time.monotonic()
     assert api.client.get(FOLLOW_UPS, timeout=90).status_code in {200, 503}
     return time.monotonic() - started

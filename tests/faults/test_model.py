@@ -49,7 +49,7 @@ def completely(protocol: Protocol) -> None:
     ids=lambda value: " and ".join(sorted(value)) if isinstance(value, set) else "",
 )
 def test_without_a_guard(without: set[str], deduplicates: bool, promise: str) -> None:  # noqa: FBT001 - as above
-    """Removing a guard breaks the promise that depends on it."""
+    """If a guard is removed, the promise that depends on the guard is broken."""
     protocol = Protocol(deduplicates=deduplicates, without=frozenset(without), creates_late="chat lock" in without)
     found = explore(protocol)
     shown(found, protocol, sys.stdout.write)

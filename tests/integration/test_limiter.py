@@ -72,7 +72,7 @@ def request(since: int, *buckets: Bucket, id_: UUID | None = None) -> TokenReque
 
 
 def assert_never_faster(moments: list[int], limit: Bucket) -> None:
-    """Check that grants in any period never exceed a full bucket plus the tokens added."""
+    """Check that no period has more grants than a full bucket plus the tokens added in the period."""
     moments = sorted(moments)
     for first, start in enumerate(moments):
         for last in range(first, len(moments)):
@@ -330,7 +330,7 @@ async def test_the_queue_is_bounded(under_test: LimiterUnderTest) -> None:
 
 
 async def test_redis_unreachable(limiter_settings: Settings, capfd: pytest.CaptureFixture[str]) -> None:
-    """While Redis is unreachable, every follow-up may begin and is counted as unlimited.
+    """While Redis is unreachable, every follow-up may begin, and a metric counts these follow-ups.
 
     One log line reports the outage, and the limiter does not query Redis for a while.
     """

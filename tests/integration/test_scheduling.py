@@ -43,7 +43,7 @@ NOW = text("now()")
 
 
 def soon(days: float = 1) -> datetime:
-    """Return the time the given number of days from now."""
+    """Return the current time plus the given number of days."""
     return datetime.now(UTC) + days * DAY
 
 

@@ -75,7 +75,7 @@ class TestGap:
         assert (world.row(follow_up).status, world.row(follow_up).losses) == ("sent", 0)
 
     def test_bounded(self, world: World, engine: Engine, settings: Settings) -> None:
-        """After a gap between ticks, a worker that misses the grace period loses its leases."""
+        """After a gap between ticks, a worker that settles nothing in the grace period loses its leases."""
         follow_up = world.follow_up()
         in_flight(engine, settings)
         pass_time(world, settings.lease * 2)

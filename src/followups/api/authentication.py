@@ -151,8 +151,8 @@ class Work:
         """
         if follow_up.status == Status.PENDING:
             self.nudges = self.nudges or follow_up.due_date <= self.now + self.ahead
-        # The follow-up may have ended before this request. If the follow-up had ended before the request, the request
-        # only added a chat message's id.
+        # The follow-up may have ended before this request. A request for a follow-up that has already ended only adds a
+        # chat message's id.
         elif follow_up.updated_at == self.now and follow_up.finished_at == (finished_at or self.now):
             self.ends = (*self.ends, (follow_up.id, Final(Status(follow_up.status), follow_up.reason)))
             self.nudges = True  # the ended follow-up may have blocked a later one in the same chat

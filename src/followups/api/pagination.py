@@ -54,7 +54,7 @@ class PageStarts:
     """
 
     def __init__(self) -> None:
-        """Start without any stored starting points."""
+        """Start without any remembered starting points of pages."""
         self._known: dict[Hashable, dict[int, tuple[float, Start]]] = {}
 
     def nearest(self, of: Hashable, offset: int) -> Start | None:

@@ -37,7 +37,7 @@ MAX_FIELDS = 300
 
 
 class Fields:
-    """The fields of a form or query string, in the order sent."""
+    """The fields of a form or query string, in their original order."""
 
     def __init__(self, encoded: str) -> None:
         """Parse the fields. Raises `InvalidRequestError` if there are too many fields or a field is not valid UTF-8."""

@@ -54,7 +54,7 @@ Without the pause between batches, other workers' begin statements would wait fo
 """
 SOONEST = LONGEST / 2
 SPREAD = 10_000
-"""Number of simultaneous deferrals that spread over two thirds of the time from `SOONEST` to `LONGEST`."""
+"""Number of simultaneous deferrals that fill two thirds of the time between `SOONEST` and `LONGEST`."""
 COMING = 0.25
 """Seconds that released follow-ups get to reach a worker before more follow-ups are released."""
 BACKOFF = 1.0

@@ -29,8 +29,8 @@ if TYPE_CHECKING:
     from followups.store.claims import Claim
 
 SLOW = 1.0
-"""If a claim takes more seconds than this, the planner's statistics are probably wrong. A normal claim takes
-milliseconds.
+"""If a claim takes longer than this limit (in seconds), the planner's statistics are probably wrong. A normal claim
+takes milliseconds.
 """
 MANY = 100
 """After a claim of at least this many rows, the dispatcher checks the planner's statistics."""

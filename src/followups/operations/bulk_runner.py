@@ -86,7 +86,7 @@ class BulkRunner(BackgroundThread):
         try:
             while not self._stopping.is_set() and self._run_batch():
                 self._nudge()
-            events.succeeded("bulk")  # a skipped bulk action does not delay the others
+            events.succeeded("bulk")  # a skipped bulk action does not delay other bulk actions
         except Exception as error:  # noqa: BLE001 - the next tick tries again, whatever it was
             events.failed("bulk", error, self._engine)
         self._stopping.wait(SEEN_EVERY)

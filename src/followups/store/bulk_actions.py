@@ -54,7 +54,7 @@ def find(session: Session, action_id: UUID, workspace_id: UUID | None) -> BulkAc
 
 
 def newest(session: Session, workspace_id: UUID | None) -> Sequence[BulkAction]:
-    """Return the newest bulk actions of a workspace, or of all if ``workspace_id`` is None."""
+    """Return the newest bulk actions of a workspace, or of all workspaces if ``workspace_id`` is None."""
     query = select(BulkAction).order_by(BulkAction.created_at.desc()).limit(LISTED)
     if workspace_id is not None:
         query = query.where(BulkAction.workspace_id == workspace_id)

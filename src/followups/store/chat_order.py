@@ -1,8 +1,8 @@
 """Order within a chat: a later follow-up waits until the earlier one ends.
 
 The column ``waits_for`` of a waiting follow-up contains the id of its immediate predecessor. Waiting follow-ups are not
-in the index for claims. Each follow-up waits only for its immediate predecessor, so the end of one follow-up unblocks
-only one other. If 100,000 follow-ups wait behind a stuck one in their chat, each is refused only once.
+in the index for claims. When a follow-up ends, only the follow-up right behind it is unblocked. If 100,000 follow-ups
+wait behind a stuck one in their chat, each is refused only once.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ Parking thousands of follow-ups one by one would delay every later follow-up.
 """
 
 # Each follow-up is locked while another follow-up is placed behind it, as in `park_if_leased`. Locked rows are skipped.
-# A follow-up after a locked row waits for the follow-up before the locked row.
+# A follow-up behind a skipped row waits for the last follow-up before that row.
 _PARK_PILE = text("""
     WITH chat AS MATERIALIZED (
         SELECT DISTINCT ON (workspace_id, chat_id) workspace_id, chat_id, due_date, id

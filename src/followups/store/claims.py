@@ -222,7 +222,7 @@ _COUNTED = text("SELECT reltuples FROM pg_class WHERE oid = 'follow_ups'::regcla
 
 
 def planner_expects_fewer_than(engine: Engine, number: int) -> bool:
-    """Return whether the planner's estimate of the table is below this number of rows.
+    """Return whether the planner expects the table to have fewer than the given number of rows.
 
     The estimate is good even for a new table, because it is based on the table's size.
     """

@@ -1,4 +1,4 @@
-"""Follow-ups, one at a time or by chat: create, find, change, end.
+"""Statements that create, find, change and end follow-ups, one at a time or by chat.
 
 Each statement's WHERE clause checks that the change is still allowed.
 """

@@ -145,12 +145,12 @@ def _narrowing(wanted: ListFilter) -> dict[str, tuple[str, Any]]:
     return {name: each for name, each in given.items() if each[1]}
 
 
-@lru_cache(maxsize=256)  # there are fewer combinations of filters
+@lru_cache(maxsize=256)  # there are fewer than 256 combinations of filters
 def _query(statement: str) -> Statement:
     return Statement(statement, FollowUp, follow_ups.FIELDS)
 
 
-@lru_cache(maxsize=256)  # there are fewer combinations of filters
+@lru_cache(maxsize=256)  # there are fewer than 256 combinations of filters
 def _query_of_pieces(statement: str) -> Statement:
     others = ", ".join(name for name in follow_ups.FIELDS if name != "message")
     columns = ", ".join(f"follow_ups.{name}" for name in follow_ups.FIELDS)

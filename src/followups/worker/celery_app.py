@@ -101,7 +101,7 @@ def drain_limit(settings: Settings) -> timedelta:
 
 
 def make_app(settings: Settings) -> Celery:
-    """Return the Celery app, configured for hints, which are small, idempotent and worthless once read."""
+    """Return the Celery app, configured for small, idempotent hints that are not needed once read."""
     app = App("followups", settings.broker_url.get_secret_value())
     silence = broker_silence(settings).total_seconds()
     app.conf.update(
@@ -357,8 +357,8 @@ def _show_life(sender: str = "", **_: object) -> None:
 @signals.worker_ready.connect
 @signals.worker_process_init.connect
 def _warm_up(sender: Any = None, **_: object) -> None:  # noqa: ANN401 - the worker, or nothing in a child
-    # The process connects at startup, so that its first follow-up is not delayed. The parent of forked children makes
-    # no deliveries.
+    # The process connects at startup, so that its first follow-up is not delayed. A parent process of forked workers
+    # delivers nothing itself.
     pool = getattr(sender, "pool", None)
     if type(pool).__module__ == "celery.concurrency.prefork":
         return

@@ -34,7 +34,7 @@ the clock by less than this.
 """
 
 PRUNE_MINUTE = 17
-"""Pruning starts in this minute of each hour, in which few cron jobs start and few sending hours begin."""
+"""Pruning starts in this minute of each hour; few cron jobs and sending hours begin then."""
 
 log = get_logger(__name__)
 

@@ -39,7 +39,7 @@ def deliver(row_id: str, message: str) -> None:
 
 
 def poll() -> None:
-    """Enqueue all rows that are due, ten times per second."""
+    """Ten times per second, enqueue all due rows."""
     with psycopg.connect(DATABASE, autocommit=True) as connection:
         while True:
             rows = connection.execute(FIND).fetchall()

@@ -126,8 +126,8 @@ class TestCreate:
         A due date gets 422 if the messaging window ends before sending hours begin.
         """
         now = datetime.now(UTC)
-        # Sending hours that end within an hour and begin again some 23 hours from now. The next sending hours begin
-        # after the messaging window of a user who wrote 2 hours ago closes.
+        # Sending hours that end within an hour and begin again some 23 hours from now. A user wrote 2 hours ago; the
+        # messaging window closes before the next sending hours begin.
         hours = SendingHours("UTC", (now - timedelta(hours=1)).time(), (now + timedelta(hours=1)).time())
         with Session(api.world.engine) as session, session.begin():
             sending_hours.put(session, api.world.workspace_id, hours)

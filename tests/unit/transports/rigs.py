@@ -49,7 +49,7 @@ async def http_rig(within: float) -> AsyncIterator[TransportRig]:
 
 @asynccontextmanager
 async def matrix_rig(within: float) -> AsyncIterator[TransportRig]:
-    """Deliver to a Matrix homeserver backed by sandbox chats."""
+    """Deliver to a simulated Matrix homeserver, which uses the sandbox's chats."""
     chats = SandboxChats()
     async with serving(homeserver(chats)) as url:
         settings = settings_for(url, transport="matrix", transport_timeout=within, transport_secret=TOKEN)

@@ -34,7 +34,7 @@ def authority() -> trustme.CA:
 
 @pytest.fixture
 def context(authority: trustme.CA, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> ssl.SSLContext:
-    """Return a trusted TLS context for the server."""
+    """Return the server's TLS context, with a certificate that clients trust."""
     context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
     authority.issue_cert("127.0.0.1").configure_cert(context)
     authority.cert_pem.write_to_path(tmp_path / "ca.pem")
@@ -265,7 +265,7 @@ async def hint_without_end(stream: Stream) -> None:
 async def test_one_stream_harms_no_other(
     misbehave: Callable[[Stream], Awaitable[None]], outcome: Outcome, server: Http2Server, transport: Transport
 ) -> None:
-    """An endless head or body ends only its own stream; the connection stays open."""
+    """If the head or body of a response never ends, only its stream is closed, not the connection."""
     assert await transport.send(a_delivery()) == OK
     first_of(server, misbehave)
     outcomes = await send_at_once(transport, STREAMS)
