@@ -57,10 +57,10 @@ if TYPE_CHECKING:
 def schedule(session: Session, *, workspace_id: UUID, chat_id: UUID, message: str, due_date: datetime) -> FollowUp:
     """Create a follow-up that is sent into the chat at ``due_date`` unless cancelled first.
 
-    A follow-up with a due date in the past is sent immediately. If one transaction schedules into several chats, take
-    the chats in ascending order of their ids (``sorted(chat_ids)``). In any other order of chats, two transactions may
-    deadlock. If the workspace has a quota, deadlocks remain possible, because the quota stays locked between calls. If
-    the workspace has a quota, use `schedule_many`, which locks all chats before the quota.
+    A follow-up with a due date in the past is sent immediately. If one transaction schedules into several chats,
+    process the chats in ascending order of their ids (``sorted(chat_ids)``). In any other order of chats, two
+    transactions may deadlock. If the workspace has a quota, deadlocks remain possible, because the quota stays locked
+    between calls. If the workspace has a quota, use `schedule_many`, which locks all chats before the quota.
 
     Raises `InvalidRequestError` (message not of 1..65,536 characters or with a NUL, due date without an offset),
     `ChatNotFoundError`, `NothingToFollowUpError` (no messages, or the last message is the user's),

@@ -1,4 +1,4 @@
-"""Tests of `followups up`, in which the system is used as the command's output describes."""
+"""Tests of `followups up` that use the system as the command's output describes."""
 
 from __future__ import annotations
 

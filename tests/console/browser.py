@@ -1,7 +1,7 @@
 """A browser for tests: Debian's chromium, driven by Playwright.
 
-Without chromium, the browser tests are skipped. Playwright's pytest plug-in is not used: the event loop that it runs
-breaks asynchronous tests.
+Without chromium, the browser tests are skipped. Playwright's pytest plug-in is not used, because its event loop breaks
+asynchronous tests.
 """
 
 from __future__ import annotations

@@ -133,7 +133,7 @@ def _run(seed: int, kept: Path, marker: str, processes: int, title: str, skipped
 
 
 def report(lines: list[dict[str, Any]], earlier: str) -> str:
-    """Return the results as Markdown; for tests that were not run, copy the results from ``earlier``.
+    """Return the results as Markdown; results of tests that were not run come from ``earlier``.
 
     Most fault tests have a short and a long form. If the long form of a test was not run, its earlier result is copied.
     Earlier results of short forms are copied only if no short form was run.

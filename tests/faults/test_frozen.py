@@ -52,7 +52,7 @@ def refused(rig: Rig, name: str) -> int:
 
 
 def test_frozen_at_each_step(rig: Rig, figures: Figures) -> None:
-    """If a worker is frozen beyond its lease, at any step, its later writes are refused."""
+    """If a worker freezes at any step for longer than its lease, its later writes are refused."""
     workers = rig.start(workers=2, harmed=True)
     for point in rig.rng.sample(POINTS, len(POINTS)):
         frozen_at(rig, figures, point, rig.rng.sample(workers, 2), count=60)
@@ -61,7 +61,7 @@ def test_frozen_at_each_step(rig: Rig, figures: Figures) -> None:
 @pytest.mark.faults_long
 @pytest.mark.parametrize("point", POINTS)
 def test_frozen_for_long(point: str, rig: Rig, figures: Figures) -> None:
-    """A worker that was frozen for ten leases, with a thousand follow-ups, settles none of them."""
+    """If a worker is frozen for ten times its lease, it settles none of its 1,000 follow-ups."""
     frozen_at(rig, figures, point, rig.start(workers=2, harmed=True), count=1000, longer=30.0)
 
 

@@ -104,7 +104,7 @@ def beside(url: str, holder: str, patience: float, refusals: list[str]) -> Other
 def from_old_versions(
     world: World, engine: Engine, figures: Figures, cases: Sequence[tuple[str, str]], patience: float
 ) -> None:
-    """Migrate from each version, first while a transaction blocks the migration, then without it."""
+    """From each version, migrate first while a transaction blocks the migration, then unblocked."""
     url = engine.url.set(drivername="postgresql").render_as_string(hide_password=False)
     world.follow_up()
     longest = 0.0

@@ -277,7 +277,7 @@ def test_a_waiting_follow_up_ends_at_its_limit(world: World, limited: LimitedPip
 
 
 def test_cancelled_while_waiting(world: World, limited: LimitedPipeline) -> None:
-    """If a follow-up is cancelled while waiting for a rate limit, it delays no other follow-up."""
+    """A follow-up that is cancelled while waiting for a rate limit delays no other follow-up."""
     limit(world, 4)
     ids = due_in_turn(world, 12)
     receiver = Receiver()

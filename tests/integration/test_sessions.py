@@ -68,7 +68,7 @@ class TestSettings:
         engine.dispose()
 
     async def test_values(self, database_url: str) -> None:
-        """Times, intervals, numbers, strings and arrays are read back as written under any server settings."""
+        """Under any server settings, times, intervals, numbers, strings and arrays are read back as written."""
         set_defaults(database_url, HOSTILE)
         values: dict[str, object] = {
             "moment": datetime(2030, 1, 31, 9, 0, 0, 1, tzinfo=UTC),

@@ -55,7 +55,7 @@ def test_events_are_rolled_back_with_their_change(world: World) -> None:
 
 
 def test_batches_add_up(world: World) -> None:
-    """All committed batches of one command are added up in a single audit event."""
+    """A single audit event sums up all committed batches of one command."""
     run = uuid4()
     for number, committed in ((500, True), (70, False), (3, True)):
         with world.engine.connect() as connection:

@@ -1,4 +1,4 @@
-"""Tests of pages of follow-ups: each filter's query uses an index, however many rows exist."""
+"""Tests of pages of follow-ups: for each filter, the query uses an index at any table size."""
 
 from __future__ import annotations
 

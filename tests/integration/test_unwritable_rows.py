@@ -278,7 +278,7 @@ def test_a_row_that_cannot_be_cancelled(world: World, engine: Engine) -> None:
 def test_a_row_that_stays_deferred(
     world: World, engine: Engine, settings: Settings, monkeypatch: pytest.MonkeyPatch, scope: str
 ) -> None:
-    """A follow-up with an unwritable row stays deferred even after the limit is removed.
+    """After a rate limit is removed, a follow-up with an unwritable row stays deferred.
 
     All other deferred follow-ups become due.
     """
@@ -444,7 +444,7 @@ def test_the_chats_next_follow_up_before_the_calendar(world: World, engine: Engi
 
 
 def test_begun_manually(world: World, engine: Engine, settings: Settings) -> None:
-    """A begun follow-up can be claimed after its lease expires, even with an attempt count of 0."""
+    """Even with an attempt count of 0, a begun follow-up can be claimed after its lease expires."""
     lost = world.follow_up(begun_at=text("now()"), lease_until=text("now() - interval '1 s'"), attempts=0)
     claimed = claim(engine, settings)
     assert ([lease.id for lease in claimed.leases], world.row(lost).attempts) == ([lost], 0)

@@ -36,7 +36,7 @@ def test_until_half_is_free(taken: int, seconds: float, window: int, expected: f
 
 @given(st.floats(1, 200_000), st.integers(100, 1_000_000), st.floats(SHORTEST, LONGEST))
 def test_the_interval_converges(rate: float, window: int, pause: float) -> None:
-    """At a steady rate, the interval between claims approaches the time needed to send half the window.
+    """At a steady rate, the claim interval converges to the time in which half the window is sent.
 
     The result does not depend on the first interval.
     """

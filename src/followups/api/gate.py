@@ -77,7 +77,7 @@ class Budget:
 
 @dataclass(slots=True)
 class RequestBody:
-    """A request body during its arrival, with the memory reserved for it and any error found."""
+    """A request body that is still arriving, its reserved memory, and any error found."""
 
     budget: Budget
     most: int = MAX_BODY_SIZE

@@ -36,7 +36,7 @@ class DatabaseClock:
     """
 
     def __init__(self, seconds: Callable[[], float] = uptime) -> None:
-        """Start without samples; ``seconds`` returns the time of a clock that is never adjusted."""
+        """Start without samples; ``seconds`` must be a clock that is never adjusted."""
         self._seconds = seconds
         self._samples: deque[tuple[float, float]] = deque(maxlen=SAMPLES)
         self._offset: float | None = None

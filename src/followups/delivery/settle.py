@@ -66,7 +66,7 @@ ROOM = MAX_REASON_LENGTH - 100
 
 
 class Settler:
-    """Collects attempts' outcomes and records them in batches, at a given size or after a short wait.
+    """Records the outcomes of attempts in batches; a batch is recorded when full or after a short wait.
 
     An accepted message is recorded without waiting for slower calls. If the database or a row is unavailable, recording
     is retried until the lease expires. An instance belongs to one event loop.

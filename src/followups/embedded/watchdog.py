@@ -26,7 +26,7 @@ POLL = 0.02
 """Seconds between two checks of a process that has received its stop signal."""
 
 REMOVAL_TRIES = 50
-"""Number of tries, at intervals of `POLL`, to remove a directory still in use."""
+"""How many times to try to remove a directory in use, at intervals of `POLL`."""
 
 
 class Watchdog:

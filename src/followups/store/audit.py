@@ -44,8 +44,8 @@ class Way(StrEnum):
 class Actor:
     """The author of a change: an API key, a console session or an operating-system user.
 
-    API keys and console sessions are identified by id, operating-system users by name. If an API key's name or prefix
-    is omitted, the INSERT reads it from the key's row.
+    API keys and console sessions are identified by id, operating-system users by name. The INSERT reads an omitted name
+    or prefix from the API key's row.
     """
 
     way: Way

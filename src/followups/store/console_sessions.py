@@ -151,7 +151,7 @@ def end(session: Session, token: str) -> None:
 def end_one(session: Session, session_id: UUID, workspace_id: UUID | None) -> bool:
     """End a console session and return whether one was ended.
 
-    If ``workspace_id`` is given, the session is ended only if it belongs to this workspace.
+    With ``workspace_id``, only a session of that workspace is ended.
     """
     result = session.execute(_END_BY_ID, {"id": session_id, "workspace_id": workspace_id})
     return bool(result.rowcount)  # type: ignore[attr-defined] # an UPDATE's result has it

@@ -67,7 +67,7 @@ class Retry:
 
 @dataclass(frozen=True, slots=True)
 class Snoozed:
-    """The transport requested a later retry (rate limiting). An attempt with this outcome is not counted."""
+    """The transport requested a later retry (rate limiting). An attempt with the outcome `Snoozed` is not counted."""
 
     detail: str
     after: timedelta | None = None

@@ -4,8 +4,8 @@ A worker that has stopped consuming must be detected. Any worker could consume a
 each worker had its own canary queue, the queues of killed workers would remain in the broker. No canary is needed,
 because the consumer polls continuously (`followups.worker.broker.Consumer`). The broker answers each poll within a
 second, even when the queues are empty. An idle worker therefore reports as often as a busy one. The pipeline's event
-loop sends reports for as long as it runs. The dispatcher's thread reports while idle. If a tick takes longer than
-allowed, the reports stop.
+loop sends reports for as long as it runs. The dispatcher's thread reports progress even while idle. If a tick takes
+longer than allowed, the reports stop.
 
 While a server is unreachable or the database is read-only, all components keep retrying. Retrying also counts as
 progress. A liveness check fails only for problems that a restart would fix. A restart during an outage would lose the

@@ -1,4 +1,4 @@
-"""Procrastinate: an asynchronous job for each row, due at the row's time, in PostgreSQL itself."""
+"""Procrastinate: for each row, PostgreSQL stores an asynchronous job that is due at the row's time."""
 
 from __future__ import annotations
 

@@ -40,7 +40,7 @@ def test_in_flight(api: Api, changes: dict[str, str]) -> None:
 
 
 def test_in_flight_in_a_removed_chat(api: Api) -> None:
-    """If a chat was removed, a change to its follow-up in flight gets 409, not 404."""
+    """If a chat was removed, a request to change its follow-up in flight gets 409, not 404."""
     before = api.create()
     api.world.put_in_flight(before["id"])
     assert api.client.delete(f"/api/v1/chats/{before['chatId']}").status_code == 204

@@ -1,4 +1,4 @@
-"""The API before authentication: limits per client, and responses to requests without a valid key."""
+"""Tests of the API before authentication: limits per client, and requests without a valid key."""
 
 from __future__ import annotations
 

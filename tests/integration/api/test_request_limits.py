@@ -1,4 +1,4 @@
-"""Tests of the limits that keep one workspace from using up the database for others.
+"""Tests of the limits that keep one workspace from overloading the database.
 
 The number of connections per workspace is limited, and deep pages are cheap.
 """

@@ -128,7 +128,7 @@ def test_metrics(api: Api) -> None:
 
 
 def test_metrics_pass_the_lint_check(api: Api) -> None:
-    """The metrics page passes the project's lint check, and `promtool check metrics` if installed."""
+    """The metrics page passes the project's lint check and, if installed, `promtool check metrics`."""
     api.patch(api.create(), status="cancelled")
     text = api.get("/metrics").text
     assert flaws(text) == []
