@@ -1,4 +1,4 @@
-"""Classification of database errors: temporary, caused by one row, or caused by an unusable database."""
+"""Classifies database errors as temporary, caused by one row, or caused by an unusable database."""
 
 from __future__ import annotations
 

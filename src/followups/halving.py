@@ -1,4 +1,4 @@
-"""Halving: a failing batch is split until all rows succeed except the failing ones."""
+"""Halving: a failing batch is split until every good row succeeds."""
 
 from __future__ import annotations
 

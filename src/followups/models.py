@@ -381,8 +381,8 @@ class FollowUp(Base):
             postgresql_where=text("held_until IS NOT NULL AND status = 'pending'"),
         ),
         {
-            # Free space on each page lets an updated lease stay on the same page. The table of follow-ups is updated
-            # often, so it is vacuumed early.
+            # Free space on each page lets a row stay on its page when its lease changes. The table of follow-ups is
+            # updated often, so it is vacuumed early.
             "postgresql_with": {
                 "fillfactor": "85",
                 "autovacuum_vacuum_scale_factor": "0.02",

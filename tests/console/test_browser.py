@@ -229,7 +229,7 @@ def test_an_open_page_shows_that_its_session_was_revoked(window: Callable[..., B
 
 
 def test_a_lost_event_stream_shows_stale_content(window: Callable[..., BrowserWindow], own: World) -> None:
-    """If the event stream is lost, the page shows the age of its content."""
+    """If the event stream breaks, the page shows how old its content is."""
     sitting = window()
     sitting.sign_in("agent", own.workspace_id)
     page = sitting.go("/follow-ups")

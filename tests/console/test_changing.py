@@ -99,7 +99,7 @@ def test_a_chat_whose_last_message_is_the_users_is_a_conflict(person: Callable[.
 
 
 def test_the_consequences_are_shown_before_saving(person: Callable[..., Person], own: World) -> None:
-    """Checking a due date shows its time in UTC, the sending hours and the pause, and stores nothing."""
+    """The check of a due date shows the time in UTC, the sending hours and the pause, and stores nothing."""
     own.sql(
         "INSERT INTO sending_hours (workspace_id, time_zone, opening, closing, days, open_from, open_until)"
         " VALUES (:id, 'America/Sao_Paulo', '08:00', '20:00', 31, now(), now() + interval '1 hour')",

@@ -63,7 +63,7 @@ class Verdict:
 def check(
     engine: Engine, requests: Collection[Mapping[str, Any]], known: Record, *, max_lateness: float = 86_400
 ) -> Verdict:
-    """Compare every follow-up in the database with the requests that the chat received, oldest first."""
+    """Compare the database's follow-ups, oldest first, with the requests that the chat received."""
     with engine.connect() as connection:
         rows = {row.id: row for row in connection.execute(select(FollowUp.__table__))}
     by_id: dict[str, list[Mapping[str, Any]]] = defaultdict(list)

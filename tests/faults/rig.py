@@ -54,7 +54,7 @@ class Rig(Stack):
     rng: random.Random = field(default_factory=lambda: random.Random(0))  # noqa: S311 - not for secrets
     postgres: EmbeddedPostgres | Replicated | None = None
     valkey: EmbeddedValkey | None = None
-    """This system's own servers, or None for the shared servers, which must not be harmed."""
+    """This system's own Valkey, or None if the system uses the shared Valkey, which must keep running."""
     created: set[UUID] = field(default_factory=set)
     cancelled: dict[UUID, float] = field(default_factory=dict)
     _numbers: itertools.count[int] = field(default_factory=lambda: itertools.count(1))

@@ -193,7 +193,7 @@ def test_failovers_for_minutes(replicated: Rig, figures: Figures) -> None:
 
 @pytest.mark.faults_long
 def test_failovers_with_a_url_for_any_server(replicated: Rig, figures: Figures) -> None:
-    """If the URL accepts sessions on any server, requests and sends continue after a failover."""
+    """If the database URL allows any server, requests and sends continue after a failover."""
     url = replicated.settings.database_url.get_secret_value()
     replicated.options["FOLLOWUPS_DATABASE_URL"] = f"{url}&target_session_attrs=any"
     failovers(replicated, figures, times=6, between=(2, 15), rate=60)

@@ -36,7 +36,7 @@ ENVIRONMENT = {"PGTZ": "Asia/Kolkata", "PGDATESTYLE": "German", "PGCLIENTENCODIN
 
 
 def send_replies_and_creates(rig: Rig, api: web.Api, pairs: int) -> Counter[tuple[str, int]]:
-    """Concurrently send a reply and a create request to each of ``pairs`` chats; count the responses."""
+    """Send each of ``pairs`` chats a reply and a create request at the same time; count the responses."""
     chats = [api.chat() for _ in range(pairs)]
 
     def act(one: tuple[str, str]) -> tuple[str, int]:

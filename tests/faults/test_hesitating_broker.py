@@ -43,7 +43,7 @@ def hesitating(proxied: tuple[Rig, Sequence[Proxy]], figures: Figures, times: in
 
 
 def test_hesitating(proxied: tuple[Rig, Sequence[Proxy]], figures: Figures) -> None:
-    """A worker keeps consuming after any of its commands to the broker has timed out."""
+    """Whichever broker command times out, the worker continues to consume messages."""
     hesitating(proxied, figures, times=4)
 
 

@@ -31,7 +31,7 @@ POINTS = (
     "settle.committed",
 )
 BESIDE = {"claim.before_commit", "begin.before_commit", "begin.committed"}
-"""Steps that only the long tests cover, because they differ little from neighbouring steps."""
+"""Steps that differ little from neighbouring steps, so only the long tests cover them."""
 
 
 def recovered(rig: Rig, figures: Figures, point: str, killed: float) -> None:

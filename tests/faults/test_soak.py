@@ -1,4 +1,4 @@
-"""Under a long load with failures, cancels and replies, memory, lag and dead tuples stay constant."""
+"""Memory, lag and dead tuples stay constant under a long load with failures, cancels and replies."""
 
 from __future__ import annotations
 

@@ -77,7 +77,7 @@ def test_a_paused_channel(world: World, engine: Engine, settings: Settings, *, e
 
 
 def test_two_pauses_overlap(world: World, engine: Engine, settings: Settings) -> None:
-    """If two pauses hold a follow-up, it continues only after both have ended."""
+    """If two pauses hold a follow-up, both must end before it is sent."""
     follow_up = world.follow_up(world.chat(channel="waha"))
     first, second = pause(world), pause(world, "waha", everybody=True)
     assert begun(claim_and_begin(engine, settings)) == set()

@@ -363,7 +363,7 @@ class TestChats:
     def test_late_message_opens_the_window(self, caller: Caller) -> None:
         """A user's message that arrives after the agent's answer cancels no follow-up.
 
-        The messaging window opens at the time stated in the message.
+        A message opens the messaging window at the time that the message states.
         """
         chat_id = caller.world.chat(channel="whatsapp", last_message_at=text("now() - interval '1 hour'"))
         with pytest.raises(OutsideMessagingWindowError):

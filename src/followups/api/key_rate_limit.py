@@ -102,8 +102,8 @@ class KeyRateLimit:
             return
         if self._spend(key_id):
             return
-        # For each API key, only one query at a time counts requests in Redis. If several requests of a key counted at
-        # the same time, each would reserve requests in advance. Only one of these reservations would be kept.
+        # For each API key, only one query at a time counts requests in Redis. If several requests of a key queried
+        # Redis at the same time, each would reserve requests in advance. Only one of these reservations would be kept.
         async with self._counting.setdefault(key_id, asyncio.Lock()):
             if not self._spend(key_id):
                 await self._count_or_pause(key_id)

@@ -50,7 +50,7 @@ Between honcho and this process, there may be a shell and another honcho process
 """
 
 TRANSIENT_REFUSALS = ("starting up", "shutting down", "recovery", "too many", "remaining connection slots")
-"""Parts of the error messages of a PostgreSQL server that is not yet ready for connections.
+"""Parts of the error messages with which a PostgreSQL server refuses connections for a while.
 
 Any other refusal, such as a wrong password, is final.
 """

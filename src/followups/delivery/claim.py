@@ -40,8 +40,8 @@ AHEAD_TICKS = 2
 CLAIM_SIZE = 1000
 """A claim may always lease this many rows, even if they are more than half of the in-flight limit."""
 LARGEST_CLAIM = 10_000
-"""Maximum number of rows in one claim. A claim of this size takes up to 0.2 s. The first rows of a claim are sent while
-the next claim runs.
+"""Maximum number of rows in one claim. A claim of the maximum size takes up to 0.2 s. The first rows of a claim are
+sent while the next claim runs.
 """
 
 

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from followups.store.leases import Lease
 
 SHARE = 1024
-"""A worker requests the in-flight limit divided by this number, but at most one lease per slot.
+"""A worker requests 1/`SHARE` of the in-flight limit, but at most one lease per slot.
 
 A worker never holds more leases than two requests can return. A hundred workers together keep at most a fifth of the
 in-flight limit. All workers together need only three follow-ups for a probe.

@@ -38,7 +38,7 @@ much as a statement for fifty. `GATHER` is a third of `LEAD`.
 ENOUGH_SLOTS = 0.4
 """The next batch waits for free slots only until this share of all slots is free."""
 RETRY_DELAY = timedelta(milliseconds=50)
-"""Delay before begin or settle is retried; each failed begin doubles the delay."""
+"""Delay before a retry of begin or settle; doubled after each failed begin."""
 LONGEST_RETRY_DELAY = timedelta(milliseconds=800)
 
 

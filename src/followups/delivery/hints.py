@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 DISPATCH = "dispatch"
 """Name of the queue whose tasks request a dispatcher tick."""
 DELIVER = "deliver"
-"""Name of the queue whose messages are hints, each a batch of leases."""
+"""Name of the queue for hints; each hint is a batch of leases."""
 
 CLUSTER = (
     "The broker runs in cluster mode, in which a worker cannot read its two queues at once: "

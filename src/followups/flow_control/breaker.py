@@ -114,7 +114,7 @@ class RecoveryPolicy:
 
     first_pause: float = 1.0
     longest_pause: float = 15.0
-    """Longest pause before a probe, in seconds; each pause is twice the previous one."""
+    """Each pause before a probe is twice the previous one, up to this number of seconds."""
     probes: int = 3
     """Number of follow-ups that may begin in one probe."""
     first_rate: float = 10.0

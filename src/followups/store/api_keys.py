@@ -155,7 +155,7 @@ _RECORD_USE = Statement("""
 
 @Rule
 def record_use(key_id: UUID) -> Steps[bool]:
-    """Record the API key's use without waiting for locks; return whether this call did so.
+    """Record the API key's use without waiting for locks; return whether the use was recorded.
 
     At most one use per minute is recorded for each key.
     """

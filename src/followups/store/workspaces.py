@@ -38,7 +38,7 @@ def create(session: Session, name: str) -> tuple[Workspace, bool]:
 
 
 def find(session: Session, name: str, *, to_delete: bool = False) -> Workspace:
-    """Return the workspace with that name.
+    """Return the workspace with the given name.
 
     Raises `WorkspaceNotFoundError`. Also raises `WorkspaceBeingDeletedError` for a workspace that is being deleted,
     unless ``to_delete`` is true.

@@ -176,7 +176,7 @@ class Exchange:
         self._sockets.distrust(self._address)
 
     def answer(self, code: int) -> Answer:
-        """Return the response once its headers have arrived; ``code`` is libcurl's result for its body."""
+        """Return the response once its headers have arrived; ``code`` is libcurl's result for the body."""
         headers = {} if self._status // 100 == 2 else _headers(self._head)  # noqa: PLR2004 - 2xx, of which none is read
         return Answer(self._status, headers, b"".join(self._parts), _flaw(code))
 
@@ -187,9 +187,9 @@ class Exchange:
         return _GO_ON
 
     def _connected(self, _ip: str, own_ip: str, _port: int, own_port: int) -> int:
-        # A process that freezes while it connects may wake after the request's time limit. By that time, the follow-up
-        # may have been cancelled, or sent by another process. These checks also detect a closed connection, on which a
-        # request would have an unknown outcome.
+        # A process that freezes while it connects may wake after the request's time limit. By the time it sends, the
+        # follow-up may have been cancelled, or sent by another process. These checks also detect a closed connection,
+        # on which a request would have an unknown outcome.
         if uptime() > self._until:
             self.late = True
             return _ABORT

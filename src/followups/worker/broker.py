@@ -115,7 +115,8 @@ class Consumer:
     """The latest activity of the process's consumer, as proof that messages are being consumed.
 
     The consumer polls the broker continuously (BRPOP). Even with empty queues, the broker answers within a second.
-    Celery's ``ping`` is weaker: a worker that has stopped consuming can still answer it. Times are monotonic seconds.
+    Celery's ``ping`` is not enough, because a worker that has stopped consuming can still answer it. Times are
+    monotonic seconds.
     """
 
     def __init__(self) -> None:

@@ -23,13 +23,13 @@ if TYPE_CHECKING:
     from followups.settings import Settings
 
 SENDING = timedelta(seconds=60)
-"""Longest time that sending a tick may take; the broker may be silent for half of it."""
+"""Time limit for sending a tick; the broker may be silent for half of this time."""
 
 LATE = timedelta(seconds=10)
 """How much longer than planned the scheduler may sleep."""
 
 SET_BACK = 1.0
-"""A clock counts as set back only if it goes back by at least this many seconds. Normal clock synchronization changes
+"""A clock counts as set back only if it goes back by at least this many seconds. Clock synchronization normally changes
 the clock by less than this.
 """
 

@@ -48,7 +48,7 @@ class TestCancel:
         assert world.row(follow_up) == row
 
     def test_without_a_reason_the_default_code_is_stored(self, run: RunCommand, world: World) -> None:
-        """A follow-up cancelled without a reason ends as cancelled_by_api, like one cancelled through the API."""
+        """A follow-up cancelled without a reason gets the reason cancelled_by_api."""
         cancelled = run("cancel", world.follow_up(due=HOUR), "--json").document
         assert list(cancelled) == FIELDS
         assert (cancelled["status"], cancelled["reason"]) == ("cancelled", "cancelled_by_api")

@@ -54,7 +54,7 @@ def endless(start: bytes, piece: bytes) -> Callable[[asyncio.StreamWriter, Reque
 async def outcome_of(
     reply: bytes | Callable[[asyncio.StreamWriter, Request], Awaitable[None]], **settings: object
 ) -> Outcome:
-    """Send one message to a server that gives this reply, and return the outcome."""
+    """Send one message to a server that responds with ``reply``, and return the outcome."""
     async with scripted(reply) as server, opened(HttpTransport(settings_for(server.url, **settings))) as transport:
         return await transport.send(a_delivery())
 

@@ -121,7 +121,7 @@ async def test_an_invalid_behaviour_is_refused(http: aiohttp.ClientSession, path
 
 
 async def test_a_dropped_request_gets_no_answer(http: aiohttp.ClientSession, chats: SandboxChats) -> None:
-    """If the sandbox drops a request, it accepts the message but closes the connection without a response."""
+    """To drop a request, the sandbox accepts the message and closes the connection without a response."""
     await fetch(http, "PUT", "/sandbox/behaviour", {"kind": "drop"})
     with pytest.raises(aiohttp.ServerDisconnectedError):
         await fetch(http, "POST", "/messages", BODY)

@@ -28,7 +28,7 @@ MESSAGES = 50
 """Maximum number of messages shown. In a longer chat, only the most recent messages are shown."""
 
 FOLLOW_UPS = 25
-"""The page shows at most this many pending and this many past follow-ups."""
+"""Maximum number of pending follow-ups on the page, and also of past follow-ups."""
 
 NOW = text("SELECT now()")
 

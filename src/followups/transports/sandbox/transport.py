@@ -24,7 +24,7 @@ class SandboxTransport:
     name = "sandbox"
 
     def __init__(self, settings: Settings, chats: SandboxChats | None = None) -> None:
-        """Deliver to ``chats``, or to new sandbox chats for None.
+        """Deliver to ``chats``, or to new sandbox chats if ``chats`` is None.
 
         New sandbox chats deduplicate requests if `FOLLOWUPS_TRANSPORT_DEDUPLICATES` is true.
         """
