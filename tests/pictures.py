@@ -46,9 +46,9 @@ DEMO, DASHBOARD = (80, 27), (96, 27)
 
 CHATS = 150
 SECONDS = 120
-"""The seconds during which follow-ups fall due; the screenshot is taken halfway through."""
+"""Follow-ups fall due for this many seconds; the screenshot is taken halfway through."""
 MEAN, WAVE, PERIOD = 20, 14, 24.0
-"""The average rate of follow-ups per second, and the amplitude and period (in seconds) of its wave."""
+"""Follow-ups per second form a sine wave: its mean, its amplitude, and its period in seconds."""
 LEAD = 15.0
 """All follow-ups are created within this number of seconds before the first due date."""
 FAILING, REFUSED, REPLYING = 12, 2, 12

@@ -254,7 +254,7 @@ class _Pooler:
     """
 
     def __init__(self) -> None:
-        """Create the object; whether there is a pooler is checked later."""
+        """Create the object; it checks later whether there is a pooler."""
         self._checked = False
 
     def is_before(self, connection: Bounded, row: Sequence[Any] | None) -> bool:

@@ -23,7 +23,7 @@ libpq's own errors have no SQLSTATE.
 
 
 class UnfitDatabaseError(psycopg.NotSupportedError):
-    """The database cannot store some values or loses session state; the message names a remedy."""
+    """The database cannot store some values, or it loses session state; the message names a remedy."""
 
 
 PASSING_CLASSES = frozenset({"08", "25", "40", "53", "55", "57", "58"})

@@ -80,7 +80,7 @@ def readable(*columns: str) -> str:
 
 
 class Base(DeclarativeBase):
-    """The base class of all tables, with naming rules for constraints and types for times and ids."""
+    """The base class of all tables: it names the constraints, and sets the types of times and ids."""
 
     metadata = MetaData(
         naming_convention={

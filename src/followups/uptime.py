@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import time
 
-# Linux stops the monotonic clock while a machine is suspended. Other systems have no CLOCK_BOOTTIME, and their
-# monotonic clock keeps running.
+# Linux stops the monotonic clock while a machine is suspended. Other systems lack CLOCK_BOOTTIME, but their monotonic
+# clock runs even while the machine is suspended.
 _CLOCK = getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC)
 
 

@@ -1,4 +1,4 @@
-"""Tests in which the supervisor stops `followups demo`; the wheel's tests cover a normal end."""
+"""Tests that stop `followups demo` as a supervisor does; the wheel's tests let it finish."""
 
 from __future__ import annotations
 

@@ -185,7 +185,7 @@ def play(stack: Stack, api: web.Api, hidden: Secrets) -> dict[str, str]:
 
 @pytest.mark.parametrize("level", ["info", "debug"])
 def test_no_text_or_secret_is_revealed(stack: Stack, level: str) -> None:
-    """No ending, retry or error of a follow-up reveals a message text, a key or a password.
+    """Whatever happens to a follow-up, no message text, key or password is revealed.
 
     The test searches every log line, broker command, message, event and Flower page.
     """

@@ -37,7 +37,7 @@ class Prometheus:
         return {one["metric"]["alertname"] for one in self.ask('ALERTS{alertstate="firing"}')}
 
     def fired(self, within: int) -> set[str]:
-        """Return the names of the alerts that have fired in the last few seconds."""
+        """Return the names of the alerts that fired in the last ``within`` seconds."""
         return {one["metric"]["alertname"] for one in self.ask(f'ALERTS{{alertstate="firing"}}[{within}s]')}
 
 

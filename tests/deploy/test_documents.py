@@ -86,7 +86,7 @@ def test_each_command_exists(call: str) -> None:
 
 
 def test_commands_are_found() -> None:
-    """The documents contain at least one command; otherwise the test that checks the commands would check nothing."""
+    """The documents contain commands; without any, the test of the commands would check nothing."""
     assert {call.split()[1] for call in CALLS} >= {
         "demo",
         "up",

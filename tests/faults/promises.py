@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     from sqlalchemy import Engine
 
 UNKNOWN = "unknown"
-"""Text in a follow-up's reason if the message may have been accepted. Without this text, a finished follow-up whose
-message was accepted must have the state sent.
+"""Text in a follow-up's reason if the message may have been accepted. If the reason lacks this text and the message was
+accepted, the follow-up must end as sent.
 """
 
 

@@ -99,7 +99,7 @@ class Server(EmbeddedPostgres):
 
 
 class Replicated:
-    """A primary and its standby behind one address, killed and restarted like a single server.
+    """A primary and its standby behind one address, which tests kill and restart like a single server.
 
     When the server is restarted, the standby takes over. If ``synchronous`` is true, a failover loses no commit;
     otherwise, it may lose commits.

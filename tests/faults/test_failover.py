@@ -47,7 +47,7 @@ BEGUN = "SELECT count(*) FROM follow_ups WHERE begun_at IS NOT NULL"
 COMMAND = str(Path(sys.executable).with_name("followups"))
 
 BACK_WITHIN = 10.0
-"""Maximum seconds from the move of the address until requests and sends continue."""
+"""Seconds within which requests and sends must continue after the address has moved."""
 
 NOTICED_WITHIN = 30.0
 """Seconds within which a process must notice the failover, even on a busy machine."""
@@ -213,7 +213,7 @@ def test_several_hosts_in_the_url() -> None:
 
 
 def test_a_begin_lost_in_an_asynchronous_failover_fails(broker_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """If a failover loses a begin and its answer, the begin counts as failed immediately.
+    """If a failover loses both a begin and its response, the begin immediately counts as failed.
 
     If a new transaction reuses the lost transaction's id, it is not mistaken for the lost one.
     """

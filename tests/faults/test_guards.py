@@ -42,7 +42,7 @@ BEGUN_ORM = " AND follow_ups.begun_at IS NULL"
 
 
 class Guard(NamedTuple):
-    """A guard: the statements that contain it, what replaces it, and the promise that depends on it."""
+    """A guard: the statements that contain it, its replacements, and the scenario that fails without it."""
 
     within: str
     cuts: dict[str, str]

@@ -43,7 +43,7 @@ def histogram(rig: Rig, ids: Sequence[UUID]) -> dict[int, int]:
 
 
 def request_rates(requests: Collection[Mapping[str, Any]], since: float) -> dict[str, float]:
-    """Return the peak and mean numbers of requests per tenth of a second and per second, from ``since``."""
+    """Return peak and mean request counts from ``since`` on, per tenth of a second and per second."""
     times = sorted(one["receivedMonotonic"] for one in requests if one["receivedMonotonic"] >= since)
     found: dict[str, float] = {}
     for name, window in WINDOWS.items():

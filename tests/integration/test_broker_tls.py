@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 
 class Impostor:
-    """A server with a self-signed certificate that records every byte clients send over TLS."""
+    """A server with a self-signed certificate; it records every byte that clients send over TLS."""
 
     def __init__(self, certificate: trustme.LeafCert) -> None:
         """Start listening; a thread performs the TLS handshakes."""

@@ -86,7 +86,7 @@ class TestClaim:
         assert [lease.id for lease in steps.claim().leases] == [ids[1], ids[2], ids[0]]
 
     def test_window_with_earlier_due_dates(self, world: World, steps: Steps, settings: Settings) -> None:
-        """Even if earlier follow-ups are inserted, claims never exceed MAX_IN_FLIGHT."""
+        """Even if follow-ups with earlier due dates are inserted, claims never exceed MAX_IN_FLIGHT."""
         bounded = settings.model_copy(update={"max_in_flight": 3})
         for group in range(1, 3):
             for _ in range(3):

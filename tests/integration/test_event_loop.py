@@ -115,7 +115,7 @@ async def test_each_statement_of_a_reader_is_a_transaction(database_url: str) ->
 
 
 async def test_cancelled_in_a_statement(world: World, database_url: str) -> None:
-    """Cancelling a task during a statement costs the connection, but does not delay the next task."""
+    """If a task is cancelled during a statement, its connection is lost, but the next task does not wait."""
     async with database(database_url, size=1) as mine:
         task = asyncio.create_task(fetch(mine, Statement("SELECT pg_sleep(60)")))
         sleeping = "SELECT count(*) FROM pg_stat_activity WHERE query LIKE 'SELECT pg_sleep%'"

@@ -213,7 +213,7 @@ def test_idle_workspaces_are_not_searched(engine: Engine, settings: Settings, ea
 
 
 def scans(plan: dict[str, Any]) -> Iterator[int]:
-    """Yield how many times each table scan in a plan was executed."""
+    """Yield the number of executions of each table scan in a plan."""
     if "Relation Name" in plan and plan["Node Type"] != "ModifyTable":
         yield plan["Actual Loops"]
     for child in plan.get("Plans", []):

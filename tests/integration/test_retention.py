@@ -103,7 +103,7 @@ def test_old_chat_messages_are_deleted(world: World, engine: Engine, settings: S
 def test_many_rows_are_deleted_in_batches(
     world: World, engine: Engine, settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """All old rows are deleted, in several batches, even if some rows between old ones are kept."""
+    """All old rows are deleted in batches, even if rows between them must be kept."""
     monkeypatch.setattr(pruning, "BATCH", 3)
     chat_id = world.chat()
     for n in range(10):

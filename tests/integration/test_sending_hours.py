@@ -302,7 +302,7 @@ class TestWindow:
     def test_a_hold_that_would_miss_the_window(self, world: World, engine: Engine, settings: Settings) -> None:
         """A follow-up that would be held beyond its messaging window fails immediately as window_closed.
 
-        If the hold of a follow-up ends within the messaging window, the follow-up is held.
+        If a hold would end within the messaging window, the follow-up is held.
         """
         put(world, CLOSED)
         missed, fits = (world.follow_up(self.windowed(world, left)) for left in (2 * HOUR, 5 * HOUR))

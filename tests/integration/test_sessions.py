@@ -95,7 +95,7 @@ class TestSettings:
         await in_a_loop.dispose()
 
     async def test_settings_of_an_event_loop(self, database_url: str) -> None:
-        """Sessions of an event loop have the common settings plus the options of the pipeline."""
+        """Sessions opened by an event loop have the common settings and the pipeline's options."""
         set_defaults(database_url, HOSTILE)
         engine = make_async_engine(database_url, pool_size=1, options=ONCE_PLANNED)
         found = await in_loop(engine, settings_of)

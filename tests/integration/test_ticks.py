@@ -86,7 +86,7 @@ class TestGap:
         assert world.row(follow_up).losses == 1
 
     def test_ticks_continued(self, world: World, engine: Engine, settings: Settings) -> None:
-        """While any dispatcher ticks, a lease that expires in flight is taken over immediately."""
+        """If ticks have not stopped, a lease that expires in flight is taken over immediately."""
         follow_up = world.follow_up()
         in_flight(engine, settings)
         world.expire(follow_up)

@@ -53,7 +53,7 @@ def test_no_written_row_to_check(engine: Engine, monkeypatch: pytest.MonkeyPatch
 
 
 def test_no_extra_round_trip(engine: Engine) -> None:
-    """If its commit is answered, a transaction costs no additional round trip."""
+    """If a transaction's commit is answered, there is no additional round trip."""
     said: list[str] = []
     event.listen(engine, "before_cursor_execute", lambda *arguments: said.append(arguments[2]))
     transact(engine, insert_workspace)

@@ -1,4 +1,4 @@
-"""Tests that a backlog is claimed each time that half of the window has become free."""
+"""Tests that a backlog is claimed whenever half of the window has become free."""
 
 from __future__ import annotations
 

@@ -128,7 +128,7 @@ class ApiServices:
     exclusive_external_ids: bool
     """Whether an external id may belong to only one workspace.
 
-    Without this, an external id alone cannot identify a chat's workspace.
+    An external id that several workspaces may use does not identify a chat's workspace.
     """
 
 

@@ -50,7 +50,7 @@ AHEAD_FOR = timedelta(seconds=1)
 """How long an advance count of a key's requests remains valid."""
 
 SHARE_AHEAD = 600
-"""A process reserves at most the limit per minute divided by this number: a tenth of a second's requests."""
+"""A process reserves requests for at most a tenth of a second: the limit per minute divided by this."""
 
 
 @dataclass(slots=True)

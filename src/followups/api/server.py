@@ -64,8 +64,8 @@ If more bytes are unread, the connection with the oldest unread response is clos
 KEEP_ALIVE = 65
 """Number of seconds for which a connection may be idle before it is closed.
 
-A load balancer usually keeps an idle connection for 60 seconds. The web server waits longer, so the load balancer
-closes the connection first.
+A load balancer usually keeps an idle connection for 60 seconds. The web server keeps idle connections longer than the
+load balancer, which therefore closes them first.
 """
 
 GRACE = 20
@@ -245,7 +245,7 @@ class LimitedProtocol(HttpToolsProtocol):
         self._open_connections.bound_unsent()
 
     def resume_writing(self) -> None:
-        """Record that the client has read enough of its response, so that writing can continue."""
+        """Record that the client has read enough of its response for writing to continue."""
         super().resume_writing()
         self._open_connections.unread.pop(self, None)
         self._unsent = sys.maxsize

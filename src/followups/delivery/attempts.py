@@ -49,7 +49,7 @@ class BatchResult:
     settled: tuple[SettledFollowUp, ...] = ()
     """Follow-ups whose outcomes were recorded."""
     stale: int = 0
-    """Number of outcomes that were not recorded, since another worker had taken over their leases."""
+    """Number of outcomes not recorded because another worker had taken over the lease."""
     retry_later: tuple[Lease, ...] = ()
     """Follow-ups to be tried again shortly, because another transaction has locked their rows."""
     deferred: tuple[tuple[Lease, timedelta], ...] = ()

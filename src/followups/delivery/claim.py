@@ -35,7 +35,7 @@ MAX_LOSSES = 3
 """A follow-up that has lost this many leases counts as a poison pill."""
 
 AHEAD_TICKS = 2
-"""A claim covers this many tick intervals, so that one late tick delays no follow-up."""
+"""Number of tick intervals that a claim covers, so that one late tick delays no follow-up."""
 
 CLAIM_SIZE = 1000
 """A claim may always lease this many rows, even if they are more than half of the in-flight limit."""
@@ -55,10 +55,10 @@ This time covers one statement and the longest pause between two tries.
 def rhythm_of(settings: Settings) -> Rhythm:
     """Return the longest harmless gap between ticks, and the grace period that follows a longer gap.
 
-    During a longer gap, leases may expire unnoticed. In the grace period, the workers of expired leases can record
-    their outcomes. After an outage, a worker must connect before it can record its outcomes. After the database's clock
-    is set forward, calls in flight need this grace period as well. By default, a gap of more than 3 s is followed by a
-    grace period of 13 s.
+    During a longer gap, leases may expire unnoticed. During the grace period, workers can record outcomes under expired
+    leases. After an outage, a worker must connect before it can record its outcomes. After the database's clock is set
+    forward, calls in flight need this grace period as well. By default, a gap of more than 3 s is followed by a grace
+    period of 13 s.
     """
     known_within = max(settings.transport_timeout + GRACE, _connecting(settings.database_url.get_secret_value()))
     # If ticks are further apart than a lease, leases can expire unnoticed between two ticks.

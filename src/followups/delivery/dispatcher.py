@@ -190,7 +190,7 @@ class Dispatcher:
                 return
 
     def _release_orphans(self) -> None:
-        """Unblock follow-ups that no longer have to wait; if the search is slow, it runs less often.
+        """Unblock follow-ups that no longer have to wait; search for them less often if that is slow.
 
         If unblocking a follow-up fails, claims continue.
         """

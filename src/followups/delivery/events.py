@@ -81,7 +81,7 @@ def attempted(attempt: Attempt, transport: str) -> None:
 
 
 def abandoned(begun: Begun) -> None:
-    """Log an attempt abandoned because this process was frozen until the lease expired."""
+    """Log that an attempt was abandoned: this process was frozen until the lease expired."""
     metrics.STALE_WRITES.inc()
     log.warning("attempt_abandoned", follow_up_id=str(begun.lease.id), attempt=begun.delivery.attempt)
 

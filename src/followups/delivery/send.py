@@ -59,7 +59,7 @@ async def send(
     """Wait until the follow-up is due and call the transport once, within ``limit``.
 
     The transport is never called before the due time. If ``latest`` (an `uptime`) has passed, return None without
-    calling the transport. Only in a frozen process can ``latest`` pass before the call. After ``latest``, another
+    calling the transport. ``latest`` can pass before the call only if the process was frozen. After ``latest``, another
     worker might lease the follow-up during the call. The only exception that this function raises is cancellation.
     """
     # A timer uses another clock and may fire early, so the time is checked again.

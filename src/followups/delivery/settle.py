@@ -50,7 +50,7 @@ SHORT_GATHER = timedelta(milliseconds=5)
 unrecorded outcomes become unknown.
 """
 SETTLE_RETRY_DELAY = timedelta(milliseconds=50)
-"""How long to wait before retrying to settle a row that another transaction has locked."""
+"""How long settle waits before it retries a row that another transaction has locked."""
 BACKOFF = timedelta(seconds=0.5)
 """First pause before an unreachable database is tried again; each further pause is twice as long."""
 LONGEST_BACKOFF = timedelta(seconds=1)
@@ -75,7 +75,7 @@ class Settler:
     def __init__(
         self, settings: Settings, engine: AsyncEngine, settled: Callable[[BatchResult, Sequence[Attempt]], None]
     ) -> None:
-        """After each batch, call ``settled`` with its result and the attempts whose recording is finished."""
+        """Call ``settled`` after each batch, with the batch's result and the attempts that are finished."""
         self._settings = settings
         self._engine = engine
         self._settled = settled

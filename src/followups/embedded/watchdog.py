@@ -129,7 +129,7 @@ def is_alive(pid: int) -> bool:
 
 
 def stop(pid: int, stop_signal: int, grace: float) -> None:
-    """Signal a process, then kill its process group when the process ends or ``grace`` seconds pass."""
+    """Signal a process; once it ends or ``grace`` seconds pass, kill its process group."""
     with contextlib.suppress(ProcessLookupError):
         os.kill(pid, stop_signal)
     deadline = time.monotonic() + grace

@@ -44,8 +44,8 @@ _HOLDER = text("""
 
 def _bound_locks(connection: Connection) -> None:
     # Each transaction sets the timeout anew, because an earlier transaction may have changed it. A concurrent index
-    # build runs outside a transaction. A concurrent index build blocks no queries, so it may wait as long as the whole
-    # migration may.
+    # build runs outside a transaction. A concurrent index build blocks no queries, so its wait for a lock has no limit
+    # of its own.
     if connection.get_execution_options().get("isolation_level") != "AUTOCOMMIT":
         connection.exec_driver_sql(f"SET LOCAL lock_timeout = '{LOCK_TIMEOUT}'")
 

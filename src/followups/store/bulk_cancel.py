@@ -149,5 +149,5 @@ _CHATS_WORKSPACES = text("""
 
 
 def workspaces_of_chat(connection: Connection, chat_id: UUID) -> list[UUID]:
-    """Return all workspaces with a chat of this id, because several workspaces may use the same id."""
+    """Return all workspaces that have a chat with this id; there may be several."""
     return list(connection.scalars(_CHATS_WORKSPACES, {"chat_id": chat_id}))

@@ -207,7 +207,7 @@ def _unblock(ids: Sequence[UUID], refused: Refused | None = None) -> Steps[list[
 def unblock_and_lease(
     connection: Connection, ended: Collection[UUID], lease: timedelta
 ) -> tuple[list[Lease], list[UUID]]:
-    """Unblock follow-ups that waited for ended ones; lease the unblocked follow-ups to the caller.
+    """Unblock the follow-ups that waited for ended ones, and lease them to the caller.
 
     The caller sends the leased follow-ups immediately. Returns the leases, and the ended follow-ups whose successor is
     locked by another transaction.

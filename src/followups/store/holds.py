@@ -46,7 +46,7 @@ def hours_of(row: object) -> WorkspaceHours:
 
 @dataclass(frozen=True, slots=True)
 class Hold:
-    """When a leased follow-up's hold ends, and the pause that causes the hold, if any."""
+    """The end of a leased follow-up's hold, and the pause that causes the hold, if any."""
 
     lease: Lease
     until: datetime

@@ -1,8 +1,8 @@
 """The statements that begin, end or release leased follow-ups. Claims are in `followups.store.claims`.
 
 One guarded SQL statement begins, ends or releases a whole batch. If another transaction has changed a follow-up, the
-result does not contain its row. No statement here waits for a lock that another transaction holds. Locked rows are
-skipped, reported and tried again.
+statement does not return that follow-up. No statement here waits for a lock that another transaction holds. Locked rows
+are skipped, reported and tried again.
 """
 
 from __future__ import annotations

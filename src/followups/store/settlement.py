@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 class Settlement(NamedTuple):
     """The outcome to record for an attempt.
 
-    The status pending means that the attempt is retried after ``delay``, by the database's clock.
+    If the status is pending, the attempt is retried after ``delay``, by the database's clock.
     """
 
     lease: Lease

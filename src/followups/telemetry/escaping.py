@@ -26,7 +26,7 @@ def _escaped(found: re.Match[str]) -> str:
 
 
 def escape_json(document: str) -> str:
-    r"""Return an equivalent JSON document that also escapes the control characters that JSON permits.
+    r"""Return the JSON document with all control characters escaped, even those that JSON permits.
 
     >>> print(escape_json('"left\u202e"'))
     "left\u202e"

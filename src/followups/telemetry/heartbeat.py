@@ -124,8 +124,8 @@ class Heartbeat:
         """Record that a component made progress.
 
         ``at`` is the time of the progress in monotonic seconds; the default is now. ``within`` is the longest time that
-        may pass before the component's next report. If the report is late, the heartbeat names the component and shows
-        ``otherwise``. For example, ``otherwise`` can be "has not asked the broker for work".
+        may pass before the component's next report. If the next report is late, the heartbeat names the component and
+        shows ``otherwise``. For example, ``otherwise`` can be "has not asked the broker for work".
         """
         with self._lock:
             if not self._ending:

@@ -17,8 +17,8 @@ HIDDEN = "***"
 SECRET_KEYS = frozenset(
     {"api_key", "apikey", "authorization", "body", "cookie", "message", "passwd", "password", "secret", "text"}
 )
-"""Keys whose values are never logged, in lower case and with ``_`` instead of ``-``. A value is also omitted if its key
-ends with one of these words.
+"""Keys whose values are never logged, in lower case and with ``_`` instead of ``-``. The value of a key that ends with
+one of these words is also omitted.
 """
 
 LONGER = tuple(f"_{key}" for key in sorted(SECRET_KEYS))

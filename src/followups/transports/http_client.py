@@ -189,9 +189,8 @@ class HttpClient:
         return Unknown(f"the connection broke before an answer arrived ({reason})")
 
     # The following methods manage the connections. Connections are replaced after some seconds without a call. By
-    # itself, libcurl closes an idle connection only at the next call. If libcurl repeatedly selects an unusable
-    # connection, the connections are replaced as well. A replaced connection finishes its calls in flight and gets no
-    # new ones.
+    # itself, libcurl closes an idle connection only at the next call. All connections are also replaced if libcurl
+    # repeatedly selects an unusable one. A replaced connection finishes its calls in flight and gets no new ones.
 
     def _connections(self) -> CurlLoop:
         if not self._is_open:

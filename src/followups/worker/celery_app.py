@@ -59,7 +59,7 @@ one.
 
 STATEMENT_TIMEOUT = timedelta(seconds=10)
 """Time limit of a worker's SQL statements, which normally take milliseconds. The time limit of a statement is at most
-half a lease. After a hanging statement is aborted, the waiting follow-ups can still begin in time.
+half a lease. If a hanging statement is aborted, the follow-ups waiting for it can still begin in time.
 """
 
 BROKER_SILENCE = timedelta(seconds=5)

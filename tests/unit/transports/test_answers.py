@@ -111,7 +111,7 @@ def test_a_retry_after_that_cannot_be_read_is_ignored(value: str) -> None:
 
 
 def test_a_date_is_measured_by_the_receivers_own_clock() -> None:
-    """If the response has a Date header, clock differences between hosts do not affect the delay."""
+    """If a response has a Date header, a wrong local clock does not change the retry delay."""
     headers = {"retry-after": "Sun, 01 Mar 2026 12:00:30 GMT", "date": "Sun, 01 Mar 2026 12:00:20 GMT"}
     assert retry_after(headers, datetime(2020, 1, 1, tzinfo=UTC)) == timedelta(seconds=10)
     assert retry_after(headers | {"date": "yesterday"}, NOW) == timedelta(seconds=30)

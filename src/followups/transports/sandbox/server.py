@@ -137,7 +137,8 @@ def _hash(text: str, tag: str) -> str:
 
 
 BACKLOG = 1024
-"""Number of connections that may wait to be accepted. A burst may open a connection for each slot."""
+"""Number of connections that may wait to be accepted. In a burst, a worker may open a connection for each of its slots.
+"""
 
 
 def build_app(chats: SandboxChats | None = None, *, secret: str | None = None) -> web.Application:
