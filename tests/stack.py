@@ -29,7 +29,7 @@ COMMANDS = Path(__file__).with_name("bin")
 CELERY = (sys.executable, str(COMMANDS / "celery"), "-A", "followups.worker")
 
 PAGE = 5_000
-"""Number of requests on one page of the chat server's list. While the chat server answers a query for its list, it
+"""Number of requests on one page of the chat server's list. While the chat server returns a page of its list, it
 accepts no messages.
 """
 

@@ -45,7 +45,7 @@ def built() -> Iterator[Built]:
     uv = os.environ.get("UV") or shutil.which("uv")
     if not uv:
         pytest.skip("uv is not installed")
-    # Only the user of the tests can read pytest's own directory, so another directory is used. If root runs the tests,
+    # Only the user who runs the tests can read pytest's own directory, so another one is used. If root runs the tests,
     # PostgreSQL runs as another user.
     with tempfile.TemporaryDirectory() as directory:
         yield build(uv, Path(directory))

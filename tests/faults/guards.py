@@ -1,7 +1,7 @@
 """The guards of the promises: how to remove each guard, and what fails without it.
 
 A guard is removed by cutting its text out of the SQL statements. A guard's text must occur in the statement from which
-it is cut. If a guard's text were not found, the guard would silently stay in its statement.
+it is cut. If a guard's text were not found in its statement, the guard would silently stay.
 """
 
 from __future__ import annotations

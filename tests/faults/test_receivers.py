@@ -179,7 +179,7 @@ def fail_for(rig: Rig, figures: Figures, rate: float, seconds: float, limit: int
 
 
 def check_breaker_outage(rig: Rig, figures: Figures, rate: float, seconds: float, limit: int | None = None) -> None:
-    """Check that an outage costs only a few follow-ups an attempt, and none its last attempt."""
+    """Check that an outage uses up an attempt of only a few follow-ups, and never a last attempt."""
     failed = fail_for(rig, figures, rate, seconds, limit)
     assert rig.world.scalar("SELECT count(*) FROM follow_ups WHERE status <> 'sent'") == 0
     assert [line["state"] for line in rig.events("breaker")][:2] == ["open", "probing"]

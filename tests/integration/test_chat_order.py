@@ -30,7 +30,7 @@ class TestOrder:
     """The follow-ups of a chat are sent in order."""
 
     def test_later_waits_and_is_unblocked(self, world: World, steps: Steps) -> None:
-        """When a chat's earlier follow-up is settled, the same worker gets the lease of the next one.
+        """The worker that settles a chat's earlier follow-up gets the lease of the next one.
 
         A parked follow-up is not claimed again.
         """

@@ -313,7 +313,7 @@ def test_stop_waits_for_the_update_of_statistics(
 ) -> None:
     """Stopping a dispatcher waits for a running update of the planner's statistics.
 
-    The stop closes the database engine, which a running update still needs.
+    Stopping a dispatcher closes its database engine, which a running update still needs.
     """
     with engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
         connection.execute(text("VACUUM (ANALYZE) follow_ups"))

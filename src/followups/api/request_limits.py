@@ -24,7 +24,7 @@ SHARE = 6
 """How many of the pool's 8 database connections one workspace may use at the same time."""
 
 WAITING_SHARE = 128
-"""Most requests that one workspace may have running or waiting: half of the process's limit."""
+"""Maximum number of one workspace's requests, running or waiting: half of the process's limit."""
 
 BUSY = 32
 """Once a workspace has `BUSY` running or waiting requests, its further requests pass a turnstile."""

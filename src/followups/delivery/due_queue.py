@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from followups.flow_control.breaker import Breaker
 
 LEAD = timedelta(milliseconds=15)
-"""How long before its due time a follow-up begins, so that it is sent on time.
+"""Follow-ups begin this much earlier than their due time, so that they are sent on time.
 
 A cancel that arrives after the begin is too late.
 """
