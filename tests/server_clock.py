@@ -18,7 +18,7 @@ MICROSECOND = 1_000_000
 
 
 class ServerClock:
-    """The time that the server's scripts see; only `go_on` changes it."""
+    """The time that Lua scripts see on the Redis server; only `go_on` changes this time."""
 
     def __init__(self, broker_url: str, monkeypatch: pytest.MonkeyPatch, *modules: object) -> None:
         """Make all scripts that these modules load from now on use this clock."""

@@ -63,7 +63,7 @@ def halve_within(
 ) -> Halved[T, R]:
     """Do the work in the connection's transaction, with a savepoint for each part of the batch.
 
-    ``refused`` is called for each refused item. All other items succeed.
+    ``refused`` is called for each refused item. If an item is refused, all other items still succeed.
     """
 
     def under_savepoint(part: Sequence[T]) -> R:

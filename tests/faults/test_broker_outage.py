@@ -44,7 +44,7 @@ def outages(rig: Rig, figures: Figures, times: int, between: float, rate: float)
 
 
 def test_killed_several_times(breakable: Rig, figures: Figures) -> None:
-    """After the broker is killed several times within seconds, every worker consumes both queues again."""
+    """If the broker is killed several times within seconds, every worker later consumes from it again."""
     outages(breakable, figures, times=3, between=1.0, rate=60)
 
 

@@ -81,7 +81,7 @@ def on_foreign_defaults(rig: Rig, figures: Figures, pairs: int, rate: float, sec
 def test_foreign_defaults(rig: Rig, figures: Figures) -> None:
     """Unusual server defaults (a stricter isolation level, other formats, another encoding) change no outcome.
 
-    The defaults are set on the server, for the role and in the environment.
+    The unusual defaults are set on the server, for the role and in the environment.
     """
     on_foreign_defaults(rig, figures, pairs=40, rate=100, seconds=2)
 

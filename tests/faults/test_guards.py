@@ -170,13 +170,13 @@ CATALOGUE = {
 
 @pytest.mark.parametrize("name", CATALOGUE)
 def test_with_the_guard(name: str, world: World, settings: Settings) -> None:
-    """With its guard in place, each scenario keeps all promises."""
+    """Each scenario keeps all promises if the scenario's guard is in place."""
     CATALOGUE[name].scenario(Scene(world, settings))
 
 
 @pytest.mark.parametrize("name", CATALOGUE)
 def test_without_the_guard(name: str, world: World, settings: Settings) -> None:
-    """Without its guard, each scenario breaks the promise that the guard protects."""
+    """Each scenario breaks a promise if the scenario's guard is removed."""
     guard = CATALOGUE[name]
     with pytest.raises(PromiseBroken), without(world.engine, guard.within, guard.cuts):
         guard.scenario(Scene(world, settings))

@@ -59,7 +59,7 @@ log = get_logger(__name__)
 
 
 class Pipeline:
-    """Delivers the leases that are submitted to it, until it is drained.
+    """Delivers the submitted leases until the pipeline is drained.
 
     `start`, `submit` and `drain` may be called from any thread.
     """

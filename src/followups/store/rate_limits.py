@@ -288,8 +288,8 @@ _LOCK_DEFERRED_OF = text(f"""
 def release_workspaces(connection: Connection, workspace_ids: Iterable[UUID], longest: timedelta, most: int) -> int:
     """Make up to ``most`` deferred follow-ups of the given workspaces due now; return how many.
 
-    Follow-ups fall due in the order in which they were deferred. A follow-up with an unwritable row stays deferred
-    until its deferral ends.
+    Follow-ups fall due in the order in which they were deferred. A follow-up whose row cannot be written remains
+    deferred for the rest of its deferral.
     """
     parameters = {"workspace_ids": uuid_array(workspace_ids), "longest": longest, "most": most}
     ids = connection.scalars(_LOCK_DEFERRED_OF, parameters).all()
