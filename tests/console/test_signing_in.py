@@ -308,7 +308,7 @@ def _cookie_of(answer: httpx.Response) -> str:
 
 
 def test_the_header_is_accepted_only_from_the_proxy(console_settings: Settings, own: World) -> None:
-    """The proxy's header is ignored in requests from any other address."""
+    """The proxy's header is ignored in requests that do not come from the proxy's address."""
     update = {
         "console_proxy_header": "x-forwarded-email",
         "console_proxy_addresses": "10.0.0.7",

@@ -26,7 +26,7 @@ KINDS = ("fail", "rate_limit", "drop", "slow")
 
 
 class RandomFaults:
-    """Injects faults at random, and repairs faults without which the test could not end."""
+    """Injects faults at random; repairs those that would keep the test from ending."""
 
     def __init__(self, rig: Rig, api: Api) -> None:
         self._rig, self._api = rig, api

@@ -38,7 +38,7 @@ def test_until_half_is_free(taken: int, seconds: float, window: int, expected: f
 def test_the_interval_converges(rate: float, window: int, pause: float) -> None:
     """At a steady rate, the claim interval converges to the time in which half the window is sent.
 
-    The result does not depend on the first interval.
+    The final interval does not depend on the first interval.
     """
     for _ in range(10):
         pause = until_half_is_free(min(window, int(rate * pause)), pause, window)

@@ -1,6 +1,6 @@
 """Serves the application with uvicorn, and limits what each connection may cost.
 
-The limits also apply between requests, and before the first request.
+The limits apply before the first request, between requests and after the last request.
 """
 
 from __future__ import annotations

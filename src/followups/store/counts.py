@@ -80,8 +80,8 @@ _COUNT = text(f"""
 """)  # noqa: S608 - no input, only the constants above
 
 _ESTIMATE_PENDING = text(f"EXPLAIN (FORMAT JSON) SELECT {_PENDING_ROWS}")
-# The planner does not use the histogram of a partial index and assumes that a third of the rows are overdue. Without a
-# histogram, the planner assumes that a third of the rows are overdue.
+# The planner does not use the histogram of a partial index. Without a histogram, the planner assumes that a third of
+# the rows are overdue.
 _SHARE_OVERDUE = text("""
     SELECT avg((bound <= now())::int)
       FROM pg_stats, unnest(CAST(CAST(histogram_bounds AS text) AS timestamptz[])) AS bound

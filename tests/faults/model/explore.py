@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Exploration:
-    """The result of an exploration; ``trace`` is the shortest path to a broken guarantee, or None."""
+    """The result of an exploration; ``trace`` is the shortest path to a broken guarantee, or empty."""
 
     worlds: int
     endings: int
