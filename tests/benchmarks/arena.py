@@ -92,7 +92,7 @@ class Arena:
         }
 
     def spawn(self, name: str, command: str, ready: str = "", environment: Mapping[str, str] | None = None) -> Child:
-        """Start a shell command; with ``ready``, wait until this text is in its log."""
+        """Start a shell command; if ``ready`` is given, wait until the log contains this text."""
         log = self.processes.logs / f"{name}.log"
         check: Callable[[], bool] | None = (lambda: log.exists() and ready in log.read_text()) if ready else None
         argv: Sequence[str] = ["/bin/sh", "-c", f"exec {command}"]

@@ -42,9 +42,9 @@ def claimed_and_doubled(rig: Rig) -> int:
     """Claim as a tick does, send every message twice in random order, and count the original messages.
 
     While a worker is frozen, its open BRPOP still takes one hint from the queue. This function therefore waits until
-    all follow-ups are due. A single claim of so many follow-ups publishes more hints than there are workers. A worker
-    that is frozen during a claim blocks other claims until PostgreSQL ends its transaction. The claim is therefore
-    repeated until it returns leases.
+    all follow-ups are due. A claim of all due follow-ups publishes more hints than there are workers. A worker that is
+    frozen during a claim blocks other claims until PostgreSQL ends its transaction. The claim is therefore repeated
+    until it returns leases.
     """
     wait_until(lambda: rig.world.scalar("SELECT max(due_date) <= now() FROM follow_ups"))
     settings = rig.settings.model_copy(update={"lease": rig.settings.lease * 20})

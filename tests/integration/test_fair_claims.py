@@ -71,7 +71,7 @@ def shares(claimed: Claim, worlds: list[World]) -> list[int]:
 def test_fewest_first(
     engine: Engine, settings: Settings, overdue: tuple[int, ...], in_flight: tuple[int, ...], expected: list[int]
 ) -> None:
-    """Claims prefer workspaces with the fewest follow-ups in flight, and pass on unused shares.
+    """Claims prefer workspaces with the fewest follow-ups in flight, and reassign unused shares.
 
     If the in-flight limit is reached, no follow-up is claimed.
     """

@@ -39,7 +39,7 @@ def test_the_ceiling_never_shrinks(policy: RetryPolicy, attempt: int) -> None:
 
 @given(policies, attempts)
 def test_the_last_attempt_has_no_next(policy: RetryPolicy, attempt: int) -> None:
-    """If attempts are left, a failed attempt is followed by another; otherwise it is the last."""
+    """A failed attempt is followed by another one until no attempts are left."""
     assert (policy.next_delay(attempt) is None) == (attempt >= policy.max_attempts)
 
 

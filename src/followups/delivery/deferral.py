@@ -58,7 +58,7 @@ SPREAD = 10_000
 COMING = 0.25
 """Seconds that released follow-ups get to reach a worker before more follow-ups are released."""
 BACKOFF = 1.0
-"""Seconds to wait if the database does not answer. The pause after a batch is never longer."""
+"""Seconds to wait if the database does not answer. `BACKOFF` is also the longest pause after a batch."""
 
 
 class ReturnTimes:

@@ -167,7 +167,7 @@ class DueQueue:
     async def _gather(self) -> None:
         """Wait for more free slots or due follow-ups, so that the next batch is larger.
 
-        The wait is at most `GATHER`.
+        The wait for a larger batch is at most `GATHER`.
         """
         if not self.is_due():
             return

@@ -74,8 +74,8 @@ class Watchdog:
         self._process = subprocess.Popen(  # noqa: S603 - this very file
             [sys.executable, "-I", "-S", __file__],
             stdin=subprocess.PIPE,
-            # The watchdog must not inherit the owner's output. A program that reads the inherited output would wait
-            # until the watchdog ends.
+            # The watchdog must not inherit the owner's output. A program that reads the owner's output would otherwise
+            # wait until the watchdog ends.
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
             cwd="/",

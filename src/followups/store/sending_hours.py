@@ -40,8 +40,8 @@ def everything(session: Session) -> dict[UUID, SendingHours]:
 def put(session: Session, workspace_id: UUID, hours: SendingHours) -> None:
     """Set the workspace's sending hours.
 
-    Raises `InvalidRequestError` for an unknown time zone or an empty set of days. Afterwards, call
-    `followups.store.holds.release_held` to release follow-ups that the old hours held.
+    Raises `InvalidRequestError` for an unknown time zone or an empty set of days. After changing the sending hours,
+    call `followups.store.holds.release_held` to release follow-ups that the old hours held.
     """
     if zone_of(hours.time_zone) is None:
         message = Sentence(

@@ -2,7 +2,7 @@
 
 The consumer of kombu 5.7 raises an exception if a queue entry is malformed or not JSON. The consumer also raises an
 exception if Redis rejects a read (READONLY, MISCONF, NOPERM). Any exception that escaped from the consumer would end
-the worker. A single LPUSH of such an entry, or a failover of Redis, would thus stop every worker.
+the worker. With kombu's consumer, one malformed entry or a failover of Redis would stop every worker.
 
 A worker shuts down cleanly even while the broker does not answer. Celery 5.7 sends its heartbeats to Flower from the
 consumer's own loop. While the broker is silent, Celery retries a heartbeat endlessly, logs nothing and ignores SIGTERM.

@@ -130,9 +130,9 @@ def make_app(settings: Settings) -> Celery:
         broker_connection_retry_on_startup=True,
         broker_connection_max_retries=None,
         broker_transport_options={
-            # A message is deleted from Redis as soon as it is received. By default, kombu keeps a copy of each message
-            # until the message is acknowledged. If a slow Redis lost an acknowledgement, the message would count as
-            # prefetched forever. A worker in this state would stop consuming messages.
+            # A message is deleted from Redis as soon as it is received. Without this setting, kombu would keep a copy
+            # of each message until the message is acknowledged. If a slow Redis lost an acknowledgement, the message
+            # would count as prefetched forever. A worker in this state would stop consuming messages.
             "ack_emulation": False,
             "global_keyprefix": settings.broker_prefix,
             "socket_timeout": silence,

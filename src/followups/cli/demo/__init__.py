@@ -69,7 +69,7 @@ def demo(*, json: Json = False) -> None:
 def plan_of(signals: StopSignals) -> StartPlan:
     """Return the demo's processes and settings, which do not depend on the environment.
 
-    These fixed settings make the demo the same on every machine.
+    Fixed settings make the demo the same on every machine.
     """
     defaults = {name: each.default for name, each in Settings.model_fields.items() if not each.is_required()}
     return StartPlan(free_port(), remark, signals, overrides=defaults | SHORT | {"log_format": "console"})
