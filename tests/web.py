@@ -110,7 +110,7 @@ def client_of(place: tuple[str, int], key: str = "") -> httpx.Client:
 
 @dataclass
 class Api:
-    """An API client with a key to a separate workspace."""
+    """An API client whose key belongs to a separate workspace."""
 
     url: str
     world: World

@@ -33,7 +33,7 @@ class Status(StrEnum):
     """The follow-up has been scheduled and has not ended. Scheduling or retrying makes a follow-up pending. Begin,
     settle, a lost lease or a cancel ends this state.
 
-    A leased or in-flight follow-up is also pending, because a lease is not a state.
+    While a follow-up is leased or in flight, its status is still pending.
     """
     SENT = "sent"
     """The transport accepted the message.
@@ -160,7 +160,7 @@ def finish(
 
 
 def explain(code: ReasonCode, detail: str = "") -> str:
-    """Return ``code`` or ``code: detail``, storable in PostgreSQL and no longer than the maximum length."""
+    """Return ``code`` or ``code: detail``, made storable in PostgreSQL and cut to the maximum length."""
     detail = storable(detail).strip()
     return f"{code.value}: {detail}"[:MAX_REASON_LENGTH] if detail else code.value
 

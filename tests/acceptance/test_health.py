@@ -132,7 +132,7 @@ def test_an_idle_worker_is_healthy(own_runtime: Stack) -> None:
 
 @pytest.mark.parametrize("frozen", [False, True])
 def test_a_broker_outage_causes_no_restart(own_runtime: Stack, *, frozen: bool) -> None:
-    """Worker and beat stay healthy during a broker outage, because a restart could not help."""
+    """Worker and beat stay healthy during a broker outage, because restarting them would not help."""
     with EmbeddedValkey() as valkey, Processes() as processes:
         settings = own_runtime.settings.model_dump() | {"broker_url": valkey.url()}
         own = replace(own_runtime, settings=load_settings(**settings), processes=processes)

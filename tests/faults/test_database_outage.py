@@ -58,7 +58,7 @@ def outages(rig: Rig, figures: Figures, times: int, between: tuple[float, float]
 
 
 def timeline(rig: Rig, since: float) -> dict[str, list[int]]:
-    """Return the number of accepted follow-ups in each of at most 30 intervals of whole seconds."""
+    """Return how many follow-ups were accepted in each of at most 30 equal intervals of whole seconds."""
     at = [one["receivedMonotonic"] - since for one in rig.received() if one["accepted"] and not one["duplicate"]]
     stretch = math.ceil((max(at) + 1) / 30)
     counts = Counter(int(each // stretch) for each in at)
@@ -66,7 +66,7 @@ def timeline(rig: Rig, since: float) -> dict[str, list[int]]:
 
 
 def seconds_until_accepted(rig: Rig) -> float:
-    """Return how many seconds pass until the chat accepts a follow-up that is created after this call."""
+    """Create a follow-up, and return how many seconds pass until the chat accepts it."""
     returned = time.monotonic()
     (probe,) = rig.bulk(1)
     wait_until(lambda: rig.accepted(probe), within=60)

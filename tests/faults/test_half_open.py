@@ -135,7 +135,7 @@ def test_stalled(server: str, proxied: Proxied, figures: Figures) -> None:
 @pytest.mark.faults_long
 @by_server
 def test_stalled_with_default_limits(server: str, proxied: Proxied, figures: Figures) -> None:
-    """If a server is silent for a minute, default settings limit the delay to little more than a minute."""
+    """If a server is silent for a minute, the default settings keep the delay close to a minute."""
     proxied[0].options |= DEFAULTS
     stalled(proxied, figures, server, seconds=60.0)
 

@@ -1,4 +1,4 @@
-"""If an endless transaction blocks a migration, others wait only briefly; the error names the blocker."""
+"""If an endless transaction blocks a migration, others wait briefly; an error names the transaction."""
 
 from __future__ import annotations
 

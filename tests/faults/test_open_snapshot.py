@@ -27,7 +27,7 @@ def snapshot(rig: Rig) -> Iterator[Callable[[], int]]:
     """Keep a snapshot open; yield a function that counts the sent follow-ups in the snapshot.
 
     The snapshot stays open as it would during a dump or a report. The service's own sessions cannot hold a snapshot for
-    long: an idle transaction is ended.
+    long, because idle transactions are ended.
     """
     with psycopg.connect(rig.settings.database_url.get_secret_value()) as connection:
         connection.isolation_level = psycopg.IsolationLevel.REPEATABLE_READ

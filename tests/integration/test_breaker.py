@@ -502,7 +502,7 @@ class OpenedBreaker:
 
 @pytest.fixture
 def opened_breaker(world: World, engine: Engine, own: Settings, started: Callable[..., Pipeline]) -> OpenedBreaker:
-    """Return a pipeline whose breaker is open, after failures in a hundred chats of one workspace."""
+    """Return a pipeline whose breaker was opened by failures in a hundred chats of one workspace."""
     other, transport = World(engine), FailingTransport(Retry("HTTP 500"))
     transport.well = other.workspace_id
     for _ in range(100):

@@ -67,7 +67,7 @@ def test_rows_in_the_order_given(world: World) -> None:
 
 
 def test_refused_by_index(world: World) -> None:
-    """If some follow-ups are rejected, none is created, and the error lists each reason by index."""
+    """If some follow-ups are rejected, none is created, and the error lists the reasons by index."""
     good, windowed = world.chat(), world.chat()
     world.sql("UPDATE chats SET channel = 'whatsapp' WHERE id = :id", id=windowed)
     replied = world.chat()

@@ -216,7 +216,7 @@ class TestAmend:
     """Tests of changes to follow-ups by the API and by operators, who see all workspaces."""
 
     def test_operator(self, caller: Caller) -> None:
-        """An operator, who has no workspace, sees every follow-up; other workspaces see none of them."""
+        """An operator sees the follow-ups of all workspaces; a workspace sees only its own."""
         created = caller.schedule(caller.world.chat())
         assert scheduling.amend(caller.session, created.id, {"message": "new"}).message == "new"
         for changes in ({"message": "x"}, {"due_date": soon()}, {"status": Status.CANCELLED}):

@@ -34,7 +34,7 @@ def events(world: World, follow_up: UUID) -> list[tuple[str, str, dict[str, Any]
 
 
 def test_a_cancel_from_python(world: World) -> None:
-    """A cancel from Python is audited under the user of the process, without the reason.
+    """If Python code cancels a follow-up, the audit event names the process's user, but not the reason.
 
     If a cancel is repeated, rejected or rolled back, no audit event is recorded.
     """

@@ -34,7 +34,7 @@ HOUR = timedelta(hours=1)
 
 
 def hours_from(ahead: timedelta, length: timedelta) -> SendingHours:
-    """Return daily sending hours in UTC, given their start relative to now and their length.
+    """Return daily sending hours in UTC, given the time from now to their start, and their length.
 
     The start and the end are rounded down to the minute.
     """
@@ -108,7 +108,7 @@ def test_begins_after_the_opening(world: World, engine: Engine, settings: Settin
 
 
 def test_the_next_sending_period_is_stored(world: World, engine: Engine, settings: Settings) -> None:
-    """When a sending period ends, the first worker to notice this stores the next period."""
+    """When a sending period ends, the first worker that notices the end stores the next period."""
     put(world, OPEN)
     world.sql("UPDATE sending_hours SET open_from = now() - interval '2 day', open_until = now() - interval '1 day'")
     follow_up = world.follow_up()

@@ -87,7 +87,7 @@ class TestApiKeys:
             assert api_keys.authenticate(session, wrong) is None
 
     def test_a_mistyped_key_needs_no_query(self, session: Session, engine: Engine) -> None:
-        """A checksum reveals a mistyped key without a query; keys without a checksum stay valid."""
+        """A mistyped key is recognised by its checksum without a query; keys without a checksum stay valid."""
         workspace, _ = workspaces.create(session, "Acme")
         row, key = api_keys.create(session, workspace.id)
         statements: list[str] = []

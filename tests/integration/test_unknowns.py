@@ -123,7 +123,7 @@ def test_cancel_while_in_flight(world: World, settings: Settings, words: str | N
 
 @pytest.mark.parametrize(("words", "reason"), ASKED)
 def test_cancel_before_the_worker_is_lost(world: World, settings: Settings, words: str | None, reason: str) -> None:
-    """If a cancel is requested during an attempt and the worker is then lost, the cancel's reason is kept."""
+    """If a cancel is requested during an attempt whose worker is then lost, the cancel's reason is kept."""
     chat_id = world.chat()
     follow_up = world.follow_up(chat_id)
     begin(world.engine, settings, claim(world.engine, settings).leases)

@@ -115,7 +115,7 @@ def refused_by_a_trigger(world: World) -> None:
 def test_a_follow_up_that_cannot_begin(
     world: World, engine: Engine, settings: Settings, spoil: Callable[[World], None]
 ) -> None:
-    """A follow-up that cannot begin stays pending, is logged and is deferred for a minute.
+    """A follow-up that cannot begin stays pending, and is logged and deferred for a minute.
 
     Other follow-ups begin.
     """

@@ -32,7 +32,7 @@ def test_times_at_the_edge_of_the_calendar(due: datetime, taken: int) -> None:
 
 
 def test_repeated_deferrals_grow() -> None:
-    """If a follow-up repeatedly cannot begin, each deferral is longer than the last, up to a limit."""
+    """If a follow-up repeatedly cannot begin, its deferrals become longer, up to a limit."""
     seconds = 0.0
     clock = DatabaseClock(lambda: seconds)
     clock.observe(NOON, 0.0, 0.0)

@@ -55,7 +55,7 @@ def test_without_any_temporary_directory(monkeypatch: pytest.MonkeyPatch, tmp_pa
 
 @pytest.fixture
 def reporting_process(tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
-    """Start a process that reports progress once, valid for two seconds, and then writes heartbeats."""
+    """Start a process that writes heartbeats but reports progress only once, valid for two seconds."""
     command = [sys.executable, "-c", PROCESS, str(tmp_path), "2"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout

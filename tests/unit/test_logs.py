@@ -325,7 +325,7 @@ def test_json_lines_have_no_raw_control_characters(capsys: pytest.CaptureFixture
 
 @pytest.mark.parametrize("value", ['say "no"\\\n\x00', "é\u200b", "", None, True, 7, 0.25, uuid4(), {"a": [1]}])
 def test_a_buffered_line_is_valid_json(value: object, capsys: pytest.CaptureFixture[str]) -> None:
-    """A buffered line contains each field unchanged, or as text if JSON has no such type."""
+    """A buffered line contains each field unchanged, or as text if JSON has no suitable type."""
     configure_logging("json", "info")
     lines = Lines("y")
     lines.info("e", field=value)

@@ -349,7 +349,7 @@ class AuthenticatedRoute(APIRoute):
     """A route that checks the API key first: without a valid key, any request gets 401."""
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
-        """Return FastAPI's handler, which here checks the API key before it reports an invalid request."""
+        """Return FastAPI's handler, extended to check the API key before an invalid request is reported."""
         handle = super().get_route_handler()
 
         async def authenticated(request: Request) -> Response:

@@ -126,7 +126,7 @@ class Exposition:
 
 
 def _families(samples: Mapping[counter_totals.Sample, float]) -> Iterator[Metric]:
-    """Group the samples by the name, the type and the help text of their metric."""
+    """Group the samples by metric: name, type and help text."""
     for family in metrics.COUNTED.collect():
         names = {f"{family.name}{suffix}" for suffix in ("_total", "_bucket", "_sum", "_count")}
         shown = Metric(family.name, family.documentation, family.type)

@@ -197,7 +197,7 @@ class LimitedProtocol(HttpToolsProtocol):
         if len(self.pipeline) >= MAX_PIPELINED:
             message = "Too many requests are waiting on this connection."
             raise ValueError(message)
-        # The parser would otherwise treat the body of an upgrade request as the next request.
+        # Otherwise, the parser would treat the body of an upgrade request as the next request.
         if self.parser.should_upgrade() and any(name in LENGTHS for name, _ in self.headers):
             message = "A request with a body cannot ask for an upgrade."
             raise ValueError(message)

@@ -64,7 +64,7 @@ def measure(engine: Engine, window: timedelta) -> Stats:
 
 
 def measure_by_second(engine: Engine, window: timedelta) -> Stats:
-    """Return a snapshot with the number of follow-ups sent in each of the last `DASHBOARD_SECONDS` seconds."""
+    """Return a snapshot that counts the follow-ups sent in each of the last `DASHBOARD_SECONDS` seconds."""
     look = measure(engine, window)
     with engine.begin() as opened:
         return replace(look, per_second=store.per_second(opened, DASHBOARD_SECONDS))
@@ -205,7 +205,7 @@ def _line(look: Stats) -> str:
 class Workers:
     """The workers that reply to a status query.
 
-    Workers are queried in a thread. The replies take a second, and so does the import of Celery.
+    Workers are queried in a thread. Waiting for the workers' replies takes a second, and so does importing Celery.
     """
 
     said: str = "asking"

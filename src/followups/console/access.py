@@ -180,7 +180,7 @@ def _last_minute(moments: list[float], now: float) -> list[float]:
 
 
 def network_of(client: str) -> str:
-    """Return the network that counts as one client: an IPv4 address or IPv6 /64 network.
+    """Return the network that is treated as one client: an IPv4 address or an IPv6 /64 network.
 
     >>> network_of("10.0.0.7"), network_of("2001:db8::1"), network_of("")
     ('10.0.0.7', '2001:db8::/64', '')

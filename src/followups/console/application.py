@@ -52,7 +52,7 @@ Only the sign-in form is sent without a session.
 PUBLIC_FORM = 1024
 """Maximum size, in bytes, of a form that is parsed without a valid session.
 
-A sign-in form contains an API key or a link's token, and the page to open next.
+A sign-in form contains the page to open next, and either an API key or a link's token.
 """
 
 STREAM = f"{PREFIX}/stream"

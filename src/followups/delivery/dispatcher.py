@@ -148,7 +148,7 @@ class Dispatcher:
                 self._backoff = min(self._backoff * 2, LONGEST_BACKOFF)
 
     def _skip_failing_rows(self, error: Exception) -> bool:
-        """Find the rows that made a claim fail, so that later claims skip them; return whether any were found."""
+        """Find rows that made a claim fail, and skip them in later claims; return whether any were found."""
         if not concerns_a_row(error):
             return False
         with suppress(SQLAlchemyError):

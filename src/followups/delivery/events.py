@@ -149,7 +149,7 @@ def failed(step: str, error: Exception, engine: Engine) -> None:
 def succeeded(step: str) -> None:
     """Record that a step succeeded, which ends the outage of this step.
 
-    If the step writes to the database, the outages of all other steps end too.
+    A successful write to the database also ends the outages of all other steps.
     """
     if step in WRITING:
         _outages.clear()

@@ -70,8 +70,8 @@ class WorkspaceOutcomes(NamedTuple):
     failures: int
     """Number of consecutive failures up to and including the latest attempt."""
     after_success: bool
-    """Whether an attempt of the workspace succeeded before these failures. After a success, earlier failures no longer
-    count.
+    """Whether an attempt of the workspace succeeded before the reported failures. After a success, earlier failures no
+    longer count.
     """
 
 

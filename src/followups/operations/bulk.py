@@ -97,7 +97,7 @@ def _cancel_pass(engine: Engine, pending: CancelScope, final: Final, event: Even
 
 
 def retry(engine: Engine, actor: Actor, failures: Failures) -> Batches:
-    """Create a new follow-up, due now, for each failed one that has not been retried."""
+    """For each failed follow-up that has not been retried, create a new follow-up that is due now."""
     after = FailureCursor()
     events: dict[UUID, Event] = {}  # the keys are the workspaces' ids
     while True:

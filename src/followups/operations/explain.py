@@ -1,4 +1,4 @@
-"""Explain in words why a follow-up is in its state, and what can be done. Pure functions."""
+"""Explain why a follow-up is in its state, and what can be done about it. Pure functions. Pure functions."""
 
 from __future__ import annotations
 

@@ -109,7 +109,7 @@ class Row:
 
 
 EXCERPT = 80
-"""Number of characters of each message that a list shows to members of the workspace."""
+"""Maximum length of the excerpt that a list shows of each message to members of the workspace."""
 
 _COLUMNS = tuple(column for column in FollowUp.__table__.columns if column.name != "message")
 

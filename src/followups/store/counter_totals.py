@@ -103,7 +103,7 @@ class CounterTotals:
             self._try_to_add()
 
     def add(self) -> None:
-        """Add the counts since the last call to the totals. If a database error is raised, no count is lost."""
+        """Add all new counts to the totals. If a database error is raised, no count is lost."""
         with self._lock:
             now = counted()
             new = {sample: more for sample, value in now.items() if (more := value - self._added.get(sample, 0.0))}

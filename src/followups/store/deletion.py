@@ -160,7 +160,7 @@ def complete(connection: Connection, scope: DeletionScope) -> None:
 
 
 def left(connection: Connection, scope: DeletionScope) -> tuple[int, int]:
-    """Return how many follow-ups are in flight and how many remain, each counted up to a thousand."""
+    """Return the numbers of in-flight and of remaining follow-ups, each counted up to a thousand."""
     statement = text(f"""
         SELECT count(begun_at), count(*) FROM (SELECT begun_at FROM follow_ups WHERE {scope.rows} LIMIT 1000) counted
     """)  # noqa: S608 - no input

@@ -78,15 +78,15 @@ _LAST = text("SELECT COALESCE(EXTRACT(EPOCH FROM last_tick_at), 0) FROM dispatch
 def begin(connection: Connection, rhythm: Rhythm) -> Tick | None:
     """Record a tick, and prevent other dispatchers from claiming until the end of the transaction.
 
-    Returns None if another dispatcher is claiming. If None is returned, the caller must not claim, and should try to
-    begin a tick again shortly.
+    Returns None if another dispatcher is claiming. If the result is None, the caller must not claim, but should soon
+    try to begin another tick.
     """
     row = connection.execute(_BEGIN, asdict(rhythm) | {"frozen_after": FROZEN_AFTER}).one_or_none()
     return Tick(row.in_grace) if row else None
 
 
 def ensure_recordable(connection: Connection) -> None:
-    """Insert the row that records ticks if it was deleted; nothing is claimed without it."""
+    """Insert the row that records ticks if it is missing; without this row, nothing is claimed."""
     connection.execute(_INSERT)
 
 

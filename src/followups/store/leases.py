@@ -100,7 +100,7 @@ _BEGIN = Statement(read_sql("begin_checks") + read_sql("begin"))
 
 
 def begin_if_leased(connection: Connection, leases: Sequence[Lease], rules: Rules) -> Sequence[tuple[Any, ...]]:
-    """Begin the follow-ups with a valid lease and no obstacle; return the attempts to send.
+    """Begin the follow-ups that have a valid lease and no obstacle; return the attempts to send.
 
     The first two columns are the follow-up's id and the time of begin. `begin.sql` lists the other columns.
     """

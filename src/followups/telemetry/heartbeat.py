@@ -173,7 +173,7 @@ class Heartbeat:
         while not self._stopping.wait(INTERVAL.total_seconds()):
             for report_progress in self._probes:
                 report_progress()
-            # on a full disk, the heartbeat file only grows older, so supervisors notice the fault
+            # on a full disk, the heartbeat file is no longer updated, so supervisors notice the fault
             with suppress(OSError):
                 self._write()
 

@@ -109,8 +109,8 @@ def make_app(settings: Settings) -> Celery:
         task_serializer="json",
         task_ignore_result=True,
         task_store_errors_even_if_ignored=False,
-        # If a crash loses a hint, its leases expire and the follow-ups are claimed again. Acknowledging hints late
-        # would only cause redelivery.
+        # If a crash loses a hint, the leases in the hint expire and their follow-ups are claimed again. Acknowledging
+        # hints late would only cause redelivery.
         task_acks_late=False,
         task_queues=[Queue(DISPATCH), Queue(DELIVER)],
         task_default_queue=DISPATCH,
@@ -296,7 +296,7 @@ def publish(hint: Hint) -> None:
 
 
 class Nudger:
-    """Asks for a tick to run soon; a call never blocks, never raises, and is rate-limited."""
+    """Asks for a tick to run soon; calls never block or raise, and their rate is limited."""
 
     INTERVAL = 0.01
     """The minimum number of seconds between two nudges from one process."""

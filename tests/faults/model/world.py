@@ -34,7 +34,7 @@ class ModelRow(NamedTuple):
 
 
 class Job(NamedTuple):
-    """A worker's job: first a hint, then an attempt in flight, finally that attempt's outcome."""
+    """A worker's job: first a hint, then an attempt in flight, and finally an outcome."""
 
     row: int
     token: int

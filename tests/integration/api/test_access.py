@@ -61,7 +61,7 @@ def test_one_line_per_request(stack: Stack, logged: Api) -> None:
 
 @pytest.mark.parametrize(("given", "taken"), [("abc-1", True), ("a b", False), ("x" * 129, False), ("", False)])
 def test_the_request_s_own_id(api: Api, given: str, *, taken: bool) -> None:
-    """If a client's request id is a plain word (128 characters at most), it is kept."""
+    """If a client sends a plain word of at most 128 characters as the request id, this id is kept."""
     answered = api.client.get("/healthz", headers={"x-request-id": given}).headers["x-request-id"]
     assert (answered == given) is taken
     assert answered

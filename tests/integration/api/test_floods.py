@@ -1,4 +1,4 @@
-"""Tests in which one client floods the API, with figures on how much other clients are delayed."""
+"""Tests in which one client floods the API; figures show how much other clients are delayed."""
 
 from __future__ import annotations
 

@@ -17,7 +17,7 @@ SOON = 0.1 / 86_400
 def test_nudge(settings: Settings, world: World) -> None:
     """If a change may make a follow-up due, a tick is requested.
 
-    A change that cannot make a follow-up due requests no tick.
+    No tick is requested for a change that cannot make a follow-up due.
     """
     nudges: list[int] = []
 

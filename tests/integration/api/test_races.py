@@ -81,7 +81,7 @@ class TestReplyAgainstCreate:
     """A follow-up that is created while a reply is being recorded is also cancelled."""
 
     def test_create_first(self, api: Api, engine: Engine) -> None:
-        """If a create request is running, a reply waits for it and then cancels the created follow-up."""
+        """A reply waits for a running create request, and then cancels the follow-up that was created."""
         chat_id = api.chat()
         with ThreadPoolExecutor(1) as pool, Session(engine) as session:
             created = scheduling.schedule(
@@ -216,7 +216,7 @@ class TestPatchAgainstTick:
 
 
 def test_chat_put_against_message(api: Api, engine: Engine) -> None:
-    """If a chat is created by PUT while its first message arrives, the message is kept."""
+    """If a PUT creates a chat while its first message arrives, the message is not lost."""
     chat_id = uuid4()
     with ThreadPoolExecutor(1) as pool, Session(engine) as session:
         chats.receive(

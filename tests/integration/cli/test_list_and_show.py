@@ -199,7 +199,7 @@ class TestShow:
 def test_the_help_explains_unsent_follow_ups(run: RunCommand, world: World) -> None:
     """The top-level help shows how to find out why a follow-up was not sent.
 
-    The help names the command that finds a follow-up and the command that explains it.
+    The help names two commands: one finds a follow-up, and the other explains it.
     """
     chat = world.chat()
     failed = world.follow_up(chat, **FAILED)

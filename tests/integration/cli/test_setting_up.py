@@ -259,7 +259,7 @@ class TestHours:
         ],
     )
     def test_wrong_hours(self, run: RunCommand, options: tuple[str, ...]) -> None:
-        """An invalid time zone, time or day of sending hours is a usage error and sets nothing."""
+        """Sending hours with an invalid time zone, time or day are a usage error, and nothing is set."""
         run("workspace", "create", "acme")
         ran = run("workspace", "hours", "acme", *options)
         assert (ran.code, ran.stdout) == (2, "")

@@ -102,7 +102,7 @@ def of(settings: Settings, name: str) -> Finding:
 
 
 def test_queues(settings: Settings) -> None:
-    """Doctor counts the queued hints and ticks; if there are too many, the check fails."""
+    """If too many hints or ticks are queued, doctor's check fails."""
     assert of(settings, "queues").detail == "0 batches in deliver, 0 ticks in dispatch"
     with redis.Redis.from_url(settings.broker_url.get_secret_value()) as client:
         client.rpush("followups:dispatch", *range(broker_checks.UNREAD_TICKS + 1))

@@ -161,7 +161,7 @@ class RefusedError(Exception):
     ids=lambda value: type(value).__name__ if isinstance(value, Exception) else "",
 )
 def test_every_error_is_a_sentence(error: Exception, sentence: str, code: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every error has an exit code and is a sentence without traceback, SQL or password."""
+    """Every error has an exit code, and its message is a sentence without traceback, SQL or password."""
     monkeypatch.setenv("FOLLOWUPS_DATABASE_URL", "postgresql://me:hidden@db:1/chats")
     monkeypatch.setenv("FOLLOWUPS_BROKER_URL", "redis://b")
     said, found = explain(error)

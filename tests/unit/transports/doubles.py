@@ -50,7 +50,7 @@ def settings_for(url: str | None = None, **overrides: Any) -> Settings:
 
 
 def a_delivery(**changes: Any) -> Delivery:
-    """Return the delivery of a follow-up that is due now; its chat is new and has a Matrix room."""
+    """Return a delivery for a follow-up that is due now, in a new chat with a Matrix room."""
     chat_id = uuid4()
     delivery = Delivery(
         follow_up_id=uuid4(),

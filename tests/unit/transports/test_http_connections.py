@@ -275,7 +275,7 @@ async def test_a_broken_multi_handle_is_replaced(monkeypatch: pytest.MonkeyPatch
 
 
 async def test_an_idle_connection_is_closed_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    """If a connection is idle for too long, the transport closes it without waiting for another call."""
+    """An idle connection is closed after its time limit, even if no other call is made."""
     monkeypatch.setattr(http_client, "KEEPALIVE", 1)
     ends: asyncio.Queue[float] = asyncio.Queue()
 

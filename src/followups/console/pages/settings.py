@@ -1,7 +1,7 @@
 """The settings page of a workspace: API keys, sending hours, rate limits, pauses and sessions.
 
-A person who may see all workspaces can select one. This person can also view the rate limits and pauses that apply to
-every workspace.
+A person who may see all workspaces can select one. With access to all workspaces, a person can also view the rate
+limits and pauses that apply to every workspace.
 """
 
 from __future__ import annotations
