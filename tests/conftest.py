@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from world import World
 
 TEMPLATE, UNFINISHED = "template_migrated", "template_unfinished"
-"""Names of the database that each test copies: after its migrations, and before."""
+"""The name of the database that each test copies, and its name until all migrations have run."""
 
 TEMPLATE_LOCK = 4_071_969
 """The advisory lock for creating the template: any number that nothing else uses."""

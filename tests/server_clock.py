@@ -21,7 +21,7 @@ class ServerClock:
     """The time that Lua scripts see on the Redis server; only `go_on` changes this time."""
 
     def __init__(self, broker_url: str, monkeypatch: pytest.MonkeyPatch, *modules: object) -> None:
-        """Make all scripts that these modules load from now on use this clock."""
+        """Make all scripts that the given modules load use this clock."""
         self._client = redis.Redis.from_url(broker_url)
         self._key = f"clock-{uuid4().hex}"
         self._now = int(time.time() * MICROSECOND)

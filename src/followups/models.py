@@ -70,7 +70,8 @@ WAYS = {
 def readable(*columns: str) -> str:
     """Return an SQL condition that holds only for times that Python can represent.
 
-    A manual change could store a time that Python cannot represent. Every query that reads the row would then fail.
+    A manual change could store a time that Python cannot represent. If a row contains such a time, every query that
+    reads the row fails.
     """
     named = ", ".join(columns)
     return (
@@ -539,7 +540,7 @@ class ConsoleSession(Base):
     workspace_id: Mapped[UUID | None] = mapped_column(ForeignKey("workspaces.id", ondelete="CASCADE"))
     """The workspace that the session is limited to, or None for all workspaces."""
     chat_id: Mapped[UUID | None]
-    """The only chat that the person may see, or None for all chats."""
+    """The only chat that the person may see, or None if the person may see all chats."""
     way: Mapped[str]
     """How the person signed in: key, link or proxy."""
     name: Mapped[str]

@@ -164,7 +164,7 @@ class DramatiqRows(Contestant):
 
 @dataclass
 class ProcrastinateRows(Contestant):
-    """A Procrastinate application that defers one job for each row."""
+    """A Procrastinate application that enqueues one job for each row."""
 
     name: str = "procrastinate, a job per row"
     waits_in_broker: bool = True

@@ -253,7 +253,7 @@ def test_an_error_shows_an_operator_only_what_was_typed(person: Callable[..., Pe
 
 
 def test_a_message_with_other_line_ends_is_kept(person: Callable[..., Person], own: World) -> None:
-    """Changing only the due date does not change the message's line endings.
+    """If only the due date is changed, the message keeps its line endings.
 
     Browsers send CRLF for every line end.
     """

@@ -101,7 +101,7 @@ def test_restarted_with_a_long_lease(breakable: Rig, figures: Figures) -> None:
 
 
 def sessions_ended(rig: Rig, figures: Figures, times: int) -> None:
-    """Terminate all of the workers' database sessions this many times, at random moments under load."""
+    """Under load, terminate all of the workers' database sessions at random moments, ``times`` times."""
     rig.start(workers=2, beats=2)
     ended = 0
     end = text("""

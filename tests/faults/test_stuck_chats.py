@@ -83,7 +83,7 @@ def behind_stuck(rig: Rig, figures: Figures, count: int, spread: float) -> None:
 
 
 def test_stuck_chats(rig: Rig, figures: Figures) -> None:
-    """5,000 follow-ups wait behind two stuck ones without calls, until a reply cancels them."""
+    """While 5,000 follow-ups wait behind two stuck ones, they cause no calls; a reply cancels them."""
     behind_stuck(rig, figures, count=5_000, spread=1.5)
 
 

@@ -447,7 +447,7 @@ def test_rejections_of_every_message_open_the_breaker(
 def test_stays_closed(
     world: World, engine: Engine, own: Settings, started: Callable[..., Pipeline], outcome: Outcome
 ) -> None:
-    """The breaker stays closed while a transport accepts messages, rejects them or limits their rate."""
+    """Accepted, rejected and rate-limited messages keep the breaker closed."""
     transport = FailingTransport(outcome)
     for _ in range(30):
         world.follow_up()

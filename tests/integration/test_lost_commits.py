@@ -41,7 +41,7 @@ PENDING = "SELECT count(*) FROM follow_ups WHERE status = 'pending'"
 
 
 class DeliverySteps:
-    """A few follow-ups and the steps of their delivery."""
+    """A few follow-ups, and the steps that deliver them."""
 
     def __init__(self, world: World, settings: Settings) -> None:
         """Create a few due follow-ups."""

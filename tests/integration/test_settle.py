@@ -52,7 +52,7 @@ class TestSettle:
     def test_retry_is_a_due_time_in_the_row(self, world: World, steps: Steps) -> None:
         """When an attempt is to be retried, the next due time is stored in the row.
 
-        The failed attempt is recorded.
+        The failed attempt is also stored.
         """
         follow_up = world.follow_up()
         steps.settle([attempt(steps.begun(), Retry("HTTP 500", timedelta(minutes=5), 500))])

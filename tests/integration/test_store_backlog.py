@@ -37,7 +37,7 @@ def test_exact(world: World, engine: Engine) -> None:
 
 
 def test_nothing(world: World, engine: Engine) -> None:
-    """Without follow-ups, every backlog gauge is zero."""
+    """If there are no follow-ups, every backlog gauge is zero."""
     assert world.scalar("SELECT count(*) FROM follow_ups") == 0
     with engine.connect() as connection:
         assert counts.measure_backlog(connection, window=5000) == counts.Backlog(0, 0, 0.0, 0)

@@ -202,7 +202,7 @@ class TestOneAtATime:
             world.sql("UPDATE follow_ups SET lease_until = NULL")
 
     def test_busy(self, world: World, engine: Engine, settings: Settings) -> None:
-        """While another dispatcher claims, a claim reports busy immediately and reads no follow-ups."""
+        """While another dispatcher claims, a claim returns immediately as busy and reads no follow-ups."""
         follow_up = world.follow_up()
         with engine.begin() as another:
             another.execute(text(TICK_ROW))

@@ -126,7 +126,7 @@ def test_warnings_are_logged(capsys: pytest.CaptureFixture[str]) -> None:
 def test_an_exception_is_in_its_line_without_local_variables(capsys: pytest.CaptureFixture[str], *, own: bool) -> None:
     """An exception is logged as text in its event's line, with passwords hidden.
 
-    The logged text is the traceback without the values of local variables.
+    The traceback is logged without the values of local variables.
     """
     configure_logging("json", "info")
     private = "a private word"

@@ -1,7 +1,7 @@
 """Authentication: validation of the API key in the transaction that serves the request.
 
-The first statement of the request also looks up the API key. A committed revocation takes effect immediately. The
-look-up of the key needs no additional round trip. FastAPI validates the body before it runs dependencies. Without a
+The first statement of a request also looks up the request's API key. A committed revocation takes effect immediately.
+The look-up of the key needs no additional round trip. FastAPI validates the body before it runs dependencies. Without a
 valid key, even an invalid body must get 401 instead of 422: see `AuthenticatedRoute`.
 """
 
@@ -140,7 +140,7 @@ class Work:
     key_id: UUID
     ahead: timedelta
     now: datetime = field(init=False)
-    """The start time of the transaction. This time is known after the first statement of the transaction."""
+    """The start time of the transaction. The start time is known once the transaction's first statement has run."""
     nudges: bool = False
     ends: tuple[tuple[UUID, Final], ...] = ()
 

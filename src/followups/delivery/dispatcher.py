@@ -255,7 +255,7 @@ class Dispatcher:
             events.failed("statistics", error, self._engine)
 
     def _claim(self) -> tuple[Claim, float]:
-        """Claim follow-ups due from the low-water mark on, and occasionally all due follow-ups.
+        """Claim follow-ups due at or after the low-water mark; occasionally, claim all due follow-ups.
 
         A claim without a low-water mark also finds follow-ups inserted late with an early due time. If a claim leaves
         due follow-ups, the next claims prefer workspaces with the fewest in flight. During a long transaction, index

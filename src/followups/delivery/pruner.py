@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 
 BUDGET = timedelta(minutes=2)
-"""Maximum time that one run spends on deleting rows of one table. The next run continues."""
+"""Maximum time that one run spends on deleting rows of one table. The next run continues where this run stopped."""
 
 LOCK = 0x7469_6479
 """Key of the advisory lock that lets only one worker prune ("tidy" in ASCII)."""

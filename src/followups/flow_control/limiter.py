@@ -143,7 +143,7 @@ class Limiter:
 
 
 def _numbered(requests: Iterable[TokenRequest]) -> dict[Bucket, int]:
-    """Return the index of each bucket, counted from 1 as in Lua."""
+    """Return each bucket with its number; the numbers start at 1, as in Lua."""
     buckets = dict.fromkeys(bucket for request in requests for bucket in request.buckets)
     return {bucket: number for number, bucket in enumerate(buckets, start=1)}
 

@@ -154,7 +154,8 @@ def _carry_out(session: Session, action: BulkAction) -> Sequence[UUID]:
 def _retry(session: Session, ids: Sequence[UUID]) -> tuple[list[UUID], dict[str, int]]:
     """Create a new follow-up for each failed one.
 
-    The chats are locked first, in ascending order of their ids. Then the quotas are locked, ordered by workspace.
+    The chats are locked first, in ascending order of their ids. After the chats, the quotas are locked, in order of
+    their workspaces.
     """
     done: list[UUID] = []
     passed: dict[str, int] = {}

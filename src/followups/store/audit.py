@@ -153,7 +153,7 @@ class AuditFilter:
 
     workspace_id: UUID | None = None
     workspace: str | None = None
-    """The workspace's name, by which its audit events are found even after its deletion."""
+    """The name of the workspace; by this name, its audit events are found even after its deletion."""
     since: datetime | None = None
     actions: Sequence[Action] = ()
     target_id: UUID | None = None

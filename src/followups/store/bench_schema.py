@@ -79,7 +79,7 @@ def release(connection: Connection, ids: Sequence[UUID]) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """A benchmark's result: times in seconds, lags in milliseconds (None if nothing was sent)."""
+    """A benchmark's result. Times are in seconds, and lags in milliseconds (None if nothing was sent)."""
 
     sent: int
     pending: int

@@ -105,7 +105,7 @@ LOW_WATER_MARGIN = timedelta(seconds=10)
 """Margin before the low-water mark, for due rows that are committed slightly late."""
 
 FEW = 6
-"""Number of rows per workspace that a fair claim reads."""
+"""Number of rows that a fair claim reads for each workspace."""
 STRIDE = 32
 """Number of rows read in one step of the scan over all workspaces. The scan skips the rest of a workspace's rows. One
 step can read several workspaces if they have few rows. The scan needs 0.5 us for a workspace with a single row that is

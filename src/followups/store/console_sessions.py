@@ -79,7 +79,7 @@ class ValidSession:
     way: str
     name: str
     stale: bool
-    """Whether the session's last use must be recorded again."""
+    """Whether it is time to record the session's use again."""
 
 
 _INSERT = text("""

@@ -1,4 +1,4 @@
-"""Pauses that operators set, and the resumes that end them."""
+"""Pauses set by operators, and the end of these pauses."""
 
 from __future__ import annotations
 

@@ -119,8 +119,7 @@ def _http_date(value: str) -> datetime | None:
 
 
 def _sent(answer: Answer, dialect: Dialect) -> Sent:
-    # An accepted message counts as sent. An invalid body never changes the outcome, but the message's id is then
-    # unknown.
+    # An accepted message counts as sent. If the body is invalid, only the message's id is unknown.
     if answer.flaw or not answer.body.strip():
         return Sent(None, answer.status, answer.flaw)
     try:

@@ -1,4 +1,4 @@
-"""The model's possible next steps: each actor's steps, and faults between them."""
+"""The steps that are possible in the model: each actor's steps, and the faults between these steps."""
 
 from __future__ import annotations
 

@@ -152,5 +152,5 @@ ID = uuid4()
 
 
 def in_a_list(offset: int) -> Start:
-    """Return the starting point of the page that begins at ``offset``."""
+    """Return the start of the page at ``offset``."""
     return Start(offset, datetime(2030, 1, 1, tzinfo=UTC), ID)

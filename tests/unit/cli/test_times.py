@@ -47,7 +47,7 @@ def test_invalid_due_dates_are_wrong_usage(text: str) -> None:
 
 
 def test_a_due_date_beyond_the_calendar_is_wrong_usage() -> None:
-    """If a duration would put the due date beyond the last possible date, it is rejected."""
+    """If a duration leads to a due date beyond the last possible date, it is rejected."""
     with pytest.raises(typer.BadParameter, match="too far"):
         Due(timedelta(days=9_999_999)).resolve(NOW)
 

@@ -149,7 +149,7 @@ async def test_the_record_can_be_read_and_cleared(http: aiohttp.ClientSession) -
 
 
 async def test_requests_can_be_read_page_by_page(http: aiohttp.ClientSession) -> None:
-    """Requests are numbered; a page contains the requests after a given number."""
+    """Requests are numbered; each page contains the requests that follow a given number."""
     for attempt in (1, 2, 3):
         await fetch(http, "POST", "/messages", BODY | {"attempt": attempt})
     _, page = await fetch(http, "GET", "/sandbox/requests?after=1&limit=1")

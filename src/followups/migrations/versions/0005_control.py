@@ -12,7 +12,7 @@ CHURNING = ("chat_messages", "failed_attempts", "idempotency_keys")
 
 
 def upgrade() -> None:
-    """Create the tables and add the columns. No column has a default, so no row is rewritten."""
+    """Create the tables and add the columns. No column has a default, so the migration rewrites no rows."""
     op.create_table(
         "pauses",
         sa.Column("id", sa.Uuid(), server_default=sa.text("gen_random_uuid()"), nullable=False),

@@ -1,4 +1,4 @@
-"""Add a column for lateness after a hold, and constraints that reject unreadable times.
+"""Add a column for lateness after a hold, and constraints that reject times Python cannot read.
 
 If existing rows violate a constraint, the constraint is not added. With the constraint, every change to a violating row
 would fail, including a claim. ``followups doctor`` lists the violating rows and shows the statement that adds the
