@@ -140,7 +140,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_configure_node(node: Node) -> None:
-    """Pass the path of the servers' socket to a worker of pytest-xdist."""
+    """Pass the path of the servers' Unix socket to each worker of pytest-xdist."""
     node.workerinput["servers"] = node.config.stash[SERVERS].address()
 
 
@@ -168,7 +168,7 @@ def server_urls(request: pytest.FixtureRequest) -> tuple[str, str]:
 def open_directory() -> Iterator[Path]:
     """Return a directory that every user can enter, unlike pytest's temporary directories.
 
-    If root runs the tests, PostgreSQL runs as another user, which needs access to the directory.
+    If root runs the tests, another user runs PostgreSQL, and must be able to enter this directory.
     """
     with tempfile.TemporaryDirectory() as name:
         Path(name).chmod(0o711)

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 log = get_logger(__name__)
 
 FIRST_YEAR, LAST_YEAR = 2, 9998
-"""The first and the last year in which a time is accepted. Within these years, every time can be converted to any time
+"""The first and the last year in which a time is accepted. Any time within these years can be converted to any time
 zone.
 """
 

@@ -354,7 +354,7 @@ def _arguments(url: URL, pool_size: int, application_name: str) -> dict[str, Any
         # connection costs more than waiting for a pooled connection.
         "max_overflow": 0,
         "pool_pre_ping": True,
-        # A caller waits this many seconds for a connection; then an error is raised.
+        # A caller waits this many seconds for a free connection, and then gets an error.
         "pool_timeout": connect_timeout(url) + POOL_MARGIN,
         # Statement parameters contain message texts, which must never appear in an error or a log.
         "hide_parameters": True,

@@ -53,7 +53,7 @@ class Database:
     def transaction(self) -> Use:
         """Return a context manager for a connection in a transaction.
 
-        The transaction is committed after the block, or rolled back if the block raises an error.
+        The transaction is committed after the block. If the block raises an error, the transaction is rolled back.
         """
         return Use(self._engine.sync_engine, reads=False)
 

@@ -287,9 +287,9 @@ class Settings(BaseSettings):
 
     @model_validator(mode="after")
     def _sum_of_timeouts(self) -> Self:
-        # transport timeout (10 s) + margin (2 s) <= lease (60 s): a worker must not lose its lease while waiting for a
-        # response. Hints do not expire. The broker has no visibility timeout, so a consumed hint never returns to its
-        # queue.
+        # A worker must not lose its lease while it waits for a response: transport timeout (10 s) + margin (2 s) <=
+        # lease (60 s). Hints do not expire. The broker has no visibility timeout, so a consumed hint never returns to
+        # its queue.
         if self.transport_timeout + LEASE_MARGIN > self.lease:
             message = (
                 f"FOLLOWUPS_LEASE ({self.lease.total_seconds():g} s) should be at least "

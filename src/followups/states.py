@@ -125,7 +125,7 @@ class Final:
     code: ReasonCode | None = field(default=None, compare=False)
     """The reason's code; None for ``sent`` and for a reason in the caller's own words.
 
-    A caller's own reason has no code, even if its text starts like a code.
+    If a caller's own reason looks as if it began with a code, it still has no code.
     """
 
 

@@ -151,7 +151,7 @@ def port_of(text: str | None, default: str) -> str:
 
 
 def broker_url(text: str) -> str:
-    """Return the URL in a form that redis-py, kombu and Flower interpret identically.
+    """Return the URL in a form that has the same meaning for redis-py, kombu and Flower.
 
     Raises ValueError with a reason. redis-py always verifies a server certificate, but kombu does so only if the URL
     requests it.

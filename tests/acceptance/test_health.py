@@ -89,7 +89,7 @@ def test_a_stopped_worker(own_runtime: Stack) -> None:
 
 
 def test_a_killed_workers_heartbeat_is_ignored(own_runtime: Stack) -> None:
-    """A killed worker's heartbeat file is ignored, and is removed by the next worker."""
+    """If a worker is killed, its heartbeat file is ignored, and the next worker removes it."""
     first = own_runtime.worker("first")
     kill(first)
     says(own_runtime, "worker", 1, "No worker has a heartbeat")

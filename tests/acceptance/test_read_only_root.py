@@ -25,7 +25,7 @@ for directory in / /tmp /var/tmp /dev/shm; do
 done
 cd / && exec "$@"
 """
-"""Shell script that runs a command in a mount namespace with read-only file systems."""
+"""Shell script that runs a command in a separate mount namespace, in which all file systems are read-only."""
 
 
 @pytest.fixture(autouse=True)

@@ -83,7 +83,7 @@ def measure(one: Person, name: str, path: str, **query: str) -> None:
 
 
 def measure_all(one: Person, workspace_id: UUID, connection: psycopg.Connection) -> None:
-    """Print how long each page takes with every filter."""
+    """Print the response time of each page with every filter."""
     query = "SELECT id, chat_id FROM follow_ups WHERE workspace_id = %s AND status = %s LIMIT 1"
     (sent, chat_id), (pending, _) = (
         connection.execute(query, (workspace_id, status)).fetchone() or ("", "") for status in ("sent", "pending")

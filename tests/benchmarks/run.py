@@ -187,7 +187,7 @@ MEASURES: dict[str, Callable[[Arena, argparse.Namespace], Results]] = {
 
 
 def show(title: str, found: dict[str, dict[str, dict[str, float]]]) -> None:
-    """Print medians and their spread, and ratios to the upper limit if that limit was measured."""
+    """Print medians and spreads. If the upper limit was measured, also print the ratios to it."""
     print(f"\n{title}")  # noqa: T201 - the result
     limit: Any = found.get(LIMIT, {}).get("per_s", {}).get("median")
     for name, figures in sorted(found.items(), key=lambda one: -one[1].get("per_s", {"median": 0})["median"]):

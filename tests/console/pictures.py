@@ -1,7 +1,7 @@
 """Creates the README's pictures of the console.
 
-To create the pictures, run ``PYTHONPATH=tests uv run python tests/console/pictures.py``. The script runs the console on
-embedded servers, with a workspace that shows every feature. The tests' browser takes the screenshots.
+To create the pictures, run ``PYTHONPATH=tests uv run python tests/console/pictures.py``. The script uses embedded
+servers, and a workspace that shows every feature of the console. The tests' browser takes the screenshots.
 """
 
 from __future__ import annotations

@@ -55,7 +55,7 @@ def test_prometheus_accepts_the_rules() -> None:
 
 
 def test_each_alert_fires_for_its_fault_alone() -> None:
-    """Each alert fires for its own fault and does not fire for a healthy system."""
+    """For each fault, only the alert for that fault fires; no alert fires for a healthy system."""
     ran = promtool("test", "rules", "alerts.test.yaml")
     assert ran.returncode == 0, ran.stdout + ran.stderr
 

@@ -29,7 +29,7 @@ SERVICES = COMPOSE["services"]
 
 
 def mounted(service: dict[str, Any], root: Path) -> None:
-    """Copy the files that a service mounts to ``root``, and adapt the paths in its config files."""
+    """Copy to ``root`` the files that a service mounts, and adapt the paths in its config files."""
     for file, _, target in (volume.removesuffix(":ro").partition(":") for volume in service["volumes"]):
         if file.startswith("./"):
             (root / target[1:]).parent.mkdir(parents=True, exist_ok=True)

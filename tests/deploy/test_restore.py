@@ -1,4 +1,4 @@
-"""Tests that after a restore, messages sent since the backup are sent again with the same keys.
+"""Tests of a restore: messages sent after the backup are sent again, with the same keys.
 
 Messages sent before the backup are not sent again.
 """

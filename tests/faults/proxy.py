@@ -85,7 +85,7 @@ class Proxy:
         self._call(self._forwarding.set)
 
     def refuse(self) -> None:
-        """Break all open connections, and each new connection as soon as it is made."""
+        """Break all open connections, and break each new connection at once."""
         self._refusing = True
         self.cut()
 

@@ -35,7 +35,7 @@ def readonly(server: redis.Redis) -> Iterator[None]:
 
 @contextmanager
 def misconf(server: redis.Redis) -> Iterator[None]:
-    """Make snapshots fail as on a full disk, so that Redis answers every write with MISCONF."""
+    """Make snapshots fail as if the disk were full, so that Redis answers every write with MISCONF."""
     # a directory, because a snapshot file cannot replace a directory
     Path(server.config_get("dir")["dir"], "dump.rdb").mkdir(exist_ok=True)
     server.config_set("save", "3600 1")

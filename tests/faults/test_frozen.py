@@ -66,7 +66,7 @@ def test_frozen_for_long(point: str, rig: Rig, figures: Figures) -> None:
 
 
 def test_frozen_inside_a_transaction(rig: Rig, figures: Figures) -> None:
-    """If a worker freezes in a transaction, only its locked rows wait until PostgreSQL ends its session."""
+    """If a worker freezes in a transaction, only the rows that it locked wait for the end of its session."""
     frozen, other = rig.start(workers=2, harmed=True)
     other.signal(signal.SIGSTOP)
     rig.failpoints.arm("settle.before_commit", "stop")

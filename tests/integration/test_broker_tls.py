@@ -154,7 +154,7 @@ def test_an_untrusted_server_receives_no_data(
 
 @pytest.mark.skipif(PROGRAM is None, reason=MISSING)
 def test_one_url_serves_every_client(settings: Settings, engine: Engine, redis_server: RedisServer) -> None:
-    """The same broker URL works for every client, even with an unescaped password.
+    """One broker URL works for every client, even if its password is not escaped.
 
     Both spellings of each TLS parameter are accepted.
     """

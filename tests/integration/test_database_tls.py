@@ -1,4 +1,4 @@
-"""TLS to the database, tested with Debian's PostgreSQL, because the embedded server has no TLS."""
+"""Tests of TLS to PostgreSQL, with Debian's server, because the embedded one has no TLS."""
 
 from __future__ import annotations
 

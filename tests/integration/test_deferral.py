@@ -145,7 +145,7 @@ def test_a_held_workspace_does_not_block_others(world: World, engine: Engine, ow
 
 
 def test_held_follow_ups_release_their_leases(world: World, engine: Engine, own: Settings) -> None:
-    """Deferred follow-ups have no lease, use up no attempt and can be cancelled."""
+    """A deferred follow-up has no lease, has used up no attempt, and can be cancelled."""
     world.burst([-SECOND] * OVERDUE)
     with worker(own, engine, SelectiveTransport(), FOR_LONG):
         wait_until(lambda: len(deferred(world)) > OVERDUE * 0.8)

@@ -123,9 +123,9 @@ class TestPostgres:
             server.url()
 
     def test_kept_data_is_durable(self, open_directory: Path) -> None:
-        """If a server is given a data directory, the next server with this directory uses the same data.
+        """If a server uses a data directory, the next server with this directory has the same data.
 
-        A second server for a directory is rejected while the first one runs.
+        While a server uses a data directory, a second server for the same directory is rejected.
         """
         with EmbeddedPostgres(open_directory / "kept") as server:
             assert stat.S_IMODE((open_directory / "kept").stat().st_mode) == 0o700

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 SOON = timedelta(seconds=20)
-"""A generous timeout, because the machine may be busy."""
+"""A long timeout, because the machine may be busy."""
 
 OWNER = """
 import os, sys, time

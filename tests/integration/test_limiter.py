@@ -30,7 +30,7 @@ SLOW = 0.001
 
 @dataclass
 class LimiterUnderTest:
-    """A limiter with its own keys that records the time of each grant in microseconds."""
+    """A limiter with separate keys, which records when each token was granted, in microseconds."""
 
     limiter: Limiter
     redis: Redis

@@ -312,7 +312,7 @@ def test_set_and_removed_while_running(world: World, limited: LimitedPipeline) -
 
 
 def test_a_raised_limit_releases_its_follow_ups(world: World, limited: LimitedPipeline) -> None:
-    """If a channel's limit is raised, the follow-ups that the limit deferred are released.
+    """If a channel's limit is raised, the follow-ups deferred by this limit are released.
 
     Follow-ups deferred under other limits stay deferred.
     """

@@ -451,7 +451,7 @@ def test_begun_manually(world: World, engine: Engine, settings: Settings) -> Non
 
 
 class TestRecords:
-    """Tests in which ids of new failed attempts are already in use, as after logical replication."""
+    """Tests in which new failed attempts would get ids already in use, as after logical replication."""
 
     @pytest.fixture(autouse=True)
     def _behind(self, world: World) -> None:

@@ -63,7 +63,7 @@ CLAIM = 0.03
 def sent(dispatchers: int, rate: int, seconds: int, window: int = 5000) -> tuple[int, int]:
     """Send a backlog at ``rate`` per second; count the sent follow-ups and the claims.
 
-    The dispatchers tick in turn.
+    The simulated dispatchers take turns.
     """
     paces = [ClaimInterval(window) for _ in range(dispatchers)]
     busy_until, ends = [0.0] * dispatchers, [0.0] * dispatchers

@@ -47,7 +47,7 @@ def blocked(obstacle: Obstacle, max_lateness: timedelta) -> Obstacle:
 
 @given(HOURS, MOMENTS, GAPS)
 def test_repeated_holds(hours: SendingHours, wanted: datetime, gaps: list[timedelta]) -> None:
-    """Even after several holds, lateness counts from the first sending hours after the due date."""
+    """After several holds, lateness is still counted from the first sending hours after the due date."""
     now, known = wanted, None
     for gap in gaps:
         known = sendable_from(found(hours, wanted, now, known))

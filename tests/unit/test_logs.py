@@ -169,7 +169,7 @@ def test_json_can_be_selected(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_level_is_the_lowest_logged(capsys: pytest.CaptureFixture[str]) -> None:
-    """Events below the configured level are not logged.
+    """If an event is below the configured level, it is not logged.
 
     Libraries log from level info upwards, and verbose libraries from level warning upwards.
     """

@@ -43,7 +43,7 @@ LONGEST_RETRY_DELAY = timedelta(milliseconds=800)
 
 
 class DueQueue:
-    """The leases whose attempts may begin next.
+    """Holds the leases whose attempts begin next.
 
     Expired leases are dropped without a log line, because a tick leases the follow-ups again.
     """

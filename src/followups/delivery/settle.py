@@ -55,7 +55,7 @@ BACKOFF = timedelta(seconds=0.5)
 """First pause before an unreachable database is tried again; each further pause is twice as long."""
 LONGEST_BACKOFF = timedelta(seconds=1)
 """Longest pause before an unreachable database is tried again. During a longer pause, leases could expire before their
-results are recorded.
+outcomes are recorded.
 """
 
 log = get_logger(__name__)

@@ -38,7 +38,7 @@ class EmbeddedError(FollowUpsError):
 
 @dataclass(frozen=True, slots=True)
 class Command:
-    """A command to run, its stop signal, and the ``grace`` period between that signal and SIGKILL."""
+    """A command to run, its stop signal, and how long to wait (``grace``) before SIGKILL."""
 
     name: str
     argv: Sequence[str]

@@ -83,8 +83,8 @@ this role.
 class EmbeddedPostgres(EmbeddedServer):
     """An embedded PostgreSQL server, which takes about a second to start with new data.
 
-    The server listens on a Unix socket and requires no password. Only this user and root can enter the socket's
-    temporary directory.
+    The server listens on a Unix socket and requires no password. Only root and the server's user can enter the
+    temporary directory of the socket.
     """
 
     name = "PostgreSQL"

@@ -1,4 +1,4 @@
-"""The project's own commands (worker, beat, web, ...), which are started one by one and stopped together.
+"""The commands of the project (worker, beat, web, ...), started one by one and stopped together.
 
 A test checks that each process has the same command line as in the Procfile.
 """
@@ -55,7 +55,7 @@ def search_path() -> str:
 
 
 class Processes:
-    """The project's own commands (worker, beat, web, ...), which are started one by one and stopped together."""
+    """The commands of the project (worker, beat, web, ...), started one by one and stopped together."""
 
     def __init__(self, logs: Path | None = None, echo: Callable[[str, str], None] | None = None) -> None:
         """Write logs to ``logs`` or to a temporary directory; also pass each line and its process to ``echo``."""

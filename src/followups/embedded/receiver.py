@@ -24,7 +24,7 @@ class RequestLog:
     """The received requests and the configured delays, shared by all connections."""
 
     def __init__(self) -> None:
-        """Create an empty log; answers are not delayed."""
+        """Create an empty log, without a delay for responses."""
         self.reset()
 
     def reset(self, delay: str = "0", slow: str = "0", slow_delay: str = "5") -> None:

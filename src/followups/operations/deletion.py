@@ -69,7 +69,7 @@ def delete(engine: Engine, actor: Actor, whole: DeletionScope, patience: timedel
 def _event(actor: Actor, whole: DeletionScope) -> Event:
     if whole.chat_id is not None:
         return Event(actor, Action.CHAT_DELETED, whole.workspace_id, whole.chat_id, number=0, id=uuid4())
-    # The audit event's id is the workspace's id, so resuming an interrupted deletion records no second event.
+    # The audit event's id is the workspace's id. A resumed deletion therefore records no second event.
     return Event(
         actor, Action.WORKSPACE_DELETED, whole.workspace_id, whole.workspace_id, number=0, id=whole.workspace_id
     )

@@ -54,7 +54,7 @@ class Actor:
 
 
 SERVICE = Actor(Way.SERVICE, name="followups")
-"""The service itself, as the author of events that no person causes, such as an API key's expiry."""
+"""The service itself is the author of events that nobody causes, such as an API key's expiry."""
 
 
 @lru_cache

@@ -117,7 +117,7 @@ _STANDING = text(
 
 
 def put(connection: Connection, workspace_id: UUID, kind: Kind, most: int) -> None:
-    """Create or change a quota. Follow-ups or chats that already exceed the quota are kept."""
+    """Create or change a quota. Existing follow-ups and chats are kept, even if there are too many."""
     connection.execute(_SET, {"workspace_id": workspace_id, "kind": kind.value, "most": most})
 
 

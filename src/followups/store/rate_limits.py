@@ -235,8 +235,8 @@ def release(
     """Release up to a thousand follow-ups deferred by a rate limit, so that they become due.
 
     Follow-ups that were deferred for more than ``longest`` are not released. ``scope`` is the workspace and the channel
-    of the limit; None means every workspace or channel. Follow-ups whose ids are in ``without`` are skipped. Returns
-    the released follow-ups, and the follow-ups whose rows cannot be written.
+    of the limit; None means every workspace or channel. Release up to a thousand follow-ups that a rate limit has
+    deferred, so that they become due. Returns the released follow-ups, and the follow-ups whose rows cannot be written.
     """
     workspace_id, channel = scope
     parameters = {"workspace_id": workspace_id, "channel": channel, "longest": longest, "most": BATCH}

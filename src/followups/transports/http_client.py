@@ -1,8 +1,8 @@
 """HTTP calls through libcurl and their outcomes, shared by the transports that use HTTP.
 
-The outcome of a failed call depends on what may have been sent (`http_exchange`). If a call fails before any part of
-the request was sent, its outcome is `Retry`. If a call fails after sending a byte and before receiving the response
-head, its outcome is `Unknown`.
+`http_exchange` derives a failed call's outcome from what may have been sent. If a call fails before any part of the
+request was sent, its outcome is `Retry`. If a call fails after sending a byte and before receiving the response head,
+its outcome is `Unknown`.
 """
 
 from __future__ import annotations

@@ -79,7 +79,7 @@ DRAIN_MARGIN = timedelta(seconds=5)
 
 @contextmanager
 def _exit_when_wrong() -> Iterator[None]:
-    """If settings are invalid, end the process with a one-sentence error and exit code 2.
+    """If the settings are invalid, exit with code 2 and an error of one sentence.
 
     With invalid settings, Celery itself would print a stack trace or start anyway.
     """

@@ -61,7 +61,7 @@ class Scheduler(CelerysScheduler):
     _booted_at: float | None = None
     """The time at which this host booted, according to the host's own clock.
 
-    If the clock is set back, the computed boot time becomes earlier.
+    If the host's clock is set back, the computed boot time moves back too.
     """
 
     def tick(self, *arguments: Any, **named: Any) -> float:  # noqa: ANN401 - Celery's own

@@ -110,7 +110,7 @@ class TestMessages:
     def test_answer(self, api: Api) -> None:
         """The response to a chat message has exactly the documented fields.
 
-        If the message's chat is unknown, it is created. A message text in the request is ignored.
+        If the message's chat is unknown, it is created. If the request contains a message text, the text is ignored.
         """
         body = {"id": str(uuid4()), "chatId": str(uuid4()), "role": "agent", "createdAt": "2030-01-01T01:00:00+01:00"}
         answer = api.post(CHAT_MESSAGES, body | {"text": "secret"})
@@ -119,7 +119,7 @@ class TestMessages:
         assert api.create(body["chatId"])["triggerChatMessageId"] == body["id"]
 
     def test_repeated_message(self, api: Api) -> None:
-        """If a message with the same id was already recorded, the request returns 200 and has no effect."""
+        """If a message with the same id is already recorded, the request gets 200 and has no effect."""
         chat_id, stranger = api.chat(), str(uuid4())
         first = api.message(chat_id, "user")
         api.message(chat_id, "agent")

@@ -155,7 +155,7 @@ def web(web_settings: Settings, web_engine: Engine) -> Iterator[Web]:
         api, other = Api(url, World(web_engine)), Api(url, World(web_engine))
         with api.client, other.client:
             web = Web(child.pid, api, other)
-            api.get(FOLLOW_UPS)  # this request loads the modules, which would otherwise count as memory growth
+            api.get(FOLLOW_UPS)  # the first request loads modules, which would otherwise count as memory growth
             yield web
 
 

@@ -102,7 +102,7 @@ def test_endless_header(api: Api) -> None:
 
 @pytest.mark.parametrize("line", [b"nonsense\r\n\r\n", b"GET / HTTP/1.1\r\n\r\n", b"\x16\x03\x01\x00\xf8\r\n\r\n"])
 def test_data_that_is_not_http(api: Api, line: bytes) -> None:
-    """Data that is not HTTP is rejected with a 400 response, which is an RFC 9457 problem too."""
+    """If a client sends data that is not HTTP, it gets 400 with an RFC 9457 problem."""
     with connect(api) as connection:
         connection.sendall(line)
         head, body = received(connection)

@@ -140,7 +140,7 @@ def test_a_trailer_is_ignored(api: Api) -> None:
 
 
 def test_pipelined_requests_are_limited(api: Api) -> None:
-    """Too many pipelined requests end the connection with 400, but a few are accepted."""
+    """A few pipelined requests are accepted; if there are too many, the connection ends with 400."""
     statuses = answers(address_of(api), HEALTH * 2_000, ["GET"], most=server.MAX_PIPELINED)
     assert statuses[-1] == 400
     assert statuses[:-1] == [200] * len(statuses[:-1])

@@ -341,7 +341,7 @@ def typed(command: list[str], answer: bytes) -> tuple[int, str]:
 def test_confirmation_on_a_terminal(environment: pytest.MonkeyPatch, world: World) -> None:
     """On a terminal, a bulk command shows the number of follow-ups and asks for confirmation.
 
-    The answer "no" changes nothing; the answer "yes" runs the command.
+    If the operator answers "no", nothing changes. If the operator answers "yes", the command runs.
     """
     del environment
     follow_up = world.follow_up(due=HOUR)

@@ -46,7 +46,7 @@ class TestMigrate:
         assert (again.code, again.stdout) == (0, f"The schema is {newest}, unchanged\n")
 
     def test_a_role_without_the_right_to_migrate(self, run: RunCommand, database_url: str) -> None:
-        """If the database role may not create tables, `migrate` names the role that is needed."""
+        """If the database role may not create tables, `migrate` fails and says which role to connect as."""
         downgrade(url_as(database_url, OWNER), "base")
         ran = run("migrate")
         assert ran.code == 1

@@ -147,7 +147,7 @@ class TestStats:
 
 
 def test_the_dashboard(running: Stack) -> None:
-    """On a terminal, `stats --watch` shows counts, sends, attempts, workers and ticks until Ctrl-C."""
+    """On a terminal, `stats --watch` keeps showing counts, sends, attempts, workers and ticks until Ctrl-C."""
     world = type(running.world)(running.world.engine)
     limited = world.chat()
     running.behave(limited, kind="reject", status=403, times=1)

@@ -133,7 +133,7 @@ def test_breaker(settings: Settings) -> None:
 
 
 def test_pauses(settings: Settings, engine: Engine, world: World) -> None:
-    """Doctor reports pauses with the number of follow-ups they hold."""
+    """For each pause, doctor reports how many follow-ups the pause holds."""
     assert found(settings, engine)["pauses"].detail == "nothing is paused"
     with engine.begin() as connection:
         pauses.pause(connection, PauseScope(world.workspace_id, None))

@@ -118,7 +118,7 @@ async def test_without_redis_nothing_is_refused(
 ) -> None:
     """While Redis is unreachable, requests are allowed and counted as unlimited.
 
-    After a failed query, Redis is not queried again for a while.
+    If a query to Redis fails, Redis is not queried again for a while.
     """
     limit = limit_of(5)
     server.connected = False

@@ -125,7 +125,7 @@ async def listening(
     secure: ssl.SSLContext | None = None,
     host: str = "127.0.0.1",
 ) -> AsyncIterator[str]:
-    """Serve connections on a free port, over TLS with a given certificate, and yield the URL."""
+    """Serve connections on a free port, over TLS if there is a certificate, and yield the URL."""
     tasks: set[asyncio.Task[None]] = set()
     writers: list[asyncio.StreamWriter] = []
 

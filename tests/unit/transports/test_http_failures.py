@@ -213,7 +213,7 @@ async def test_no_more_than_64_kib_of_an_answer_is_read() -> None:
 
 
 async def test_64_kib_are_read() -> None:
-    """A response body of exactly the size limit is read completely."""
+    """If a response body has exactly the maximum size, it is read completely."""
     async with scripted(answer(200, NAMED.ljust(65_536))) as server:
         outcome = await outcome_at(server.url)
     assert isinstance(outcome, Sent)

@@ -145,7 +145,7 @@ def _workspace(session: Session, name: str) -> UUID | None:
 
 
 def _moment(visit: Visit, typed: str) -> datetime | None:
-    # If a local time occurs twice because clocks go back, the filter uses the first occurrence.
+    # If clocks go back and a local time occurs twice, the filter uses the first occurrence.
     return visit.zone.read(typed, "first") if typed else None
 
 

@@ -39,8 +39,8 @@ def sign_in(visit: Visit) -> Response:
         token = _begin(session, secret)
         if token and (old := visit.cookies.get(visit.services.cookie_name(visit.scheme))):
             console_sessions.end(session, old)
-    # Only failed sign-ins count towards the limit. A valid key is accepted even if other clients at the same address
-    # have failed to sign in.
+    # Only failed sign-ins count towards the limit. Even if other clients at the same address have failed to sign in, a
+    # valid key is accepted.
     if token is None and (wait := visit.services.failed_sign_ins.wait(visit.client)):
         told = visit.t("Too many attempts; try again in {seconds} seconds.", seconds=math.ceil(wait))
         response = visit.page("login.html", HTTPStatus.TOO_MANY_REQUESTS, told=told, next=wanted)
