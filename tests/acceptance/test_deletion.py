@@ -72,5 +72,5 @@ def test_nothing_is_sent_after_a_deletion(stack: Stack) -> None:
 
 
 def received(stack: Stack, ids: set[str]) -> Counter[str]:
-    """Return how many times the chat server received each of these follow-ups."""
+    """Return how many times the chat server received each follow-up."""
     return Counter(each["followUpId"] for each in stack.received() if each["followUpId"] in ids)

@@ -57,7 +57,7 @@ def test_invalid_urls(stack: Stack) -> None:
 
 
 def test_a_worker_whose_components_cannot_start(stack: Stack, tmp_path: Path) -> None:
-    """A worker whose components cannot start exits, and does not appear healthy."""
+    """If a worker's components cannot start, the worker exits and does not appear healthy."""
     (tmp_path / "broken.py").write_text(BROKEN)
     worker = start(stack, "worker", "-I broken", PYTHONPATH=str(tmp_path))
     wait_until(lambda: not worker.running, within=60)

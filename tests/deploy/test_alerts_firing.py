@@ -84,7 +84,7 @@ def too_slow(stack: Stack) -> None:
 
 
 def begun(stack: Stack) -> object:
-    """Return the time at which the last attempt in flight began, or None."""
+    """Return when the newest attempt in flight began, or None."""
     return stack.world.scalar("SELECT max(begun_at) FROM follow_ups")
 
 

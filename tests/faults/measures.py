@@ -34,7 +34,7 @@ def punctual(rig: Rig, count: int, spread: float, world: World | None = None, no
 
 
 def lag_p99_ms(rig: Rig, ids: Sequence[UUID]) -> float:
-    """Return the 99th percentile of these follow-ups' lag in milliseconds."""
+    """Return the 99th percentile of the follow-ups' lag in milliseconds."""
     query = "SELECT extract(epoch FROM accepted_at - due_date) FROM follow_ups WHERE id = ANY(:ids) AND status = 'sent'"
     lags = [float(lag) for (lag,) in rows_of(rig, query, ids=list(ids))]
     return round(statistics.quantiles(lags, n=100, method="inclusive")[98] * 1000, 1)

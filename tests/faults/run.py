@@ -73,7 +73,7 @@ FAULTS = {
 
 
 Key = tuple[int, str]
-"""The number of a fault and the displayed name of a test."""
+"""A fault's number and a test's displayed name."""
 
 
 def main() -> int:

@@ -101,7 +101,7 @@ ERRORS: dict[str, Callable[[redis.Redis], Any]] = {
 def answering_errors(rig: Rig, figures: Figures, names: list[str], seconds: Callable[[], float]) -> None:
     """Make the broker return one error after another, each for a while.
 
-    While the broker returns errors, no process may exit; afterwards all must work again.
+    While the broker returns errors, no process may exit; afterwards, all processes must work again.
     """
     assert rig.valkey
     workers = rig.start(workers=2)

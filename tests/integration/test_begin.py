@@ -1,4 +1,4 @@
-"""PostgreSQL tests of begin, which repeats all checks just before a delivery attempt."""
+"""Tests on PostgreSQL of the begin step, which repeats all checks just before an attempt."""
 
 from __future__ import annotations
 

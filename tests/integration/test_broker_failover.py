@@ -57,7 +57,7 @@ def test_the_apis_rate_limit(broker: tuple[Settings, redis.Redis]) -> None:
 
 
 def test_publishers(broker: tuple[Settings, redis.Redis]) -> None:
-    """After a broker failover, publishers of hints and nudges reconnect, although they never retry."""
+    """After a broker failover, hints and nudges are published over a new connection, even without retries."""
     app = App("test", broker[0].broker_url.get_secret_value())
     check(broker[1], lambda: app.send_task("nothing", retry=False) and None)
     app.pool.force_close_all()

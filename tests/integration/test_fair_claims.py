@@ -39,7 +39,7 @@ LEASED = "SELECT count(*) FROM follow_ups WHERE lease_until > now()"
 def worlds_of(engine: Engine, *counts: int, due: timedelta = timedelta(0)) -> list[World]:
     """Create and return workspaces with the given ``counts`` of overdue follow-ups.
 
-    All follow-ups of one workspace are due before those of the next workspace.
+    The follow-ups of each workspace are all due before those of the next workspace.
     """
     worlds = [World(engine) for _ in counts]
     for number, (world, count) in enumerate(zip(worlds, counts, strict=True)):

@@ -118,7 +118,7 @@ def test_many_rows_are_deleted_in_batches(
 def test_the_next_run_continues(
     world: World, engine: Engine, settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A pruning run over its time limit ends between batches; the next run continues."""
+    """A pruning run that exceeds its time limit stops after a batch; the next run continues."""
     monkeypatch.setattr(pruning, "BATCH", 3)
     monkeypatch.setattr(pruner, "BUDGET", timedelta(milliseconds=100))
     for _ in range(5):

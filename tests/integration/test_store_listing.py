@@ -93,7 +93,7 @@ def test_every_list_uses_an_index(filled: Engine) -> None:
         ways, rows = examined(filled, workspace_id, ListFilter(statuses=(Status.SENT,)), 10_011)
         assert ways <= INDEX_SCANS
         assert rows <= 10_011 + 11
-    # The list for an operator reads only the first rows of each workspace.
+    # An operator's list reads only the first rows of each workspace.
     ways, rows = examined(filled, None, ListFilter(statuses=(Status.SENT,)), 11)
     assert ways <= INDEX_SCANS
     assert rows <= (WORKSPACES + 1) * 11

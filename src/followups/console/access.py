@@ -82,7 +82,7 @@ OWN_SITES = frozenset({"same-origin", "none"})
 def own_origin(public_url: str | None, scheme: str, host: str) -> str:
     """Return the console's origin: scheme, host and port.
 
-    The origin comes from FOLLOWUPS_PUBLIC_URL if set, or else from the request's URL.
+    The origin is that of FOLLOWUPS_PUBLIC_URL if this is set, and otherwise that of the request's URL.
 
     >>> own_origin("https://chat.example/followups", "http", "10.0.0.7:8000")
     'https://chat.example'

@@ -51,7 +51,7 @@ class BatchResult:
     stale: int = 0
     """Number of outcomes not recorded because another worker had taken over the lease."""
     retry_later: tuple[Lease, ...] = ()
-    """Follow-ups to be tried again shortly, because another transaction has locked their rows."""
+    """Follow-ups to try again shortly, because another transaction has locked their rows."""
     deferred: tuple[tuple[Lease, timedelta], ...] = ()
     """Follow-ups that remain leased, each with the wait that a rate limit requires."""
     unblocked: tuple[Lease, ...] = ()

@@ -33,7 +33,7 @@ _MICROSECOND = timedelta(microseconds=1)
 _BIGINT = 2**63
 
 MOST = 10_000
-"""The maximum number of follow-ups in a hint, and the maximum of `BATCH_SIZE`."""
+"""The maximum number of follow-ups in a hint, and the largest value allowed for `BATCH_SIZE`."""
 
 
 class Hint(NamedTuple):

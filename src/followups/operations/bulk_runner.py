@@ -42,7 +42,7 @@ CANCELS = 200
 """The number of follow-ups in one batch of a bulk cancel; a batch takes some tens of milliseconds."""
 
 RETRIES = 50
-"""Number of follow-ups in one retry batch. The chats of these follow-ups are locked one after the other."""
+"""Number of follow-ups in one retry batch. The chats of the follow-ups are locked one after the other."""
 
 SEEN_EVERY = 1.0
 """Minimum seconds between two searches for bulk actions."""

@@ -41,7 +41,7 @@ class BrowseFilter:
     due_after: datetime | None = None
     due_before: datetime | None = None
     any_id: UUID | None = None
-    """An id to search for: of a follow-up, its chat, or a chat message."""
+    """An id to search for: that of a follow-up, of its chat or of a chat message."""
     external_id: str | None = None
     chat_id: UUID | None = None
     ids: tuple[UUID, ...] = ()
@@ -218,10 +218,10 @@ def _page(
 
 NIL = UUID(int=0)
 FIRST_STEP = timedelta(minutes=10)
-"""How far back in time a search goes in its first step."""
+"""How far back in time the first step of a search reaches."""
 
 LONGEST_STEP = timedelta(days=3650)
-"""After a search step of this length, the next step covers all older follow-ups."""
+"""After a step of this length, the search covers all older follow-ups in its next step."""
 
 GROWTH = 100
 """A search step may be at most this many times as long as the previous step."""

@@ -117,8 +117,8 @@ _LOCK_OF = Statement(
 def lock_chats_of(follow_up_id: UUID, workspace_id: UUID | None, target: UUID | None) -> Steps[dict[UUID, Chat]]:
     """Lock and return the follow-up's chat and the ``target`` chat, including removed chats.
 
-    The chats stay locked until the transaction ends. A chat that does not exist is left out of the result. If
-    ``workspace_id`` is None, as for operators, chats of all workspaces are found.
+    The chats stay locked until the transaction ends. A chat that does not exist is left out of the result. For
+    operators, ``workspace_id`` is None, and chats of all workspaces are found.
     """
     chats: Sequence[Chat] = yield _LOCK_OF(follow_up_id=follow_up_id, workspace_id=workspace_id, target=target)
     return {chat.id: chat for chat in chats}
@@ -138,7 +138,7 @@ def take_external_id(workspace_id: UUID, external_id: str) -> Steps[None]:
     """Reserve an external id for the workspace until the transaction ends.
 
     The caller then creates or updates the chat with this external id. Raises `ExternalChatTakenError` if another
-    workspace's chat has this external id and is not removed.
+    workspace has a chat with this external id, unless that chat was removed.
     """
     yield _LOCK_EXTERNAL_ID(external_id=external_id)
     if (yield _TAKEN(external_id=external_id, workspace_id=workspace_id)):

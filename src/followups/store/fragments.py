@@ -26,7 +26,7 @@ DUE_READ = f"LEAST(GREATEST({DUE}, timestamptz '0002-01-01'), timestamptz '9998-
 """The due time, limited to the range of Python's dates. Python cannot read all dates that PostgreSQL allows."""
 
 LATENESS_FROM = "COALESCE(f.sendable_from, GREATEST(f.due_date, f.scheduled_at, f.held_until))"
-"""The time from which the lateness of a follow-up is measured. A follow-up that sending hours have never held has no
+"""The time from which the lateness of a follow-up is measured. A follow-up that was never held by sending hours has no
 ``sendable_from``. Older versions set only ``held_until`` when they hold a follow-up.
 """
 

@@ -296,7 +296,7 @@ def test_slowloris(web: Web) -> None:
 
 @pytest.fixture
 def many_files() -> Iterator[None]:
-    """Raise this process's limit on open files above the web server's connection limit."""
+    """Allow this process more open files than the web server allows connections."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, min(hard, 8192)), hard))
     yield

@@ -172,7 +172,7 @@ def test_many_concurrent_requests(api: Api) -> None:
 
 
 def blocked(api: Api) -> int | None:
-    """Return the id of the database server's process that waits for a lock."""
+    """Return the process id of a database session that waits for a lock."""
     query = (
         "SELECT max(pid) FROM pg_stat_activity WHERE datname = current_database() AND wait_event_type = 'Lock'"
         " AND application_name = 'followups-web'"

@@ -19,7 +19,7 @@ def test_no_findings(world: World, engine: Engine) -> None:
 
 
 def test_unreadable_rows(world: World, engine: Engine) -> None:
-    """Doctor reports an unreadable row; after its correction, the advised SQL restores the constraint."""
+    """Doctor reports an unreadable row; after it is corrected, the advised SQL restores the constraint."""
     bad = world.follow_up()
     world.alter("ALTER TABLE follow_ups DROP CONSTRAINT ck_follow_ups_times_are_readable")
     world.sql("UPDATE follow_ups SET next_attempt_at = 'infinity'")

@@ -371,7 +371,7 @@ async def test_a_connection_with_half_a_request_is_not_used_again() -> None:
 def test_an_ended_event_loop_closes_its_connections(
     new_loop: Callable[[], asyncio.AbstractEventLoop],
 ) -> None:
-    """If a process's event loop ends during a call, the call's connection is closed."""
+    """If an event loop ends during a call, that call's connection is closed."""
     with socket.create_server(("127.0.0.1", 0)) as silent:
         transport = HttpTransport(settings_for(f"http://127.0.0.1:{silent.getsockname()[1]}"))
 

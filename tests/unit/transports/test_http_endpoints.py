@@ -100,7 +100,7 @@ async def test_an_unknown_authority_is_not_trusted(authority: trustme.CA) -> Non
 
 @pytest.mark.usefixtures("trusted")
 async def test_a_certificate_of_another_host_is_not_trusted(authority: trustme.CA) -> None:
-    """A certificate of another host is not trusted; the reason contains no host name."""
+    """The certificate of another host is rejected, and the reason contains no host name."""
     async with scripted(OK, certified(authority, "elsewhere.example")) as server:
         outcome = await outcome_at(server.url)
         assert isinstance(outcome, Retry)

@@ -42,7 +42,7 @@ Python refuses to convert strings of thousands of digits to numbers.
 """
 
 NEEDED = {"cancel": Status.PENDING, "retry": Status.FAILED}
-"""For each bulk action, the state that its follow-ups must have."""
+"""The state that follow-ups must have for each bulk action."""
 
 NOW = text("SELECT now()")
 
