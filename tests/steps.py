@@ -39,7 +39,7 @@ class Steps:
     settings: Settings
 
     def claim(self, settings: Settings | None = None, since: datetime | None = None) -> Claim:
-        """Claim due follow-ups, or with ``since`` only those that fell due after that time."""
+        """Claim due follow-ups; with ``since``, only those that fell due after that time."""
         return claim(self.engine, settings or self.settings, since)
 
     def lease(self, settings: Settings | None = None) -> Lease:

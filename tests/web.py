@@ -171,7 +171,7 @@ class Api:
 
 
 def is_problem(answer: httpx.Response, status: int, slug: str) -> dict[str, Any]:
-    """Check that a response is this problem in the format of RFC 9457; return the problem document."""
+    """Check that a response is the given problem in the format of RFC 9457; return its document."""
     assert answer.status_code == status, answer.text
     assert answer.headers["content-type"] == PROBLEM
     problem: dict[str, Any] = answer.json()

@@ -86,7 +86,7 @@ class World:
         return chat_id
 
     def follow_ups_at_once(self, places: list[tuple[UUID, timedelta]]) -> list[UUID]:
-        """Insert pending follow-ups in one transaction, so that none begins before the others exist."""
+        """Insert pending follow-ups in one transaction, so that all exist before the first one begins."""
         with self.engine.begin() as connection:
             now = connection.execute(text("SELECT now()")).scalar_one()
             rows = [
@@ -109,7 +109,7 @@ class World:
             return connection.execute(select(FollowUp.__table__).where(FollowUp.id == follow_up_id)).one()
 
     def rows(self, *ids: UUID) -> list[Any]:
-        """Return the id and status of these follow-ups; by default, of all follow-ups."""
+        """Return the id and status of the given follow-ups; by default, of all follow-ups."""
         query = select(FollowUp.id, FollowUp.status)
         with self.engine.connect() as connection:
             return list(connection.execute(query.where(FollowUp.id.in_(ids)) if ids else query))

@@ -52,7 +52,7 @@ CHANGES_SESSIONS = (
     "a pooler in front of it gives each transaction another session (transaction pooling): "
     "use session pooling (pool_mode = session in PgBouncer), or a port without the pooler"
 )
-"""Advice for a pooler that loses session settings, locks and prepared statements."""
+"""Advice for the operator if a pooler loses session settings, locks and prepared statements."""
 
 POOLER_ROUNDS = 4
 """Number of times that the server sessions of two connections are compared.

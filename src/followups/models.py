@@ -332,8 +332,8 @@ class FollowUp(Base):
         CheckConstraint("begun_at IS NULL OR lease_until IS NOT NULL", name="begun_holds_lease"),
         CheckConstraint("waits_for IS NULL OR status = 'pending'", name="waiting_is_pending"),
         # The claim's index lists follow-ups in the order of their due times. The index excludes follow-ups that wait
-        # for an earlier one in their chat. Without this exclusion, a claim would lease follow-ups that cannot begin
-        # yet.
+        # for an earlier one in their chat. An index with waiting follow-ups would make claims lease follow-ups that
+        # cannot begin yet.
         Index(
             "ix_follow_ups_due",
             text("COALESCE(next_attempt_at, due_date)"),

@@ -41,7 +41,7 @@ class RetryPolicy:
     max_attempts: int
 
     def ceiling(self, attempt: int) -> timedelta:
-        """Return the maximum delay after failed attempt number ``attempt``, counted from 1."""
+        """Return the maximum delay after the failed attempt ``attempt``; the first attempt is number 1."""
         try:
             grown = self.base.total_seconds() * self.factor ** (attempt - 1)
         except OverflowError:  # the float overflows only if the delay is far above the cap

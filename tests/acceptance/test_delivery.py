@@ -106,7 +106,7 @@ def test_order_in_a_chat(running: Stack) -> None:
 
 
 def test_cancelled_while_its_batch_waits(stack: Stack) -> None:
-    """If a follow-up is cancelled while its batch waits in the queue, it is never sent."""
+    """If a follow-up is cancelled while its batch waits in the queue, the follow-up is never sent."""
     stack.sandbox()
     stack.beat()
     worker = stack.worker()

@@ -1,4 +1,4 @@
-"""Tests of the database roles and broker users created from deploy/: their permissions are sufficient."""
+"""Tests that the database roles and broker users created from deploy/ have enough permissions."""
 
 from __future__ import annotations
 

@@ -382,7 +382,7 @@ def test_the_api_creates_sign_in_links(console_url: str, person: Callable[..., P
     ],
 )
 def test_a_link_of_the_api_is_limited(body: dict[str, object], status: int, console_url: str, own: World) -> None:
-    """A link always expires, and can be limited to one chat of the workspace."""
+    """A link always expires; it can be limited to one chat of the workspace."""
     api = Api(console_url, own)
     answer = api.post("/api/v1/console-links", body)
     assert answer.status_code == status, answer.text

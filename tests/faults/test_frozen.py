@@ -1,4 +1,4 @@
-"""Once resumed, a worker frozen past its lease neither settles nor repeats anything."""
+"""A worker that was frozen for longer than its lease settles and repeats nothing afterwards."""
 
 from __future__ import annotations
 
@@ -102,7 +102,7 @@ def test_frozen_inside_a_claim(rig: Rig, figures: Figures) -> None:
 
 
 def test_suspended(rig: Rig, figures: Figures) -> None:
-    """A worker suspended for longer than its lease does not call the transport after waking."""
+    """If a worker is suspended for longer than its lease, it calls no transport after waking."""
     asleep, other = rig.start(workers=2, harmed=True)
     other.signal(signal.SIGSTOP)
     rig.failpoints.arm("send.before", "suspend")

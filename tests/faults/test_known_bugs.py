@@ -105,7 +105,7 @@ def test_same_text_again(rig: Rig, figures: Figures) -> None:
 
 
 def test_overdue_rows_can_be_written(world: World, engine: Engine, settings: Settings) -> None:
-    """An overdue follow-up can still be updated, for a new message and for a failed attempt."""
+    """The row of an overdue follow-up can still be updated, for a new message or a failed attempt."""
     settings = settings.model_copy(update={"max_lateness": timedelta(0)})
     follow_up = world.follow_up(due=-timedelta(hours=2), scheduled_at=text("now() - interval '2 h'"))
     with Session(engine) as session, session.begin():

@@ -174,7 +174,7 @@ class TestLowWater:
             assert timedelta(minutes=5) < datetime.now(UTC) - low < timedelta(minutes=6)
 
     def test_nothing_is_due(self, steps: Steps) -> None:
-        """If nothing is due, the low-water mark is slightly in the past, to include delayed commits."""
+        """If nothing is due, the low-water mark is slightly in the past, so that late commits are found."""
         low = steps.claim().low_water
         assert timedelta(0) < datetime.now(UTC) - low - claims.LOW_WATER_MARGIN < timedelta(minutes=1)
 

@@ -159,7 +159,7 @@ def _assert_gone(pids: list[int], directories: list[Path]) -> None:
 
 
 def test_a_killed_watchdog_is_replaced() -> None:
-    """After a watchdog was killed, starting another process starts a new watchdog.
+    """If a watchdog has been killed, the start of another process starts a new watchdog.
 
     The new watchdog exits after the last guarded process has ended.
     """

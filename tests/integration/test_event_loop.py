@@ -172,7 +172,7 @@ def open_sessions(engine: Engine) -> None:
 
 
 async def test_in_a_greenlet(world: World, engine: Engine, database_url: str) -> None:
-    """With the driver and with SQLAlchemy, rows, errors, commits and rollbacks are the same."""
+    """The driver and SQLAlchemy return the same rows and errors, and commit and roll back alike."""
     in_a_loop = make_async_engine(database_url, pool_size=1)
     name = world.scalar("SELECT name FROM workspaces")
     assert written(engine, RENAME, more="+") == [(f"{name}+",)]

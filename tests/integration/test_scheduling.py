@@ -1,4 +1,4 @@
-"""PostgreSQL tests of the rules for follow-ups and chats, run in a Python caller's transaction."""
+"""Tests on PostgreSQL: the rules for follow-ups and chats in a Python caller's transaction."""
 
 from __future__ import annotations
 

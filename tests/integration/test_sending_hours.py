@@ -58,7 +58,7 @@ def put(world: World, hours: SendingHours) -> None:
 
 
 def replace_hours(world: World, hours: SendingHours | None) -> None:
-    """Set or clear the sending hours in the same way as the command line.
+    """Set or clear the sending hours, with the same effect as the command line.
 
     Held follow-ups are released, so that their sending hours are checked again.
     """

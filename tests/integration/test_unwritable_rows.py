@@ -263,7 +263,7 @@ def test_a_lease_that_cannot_be_released(world: World, engine: Engine, settings:
 
 
 def test_a_row_that_cannot_be_cancelled(world: World, engine: Engine) -> None:
-    """A bulk cancellation skips a row that cannot be written and cancels the others."""
+    """A bulk cancellation skips a row that cannot be written, and cancels all other follow-ups."""
     bad, good = world.follow_up(), {world.follow_up() for _ in range(5)}
     unwritable(world, bad)
     with engine.begin() as connection:

@@ -1,4 +1,4 @@
-"""Settle: derive a settlement from each attempt's outcome, and record the settlements in batches."""
+"""Settle: turn each attempt's outcome into a settlement, and record settlements in batches."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ unrecorded outcomes become unknown.
 SETTLE_RETRY_DELAY = timedelta(milliseconds=50)
 """How long settle waits before it retries a row that another transaction has locked."""
 BACKOFF = timedelta(seconds=0.5)
-"""First pause before an unreachable database is tried again; each further pause is twice as long."""
+"""First pause before an unreachable database is tried again; each pause is twice the previous one."""
 LONGEST_BACKOFF = timedelta(seconds=1)
 """Longest pause before an unreachable database is tried again. During a longer pause, leases could expire before their
 outcomes are recorded.

@@ -66,7 +66,8 @@ _DELETE_KEYS = text("DELETE FROM api_keys WHERE workspace_id = :workspace_id")
 def begin(session: Session, scope: DeletionScope) -> None:
     """Stop all scheduling and sending for the workspace or chat; a second call changes nothing.
 
-    The API keys of a workspace are deleted, and it stays paused until its deletion is complete. A chat is removed.
+    A workspace's API keys are deleted, and the workspace stays paused until its deletion is complete. A chat is
+    removed.
     """
     if scope.chat_id is not None:
         with suppress(ChatNotFoundError):  # the chat has already been removed

@@ -126,7 +126,7 @@ def is_wanted() -> bool:
 def start(service: str) -> None:
     """Start tracing if the environment enables it; ``service`` replaces a missing ``OTEL_SERVICE_NAME``.
 
-    Call this function in each process, after the fork. If the extra is not installed, only a warning is logged.
+    Call this function in each process, after the fork. Without the package extra `otel`, only a warning is logged.
     """
     global _tracing  # noqa: PLW0603 - one a process, like the logging that goes with it
     if not is_wanted():

@@ -36,7 +36,7 @@ class CurlLoop:
     """Runs HTTP transfers on an event loop, and keeps their connections for reuse."""
 
     def __init__(self, options: Mapping[int, int]) -> None:
-        """Register with the running event loop; ``options`` are the options of the multi handle."""
+        """Register with the running event loop; ``options`` are libcurl's options for the multi handle."""
         self._loop = asyncio.get_running_loop()
         self._multi = pycurl.CurlMulti()
         self._multi.setopt(pycurl.M_SOCKETFUNCTION, self._watch)

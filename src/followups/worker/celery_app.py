@@ -63,8 +63,8 @@ half a lease. If a hanging statement is aborted, the follow-ups waiting for it c
 """
 
 BROKER_SILENCE = timedelta(seconds=5)
-"""If the broker does not answer for this time, the connection is replaced. The limit is at most half a lease: after a
-lease, the follow-ups of a delayed hint are claimed again.
+"""If the broker does not answer for this time, the connection is replaced. The limit is at most half a lease, because a
+delayed hint's follow-ups are claimed again after a lease.
 """
 
 SWITCH_INTERVAL = 0.0005

@@ -136,7 +136,7 @@ def test_still_running(api: Api, web_settings: Settings) -> None:
 
 @pytest.mark.parametrize("step", ["chats", "idempotency_keys"])
 def test_crash(api: Api, web_settings: Settings, step: str) -> None:
-    """If the database session ends during a create request, the repeated request creates one follow-up."""
+    """If the database session ends during a create request, a retry creates exactly one follow-up."""
     body = body_of(api)
     with ThreadPoolExecutor(1) as pool, psycopg.connect(web_settings.database_url.get_secret_value()) as connection:
         # An EXCLUSIVE lock lets reads continue, whereas writes (and FOR UPDATE) wait.

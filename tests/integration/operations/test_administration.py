@@ -51,7 +51,7 @@ def recorded(world: World, *, everywhere: bool = False) -> list[tuple[str, str, 
 
 
 def test_every_change_is_recorded(world: World) -> None:
-    """Each administrative change is recorded as one audit event with its actor, workspace and details."""
+    """For each administrative change, one audit event records the actor, the workspace and details."""
     for change in CHANGES.values():
         with Session(world.engine) as session, session.begin():
             change(session, world.workspace_id)

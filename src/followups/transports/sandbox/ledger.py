@@ -148,7 +148,7 @@ def timestamp(seconds: float) -> str:
 
 
 def _quantiles(ordered: list[float]) -> dict[str, float | None]:
-    """Return the minimum and the quantiles (by nearest rank) of values in ascending order.
+    """Return the minimum and the quantiles (by nearest rank) of sorted values.
 
     If a message arrived early, the minimum is negative.
     """
