@@ -73,7 +73,7 @@ def check_moment(chat: Chat, moment: datetime, hours: SendingHours | None) -> No
 
 
 def _opening(workspace_id: UUID, hours: SendingHours, moment: datetime) -> datetime:
-    """Return the first time within the sending hours that is not before ``moment``.
+    """Return ``moment``, or the next opening if ``moment`` is outside the sending hours.
 
     Return ``moment`` itself if this host does not know the time zone. A follow-up is accepted even if this host does
     not know the time zone. The worker checks the sending hours again when it begins the attempt.

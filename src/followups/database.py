@@ -214,7 +214,7 @@ def make_async_engine(
     return engine
 
 
-# Settings that the server's version of PostgreSQL does not have are skipped.
+# A setting that this version of PostgreSQL does not have is skipped.
 _SET_UP = """
     SELECT current_setting('server_encoding'), pg_backend_pid(), set_config(name, value, false)
       FROM unnest(%(names)s::text[], %(values)s::text[]) AS session (name, value)

@@ -61,7 +61,7 @@ None of the transaction's changes was committed.
 
 
 def is_undone(error: psycopg.Error | DBAPIError) -> bool:
-    """Return whether a conflict with another transaction rolled back the transaction.
+    """Return whether this transaction was rolled back because of a conflict with another one.
 
     A transaction may be retried as a whole after a conflict has rolled it back.
     """

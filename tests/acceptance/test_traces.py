@@ -161,7 +161,7 @@ def test_tracing_is_off_by_default(stack: Stack, received: Received) -> None:
 
 
 def test_without_the_extra() -> None:
-    """If the extra `otel` is missing, a configured collector causes only a warning."""
+    """If a collector is configured but the extra `otel` is missing, there is only a warning."""
     script = """
 import sys
 sys.modules["opentelemetry.sdk"] = None

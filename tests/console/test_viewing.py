@@ -145,7 +145,7 @@ def test_a_search_out_of_time_continues_by_a_link(
         pages.append(listed(page))
     assert pages == [[str(ids[0])], [str(ids[1])], [], [str(ids[2])]]
     monkeypatch.undo()
-    monkeypatch.setattr(follow_ups, "LIMIT", timedelta(minutes=1))  # enough even on a slow machine
+    monkeypatch.setattr(follow_ups, "LIMIT", timedelta(minutes=1))  # long enough even on a slow machine
     page = one.get("/follow-ups", channel="api")
     assert listed(page) == [str(each) for each in ids]
     assert "Searched back to" not in words(page)

@@ -62,7 +62,7 @@ def test_each_alert_fires_for_its_fault_alone() -> None:
 
 @pytest.mark.parametrize("name", ALERTS)
 def test_each_alert_is_tested_firing_and_not_firing(name: str) -> None:
-    """The promtool tests cover each alert, both when it fires and when it does not."""
+    """For each alert, the promtool tests cover a case in which it fires and one in which it does not."""
     (suite,) = documents(PROMETHEUS / "alerts.test.yaml")
     expected = [
         (one["name"].startswith("All is well"), bool(case.get("exp_alerts")))

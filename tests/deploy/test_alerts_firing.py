@@ -34,7 +34,7 @@ def the_worker(stack: Stack) -> Child:
 
 
 def another_worker(stack: Stack) -> None:
-    """Start a worker with its own name and log."""
+    """Start another worker, with a separate name and log."""
     stack.worker(f"worker-{len(stack.processes.children)}")
 
 

@@ -129,7 +129,7 @@ def test_each_unit_has_time_to_drain(name: str, seconds: int) -> None:
 
 
 def test_the_example_names_settings_that_exist() -> None:
-    """Every line of the environment file is a setting or the port."""
+    """Every line of the example environment file names a setting or the port."""
     names = re.findall(r"^#?([A-Z_]+)=", (UNITS / "followups.env.example").read_text(), re.MULTILINE)
     assert {"FOLLOWUPS_DATABASE_URL", "FOLLOWUPS_BROKER_URL", "FOLLOWUPS_TRANSPORT_URL"} <= set(names)
     assert set(names) <= SETTINGS | {"PORT"}

@@ -46,7 +46,7 @@ def start(stack: Stack, name: str, **variables: str) -> Child:
 
 
 def test_the_units_deliver(stack: Stack) -> None:
-    """A follow-up is scheduled through `web`, sent after a beat's tick, and shown in Flower.
+    """A follow-up is scheduled through `web`, sent after a tick of beat, and shown in Flower.
 
     Each process exits within its unit's `TimeoutStopSec` when it is stopped.
     """

@@ -86,7 +86,7 @@ class Rig(Stack):
         return child
 
     def beat(self, **environment: str) -> Child:
-        """Start another beat without waiting for it."""
+        """Start another beat, and do not wait until it is ready."""
         return self.process(f"beat.{next(self._numbers)}", "beat", environment=environment)
 
     def web(self) -> web.Api:
@@ -95,7 +95,7 @@ class Rig(Stack):
         return web.Api(url, self.world)
 
     def start(self, workers: int = 1, beats: int = 1, *, harmed: bool = False) -> list[Child]:  # type: ignore[override]
-        """Start the chat server, beats and workers; return the workers once all of them read the queue."""
+        """Start the chat server, beats and workers; wait until all workers read the queue, and return them."""
         for _ in range(beats):  # the processes that take longest to start are started first
             self.beat()
         started = [self.worker(ready=False, harmed=harmed) for _ in range(workers)]

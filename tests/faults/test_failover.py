@@ -55,7 +55,7 @@ NOTICED_WITHIN = 30.0
 
 @pytest.fixture
 def replicated(request: pytest.FixtureRequest, dice: random.Random) -> Iterator[Rig]:
-    """Return a system whose PostgreSQL has a standby, behind an address that can be moved.
+    """Return a system with a PostgreSQL primary, a standby, and one address that can point to either.
 
     By default, the newest PostgreSQL is used.
     """
@@ -200,7 +200,7 @@ def test_failovers_with_a_url_for_any_server(replicated: Rig, figures: Figures) 
 
 
 def test_several_hosts_in_the_url() -> None:
-    """After a failover, a database URL with two servers connects to the writable one."""
+    """If the URL names two servers, connections go to the writable one, even after a failover."""
     with Replicated() as postgres:
         hosts = f"{socket_of(postgres.primary)},{socket_of(postgres.standby)}"
         engine = make_engine(f"postgresql://postgres@/postgres?host={hosts}")

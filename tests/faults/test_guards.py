@@ -194,7 +194,7 @@ def test_without_the_guard(name: str, world: World, settings: Settings) -> None:
     ],
 )
 def test_constraint(constraint: str, change: str, world: World) -> None:
-    """Each table constraint refuses an invalid row that PostgreSQL would store without the constraint."""
+    """Each table constraint refuses an invalid row, which PostgreSQL would otherwise store."""
     follow_up = world.follow_up(status="sent", finished_at=text("now()"))
     statement = f"UPDATE follow_ups SET {change} WHERE id = :id"  # noqa: S608 - no input, only the cases above
     with pytest.raises(IntegrityError, match=constraint):

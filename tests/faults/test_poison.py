@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def poisoned(rig: Rig, figures: Figures, neighbours: int, spread: float = 2.0, delay: float = 0.0) -> None:
-    """Let one follow-up kill each worker that sends it, and replace the killed workers."""
+    """Let one follow-up kill every worker that sends it; start a new worker each time."""
     rig.start(workers=1, beats=1, harmed=True)
     if delay:
         rig.behave(kind="slow", delay=delay)

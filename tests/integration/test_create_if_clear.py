@@ -68,7 +68,7 @@ def test_a_chat_that_needs_a_transaction(world: World, columns: dict[str, object
 
 
 def test_keys_quotas_and_workspaces(world: World) -> None:
-    """If the key is invalid, or the workspace has a quota or is being deleted, nothing is created."""
+    """`create_if_clear` creates nothing with an invalid API key, a quota or a deletion in progress."""
     chat_id = world.chat()
     for change in ("revoked_at = now()", "expires_at = now()"):
         key_id = key_of(world)[0]

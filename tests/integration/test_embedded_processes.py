@@ -85,7 +85,7 @@ class TestProcesses:
             processes.spawn("flower", ["no-such-program"])
 
     def test_ignored_sigterm_ends_in_sigkill_of_the_group(self) -> None:
-        """After the grace period, a process that ignores SIGTERM is killed with its group."""
+        """If a process ignores SIGTERM, it is killed with its process group after the grace period."""
         script = "trap '' TERM; sleep 600 & echo $!; wait; sleep 600"
         with Processes() as processes:
             stubborn = processes.spawn("stubborn", ["sh", "-c", script], grace=timedelta(seconds=0.2))

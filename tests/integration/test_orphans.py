@@ -88,7 +88,7 @@ def test_the_next_ticks_find_an_orphan(
 
 
 def test_an_expensive_search_runs_rarely(engine: Engine, settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
-    """An expensive search for orphaned follow-ups runs rarely, and does not stop claims."""
+    """If a search for orphaned follow-ups is expensive, it is repeated rarely, and claims continue."""
     monkeypatch.setattr(dispatcher, "ORPHAN_SEARCH_SHARE", 1e-9)
     seen: Counter[str] = Counter()
 

@@ -311,7 +311,7 @@ def test_a_burst_into_a_table_estimated_as_empty(
 def test_stop_waits_for_the_update_of_statistics(
     world: World, engine: Engine, settings: Settings, database_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Stopping a dispatcher waits for a running update of the planner's statistics.
+    """A dispatcher that is stopped first finishes an update of the planner's statistics.
 
     Stopping a dispatcher closes its database engine, which a running update still needs.
     """

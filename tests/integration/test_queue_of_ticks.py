@@ -1,4 +1,4 @@
-"""The tick queue while no worker consumes it."""
+"""Tests of the tick queue when no worker consumes it."""
 
 from __future__ import annotations
 

@@ -52,7 +52,7 @@ def write(session: Session, world: World, chat_id: UUID, at: datetime | None = N
 
 
 def test_scheduled_before(world: World, engine: Engine, settings: Settings, taken_over: UUID) -> None:
-    """Pending follow-ups that were scheduled before an operator's message are cancelled at begin."""
+    """If a follow-up was scheduled before an operator's message, begin cancels it."""
     follow_up = world.follow_up(taken_over, scheduled_at=text("now() - interval '2 min'"))
     beginning = claim_and_begin(engine, settings)
     assert begun(beginning) == set()

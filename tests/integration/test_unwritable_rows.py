@@ -162,7 +162,7 @@ def lost_twice(world: World, chat: UUID | None = None) -> UUID:
 
 
 def blocked_for_nothing(world: World) -> UUID:
-    """Insert a follow-up that is still blocked by a follow-up that has already ended."""
+    """Insert a follow-up that still waits for another one, although the other one has ended."""
     chat = world.chat()
     first = world.follow_up(chat, -2 * SECOND)
     second = world.follow_up(chat, -SECOND, waits_for=first)

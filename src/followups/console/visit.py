@@ -134,7 +134,7 @@ class Visit:
 
     @property
     def actor(self) -> Actor:
-        """The person signed in, as the author of a change in the audit log."""
+        """The signed-in person, recorded in the audit log as the author of changes."""
         session = self.person.session
         return Actor(Way.CONSOLE, session.id, session.name)
 

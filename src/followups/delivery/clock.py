@@ -68,7 +68,7 @@ class DatabaseClock:
         return _EPOCH + timedelta(seconds=self._seconds() + self._known_offset())
 
     def until(self, moment: datetime) -> float:
-        """Return the seconds until ``moment``, which are negative if ``moment`` has passed."""
+        """Return the seconds until ``moment``; the result is negative if ``moment`` has passed."""
         return (moment - _EPOCH).total_seconds() - (self._seconds() + self._known_offset())
 
     def _known_offset(self) -> float:

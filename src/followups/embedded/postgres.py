@@ -75,8 +75,8 @@ SERVICE_ROLE = """
     GRANT pg_read_all_data, pg_write_all_data, pg_maintain, pg_read_all_stats TO followups;
     GRANT CREATE ON DATABASE postgres TO followups;
 """
-"""SQL that creates the database role used by the processes of `followups up`. `followups bench` creates a schema as
-this role.
+"""SQL that creates the database role used by the processes of `followups up`. `followups bench` uses this role to
+create a schema.
 """
 
 

@@ -25,7 +25,7 @@ START_WITHIN = timedelta(seconds=30)
 STOP_WITHIN = timedelta(seconds=10)
 
 START_TRIES = 3
-"""Maximum number of start attempts; another program may take the port before the server listens."""
+"""Maximum number of attempts to start, since another program may take the port first."""
 
 
 class EmbeddedValkey(EmbeddedServer):

@@ -66,7 +66,7 @@ def pause(session: Session, actor: Actor, scope: pauses.PauseScope) -> bool:
 
 
 def resume(session: Session, actor: Actor, scope: pauses.PauseScope) -> bool:
-    """End the pause; return whether there was a pause to end.
+    """End the pause, if there is one; return whether there was one.
 
     The follow-ups that the pause held are released later, in batches.
     """

@@ -79,7 +79,7 @@ _LOCK_NEXT = (
 
 
 def lock_next(session: Session, without: Collection[UUID] = ()) -> BulkAction | None:
-    """Return the oldest unfinished bulk action, locked until the transaction ends, or None.
+    """Lock the oldest unfinished bulk action until the transaction ends; return it, or None.
 
     A bulk action is skipped if it is in ``without`` or locked by another worker.
     """

@@ -33,7 +33,7 @@ LINK = timedelta(hours=1)
 """Default lifetime of a sign-in link."""
 
 PREFIX = "fcl_"
-"""Prefix of a sign-in link's token, by which people and secret scanners recognise it."""
+"""Prefix of a sign-in link's token; people and secret scanners recognise it."""
 
 TOKEN = re.compile(rf"{PREFIX}[\w-]{{43}}", re.ASCII)
 

@@ -93,7 +93,7 @@ def configure_logging(settings_format: Literal["json", "console"] | None, level:
 
 
 def get_logger(name: str) -> FilteringBoundLogger:
-    """Return a module's logger, which may be created before logging is configured."""
+    """Return a module's logger; this also works before logging is configured."""
     return cast("FilteringBoundLogger", structlog.get_logger(name))
 
 

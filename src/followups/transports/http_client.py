@@ -29,8 +29,8 @@ if TYPE_CHECKING:
     from followups.settings import Settings
 
 KEEPALIVE = 3
-"""Seconds for which an idle connection is kept. Most servers keep idle connections for longer, by default for 4 or 5 s.
-If the server closes a connection during a request, the request's outcome is unknown.
+"""Seconds for which an idle connection is kept. By default, most servers keep idle connections for longer: 4 or 5 s. If
+the server closes a connection during a request, the request's outcome is unknown.
 """
 
 STREAMS = 10

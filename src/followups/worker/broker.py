@@ -1,4 +1,4 @@
-"""Celery's broker connection: kombu's Redis transport that tolerates bad entries and Redis errors.
+"""Celery's broker connection: kombu's Redis transport, but tolerant of bad entries and Redis errors.
 
 The consumer of kombu 5.7 raises an exception if a queue entry is malformed or not JSON. The consumer also raises an
 exception if Redis rejects a read (READONLY, MISCONF, NOPERM). Any exception that escaped from the consumer would end

@@ -48,7 +48,7 @@ def test_in_flight_in_a_removed_chat(api: Api) -> None:
 
 
 def test_null_on_a_finished_follow_up(api: Api) -> None:
-    """Clearing a field of a finished follow-up is a change, so the request is rejected."""
+    """If a request clears a field of a finished follow-up, the request is rejected as a change."""
     before = api.create()
     api.patch(before, status="sent", chatMessageId=str(uuid4()))
     for name in ("chatMessageId", "finishedAt"):

@@ -65,7 +65,7 @@ def test_head_of_one(api: Api) -> None:
     [("GET", "/healthz"), ("GET", FOLLOW_UPS), ("GET", "/nothing"), ("PUT", FOLLOW_UPS), ("GET", "/docs")],
 )
 def test_headers_of_every_answer(api: Api, method: str, path: str) -> None:
-    """Every response forbids content sniffing and caching, whatever its status."""
+    """Every response, with any status, forbids content sniffing and caching."""
     headers = api.client.request(method, path).headers
     assert (headers["x-content-type-options"], headers["cache-control"]) == ("nosniff", "no-store")
 

@@ -66,7 +66,7 @@ def test_durability(commit: str, standbys: str, *, forgets: bool) -> None:
 @pytest.mark.skipif(PROGRAM is None, reason=MISSING)
 @pytest.mark.parametrize(("mode", "ok"), [("session", True), ("transaction", False)])
 def test_poolers(settings: Settings, database_url: str, mode: str, *, ok: bool) -> None:
-    """A pooler that may change the session between two transactions fails doctor's check.
+    """If a pooler may change the session between transactions, doctor's check fails.
 
     A pooler that keeps the session between transactions passes doctor's check.
     """

@@ -61,7 +61,7 @@ class TestMigrate:
         environment: pytest.MonkeyPatch,
         tmp_path_factory: pytest.TempPathFactory,
     ) -> None:
-        """`migrate` reports that it is waiting for an unreachable database."""
+        """If the database is unreachable, `migrate` reports that it is waiting."""
         socket = tmp_path_factory.mktemp("s") / "s"  # a short path, because a socket path is limited to 107 bytes
         url = make_url(database_url).set(query={"host": str(socket)})
         environment.setenv("FOLLOWUPS_DATABASE_URL", url.render_as_string(hide_password=False))

@@ -100,7 +100,7 @@ def test_the_json_form_has_the_contract_s_fields() -> None:
 
 
 def test_lag_is_of_first_attempts_and_nearest_rank() -> None:
-    """The demo measures the lag of first attempts only; without any, the lag is null."""
+    """The demo's lag includes first attempts only; if there are none, the lag is null."""
     retried = [each for each in ALL_ENDED if each.retried]
     assert lags(retried) == {"p50": None, "p95": None, "p99": None}
     hundred = [replace(ALL_ENDED[0], lag=float(number)) for number in range(1, 101)]

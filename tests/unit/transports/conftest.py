@@ -31,7 +31,7 @@ def free_port() -> Iterator[int]:
 
 @pytest.fixture
 async def no_tls() -> AsyncIterator[str]:
-    """Return an https URL of a server that only understands plain HTTP."""
+    """Return an https URL whose server understands only plain HTTP."""
 
     async def refuse(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         await reader.read(65_536)

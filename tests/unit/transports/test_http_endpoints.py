@@ -173,7 +173,7 @@ async def test_without_the_certificate_nothing_is_accepted(
 
 @pytest.mark.parametrize("content", ["", "no certificate", None])
 def test_an_invalid_certificate_stops_the_start(content: str | None, tmp_path: Path) -> None:
-    """A missing or invalid certificate file is rejected at startup and named in the error."""
+    """If a certificate file is missing or invalid, startup fails with an error that names the file."""
     file = tmp_path / "cert.pem"
     if content is not None:
         file.write_text(content)

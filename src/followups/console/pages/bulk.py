@@ -36,7 +36,7 @@ MOST = 10_000
 """Maximum number of matching follow-ups that a preview counts exactly."""
 
 LONGEST_EXPECTED = 9
-"""Maximum number of digits in the form's expected count.
+"""Maximum number of digits in the expected count that the form sends.
 
 Python refuses to convert strings of thousands of digits to numbers.
 """
@@ -84,7 +84,7 @@ def preview(visit: Visit) -> Response:
 
 
 def start(visit: Visit) -> Response:
-    """Create the bulk action and redirect to its progress.
+    """Create the bulk action and redirect to the page that shows its progress.
 
     A repeated request does not start a second action.
     """

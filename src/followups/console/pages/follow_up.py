@@ -205,7 +205,7 @@ def _check_version(visit: Visit, found: FollowUp) -> None:
 
 
 def _as_typed(message: str) -> str:
-    """Return the message with the line endings of text read from the console's forms."""
+    """Return the message with line endings as in text from the console's forms."""
     return message.replace("\r\n", "\n").replace("\r", "\n")
 
 

@@ -37,7 +37,7 @@ rows slow the claim.
 CLOCK_OFF = timedelta(seconds=1)
 
 LATEST = 10_000
-"""Number of the newest failed attempts that the check examines.
+"""The check of failed attempts examines only this many of the newest ones.
 
 Examining all failed attempts could take too long.
 """
