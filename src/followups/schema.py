@@ -1,7 +1,7 @@
 """The schema's version, and the migrations between versions.
 
-This module is separate from the engine, because worker and beat never migrate and need not import Alembic. Alembic
-would be a third of what worker and beat import.
+Worker and beat never migrate and need not import Alembic, so this module is separate from the engine. Alembic would be
+a third of what worker and beat import.
 """
 
 from __future__ import annotations

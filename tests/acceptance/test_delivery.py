@@ -216,7 +216,7 @@ def test_remote_control_may_be_allowed(stack: Stack) -> None:
     stack.options["FOLLOWUPS_REMOTE_CONTROL"] = "true"
     worker = stack.worker()
     control = celery_app(stack).control
-    # a worker that reports that it is ready may not yet listen for remote commands
+    # a ready worker may not yet listen for remote commands
     wait_until(lambda: control.ping(timeout=1))
     control.shutdown()
     wait_until(lambda: not worker.running)

@@ -107,7 +107,7 @@ def test_flower_listens_on_loopback_by_default(stack: Stack) -> None:
 
 
 def test_no_api_without_a_password(stack: Stack) -> None:
-    """Without a password, Flower's API is disabled, because web pages can reach the loopback interface."""
+    """Without a password, Flower's API is disabled, because any web page in a local browser could call it."""
     command = [*CELERY, "flower", f"--port={free_port()}"]
     own = os.environ | stack.environment() | {"FLOWER_UNAUTHENTICATED_API": "true"}
     ran = subprocess.run(command, env=own, capture_output=True, text=True, timeout=60, check=False)

@@ -187,7 +187,7 @@ def test_ids_of_another_workspace_are_not_found(person: Callable[..., Person], o
 
 
 def test_a_session_for_one_chat_sees_only_that_chat(person: Callable[..., Person], own: World) -> None:
-    """A session limited to one chat sees only that chat, and its overview redirects there."""
+    """A session limited to one chat sees only that chat; the overview redirects to the chat."""
     chat_id = own.chat()
     mine, others = own.follow_up(chat_id, due=HOUR), own.follow_up(due=HOUR)
     one = person("agent", own, chat_id)

@@ -89,7 +89,7 @@ def begun(stack: Stack) -> object:
 
 
 def poison(stack: Stack) -> None:
-    """Kill three workers, one after another, while the same follow-up is in flight."""
+    """Kill three workers in turn, each while the same follow-up is in flight."""
     follow_up, last = stack.world.follow_up(chat_that(stack, "slow", delay=0.9)), None
     end = time.monotonic() + 60
     while stack.pending(follow_up):

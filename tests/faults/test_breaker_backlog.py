@@ -27,7 +27,7 @@ SEEN = "SELECT count(*) FROM follow_ups WHERE (lease_until > now() OR limited_un
 
 
 def backlog(rig: Rig, figures: Figures, overdue: int, others: int) -> None:
-    """Make one workspace's chats fail; measure another workspace's lag and the time to clear the backlog."""
+    """Make one workspace's chats fail; measure another workspace's lag, and how soon the backlog is sent."""
     rig.options |= {"FOLLOWUPS_TRANSPORT_TIMEOUT": "20", "FOLLOWUPS_LEASE": "60", "FOLLOWUPS_RETRY_BASE": "1"}
     rig.start()
     theirs = World(rig.world.engine)

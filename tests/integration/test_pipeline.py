@@ -99,7 +99,7 @@ def started(database_url: str, settings: Settings) -> Iterator[Callable[..., Pip
 
 
 def test_concurrent_calls(world: World, engine: Engine, settings: Settings, started: Callable[..., Pipeline]) -> None:
-    """At most CONCURRENCY calls are in progress, and follow-ups that wait for a slot have not begun."""
+    """At most CONCURRENCY calls are in progress; a follow-up that waits for a slot has not begun."""
     transport = ScriptedTransport(lambda _: Sent(), 0.05)
     ids = [world.follow_up() for _ in range(30)]
     started(transport, concurrency=4).submit(claim(engine, settings).leases)

@@ -345,7 +345,7 @@ class TestChats:
 
     @pytest.mark.parametrize("answer", [0.0, 1.0, 1.4])
     def test_answer_within_the_second_of_the_user_s_message(self, caller: Caller, answer: float) -> None:
-        """If an agent answers a user within the same second, a follow-up can be scheduled."""
+        """If an agent answers in the same second as the user's message, a follow-up can be scheduled."""
         chat_id, second = uuid4(), soon(-1).replace(microsecond=0)
         caller.receive(chat_id, Role.USER, second)
         caller.receive(chat_id, Role.AGENT, second + timedelta(seconds=answer))

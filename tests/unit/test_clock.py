@@ -29,7 +29,7 @@ def moment(seconds: float) -> datetime:
 
 
 def test_no_samples() -> None:
-    """If a clock has no samples yet, it raises an error instead of guessing."""
+    """If a clock has no samples yet, it raises an error instead of guessing the time."""
     with pytest.raises(RuntimeError, match="not been asked"):
         DatabaseClock().now()
 

@@ -56,7 +56,7 @@ def own(server: fakeredis.FakeServer, monkeypatch: pytest.MonkeyPatch) -> Settin
 
 
 def request(since: int, bucket: Bucket) -> TokenRequest:
-    """Return the token request of a follow-up due the given number of seconds after the start."""
+    """Return the token request of a follow-up that is due the given number of seconds after the start."""
     return TokenRequest(uuid4(), START + timedelta(seconds=since), (bucket,))
 
 

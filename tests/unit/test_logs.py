@@ -270,7 +270,7 @@ def test_other_values_are_unchanged() -> None:
     ],
 )
 def test_passwords_in_texts_are_hidden(text: str, cleaned: str) -> None:
-    """In any text, a password in a URL and a token after 'Bearer' are hidden."""
+    """In every logged text, passwords in URLs and tokens after 'Bearer' are hidden."""
     assert clean(text) == cleaned
 
 

@@ -107,7 +107,7 @@ def test_a_secret_may_be_in_a_file(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
 def test_a_file_that_cannot_be_used(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """If a secret file is missing, startup fails with an error that names only the setting.
 
-    Startup fails if both a variable and its file are given.
+    If a setting has both a variable and a file, startup fails.
     """
     monkeypatch.setenv("FOLLOWUPS_TRANSPORT_SECRET_FILE", str(tmp_path / "s3cret"))
     with pytest.raises(SettingsError, match=r"^FOLLOWUPS_TRANSPORT_SECRET_FILE should name a readable file") as error:

@@ -82,7 +82,7 @@ class Access:
         if scope["method"] == "HEAD":  # HEAD is served as GET; the server omits the body
             inner["method"] = "GET"
         # On a keep-alive connection, a request's task inherits the log context of the previous request. The log context
-        # is therefore cleared first.
+        # is therefore cleared before each request.
         clear_contextvars()
         bind_contextvars(request_id=seen.request_id, method=scope["method"], path=scope["path"][:LONGEST_PATH])
 

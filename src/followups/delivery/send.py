@@ -35,7 +35,7 @@ OUTCOME_NAMES: dict[type, str] = {
     Rejected: "rejected",
     Unknown: "unknown",
 }
-"""The names of the outcomes in logs, metrics, traces and the table of failed attempts."""
+"""The names of the outcomes, as used in logs, metrics, traces and the table of failed attempts."""
 
 GRACE = timedelta(seconds=1)
 """How far a hanging call may exceed the transport's own timeout. The lease must exceed the transport's timeout by more
@@ -158,8 +158,8 @@ class CallTimeout:
         """Limit the duration of each call to ``limit``."""
         self.seconds = limit.total_seconds()
         self._ends: dict[Task, float] = {}
-        """For each task, the time on the event loop's clock at which its call times out. All calls have the same time
-        limit, so the call that began first reaches its limit first.
+        """For each task, the event-loop time at which its call times out. All calls have the same time limit, so the
+        call that began first reaches its limit first.
         """
         self._timer: asyncio.TimerHandle | None = None
 

@@ -84,7 +84,7 @@ class Processes:
         within: timedelta = timedelta(seconds=90),
         grace: timedelta = timedelta(seconds=30),
     ) -> Child:
-        """Start a command with ``environment`` added to the current one, and wait until it is ready.
+        """Start a command in the current environment plus ``environment``, and wait until it is ready.
 
         If the command does not become ready, raises `EmbeddedError` with the end of the log.
         """

@@ -53,8 +53,8 @@ def create(
 ) -> tuple[ApiKey, str]:
     """Create an API key for the workspace; return its row and the key, which is never shown again.
 
-    With ``expires``, the key is rejected after that time. Raises `InvalidRequestError` if the name is too long or
-    cannot be stored, or if the lifetime is invalid. A lifetime is positive and at most a hundred years. Raises
+    With ``expires``, the key is rejected after that time. Raises `InvalidRequestError` if the lifetime is invalid, or
+    if the name is too long or cannot be stored. A lifetime is positive and at most a hundred years. Raises
     `WorkspaceNotFoundError` if there is no such workspace or it is being deleted.
     """
     check_name(name)

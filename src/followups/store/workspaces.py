@@ -24,7 +24,7 @@ MAX_NAME_LENGTH = 200
 def create(session: Session, name: str) -> tuple[Workspace, bool]:
     """Create the workspace; return the workspace and whether it is new. An existing workspace is not changed.
 
-    Raises `InvalidRequestError` if the name is empty, longer than 200 characters or cannot be stored. Raises
+    Raises `InvalidRequestError` if the name is empty, longer than 200 characters or impossible to store. Raises
     `WorkspaceBeingDeletedError` if the workspace is being deleted.
     """
     name = name.strip()

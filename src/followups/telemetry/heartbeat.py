@@ -97,7 +97,7 @@ class Heartbeat:
         self._components: dict[str, dict[str, Any]] = {}
         self._waits: dict[str, Any] | None = None
         self._probes: list[Callable[[], None]] = []
-        # reentrant, because a signal handler may call `report` while the same thread is already executing it
+        # reentrant, because a signal handler may interrupt `report` and call it again
         self._lock = threading.RLock()
         self._ending = False
         self._stopping = threading.Event()

@@ -88,7 +88,7 @@ def _event(document: Document) -> UUID | None:
 
 
 def _requested_delay(document: Document) -> timedelta | None:
-    # Matrix 1.10 replaced the field `retry_after_ms` by the Retry-After header, but most homeservers still send the
+    # Matrix 1.10 replaced the field `retry_after_ms` with the Retry-After header, but most homeservers still send the
     # field.
     wished = document.get("retry_after_ms")
     if isinstance(wished, bool) or not isinstance(wished, int | float) or not wished >= 0:

@@ -29,8 +29,8 @@ LATE = timedelta(seconds=10)
 """How much longer than planned the scheduler may sleep."""
 
 SET_BACK = 1.0
-"""A clock counts as set back only if it goes back by at least this many seconds. Clock synchronization normally changes
-the clock by less than this.
+"""Smallest backward step, in seconds, at which a clock counts as set back. Clock synchronization normally changes the
+clock by less than this.
 """
 
 PRUNE_MINUTE = 17
@@ -46,8 +46,8 @@ def beat_schedule(settings: Settings) -> dict[str, dict[str, Any]]:
             "task": "followups.dispatch_due",
             "schedule": settings.tick_interval,
         },
-        # The schedule uses the wall clock. With an hourly interval, a beat that is restarted often might never delete
-        # old rows.
+        # The schedule uses the wall clock. If beat is restarted often, an hourly interval might never end, and old rows
+        # would be kept.
         "remove-old": {
             "task": "followups.remove_old",
             "schedule": crontab(minute=str(PRUNE_MINUTE)),

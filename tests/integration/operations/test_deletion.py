@@ -1,4 +1,4 @@
-"""Deletion of workspaces and chats deletes all rows, ends sending, and leaves an audit event."""
+"""Deleting a workspace or chat removes all its rows, ends sending, and leaves an audit event."""
 
 from __future__ import annotations
 

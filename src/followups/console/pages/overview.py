@@ -28,7 +28,7 @@ MOST_PAUSES = 20
 
 @dataclass(frozen=True, slots=True)
 class OverviewSnapshot:
-    """The numbers of the overview, all read from the database at the same time."""
+    """The numbers on the overview page, all read from the database at the same time."""
 
     numbers: OverviewFigures
     tick_age: timedelta | None

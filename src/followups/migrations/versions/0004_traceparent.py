@@ -1,4 +1,4 @@
-"""Add a column for the trace in which a follow-up was created; attempts can join this trace."""
+"""Add a column for the trace in which a follow-up was created, so that attempts can join the trace."""
 
 from __future__ import annotations
 
