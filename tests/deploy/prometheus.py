@@ -9,7 +9,7 @@ from typing import Any
 import httpx
 
 MINUTE = 2
-"""How many seconds a minute lasts in these tests."""
+"""In these tests, a minute lasts this many seconds."""
 SHORTER = (
     ("max(followups_last_tick_timestamp_seconds) > 30", "max(followups_last_tick_timestamp_seconds) > 3"),
     ("max(followups_oldest_overdue_seconds) > 600", "max(followups_oldest_overdue_seconds) > 8"),

@@ -154,7 +154,7 @@ def test_an_untrusted_server_receives_no_data(
 
 @pytest.mark.skipif(PROGRAM is None, reason=MISSING)
 def test_one_url_serves_every_client(settings: Settings, engine: Engine, redis_server: RedisServer) -> None:
-    """One broker URL works for every client, even if its password is not escaped.
+    """Even with an unescaped password, one broker URL works for every client.
 
     Both spellings of each TLS parameter are accepted.
     """

@@ -329,7 +329,7 @@ def test_drain_while_begin_waits_for_slots(
 def test_drained_without_a_database(
     world: World, engine: Engine, settings: Settings, database_url: str, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """If a drain ends too early to record some sends, these sends are counted and logged."""
+    """If a drain ends before all sends are recorded, the unrecorded ones are counted and logged."""
     for _ in range(10):
         world.follow_up()
     away = pytest.MonkeyPatch()

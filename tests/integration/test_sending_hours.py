@@ -219,7 +219,7 @@ class TestLateness:
         assert begun(claim_and_begin(engine, brief)) == {night}
 
     def test_sending_hours_locked_during_a_hold(self, world: World, engine: Engine, settings: Settings) -> None:
-        """If another transaction locks the sending hours, a late follow-up is retried instead of ended."""
+        """If another transaction locks the sending hours, a late follow-up is retried and does not end."""
         brief = settings.model_copy(update={"max_lateness": HOUR})
         put(world, hours_from(-30 * MINUTE, 3 * HOUR))
         night = world.follow_up(due=-5 * HOUR, scheduled_at=text("now() - interval '9 h'"))

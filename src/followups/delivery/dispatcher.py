@@ -38,7 +38,7 @@ NEXT_STATISTICS = 60.0
 """Seconds between two checks of the planner's statistics."""
 
 QUICK = 0.01
-"""If a claim from the beginning of the index is this quick (in seconds), the next one starts there too."""
+"""If a claim from the beginning of the index takes at most this long, the next one also starts there."""
 LOOKING_SHARE = 0.1
 """Claims from the beginning of the index may take this share of the dispatcher's time."""
 

@@ -47,7 +47,7 @@ class FairQueue:
         self._latest_at = self._others_at = -inf
 
     def note_arrival(self, key: int, now: float) -> None:
-        """Record that a lease of the workspace ``key`` arrived at `uptime` ``now``."""
+        """Record that a lease of the workspace ``key`` arrived at the time ``now`` (`uptime`)."""
         if key != self._latest:
             self._latest, self._others_at = key, self._latest_at
         self._latest_at = now

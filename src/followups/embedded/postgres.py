@@ -104,7 +104,7 @@ class EmbeddedPostgres(EmbeddedServer):
         return f"postgresql://{role}@/{quote(database, safe='')}?host={quote(str(self.directory / 'socket'))}"
 
     def service_url(self) -> str:
-        """Create a role that may change rows but owns nothing, unless it exists; return its URL."""
+        """Return the URL of a role that may change rows but owns nothing; create the role if it is missing."""
         with psycopg.connect(self.url(), autocommit=True) as connection:
             connection.execute(SERVICE_ROLE)
         return self.url(role="followups")

@@ -149,7 +149,7 @@ def remove(directory: str) -> None:
 
 
 def main() -> None:
-    """After the owner's end, stop the processes and remove the directories that it named on stdin.
+    """When the owner has ended, stop its processes and remove its directories, as listed on stdin.
 
     The processes and directories that were added last are stopped and removed first.
     """

@@ -1,4 +1,4 @@
-"""Find out whether a commit whose response was lost succeeded, by checking the written rows.
+"""After a commit without a response, find out from the written rows whether it succeeded.
 
 A lease is recognised by its fencing token. Other changes are recognised by the new timestamp in the row. Rows store
 times with a precision of one microsecond. No two transactions write one row in the same microsecond.

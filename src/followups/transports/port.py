@@ -1,9 +1,8 @@
 """The port: the interface that a transport must implement, and the five possible outcomes of a call.
 
 A transport delivers one message into one chat. A transport raises no error, whatever the receiver does. Every call ends
-in one of the five outcomes, so a transport never leaves the result open. Third parties register their own transports as
-entry points in the group ``followups.transports``. Every transport must pass the test suite in
-``tests/unit/transports``.
+in one of the five outcomes. Third parties register their own transports as entry points in the group
+``followups.transports``. Every transport must pass the test suite in ``tests/unit/transports``.
 """
 
 from __future__ import annotations

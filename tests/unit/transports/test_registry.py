@@ -76,7 +76,7 @@ def test_a_plug_in_that_does_not_load_is_named() -> None:
 @pytest.mark.parametrize("plug_in", [f"{__name__}:NoTransport"], indirect=True)
 @pytest.mark.usefixtures("plug_in")
 def test_an_incomplete_plug_in_is_named_with_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
-    """If a plug-in is no complete transport, the error names the methods and attributes that it lacks."""
+    """If a plug-in is not a complete transport, the error names the missing methods and attributes."""
     monkeypatch.setattr(EntryPoint, "load", lambda _self: NoTransport)
     with pytest.raises(
         TransportConfigurationError, match=r"'extra' .* is not a transport: it lacks send, check, close "
