@@ -97,7 +97,7 @@ class TestReplyAgainstCreate:
         assert api.read({"id": str(created.id)})["reason"] == "user_replied"
 
     def test_reply_first(self, api: Api, engine: Engine) -> None:
-        """A create request that arrives while a reply is being recorded waits, and is then rejected."""
+        """If a create request arrives during a reply's transaction, the request waits and is then rejected."""
         chat_id = api.chat()
         body = {"chatId": chat_id, "dueDate": in_days(1), "message": "?"}
         with ThreadPoolExecutor(1) as pool, Session(engine) as session:
