@@ -70,8 +70,8 @@ WAYS = {
 def readable(*columns: str) -> str:
     """Return an SQL condition that holds only for times that Python can represent.
 
-    A manual change could store a time that Python cannot represent. If a row contains such a time, every query that
-    reads the row fails.
+    A manual change could store a time that Python cannot represent. If a row contains a time that Python cannot
+    represent, every query that reads the row fails.
     """
     named = ", ".join(columns)
     return (

@@ -38,7 +38,7 @@ class Statement:
     def __init__(
         self, sql: str, entity: type[DeclarativeBase] | None = None, fields: Sequence[str] | None = None
     ) -> None:
-        """Store the SQL; in it, the columns of the entity's table replace `COLUMNS`."""
+        """Store the SQL; `COLUMNS` in it stands for the columns of the entity's table."""
         self._sql = sql
         self._entity = entity
         self._fields = fields

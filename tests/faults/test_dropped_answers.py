@@ -38,7 +38,7 @@ def dropped(rig: Rig, figures: Figures, count: int, *, deduplicates: bool) -> No
 
 @pytest.mark.parametrize("deduplicates", [True, False], ids=["deduplicating", "not-deduplicating"])
 def test_answers_dropped(deduplicates: bool, rig: Rig, figures: Figures) -> None:  # noqa: FBT001 - a parameter
-    """If responses are lost, deduplicating chats get each message once; in others, the outcome is unknown."""
+    """If responses are lost, deduplicating chats get each message once; elsewhere, outcomes are unknown."""
     dropped(rig, figures, 90, deduplicates=deduplicates)
 
 

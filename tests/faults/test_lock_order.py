@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 CLIENTS = 4
 """Number of threads that replace follow-ups; the same number of threads send replies."""
 DELAY = 0.01
-"""Longest pause, in seconds, before a thread begins and between its cancel and schedule calls."""
+"""Longest random pause, in seconds, before each thread begins and between its two calls."""
 
 
 def replace_one(rig: Rig, follow_up: UUID, chat_id: UUID, delays: Sequence[float]) -> str:

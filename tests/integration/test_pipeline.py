@@ -373,8 +373,8 @@ def test_poison_pills_are_sent_alone(  # noqa: PLR0913 - fixtures and three para
 ) -> None:
     """A follow-up with two lost leases is sent alone.
 
-    Only a few follow-ups that have lost one lease are sent at the same time. A follow-up that has lost no lease is sent
-    at once.
+    Follow-ups that have lost one lease are sent only a few at a time. A follow-up that has lost no lease is sent at
+    once.
     """
     under_way: list[int] = []
     suspects = {str(world.follow_up(losses=losses)) for losses in [1] * count_once + [2] * count_twice}

@@ -95,7 +95,7 @@ def looked_up(plan: dict[str, Any]) -> Iterator[str]:
 @pytest.mark.parametrize("others", [20_000, pytest.param(1_000_000, marks=pytest.mark.large)])
 @pytest.mark.parametrize("analyzed", [True, False], ids=["analyzed", "new"])
 def test_plans(world: World, engine: Engine, settings: Settings, others: int, *, analyzed: bool) -> None:
-    """Before the first ANALYZE, claim, begin and settle already read only the rows they need."""
+    """Claim, begin and settle read only the rows they need, even before the first ANALYZE."""
     for portion in range(0, others, PORTION):
         world.sql(OTHERS, workspace_id=world.workspace_id, count=min(PORTION, others - portion))
     world.burst([timedelta(0)] * DUE)

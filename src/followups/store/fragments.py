@@ -59,8 +59,9 @@ LOOKED_UP = f"""
 LEASED = f"CROSS JOIN LATERAL ({LOOKED_UP} FOR NO KEY UPDATE SKIP LOCKED) f"
 """SQL that locks the rows found by `LOOKED_UP`, but skips rows that other transactions have locked."""
 
-# OFFSET 0 makes the planner look up the chat for each row. Planned for an empty table of chats, the query locked the
-# whole batch once per chat. With 1,650 chats and without OFFSET 0, beginning a hundred follow-ups took more than 8 s.
+# OFFSET 0 makes the planner look up the chat for each row. With a plan made for an empty table of chats, the query
+# locked the whole batch once per chat. With 1,650 chats and without OFFSET 0, beginning a hundred follow-ups took more
+# than 8 s.
 CHAT = """CROSS JOIN LATERAL (
              SELECT c.* FROM chats c WHERE c.workspace_id = f.workspace_id AND c.id = f.chat_id OFFSET 0
          ) c"""

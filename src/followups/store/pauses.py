@@ -201,7 +201,7 @@ _STILL_OPEN = text("""
 def workers_transactions(connection: Connection) -> list[str]:
     """Return the open transactions of workers.
 
-    A transaction that began before a pause may not see the pause.
+    A transaction that began before a pause might not see the pause.
     """
     return list(connection.scalars(_WORKERS_OPEN))
 

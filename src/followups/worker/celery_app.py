@@ -53,8 +53,8 @@ log = get_logger(__name__)
 UNREAD = 1000
 """Maximum number of unread messages in the tick queue; further ticks are not added. Therefore, beat and nudges cannot
 fill the broker while no worker is running. Ticks do not expire, because expiry would depend on the clocks of two hosts.
-If one host's clock were an hour ahead, Celery would drop all ticks. If several ticks wait, the dispatcher runs only
-one.
+If one host's clock were an hour ahead, Celery would drop all ticks. If several ticks are waiting, the dispatcher runs
+only one of them.
 """
 
 STATEMENT_TIMEOUT = timedelta(seconds=10)
