@@ -50,7 +50,7 @@ SECONDS = 120
 MEAN, WAVE, PERIOD = 20, 14, 24.0
 """Follow-ups per second form a sine wave: its mean, its amplitude, and its period in seconds."""
 LEAD = 15.0
-"""All follow-ups are created within this number of seconds before the first due date."""
+"""Seconds before the first due date, in which all follow-ups are created."""
 FAILING, REFUSED, REPLYING = 12, 2, 12
 """How many chats fail twice, how many refuse messages, and in how many the user replies."""
 

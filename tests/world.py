@@ -175,7 +175,7 @@ class World:
         )
 
     def close_gap(self) -> None:
-        """Record a tick now; on a slow machine, the gap between two steps could be too long."""
+        """Record a tick now, in case the gap since the last one is too long on a slow machine."""
         self.sql("UPDATE dispatcher_state SET last_tick_at = now(), grace_until = NULL")
 
 

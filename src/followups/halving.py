@@ -32,8 +32,8 @@ class Halved(Generic[T, R]):
 def halve(batch: Sequence[T], work: Callable[[Sequence[T]], R]) -> Halved[T, R]:
     """Do the work for a batch, and split the batch in half if a row fails.
 
-    The halving ends when a batch contains only the failing row. If nothing has been done yet, any other error is
-    raised.
+    The halving ends when a batch contains only the failing row. An error that concerns no row is raised, unless a part
+    has already succeeded.
     """
     halved: Halved[T, R] = Halved()
     parts = [batch]

@@ -301,7 +301,7 @@ def _lock(
             return found, locked
         if found.chat_id in locked:
             raise DeliveryInProgressError
-        # Another transaction moved the follow-up to another chat while this one waited for the lock.
+        # While this transaction waited for the lock, another one moved the follow-up to another chat.
 
 
 def _present(locked: Mapping[UUID, Chat], chat_id: UUID) -> Chat:

@@ -32,7 +32,7 @@ SESSION: Mapping[str, str] = {
     # A statement must see everything that was committed before the statement began. With one snapshot per transaction,
     # a reply that waits for the chat's lock would miss follow-ups created meanwhile.
     "default_transaction_isolation": "read committed",
-    # psycopg reads and writes these formats.
+    # The following settings are the formats that psycopg reads and writes.
     "client_encoding": "UTF8",
     "DateStyle": "ISO, MDY",
     "IntervalStyle": "postgres",

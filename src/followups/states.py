@@ -38,7 +38,7 @@ class Status(StrEnum):
     SENT = "sent"
     """The transport accepted the message.
 
-    Settle sets this state. A PATCH sets it if the message was sent by other means.
+    Settle sets this state. A PATCH sets the state if the message was sent by other means.
     """
     FAILED = "failed"
     """The follow-up will never be sent. The reason says why the follow-up failed. This state is set by begin, settle,

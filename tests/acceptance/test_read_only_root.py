@@ -30,7 +30,7 @@ cd / && exec "$@"
 
 @pytest.fixture(autouse=True)
 def _namespaces() -> None:
-    """Skip if this machine does not allow mount namespaces."""
+    """Skip the test if this machine does not allow mount namespaces."""
     ran = subprocess.run([*UNSHARE, "sh", "-c", READ_ONLY, "sh", "true"], capture_output=True, text=True, check=False)
     if ran.returncode:
         pytest.skip(f"a mount namespace cannot be made: {ran.stderr.strip()}")

@@ -135,7 +135,7 @@ def test_one_trace_from_the_post_to_the_transport(traced: Stack, received: Recei
 
 
 def test_created_outside_a_trace(traced: Stack, received: Received) -> None:
-    """Each attempt of a follow-up created outside a trace starts a trace. A failed attempt has an error span."""
+    """If a follow-up was created outside a trace, each attempt starts a trace. A failed attempt has an error span."""
     received.status = 500
     follow_up = traced.world.follow_up(message=TEXT)
     traced.beat()

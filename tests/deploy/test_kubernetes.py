@@ -30,7 +30,7 @@ def container(name: str) -> Any:
 @pytest.mark.parametrize("version", VERSIONS)
 @pytest.mark.parametrize("name", OBJECTS)
 def test_the_objects_are_valid(name: str, version: str) -> None:
-    """Each object conforms to the Kubernetes schemas of the oldest supported and newest known version."""
+    """Each object is valid in the oldest supported and the newest known version of Kubernetes."""
     kubernetes_validate.validate(OBJECTS[name], version, strict=True)
 
 
@@ -115,7 +115,7 @@ def test_workers_are_scaled_by_overdue_follow_ups() -> None:
 
 
 def test_the_window_is_wide_enough_for_the_most_workers() -> None:
-    """MAX_IN_FLIGHT is large enough for all slots of the maximum number of workers."""
+    """If the autoscaler runs its maximum number of workers, MAX_IN_FLIGHT covers all their slots."""
     most = OBJECTS["HorizontalPodAutoscaler/followups-worker"]["spec"]["maxReplicas"]
     assert int(OBJECTS["ConfigMap/followups"]["data"]["FOLLOWUPS_MAX_IN_FLIGHT"]) >= 2 * 100 * most
 

@@ -121,7 +121,7 @@ def test_each_unit_is_restricted_and_restarted(name: str) -> None:
     [("followups-web.service", 20), ("followups-worker@.service", 30), ("followups-beat.service", 10)],
 )
 def test_each_unit_has_time_to_drain(name: str, seconds: int) -> None:
-    """Each unit's stop timeout allows running requests, calls in flight or a publish to finish."""
+    """Each unit's stop timeout leaves time for requests, calls in flight or a publish to finish."""
     found = unit(name)
     assert int(found["TimeoutStopSec"][-1]) >= seconds
     assert found["KillSignal"] == ["SIGTERM"]

@@ -1,8 +1,8 @@
 """Arms failpoints in a test; `injected/sitecustomize.py` triggers them in the processes.
 
 The steps ``claim``, ``begin`` and ``settle`` each have the failpoints ``.before``, ``.before_commit``, ``.answer_lost``
-and ``.committed``. At ``.answer_lost``, the commit succeeds but its acknowledgement is lost. The step ``send`` has
-``.before`` and ``.answered``.
+and ``.committed``. At ``.answer_lost``, the commit succeeds but its acknowledgement is lost. The step ``send`` has the
+failpoints ``.before`` and ``.answered``.
 """
 
 from __future__ import annotations

@@ -39,7 +39,7 @@ def doubled(rig: Rig, figures: Figures, count: int, rounds: int) -> None:
 
 
 def claimed_and_doubled(rig: Rig) -> int:
-    """Claim as a tick does, send every message twice in random order, and count the original messages.
+    """Claim as a tick does, then queue each message twice, shuffled; return the number of originals.
 
     While a worker is frozen, its open BRPOP still takes one hint from the queue. This function therefore waits until
     all follow-ups are due. A claim of all due follow-ups publishes more hints than there are workers. A worker that is

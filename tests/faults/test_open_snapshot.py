@@ -41,7 +41,7 @@ def snapshot(rig: Rig) -> Iterator[Callable[[], int]]:
 
 
 def under_snapshot(rig: Rig, figures: Figures, rate: float, seconds: float) -> None:
-    """Measure claims and lag at the start and end of a load under an open snapshot."""
+    """With a snapshot open, measure claims and lag at the start and at the end of a load."""
     rig.options |= {"FOLLOWUPS_TRANSPORT_TIMEOUT": "20", "FOLLOWUPS_LEASE": "40"}
     rig.start()
     with snapshot(rig) as sent_then:

@@ -99,5 +99,5 @@ def test_many_cancels_against_deliver(rig: Rig, figures: Figures) -> None:
 
 @pytest.mark.faults_long
 def test_many_replies_against_create(rig: Rig, figures: Figures) -> None:
-    """In ten thousand races, no follow-up is created after the reply that should prevent it."""
+    """In ten thousand races of a reply and a create request, no follow-up is created after the reply."""
     reply_against_create(rig, figures, pairs=10_000)

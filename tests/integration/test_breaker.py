@@ -524,7 +524,7 @@ def test_other_workspaces_are_not_delayed(opened_breaker: OpenedBreaker) -> None
 
 
 def test_occasional_failures_are_not_delayed(opened_breaker: OpenedBreaker) -> None:
-    """If all attempts of one workspace fail, a workspace with occasional failures is not delayed."""
+    """If all attempts of one workspace fail, another workspace with few failures is not delayed."""
 
     def settled(follow_up: UUID, status: str) -> bool:
         row = opened_breaker.other.row(follow_up)

@@ -180,7 +180,7 @@ def test_a_killed_watchdog_is_replaced() -> None:
 def test_the_topmost_closed_directory(open_directory: Path) -> None:
     """If a user may not enter some directories on a path, the topmost of them is returned.
 
-    For the directory's owner, who may enter it, None is returned.
+    The directory's owner may enter it, so None is returned for the owner.
     """
     inner = open_directory / "closed" / "data"
     inner.mkdir(parents=True)

@@ -25,7 +25,7 @@ PATIENCE = timedelta(seconds=10)
 START = datetime(2030, 1, 1, tzinfo=UTC)
 GO = timedelta(0)
 SLOW = 0.001
-"""A rate in tokens per second. It is so low that no token is added during a test."""
+"""A rate in tokens per second. The rate is so low that no token is added during a test."""
 
 
 @dataclass

@@ -181,7 +181,7 @@ def test_slow_commit(delivery: DeliverySteps, name: str, monkeypatch: pytest.Mon
 
 
 def test_taken_over_meanwhile(delivery: DeliverySteps, monkeypatch: pytest.MonkeyPatch) -> None:
-    """If a begin's outcome is unknown and another worker begins the attempt, the first begin fails."""
+    """If a begin's response is lost and another worker begins the attempt, the first begin fails."""
     leases = delivery.leases()
     engine = delivery.world.engine
 

@@ -108,7 +108,7 @@ def test_plans(world: World, engine: Engine, settings: Settings, others: int, *,
 def test_plans_when_nothing_was_pending(world: World, engine: Engine, settings: Settings) -> None:
     """If the planner expects no pending rows, it still does not use the index of pending rows.
 
-    If there are no pending rows during a vacuum, the planner considers their index empty.
+    If no row is pending during a vacuum, the planner then considers the index of pending rows empty.
     """
     world.burst([timedelta(0)] * 2000)
     world.sql("UPDATE follow_ups SET status = 'sent', finished_at = now()")
@@ -174,7 +174,7 @@ LIGHT, EACH = 20, 3
 def test_plan_of_a_fair_claim(world: World, engine: Engine, settings: Settings, statistics: str, others: int) -> None:
     """A fair claim scans one index, separately for each workspace.
 
-    The scan reads no follow-ups that are not due, and none beyond the workspace's share.
+    The scan reads only due follow-ups within the workspace's share.
     """
     for portion in range(0, others, PORTION):
         world.sql(OTHERS, workspace_id=world.workspace_id, count=min(PORTION, others - portion))

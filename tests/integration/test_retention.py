@@ -187,7 +187,7 @@ def test_audit_events_have_a_separate_retention(world: World, engine: Engine, se
 def test_keys_that_expired_are_recorded_once(world: World, engine: Engine, settings: Settings) -> None:
     """The expiry of an API key is recorded once, as an audit event with the time of expiry.
 
-    When an API key expires, one audit event is recorded with the time of expiry.
+    The expiry of a key that was already revoked is not recorded.
     """
     with Session(engine) as session, session.begin():
         expired, revoked, _ = (api_keys.create(session, world.workspace_id, expires=HOUR)[0].id for _ in range(3))

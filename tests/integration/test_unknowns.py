@@ -161,7 +161,7 @@ def test_last_attempt(world: World, settings: Settings) -> None:
 
 
 def test_eventually_sent(world: World, settings: Settings, unknown_outcome: tuple[UUID, UUID]) -> None:
-    """A follow-up that is eventually sent has no reason."""
+    """If a follow-up is sent in the end, no reason is recorded."""
     attempted(world, settings, Sent(None), unknown_outcome[0])
     row = world.row(unknown_outcome[0])
     assert (row.status, row.reason) == ("sent", None)

@@ -50,7 +50,7 @@ SECOND = timedelta(seconds=1)
 def test_begun_attempts_are_returned(
     world: World, engine: Engine, settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Even if the rejected row cannot be deferred, the batch's begun attempts are returned."""
+    """If a rejected row cannot be deferred, begin still returns the batch's other attempts."""
     world.follow_up(attempts=2**31 - 1)
     others = {type(world)(engine).follow_up() for _ in range(9)}
 

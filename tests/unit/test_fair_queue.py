@@ -117,7 +117,7 @@ def test_few_slots(slots: int) -> None:
 
 
 def test_emptying_returns_every_lease() -> None:
-    """Emptying the queue returns all leases: those that wait for their due time, turn or slot."""
+    """Emptying the queue returns all leases, whether they wait for their due time, a turn or a slot."""
     queue = queue_of(slots=2)
     waiting = overdue(NOISY, 1, 2, 3) + overdue(QUIET, -30)
     queue.add(waiting)

@@ -309,7 +309,7 @@ def test_a_retention_that_is_too_short_is_refused(monkeypatch: pytest.MonkeyPatc
 def test_the_port_for_metrics(monkeypatch: pytest.MonkeyPatch, value: str, port: int | None) -> None:
     """The service ignores a metrics port that is a URL.
 
-    Kubernetes sets this variable to a URL for a Service named followups-metrics.
+    For a Service named followups-metrics, Kubernetes sets the variable of the metrics port to a URL.
     """
     monkeypatch.setenv("FOLLOWUPS_METRICS_PORT", value)
     assert load_settings().metrics_port == port

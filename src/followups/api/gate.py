@@ -44,7 +44,7 @@ BODY_WITHIN = 20.0
 """Time limit for the whole body to arrive, in seconds. To send 1 MiB in time, a client needs 52 kB/s."""
 
 MAX_BUFFERED = 32 * 1024 * 1024
-"""Maximum number of bytes of all bodies in memory, including bodies that are still being received."""
+"""Maximum total size in bytes of all request bodies in memory, including incomplete ones."""
 
 MAX_WAITING = 256
 """Maximum number of API requests that are running or waiting.
@@ -68,7 +68,7 @@ AT_MOST_ONCE = (b"host", b"authorization", b"idempotency-key", b"content-type", 
 
 
 class Budget:
-    """The memory shared by all request bodies. Memory for a body is reserved from its arrival until its response."""
+    """The memory shared by all request bodies. Memory for a body is reserved until its request is answered."""
 
     def __init__(self) -> None:
         """Start with no memory reserved."""

@@ -47,7 +47,7 @@ UNLIMITED = Counter(
 
 
 AHEAD_FOR = timedelta(seconds=1)
-"""How long an advance count of a key's requests remains valid."""
+"""How long requests counted in advance for an API key remain valid."""
 
 SHARE_AHEAD = 600
 """A process reserves requests for at most a tenth of a second: the limit per minute divided by this."""
@@ -103,7 +103,8 @@ class KeyRateLimit:
         if self._spend(key_id):
             return
         # For each API key, only one query at a time counts requests in Redis. If several requests of a key queried
-        # Redis at the same time, each would reserve requests in advance. Only one of these reservations would be kept.
+        # Redis at the same time, each would reserve requests in advance. Of several simultaneous reservations, only the
+        # last would be kept.
         async with self._counting.setdefault(key_id, asyncio.Lock()):
             if not self._spend(key_id):
                 await self._count_or_pause(key_id)

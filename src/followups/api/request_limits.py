@@ -42,8 +42,8 @@ TOO_MANY_UNKNOWN_KEYS = "Too many requests whose keys are not yet checked are wa
 class Throttle:
     """Lets one request pass in each iteration of the event loop, in order of arrival.
 
-    All requests without a known API key share one turnstile. Each busy workspace has a separate turnstile. Requests of
-    other workspaces pass without waiting at a turnstile.
+    All requests without a known API key share one turnstile. Each busy workspace has a separate turnstile. If a
+    workspace is not busy, its requests pass without a turnstile.
     """
 
     def __init__(self) -> None:

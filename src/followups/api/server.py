@@ -50,7 +50,7 @@ connection whose client has been slowest to read is closed. If no client is slow
 
 READ_WITHIN = 20.0
 LEAST_READ = 64 * 1024
-"""A client must read at least this many bytes of its response within `READ_WITHIN` seconds.
+"""Number of bytes of its response that a client must read within `READ_WITHIN` seconds.
 
 If less than this minimum is left of a response, the client must read the whole rest.
 """

@@ -32,8 +32,8 @@ BEGIN_BATCH = 200
 """The largest number of leases in one batch. A statement for more leases would take longer without saving time per row.
 """
 GATHER = timedelta(milliseconds=5)
-"""How long to wait for more free slots or due follow-ups while there are few. A statement for five rows costs almost as
-much as a statement for fifty. `GATHER` is a third of `LEAD`.
+"""How long to wait for more free slots or due follow-ups if there are only a few. A statement for five rows costs
+almost as much as a statement for fifty. `GATHER` is a third of `LEAD`.
 """
 ENOUGH_SLOTS = 0.4
 """The next batch waits for free slots only until this share of all slots is free."""

@@ -206,8 +206,8 @@ class Pipeline:
 
     async def _send(self, begun: Begun, started: float) -> None:
         """Send one follow-up at its due time, and pass the outcome on to be settled."""
-        # The latest time to start a call is the lease's end minus the call's time limit. A lease is counted from
-        # slightly before its begin. A call that starts too late might outlast its lease.
+        # The latest time to start a call is the lease's end minus the call's time limit. The lease is counted from just
+        # before the begin statement. A call that starts too late might outlast its lease.
         latest = started + self._settings.lease.total_seconds() - self._timeout.seconds
         attempt = None
         try:

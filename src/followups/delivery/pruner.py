@@ -108,7 +108,7 @@ class Pruner(BackgroundThread):
     def _steps(self, connection: Connection) -> dict[str, Callable[[Connection], int | None]]:
         """For each table, return a function that deletes one batch of its rows.
 
-        The function returns the batch's size, or None if no old row is left.
+        Each function returns the size of its batch, or None if no old row is left.
         """
         steps: dict[str, Callable[[Connection], int | None]] = {
             "idempotency_keys": lambda opened: pruning.delete_expired_keys(opened) or None

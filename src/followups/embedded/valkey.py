@@ -20,7 +20,7 @@ DATABASES = 64
 """Number of logical databases; each process of a test run uses a separate database."""
 
 START_WITHIN = timedelta(seconds=30)
-"""How long the server may take to start. A start takes some 50 ms, or more if much data is kept."""
+"""How long the server may take to start. A start takes about 50 ms, or longer with much data."""
 
 STOP_WITHIN = timedelta(seconds=10)
 

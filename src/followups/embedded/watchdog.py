@@ -101,7 +101,7 @@ class Watchdog:
                 process.communicate()
 
     def _close_in_fork(self) -> None:
-        """Close the pipe in a forked child, so that the watchdog notices when the owner ends."""
+        """Close a forked child's copy of the pipe, so that the watchdog notices when the owner ends."""
         self._lock = threading.Lock()
         self._guarded = {}
         if self._process is not None and self._process.stdin is not None:

@@ -210,14 +210,15 @@ class RateLimits:
         self._standing: list[Limit] = []
         self._limits = Limits(())
         self._loosened: set[Scope] = set()
-        """Scopes of removed or raised limits that still have deferred follow-ups."""
+        """Scopes that still have deferred follow-ups although their limit was removed or raised."""
         self._unlogged = 0
         """Number of follow-ups deferred since the last log line about deferrals."""
 
     def read(self, engine: Engine) -> None:
         """Read the current limits, and release follow-ups whose rate limit was removed or raised.
 
-        The number of waiting follow-ups is logged. If the database raises an error, the next call completes the work.
+        The number of waiting follow-ups is logged. If the database raises an error, the next call of `read` completes
+        the release.
         """
         if self._limiter is None:
             return

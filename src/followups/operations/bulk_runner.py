@@ -48,7 +48,7 @@ SEEN_EVERY = 1.0
 """Minimum seconds between two searches for bulk actions."""
 
 PASSED_OVER = 60.0
-"""After a failed batch, the bulk action is skipped for this many seconds."""
+"""Seconds for which a bulk action is skipped after a failed batch."""
 
 BY_HAND = finish(Status.CANCELLED, ReasonCode.CANCELLED_BY_API)
 

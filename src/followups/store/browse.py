@@ -46,7 +46,7 @@ class BrowseFilter:
     chat_id: UUID | None = None
     ids: tuple[UUID, ...] = ()
     until: datetime | None = None
-    """The latest creation time of the follow-ups to return."""
+    """Only follow-ups created up to this time are returned."""
 
     def document(self) -> dict[str, Any]:
         """Return the filter as a dictionary that can be stored as JSON."""

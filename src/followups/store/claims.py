@@ -59,7 +59,7 @@ class Claim:
     cut_short: bool
     """Whether the claim reached its maximum size and left room in the in-flight window for another claim."""
     low_water: datetime | None
-    """The next claim may start from this due time, unless earlier rows are added."""
+    """The due time from which the next claim may start, unless earlier rows are added."""
     ended: tuple[tuple[UUID, Final], ...] = ()
     """Follow-ups that lost their leases and must not be retried; they are not in ``leases``."""
     in_grace: bool = False
@@ -107,9 +107,9 @@ LOW_WATER_MARGIN = timedelta(seconds=10)
 FEW = 6
 """Number of rows that a fair claim reads for each workspace."""
 STRIDE = 32
-"""Number of rows read in one step of the scan over all workspaces. The scan skips the rest of a workspace's rows. One
-step can read several workspaces if they have few rows. The scan needs 0.5 us for a workspace with a single row that is
-not yet due. With a stride of 1, it needs 2.4 us. A workspace without pending rows costs nothing.
+"""Number of rows read in one step of the scan over all workspaces. The next step starts after the last workspace that
+was read. One step can read several workspaces if they have few rows. The scan needs 0.5 us for a workspace with a
+single row that is not yet due. With a stride of 1, it needs 2.4 us. A workspace without pending rows costs nothing.
 """
 
 _IN_ORDER, _FAIRLY = (read_sql(name) + read_sql("lease") for name in ("claim", "fair_claim"))

@@ -42,7 +42,7 @@ LIMIT = timedelta(seconds=2)
 
 
 BACKLOG_EXACT_UP_TO = 10_000
-"""Backlog rows are counted up to this number; the planner estimates larger backlogs."""
+"""Size up to which a backlog is counted; the planner estimates larger backlogs."""
 
 _DUE = "COALESCE(next_attempt_at, due_date)"
 
@@ -64,10 +64,10 @@ _PENDING_ROWS = "FROM follow_ups WHERE status = 'pending'"
 
 # The query reads the claim's index only up to slightly after the current time. This range includes all follow-ups in
 # flight, because no attempt begins long before its due time. A follow-up that waits for its chat's earlier follow-up
-# does not count as overdue. The earlier follow-up itself counts as overdue. Because of the ORDER BY, PostgreSQL reads
-# only the needed part of the index. Without an ORDER BY, the planner would read the whole table. The planner estimates
-# that a third of all pending rows are overdue. The index begins with dead rows of sent follow-ups, so the query reads
-# the index only once.
+# does not count as overdue. A chat's earliest overdue follow-up counts. Because of the ORDER BY, PostgreSQL reads only
+# the needed part of the index. Without an ORDER BY, the planner would read the whole table. The planner estimates that
+# a third of all pending rows are overdue. The index begins with dead rows of sent follow-ups, so the query reads the
+# index only once.
 _COUNT = text(f"""
     WITH head AS MATERIALIZED (
         SELECT {_DUE} AS due, begun_at {_PENDING_ROWS} AND waits_for IS NULL AND {_DUE} <= now() + interval '1 second'
@@ -123,7 +123,7 @@ class Counts:
     final: Mapping[str, int]
     """The number of finished follow-ups by status."""
     estimated: frozenset[str]
-    """The final states for which the number of follow-ups is estimated rather than counted."""
+    """Final states for which the number of follow-ups is only an estimate."""
 
 
 @dataclass(frozen=True, slots=True)

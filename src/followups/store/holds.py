@@ -29,7 +29,7 @@ NEVER = datetime(9998, 12, 31, tzinfo=UTC)
 
 @dataclass(frozen=True, slots=True)
 class WorkspaceHours:
-    """A workspace's sending hours, with the current sending period, which the database checks."""
+    """A workspace's sending hours, with the start and end of the current sending period."""
 
     workspace_id: UUID
     hours: SendingHours

@@ -234,9 +234,10 @@ def release(
 ) -> Halved[UUID, int]:
     """Release up to a thousand follow-ups deferred by a rate limit, so that they become due.
 
-    Follow-ups that were deferred for more than ``longest`` are not released. ``scope`` is the workspace and the channel
-    of the limit; None means every workspace or channel. Release up to a thousand follow-ups that a rate limit has
-    deferred, so that they become due. Returns the released follow-ups, and the follow-ups whose rows cannot be written.
+    Follow-ups whose deferral ends more than ``longest`` from now are not released. ``scope`` is the workspace and the
+    channel of the limit; None means every workspace or channel. Release up to a thousand follow-ups that a rate limit
+    has deferred, so that they become due. Returns the released follow-ups, and the follow-ups whose rows cannot be
+    written.
     """
     workspace_id, channel = scope
     parameters = {"workspace_id": workspace_id, "channel": channel, "longest": longest, "most": BATCH}

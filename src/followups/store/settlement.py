@@ -66,7 +66,9 @@ _CANCEL_REASON = f"""
     CASE WHEN f.cancel_requested IN ({_BY_CODE}) THEN {honest("f.cancel_requested || r.cancel_detail", "f")}
          ELSE f.cancel_requested END
 """
-"""SQL for the reason if a follow-up is cancelled during an attempt. An operator's own words stay unchanged."""
+"""SQL for the reason that is stored if a follow-up is cancelled during an attempt. An operator's own words stay
+unchanged.
+"""
 
 _IN_FLIGHT_ROWS = f"""
          CROSS JOIN LATERAL (

@@ -145,7 +145,7 @@ class Heartbeat:
         return _waits({"waits": self._waits}, time.monotonic())
 
     def end(self, within: timedelta, otherwise: str) -> None:
-        """Expect no more reports from the components; only the end of the process is expected."""
+        """Stop expecting reports from the components, because the process is about to end."""
         with self._lock:
             self._ending = True
             self._components = {"end": _component_state(within, otherwise, time.monotonic())}

@@ -229,7 +229,7 @@ def _route_standard_library(level: int, finish: list[Processor]) -> None:
     )
     root = logging.getLogger()
     root.handlers = [each for each in root.handlers if not _is_ours_or_a_stream(each)] + [handler]
-    # The level 'debug' applies only to this project's events, as libraries may log transmitted data.
+    # Only this project's events use the level 'debug', because libraries would log transmitted data at that level.
     root.setLevel(max(level, logging.INFO))
     for name in OWN_HANDLERS:
         logging.getLogger(name).handlers.clear()

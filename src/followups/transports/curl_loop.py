@@ -87,8 +87,8 @@ class CurlLoop:
         for callback in (pycurl.M_SOCKETFUNCTION, pycurl.M_TIMERFUNCTION):
             self._multi.setopt(callback, None)
         if self._looks_up:
-            # Closing libcurl waits for the threads that look up host names. If the name server does not answer, a
-            # look-up may take up to half a minute.
+            # When libcurl is closed, it waits for its threads that look up host names. If the name server does not
+            # answer, a look-up may take up to half a minute.
             threading.Thread(target=self._multi.close, name="curl-close", daemon=True).start()
         else:
             self._multi.close()

@@ -286,8 +286,7 @@ def deliver(task: Any, entries: object = None, keys: object = None, *_: object, 
 
 def publish(hint: Hint) -> None:
     """Publish one hint. Raises kombu's OperationalError if the broker is unreachable."""
-    # Flower displays this text for each task. By default, Celery would shorten the hint for display, which takes
-    # longer.
+    # Flower displays this text for each task. By default, Celery would spend time on shortening the hint for display.
     count = len(hint.entries)
     shown = f"{count} follow-up{'s, the first' if count > 1 else ','} {hint.entries[0][0]}"
     # A hint, like a tick, does not expire. If a hint arrives too late, its leases have expired and `begin` refuses

@@ -147,6 +147,6 @@ def _report_outage(heart: Heartbeat) -> None:
 
 
 def drain(within: timedelta) -> None:
-    """Expect no more reports from the components; only the end of the process is expected."""
+    """Stop expecting reports from the components, because the process is about to end."""
     if heart := current():
         heart.end(within, "has been stopping")

@@ -83,7 +83,7 @@ def test_endless_body_is_not_read(api: Api) -> None:
 
 @pytest.mark.parametrize("pieces", [1, 2])
 def test_header_too_long(api: Api, pieces: int) -> None:
-    """If a header exceeds the size limit, even an incomplete request is rejected with 431."""
+    """If a header exceeds the size limit, the request is rejected with 431 before it is complete."""
     header = b"GET /healthz HTTP/1.1\r\nhost: x\r\nx: " + b"a" * 40_000
     with connect(api) as connection:
         connection.sendall(header + (b"\r\n\r\n" if pieces == 1 else b""))

@@ -204,7 +204,7 @@ class TestPatchAgainstTick:
             assert begin(connection, taken) == []
 
     def test_patch_first(self, api: Api, engine: Engine) -> None:
-        """A tick neither waits for a running reschedule nor claims the follow-up too early."""
+        """If a reschedule is not yet committed, a tick neither waits nor claims the follow-up early."""
         created = api.create(due="2020-01-01T00:00:00Z")
         follow_up_id = UUID(created["id"])
         with Session(engine) as session, engine.connect() as connection:

@@ -182,7 +182,7 @@ class TestApiKey:
             assert run("api-key", "create", "--workspace", "acme", "--expires", wrong).code == 2
 
     def test_a_revoked_key_stays_revoked(self, run: RunCommand) -> None:
-        """Running `api-key revoke` again has no effect except to print when the key was revoked."""
+        """If an API key is already revoked, `api-key revoke` only prints the time of its revocation."""
         run("workspace", "create", "acme")
         run("api-key", "create", "--workspace", "acme")
         key_id = run("api-key", "list", "--json").document[0]["id"]

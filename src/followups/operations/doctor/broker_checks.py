@@ -69,7 +69,7 @@ def _refusals(client: redis.Redis, prefix: str) -> dict[str, str]:
     """Return the commands that the processes need but the broker refuses, each with its error.
 
     The check executes none of the commands. Redis checks permissions when a command is queued in a transaction. The
-    transaction is then discarded.
+    check discards the transaction instead of executing it.
     """
     refused: dict[str, str] = {}
     connection: Any = client.connection_pool.get_connection()

@@ -175,7 +175,7 @@ class SandboxChats:
         self.changes += 1
 
     def behaviour(self, chat_id: str) -> Behaviour | None:
-        """Return the chat's behaviour, with its remaining ``times``, or None if none is set."""
+        """Return the chat's behaviour, with the ``times`` that remain, or None if the chat has none."""
         applied = self._applied.get(chat_id)
         return None if applied is None else applied.behaviour.model_copy(update={"times": applied.left})
 
