@@ -39,8 +39,9 @@ SESSION: Mapping[str, str] = {
     "TimeZone": "UTC",
     "array_nulls": "on",
     "extra_float_digits": "1",
-    # The lock, transaction and idle-session timeouts are off. A statement may wait for a row lock, and a pooled session
-    # may be idle. `make_engine` limits the duration of operations, and migrations set their own `lock_timeout`.
+    # The lock, transaction and idle-session timeouts are off. PostgreSQL must not end a statement that waits for a row
+    # lock, or an idle session in the pool. `make_engine` limits the duration of operations, and migrations set their
+    # own `lock_timeout`.
     "lock_timeout": "0",
     "transaction_timeout": "0",
     "idle_session_timeout": "0",

@@ -41,8 +41,8 @@ class Status(StrEnum):
     Settle sets this state. A PATCH sets the state if the message was sent by other means.
     """
     FAILED = "failed"
-    """The follow-up will never be sent. The reason says why the follow-up failed. This state is set by begin, settle,
-    a claim that finds a lost lease, or a PATCH request.
+    """The follow-up will never be sent. The reason says why the follow-up failed. A follow-up can fail in begin, in
+    settle, in a claim that finds a lost lease, or by a PATCH request.
     """
     CANCELLED = "cancelled"
     """The follow-up must not be sent.

@@ -51,8 +51,8 @@ def transact(engine: Engine, work: Callable[[Connection], T]) -> T:
 
     Raises any error of the work or the commit. If this function returns, the transaction has been committed. If this
     function raises the commit's error, the transaction was not committed. The outcome of the commit is uncertain if the
-    database was unreachable for `PATIENCE`. If no query is registered and the response to the commit is lost, the
-    outcome is uncertain as well.
+    database was unreachable for `PATIENCE`. The outcome is also uncertain if no query is registered and the response to
+    the commit is lost.
     """
     with engine.connect() as connection:
         connection.info.pop(_QUESTION, None)  # left over from an earlier transaction on the same connection

@@ -86,8 +86,8 @@ class KnownKeys:
     """API keys that were valid when they were last used.
 
     For a known key, a request's body is read before the key is looked up. Each request's transaction checks the API key
-    again. A revocation takes effect immediately and removes the key from the known keys. A key in use needs this
-    separate look-up only once. A flood of requests with unknown keys cannot delay requests with known keys. An instance
+    again. A revocation takes effect immediately and removes the key from the known keys. A key in use is looked up
+    separately only once. A flood of requests with unknown keys cannot delay requests with known keys. An instance
     belongs to one event loop.
     """
 

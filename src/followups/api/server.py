@@ -58,7 +58,7 @@ If less than this minimum is left of a response, the client must read the whole 
 MAX_UNSENT = 32 * 1024 * 1024
 """Maximum total size of unread responses, in bytes.
 
-If more bytes are unread, the connection with the oldest unread response is closed.
+If clients leave more bytes unread than this maximum, the connection with the oldest unread response is closed.
 """
 
 KEEP_ALIVE = 65

@@ -127,9 +127,9 @@ class RecoveryPolicy:
     in_a_row: int = 5
     """Number of failed attempts in a row after which a workspace is tripped.
 
-    Suppose that a hundred attempts run per second, and one in fifty fails. At that rate, three failures in a row occur
-    every 21 minutes, four every 18 hours, and five once in 37 days. If one attempt in ten fails, five failures in a row
-    occur every 18 minutes. With a higher number, every workspace would lose more attempts while the transport is
+    Suppose that a hundred attempts run per second, and one in fifty fails. At that rate of failures, three in a row
+    occur every 21 minutes, four every 18 hours, and five once in 37 days. If one attempt in ten fails, five failures in
+    a row occur every 18 minutes. With a higher number, every workspace would lose more attempts while the transport is
     unreachable.
     """
 

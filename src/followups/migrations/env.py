@@ -32,7 +32,7 @@ GIVE_WAY = 1.0
 """Seconds between two tries to change a table. During this pause, transactions that wait for the table can proceed."""
 
 # The advisory lock's key is part of the SQL text, not a parameter. After a statement with parameters, PostgreSQL keeps
-# the snapshot until the next statement. Creating an index concurrently would wait for that snapshot to end.
+# the snapshot until the next statement. A concurrent index build would wait for a snapshot that is still kept.
 _TRY_LOCK = text(f"SELECT pg_try_advisory_xact_lock({LOCK})")
 _HOLDER = text("""
     SELECT a.pid, a.application_name, a.state, date_trunc('second', now() - a.state_change) AS since

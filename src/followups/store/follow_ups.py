@@ -367,8 +367,8 @@ def name_chat_message_if_unnamed(follow_up_id: UUID, chat_message_id: UUID) -> S
 def cancelled_or_asked_to(reason: str) -> str:
     """Return SQL that cancels a row of ``follow_ups``; ``reason`` is SQL for the reason.
 
-    An attempt in flight cannot be recalled. Instead, the request to cancel is stored, so that settle does not retry the
-    follow-up.
+    An attempt in flight cannot be recalled. For an attempt in flight, a cancel request is stored, so that settle does
+    not retry the follow-up.
     """
     return f"""
            status = CASE WHEN begun_at IS NULL THEN :status ELSE status END,

@@ -1,7 +1,7 @@
 """Drives libcurl's multi handle from an event loop, without threads or polling.
 
-pycurl has its own driver of this kind, `AsyncCurlMulti`. `AsyncCurlMulti` adds and removes a watcher for every call, so
-a call takes 40 us of processor time. With one epoll for all sockets, a call takes 24 us of processor time.
+pycurl has its own driver for event loops, `AsyncCurlMulti`. `AsyncCurlMulti` adds and removes a watcher for every call,
+so a call takes 40 us of processor time. With one epoll for all sockets, a call takes 24 us of processor time.
 """
 
 from __future__ import annotations

@@ -132,13 +132,14 @@ def make_app(settings: Settings) -> Celery:
         broker_transport_options={
             # A message is deleted from Redis as soon as it is received. Without this setting, kombu would keep a copy
             # of each message until the message is acknowledged. If a slow Redis lost an acknowledgement, the message
-            # would count as prefetched forever. A worker in this state would stop consuming messages.
+            # would count as prefetched forever. A worker whose prefetched messages are never acknowledged stops
+            # consuming messages.
             "ack_emulation": False,
             "global_keyprefix": settings.broker_prefix,
             "socket_timeout": silence,
             "socket_connect_timeout": silence,
             "socket_keepalive": True,
-            # A half-open connection is therefore detected within two times `silence`, plus a second.
+            # A half-open connection is therefore detected within twice `silence` plus a second.
             "health_check_interval": silence,
             # Because kombu itself retries, retries by redis-py would multiply the attempts. With both kombu's and
             # redis-py's retries, a publish to a silent broker took 51 s. Without redis-py's retries, a publish to a

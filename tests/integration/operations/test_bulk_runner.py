@@ -109,7 +109,7 @@ def test_an_unwritable_row_is_skipped(world: World, kind: str) -> None:
 def test_prevented_retries_are_audited(world: World) -> None:
     """A bulk cancel's audit event includes the number of prevented retries.
 
-    A bulk cancel from the command line is recorded in the same way.
+    Bulk cancels from the console and from the command line leave the same kind of event.
     """
     ids = [world.follow_up() for _ in range(2)]
     for each in ids:

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from followups.console.visit import Visit
 
 MESSAGES = 50
-"""Maximum number of messages shown. In a longer chat, only the most recent messages are shown."""
+"""Maximum number of messages shown. In a long chat, only the most recent messages are shown."""
 
 FOLLOW_UPS = 25
 """Maximum number of pending follow-ups on the page, and also of past follow-ups."""

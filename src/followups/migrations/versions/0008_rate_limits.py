@@ -1,4 +1,4 @@
-"""Add rate limits for deliveries, and a column for the end of a follow-up's delay by a rate limit."""
+"""Add rate limits for deliveries, and a column with the end of each follow-up's delay."""
 
 from __future__ import annotations
 
