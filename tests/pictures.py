@@ -46,7 +46,7 @@ DEMO, DASHBOARD = (80, 27), (96, 27)
 
 CHATS = 150
 SECONDS = 120
-"""Follow-ups fall due for this many seconds; the screenshot is taken halfway through."""
+"""Seconds during which follow-ups fall due; the screenshot is taken halfway through."""
 MEAN, WAVE, PERIOD = 20, 14, 24.0
 """Follow-ups per second form a sine wave: its mean, its amplitude, and its period in seconds."""
 LEAD = 15.0

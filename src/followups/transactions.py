@@ -69,8 +69,8 @@ def transact(engine: Engine, work: Callable[[Connection], T]) -> T:
 def ask_if_lost(connection: Connection, question: Question) -> None:
     """Register the query that finds out whether the current transaction was committed.
 
-    The query runs if the response to the commit is lost. One query per transaction is enough, so only the first query
-    is kept.
+    The query runs only if the response to the commit is lost. One query per transaction is enough, so only the first
+    query is kept.
     """
     connection.info.setdefault(_QUESTION, question)
 

@@ -238,8 +238,8 @@ def test_two_workers_and_two_beats(stack: Stack) -> None:
 
 def test_stop_drains(stack: Stack) -> None:
     """On SIGTERM, a worker settles its calls in flight, releases its other leases and exits in time."""
-    # A follow-up kept by the stopped worker would not be sent during this test. The long timeout ensures that no
-    # response is late, even on a busy machine.
+    # The long lease ensures that a follow-up kept by the stopped worker would not be sent during this test. The long
+    # timeout ensures that no response is late, even on a busy machine.
     stack.options |= {"FOLLOWUPS_LEASE": "120", "FOLLOWUPS_TRANSPORT_TIMEOUT": "20"}
     worker = stack.start()
     stack.behave(kind="slow", delay=0.5)

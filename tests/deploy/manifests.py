@@ -46,7 +46,7 @@ def kubernetes() -> Iterator[tuple[str, Any]]:
 
 
 def unit(name: str) -> dict[str, list[str]]:
-    """Return a unit's assignments by name, in the order in which systemd reads them (drop-ins last)."""
+    """Return a unit's assignments by name, in systemd's reading order, with drop-ins last."""
     found: dict[str, list[str]] = {}
     files = [UNITS / name]
     if name.endswith(".service"):

@@ -238,7 +238,7 @@ class TestLowWater:
         assert claim_fairly(engine, settings, since).more is False
 
     def test_nothing_is_due(self, engine: Engine, settings: Settings) -> None:
-        """If nothing is due, a fair claim reports that no work is left, and a past low-water mark."""
+        """If nothing is due, a fair claim reports no more work and a past low-water mark."""
         claimed = claim_fairly(engine, settings)
         assert (claimed.leases, claimed.more) == ((), False)
         assert timedelta(0) < datetime.now(UTC) - claimed.low_water - claims.LOW_WATER_MARGIN < timedelta(minutes=1)

@@ -229,7 +229,7 @@ async def test_an_abandoned_request_leaves_the_queue(under_test: LimiterUnderTes
 async def test_many_cancelled_requests_delay_others_briefly(under_test: LimiterUnderTest) -> None:
     """A worker repeats each waiting token request within five minutes.
 
-    A token request that is not repeated delays other requests for at most five minutes.
+    If a token request is not repeated, it delays other requests for at most five minutes.
     """
     limit = bucket(rate=1 / 3600, burst=1)
     cancelled = [request(since, limit) for since in range(50)]

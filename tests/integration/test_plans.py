@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 
 DUE = 300
 MOST = 12 * DUE
-"""Maximum number of `follow_ups` rows read for a batch: a few for each row of the batch."""
+"""Maximum number of `follow_ups` rows read for a batch: twelve for each due follow-up."""
 
 PORTION = 100_000
 """Number of rows per INSERT, small enough for the statement timeout."""

@@ -30,7 +30,7 @@ SECOND = timedelta(seconds=1)
 
 
 class TestSettle:
-    """Settle records an attempt's outcome once, under its lease."""
+    """Settle records each attempt's outcome once, and only under the attempt's lease."""
 
     def test_sent(self, world: World, steps: Steps) -> None:
         """If the receiver accepts a message, the follow-up is recorded as sent with the message id and time."""

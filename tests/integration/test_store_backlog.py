@@ -64,7 +64,7 @@ def test_the_table_is_not_read(world: World, engine: Engine, monkeypatch: pytest
 
 
 def test_estimated(world: World, engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The row count of a large table is the planner's estimate, which is off by at most a fifth."""
+    """For a large backlog, the planner's estimate is off by at most a fifth."""
     monkeypatch.setattr(counts, "BACKLOG_EXACT_UP_TO", 100)
     world.follow_up(due=-HOUR)
     world.sql(

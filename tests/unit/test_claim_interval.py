@@ -50,7 +50,8 @@ def test_the_interval_converges(rate: float, window: int, pause: float) -> None:
 def test_size_of_claim(window: int, expected: int) -> None:
     """A claim takes half of the in-flight window.
 
-    If the window is small, one claim takes more than half of the window. In a large window, a claim has a maximum size.
+    If the window is small, one claim takes more than half of the window. In a large window, one claim takes a limited
+    number of follow-ups.
     """
     assert size_of_claim(window) == expected
 

@@ -57,7 +57,7 @@ def test_repeated_holds(hours: SendingHours, wanted: datetime, gaps: list[timede
 
 @given(st.lists(st.tuples(HOURS, st.timedeltas(MINUTE, timedelta(days=3))), min_size=1, max_size=8), MOMENTS)
 def test_hours_that_change(changes: list[tuple[SendingHours, timedelta]], wanted: datetime) -> None:
-    """If sending hours change after lateness has begun to count, its start stays the same."""
+    """If sending hours change after lateness has begun to count, lateness keeps that start."""
     now, known = wanted, None
     for hours, gap in changes:
         obstacle = found(hours, wanted, now, known)

@@ -185,7 +185,7 @@ def test_the_level_is_the_lowest_logged(capsys: pytest.CaptureFixture[str]) -> N
 
 
 def test_configuring_twice_logs_once(capsys: pytest.CaptureFixture[str]) -> None:
-    """Only the last logging configuration applies, and unrelated handlers are kept."""
+    """If logging is configured twice, only the last configuration applies, and unrelated handlers are kept."""
     foreign = logging.NullHandler()
     logging.getLogger().addHandler(foreign)
     for _ in range(2):

@@ -66,7 +66,7 @@ def test_every_transition_is_in_the_contract_or_refused(current: Status, to: Sta
 def test_no_transition_leaves_a_final_state(
     current: Status, to: Status, code: ReasonCode | None, detail: str, words: str
 ) -> None:
-    """No transition leaves a final state; every final state except `sent` has a reason."""
+    """A final state never changes, and every final state except `sent` has a reason."""
     try:
         final = finish(to, code, detail, words=words, current=current)
     except FollowUpsError:

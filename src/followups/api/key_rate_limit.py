@@ -50,7 +50,7 @@ AHEAD_FOR = timedelta(seconds=1)
 """How long requests counted in advance for an API key remain valid."""
 
 SHARE_AHEAD = 600
-"""A process reserves requests for at most a tenth of a second: the limit per minute divided by this."""
+"""A process reserves at most a tenth of a second's requests: the limit per minute divided by 600."""
 
 
 @dataclass(slots=True)

@@ -1,8 +1,8 @@
 """``followups migrate``: wait for the database, then upgrade its schema.
 
 honcho stops all processes as soon as one ends. If ``release`` ended by itself, honcho would stop web, worker and beat.
-After a plain ``honcho start``, this command therefore keeps running until honcho stops it. Otherwise, for example after
-``honcho start release``, the command ends once the schema is upgraded.
+After a plain ``honcho start``, this command therefore keeps running until honcho stops it. After any other start, such
+as ``honcho start release``, the command ends once the schema is upgraded.
 """
 
 from __future__ import annotations

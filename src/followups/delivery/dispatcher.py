@@ -190,7 +190,7 @@ class Dispatcher:
                 return
 
     def _release_orphans(self) -> None:
-        """Unblock follow-ups that no longer have to wait; search for them less often if that is slow.
+        """Unblock follow-ups that no longer have to wait, less often if the search for them is slow.
 
         If unblocking a follow-up fails, claims continue.
         """

@@ -39,15 +39,15 @@ SETTLE_BATCH = 500
 ENOUGH = 100
 """Number of gathered results that are recorded immediately, without waiting for more."""
 GATHER = timedelta(milliseconds=30)
-"""How long to gather results before one statement records all of them.
+"""How long results are gathered before one statement records all of them.
 
 The wait delays only the chat's next follow-up. After a kill, messages without a recorded result are sent again under
 the same keys. Gathering results takes no longer than a quick call to the receiver. If the worker is killed while it
 gathers results, these results are lost.
 """
 SHORT_GATHER = timedelta(milliseconds=5)
-"""How long to gather results before recording them if the receiver cannot deduplicate. If the process is killed, all
-unrecorded outcomes become unknown.
+"""How long results are gathered before they are recorded, if the receiver cannot deduplicate. If the process is killed,
+all unrecorded outcomes become unknown.
 """
 SETTLE_RETRY_DELAY = timedelta(milliseconds=50)
 """How long settle waits before it retries a row that another transaction has locked."""

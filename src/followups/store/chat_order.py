@@ -29,9 +29,9 @@ if TYPE_CHECKING:
 
     Refused = Callable[[UUID, Exception], None]
 
-# The lock keeps the earlier follow-up from ending before this transaction commits. When a follow-up ends, it unblocks
-# the follow-up that is parked behind it. An earlier follow-up that another transaction has locked is skipped. For a
-# skipped follow-up, the caller soon tries again.
+# The row lock keeps the earlier follow-up from ending before this transaction commits. When a follow-up ends, it
+# unblocks the follow-up that is parked behind it. An earlier follow-up that another transaction has locked is skipped.
+# For a skipped follow-up, the caller soon tries again.
 _LOCK_EARLIER = text(f"""
     SELECT f.id FROM follow_ups f
      WHERE f.id = ANY(CAST(:ids AS uuid[])) AND {OPEN}

@@ -49,7 +49,7 @@ _DUE = "COALESCE(next_attempt_at, due_date)"
 
 @dataclass(frozen=True, slots=True)
 class Backlog:
-    """Counts of the backlog, exact up to 10,000 and estimated beyond that.
+    """Counts of the backlog: exact up to 10,000, and estimated above that.
 
     ``oldest_overdue`` is the age of the oldest overdue follow-up in seconds, or 0 if there is none.
     """
@@ -64,10 +64,10 @@ _PENDING_ROWS = "FROM follow_ups WHERE status = 'pending'"
 
 # The query reads the claim's index only up to slightly after the current time. This range includes all follow-ups in
 # flight, because no attempt begins long before its due time. A follow-up that waits for its chat's earlier follow-up
-# does not count as overdue. A chat's earliest overdue follow-up counts. Because of the ORDER BY, PostgreSQL reads only
-# the needed part of the index. Without an ORDER BY, the planner would read the whole table. The planner estimates that
-# a third of all pending rows are overdue. The index begins with dead rows of sent follow-ups, so the query reads the
-# index only once.
+# does not count as overdue. For each chat, only the earliest follow-up can be overdue. Because of the ORDER BY,
+# PostgreSQL reads only the needed part of the index. Without an ORDER BY, the planner would read the whole table. The
+# planner estimates that a third of all pending rows are overdue. The index begins with dead rows of sent follow-ups, so
+# the query reads the index only once.
 _COUNT = text(f"""
     WITH head AS MATERIALIZED (
         SELECT {_DUE} AS due, begun_at {_PENDING_ROWS} AND waits_for IS NULL AND {_DUE} <= now() + interval '1 second'

@@ -105,7 +105,7 @@ def end_lost(connection: Connection, scope: DeletionScope) -> int:
 
 
 def conditions(scope: DeletionScope) -> dict[str, str]:
-    """Return the tables to delete from, in order, each with the SQL condition for its rows."""
+    """Return the tables in order of deletion, each with the SQL condition for its rows."""
     found = {"follow_ups": f"{scope.rows} AND status <> 'pending'", "chat_messages": scope.rows}
     of_workspace = "workspace_id = :workspace_id"
     if scope.chat_id is not None:

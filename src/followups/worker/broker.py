@@ -201,7 +201,7 @@ class BrokerTransport(kombu_redis.Transport):
     delivering = False
     """Whether the consumer received the last entry read from the broker."""
     _stopping = False
-    """Whether shutdown has begun. To drain, the worker may still open connections."""
+    """Whether shutdown has begun. While draining, the worker may still open connections."""
 
     def establish_connection(self) -> Any:  # noqa: ANN401 - kombu's own
         """Connect to the broker.

@@ -25,7 +25,7 @@ http = requests.Session()
 
 
 class Base(DeclarativeBase):
-    """SQLAlchemy's declarative base for the only table."""
+    """SQLAlchemy's declarative base for this program's only table."""
 
 
 class Row(Base):

@@ -82,7 +82,7 @@ def test_invalid_queries(api: Api, query: str) -> None:
 
 
 def test_a_known_message_of_a_removed_chat(api: Api) -> None:
-    """A repeated chat message gets the first response again, even after its chat was removed."""
+    """A repeated chat message gets the first response again, even if the chat has been removed since."""
     message_id = str(uuid4())
     body = {"id": message_id, "chatId": str(uuid4()), "role": "agent"}
     assert [api.post(CHAT_MESSAGES, body).status_code for _ in range(2)] == [201, 200]

@@ -17,7 +17,7 @@ def send(number: signal.Signals) -> None:
 
 @pytest.mark.parametrize("number", STOPPING)
 def test_a_signal_is_handled_between_two_steps(number: signal.Signals) -> None:
-    """The first signal does not interrupt `up` or `demo` at once, but at the next check."""
+    """The first signal interrupts `up` or `demo` at the next check, not at once."""
     with StopSignals() as signals:
         signals.check()
         send(number)

@@ -255,7 +255,7 @@ async def test_https_is_tunnelled_through_the_proxy(
 @pytest.mark.usefixtures("trusted")
 @pytest.mark.parametrize("exempt", ["127.0.0.1", "example.org,127.0.0.1", "*"])
 async def test_no_proxy_exempts_hosts(authority: trustme.CA, exempt: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Hosts in NO_PROXY are reached without the proxy."""
+    """Hosts in NO_PROXY are called directly, without the proxy."""
     async with proxy_that() as proxy, scripted(OK, certified(authority)) as server:
         monkeypatch.setenv("HTTPS_PROXY", proxy.url)
         monkeypatch.setenv("NO_PROXY", exempt)

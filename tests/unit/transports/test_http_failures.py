@@ -127,7 +127,7 @@ def context(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, tmp
 async def test_however_a_connection_breaks_the_request_went_out_once(
     said: bytes, outcome: type, context: ssl.SSLContext | None, *, kept: bool, reset: bool
 ) -> None:
-    """If a new or kept connection breaks, the outcome depends on the data received before the break.
+    """If a connection breaks, new or kept, the outcome depends on the data received before the break.
 
     A request is not repeated on another connection.
     """
@@ -284,7 +284,7 @@ async def test_closing_ends_calls_in_flight_as_unknown() -> None:
 
 @pytest.mark.parametrize("steps", range(1, 10))
 async def test_a_frozen_call_sends_nothing_after_its_deadline(steps: int) -> None:
-    """If a call freezes at any step, it sends nothing after its deadline.
+    """If a call is frozen at any step, it sends nothing after its deadline.
 
     After the deadline, another worker may hold the lease.
     """

@@ -56,7 +56,7 @@ def test_without_deduplication_a_repeated_key_is_a_second_message() -> None:
 
 
 def test_a_rejected_key_is_not_a_repeat() -> None:
-    """A request with the key of a rejected request is not counted as a repeat."""
+    """If a request was rejected, a later request with its key is not counted as a repeat."""
     chats = SandboxChats()
     chats.behave("c1", Behaviour(kind="fail", times=1))
     for _ in range(2):
