@@ -59,8 +59,8 @@ def cancel(  # noqa: PLR0913 - one for each option
     The command fails if the follow-up has finished or is being delivered.
 
     With --chat or --workspace, all pending follow-ups of the chat or workspace are cancelled, in batches. If
-    interrupted, run the command again to continue. A follow-up that is being delivered at that moment is not cancelled,
-    but if its attempt fails, it is not retried.
+    interrupted, run the command again to continue. A follow-up whose attempt is in flight is not cancelled. If that
+    attempt fails, the follow-up is not retried.
     """
     require_either(follow_up_id, chat or workspace, "--chat or --workspace")
     if follow_up_id is None:

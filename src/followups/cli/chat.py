@@ -40,8 +40,8 @@ def delete(
 
     Pending follow-ups are cancelled as chat_removed. Attempts in flight finish first, and nothing is sent afterwards.
     The command asks you to type the chat's ID, unless --yes is given. If interrupted, run the command again to
-    continue. One audit event remains. Archives written by followups prune, logs and backups are not changed. If the
-    platform creates the chat again, it begins as a new chat without history.
+    continue. The deletion is recorded as one audit event. Logs, backups and the archives of followups prune are not
+    changed. If the platform creates the chat again, it begins as a new chat without history.
     """
     with connection.session() as session:
         owner = workspaces.find(session, workspace).id

@@ -53,8 +53,8 @@ def pause(
     """Stop sending for a workspace, a channel, or a channel of a workspace, until it is resumed.
 
     Attempts in flight finish, but no attempt begins after this command has returned. Follow-ups that become due are
-    held. Held follow-ups use up no attempt, can be cancelled or rescheduled, and block later follow-ups of their chat.
-    After the pause, follow-ups that are past FOLLOWUPS_MAX_LATENESS or their messaging window fail as too_late or
+    held. A held follow-up keeps all its attempts, can be cancelled or rescheduled, and blocks later follow-ups of its
+    chat. After the pause, follow-ups that are past FOLLOWUPS_MAX_LATENESS or their messaging window fail as too_late or
     window_closed. Repeating the command changes nothing.
     """
     if list_:

@@ -66,8 +66,8 @@ def prune(
 
     Rows are deleted in batches of a thousand, oldest first, without blocking anything else. If interrupted, run the
     command again to continue. If an archive is given, rows are written to disk before they are deleted. After an
-    interruption, the next archive may therefore contain some of the same rows. Workers prune once an hour, without an
-    archive, when FOLLOWUPS_RETENTION is set.
+    interruption, the next archive may therefore repeat some rows of this archive. Workers prune once an hour, without
+    an archive, when FOLLOWUPS_RETENTION is set.
 
     The last message of each chat is kept. Idempotency keys are deleted after 24 hours, regardless of the age given.
     """

@@ -87,7 +87,8 @@ def delete(
     As soon as the deletion starts, new follow-ups and requests with the workspace's API keys are refused. Pending
     follow-ups are cancelled as chat_removed. Attempts in flight finish first, and nothing is sent afterwards. The
     command asks you to type the workspace's name, unless --yes is given. If interrupted, run the command again to
-    continue. One audit event remains. Archives written by followups prune, logs and backups are not changed.
+    continue. The deletion is recorded as one audit event. Logs, backups and the archives of followups prune are not
+    changed.
     """
     with connection.session() as session:
         found = workspaces.find(session, name, to_delete=True)
@@ -118,11 +119,11 @@ def hours(  # noqa: PLR0913 - one for each option
 ) -> None:
     """Show, set or clear the sending hours, in which the workspace's messages may be sent.
 
-    A follow-up that becomes due outside the sending hours is held until the hours next begin. Being held uses up no
-    attempt. Held follow-ups are sent within a second after the sending hours begin, earliest due first. Lateness
-    (FOLLOWUPS_MAX_LATENESS) is counted from the first beginning of the sending hours after the due date. If the
-    channel's messaging window would close before the sending hours begin, the follow-up fails immediately as
-    window_closed, and the API refuses such a due date.
+    A follow-up that becomes due outside the sending hours is held until the hours next begin. A held follow-up keeps
+    all its attempts. Held follow-ups are sent within a second after the sending hours begin, earliest due first.
+    Lateness (FOLLOWUPS_MAX_LATENESS) is counted from the time at which the sending hours first begin after the due
+    date. If the channel's messaging window would close before the sending hours begin, the follow-up fails immediately
+    as window_closed, and the API refuses such a due date.
 
     The hours are local times in the given time zone. If --to is not later than --from, the hours end on the next day.
     --days lists the days on which the hours begin. Follow-ups that are already held are checked again with the new
