@@ -179,8 +179,8 @@ def make_async_engine(
 ) -> AsyncEngine:
     """Return an asynchronous engine, similar to that of `make_engine`, for one event loop.
 
-    Transactions of this engine run in `followups.transactions.in_loop`. A test takes as long as a statement, so only
-    connections idle for `RECENTLY` are tested.
+    Transactions of this engine run in `followups.transactions.in_loop`. Testing a connection costs a round trip, so
+    only connections that were idle for `RECENTLY` are tested.
     """
     url = parse(database_url)
     arguments = _arguments(url, pool_size, application_name)

@@ -120,7 +120,7 @@ class Workspace(Base):
 class WorkspaceSendingHours(Base):
     """A row with the sending hours of a workspace (`followups.sending_hours`).
 
-    If a workspace has no row in this table, its messages are sent at any time. The sending hours are in a separate
+    If a workspace has no row in this table, its messages may be sent at any time. The sending hours are in a separate
     table, so begin reads no rows if no workspace has sending hours.
     """
 

@@ -1,4 +1,4 @@
-"""Every text of the console has a translation, and every translation belongs to an existing text."""
+"""Every message in the console has a translation, and every translation belongs to a message."""
 
 from __future__ import annotations
 

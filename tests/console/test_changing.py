@@ -298,7 +298,7 @@ def test_a_due_date_with_an_offset_is_shown_in_utc(person: Callable[..., Person]
 
 
 def test_extreme_hours_and_numbers_cause_no_server_error(person: Callable[..., Person], own: World) -> None:
-    """Sending hours with a UTC offset, or huge numbers, cause no server error."""
+    """Sending hours that contain a UTC offset or huge numbers cause no server error."""
     hours = {"time_zone": "UTC", "from": "08:00+02:00", "to": "20:00", "day": "0", "do": "save"}
     told = person("admin", own).post("/settings/hours", **hours)
     assert "as in 08:00" in words(told)

@@ -479,7 +479,7 @@ def created_twice_by_a_key(scene: Scene) -> None:
 
 @contextmanager
 def beside(work: Callable[[], object], scene: Scene) -> Iterator[None]:
-    """Run ``work`` in a thread; run the ``with`` block once ``work`` has ended or waits for a lock."""
+    """Run ``work`` in a thread, and the ``with`` block once ``work`` has ended or is waiting for a lock."""
     waiting = text(
         "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND wait_event_type = 'Lock'"
     )

@@ -50,7 +50,7 @@ def test_killed_several_times(breakable: Rig, figures: Figures) -> None:
 
 @pytest.mark.faults_long
 def test_killed_for_minutes(breakable: Rig, figures: Figures) -> None:
-    """Even if the broker is killed many times, every worker consumes from both queues again."""
+    """However often the broker is killed, every worker goes back to consuming from both queues."""
     outages(breakable, figures, times=20, between=12.0, rate=60)
 
 

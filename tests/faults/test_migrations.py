@@ -1,4 +1,4 @@
-"""If an endless transaction blocks a migration, others wait briefly; an error names the transaction."""
+"""If an open transaction blocks a migration, an error names it, and other transactions wait only briefly."""
 
 from __future__ import annotations
 

@@ -15,7 +15,7 @@ def run(test: str, form: str, *, at: str = "2026-01-31 09:00", **broken: int) ->
 
 
 def test_a_broken_promise_stays_until_the_next_run() -> None:
-    """If a long test breaks a promise, the report shows this until the test is run again."""
+    """If a long test finds a broken promise, the report says so until the test is run again."""
     first = report([*run("one", "long", lost=2), *run("two", "long")], "")
     second = report(run("two", "long"), first)
     assert "Broken promises in all runs: {'in earlier runs': 2}" in second

@@ -153,7 +153,7 @@ async def test_a_later_request_does_not_overtake(under_test: LimiterUnderTest) -
 async def test_waiting_for_one_bucket_takes_no_other_token(under_test: LimiterUnderTest) -> None:
     """A follow-up that waits for its chat's limit takes no token from its workspace's bucket.
 
-    A follow-up that waits for its chat's limit delays no other follow-up of its workspace.
+    A rate limit of one chat does not delay the workspace's other chats.
     """
     workspace, chat = bucket(burst=2), bucket()
     assert await under_test.ask(request(0, workspace, chat)) == [GO]

@@ -82,7 +82,7 @@ class CountingLimiter(Limiter):
 
 @dataclass
 class LimitedPipeline:
-    """A pipeline with a rate limiter, and the ticks of a dispatcher."""
+    """A pipeline with a rate limiter, and a dispatcher whose ticks a test runs."""
 
     engine: Engine
     settings: Settings

@@ -241,7 +241,7 @@ class TestCancelAgainstDeliver:
 
 
 def test_release(world: World, steps: Steps, engine: Engine) -> None:
-    """A draining worker releases all follow-ups that have not begun, for an immediate claim."""
+    """A draining worker releases all follow-ups that have not begun, so that they can be claimed at once."""
     begun, waiting = world.follow_up(), world.follow_up()
     batch = steps.claim().leases
     steps.begin([lease for lease in batch if lease.id == begun])

@@ -75,7 +75,7 @@ def test_open_times_are_within_the_hours(hours: SendingHours, moment: datetime) 
 
 @given(HOURS, MOMENTS | NEAR_TRANSITIONS)
 def test_times_before_the_next_opening_are_closed(hours: SendingHours, moment: datetime) -> None:
-    """Until the next opening, local times are outside sending hours, except times that occur twice."""
+    """Every local time before the next opening is outside the sending hours, unless it occurs twice."""
     opening = opens_at(hours, moment)
     assert opening >= moment
     for n in range(40):

@@ -1,8 +1,8 @@
 """Authentication: validation of the API key in the transaction that serves the request.
 
 The first statement of a request also looks up the request's API key. A revocation takes effect as soon as it is
-committed. The look-up of the key needs no additional round trip. FastAPI validates the body before it runs
-dependencies. Without a valid key, even an invalid body must get 401 instead of 422: see `AuthenticatedRoute`.
+committed. Looking up the key takes no additional round trip. FastAPI validates the body before it runs dependencies.
+Without a valid key, even an invalid body must get 401 instead of 422: see `AuthenticatedRoute`.
 """
 
 from __future__ import annotations

@@ -70,7 +70,7 @@ def ask_for_tick() -> None:
         with suppress(Exception):  # the change is committed, so the next regular tick sends what is due
             celery_app.ask_for_tick()
 
-    # A thread sends the tick, because an unreachable broker may block the client for long.
+    # A thread sends the tick, because an unreachable broker may block the client for a long time.
     sender = threading.Thread(target=send, daemon=True)
     sender.start()
     sender.join(PATIENCE.total_seconds())

@@ -137,7 +137,7 @@ class DueQueue:
         return self._fair.count(keys)
 
     def shed(self, keys: frozenset[int], most: int) -> list[Lease]:
-        """Keep ``most`` of the due leases; remove the others and return them, earliest first.
+        """Keep at most ``most`` due leases; remove the others and return them, earliest first.
 
         Only workspace queues whose key is in ``keys`` are considered.
         """

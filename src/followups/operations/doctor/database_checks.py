@@ -168,7 +168,7 @@ def of_database(settings: Settings, engine: Engine) -> Iterator[Finding]:
     try:
         with engine.connect() as connection:
             if not takes_changes(connection):
-                return  # another check reports a read-only database, and more workers would not help
+                return  # another check reports that the database is read-only; more workers would not help then
             yield _backlog(settings, counts.measure_backlog(connection, window=settings.max_in_flight))
             yield _attempts(connection)
             yield _held(connection)
