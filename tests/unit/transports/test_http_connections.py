@@ -299,7 +299,7 @@ async def test_an_idle_connection_is_closed_in_time(monkeypatch: pytest.MonkeyPa
 @pytest.mark.parametrize("steps", range(1, 8))
 @pytest.mark.parametrize("reset", [True, False], ids=["reset", "end"])
 async def test_a_connection_closed_before_any_data_is_retried(steps: int, *, reset: bool) -> None:
-    """A call is retried if the receiver closes the new connection before receiving any data."""
+    """If the receiver closes a new connection before it receives any data, the call is retried."""
     received: list[bytes] = []
 
     def hang_up() -> None:  # runs in a thread, so it does not block the event loop
@@ -404,7 +404,7 @@ async def test_calls_in_flight_are_answered_before_closing() -> None:
 
 
 async def test_a_connection_closed_by_libcurl_does_not_stop_the_loop() -> None:
-    """If libcurl closes a socket for which the event loop still has an event, the loop continues."""
+    """If libcurl closes a socket that has a pending event, the event loop continues."""
     loop, errors = asyncio.get_running_loop(), []
     loop.set_exception_handler(lambda _, context: errors.append(context))
     with socket.create_server(("127.0.0.1", 0)) as listening, contextlib.ExitStack() as peers:

@@ -1,4 +1,4 @@
-"""If a name server does not respond, neither calls to other hosts nor the closing is delayed."""
+"""An unresponsive name server delays neither calls to other hosts nor the closing of the client."""
 
 from __future__ import annotations
 

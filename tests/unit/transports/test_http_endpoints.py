@@ -1,4 +1,4 @@
-"""Tests of other networks: private CAs, client certificates, proxies, IPv6 and keep-alive."""
+"""Tests of network setups: private CAs, client certificates, proxies, IPv6 and keep-alive."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ async def outcome_at(url: str, **settings: object) -> Outcome:
 
 @pytest.mark.usefixtures("trusted")
 async def test_a_private_authority_is_trusted_by_its_file(authority: trustme.CA) -> None:
-    """`check` also trusts the certificate authorities that SSL_CERT_FILE names."""
+    """Both `check` and calls trust the certificate authorities that SSL_CERT_FILE names."""
     async with scripted(OK, certified(authority)) as server:
         assert await outcome_at(server.url) == Sent(None, 200)
         assert "accepts connections over TLS" in await HttpTransport(settings_for(server.url)).check()
@@ -239,7 +239,7 @@ async def proxy_that(refusal: bytes = b"") -> AsyncIterator[ConnectProxy]:
 async def test_https_is_tunnelled_through_the_proxy(
     authority: trustme.CA, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Connections through HTTPS_PROXY are kept and tunnelled, so that the proxy sees no plain text."""
+    """Connections through HTTPS_PROXY are reused, and tunnelled so that the proxy sees no plain text."""
     async with proxy_that() as proxy, scripted(OK, certified(authority)) as server:
         monkeypatch.setenv(name, proxy.url)
         async with opened(HttpTransport(settings_for(server.url))) as transport:
@@ -313,7 +313,7 @@ async def test_an_address_of_ip_version_6(authority: trustme.CA, *, secure: bool
 async def test_a_host_of_two_families_is_reached_by_the_one_that_answers(
     host: str, first: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A host with IPv4 and IPv6 addresses is reached even if only one address listens.
+    """A host with an IPv4 and an IPv6 address is reached even if it listens on only one of them.
 
     The order of the host's addresses does not matter.
     """

@@ -56,7 +56,7 @@ async def test_a_failed_tls_handshake_is_retried(no_tls: str) -> None:
 
 
 async def test_a_timeout_while_connecting_is_retried() -> None:
-    """A timeout during connecting is retried, because nothing was sent."""
+    """If connecting takes longer than the timeout, the call is retried, because nothing was sent."""
     with socket.create_server(("127.0.0.1", 0)) as silent:
         outcome = await outcome_at(f"https://127.0.0.1:{silent.getsockname()[1]}", transport_timeout=0.2)
     assert outcome == Retry("no connection within 0.2 s")

@@ -101,7 +101,7 @@ async def test_credentials_in_the_url_become_basic_authentication() -> None:
 
 
 SHORT, LONG = (base64.b64encode(bytes(range(size))).decode() for size in (25, 64))
-"""Two secrets: one whose base64 form has padding, and one of the greatest length."""
+"""Two secrets: one whose base64 form has padding, and one of the maximum length."""
 
 
 @pytest.mark.parametrize("secret", [SIGNING_SECRET, SIGNING_SECRET.removeprefix("whsec_"), SHORT, LONG])
@@ -149,7 +149,7 @@ async def test_redirects_are_not_followed() -> None:
 
 
 async def test_the_proxy_of_the_environment_is_not_trusted(monkeypatch: pytest.MonkeyPatch) -> None:
-    """HTTP_PROXY and similar variables have no effect."""
+    """HTTP_PROXY, ALL_PROXY and their lowercase forms have no effect."""
     async with scripted(OK) as proxy:
         for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
             monkeypatch.setenv(name, proxy.url)
@@ -179,7 +179,7 @@ async def test_connections_are_kept_where_the_receiver_deduplicates() -> None:
 async def test_no_connection_is_used_twice_where_the_receiver_does_not_deduplicate() -> None:
     """If the receiver does not deduplicate, each connection carries only one request.
 
-    The outcome of a request on a stale connection would be unknown, and without deduplication it would be final.
+    A request on a stale connection would get an unknown outcome, which is final without deduplication.
     """
     settings = {"transport_deduplicates": False}
     async with scripted(OK) as server, opened(HttpTransport(settings_for(server.url, **settings))) as transport:

@@ -1,4 +1,4 @@
-"""Tests of HTTP/2: the outcomes are those of HTTP/1.1, and streams are independent."""
+"""Tests of HTTP/2: outcomes are the same as over HTTP/1.1, and streams are independent."""
 
 from __future__ import annotations
 
@@ -142,7 +142,7 @@ async def abort(stream: Stream) -> None:
 
 
 async def hint_and_fail(stream: Stream) -> None:
-    """Send an informational response without a final one."""
+    """Send an informational response, then reset the stream instead of sending a final response."""
     stream.connection.h2.send_headers(stream.id, [(":status", "103")])
     await fail(stream)
 
@@ -220,7 +220,7 @@ async def test_a_connection_that_breaks_sends_none_of_its_requests_again(
 
 
 def first_of(server: Http2Server, misbehave: Callable[[Stream], Awaitable[None]]) -> None:
-    """Handle the next request with this function; accept later requests after 0.2 s."""
+    """Handle the next request with the given function; accept later requests after 0.2 s."""
     first = server.requests[-1].id + 2
 
     async def serve(stream: Stream) -> None:
@@ -310,7 +310,7 @@ async def test_a_call_that_is_cancelled_harms_no_other(server: Http2Server, tran
 async def test_a_connection_that_ended_while_idle_is_not_used(server: Http2Server, transport: Transport) -> None:
     """If a receiver closes the connection between two calls, both calls succeed.
 
-    Both calls succeed, whether the connection is closed normally, abruptly or after a GOAWAY frame.
+    The connection may be closed normally, abruptly or after a GOAWAY frame.
     """
     for end in (close, abort, go_away_and_close):
         assert await transport.send(a_delivery()) == OK

@@ -99,7 +99,7 @@ async def test_a_slightly_malformed_answer_is_accepted(reply: bytes) -> None:
 
 @pytest.mark.parametrize("version", [b"1.0", b"1.1"])
 async def test_a_body_without_a_length_ends_with_the_connection(version: bytes) -> None:
-    """A body without content-length or chunks ends when the connection ends."""
+    """A body without content-length or chunks ends when the connection is closed."""
 
     async def reply(writer: asyncio.StreamWriter, _request: Request) -> None:
         writer.write(b"HTTP/%s 200 OK\r\n\r\n" % version + NAMED[:10])

@@ -51,7 +51,7 @@ async def test_a_chat_without_a_room_id_is_rejected_without_a_call(room: str | N
 
 
 async def test_a_wrong_token_is_a_rejection() -> None:
-    """M_UNKNOWN_TOKEN from the homeserver is a rejection whose text contains this code."""
+    """If the homeserver answers M_UNKNOWN_TOKEN, the call is rejected, and the rejection quotes it."""
     async with (
         scripted(answer(401, b'{"errcode":"M_UNKNOWN_TOKEN"}')) as server,
         opened(matrix(server.url)) as transport,

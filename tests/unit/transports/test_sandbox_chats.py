@@ -24,7 +24,7 @@ def incoming(follow_up_id: str = "f1", chat_id: str = "c1", **changes: Any) -> I
 
 
 def late(milliseconds: float) -> Arrival:
-    """Return the time that is the given duration after the due date."""
+    """Return the time that is this many milliseconds after the due date."""
     return Arrival((DUE + timedelta(milliseconds=milliseconds)).timestamp(), 0.0)
 
 
@@ -181,7 +181,7 @@ def test_a_conversation_shows_a_follow_up_once_with_its_attempts() -> None:
 
 
 def test_the_newest_activity_comes_first() -> None:
-    """Chats are listed by their last change; ``since`` leaves out chats without a recent change."""
+    """Chats are listed by their last change, newest first; ``since`` leaves out those changed earlier."""
     chats = SandboxChats()
     for chat_id in ("c1", "c2", "c3", "c1"):
         chats.add_message(chat_id, "user", "hi")
