@@ -53,9 +53,9 @@ def create(
 ) -> tuple[ApiKey, str]:
     """Create an API key for the workspace; return its row and the key, which is never shown again.
 
-    With ``expires``, the key is rejected after that time. Raises `InvalidRequestError` if the lifetime is invalid, or
-    if the name is too long or cannot be stored. A lifetime is positive and at most a hundred years. Raises
-    `WorkspaceNotFoundError` if there is no such workspace or it is being deleted.
+    If ``expires`` is given, the key is rejected once that time has passed. Raises `InvalidRequestError` if the lifetime
+    is invalid, or if the name is too long or cannot be stored. A valid lifetime is positive and at most a hundred
+    years. Raises `WorkspaceNotFoundError` if there is no such workspace or it is being deleted.
     """
     check_name(name)
     if expires is not None and not timedelta(0) < expires <= LONGEST_LIFE:

@@ -101,8 +101,8 @@ class Action(StrEnum):
 class Event:
     """An audit event: one manual change, or one bulk command.
 
-    Each batch of a bulk command records the same event with its own ``number``. The event's row contains the sum over
-    all batches.
+    Each batch of a bulk command records the same event with its own ``number``. The event's row contains the sum of
+    these numbers.
     """
 
     actor: Actor
@@ -153,7 +153,7 @@ class AuditFilter:
 
     workspace_id: UUID | None = None
     workspace: str | None = None
-    """The name of the workspace; by this name, its audit events are found even after its deletion."""
+    """The workspace's name, by which its audit events are found even after the workspace is deleted."""
     since: datetime | None = None
     actions: Sequence[Action] = ()
     target_id: UUID | None = None

@@ -64,7 +64,7 @@ _RELEASE = text(
 
 
 def fill(connection: Connection, workspace_id: UUID, count: int, ahead: object, span: object) -> list[UUID]:
-    """Insert follow-ups, each in a separate chat; return their ids.
+    """Insert follow-ups, each in a chat of its own; return their ids.
 
     The due dates are spread over ``span``; the first is ``ahead`` from now.
     """

@@ -1,9 +1,9 @@
 """Pages of follow-ups for the console, newest first, with the information that explains each follow-up.
 
 As in `followups.store.listing`, a page is merged from several lists of rows. Each list contains the rows of one
-workspace that have one value in a column. Each list is read in the order of an index. Conditions without an index are
-checked row by row. The search therefore goes back in time, interval by interval, until the caller's time limit expires.
-The next search continues where the previous search stopped.
+workspace that have the same value in one column. Each list is read in the order of an index. Conditions without an
+index are checked row by row. The search therefore goes back in time, interval by interval, until the caller's time
+limit expires. The next search continues where the previous search stopped.
 """
 
 from __future__ import annotations
@@ -221,7 +221,7 @@ FIRST_STEP = timedelta(minutes=10)
 """How far back in time the first step of a search reaches."""
 
 LONGEST_STEP = timedelta(days=3650)
-"""After a step of this length, the search covers all older follow-ups in its next step."""
+"""After a step of at least this length, the next step covers all older follow-ups."""
 
 GROWTH = 100
 """A search step may be at most this many times as long as the previous step."""

@@ -30,8 +30,8 @@ LISTED = 50
 """Number of bulk actions that the console's history shows."""
 
 IN_FLIGHT = "in flight"
-"""The reason shown when a bulk action skips a follow-up in flight. A bulk action can prevent a retry of a follow-up in
-flight, but not its current attempt.
+"""The reason shown when a bulk action skips a follow-up in flight. A bulk action can prevent retries of such a
+follow-up, but cannot stop its current attempt.
 """
 
 NOT_WRITABLE = "cannot be written"

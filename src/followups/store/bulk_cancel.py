@@ -1,7 +1,7 @@
 """Bulk cancellation for operators: count, preview, cancel.
 
 Follow-ups are cancelled in batches, each in a short transaction. Each batch starts after the last follow-up of the
-previous batch. Later batches therefore do not read a locked row again.
+previous batch. A locked row that one batch skipped is therefore not read again by later batches.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Detection of changes to a workspace or a follow-up, cheap enough for one query per second.
 
-After each change to a topic, `read_values` returns a new value for the topic. With very many follow-ups, a change that
-does not alter a follow-up's state may be missed. The console's pages also reload from time to time, because a change
-may be missed.
+After each change to a topic, `read_values` returns a new value for the topic. If there are very many follow-ups, a
+change that does not alter a follow-up's state may be missed. The console's pages therefore also reload from time to
+time.
 """
 
 from __future__ import annotations

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 # The row lock keeps the earlier follow-up from ending before this transaction commits. When a follow-up ends, it
 # unblocks the follow-up that is parked behind it. An earlier follow-up that another transaction has locked is skipped.
-# For a skipped follow-up, the caller soon tries again.
+# If an earlier follow-up is skipped, the caller soon tries again.
 _LOCK_EARLIER = text(f"""
     SELECT f.id FROM follow_ups f
      WHERE f.id = ANY(CAST(:ids AS uuid[])) AND {OPEN}
@@ -170,7 +170,7 @@ def first_of(connection: Connection, workspace_id: UUID, chat_id: UUID) -> UUID 
 
 
 MOST_PLACES = 100
-"""Any follow-up behind this position in its chat counts as if it were at this position."""
+"""The highest position that `places` returns, even for follow-ups further back in their chat."""
 
 _PLACES = text("""
     SELECT f.id, (SELECT count(*) FROM (
@@ -207,7 +207,7 @@ def _unblock(ids: Sequence[UUID], refused: Refused | None = None) -> Steps[list[
 def unblock_and_lease(
     connection: Connection, ended: Collection[UUID], lease: timedelta
 ) -> tuple[list[Lease], list[UUID]]:
-    """Unblock the follow-ups that waited for ended ones, and lease them to the caller.
+    """Unblock the follow-ups that waited for the ended ones, and lease them to the caller.
 
     The caller sends the leased follow-ups immediately. Returns the leases, and the ended follow-ups whose successor is
     locked by another transaction.

@@ -272,8 +272,8 @@ def receive(
     """Record a chat message; a user's or operator's message cancels the chat's pending follow-ups.
 
     If the chat is unknown, it is created. A message older than the chat's latest message is recorded but cancels
-    nothing. An older message of a user still opens the messaging window from the time of that message. Recording the
-    same message again changes nothing. Raises `ChatNotFoundError` for a removed chat.
+    nothing. A user's older message still opens the messaging window, which then starts at that message's time.
+    Recording the same message again changes nothing. Raises `ChatNotFoundError` for a removed chat.
     """
     names: dict[str, Any] = {"workspace_id": workspace_id, "message_id": message_id, "chat_id": chat_id}
     (chat,) = yield _KNOWN_OR_LOCK(**names)
@@ -304,9 +304,9 @@ def receive(
 def _advance(chat: Any, message_id: UUID, role: Role, at: datetime) -> tuple[bool, dict[str, Any]]:  # noqa: ANN401 - a row
     """Return whether the message is the chat's latest, and the chat's changed values.
 
-    A message's time may come from a host whose clock is fast. A message whose time lies in the future counts as written
-    now. If a future time were stored, later replies would seem older and cancel nothing. The time of an agent's message
-    is stored exactly. A reply within the same second counts as later than the agent's message.
+    A message's time may come from a host whose clock is fast. A message with a future time counts as written now. If a
+    future time were stored, later replies would seem older and cancel nothing. The time of an agent's message is stored
+    exactly. A reply within the same second counts as later than the agent's message.
     """
     counted = min(counts_as(at), chat.now)
     is_last = chat.last_message_at is None or chat.last_message_at <= counted

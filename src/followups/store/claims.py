@@ -1,8 +1,9 @@
 """Claims: the statements that lease due follow-ups, by due date or shared fairly between workspaces.
 
-The window is the in-flight limit. Claiming by due date is fair and cheapest while all due follow-ups fit into the
-in-flight limit. During a backlog, claiming by due date is unfair. A workspace with 100,000 overdue follow-ups would be
-served first. During a backlog, free slots go to the workspaces with the fewest follow-ups in flight.
+In this module, ``window`` means the in-flight limit. Claiming by due date is fair and cheapest while all due follow-ups
+fit into the in-flight limit. During a backlog, claiming by due date is unfair. A workspace with 100,000 overdue
+follow-ups would be served first. During a backlog, free slots go to the workspaces with the fewest follow-ups in
+flight.
 
 Each claim is one guarded statement, which skips rows that another transaction has locked.
 

@@ -1,7 +1,7 @@
-"""After a commit without a response, find out from the written rows whether it succeeded.
+"""Finds out from the written rows whether a commit without a response succeeded.
 
 A lease is recognised by its fencing token. Other changes are recognised by the new timestamp in the row. Rows store
-times with a precision of one microsecond. No two transactions write one row in the same microsecond.
+times with a precision of one microsecond. No two transactions write the same row in the same microsecond.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ if TYPE_CHECKING:
     from sqlalchemy import Connection, TextClause
 
 SAMPLE = 10
-"""The largest number of rows read again after a commit with an unknown result. A small sample is enough, since a
-transaction is committed as a whole. A single row is not enough, because another transaction may have changed that row
-in the meantime.
+"""The largest number of rows that are read again after a commit whose result is unknown. A small sample is enough,
+since a transaction is committed as a whole. A single row is not enough, because another transaction may have changed
+that row in the meantime.
 """
 
 # If the server process survived the lost connection, its transaction may still hold the row's lock. FOR SHARE reads the

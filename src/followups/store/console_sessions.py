@@ -212,7 +212,7 @@ def make_link(grant: Grant, lifetime: timedelta) -> Steps[tuple[str, datetime]]:
 
 
 def use_link(session: Session, token: str) -> Grant | None:
-    """Use up a sign-in link and return its rights; return None if the link is unknown, expired or used."""
+    """Use up a sign-in link; return the rights it grants, or None if it is unknown, expired or used."""
     if not TOKEN.fullmatch(token):
         return None
     row = session.execute(_USE_LINK, {"token_hash": hash_of(token)}).one_or_none()

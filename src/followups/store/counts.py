@@ -2,17 +2,17 @@
 
 Counts of pending, waiting, overdue and in-flight follow-ups are exact and use small partial indexes. Follow-ups in a
 final state are counted up to `EXACT_UP_TO` for each state. Above `EXACT_UP_TO`, the planner's estimate is used instead,
-which is equally fast for any number of rows. Lag and throughput are computed from an index of the follow-ups that ended
-in the last few minutes. A query that exceeds `LIMIT` is cancelled.
+which takes equally little time for any number of rows. Lag and throughput are computed from an index of the follow-ups
+that ended in the last few minutes. A query that exceeds `LIMIT` is cancelled.
 
 The backlog is measured for metrics, which are read every few seconds. Counting ten million pending rows takes seconds.
-Counters kept by a trigger would update one shared row whenever a follow-up is inserted or ends. Rows are counted one by
-one only up to `BACKLOG_EXACT_UP_TO`. A healthy system has fewer overdue follow-ups than `BACKLOG_EXACT_UP_TO`. Above
-`BACKLOG_EXACT_UP_TO`, the planner's estimates are used. The estimates are as exact as the last ANALYZE. Autovacuum runs
-ANALYZE after 2 % of the rows have changed. An estimate is never lower than the number of rows that were counted. On two
-busy cores, with 500,000 rows pending and 36,000 of them overdue, measuring the backlog took 16 ms. Counting all 500,000
-pending rows takes 83 ms. If 60,000 rows have been sent since the last vacuum, the first measurement takes 287 ms. Later
-measurements of the backlog take 13 to 16 ms. The time needed to measure the backlog does not depend on the number of
+A trigger that keeps counters would update one shared row whenever a follow-up is inserted or ends. Rows are counted one
+by one only up to `BACKLOG_EXACT_UP_TO`. A healthy system has fewer overdue follow-ups than `BACKLOG_EXACT_UP_TO`. Above
+`BACKLOG_EXACT_UP_TO`, the planner's estimates are used. The estimates are as accurate as the last ANALYZE. Autovacuum
+runs ANALYZE after 2 % of the rows have changed. An estimate is never lower than the number of rows that were counted.
+On two busy cores, with 500,000 rows pending and 36,000 of them overdue, measuring the backlog took 16 ms. Counting all
+500,000 pending rows took 83 ms. With 60,000 rows sent since the last vacuum, the first measurement took 287 ms. Later
+measurements of the backlog took 13 to 16 ms. The time needed to measure the backlog does not depend on the number of
 rows.
 """
 
@@ -65,9 +65,9 @@ _PENDING_ROWS = "FROM follow_ups WHERE status = 'pending'"
 # The query reads the claim's index only up to slightly after the current time. This range includes all follow-ups in
 # flight, because no attempt begins long before its due time. A follow-up that waits for its chat's earlier follow-up
 # does not count as overdue. For each chat, only the earliest follow-up can be overdue. Because of the ORDER BY,
-# PostgreSQL reads only the needed part of the index. Without an ORDER BY, the planner would read the whole table. The
-# planner estimates that a third of all pending rows are overdue. The index begins with dead rows of sent follow-ups, so
-# the query reads the index only once.
+# PostgreSQL reads only the needed part of the index. Without an ORDER BY, the planner would read the whole table,
+# because it assumes that a third of all pending rows are overdue. Reading the index is slow where it begins with dead
+# rows of sent follow-ups, so the query reads the index only once.
 _COUNT = text(f"""
     WITH head AS MATERIALIZED (
         SELECT {_DUE} AS due, begun_at {_PENDING_ROWS} AND waits_for IS NULL AND {_DUE} <= now() + interval '1 second'

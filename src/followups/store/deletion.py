@@ -33,7 +33,7 @@ REMOVED = finish(Status.CANCELLED, ReasonCode.CHAT_REMOVED)
 
 @dataclass(frozen=True, slots=True)
 class DeletionScope:
-    """What a deletion deletes: a workspace, or one chat in it."""
+    """What to delete: a workspace, or one of its chats."""
 
     workspace_id: UUID
     chat_id: UUID | None = None
@@ -73,8 +73,8 @@ def begin(session: Session, scope: DeletionScope) -> None:
         with suppress(ChatNotFoundError):  # the chat has already been removed
             chats.remove_chat(session, scope.workspace_id, scope.chat_id)
         return
-    # Another transaction may be creating an API key in this workspace. The lock on the workspace waits for every
-    # transaction that is creating a key.
+    # Another transaction may be creating an API key in this workspace. Locking the workspace waits until every such
+    # transaction has ended.
     for statement in (_LOCK_WORKSPACE, _MARK, _DELETE_KEYS):
         session.execute(statement, scope.parameters)
     pauses.pause(session.connection(), pauses.PauseScope(scope.workspace_id, None))

@@ -103,7 +103,7 @@ def insert_unless_full(
 
 
 FAR_FROM_FULL = MOST_PENDING - 1_000
-"""`create_if_clear` inserts a follow-up only if its chat has no more pending follow-ups than this limit.
+"""`create_if_clear` inserts a follow-up only if its chat has fewer pending follow-ups than this limit.
 
 `create_if_clear` counts only follow-ups that were committed before it locked the chat. For each database connection,
 the count may miss one follow-up created at the same time.
@@ -285,7 +285,7 @@ _END_HONESTLY = _ending(honest(_REASON, "follow_ups"))
 
 @Rule
 def end_if_not_begun(follow_up_id: UUID, final: Final, finished_at: datetime | None) -> Steps[FollowUp | None]:
-    """End a pending follow-up that is not in flight, and return it; return None for any other."""
+    """End a pending follow-up that is not in flight, and return it; otherwise return None."""
     end = _END_HONESTLY if final.code else _END
     ended: Sequence[FollowUp] = yield end(
         id=follow_up_id, status=final.status.value, reason=final.reason, finished_at=finished_at
@@ -381,7 +381,7 @@ def cancelled_or_asked_to(reason: str) -> str:
     """
 
 
-# Every statement locks follow-ups in the order of their chats.
+# Every statement locks follow-ups in their order within the chat.
 _LOCK_CHATS_PENDING = Statement("""
     SELECT id FROM follow_ups
      WHERE workspace_id = :workspace_id AND chat_id = :chat_id AND status = 'pending'
