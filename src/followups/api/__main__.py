@@ -1,6 +1,6 @@
 """The `web` process, started by `python -m followups.api`.
 
-It listens on all IPv6 and IPv4 addresses, on $PORT (default 8000).
+It listens on port $PORT (default 8000) of all IPv6 and IPv4 addresses.
 """
 
 from __future__ import annotations

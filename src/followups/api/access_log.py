@@ -1,4 +1,4 @@
-"""The access log: one line for each request, and the request id in all its log lines.
+"""The access log: one line per request; all log lines of a request contain its id.
 
 This is the outermost middleware, so that refused requests are logged too. Queries and bodies are never logged, because
 clients may put anything into them. Successful probes and scrapes are logged at the debug level.

@@ -74,7 +74,7 @@ class LastUse:
         self._recorded: dict[UUID, float] = {}
 
     def is_due(self, key_id: UUID) -> bool:
-        """Return whether to record this use of the key, at most once a minute per key."""
+        """Return whether to record this use of the key; each key is recorded at most once a minute."""
         now = time.monotonic()
         if now < self._recorded.get(key_id, 0.0):
             return False
@@ -86,9 +86,9 @@ class KnownKeys:
     """API keys that were valid when they were last used.
 
     For a known key, a request's body is read before the key is looked up. Each request's transaction checks the API key
-    again. A revocation takes effect immediately and removes the key from the known keys. A key in use is looked up
-    separately only once. A flood of requests with unknown keys cannot delay requests with known keys. An instance
-    belongs to one event loop.
+    again. A revocation takes effect immediately and removes the key from the known keys. A key that stays in use needs
+    a separate lookup only for its first request. A flood of requests with unknown keys cannot delay requests with known
+    keys. An instance belongs to one event loop.
     """
 
     def __init__(self) -> None:
@@ -151,7 +151,7 @@ class Work:
         """
         if follow_up.status == Status.PENDING:
             self.nudges = self.nudges or follow_up.due_date <= self.now + self.ahead
-        # The follow-up may have ended before this request. A request for a follow-up that has already ended only adds a
+        # The follow-up may have ended before this request. If the follow-up had already ended, a request can only add a
         # chat message's id.
         elif follow_up.updated_at == self.now and follow_up.finished_at == (finished_at or self.now):
             self.ends = (*self.ends, (follow_up.id, Final(Status(follow_up.status), follow_up.reason)))
@@ -200,7 +200,7 @@ class Caller:
         return await self.read_more(rule)
 
     async def read_more(self, rule: Callable[[Work], Steps[T]]) -> T:
-        """Run another read-only rule for a request that the rate limit has already counted."""
+        """Run another read-only rule of the same request, without counting the request again."""
         async with self._services.request_limits.of(self._identity.workspace_id):
             try:
                 async with self._services.database.reading() as connection:

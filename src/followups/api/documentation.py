@@ -1,6 +1,6 @@
 """The OpenAPI 3.1 document, and the interactive documentation at ``/docs``.
 
-FastAPI generates the document; this API's error responses and security schemes are added. The documentation is Swagger
+FastAPI generates the document; this module adds the error responses and security schemes. The documentation is Swagger
 UI from a Python package, with a content security policy.
 """
 

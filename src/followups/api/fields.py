@@ -86,7 +86,7 @@ Text = Annotated[str, AfterValidator(_storable), Field(json_schema_extra=NO_NUL)
 
 
 def _seconds_or_iso(value: object) -> object:
-    """Parse a number of seconds, which may be a string. pydantic parses ISO 8601 durations."""
+    """Convert a string of digits to an integer; pydantic parses all other values."""
     if isinstance(value, str) and value.strip().isascii() and value.strip().isdigit():
         return int(value)
     return value

@@ -2,8 +2,8 @@
 
 The key is checked first, so the body of an unauthenticated request is never read. The whole body is read before any
 other component handles the request. A slow client therefore occupies a socket, but no thread and no database
-connection. Requests outside the API and the console need no key and have no body. Requests for probes, metrics and
-documentation are answered from memory.
+connection. Requests outside the API and the console need no key and have no body. Probes and scrapes share a recent
+result, and the documentation is kept in memory.
 """
 
 from __future__ import annotations

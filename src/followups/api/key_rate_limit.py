@@ -65,9 +65,9 @@ class Allowance:
 class KeyRateLimit:
     """A sliding-window rate limit for each API key.
 
-    For a busy API key, a process reserves requests in advance, each time twice as many. A query to Redis for every
-    request would make create requests a tenth slower. If a key is idle or its limit is small, each request is counted
-    when it arrives. An instance belongs to one event loop.
+    For a busy API key, a process reserves requests in advance, doubling the number each time. With a query to Redis for
+    every request, creating a follow-up would take a tenth longer. If a key is idle or its limit is small, each request
+    is counted when it arrives. An instance belongs to one event loop.
     """
 
     def __init__(self, settings: Settings) -> None:
@@ -81,7 +81,7 @@ class KeyRateLimit:
             socket_connect_timeout=TIMEOUT.total_seconds(),
             retry=Retry(NoBackoff(), 0),
             # Despite its name, `retry_on_error` causes no retry. With `retry_on_error`, a READONLY error closes the
-            # connection. After a failover, Redis's address leads to a different server.
+            # connection. After a failover, a new connection to the same address reaches the new primary.
             retry_on_error=[ReadOnlyError],
         )
         # The client connects to the address of its connection pool. This URL is only parsed, but must contain a port.

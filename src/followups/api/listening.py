@@ -1,4 +1,4 @@
-"""The sockets of `web`: all IPv6 and IPv4 addresses, and an optional port for `/metrics`."""
+"""The sockets of `web`, on all IPv6 and IPv4 addresses, with an optional port for `/metrics`."""
 
 from __future__ import annotations
 

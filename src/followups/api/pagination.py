@@ -37,7 +37,7 @@ def _reference(query: FollowUpQuery, page_number: int) -> str:
 DEEP = 1_000
 """A page is deep if at least this many rows precede the page.
 
-For a page that is not deep, each request counts the preceding rows within a few milliseconds.
+For other pages, each request counts the preceding rows, which takes a few milliseconds.
 """
 
 KNOWN_FOR = 60.0

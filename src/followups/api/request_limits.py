@@ -1,4 +1,4 @@
-"""Limits on shared resources, per workspace and for all clients without a known API key.
+"""Limits on shared resources, per workspace and for all clients without a known API key together.
 
 The shared resources are the database connections and the event loop.
 """
@@ -27,7 +27,7 @@ WAITING_SHARE = 128
 """Maximum number of one workspace's requests, running or waiting: half of the process's limit."""
 
 BUSY = 32
-"""Once a workspace has `BUSY` running or waiting requests, its further requests pass a turnstile."""
+"""Once a workspace has `BUSY` running or waiting requests, its further requests are throttled."""
 
 UNKNOWN_KEYS_SHARE = 2
 """Maximum number of database connections for looking up unknown API keys."""
@@ -42,8 +42,8 @@ TOO_MANY_UNKNOWN_KEYS = "Too many requests whose keys are not yet checked are wa
 class Throttle:
     """Lets one request pass in each iteration of the event loop, in order of arrival.
 
-    All requests without a known API key share one turnstile. Each busy workspace has a separate turnstile. If a
-    workspace is not busy, its requests pass without a turnstile.
+    All requests without a known API key share one throttle. Each busy workspace has a throttle of its own. Requests of
+    a workspace that is not busy are not throttled.
     """
 
     def __init__(self) -> None:

@@ -1,7 +1,7 @@
 """The responses of every endpoint: their documentation, and how database rows become JSON.
 
-The documentation contains a description, schema, headers and example for each response. The response models only serve
-as documentation: they name the fields of the responses. The models validate nothing, because the tables' types and
+The documentation contains a description, schema, headers and example for each response. The response models are only
+documentation: they name the fields of the responses. The models validate nothing, because the tables' types and
 constraints already ensure valid values.
 """
 

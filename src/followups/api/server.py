@@ -52,7 +52,7 @@ READ_WITHIN = 20.0
 LEAST_READ = 64 * 1024
 """Number of bytes of its response that a client must read within `READ_WITHIN` seconds.
 
-If less than this minimum is left of a response, the client must read the whole rest.
+If less of the response is left, the client must read all of it.
 """
 
 MAX_UNSENT = 32 * 1024 * 1024
@@ -83,8 +83,8 @@ KiB.
 class OpenConnections:
     """The state that all connections of a server share.
 
-    The connections that can be closed to admit new ones are stored in order. Of these, the connection that has been
-    idle or unread for the longest time is closed first.
+    Connections that can be closed to admit new ones are stored in the order in which they became idle or unread. Idle
+    ones are closed before unread ones; within each group, those without a valid API key are closed first.
     """
 
     def __init__(self) -> None:
@@ -94,7 +94,7 @@ class OpenConnections:
         self.unread: dict[LimitedProtocol, None] = {}
 
     def make_room(self) -> bool:
-        """Close an idle or unread connection, and return whether there was one."""
+        """Close a connection that is idle or whose response is unread; return whether there was one."""
         if not (self.idle or self.unread):
             return False
         self._close_first(self.idle or self.unread)
@@ -111,7 +111,7 @@ class OpenConnections:
         self.unread.pop(connection, None)
 
     def _close_first(self, connections: dict[LimitedProtocol, None]) -> None:
-        """Close the first connection that has no valid API key, or else the first connection."""
+        """Close the first connection without a valid API key, or the first of all if each has a key."""
         connection = next((each for each in connections if not each.has_key), next(iter(connections)))
         self.forget(connection)
         connection.connections.discard(connection)
