@@ -45,7 +45,7 @@ def set_defaults(database_url: str, defaults: Mapping[str, str]) -> None:
     url = make_url(database_url)
     database, role = sql.Identifier(url.database or ""), sql.Identifier(url.username or "")
     with psycopg.connect(url_as(database_url, SUPERUSER), autocommit=True) as connection:
-        connection.execute("SET default_transaction_read_only = off")  # the server's default settings may include it
+        connection.execute("SET default_transaction_read_only = off")  # new sessions may be read-only by default
         for name, value in defaults.items():
             setting = sql.SQL("SET {} = {}").format(sql.Identifier(name), sql.Literal(value))
             connection.execute(sql.SQL("ALTER DATABASE {} ").format(database) + setting)

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 def dropped(rig: Rig, figures: Figures, count: int, *, deduplicates: bool) -> None:
     """Drop the chat server's response to the first request of every third follow-up."""
     rig.options["FOLLOWUPS_TRANSPORT_DEDUPLICATES"] = str(deduplicates).lower()
-    # a long timeout, so that only dropped answers are late
+    # a long timeout, so that a call fails only if its response is dropped
     rig.options |= {"FOLLOWUPS_TRANSPORT_TIMEOUT": "20", "FOLLOWUPS_LEASE": "40"}
     rig.beat()
     rig.sandbox(*() if deduplicates else ("--no-dedup",))

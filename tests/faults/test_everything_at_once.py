@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from web import Api
 
 KINDS = ("fail", "rate_limit", "drop", "slow")
-"""Faults that the chat server has for a short time."""
+"""Temporary faults of the chat server."""
 
 
 class RandomFaults:
@@ -56,7 +56,7 @@ class RandomFaults:
                 del self._frozen[child]
 
     def calm(self) -> None:
-        """Resume all processes, and let the chat accept everything."""
+        """Resume all processes, and let the chat server accept every request."""
         for child in self._frozen:
             child.signal(signal.SIGCONT)
         self._rig.behave(kind="accept")
@@ -100,7 +100,7 @@ class RandomFaults:
         self._rig.postgres.restart()
 
     def misbehave(self) -> None:
-        """For a short time, make the chat fail, reject, drop or delay requests."""
+        """For a short time, make the chat server fail, reject, drop or delay requests."""
         kind = self._rig.rng.choice(KINDS)
         more = {"retry_after": 1} if kind == "rate_limit" else {"delay": 0.7} if kind == "slow" else {}
         self._rig.behave(kind=kind, **more)

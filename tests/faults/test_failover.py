@@ -126,8 +126,7 @@ def everything_says_read_only(rig: Rig, clients: Clients) -> None:
         assert not any("more workers" in each["advice"] for each in findings.values())
         return "cannot work: the database is read-only" in findings["workers"]["detail"]
 
-    # On a read-only server, a worker can still read the time. A worker connected to a read-only server appears healthy
-    # for a short time.
+    # On a read-only server, a worker can still read the time, so it appears healthy for a short time.
     wait_until(doctor_says, NOTICED_WITHIN)
 
 

@@ -1,4 +1,4 @@
-"""A worker that was frozen for longer than its lease settles and repeats nothing afterwards."""
+"""Tests that a worker frozen for longer than its lease settles nothing and repeats nothing."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def test_frozen_for_long(point: str, rig: Rig, figures: Figures) -> None:
 
 
 def test_frozen_inside_a_transaction(rig: Rig, figures: Figures) -> None:
-    """If a worker freezes in a transaction, only the rows that it locked wait for the end of its session."""
+    """If a worker freezes in a transaction, only the follow-ups that it locked wait until its session ends."""
     frozen, other = rig.start(workers=2, harmed=True)
     other.signal(signal.SIGSTOP)
     rig.failpoints.arm("settle.before_commit", "stop")

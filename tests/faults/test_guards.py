@@ -35,7 +35,7 @@ DEFER = "limited_until = leased.again"
 TOKEN = "AND f.lease_token = b.token"  # noqa: S105 - a fencing token
 NO_LOCK = {
     "FOR NO KEY UPDATE SKIP LOCKED": "",
-    # A statement that waits for the row lock detects a changed row by its ctid, so one guard suffices.
+    # A statement that waits for the row lock detects a changed row by its ctid, so either guard alone is enough.
     "WHERE f.ctid = taken.place": "WHERE f.id = (SELECT id FROM follow_ups WHERE ctid = taken.place)",
 }
 BEGUN_ORM = " AND follow_ups.begun_at IS NULL"
@@ -240,7 +240,7 @@ def begun_of(lease: Lease) -> Begun:
 
 
 async def sent_by(clock: DatabaseClock, engine: Engine, begun: Begun, latest: float) -> list[timedelta]:
-    """Send a follow-up by the given clock, and return how late the transport was called.
+    """Send a follow-up using the given clock, and return how late the transport was called.
 
     Lateness is measured from the due date, using the database's clock.
     """

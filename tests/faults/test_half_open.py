@@ -32,7 +32,7 @@ SAID = ("got no reply", '"broker_unreachable"', "Connection to broker lost")
 """Events that a worker logs when it notices a silent broker."""
 
 DEFAULTS = {"FOLLOWUPS_LEASE": "60", "FOLLOWUPS_TRANSPORT_TIMEOUT": "10", "FOLLOWUPS_TICK_INTERVAL": "1"}
-"""The default settings. Short forms of the tests use a shorter lease and therefore shorter limits."""
+"""The default settings. The short tests use a shorter lease and therefore shorter limits."""
 
 GRACE = 30.0
 """The seconds that an orchestrator allows between SIGTERM and SIGKILL."""
@@ -56,7 +56,7 @@ def working(rig: Rig) -> list[Child]:
 
 
 def seconds_until_noticed(workers: Sequence[Child], server: str, proxy: Proxy) -> float:
-    """Wait until a database connection is closed or no worker waits for the broker."""
+    """Return the seconds until a database connection is closed, or all workers log a silent broker."""
     since = time.monotonic()
     if server == "database":  # if a database connection is lost, the process reconnects without a log line
         wait_until(proxy.given_up, within=90, every=0.05)
@@ -141,7 +141,7 @@ def test_stalled_with_default_limits(server: str, proxied: Proxied, figures: Fig
 
 
 def stopped_in_silence(proxied: Proxied, figures: Figures, silence: tuple[float, float]) -> None:
-    """Stop all processes while the broker is silent; check their exit, then start new processes."""
+    """Stop all processes while the broker is silent; check that they exit cleanly, then start new ones."""
     rig, (_, broker) = proxied
     workers = working(rig)
     broker.stall()

@@ -56,7 +56,7 @@ def deliver(engine: Engine, settings: Settings, outcome: Outcome) -> None:
 
 
 def test_stale_row_is_saved(world: World, engine: Engine, settings: Settings) -> None:
-    """If a follow-up has been sent since its row was read, the row cannot be saved."""
+    """If a follow-up is sent after its row was read, the stale row cannot be saved."""
     follow_up = world.follow_up()
     with Session(engine) as session:
         assert session.get_one(FollowUp, follow_up).status == "pending"

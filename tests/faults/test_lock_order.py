@@ -82,11 +82,11 @@ def replace_during_replies(rig: Rig, figures: Figures, pairs: int) -> None:
 
 
 def test_replace_during_replies(rig: Rig, figures: Figures) -> None:
-    """If a user replies while a transaction replaces a follow-up, reply and transaction take full effect."""
+    """If a user replies while a transaction replaces a follow-up, both take full effect."""
     replace_during_replies(rig, figures, pairs=150)
 
 
 @pytest.mark.faults_long
 def test_replace_during_many_replies(rig: Rig, figures: Figures) -> None:
-    """In 5,000 chats, all transactions that cancel and schedule take effect, and so do concurrent replies."""
+    """In 5,000 chats, every transaction that replaces a follow-up and every concurrent reply takes effect."""
     replace_during_replies(rig, figures, pairs=5_000)

@@ -35,7 +35,7 @@ READER = """
 WRITER = "UPDATE follow_ups SET updated_at = now(); UPDATE chats SET external_id = 'x'"
 
 LAST_IN_CONFLICT = {READER: "0014", WRITER: "0014"}
-"""From this schema version or an older one, an upgrade conflicts with the blocking transaction."""
+"""An upgrade from this schema version, or from an older one, conflicts with the blocking transaction."""
 REFUSAL = "A long transaction uses a table: end the one that followups doctor shows, and migrate again."
 
 SHORT = (
@@ -85,7 +85,7 @@ def attempt(url: str, errors: list[Exception], patience: float) -> None:
 
 
 def beside(url: str, holder: str, patience: float, refusals: list[str]) -> OtherTransactions:
-    """Migrate while a transaction holds locks, until the migration fails; return `OtherTransactions`."""
+    """Migrate while a transaction holds locks; check the migration's errors; return `OtherTransactions`."""
     others = OtherTransactions(url, holder)
     others.start()
     errors: list[Any] = []
@@ -104,7 +104,7 @@ def beside(url: str, holder: str, patience: float, refusals: list[str]) -> Other
 def from_old_versions(
     world: World, engine: Engine, figures: Figures, cases: Sequence[tuple[str, str]], patience: float
 ) -> None:
-    """From each version, migrate first while a transaction blocks the migration, then unblocked."""
+    """From each version, migrate first beside a transaction that may block the migration, then without it."""
     url = engine.url.set(drivername="postgresql").render_as_string(hide_password=False)
     world.follow_up()
     longest = 0.0
@@ -129,7 +129,7 @@ def test_during_an_idle_reader(world: World, engine: Engine, figures: Figures, v
 
 @pytest.mark.parametrize("table", ["follow_ups", "chats", "sending_hours"])
 def test_during_a_reader_of_one_table(world: World, engine: Engine, figures: Figures, table: str) -> None:
-    """During a long transaction that only reads, a migration delays others by less than 3 s."""
+    """While a long transaction reads a table, a migration delays other transactions by less than 3 s."""
     from_old_versions(world, engine, figures, [("0008", f"TABLE {table}")], patience=1)
 
 

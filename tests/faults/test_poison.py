@@ -52,7 +52,7 @@ def test_poison_with_many_calls_in_flight(rig: Rig, figures: Figures) -> None:
 
 
 def test_poison(rig: Rig, figures: Figures) -> None:
-    """After three worker deaths a poison pill fails as worker_lost; all other follow-ups are sent."""
+    """After three worker deaths, a poison pill fails as `worker_lost`; all other follow-ups are sent."""
     poisoned(rig, figures, neighbours=60)
 
 

@@ -179,7 +179,7 @@ def fail_for(rig: Rig, figures: Figures, rate: float, seconds: float, limit: int
 
 
 def check_breaker_outage(rig: Rig, figures: Figures, rate: float, seconds: float, limit: int | None = None) -> None:
-    """Check that an outage uses up an attempt of only a few follow-ups, and never a last attempt."""
+    """Check that only a few follow-ups use up an attempt in an outage, and that none uses up its last one."""
     failed = fail_for(rig, figures, rate, seconds, limit)
     assert rig.world.scalar("SELECT count(*) FROM follow_ups WHERE status <> 'sent'") == 0
     assert [line["state"] for line in rig.events("breaker")][:2] == ["open", "probing"]
@@ -199,7 +199,7 @@ def test_storm_of_429(rig: Rig, figures: Figures) -> None:
 
 
 def test_outage(rig: Rig, figures: Figures) -> None:
-    """If a receiver was unreachable, it gets every message once, and not all at the same time."""
+    """After an outage, the receiver gets every message once, but not all of them at the same time."""
     outage(rig, figures, rate=60, seconds=2)
 
 

@@ -30,7 +30,7 @@ def received_within(rig: Rig, ids: Sequence[UUID]) -> tuple[float, float]:
 
 
 def slow_answers(rig: Rig, figures: Figures, count: int, delay: float) -> None:
-    """Deliver ``count`` follow-ups to fast chats, then as many again with 1 % slow chats."""
+    """Deliver ``count`` follow-ups to fast chats, then as many again, 1 % of them to slow chats."""
     rig.options |= {"FOLLOWUPS_TRANSPORT_TIMEOUT": "30", "FOLLOWUPS_LEASE": "60"}
     rig.start()
     quick, _ = received_within(rig, rig.held(count))

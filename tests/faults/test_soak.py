@@ -29,12 +29,12 @@ STEP = 0.25
 AHEAD = 5.0
 """The inserted follow-ups fall due within this many seconds."""
 ROOM_MB = 32.0
-"""A process's final memory may exceed its median by a quarter plus this margin in megabytes. Allocators keep freed
-memory.
+"""A process's final memory may exceed its median by a quarter plus this many megabytes. This margin is needed because
+allocators keep freed memory.
 """
 
 # Count only follow-ups created at least 0.5 s before their due date and accepted at the first attempt. The query uses
-# the index of the follow-up lists. Taking a sample therefore does not become slower as the table grows.
+# the same index as the follow-up lists. Taking a sample therefore does not become slower as the table grows.
 _LAG = """
     SELECT percentile_cont(0.99) WITHIN GROUP (ORDER BY extract(epoch FROM accepted_at - due_date)) * 1000, max(now())
       FROM follow_ups

@@ -30,7 +30,7 @@ def machine(world: World, settings: Settings) -> type[RuleBasedStateMachine]:
     """Return the state machine for a database."""
 
     class Machine(RuleBasedStateMachine):
-        """A state machine with one rule for each kind of model step or client change."""
+        """A state machine with one rule for each kind of step in the model, and one for a client's changes."""
 
         driven: DrivenStore | None = None
 

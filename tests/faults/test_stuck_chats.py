@@ -83,11 +83,11 @@ def behind_stuck(rig: Rig, figures: Figures, count: int, spread: float) -> None:
 
 
 def test_stuck_chats(rig: Rig, figures: Figures) -> None:
-    """While 5,000 follow-ups wait behind two stuck ones, they cause no calls; a reply cancels them."""
+    """The follow-ups behind two stuck ones cause no calls; a reply in each chat cancels all 5,000."""
     behind_stuck(rig, figures, count=5_000, spread=1.5)
 
 
 @pytest.mark.faults_long
 def test_stuck_chats_with_many(rig: Rig, figures: Figures) -> None:
-    """A reply cancels all 100,000 follow-ups that wait behind two stuck ones."""
+    """A reply in each of two stuck chats cancels all 100,000 follow-ups there."""
     behind_stuck(rig, figures, count=100_000, spread=10.0)

@@ -36,7 +36,7 @@ def lines(stack: Stack, event: str, **fields: Any) -> list[dict[str, Any]]:
 
 
 def test_one_line_per_request(stack: Stack, logged: Api) -> None:
-    """A request logs one line, without its query string and API key.
+    """A request is logged in one line, without its query string and API key.
 
     The log line contains the request's id, method, path, status, duration, client, workspace and API key id.
     """

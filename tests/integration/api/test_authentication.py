@@ -126,7 +126,7 @@ def test_another_workspace(api: Api, other: Api, document: dict[str, Any]) -> No
             assert answer.json() == expected.json()
         assert mine["message"] not in answer.text
         assert mine["id"] not in answer.text
-        for each in (mine, unknown):  # the other workspace may have created a chat with the same id
+        for each in (mine, unknown):  # a request of the other workspace may have created a chat with this id
             other.client.delete(f"{CHATS}/{each['chatId']}")
     assert api.read(mine) == mine
 

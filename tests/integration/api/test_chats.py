@@ -20,7 +20,7 @@ class TestPut:
 
     @pytest.mark.parametrize("channel", ["widget", "waha", "whatsapp", "instagram", "api", "matrix"])
     def test_created_and_updated(self, api: Api, channel: str) -> None:
-        """The first PUT of a chat returns 201; the next returns 200 and replaces values."""
+        """The first PUT of a chat returns 201; the next returns 200 and replaces the chat's fields."""
         path = f"{CHATS}/{uuid4()}"
         created = api.client.put(path, json={"channel": channel, "externalId": "!room:host"})
         assert created.status_code == 201
