@@ -1,4 +1,4 @@
-"""Holds: follow-ups that are paused or outside their workspace's sending hours.
+"""Holds, which keep back follow-ups that are paused or outside their workspace's sending hours.
 
 Claims do not find a held follow-up until its hold ends. A held follow-up uses up no attempt and is not leased
 repeatedly. A chat's order is preserved, because later follow-ups wait for a held one.
@@ -136,8 +136,8 @@ def columns_of(hours: SendingHours) -> dict[str, object]:
 
 
 # A recorded `sendable_from` that has already passed is left unchanged. A future or NULL `sendable_from` is replaced by
-# the next start of the current sending hours. During sending hours, or if the workspace has none, `sendable_from` is
-# set to the current time.
+# the next time at which the workspace may send. During sending hours, or if the workspace has none, that is the current
+# time.
 _RELEASE_HELD = text("""
     WITH held AS MATERIALIZED (
         SELECT id FROM follow_ups
@@ -163,7 +163,7 @@ def release_held(connection: Connection, workspace_id: UUID) -> int:
 
 
 SPREAD = timedelta(seconds=1)
-"""When sending hours open, held follow-ups are spread over this period, earliest due first."""
+"""Time over which held follow-ups are spread when sending hours begin, earliest due first."""
 _LONGEST = timedelta(days=1)
 
 

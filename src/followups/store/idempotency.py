@@ -1,8 +1,8 @@
-"""Responses by Idempotency-Key, kept for a day.
+"""Stored responses, one for each Idempotency-Key, kept for a day.
 
-The changes and the stored response are committed together, so a crash cannot store only one of them. While a request is
-running, its transaction holds an advisory lock on the idempotency key. A second request with the same key is refused
-instead of waiting for the lock.
+The changes and the stored response are committed together, so after a crash, either both are stored or neither is.
+While a request is running, its transaction holds an advisory lock on the idempotency key. A second request with the
+same key is refused instead of waiting for the lock.
 """
 
 from __future__ import annotations

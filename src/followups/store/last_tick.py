@@ -1,11 +1,11 @@
-"""Dispatcher ticks: one dispatcher claims at a time, and checks when the last tick ran.
+"""Dispatcher ticks: which dispatcher may claim now, and when the last tick ran.
 
 Dispatchers cannot see each other's ticks. They therefore share one database row, which holds the last tick's time and
 serves as the claim lock. Only one dispatcher at a time may count the follow-ups in flight and claim more.
 
-After a long gap between ticks, either there was an outage or the database's clock was set forward. During a long gap
-between ticks, leases expire although their workers may still be running. Workers therefore get a grace period to record
-the outcomes of their attempts in flight. Until the grace period ends, the leases of attempts in flight are not claimed
+A long gap between ticks means that there was an outage, or that the database's clock was set forward. During such a
+gap, leases expire although their workers may still be running. Workers therefore get a grace period to record the
+outcomes of their attempts in flight. Until the grace period ends, the leases of attempts in flight are not claimed
 again.
 """
 
@@ -21,8 +21,8 @@ if TYPE_CHECKING:
     from sqlalchemy import Connection
 
 FROZEN_AFTER = "3s"
-"""How long a dispatcher's session may idle during a claim before PostgreSQL ends the session. A frozen dispatcher with
-an open session keeps all other dispatchers from claiming.
+"""How long a dispatcher's session may be idle during a claim before PostgreSQL ends the session. A frozen dispatcher
+with an open session keeps all other dispatchers from claiming.
 """
 
 STALE_TICKS = 5
@@ -46,9 +46,9 @@ class Tick:
 
 
 # Ticks are recorded at most five times a second: each update leaves a dead row. A recorded time in the future means
-# that the clock was set back. A small difference only means that two transactions began in the opposite order. During a
-# grace period, a short gap between ticks does not start another grace period. With a new grace period after every late
-# tick, no expired lease would ever be taken over.
+# that the clock was set back. A recorded time less than a second ahead only means that two transactions began in the
+# opposite order. During a grace period, a short gap between ticks does not start another grace period. With a new grace
+# period after every late tick, no expired lease would ever be taken over.
 _BEGIN = text("""
     WITH state AS MATERIALIZED (
         SELECT id, last_tick_at,

@@ -64,8 +64,8 @@ class Lease(NamedTuple):
 WINDOWED_NAMES = sorted(channel.value for channel in WINDOWED_CHANNELS)
 
 KEYS = 2**20
-"""The number of different queue keys for workspaces. Two workspaces with the same queue key share a queue, which is
-rare and harmless.
+"""The number of different queue keys for workspaces. Two workspaces may have the same queue key and share a queue,
+which is rare and harmless.
 """
 
 

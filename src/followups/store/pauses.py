@@ -1,4 +1,4 @@
-"""Pauses set by operators, and the end of these pauses."""
+"""Pauses set by operators, and how they end."""
 
 from __future__ import annotations
 

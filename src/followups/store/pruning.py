@@ -103,7 +103,7 @@ class MessageCursor(NamedTuple):
 
 OLDEST = MessageCursor()
 
-# Each chat's last message is kept, so that a repeated report of it is recognised. Each scan continues where the
+# Each chat's last message is kept, so that a repeat of that message is recognised. Each scan continues where the
 # previous one ended, so it skips the messages that are kept.
 _DELETE_MESSAGES = text("""
     WITH old AS MATERIALIZED (

@@ -2,11 +2,11 @@
 
 By default there is no quota. Without a quota, a create request needs no extra query: its INSERT itself checks whether
 there is a quota. With a quota, a transaction locks the chat's row first and then the quota's row. Two concurrent create
-requests cannot both use the last free place.
+requests therefore cannot both use the last free place.
 
 Each quota row stores how many more follow-ups or chats the workspace may create. Each create request reduces the stored
-number of free places. Follow-ups or chats are recounted only when the number of free places reaches zero. A recount no
-longer includes follow-ups that have finished.
+number of free places. Follow-ups or chats are recounted only when the number of free places reaches zero. Finished
+follow-ups are not counted again, so their places become free.
 """
 
 from __future__ import annotations

@@ -235,9 +235,8 @@ def release(
     """Release up to a thousand follow-ups deferred by a rate limit, so that they become due.
 
     Follow-ups whose deferral ends more than ``longest`` from now are not released. ``scope`` is the workspace and the
-    channel of the limit; None means every workspace or channel. Release up to a thousand follow-ups that a rate limit
-    has deferred, so that they become due. Returns the released follow-ups, and the follow-ups whose rows cannot be
-    written.
+    channel of the limit; None means every workspace or channel. Returns the released follow-ups, and the follow-ups
+    whose rows cannot be written.
     """
     workspace_id, channel = scope
     parameters = {"workspace_id": workspace_id, "channel": channel, "longest": longest, "most": BATCH}
@@ -264,7 +263,7 @@ def workspaces_of(connection: Connection, keys: Iterable[int]) -> list[UUID]:
     return list(connection.scalars(_WORKSPACES, {"keys": int_array(keys)}))
 
 
-# Each workspace is searched separately, because one workspace may have almost all follow-ups that are due soon.
+# Each workspace is searched separately, because one workspace may own almost all the follow-ups that are due soon.
 _LOCK_DEFERRED_OF = text(f"""
     WITH deferred AS MATERIALIZED (
         SELECT f.id, f.next_attempt_at
@@ -287,10 +286,10 @@ _LOCK_DEFERRED_OF = text(f"""
 
 
 def release_workspaces(connection: Connection, workspace_ids: Iterable[UUID], longest: timedelta, most: int) -> int:
-    """Make up to ``most`` deferred follow-ups of the given workspaces due now; return how many.
+    """Release up to ``most`` deferred follow-ups of the given workspaces; return how many were released.
 
-    Follow-ups fall due in the order in which they were deferred. A follow-up whose row cannot be written remains
-    deferred for the rest of its deferral.
+    The follow-ups whose deferral ends first are released first. A follow-up whose row cannot be written stays deferred
+    until its deferral ends.
     """
     parameters = {"workspace_ids": uuid_array(workspace_ids), "longest": longest, "most": most}
     ids = connection.scalars(_LOCK_DEFERRED_OF, parameters).all()

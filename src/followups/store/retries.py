@@ -61,7 +61,7 @@ def count_failed(connection: Connection, failures: Failures) -> int:
 
 
 class FailureCursor(NamedTuple):
-    """The position where a batch of retries ended; batches go through the follow-ups in order of failure."""
+    """The position where a batch of retries ended; batches follow the order in which follow-ups failed."""
 
     finished_at: datetime = FIRST
     id: UUID = NIL

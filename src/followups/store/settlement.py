@@ -127,7 +127,7 @@ _SETTLE_SENT = Statement(f"""
 def settle_if_in_flight(connection: Connection, settlements: Sequence[Settlement]) -> list[SettledFollowUp]:
     """Record the outcomes of attempts in flight, and return the settled follow-ups.
 
-    A follow-up that is not returned is locked or leased by another worker.
+    A follow-up that is not returned is either locked or now leased by another worker.
     """
     sent = [one for one in settlements if one.status == Status.SENT]
     others = [one for one in settlements if one.status != Status.SENT]

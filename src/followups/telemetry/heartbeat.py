@@ -2,7 +2,7 @@
 
 Each process keeps one small file in the runtime directory, rewritten every second. For each component that must make
 progress, the file contains a deadline for the next report. Reading the file needs neither Celery nor the broker. A
-check therefore costs little more than starting a Python interpreter. Supervisors do not restart the processes in a
+check therefore costs little more than starting a Python interpreter. Supervisors do not restart the processes during a
 broker outage, because a restart would not help.
 
 - Times are on the monotonic clock, which all processes of a machine share. So setting the wall clock raises no alarm,
@@ -75,7 +75,7 @@ def directory_of(configured: str | None) -> Path:
 
 
 def _open_directory(path: Path) -> None:
-    """Create the directory, or check that no other user can have created it. Raises `HeartbeatError`."""
+    """Create the directory, or reject the default directory if another user has created it. Raises `HeartbeatError`."""
     try:
         path.mkdir(mode=0o700, parents=True, exist_ok=True)
         found = path.lstat()
@@ -216,7 +216,7 @@ class ProcessState:
 
 
 def read_states(directory: Path, role: str, name: str = "") -> list[ProcessState]:
-    """Return the states of a role's processes on this machine, or of the one process ``name``.
+    """Return the states of a role's processes on this machine, or only that of the process ``name``.
 
     ``name`` is a Celery node's name, or the part before the ``@``. Processes that have ended are not included.
     """

@@ -69,8 +69,8 @@ class _Configured:
 def configure_logging(settings_format: Literal["json", "console"] | None, level: str) -> None:
     """Write this process's log lines of at least ``level`` to stderr, in one format.
 
-    Without ``settings_format`` the format is console on a terminal and JSON otherwise. A second call replaces the
-    configuration of the first call.
+    If ``settings_format`` is not given, the format is console on a terminal and JSON otherwise. A second call replaces
+    the configuration of the first call.
     """
     on_terminal = sys.stderr.isatty()
     console = settings_format == "console" or (settings_format is None and on_terminal)

@@ -28,7 +28,7 @@ ATTEMPT_DURATION = Histogram(
 LAG = Histogram(
     "followups_lag_seconds",
     "Time of acceptance by the transport minus the due date.",
-    # The histogram's buckets range from a millisecond to a day. By default, a follow-up is too late after a day.
+    # The histogram's buckets range from a millisecond to a day, after which a follow-up is too late by default.
     buckets=(
         0.001,
         0.0025,
