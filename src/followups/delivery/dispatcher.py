@@ -43,7 +43,7 @@ LOOKING_SHARE = 0.1
 """Claims from the beginning of the index may take this share of the dispatcher's time."""
 
 ORPHAN_SEARCH_SHARE = 0.01
-"""The largest share of its time that the dispatcher spends on checking blocked and paused follow-ups.
+"""The largest share of the dispatcher's time that is spent checking blocked and paused follow-ups.
 
 Each blocked or paused follow-up is checked at least once per lease time, however long the checks take.
 """
@@ -57,7 +57,7 @@ LONGEST_BACKOFF = 4.0
 AFTER_ANOTHER = 0.01
 """Pause in seconds while another dispatcher is claiming; each further pause is twice as long.
 
-A claim normally takes only some milliseconds.
+A claim normally takes only a few milliseconds.
 """
 LONGEST_AFTER_ANOTHER = 0.1
 IN_GRACE = 0.5
@@ -70,7 +70,7 @@ Each claim may take over expired leases without waiting for a tick.
 class Dispatcher:
     """The dispatcher, which runs in one thread of each worker process.
 
-    Ticks and nudges that arrive during a tick are merged into it.
+    Ticks and nudges that arrive during a tick are merged into one further tick.
     """
 
     def __init__(self, settings: Settings, engine: Engine, publish: Callable[[Hint], None]) -> None:
@@ -181,8 +181,8 @@ class Dispatcher:
         deadline = time.monotonic() + seconds
         self._interval.begin()
         self._release_orphans()
-        # After the deadline, no further claim starts in this tick; the next tick of any dispatcher continues. If two
-        # dispatchers take turns, claims are twice as frequent but half as large.
+        # After the deadline, no further claim starts in this tick; the next tick of any dispatcher claims the rest. If
+        # two dispatchers take turns, claims are twice as frequent but half as large.
         while self._interval.next <= deadline:
             if self._stopping.wait(max(0.0, self._interval.next - time.monotonic())) or not self._claim_and_publish():
                 return
@@ -258,9 +258,9 @@ class Dispatcher:
         """Claim follow-ups due at or after the low-water mark; occasionally, claim all due follow-ups.
 
         A claim without a low-water mark also finds follow-ups inserted late with an early due time. If a claim leaves
-        due follow-ups, the next claims prefer workspaces with the fewest in flight. During a long transaction, index
-        entries of sent follow-ups stay in front of those of pending ones. It took 34 ms to skip 36,000 index entries of
-        sent follow-ups.
+        due follow-ups, the next claims prefer workspaces with the fewest follow-ups in flight. During a long
+        transaction, index entries of sent follow-ups stay in front of those of pending ones. Skipping 36,000 such index
+        entries took 34 ms.
         """
         started = time.monotonic()
         from_all = started >= self._next_whole

@@ -26,13 +26,13 @@ if TYPE_CHECKING:
 LEAD = timedelta(milliseconds=15)
 """Follow-ups begin this much earlier than their due time, so that they are sent on time.
 
-A cancel that arrives after the begin is too late.
+A cancel that arrives after begin is too late.
 """
 BEGIN_BATCH = 200
 """The largest number of leases in one batch. A statement for more leases would take longer without saving time per row.
 """
 GATHER = timedelta(milliseconds=5)
-"""How long to wait for more free slots or due follow-ups if there are only a few. A statement for five rows costs
+"""How long to wait for more free slots or due follow-ups if only a few are available. A statement for five rows costs
 almost as much as a statement for fifty. `GATHER` is a third of `LEAD`.
 """
 ENOUGH_SLOTS = 0.4
@@ -63,11 +63,11 @@ class DueQueue:
         self._closed = False
 
     def add(self, leases: Iterable[Lease], task_id: str = "") -> None:
-        """Enqueue new leases together with the id of the Celery task whose hint brought them."""
+        """Enqueue new leases together with the id of the Celery task whose hint contained them."""
         now, known = uptime(), self._clock.known
         if now >= self._next_expiry_check:
-            # While the breaker is open, leases stay in the due queue. Leases that expire in the queue are claimed and
-            # enqueued again by each tick.
+            # While the breaker is open, leases stay in the due queue. When leases expire there, a tick claims their
+            # follow-ups again, and the new leases are enqueued.
             self._next_expiry_check = now + self._lease
             self._fair.drop_expired(now)
         moment = self._clock.now() if known else None
@@ -107,7 +107,7 @@ class DueQueue:
     def take(self, most: int, tripped: frozenset[int] = frozenset(), permits: int = 0) -> list[Lease]:
         """Take up to ``most`` due leases from the queue, with a slot for each lease; return the leases.
 
-        Leases that may be poison pills are taken only within their quota. At most ``permits`` leases of ``tripped``
+        Leases of possible poison pills are taken only within their quota. At most ``permits`` leases of ``tripped``
         workspaces are taken.
         """
         horizon, now, most = self._clock.now() + LEAD, uptime(), min(most, self.slots.free)
@@ -146,7 +146,7 @@ class DueQueue:
     def seconds_to_next(self, tripped: frozenset[int] = frozenset()) -> float | None:
         """Return the seconds until the next lease is due, or None if the queue is empty.
 
-        The result is negative if a lease is overdue. Due leases of ``tripped`` workspaces are not counted.
+        The result is negative if a lease is overdue. Due leases of ``tripped`` workspaces are ignored.
         """
         if self._fair.has_turn(tripped):
             return -LEAD.total_seconds()
@@ -167,7 +167,7 @@ class DueQueue:
     async def _gather(self) -> None:
         """Wait for more free slots or due follow-ups, so that the next batch is larger.
 
-        The wait for a larger batch is at most `GATHER`.
+        The wait lasts at most `GATHER`.
         """
         if not self.is_due():
             return

@@ -1,9 +1,9 @@
 """Hints: the broker messages sent after a claim's commit, written and parsed here.
 
 A hint lists follow-ups with lease tokens and due times, so workers need no query. A hint contains no message text and
-is not trusted. A lost, repeated or late hint does no harm, because begin reads the follow-up's row. Each hint contains
-the keys of the workspace queues. If a hint lacks these keys, as during an upgrade, workers can still send its
-follow-ups.
+is not trusted. A repeated or late hint does no harm, because begin reads the follow-up's row. If a hint is lost, its
+leases expire, and the follow-ups are claimed again. Each hint contains the keys of the workspace queues. If a hint
+lacks these keys, as may happen during an upgrade, workers can still send its follow-ups.
 """
 
 from __future__ import annotations

@@ -91,7 +91,7 @@ class Pipeline:
         self._settler = Settler(settings, engine, self._settled)
         self._upkeep = Upkeep(engine, self._clock, self._rate_limits)
         self._tasks: set[asyncio.Task[None]] = set()
-        """Tasks that make calls, and tasks that wait until a chat's row is unlocked."""
+        """Tasks that make calls, and tasks that unblock follow-ups once their rows are no longer locked."""
         self._backoff = BACKOFF
         self._draining = False
         self._loop = uvloop.new_event_loop()
@@ -239,7 +239,7 @@ class Pipeline:
             self._spawn(self._unblock_later(step.blocking))
 
     async def _unblock_later(self, ended: Collection[UUID]) -> None:
-        """Unblock follow-ups that wait for an ended one, each when its row is no longer locked.
+        """Unblock follow-ups that wait for one that has ended, each as soon as its row is unlocked.
 
         When the pipeline drains, the dispatchers unblock the remaining follow-ups.
         """

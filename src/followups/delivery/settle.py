@@ -41,9 +41,8 @@ ENOUGH = 100
 GATHER = timedelta(milliseconds=30)
 """How long results are gathered before one statement records all of them.
 
-The wait delays only the chat's next follow-up. After a kill, messages without a recorded result are sent again under
-the same keys. Gathering results takes no longer than a quick call to the receiver. If the worker is killed while it
-gathers results, these results are lost.
+The wait delays only the chat's next follow-up. If the worker is killed, the gathered results are lost, and their
+messages are sent again under the same keys. Gathering results takes no longer than a quick call to the receiver.
 """
 SHORT_GATHER = timedelta(milliseconds=5)
 """How long results are gathered before they are recorded, if the receiver cannot deduplicate. If the process is killed,
@@ -62,7 +61,7 @@ log = get_logger(__name__)
 
 NOT_KNOWN = ": the outcome of the attempt in flight is unknown"
 ROOM = MAX_REASON_LENGTH - 100
-"""If text is added to a detail, the detail is cut to this many characters."""
+"""Before text is added to a detail, the detail is cut to this many characters."""
 
 
 class Settler:

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 POLL = timedelta(milliseconds=20)
-"""Seconds between two checks whether a process is ready."""
+"""Seconds between two checks of whether a process is ready."""
 
 TAIL_LINES = 20
 """Number of lines at the end of the log that an error message quotes."""
@@ -133,7 +133,7 @@ class Child:
     def signal(self, number: signal.Signals) -> None:
         """Send a signal to the process, not to its process group.
 
-        In a pool, the parent process signals its children itself.
+        In a worker pool, the parent process signals its children itself.
         """
         if self.running:
             self._running().send_signal(number)

@@ -19,7 +19,7 @@ class EmbeddedServer(ABC):
     """Starts and stops the server, either in a ``with`` block or by `start` and `stop`."""
 
     name: ClassVar[str]
-    """The program's name, which error messages contain."""
+    """The program's name, for use in error messages."""
     start_within: ClassVar[timedelta]
     """How long the server may take to start."""
 

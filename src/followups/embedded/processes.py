@@ -32,7 +32,7 @@ COMMANDS = {
         " --without-mingle --without-gossip"
     ),
     "beat": "celery -A followups.worker --quiet beat --loglevel=warning",
-    # Flower shows and stops tasks. A password is therefore required on any address but the loopback address
+    # Flower can show and stop tasks. A password is therefore required on any address but the loopback address
     # (`followups.worker.flower`).
     "flower": ("celery -A followups.worker flower --loglevel=warning --address=${FLOWER_ADDRESS:-127.0.0.1}"),
     "release": "followups migrate",

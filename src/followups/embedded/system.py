@@ -33,7 +33,9 @@ if TYPE_CHECKING:
     from followups.settings import Settings
 
 READY_WITHIN = timedelta(seconds=90)
-"""How long the server may take to start. A start takes about five seconds on two idle cores, more on a busy machine."""
+"""How long the server may take to start. A start takes about five seconds on two idle cores, and longer on a busy
+machine.
+"""
 
 GRACE = timedelta(seconds=6)
 """How long a process may take to stop before it is killed. A killed process loses leases, but no messages."""
@@ -50,7 +52,7 @@ class StartPlan:
     port: int
     """Port of the API."""
     tell: Callable[[str], None]
-    """A function that is called with each component's name before its start."""
+    """A function that is called with a short message before each step, such as ``Migrating``."""
     signals: StopSignals
     """The recorder of stop signals; it is checked between the steps of the start."""
     data: Path | None = None
@@ -58,7 +60,7 @@ class StartPlan:
     overrides: Mapping[str, object] = field(default_factory=dict)
     """Settings by field name; all other settings are read from the environment."""
     echo: Callable[[str, str], None] | None = None
-    """A function that is called with the process and the line, for every log line."""
+    """A function that is called for every log line, with the process's name and the line."""
 
 
 @dataclass(frozen=True, slots=True)
