@@ -225,7 +225,7 @@ async def test_waiting_for_a_connection_counts_towards_the_timeout() -> None:
 async def test_timeouts_leave_the_client_usable() -> None:
     """If calls time out while other calls begin, the client stays usable.
 
-    uvloop's timer handles fail to report their time in the last half millisecond.
+    uvloop cannot report the time of a timer that fires within half a millisecond.
     """
 
     async def answer_most(writer: asyncio.StreamWriter, _request: Request) -> None:
