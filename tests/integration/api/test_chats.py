@@ -110,7 +110,7 @@ class TestMessages:
     def test_answer(self, api: Api) -> None:
         """The response to a chat message has exactly the documented fields.
 
-        If the message's chat is unknown, it is created. If the request contains a message text, the text is ignored.
+        A chat that is still unknown is created. If the request contains a message text, the text is ignored.
         """
         body = {"id": str(uuid4()), "chatId": str(uuid4()), "role": "agent", "createdAt": "2030-01-01T01:00:00+01:00"}
         answer = api.post(CHAT_MESSAGES, body | {"text": "secret"})

@@ -55,8 +55,8 @@ class Flood:
     def held_up_less(self, limit: float) -> bool:
         """Return whether 95 % of the other requests were delayed by less than the limit.
 
-        The limit applies to the time during which the web process is ``busy``, not to the whole wait. On a busy
-        machine, half of the requests may take ten times as long by the wall clock.
+        The limit applies to the time during which the web process is ``busy``, not to the whole wait. Measured by the
+        wall clock, half of the requests may take up to ten times the limit on a busy machine.
         """
         return p95(self.busy) < limit and statistics.median(self.waits) < 10 * limit
 
@@ -243,7 +243,7 @@ STRANGERS = (
     "/nothing",
     f"{FOLLOW_UPS}/{uuid4()}",
 )
-"""Paths that can be requested without an API key."""
+"""Paths that clients without an API key request."""
 
 
 def beside_400_connections(web: Web, paths: Sequence[str], key: str | None) -> float:

@@ -123,7 +123,7 @@ class TestCreate:
     def test_sending_hours_and_the_window(self, api: Api) -> None:
         """A due date outside sending hours is accepted if the hours begin before the messaging window ends.
 
-        A due date gets 422 if the messaging window ends before sending hours begin.
+        A create request gets 422 if the messaging window ends before sending hours begin.
         """
         now = datetime.now(UTC)
         # Sending hours that end within an hour and begin again some 23 hours from now. A user wrote 2 hours ago; the

@@ -192,7 +192,7 @@ def test_a_revoked_key_is_refused_at_once(api: Api) -> None:
     assert api.get(FOLLOW_UPS).status_code == 401
     assert api.client.post(CHAT_MESSAGES, json={"id": 1}).status_code == 401
     head = f"POST {CHAT_MESSAGES} HTTP/1.1\r\nhost: a\r\nauthorization: {api.key}\r\ncontent-length: 9\r\n\r\n"
-    assert raw(api, head.encode()).startswith(b"HTTP/1.1 401")  # the server is no longer waiting for the body
+    assert raw(api, head.encode()).startswith(b"HTTP/1.1 401")  # the server responds without waiting for the body
 
 
 def test_bodies_have_a_budget(settings: Settings, world: World, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -217,7 +217,7 @@ def test_bodies_have_a_budget(settings: Settings, world: World, monkeypatch: pyt
                 assert other.post(CHAT_MESSAGES, content=b" " * 200_000).status_code == 422
                 return (
                     answer if answer.status_code == 503 else None
-                )  # otherwise, the slow request was rejected or had not arrived yet
+                )  # otherwise, the slow request was rejected instead, or had not arrived yet
 
         answer = wait_until(refused_beside_a_slow_body, within=20)
         is_problem(answer, 503, "service-unavailable")

@@ -56,7 +56,7 @@ def test_repeated_request(api: Api) -> None:
 
 
 def test_same_content_in_other_bytes(api: Api) -> None:
-    """If a client reuses an idempotency key, the API compares the request bodies by content."""
+    """Request bodies with one idempotency key are compared by their content, not byte by byte."""
     body, key = body_of(api, dueDate="2035-01-01T00:00:00Z"), "k" * 255
     first = keyed(api, body, key)
     assert same(keyed(api, dict(reversed(body.items())) | {"dueDate": "2035-01-01T01:00:00+01:00"}, key), first)
@@ -156,7 +156,7 @@ def test_crash(api: Api, web_settings: Settings, step: str) -> None:
 def test_many_concurrent_requests(api: Api) -> None:
     """Of many concurrent requests with one idempotency key, exactly one creates a follow-up.
 
-    All but one of the concurrent requests get 409, or the first request's response.
+    Every other concurrent request gets 409 or the first request's response.
     """
     body, together = body_of(api), threading.Barrier(8)
 

@@ -60,7 +60,7 @@ def test_every_address_and_two_ports(web: tuple[Child, int, int]) -> None:
 
 
 def test_health_with_the_port_of_a_service(web: tuple[Child, int, int]) -> None:
-    """A PORT set by Kubernetes is ignored: without an option, the default port is used."""
+    """The `health` command ignores a PORT set by Kubernetes; without --port, it uses the default port."""
     command = [sys.executable, "-m", "followups.cli", "health", "web"]
     for more, said in (([], "8000"), (["--port", str(web[1])], str(web[1]))):
         ran = subprocess.run(

@@ -32,7 +32,7 @@ def test_nudge(settings: Settings, world: World) -> None:
             api.message(later["chatId"], "agent")
             assert nudges == []
             api.create(due=in_days(-1))
-            assert nudges == [2]  # the follow-up's row already existed
+            assert nudges == [2]  # the new follow-up's row was already committed
             api.patch(later, dueDate=in_days(SOON))
             assert nudges == [2, 2]
             api.patch(later, status="cancelled")

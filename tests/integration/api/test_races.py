@@ -42,7 +42,7 @@ def claim(connection: Connection) -> list[Lease]:
 
 
 def begin(connection: Connection, taken: list[Lease]) -> list[UUID]:
-    """Begin the follow-ups of these leases and return the attempts that have begun."""
+    """Begin the follow-ups of these leases and return the ids of those that have begun."""
     world = leases.Rules(lease=MINUTE, max_lateness=timedelta(0), early=MINUTE)
     return [id_ for id_, *_ in leases.begin_if_leased(connection, taken, world)]
 
@@ -78,7 +78,7 @@ def engine(web_engine: Engine) -> Engine:
 
 
 class TestReplyAgainstCreate:
-    """A follow-up that is created while a reply is being recorded is also cancelled."""
+    """A follow-up that is created during a reply's transaction is cancelled or rejected."""
 
     def test_create_first(self, api: Api, engine: Engine) -> None:
         """A reply waits for a running create request, and then cancels the follow-up that was created."""
@@ -150,7 +150,7 @@ class TestCancelAgainstDeliver:
         assert api.read(created)["status"] == "pending"
 
     def test_cancel_first(self, api: Api, engine: Engine) -> None:
-        """If a cancel has started, begin starts no attempt and does not wait for the cancel."""
+        """While a cancel is uncommitted, begin neither starts an attempt nor waits for the cancel."""
         created, taken = due_now(api)
         with Session(engine) as session, engine.connect() as connection:
             scheduling.cancel(session, UUID(str(created["id"])), reason="called")

@@ -16,7 +16,7 @@ LONG = "\N{GRINNING FACE}" * 65_536
 
 
 def test_a_page_of_long_messages_is_complete(api: Api) -> None:
-    """If a list page is sent in pieces, its follow-ups equal their single responses, in the same order.
+    """If a list page is sent in pieces, its follow-ups are the same as in single responses, in order.
 
     A list page that is sent in pieces still links to the next page.
     """

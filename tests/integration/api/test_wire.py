@@ -1,4 +1,4 @@
-"""HTTP/1.1 on the wire: the accepted requests, and the server's patience with slow clients."""
+"""HTTP/1.1 on the wire: which requests are accepted, and how long the server waits for slow clients."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def answers(address: tuple[str, int], sent: bytes, methods: Sequence[str], key: 
 
 
 def piece_of(connection: socket.socket, wait: float) -> bytes:
-    """Return the next bytes received, or nothing after a close or a timeout."""
+    """Return the next bytes received, or empty bytes after a close or a timeout."""
     connection.settimeout(wait)
     try:
         return connection.recv(65_536)
@@ -160,7 +160,7 @@ def test_an_endless_head(api: Api, start: bytes) -> None:
                 received += piece
         except ConnectionError:
             pass
-    assert b" 431 " in received or not received  # the response can be lost if the client was still sending
+    assert b" 431 " in received or not received  # the response can be lost if the client is still sending
 
 
 def test_chunk_overhead_counts_towards_the_body(api: Api) -> None:
@@ -223,7 +223,7 @@ def test_a_client_that_does_not_read_is_disconnected(read_timeout: tuple[str, in
 
 
 def test_unread_answers_have_a_budget(settings: Settings, world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    """If unread responses exceed their memory limit, the connection that has waited longest is closed."""
+    """If unread responses exceed their memory limit, a connection with an unread response is closed."""
     page = big_page(world)
     monkeypatch.setattr(server, "MAX_UNSENT", 100_000)
     with served(settings) as address, unread(address, page) as first:

@@ -124,7 +124,7 @@ class TestCancel:
         assert (world.row(held).status, world.row(free).status) == ("pending", "cancelled")
 
     def test_without_a_terminal_yes_is_required(self, run: RunCommand, world: World) -> None:
-        """Without a terminal and --yes, a bulk cancel is a usage error."""
+        """Without a terminal, a bulk cancel without --yes is a usage error."""
         follow_up = world.follow_up(due=HOUR)
         ran = run("cancel", "--workspace", world.workspace_id)
         assert (ran.code, ran.stdout) == (2, "")

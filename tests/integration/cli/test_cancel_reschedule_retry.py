@@ -76,7 +76,7 @@ class TestReschedule:
     """The command `followups reschedule`."""
 
     def test_due_date_with_an_offset(self, run: RunCommand, world: World, nudges: list[datetime]) -> None:
-        """A due date with a UTC offset is stored as the same time."""
+        """A due date with a UTC offset is stored as the same point in time."""
         follow_up = world.follow_up(due=HOUR)
         due = datetime(2031, 1, 31, 9, tzinfo=UTC)
         ran = run("reschedule", follow_up, "--due", "2031-01-31T10:00:00+01:00")
