@@ -146,7 +146,7 @@ def openapi_document() -> dict[str, Any]:
 
 
 class Application(FastAPI):
-    """FastAPI with this project's OpenAPI document; the gate encloses all other middleware."""
+    """FastAPI with this project's OpenAPI document, its gate and its access log."""
 
     def openapi(self) -> dict[str, Any]:
         """Return the OpenAPI document, which is generated only once."""

@@ -30,7 +30,7 @@ _TIME = re.compile(r"(\d{4}-\d\d-\d\d)[Tt ](\d\d:\d\d)(:\d\d(?:\.\d+)?)?([Zz]|[+
 
 
 def _canonical(value: object) -> object:
-    # With Python's UUID, an id would have several spellings: with braces, as a URN, or without hyphens.
+    # Python's `UUID` would accept further spellings of an id: with braces, as a URN, or without hyphens.
     if isinstance(value, str) and not _UUID.fullmatch(value):
         message = "should be a UUID, as in 123e4567-e89b-42d3-a456-426614174000"
         raise ValueError(message)

@@ -147,7 +147,7 @@ def _words(name: str) -> str:
 
 
 PATIENCE = timedelta(seconds=15)
-"""How much longer than a lease a deletion waits for attempts in flight."""
+"""A deletion waits for attempts in flight for the length of a lease plus this time."""
 
 
 def carry_out_deletion(whole: DeletionScope, what: str, name: str, manner: BulkOptions) -> None:

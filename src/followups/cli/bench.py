@@ -146,7 +146,7 @@ def _measure(place: BenchEnvironment, signals: StopSignals, count: int, rate: fl
 
 
 def _watch(place: BenchEnvironment, signals: StopSignals, ids: Sequence[UUID], title: str) -> Outcome:
-    """Wait until every follow-up has ended, but at most `LONGEST` seconds."""
+    """Wait until every follow-up has ended, but no longer than `LONGEST` seconds."""
     deadline = time.monotonic() + LONGEST
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=remarks(), transient=True) as progress:

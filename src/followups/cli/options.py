@@ -160,7 +160,7 @@ RATE = re.compile(r"(\d+(?:\.\d+)?)/(s|min|h|d)", re.ASCII)
 MOST = 1_000_000
 """Largest accepted rate, in follow-ups per second, and largest accepted bucket.
 
-No rate or burst in this system reaches this limit.
+No practical rate or burst reaches this limit.
 """
 LEAST = 0.01 / SECONDS["d"]
 """Smallest accepted rate, in follow-ups per second.

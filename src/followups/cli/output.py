@@ -49,7 +49,7 @@ def print_json(document: object) -> None:
 
 
 def print_line(sentence: str, *, lines: bool = False) -> None:
-    """Print a sentence on stdout and flush, because a reader of a pipe may be waiting."""
+    """Print a sentence on stdout and flush it, because a process that reads a pipe may be waiting."""
     sys.stdout.write(f"{escape(sentence, lines=lines)}\n")
     sys.stdout.flush()
 

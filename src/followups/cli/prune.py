@@ -118,7 +118,7 @@ def _remover(
 
 
 def _write(file: IO[bytes], documents: Sequence[dict[str, Any]]) -> None:
-    """Write a batch as a separate gzip member. If writing is interrupted, the batches written before stay readable."""
+    """Write a batch as a separate gzip member. If writing is interrupted, earlier batches stay readable."""
     lines = "".join(json_module.dumps(each, ensure_ascii=False) + "\n" for each in documents)
     file.write(gzip.compress(lines.encode()))
     file.flush()

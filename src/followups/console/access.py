@@ -134,7 +134,7 @@ MAX_BY_CLIENT = 10
 """Maximum number of failed sign-ins by one client within `COUNTED_FOR`."""
 
 MAX_IN_ALL = 600
-"""Maximum number of failed sign-ins per `COUNTED_FOR` in this process, for all clients together."""
+"""Maximum number of failed sign-ins within `COUNTED_FOR` in this process, by all clients together."""
 
 COUNTED_FOR = 60.0
 """Length of the period in which failed sign-ins are counted, in seconds."""

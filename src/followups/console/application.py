@@ -197,7 +197,7 @@ class Console:
         except DBAPIError as error:
             if not is_undone(error):
                 raise
-            # The transaction was rolled back because of a conflict, so nothing was committed.
+            # A conflict has rolled back the transaction, so the route can safely run again.
             return route.page(visit)
 
 

@@ -1,7 +1,7 @@
 """Live updates of open pages: server-sent events that report only that something has changed.
 
-After an event, the page requests the changed regions again. Permissions are checked as for any request. For all of its
-viewers together, each process runs one query per second. If no viewer is connected, no query runs.
+After an event, the page requests the changed regions again. Permissions are checked as for any other request. Each
+process runs one query per second for all of its viewers together. If no viewer is connected, no query runs.
 """
 
 from __future__ import annotations

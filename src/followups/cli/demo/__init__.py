@@ -36,7 +36,7 @@ Show = Callable[[Sequence[FollowUpState], datetime, Sequence[str]], None]
 app = typer.Typer(add_completion=False, rich_markup_mode="markdown")
 
 WITHIN = timedelta(seconds=40)
-"""Time limit of the demo. Time limit of the demo, which normally takes a quarter of this time."""
+"""Time limit of the demo, which normally takes a quarter of this time."""
 
 LOOK = timedelta(milliseconds=120)
 """Time between two database queries for the state of the follow-ups.

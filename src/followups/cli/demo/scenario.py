@@ -177,7 +177,7 @@ class DemoRun:
     """The chats of one demo, for use in a single thread."""
 
     def __init__(self, stack: Stack, key: str, scenario: Scenario) -> None:
-        """Store the API's address and the script; open no chat."""
+        """Store the API's address and the script, without opening a chat."""
         self._api = RestClient(stack.api, key)
         self._sandbox = RestClient(stack.sandbox)
         self._scenario = scenario

@@ -28,7 +28,7 @@ MESSAGES = 50
 """Maximum number of messages shown. In a long chat, only the most recent messages are shown."""
 
 FOLLOW_UPS = 25
-"""Maximum number of pending follow-ups on the page, and also of past follow-ups."""
+"""The page shows at most this many pending and this many past follow-ups."""
 
 NOW = text("SELECT now()")
 

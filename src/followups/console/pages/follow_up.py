@@ -75,7 +75,7 @@ def reveal(visit: Visit) -> Response:
 
 
 def save(visit: Visit) -> Response:
-    """Save the message and the due date; after "Check", only show the consequences."""
+    """Save the message and the due date; the "Check" button shows the consequences without saving."""
     form = visit.form
     typed = FollowUpForm(form.raw("message") if "message" in form else None, form.text("due"))
 
@@ -205,7 +205,7 @@ def _check_version(visit: Visit, found: FollowUp) -> None:
 
 
 def _as_typed(message: str) -> str:
-    """Return the message with line endings as in text from the console's forms."""
+    """Return the message with line feeds as its only line breaks, like text from the console's forms."""
     return message.replace("\r\n", "\n").replace("\r", "\n")
 
 
