@@ -184,7 +184,7 @@ class CallTimeout:
         self._timer = None
         while self._ends:
             task, end = next(iter(self._ends.items()))
-            if end > loop.time():
+            if end - loop.time() >= TIMER:
                 self._timer = loop.call_at(end, self._expire)
                 return
             del self._ends[task]

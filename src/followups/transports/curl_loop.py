@@ -137,6 +137,8 @@ class CurlLoop:
         self._timer = None if self._wanted == math.inf else self._loop.call_at(self._wanted, self._time_out)
 
     def _kicked(self) -> None:
+        if self._kick is not None:
+            self._kick.cancel()
         self._kick = None
         self._act(pycurl.SOCKET_TIMEOUT, 0)
         self._collect()
@@ -151,13 +153,19 @@ class CurlLoop:
         self._kicked()
 
     def _act(self, socket: int, ready: int) -> None:
+        if self.is_broken:
+            return
         try:
             self._multi.socket_action(socket, ready)
         except pycurl.error:
             self._break()
 
     def _break(self) -> None:
+        if self.is_broken or self._sockets.closed:
+            return
         self.is_broken = True
+        self._loop.remove_reader(self._sockets.fileno())
+        self._collect()
         for curl in tuple(self._running):
             self._end(curl, CLOSED)
 
@@ -177,6 +185,9 @@ class CurlLoop:
             ended.set_result(code)
 
     def _remove(self, curl: pycurl.Curl, code: int) -> None:
-        self._multi.remove_handle(curl)
+        try:
+            self._multi.remove_handle(curl)
+        except pycurl.error:
+            self._loop.call_soon(self._break)  # later, because the caller is ending transfers
         if code != pycurl.E_OK and not curl.getinfo(pycurl.NAMELOOKUP_TIME):
             self._looks_up = True

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 import pycurl
 
 from followups.transports.answers import Answer
+from followups.transports.curl_loop import CLOSED
 from followups.uptime import uptime
 
 if TYPE_CHECKING:
@@ -259,4 +260,5 @@ def _flaw(code: int) -> str:
         return LATE
     if code == pycurl.E_BAD_CONTENT_ENCODING:
         return "the body of the answer cannot be decompressed"
-    return f"the body of the answer is incomplete ({pycurl.easy_strerror(code)})"
+    why = "the connection was closed here" if code == CLOSED else pycurl.easy_strerror(code)
+    return f"the body of the answer is incomplete ({why})"

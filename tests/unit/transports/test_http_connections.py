@@ -9,7 +9,8 @@ import struct
 import threading
 import time
 from datetime import timedelta
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, ClassVar
 
 import pycurl
 import pytest
@@ -19,10 +20,12 @@ from followups.transports import http_client
 from followups.transports.curl_loop import CurlLoop
 from followups.transports.http import HttpTransport
 from followups.transports.port import Outcome, Rejected, Retry, Sent, Unknown
-from unit.transports.doubles import Request, a_delivery, answer, opened, scripted, settings_for
+from unit.transports.doubles import Request, ScriptedServer, a_delivery, answer, opened, scripted, settings_for
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import AsyncIterator, Callable, Iterator
+
+    from followups.transports.port import Transport
 
 MESSAGE_ID = "6f1b1f0e-3a53-4f6e-9a5f-1d2b3c4d5e6f"
 OTHER = answer(200, f'{{"chatMessageId": "{MESSAGE_ID}"}}'.encode())
@@ -248,30 +251,102 @@ async def test_timeouts_leave_the_client_usable() -> None:
         await asyncio.gather(*[call_repeatedly() for _ in range(10)])
 
 
-async def test_a_broken_multi_handle_is_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
-    """If libcurl's multi handle breaks, its calls end with an outcome, and later calls use another handle."""
-    handles: list[pycurl.CurlMulti] = []
+class BreakableMulti(pycurl.CurlMulti):
+    """A multi handle of libcurl that performs no more transfers after a test has made one of its callbacks fail."""
 
-    class Observed(pycurl.CurlMulti):
-        def __init__(self) -> None:
-            handles.append(self)
+    handles: ClassVar[list[BreakableMulti]] = []
 
-    def fail(_milliseconds: int) -> None:
-        raise OSError  # after this, libcurl performs no more transfers with the handle
+    def __init__(self) -> None:
+        self.handles.append(self)
+
+    def break_in(self, callback: int) -> None:
+        def fail(*_: object) -> None:
+            raise OSError
+
+        self.setopt(callback, fail)
+
+
+@pytest.fixture
+def handles(monkeypatch: pytest.MonkeyPatch) -> list[BreakableMulti]:
+    """Make the client use breakable handles, and return those that it has created."""
+    monkeypatch.setattr(pycurl, "CurlMulti", BreakableMulti)
+    monkeypatch.setattr(BreakableMulti, "handles", [])
+    return BreakableMulti.handles
+
+
+def open_files() -> int:
+    """Return how many files and sockets this process has open."""
+    return len(list(Path("/proc/self/fd").iterdir()))
+
+
+CALLBACKS = [pycurl.M_TIMERFUNCTION, pycurl.M_SOCKETFUNCTION]
+
+
+@pytest.fixture
+async def silent() -> AsyncIterator[ScriptedServer]:
+    """Run a server that does not answer unless a test changes that."""
 
     async def stay_silent(_writer: asyncio.StreamWriter, _request: Request) -> None:
         await asyncio.sleep(60)
 
-    monkeypatch.setattr(pycurl, "CurlMulti", Observed)
-    async with scripted(stay_silent) as server, opened(HttpTransport(settings_for(server.url))) as transport:
-        in_flight = asyncio.create_task(transport.send(a_delivery()))
-        await server.requested.wait()
-        handles[0].setopt(pycurl.M_TIMERFUNCTION, fail)
-        server.answer = OK
-        assert isinstance(await transport.send(a_delivery()), Retry)
-        assert isinstance(await in_flight, Unknown)
+    async with scripted(stay_silent) as server:
+        yield server
+
+
+async def calls_in_flight(transport: Transport, server: ScriptedServer, count: int) -> list[asyncio.Task[Outcome]]:
+    """Start calls, and return them once all requests have arrived."""
+    calls = [asyncio.create_task(transport.send(a_delivery())) for _ in range(count)]
+    while len(server.requests) < count:  # noqa: ASYNC110 - the server's list has no event for a number
+        await asyncio.sleep(0.01)
+    return calls
+
+
+@pytest.mark.parametrize("callback", CALLBACKS, ids=["timer", "socket"])
+async def test_a_broken_multi_handle_is_replaced(
+    callback: int, handles: list[BreakableMulti], silent: ScriptedServer
+) -> None:
+    """If libcurl's multi handle breaks, its calls end with an outcome, and later calls use another handle."""
+    async with asyncio.timeout(4), opened(HttpTransport(settings_for(silent.url))) as transport:
+        in_flight = await calls_in_flight(transport, silent, 3)
+        handles[0].break_in(callback)
+        silent.answer = OK
+        outcomes = await asyncio.gather(*in_flight, *[transport.send(a_delivery()) for _ in range(3)])
+        assert {type(each) for each in outcomes[:3]} == {Unknown}
+        assert {type(each) for each in outcomes[3:]} <= {Retry, Sent}
         assert await transport.send(a_delivery()) == Sent(None, 200)
     assert len(handles) == 2
+
+
+@pytest.mark.parametrize("callback", CALLBACKS, ids=["timer", "socket"])
+async def test_cancelling_a_call_of_a_broken_handle(
+    callback: int, handles: list[BreakableMulti], silent: ScriptedServer
+) -> None:
+    """If a multi handle breaks when a call is cancelled, the call ends as cancelled, and later calls succeed."""
+    async with asyncio.timeout(10), opened(HttpTransport(settings_for(silent.url, transport_timeout=1))) as transport:
+        first, *others = await calls_in_flight(transport, silent, 3)
+        handles[0].break_in(callback)
+        first.cancel()
+        assert {type(each) for each in await asyncio.gather(*others)} == {Unknown}
+        assert first.cancelled()
+        silent.answer = OK
+        await transport.send(a_delivery())
+        assert await transport.send(a_delivery()) == Sent(None, 200)
+
+
+@pytest.mark.parametrize("callback", CALLBACKS, ids=["timer", "socket"])
+async def test_closing_a_broken_handle(callback: int, handles: list[BreakableMulti], silent: ScriptedServer) -> None:
+    """A client whose multi handle breaks while closing closes all connections, and may be closed again."""
+    before = open_files()
+    transport = HttpTransport(settings_for(silent.url))
+    await transport.open()
+    calls = await calls_in_flight(transport, silent, 3)
+    handles[0].break_in(callback)
+    for _ in range(2):
+        await transport.close()
+    async with asyncio.timeout(2):
+        assert {type(each) for each in await asyncio.gather(*calls)} == {Unknown}
+    await asyncio.sleep(0.1)
+    assert open_files() - before <= 3  # the server's ends of the connections
 
 
 async def test_an_idle_connection_is_closed_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
