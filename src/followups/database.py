@@ -31,7 +31,7 @@ T = TypeVar("T")
 
 MILLISECOND = timedelta(milliseconds=1)
 POOL_MARGIN = 5
-"""A caller waits for a pooled connection for the connect timeout plus this many seconds."""
+"""A caller waits for a pooled connection this many seconds longer than the connect timeout."""
 STATEMENT_TIMEOUT = timedelta(seconds=30)
 """Time limit of a statement on the server. Statements normally take milliseconds."""
 SILENCE_MARGIN = timedelta(seconds=5)
@@ -254,7 +254,7 @@ class _Pooler:
     """
 
     def __init__(self) -> None:
-        """Create the object; it checks later whether there is a pooler."""
+        """Create the object without checking for a pooler yet."""
         self._checked = False
 
     def is_before(self, connection: Bounded, row: Sequence[Any] | None) -> bool:
@@ -282,7 +282,7 @@ class _Pooler:
                     each.execute(_SET_UP, session)
                 pids = [each.execute("SELECT pg_backend_pid()").fetchone() for each in (one, other) * POOLER_ROUNDS]
         except psycopg.OperationalError:
-            # checked only once: if the pool of a pooler in session mode is full, new clients wait
+            # no second check: if a pooler in session mode is full, every new connection has to wait
             self._checked = True
             return
         if pids[0] == pids[1] or pids != pids[:2] * POOLER_ROUNDS:
@@ -317,8 +317,8 @@ _dropped_at: WeakKeyDictionary[Engine, float] = WeakKeyDictionary()
 def drop_all(engine: Engine) -> None:
     """Make the engine replace each open connection at its next checkout.
 
-    Call this function if the database server is unreachable or read-only. SQLAlchemy replaces connections by itself
-    only after an error that SQLAlchemy raised.
+    Call this function if the database server is unreachable or read-only. By itself, SQLAlchemy replaces connections
+    only after an error that it raised.
     """
     _dropped_at[engine] = time.monotonic()
 

@@ -222,7 +222,7 @@ class Visit:
         return self.viewer is not None and self.viewer.may(Permission(action))
 
     def page(self, template: str, status: int = HTTPStatus.OK, **context: object) -> Response:
-        """Return a page that was rendered from the template."""
+        """Return a page rendered from the template."""
         return HTMLResponse(self.rendered(template, **context), status)
 
     def rendered(self, template: str, **context: object) -> str:

@@ -64,8 +64,8 @@ async def begin_within_limits(
 def begin(engine: Engine, settings: Settings, batch: Sequence[Lease]) -> BatchResult:
     """Begin the follow-ups that may be sent, end those that must not, and hold or park the rest.
 
-    Begin uses one transaction for the whole batch. If a row cannot be written, only its follow-up is deferred; all
-    other follow-ups begin.
+    The whole batch uses one transaction. If a row cannot be written, only its follow-up is deferred; all other
+    follow-ups begin.
     """
     halved = halve(batch, lambda part: transact(engine, partial(_begin, settings, part)))
     for lease, error in halved.refused:

@@ -100,7 +100,7 @@ def claim_fairly(
 
 
 def release(engine: Engine, batch: Sequence[Lease]) -> None:
-    """Release leases that will not begin. If a row cannot be written, its lease expires by itself."""
+    """Release leases whose attempts will not begin. If a row cannot be written, its lease expires by itself."""
     with engine.begin() as connection:
         halve_within(connection, batch, partial(leases.release_if_not_begun, connection))
 

@@ -1,4 +1,4 @@
-"""Deferral makes room in the in-flight window by deferring the follow-ups of workspaces whose breaker has tripped.
+"""Defers follow-ups of workspaces whose breaker has tripped, to make room in the in-flight window.
 
 Each worker keeps a few leases of the tripped workspaces as probes. All other follow-ups of tripped workspaces are
 deferred in the database. A deferral is not an attempt, and a deferred follow-up can still be cancelled. Deferrals end,
@@ -56,7 +56,7 @@ SOONEST = LONGEST / 2
 SPREAD = 10_000
 """Number of simultaneous deferrals that fill two thirds of the time between `SOONEST` and `LONGEST`."""
 COMING = 0.25
-"""Seconds that released follow-ups get to reach a worker before more follow-ups are released."""
+"""Seconds that released follow-ups have to reach a worker before more are released."""
 BACKOFF = 1.0
 """Seconds to wait if the database does not answer. `BACKOFF` is also the longest pause after a batch."""
 
@@ -117,7 +117,7 @@ class Deferral:
         self._closed = False
 
     async def run(self) -> None:
-        """After each call of `check_again`, call `balance`, until `close` is called."""
+        """Until `close`, call `balance`; then wait for the pause it returns, or else for `check_again`."""
         while not self._closed:
             self._wanted.clear()
             pause = await self.balance()
