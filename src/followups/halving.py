@@ -21,7 +21,7 @@ R = TypeVar("R")
 
 @dataclass(slots=True)
 class Halved(Generic[T, R]):
-    """The result of a halved batch: what the parts returned, the refused items, and the items not tried."""
+    """The result of a halved batch: the results of its parts, the refused items, and the items not tried."""
 
     done: list[R] = field(default_factory=list)
     refused: list[tuple[T, Exception]] = field(default_factory=list)
@@ -32,7 +32,7 @@ class Halved(Generic[T, R]):
 def halve(batch: Sequence[T], work: Callable[[Sequence[T]], R]) -> Halved[T, R]:
     """Do the work for a batch, and split the batch in half if a row fails.
 
-    The halving ends when a batch contains only the failing row. An error that concerns no row is raised, unless a part
+    The halving ends when a part contains only the failing row. An error that concerns no row is raised, unless a part
     has already succeeded.
     """
     halved: Halved[T, R] = Halved()

@@ -120,8 +120,8 @@ class Workspace(Base):
 class WorkspaceSendingHours(Base):
     """A row with the sending hours of a workspace (`followups.sending_hours`).
 
-    If a workspace has no row in this table, its messages may be sent at any time. The sending hours are in a separate
-    table, so begin reads no rows if no workspace has sending hours.
+    If a workspace has no row in this table, its messages may be sent at any time. The sending hours have their own
+    table, so begin reads no row for them if no workspace has any.
     """
 
     __tablename__ = "sending_hours"
@@ -348,7 +348,7 @@ class FollowUp(Base):
             "id",
             postgresql_where=text("status = 'pending' AND waits_for IS NULL"),
         ),
-        # This index is used for the order in a chat, and when a reply cancels follow-ups.
+        # This index orders the follow-ups of a chat, and finds those that a reply cancels.
         Index(
             "ix_follow_ups_chat_order",
             "workspace_id",
@@ -448,8 +448,8 @@ class FollowUp(Base):
     sendable_from: Mapped[datetime | None]
     """The first time at which sending hours allow the message, or None if the follow-up was never held.
 
-    A time in the future is derived again from the current sending hours. A time in the past is kept, even if the
-    sending hours change. A follow-up's lateness is counted from this time.
+    A time in the future is recomputed from the current sending hours. A time in the past is kept, even if the sending
+    hours change. A follow-up's lateness is counted from this time.
     """
     limited_until: Mapped[datetime | None]
     """When the next attempt is made, if a rate limit or the breaker has deferred it.
@@ -529,7 +529,7 @@ class ConsoleSession(Base):
         CheckConstraint("role <> 'operator' OR workspace_id IS NULL", name="operator_sees_all"),
         CheckConstraint("chat_id IS NULL OR workspace_id IS NOT NULL", name="chat_has_workspace"),
         Index(None, "workspace_id", "created_at"),
-        # This index serves the deletion of old rows.
+        # This index is used when old rows are deleted.
         Index(None, "expires_at"),
         {"postgresql_with": CHURNING},
     )
@@ -657,7 +657,7 @@ class AuditEvent(Base):
     """The actor's name at the time of the event."""
     workspace_id: Mapped[UUID | None]
     workspace: Mapped[str | None]
-    """The workspace's name when the event happened, or None for an event of all workspaces."""
+    """The workspace's name when the event happened, or None if the event concerns all workspaces."""
     action: Mapped[str]
     target_id: Mapped[UUID | None]
     """The changed follow-up, API key, chat or workspace; None for a target without an id."""

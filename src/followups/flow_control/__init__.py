@@ -1,7 +1,7 @@
 """Rate limits and the breaker, whose state all workers share in the broker's Redis.
 
 No guarantee depends on the rate limits or the breaker. If Redis is unreachable, deliveries continue without rate limits
-and breaker. The failure is counted and logged. After a failed query, Redis is not queried for a while, because each
+or the breaker. The failure is counted and logged. After a failed query, Redis is not queried for a while, because each
 query would wait for a timeout. The rate limits and the breaker use this directory's Lua scripts. Redis runs only one
 script at a time.
 """
@@ -35,7 +35,7 @@ def connect(settings: Settings, timeout: timedelta = TIMEOUT) -> Redis:
         socket_connect_timeout=timeout.total_seconds(),
         retry=Retry(NoBackoff(), 0),
         # Despite its name, `retry_on_error` causes no retry here. The client also closes a failing connection, because
-        # the address leads to another server after a failover.
+        # the address may lead to another server after a failover.
         retry_on_error=[ReadOnlyError],
         decode_responses=True,
     )

@@ -3,7 +3,7 @@
 An open breaker defers most due follow-ups in the database (`followups.delivery.deferral`). All workers share one state
 in Redis (`BreakerStore`). Deliveries continue while Redis is unreachable. While Redis is unreachable, a worker counts
 only its own failed attempts. After the configured number of failures in a row, the worker begins no follow-ups. The
-worker begins follow-ups again when it next queries Redis, some seconds later. If Redis is wiped, the breaker is closed,
+worker begins follow-ups again when it next queries Redis, some seconds later. If Redis is wiped, the breaker closes,
 and new failures open it again.
 
     closed -> open: so many different follow-ups failed, and none succeeded in between
@@ -121,7 +121,7 @@ class RecoveryPolicy:
     """Begins per second right after a successful probe, for all workers together. The rate then doubles every second.
     """
     last_rate: float = 10_000.0
-    """The breaker closes at this many begins per second, which takes about ten seconds."""
+    """The breaker closes once the rate reaches this many begins per second, after about ten seconds."""
     fails_again: int = 10
     """How many different follow-ups must fail in a row before a recovering breaker opens again."""
     in_a_row: int = 5
@@ -152,7 +152,7 @@ class BreakerStore:
         name = _key(settings, transport)
         self._keys = [name, *(f"{name}:{part}" for part in ("failing", "runs", "held"))]
         self._threshold = settings.breaker_failures
-        # A workspace with a single follow-up is tripped before that follow-up's last attempt.
+        # A workspace with a single follow-up must be tripped before that follow-up's last attempt.
         self._in_a_row = max(1, min(policy.in_a_row, settings.max_attempts - 1))
         self._policy = policy.arguments()
 

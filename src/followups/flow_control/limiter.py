@@ -1,7 +1,7 @@
-"""Rate limiting: follow-ups over a limit are deferred before their attempt begins, oldest due first.
+"""Rate limiting: follow-ups over a limit are deferred before their attempt begins; the earliest due goes first.
 
 A `Limiter` keeps each limit's state for all workers: token buckets and waiting queues. Two scripts (``take``,
-``give_back``) update this state in Redis. If Redis loses the limits' state, one extra burst is allowed and waiting
+``give_back``) update this state in Redis. If Redis loses the limits' state, one extra burst is possible, and waiting
 follow-ups lose their order. A deferred follow-up uses up no attempt and no slot. A follow-up with a short wait stays in
 the due queue. A follow-up with a long wait is deferred in the database.
 """

@@ -29,10 +29,11 @@ other transactions by less than three seconds.
 """
 
 GIVE_WAY = 1.0
-"""Seconds between two tries to change a table. During this pause, transactions that wait for the table can proceed."""
+"""Seconds between two attempts to change a table. During this pause, transactions that wait for the table can proceed.
+"""
 
 # The advisory lock's key is part of the SQL text, not a parameter. After a statement with parameters, PostgreSQL keeps
-# the snapshot until the next statement. A concurrent index build would wait for a snapshot that is still kept.
+# the snapshot until the next statement. A concurrent index build would wait until that snapshot is released.
 _TRY_LOCK = text(f"SELECT pg_try_advisory_xact_lock({LOCK})")
 _HOLDER = text("""
     SELECT a.pid, a.application_name, a.state, date_trunc('second', now() - a.state_change) AS since
@@ -44,8 +45,7 @@ _HOLDER = text("""
 
 def _bound_locks(connection: Connection) -> None:
     # Each transaction sets the timeout anew, because an earlier transaction may have changed it. A concurrent index
-    # build runs outside a transaction. A concurrent index build blocks no queries, so its wait for a lock has no limit
-    # of its own.
+    # build runs outside a transaction. It blocks no queries, so it needs no short lock timeout.
     if connection.get_execution_options().get("isolation_level") != "AUTOCOMMIT":
         connection.exec_driver_sql(f"SET LOCAL lock_timeout = '{LOCK_TIMEOUT}'")
 
@@ -55,8 +55,8 @@ def _lock(connection: Connection, wait: float) -> None:
 
     Raises `FollowUpsError` if the lock is not acquired within ``wait`` seconds. The lock lasts for the transaction, not
     the session: behind a pooler, a session outlives its client. This function polls for the lock instead of waiting in
-    a statement. A concurrent index creation waits for every running statement. A migration that waited for the lock
-    would therefore block a concurrent index creation.
+    a statement. A concurrent index build waits for every running statement. A statement that waited for the lock would
+    therefore block a concurrent index build.
     """
     deadline = time.monotonic() + wait
     while not connection.scalar(_TRY_LOCK):

@@ -1,8 +1,8 @@
 """Add indexes for finished, retried and held follow-ups, built without stopping the system.
 
 Each index is built concurrently, so other sessions do not wait, even if the table is large. An interrupted build leaves
-an invalid index. PostgreSQL updates an invalid index, but never uses it. The migration first drops any index that has
-the same name.
+an invalid index. PostgreSQL keeps an invalid index up to date, but no query uses it. The migration first drops any
+index that has the same name.
 """
 
 from __future__ import annotations

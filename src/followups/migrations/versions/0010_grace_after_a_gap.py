@@ -1,4 +1,4 @@
-"""Add a column for the end of the grace period that follows a gap between ticks.
+"""Add a column for the end of the grace period that follows a gap between two ticks.
 
 During the grace period, workers may still settle attempts whose leases have expired.
 """

@@ -1,6 +1,6 @@
 """Add an index of external ids, to find chats of other workspaces that have the same external id.
 
-The index is used only if an external id may not appear in two workspaces.
+The index is used only if two workspaces must not share an external id.
 """
 
 from __future__ import annotations
