@@ -74,7 +74,7 @@ class LastUse:
         self._recorded: dict[UUID, float] = {}
 
     def is_due(self, key_id: UUID) -> bool:
-        """Return whether to record this use of the key; each key is recorded at most once a minute."""
+        """Return whether to record this use of the key; a use is recorded at most once a minute."""
         now = time.monotonic()
         if now < self._recorded.get(key_id, 0.0):
             return False
