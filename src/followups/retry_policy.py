@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 MIN_RETRY_AFTER = timedelta(seconds=1)
 MAX_RETRY_AFTER = timedelta(hours=24)
 SPREAD = 0.1
-"""Maximum extra delay, as a fraction of the requested delay.
+"""Maximum random extra delay, as a fraction of the requested delay.
 
 Follow-ups that were refused at the same moment are therefore retried at different times.
 """

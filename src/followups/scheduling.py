@@ -7,7 +7,7 @@ Each function locks its chat until the transaction ends. A transaction that work
 ascending order of their ids; `followups.store` documents the order of all locks.
 
 The transaction must use READ COMMITTED, PostgreSQL's default isolation level. The rules require that each statement
-sees everything that was committed before it began. At any isolation level other than READ COMMITTED, a
+sees everything that was committed before it began. In autocommit mode or at a stricter isolation level, a
 `TransactionError` is raised.
 """
 
@@ -58,9 +58,9 @@ def schedule(session: Session, *, workspace_id: UUID, chat_id: UUID, message: st
     """Create a follow-up that is sent into the chat at ``due_date`` unless cancelled first.
 
     A follow-up with a due date in the past is sent immediately. If one transaction schedules into several chats,
-    process the chats in ascending order of their ids (``sorted(chat_ids)``). In any other order of chats, two
-    transactions may deadlock. If the workspace has a quota, deadlocks remain possible, because the quota stays locked
-    between calls. If the workspace has a quota, use `schedule_many`, which locks all chats before the quota.
+    process the chats in ascending order of their ids (``sorted(chat_ids)``). In any other order, two transactions may
+    deadlock. If the workspace has a quota, deadlocks remain possible, because the quota stays locked between calls. In
+    that case, use `schedule_many`, which locks all chats before the quota.
 
     Raises `InvalidRequestError` (message not of 1..65,536 characters or with a NUL, due date without an offset),
     `ChatNotFoundError`, `NothingToFollowUpError` (no messages, or the last message is the user's),
@@ -97,8 +97,8 @@ def scheduling_alone(
 ) -> Steps[FollowUp | None]:
     """Apply the rule of `schedule` in a single statement, without a transaction.
 
-    Return None if a single statement is not enough to apply the rule. When None is returned, nothing has been changed.
-    If the result is None, the caller uses `scheduling`, which creates the follow-up or raises the error.
+    Return None if the rule cannot be applied in a single statement. In that case, nothing has been changed. The caller
+    then uses `scheduling`, which creates the follow-up or raises the error.
     """
     check_planned(Planned(chat_id, message, due_date))
     return (
@@ -111,8 +111,8 @@ def scheduling_alone(
 def schedule_many(session: Session, *, workspace_id: UUID, planned: Sequence[Planned]) -> list[FollowUp]:
     """Create all given follow-ups of a workspace, or none; return them in the given order.
 
-    The rules of `schedule` apply. For any number of follow-ups, the same number of SQL statements is executed; 1,000
-    follow-ups take some 100 ms. The chats are locked in ascending order of their ids. Raises `SomeRefusedError`, which
+    The rules of `schedule` apply. The number of SQL statements does not depend on the number of follow-ups; 1,000
+    follow-ups take about 100 ms. The chats are locked in ascending order of their ids. Raises `SomeRefusedError`, which
     maps the index of each refused follow-up to its error. Also raises `QuotaExceededError` or `TransactionError`.
     """
     _check_transaction(session)

@@ -1,7 +1,7 @@
 """The schema's version, and the migrations between versions.
 
-Worker and beat never migrate and need not import Alembic, so this module is separate from the engine. Alembic would be
-a third of what worker and beat import.
+Worker and beat never migrate and need not import Alembic, so this module is separate from the engine. Alembic would
+make up a third of what worker and beat import.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def migrate(database_url: str, revision: str = "head", *, wait: float = WAIT, pa
     """Migrate the database to ``revision``.
 
     Concurrent migrations are safe: the second migration waits, and then finds nothing to do. Raises `FollowUpsError` if
-    another migration keeps its lock for ``wait`` seconds. `FollowUpsError` is also raised if a long transaction locks a
+    another migration keeps its lock for ``wait`` seconds. Also raises `FollowUpsError` if a long transaction locks a
     table for ``patience`` seconds.
     """
     command.upgrade(alembic_config(database_url, wait=wait, patience=patience), revision)
@@ -49,7 +49,7 @@ def downgrade(database_url: str, revision: str) -> None:
 
 
 def is_ready(current: str | None) -> bool:
-    """Return whether this schema version is at least as new as this code.
+    """Return whether the schema version ``current`` is at least as new as this code.
 
     Migrations only add to the schema, so old processes keep working during an upgrade.
     """

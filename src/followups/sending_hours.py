@@ -1,9 +1,9 @@
 """Sending hours: the local hours in which a workspace's messages may be sent.
 
-Sending hours are local times. Messages are sent from the opening time until just before the closing time. If the clock
-skips the opening time, sending starts at once. If the clock skips the closing time, sending stops at once. If the
-clocks go back and the opening time occurs twice, the second occurrence counts. If the closing time occurs twice, its
-first occurrence counts. When the local time is outside the sending hours, no message is sent.
+Messages are sent from the opening time until just before the closing time. If the clock skips the opening time, sending
+starts at once. If the clock skips the closing time, sending stops at once. If the clocks go back and the opening time
+occurs twice, the second occurrence counts. If the closing time occurs twice, its first occurrence counts. When the
+local time is outside the sending hours, no message is sent.
 """
 
 from __future__ import annotations

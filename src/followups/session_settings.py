@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 CONNECT_TIMEOUT = 5
 """Seconds to wait for a connection if the URL sets no `connect_timeout`."""
 TCP_USER_TIMEOUT = 10_000
-"""A half-open connection is closed after this time without an acknowledgement, in milliseconds."""
+"""Milliseconds without an acknowledgement after which a half-open connection is closed."""
 
 CONNECTION: Mapping[str, str | int] = {
     "connect_timeout": CONNECT_TIMEOUT,

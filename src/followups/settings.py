@@ -42,7 +42,7 @@ could be hours long.
 """
 
 LEAST_RETENTION = timedelta(days=1)
-"""Minimum retention. The API's stored responses, which refer to follow-ups, are kept for this long."""
+"""Minimum retention. The API keeps its stored responses, which refer to follow-ups, for this long."""
 
 
 def _seconds_or_iso(value: object) -> object:

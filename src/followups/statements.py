@@ -1,8 +1,8 @@
 """Statements that run with both SQLAlchemy and psycopg, and the rules that use them.
 
-A rule is a generator without I/O: it yields a query, receives the query's rows, and decides. A rule needs only one
-implementation for both libraries. A session runs a rule synchronously (`run`). The API uses psycopg, and runs the rule
-on its event loop (`followups.event_loop`).
+A rule is a generator without I/O: it yields a query, receives the query's rows, and decides. Each rule therefore has
+one implementation for both libraries. A session runs a rule synchronously (`run`). The API uses psycopg, and runs the
+rule on its event loop (`followups.event_loop`).
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class Statement:
         self._fields = fields
 
     def __call__(self, **parameters: Any) -> Query:  # noqa: ANN401 - values of any column
-        """Return a query made of this statement and the given parameters."""
+        """Return a query made from this statement and the given parameters."""
         return Query(self, parameters)
 
     def rows(self, session: Session | Connection, parameters: Mapping[str, Any]) -> Sequence[Any]:

@@ -30,7 +30,7 @@ class Status(StrEnum):
     """The state of a follow-up. The states `sent`, `failed` and `cancelled` are final."""
 
     PENDING = "pending"
-    """The follow-up has been scheduled and has not ended. Scheduling or retrying makes a follow-up pending. Begin,
+    """The follow-up has been scheduled and has not ended yet. Scheduling or retrying makes a follow-up pending. Begin,
     settle, a lost lease or a cancel ends this state.
 
     While a follow-up is leased or in flight, its status is still pending.
@@ -75,7 +75,7 @@ class ReasonCode(StrEnum):
     WORKER_LOST = "worker_lost"
     """Too many workers crashed while the follow-up was in flight: a poison pill."""
     FAILED_BY_API = "failed_by_api"
-    """The follow-up was failed through the API, and the caller gave no reason."""
+    """The follow-up was set to failed through the API, and the caller gave no reason."""
 
 
 TRANSITIONS: dict[Status, dict[Status, frozenset[ReasonCode]]] = {
@@ -125,7 +125,7 @@ class Final:
     code: ReasonCode | None = field(default=None, compare=False)
     """The reason's code; None for ``sent`` and for a reason in the caller's own words.
 
-    If a caller's own reason looks as if it began with a code, it still has no code.
+    A caller's own reason has no code, even if it looks as if it began with one.
     """
 
 

@@ -1,7 +1,7 @@
 """Bulk actions in batches: cancel, retry, prune, and release follow-ups after a pause.
 
-A generator commits each batch and then yields the batch's counts by name. After an interruption between two batches,
-each follow-up is either completely processed or unchanged. Running the action again processes the remaining follow-ups.
+A generator commits each batch and then yields the batch's counts by name. After an interruption, each follow-up is
+either completely processed or unchanged. Running the action again processes the remaining follow-ups.
 """
 
 from __future__ import annotations
@@ -68,8 +68,8 @@ def pending_of(session: Session, workspace_id: UUID | None, chat_id: UUID | None
 def cancel(engine: Engine, actor: Actor, chosen: Sequence[CancelScope], final: Final) -> Batches:
     """Cancel pending follow-ups in batches.
 
-    A follow-up in flight is not cancelled, but a failed attempt is not retried. Rows that stay locked are counted but
-    not cancelled.
+    A follow-up in flight is not cancelled, but if its attempt fails, it is not retried. Rows that stay locked are
+    counted but not cancelled.
     """
     for pending in chosen:
         details = {"code": final.code and final.code.value}

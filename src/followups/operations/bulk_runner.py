@@ -1,7 +1,7 @@
 """Carries out the console's bulk actions in the worker processes, one batch after another.
 
-Each batch locks the row of its bulk action, so only one worker runs an action at a time. Each batch records the bulk
-action's progress in its own transaction. If a worker crashes, another worker continues the action.
+Each batch locks the row of its bulk action, so no two workers carry out the same action at once. Each batch records the
+bulk action's progress in its own transaction. If a worker crashes, another worker continues the action.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from followups.models import BulkAction
 
 CANCELS = 200
-"""The number of follow-ups in one batch of a bulk cancel; a batch takes some tens of milliseconds."""
+"""The number of follow-ups in one batch of a bulk cancel; a batch takes a few tens of milliseconds."""
 
 RETRIES = 50
 """Number of follow-ups in one retry batch. The chats of the follow-ups are locked one after the other."""

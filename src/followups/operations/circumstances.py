@@ -36,8 +36,8 @@ shown.
 """
 
 PATIENCE = timedelta(seconds=1)
-"""How long to wait for the breaker's state from the broker. All facts in an explanation except the breaker's state come
-from the database.
+"""How long to wait for the breaker's state, which comes from the broker. All other facts in an explanation come from
+the database.
 """
 
 

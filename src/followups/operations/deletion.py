@@ -1,7 +1,7 @@
 """Deletion of a workspace or a chat.
 
 Pending follow-ups are cancelled, attempts in flight finish, and then everything is deleted. To continue an interrupted
-deletion, repeat it. One audit event remains, with the number of deleted follow-ups.
+deletion, run it again. One audit event remains, with the number of deleted follow-ups.
 """
 
 from __future__ import annotations

@@ -170,7 +170,7 @@ def _pending(follow_up: FollowUp, now: datetime, around: Circumstances) -> Sente
 def _window(follow_up: FollowUp, moment: datetime, now: datetime, around: Circumstances) -> Sentence | None:
     """Return a sentence if the messaging window may close before the follow-up is sent.
 
-    Return None if the follow-up can be sent before its messaging window closes.
+    Return None if the window stays open long enough.
     """
     closes = around.window_closes_at
     if closes is None:

@@ -1,7 +1,7 @@
 """API keys. A key is shown once, when it is created; the database stores its SHA-256 hash.
 
-An API key needs no slow hash, because its 256 random bits cannot be guessed. A key ends with a checksum that reveals a
-mistyped key without a query. Keys created before checksums were introduced have no checksum, and remain valid.
+An API key needs no slow hash, because its 256 random bits cannot be guessed. A key ends with a checksum, so a mistyped
+key is recognised without a query. Keys created before checksums were introduced have no checksum, and remain valid.
 """
 
 from __future__ import annotations

@@ -54,7 +54,7 @@ def broker(settings: Settings) -> Iterator[Finding]:
             refused = _refusals(client, settings.broker_prefix)
             information: dict[str, Any] = {} if "INFO" in refused else client.info()
     except (redis.RedisError, ValueError, OSError) as error:
-        # The error message's first line contains host and port, but never the password.
+        # The first line of the error message contains the host and the port, but never the password.
         detail = f"{hide_password(url)}: {named(error)}"
         unverified = "CERTIFICATE_VERIFY_FAILED" in str(error)
         yield Finding("broker", detail, UNVERIFIED if unverified else "Start it, or correct FOLLOWUPS_BROKER_URL.")

@@ -37,7 +37,7 @@ rows slow the claim.
 CLOCK_OFF = timedelta(seconds=1)
 
 LATEST = 10_000
-"""The check of failed attempts examines only this many of the newest ones.
+"""Only this many of the newest failed attempts are examined.
 
 Examining all failed attempts could take too long.
 """
@@ -270,7 +270,7 @@ def _checks() -> Iterator[tuple[str, str, str]]:
 
 
 def _unguarded(connection: Connection, table: str, name: str, condition: str) -> Finding:
-    """Return a finding that a constraint is missing: which rows violate it, and how to restore it."""
+    """Return a finding about a missing constraint: which rows violate it, and how to restore it."""
     keys = ", ".join(f"{column.name}::text" for column in Base.metadata.tables[table].primary_key)
     query = text(f"SELECT concat_ws(' ', {keys}) FROM {table} WHERE NOT ({condition}) LIMIT {SHOWN}")  # noqa: S608 - no input
     rows = list(connection.scalars(query))

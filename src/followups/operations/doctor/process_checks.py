@@ -51,7 +51,7 @@ def _waits(reply: dict[str, dict[str, Any]]) -> list[tuple[str, str]]:
 
 
 def of_this_machine(settings: Settings) -> Finding:
-    """Check this machine's heartbeat files and `web`. A role that has no process on this machine is not a problem."""
+    """Check this machine's heartbeat files and `web`. It is not a problem if a role has no process on this machine."""
     directory = directory_of(settings.runtime_dir)
     states = {role: read_states(directory, role) for role in ("worker", "beat")}
     told = [f"{len(found)} {role}{'' if len(found) == 1 else 's'}" for role, found in states.items()]
