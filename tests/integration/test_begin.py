@@ -88,7 +88,7 @@ class TestBegin:
     def test_changes_since_scheduling(
         self, world: World, steps: Steps, columns: dict[str, object], status: str, code: str
     ) -> None:
-        """At begin, a follow-up ends if its user replied, its window closed or its chat was removed."""
+        """At begin, a follow-up ends if its user has replied, its window has closed or its chat was removed."""
         follow_up = world.follow_up(world.chat(**columns))
         beginning = steps.begin([steps.lease()])
         assert beginning.begun == ()

@@ -116,7 +116,7 @@ def test_opens_for_many_in_a_row(own: Settings) -> None:
 def test_probes_then_recovers(own: Settings) -> None:
     """After a pause, an open breaker permits a few probes.
 
-    A failed probe lengthens the next pause; a successful probe permits more attempts.
+    A failed probe lengthens the next pause; after a successful probe, the breaker starts to recover.
     """
 
     async def script(store: BreakerStore) -> None:
@@ -209,7 +209,8 @@ def test_which_workspaces_are_tripped(own: Settings) -> None:
             3,
         }
         await report(store, [], 0, succeeded=True, key=OTHER)
-        assert await tripped(store) == {KEY, OTHER, 3}  # a workspace that the breaker holds also recovers gradually
+        # a held workspace recovers gradually, so it stays tripped after a success
+        assert await tripped(store) == {KEY, OTHER, 3}
         await report(store, ids(FAILURES), 0, succeeded=False)
         assert await store.report(OutcomeReport(), 0) == SharedState("open", tripped=frozenset({KEY, 3}))
 
@@ -288,7 +289,7 @@ DAY = 86_400.0
 
 @pytest.mark.parametrize("step", [-DAY, -60.0, 60.0, DAY])
 def test_the_clock_is_set_while_open(own: Settings, clock: ServerClock, step: float) -> None:
-    """If Redis's clock is changed, the next probe begins no later than after the longest pause."""
+    """If Redis's clock is changed, the next probe still begins within the longest pause."""
 
     async def script(store: BreakerStore) -> None:
         await opened(store)
@@ -544,7 +545,7 @@ def test_deliveries_continue_without_redis(
     started: Callable[..., Pipeline],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """If the breaker's state is unreachable, attempts still begin, but pause after many failures.
+    """If the breaker's state is unreachable, attempts still begin, with a pause after several failures.
 
     A metric counts how often the breaker's state was unreachable.
     """

@@ -131,7 +131,7 @@ class TestRecovery:
         assert (row.status, row.reason.partition(":")[0]) == ("failed", "outcome_unknown")
 
     def test_poison(self, world: World, steps: Steps) -> None:
-        """A follow-up whose third worker is lost is quarantined as worker_lost."""
+        """After its third lost attempt, a follow-up is quarantined as `worker_lost`."""
         follow_up = world.follow_up()
         for _ in range(MAX_LOSSES):
             self.lose(world, steps, follow_up)
@@ -179,7 +179,7 @@ class TestLowWater:
         assert timedelta(0) < datetime.now(UTC) - low - claims.LOW_WATER_MARGIN < timedelta(minutes=1)
 
     def test_rows_inserted_before_the_mark(self, world: World, steps: Steps) -> None:
-        """A claim from the low-water mark misses rows that were inserted later with an earlier due time.
+        """A claim that starts at the low-water mark misses rows inserted later with an earlier due date.
 
         A claim that starts at the beginning of the index finds all rows.
         """

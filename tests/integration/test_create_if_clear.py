@@ -1,4 +1,4 @@
-"""Create a follow-up by a single statement; in unclear cases, the statement changes nothing."""
+"""Tests that create a follow-up with a single statement, which changes nothing in unclear cases."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def test_a_chat_that_needs_a_transaction(world: World, columns: dict[str, object
 
 
 def test_keys_quotas_and_workspaces(world: World) -> None:
-    """`create_if_clear` creates nothing with an invalid API key, a quota or a deletion in progress."""
+    """`create_if_clear` creates nothing if the key is invalid, a quota exists or a deletion has begun."""
     chat_id = world.chat()
     for change in ("revoked_at = now()", "expires_at = now()"):
         key_id = key_of(world)[0]

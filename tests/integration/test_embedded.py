@@ -48,7 +48,7 @@ class TestPostgres:
     """The `EmbeddedPostgres` server."""
 
     def test_the_url_works_with_every_driver(self, postgres: EmbeddedPostgres) -> None:
-        """The embedded server's URL works with psycopg, and with SQLAlchemy if the driver is added.
+        """The embedded server's URL works with psycopg and, if the driver is added to it, with SQLAlchemy.
 
         The embedded server is configured for speed.
         """

@@ -134,7 +134,7 @@ class TestRetry:
 
 
 def _reschedule_in_a_process(follow_up: UUID) -> None:
-    # The worker's module reads its settings only on import, but these tests need other settings.
+    # The worker's module reads its settings only on import, so the command runs in a separate process.
     command = [sys.executable, "-m", "followups.cli", "reschedule", str(follow_up), "--due", "now"]
     subprocess.run(command, check=True, capture_output=True, env=dict(os.environ), timeout=120)
 

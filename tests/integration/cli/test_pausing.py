@@ -75,9 +75,9 @@ def test_an_interrupted_resume_continues(run: RunCommand, world: World, engine: 
 def test_pause_waits_for_beginning_attempts(
     run: RunCommand, world: World, settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """`pause` waits until every worker transaction that may have begun before the pause has ended.
+    """`pause` waits for the end of every worker transaction that may be older than the pause.
 
-    `pause` reports any transaction that stays open and may have begun before the pause.
+    If such a transaction stays open, `pause` reports it.
     """
     monkeypatch.setattr(pause, "UNDER_WAY", 0.3)
     url = settings.database_url.get_secret_value()

@@ -110,7 +110,7 @@ def test_only_archived_rows_are_deleted(
 
 
 def test_an_archive_is_not_overwritten(run: RunCommand, world: World, tmp_path: Path) -> None:
-    """If the archive file already exists, `prune` is a usage error and deletes nothing."""
+    """If the archive file already exists, `prune` exits with a usage error and deletes nothing."""
     ended(world, 91)
     path = tmp_path / "old.jsonl.gz"
     path.write_text("mine")

@@ -33,7 +33,7 @@ def test_usual_settings(database_url: str) -> None:
 
 
 def test_defaults_of_others(database_url: str) -> None:
-    """Doctor accepts a stricter default isolation level, but rejects asynchronous commits with advice."""
+    """Doctor accepts a stricter default isolation level, but reports asynchronous commits and gives advice."""
     set_defaults(database_url, {**HOSTILE, "synchronous_commit": "off"})
     findings = found(database_url)
     assert findings.keys() == {"isolation", "durability"}

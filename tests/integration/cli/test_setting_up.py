@@ -97,7 +97,7 @@ class TestMigrate:
         )
 
     def test_a_newer_schema_is_left_alone(self, run: RunCommand, world: World) -> None:
-        """If the schema is newer, `migrate` changes nothing and names the version to install."""
+        """If the schema is newer, `migrate` changes nothing and asks for a newer version of followups."""
         world.sql("UPDATE alembic_version SET version_num = '9999'")
         ran = run("migrate")
         assert ran.code == 1

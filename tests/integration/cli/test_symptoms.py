@@ -97,7 +97,7 @@ def test_clock(settings: Settings, engine: Engine, world: World, monkeypatch: py
 
 
 def of(settings: Settings, name: str) -> Finding:
-    """Return the named finding about the broker."""
+    """Return doctor's finding with the given name about the broker."""
     return next(finding for finding in of_broker(settings) if finding.name == name)
 
 

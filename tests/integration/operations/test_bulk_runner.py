@@ -149,7 +149,7 @@ def test_a_retry_locks_its_chats_before_the_quota(world: World, engine: Engine) 
     """A bulk retry locks the chats of its follow-ups before it locks the quota.
 
     While a bulk retry waits for a chat's lock, it must not hold the quota's lock. The transaction that locks the chat
-    may need the quota.
+    may be waiting for the quota's lock.
     """
     limit(world, 10)
     first, second = sorted([world.chat(), world.chat()])

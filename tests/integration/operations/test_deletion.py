@@ -208,7 +208,7 @@ class TestChat:
         assert all(str(other) in body for body in bodies)
 
     def test_an_interrupted_deletion_continues(self, world: World) -> None:
-        """If a chat's deletion is interrupted, the chat accepts nothing, and a second deletion completes it."""
+        """If a chat's deletion is interrupted, the chat accepts nothing; a second run completes the deletion."""
         chat = filled(world)
         batches = deletion.delete(world.engine, ACTOR, DeletionScope(world.workspace_id, chat), PATIENCE)
         next(batches)
