@@ -1,4 +1,4 @@
-"""On a shared broker, an ACL for the service's prefix is enough; doctor reports refused commands."""
+"""On a shared broker, access to keys with one prefix is enough; doctor reports refused commands."""
 
 from __future__ import annotations
 

@@ -32,7 +32,7 @@ def command(stack: Stack, *arguments: str) -> str:
 
 
 def test_no_attempt_begins_while_paused(stack: Stack) -> None:
-    """While paused, no attempt begins; after the resume, all follow-ups are sent in order.
+    """During a pause, no attempt begins; after the pause, all follow-ups are sent in order.
 
     A pause uses up no attempt.
     """
@@ -119,7 +119,7 @@ def test_old_rows_are_pruned_during_deliveries(stack: Stack) -> None:
 
 
 def test_beat_schedules_pruning_once_an_hour(stack: Stack) -> None:
-    """Beat schedules ticks, and an hourly pruning, in the dispatch queue."""
+    """Beat sends the ticks and an hourly pruning task to the dispatch queue."""
     code = (
         "import json; from followups.worker import app; schedule = app.conf.beat_schedule;"
         "entry = schedule['remove-old'];"

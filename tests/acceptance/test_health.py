@@ -1,4 +1,4 @@
-"""Tests of `followups health` for processes that are stopped, stuck, ended or no longer consuming."""
+"""Tests of `followups health` for processes that are frozen, stuck, dead or no longer consuming."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 COMMAND = str(Path(sys.executable).with_name("followups"))
 
 BOUND = 15.0
-"""Seconds until a fault must be reported: ten without a heartbeat, plus the command's start time."""
+"""Seconds until a fault must be reported: ten without a heartbeat, plus time to start the command."""
 
 DEAF = '''
 """Celery's consumer asks for no work any more once the file is there; all the rest of the worker goes on."""
@@ -75,7 +75,7 @@ def own_runtime(stack: Stack, tmp_path: Path) -> Stack:
 
 
 def test_a_stopped_worker(own_runtime: Stack) -> None:
-    """An idle worker is healthy, even if it is selected by name. A stopped worker is unhealthy until it resumes."""
+    """An idle worker is healthy, whether selected by name or not. A stopped worker is unhealthy until it resumes."""
     worker = own_runtime.worker("first")
     says(own_runtime, "worker", 0, "1 worker", "first@")
     assert health(own_runtime, "worker", "--name", "first").returncode == 0
@@ -105,7 +105,7 @@ def test_a_worker_that_answers_ping_but_consumes_nothing(own_runtime: Stack, tmp
     environment = own_runtime.environment() | {"PYTHONPATH": str(tmp_path), "DEAF": str(trigger)}
     own_runtime.processes.spawn("worker", [*CELERY, "worker", "-n", "w@%h", "-I", "deaf"], environment=environment)
     wait_until(lambda: "ready." in (own_runtime.processes.logs / "worker.log").read_text(), within=60)
-    time.sleep(2)  # by now, the broker has answered a poll of the worker
+    time.sleep(2)  # by now, the broker has answered the worker's poll
     says(own_runtime, "worker", 0)
     trigger.touch()
     says(own_runtime, "worker", 1, "w@", "has not asked the broker for work")
@@ -126,7 +126,7 @@ def test_an_idle_worker_is_healthy(own_runtime: Stack) -> None:
     environment = own_runtime.environment()
     own_runtime.processes.spawn("idle", [*CELERY, "worker", "-n", "idle@%h", "-Q", "deliver"], environment=environment)
     says(own_runtime, "worker", 0, "1 worker", "idle@")
-    time.sleep(11)  # the consumer may not be silent for this long
+    time.sleep(11)  # longer than the consumer may stay silent
     says(own_runtime, "worker", 0, "1 worker", "idle@")
 
 

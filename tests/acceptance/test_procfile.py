@@ -62,7 +62,8 @@ def test_honcho_runs_every_process(
     stack: Stack, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """`honcho start` migrates an empty database, delivers a follow-up, and ends all processes on SIGTERM."""
-    owner = url_as(stack.settings.database_url.get_secret_value(), OWNER)  # `release` is one of the processes
+    # the `release` process migrates the database, so it needs the owner's role
+    owner = url_as(stack.settings.database_url.get_secret_value(), OWNER)
     stack.options["FOLLOWUPS_DATABASE_URL"] = owner
     for name, value in stack.environment().items():
         monkeypatch.setenv(name, value)

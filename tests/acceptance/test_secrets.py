@@ -115,7 +115,7 @@ def record_traffic(broker_url: str) -> Iterator[BrokerTraffic]:
 
             def hear(event: Any) -> None:
                 traffic.events.append(event)
-                # frequent tick events keep `capture` from timing out, so the handler also checks whether to end
+                # frequent tick events keep `capture` from timing out, so the handler also checks whether to stop
                 receiver.should_stop = done.is_set()
 
             receiver = app.events.Receiver(connection, handlers={"*": hear})

@@ -55,7 +55,7 @@ SECONDS = 1.0
 
 PACED_SECONDS = 10.0
 AHEAD = 15.0
-"""The requests start this many seconds before the measurement, and so do beat and two workers."""
+"""The requests, beat and two workers start this many seconds before the measurement."""
 
 MANY = 1000
 
@@ -269,7 +269,7 @@ def loads_of(
 
 
 def report(loads: list[ApiLoad]) -> None:
-    """Print each figure's median; a ratio compares runs of one round, which share the machine's load."""
+    """Print medians; a ratio compares runs of the same round, because the machine's load varies."""
     bare = loads[0].rates
     sys.stdout.write(f"{'':12} {'requests/s':>10} {'of bare':>8} {'p50 ms':>8} {'p99 ms':>8} {'CPU ms':>8}\n")
     for load in loads:

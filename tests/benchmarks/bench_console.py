@@ -2,7 +2,7 @@
 
     PYTHONPATH=tests uv run python tests/benchmarks/bench_console.py --data /tmp/console-5m
 
-Prints the median and the slowest of seven requests for each page, in milliseconds. Filling the database takes some ten
+Prints the median and the slowest of seven requests for each page, in milliseconds. Filling the database takes about ten
 minutes. With --data, the database is kept and used again by the next run.
 """
 

@@ -33,7 +33,7 @@ def percentile(values: Sequence[float], share: float) -> float:
 
 
 def throughput(contestant: Contestant, count: int, control: str = "") -> Figures:
-    """Release a backlog; return the send rate, the time until 99 % is received, and the costs."""
+    """Release a backlog; return the send rate, the time until 99 % have arrived, and the costs."""
     arena = contestant.arena
     arena.clear()
     arena.receiver(f"/control?{control}")
@@ -60,7 +60,7 @@ def throughput(contestant: Contestant, count: int, control: str = "") -> Figures
 def lag(contestant: Contestant, rate: float, seconds: float, *, snapshot: bool = False, ahead: float = 5.0) -> Figures:
     """Create follow-ups that fall due at ``rate`` per second; return their lags in milliseconds.
 
-    The first follow-up is due ``ahead`` seconds after the insert, so that all processes run by then.
+    The first follow-up is due ``ahead`` seconds after the insert, so that all processes are running by then.
     """
     arena = contestant.arena
     arena.clear()
@@ -89,7 +89,7 @@ def lag(contestant: Contestant, rate: float, seconds: float, *, snapshot: bool =
 
 
 class _snapshot:  # noqa: N801 - used as a statement
-    """During the block, keep a snapshot open, as a dump or a report would."""
+    """During the `with` block, keep a snapshot open, as a dump or a report would."""
 
     def __init__(self, arena: Arena, *, held: bool) -> None:
         self._arena, self._held = arena, held

@@ -195,11 +195,11 @@ class BrokerTransport(kombu_redis.Transport):
     connection_errors = (*kombu_redis.Transport.connection_errors, RedisError)
     """Errors after which Celery opens a new connection.
 
-    An error from Redis may be temporary, or a failover may have changed the primary.
+    Error replies from Redis count too: they may be temporary, or caused by a failover.
     """
     Empty = queue.Empty
     delivering = False
-    """Whether the consumer received the last entry read from the broker."""
+    """Whether the last entry read from the broker was passed to the consumer."""
     _stopping = False
     """Whether shutdown has begun. While draining, the worker may still open connections."""
 
@@ -248,7 +248,7 @@ def code_of(error: Exception) -> str:
 
 
 def _refuse_cluster(client: Any) -> None:  # noqa: ANN401 - of a class that kombu makes
-    """If the broker is a cluster, end the process with an error: clusters are not supported."""
+    """End the process with an error if the broker is a cluster; clusters are not supported."""
     try:
         clustered = client.info("cluster").get("cluster_enabled")
     except NoPermissionError:
@@ -265,8 +265,8 @@ def _is_consumers_thread() -> bool:
 def is_message(message: object) -> bool:
     """Return whether a decoded entry looks like a message from our processes.
 
-    Compressed messages are rejected, because a few kilobytes could fill the memory. Other content types are rejected
-    too, because kombu would decode them with any Python codec.
+    Compressed messages are rejected, because a few kilobytes could fill the memory. Messages other than UTF-8 JSON are
+    rejected too, because kombu would decode them with any Python codec.
 
     >>> is_message({"body": "e30="}), is_message([])
     (False, False)

@@ -74,7 +74,7 @@ thousand follow-ups and publishes their hints.
 """
 
 DRAIN_MARGIN = timedelta(seconds=5)
-"""The time that a stopping worker has to settle its attempts in flight."""
+"""Time limit for a stopping worker to settle its attempts in flight."""
 
 
 @contextmanager
@@ -139,11 +139,10 @@ def make_app(settings: Settings) -> Celery:
             "socket_timeout": silence,
             "socket_connect_timeout": silence,
             "socket_keepalive": True,
-            # A half-open connection is therefore detected within twice `silence` plus a second.
+            # With these settings, a half-open connection is detected within twice `silence` plus a second.
             "health_check_interval": silence,
-            # Because kombu itself retries, retries by redis-py would multiply the attempts. With both kombu's and
-            # redis-py's retries, a publish to a silent broker took 51 s. Without redis-py's retries, a publish to a
-            # silent broker takes 26 s.
+            # Kombu itself retries, so retries by redis-py would multiply the attempts. If both retried, a publish to a
+            # silent broker would take 51 s. With kombu's retries alone, the publish takes 26 s.
             "retry_on_timeout": False,
         },
         # While the broker is unreachable, a publish takes at most two seconds before it fails. If the publish fails,
@@ -238,7 +237,7 @@ class Bounded(Task):
     """A Celery task that is not sent while too many messages wait in its queue."""
 
     def apply_async(self, args: Any = None, kwargs: Any = None, *, producer: Any = None, **options: Any) -> Any:  # noqa: ANN401 - Celery's own
-        """Send the task over the connection that checked the queue; return None if it was not sent."""
+        """Check the queue and send the task over the same connection; return None if it was not sent."""
         with self.app.producer_or_acquire(producer) as acquired:
             if unread(acquired, DISPATCH) >= UNREAD:
                 return None
@@ -287,7 +286,7 @@ def deliver(task: Any, entries: object = None, keys: object = None, *_: object, 
 
 def publish(hint: Hint) -> None:
     """Publish one hint. Raises kombu's OperationalError if the broker is unreachable."""
-    # Flower displays this text for each task. By default, Celery would spend time on shortening the hint for display.
+    # Flower displays this text for each task. Otherwise, Celery would spend time shortening the hint for display.
     count = len(hint.entries)
     shown = f"{count} follow-up{'s, the first' if count > 1 else ','} {hint.entries[0][0]}"
     # A hint, like a tick, does not expire. If a hint arrives too late, its leases have expired and `begin` refuses
@@ -337,7 +336,7 @@ nudge = Nudger(ask_for_tick)
 
 
 def ask_workers() -> Replies:
-    """Collect the state reports of the workers (`liveness.signs_of_life`) for a second, and return them."""
+    """Wait one second for the workers' state reports (`liveness.signs_of_life`), and return them."""
     return app.control.broadcast("signs_of_life", reply=True, timeout=1.0) or []
 
 

@@ -87,7 +87,7 @@ def _restrict(options: Any) -> None:  # noqa: ANN401 - Tornado's own
 
 
 def _users_from_file() -> list[str]:
-    """Return the users with their passwords, or an empty list if no file is configured. Flower itself reads no file."""
+    """Return the users with their passwords, or an empty list if no file is configured. Flower has no such option."""
     try:
         found = read_file_of(AUTH)
     except SettingsError as error:

@@ -55,7 +55,7 @@ on an overloaded machine.
 """
 
 TICKING = timedelta(seconds=90)
-"""Longest time for one tick, which consists of the tick interval and a few statements of at most 20 s each."""
+"""Longest time for one tick: the tick interval plus a few statements of at most 20 s each."""
 
 log = get_logger(__name__)
 

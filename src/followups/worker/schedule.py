@@ -46,8 +46,8 @@ def beat_schedule(settings: Settings) -> dict[str, dict[str, Any]]:
             "task": "followups.dispatch_due",
             "schedule": settings.tick_interval,
         },
-        # The schedule uses the wall clock. If beat is restarted often, an hourly interval might never end, and old rows
-        # would be kept.
+        # This schedule is a minute of the clock, not an interval. If beat were restarted often, an hourly interval
+        # might never end, and old rows would be kept.
         "remove-old": {
             "task": "followups.remove_old",
             "schedule": crontab(minute=str(PRUNE_MINUTE)),
