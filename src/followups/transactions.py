@@ -1,10 +1,10 @@
 """A transaction whose outcome is known even if the response to its commit is lost.
 
 If a connection breaks during a commit, the transaction's outcome is unknown. If the outcome stays unknown, the process
-may own leases without knowing it. Follow-ups leased without the process's knowledge would be delayed by a whole lease.
-A statement therefore registers a query (`ask_if_lost`) that checks whether its changes are stored. If the commit's
-response is lost, the registered query runs on the server that is then reachable. A promoted standby has either all rows
-of the transaction or none. The lost transaction's id would prove nothing, because a new server may use this id again.
+may own leases without knowing it. The follow-ups of such leases would be delayed until the leases expire. A statement
+therefore registers a query (`ask_if_lost`) that checks whether its changes are stored. If the commit's response is
+lost, the registered query runs on the server that is then reachable. A promoted standby has either all rows of the
+transaction or none. The lost transaction's id would prove nothing, because a new server may use this id again.
 """
 
 from __future__ import annotations
@@ -50,9 +50,9 @@ def transact(engine: Engine, work: Callable[[Connection], T]) -> T:
     """Run the work in one transaction, commit the transaction, and return the work's result.
 
     Raises any error of the work or the commit. If this function returns, the transaction has been committed. If this
-    function raises the commit's error, the transaction was not committed. The outcome of the commit is uncertain if the
-    database was unreachable for `PATIENCE`. The outcome is also uncertain if no query is registered and the response to
-    the commit is lost.
+    function raises the commit's error, the transaction was not committed. However, the outcome of the commit is
+    uncertain if the database was unreachable for `PATIENCE`. The outcome is also uncertain if no query is registered
+    and the response to the commit is lost.
     """
     with engine.connect() as connection:
         connection.info.pop(_QUESTION, None)  # left over from an earlier transaction on the same connection

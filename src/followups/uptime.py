@@ -13,7 +13,7 @@ def uptime() -> float:
     """Return the seconds since the machine was started, including the time it was suspended. Never set back.
 
     A lease keeps running while a machine is suspended. Python's monotonic clock stops while the machine is suspended.
-    With the monotonic clock, a worker would call the transport even after its lease has expired. While the machine was
-    suspended, the follow-up may have been cancelled, or leased by another worker.
+    With that clock, a worker might call the transport after its lease has expired. While the machine was suspended, the
+    follow-up may have been cancelled, or leased by another worker.
     """
     return time.clock_gettime(_CLOCK)

@@ -21,7 +21,7 @@ _LIBPQS_HOSTS = re.compile(
 )
 """Hosts in a form that SQLAlchemy does not parse.
 
-The URL contains several hosts (``host1:5432,host2:5432``) or a socket path (``%2Frun``).
+Such a URL contains several hosts (``host1:5432,host2:5432``) or a socket path (``%2Frun``).
 """
 
 _HOST = re.compile(r"(?P<name>\[[^]]*\]|[^:]*)(?::(?P<port>.*))?", re.DOTALL)
@@ -142,7 +142,7 @@ def _check_port(port: str) -> None:
 
 
 def port_of(text: str | None, default: str) -> str:
-    """Return the port from the environment, or the default if Kubernetes set the variable.
+    """Return the port from the environment; the default if the variable is unset or set by Kubernetes.
 
     >>> port_of("9000", "8000"), port_of("tcp://10.0.0.7:80", "8000"), port_of(None, "8000")
     ('9000', '8000', '8000')

@@ -44,7 +44,7 @@ def span(duration: timedelta) -> str:
 
 
 def rate_in_words(rate: float) -> str:
-    """Format a rate in the shortest unit (second, minute or hour) in which it is a whole number.
+    """Format a rate in the shortest unit in which it is a whole number, or else per day.
 
     >>> rate_in_words(20 / 60), rate_in_words(1000 / 3600), rate_in_words(0.5), rate_in_words(1.25)
     ('20/min', '1000/h', '30/min', '75/min')

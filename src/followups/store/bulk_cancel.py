@@ -71,7 +71,7 @@ def count_pending(connection: Connection, pending: CancelScope) -> Count:
 
 
 def some_pending(connection: Connection, pending: CancelScope, most: int) -> list[UUID]:
-    """Return the follow-ups that a bulk cancel would cancel first, in that order."""
+    """Return the first few follow-ups that a bulk cancel would cancel, in the order of cancellation."""
     query = f"SELECT id FROM follow_ups WHERE {_where(pending)} ORDER BY chat_id, due_date, id LIMIT :most"  # noqa: S608 - no input
     return list(connection.scalars(text(query), pending.parameters | {"most": most}))
 

@@ -228,7 +228,7 @@ def unblock_and_lease(
 def unblock_writable(
     connection: Connection, ended: Collection[UUID], lease: timedelta
 ) -> tuple[list[Lease], list[UUID]]:
-    """Unblock and lease follow-ups; with savepoints, an unwritable row does not affect the others.
+    """Unblock and lease follow-ups; savepoints keep an unwritable row from affecting the other rows.
 
     A follow-up whose row cannot be written stays blocked, and `unblock_orphaned` reports it.
     """

@@ -64,7 +64,7 @@ _KEEP = Statement("UPDATE quotas SET room = :room WHERE workspace_id = :workspac
 
 @Rule
 def take(workspace_id: UUID, kind: Kind, number: int) -> Steps[None]:
-    """Reserve quota for a number of new rows, until the transaction ends.
+    """Reserve quota for a number of new rows; a rollback undoes the reservation.
 
     Raises `QuotaExceededError` if the quota does not allow this number of rows. The caller must have locked the chats.
     If the workspace has no quota, this function does nothing.

@@ -76,7 +76,7 @@ class Tracing:
 
     @contextmanager
     def span(self, name: str, kind: str, parent: Context, attributes: Attributes) -> Iterator[Note]:
-        """Start a span as a child of ``parent``, or a new trace if there is no parent.
+        """Start a span as a child of ``parent``, or start a new trace if there is no parent.
 
         Inside the block, this span is the current span.
         """
@@ -154,7 +154,7 @@ def stop() -> None:
 
 
 def current_traceparent() -> str | None:
-    """Return the current span as a W3C ``traceparent``, or None without a span.
+    """Return the current span as a W3C ``traceparent``, or None if there is no current span.
 
     The span may come from another program's tracer, because other programs call `followups.schedule`.
     """

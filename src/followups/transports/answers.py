@@ -67,7 +67,7 @@ class Dialect:
 def outcome_of(answer: Answer, dialect: Dialect, now: datetime | None = None) -> Outcome:
     """Return the outcome of ``answer``.
 
-    If Retry-After is a date and the Date header is missing, the timezone-aware ``now`` is used.
+    If Retry-After is a date and the Date header is missing, the delay is counted from the timezone-aware ``now``.
     """
     status, detail = answer.status, f"HTTP {answer.status}"
     if status // 100 == 2:  # noqa: PLR2004 - 2xx
@@ -87,7 +87,7 @@ def retry_after(headers: Mapping[str, str], now: datetime) -> timedelta | None:
     """Return the delay of Retry-After, between 1 s and 24 h, or None if the header is missing or invalid.
 
     Retry-After is in seconds (a fraction is accepted) or an HTTP date (RFC 9110, 10.2.3). A Retry-After date is
-    compared with the response's Date header, if present. The clocks of the two hosts may differ.
+    compared with the response's Date header, if present, because the clocks of the two hosts may differ.
 
     >>> retry_after({"retry-after": "120"}, datetime.now(UTC))
     datetime.timedelta(seconds=120)

@@ -99,7 +99,7 @@ class CurlLoop:
     def _watch(self, what: int, socket: int, _multi: object, _data: object) -> None:
         wanted = _WANTED.get(what)
         if wanted is None:
-            # The socket stays registered because the next transfer usually begins within milliseconds.
+            # The socket stays registered, because the next transfer usually begins within milliseconds.
             self._watched.discard(socket)
             return
         self._watched.add(socket)
@@ -145,7 +145,8 @@ class CurlLoop:
 
     def _time_out(self) -> None:
         self._timer, self._timer_at = None, math.inf
-        # uvloop's clock counts whole milliseconds. A wait for less than a millisecond would repeat in every iteration.
+        # uvloop's clock counts whole milliseconds. A wait of less than a millisecond would start again in every
+        # iteration of the loop.
         if self._wanted - self._loop.time() >= RESOLUTION:
             self._arm()
             return

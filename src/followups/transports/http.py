@@ -38,7 +38,7 @@ class HttpTransport:
         await self._client.open()
 
     async def send(self, delivery: Delivery) -> Outcome:
-        """Post the message once; without a response, the outcome is unknown."""
+        """Post the message once; if it was sent but not answered, the outcome is unknown."""
         key = str(delivery.follow_up_id)
         body = _body(delivery)
         return await self._client.deliver(self._url, self._headers(key, delivery.made_at, body), body, DIALECT)

@@ -45,8 +45,8 @@ HEADERS = {
     "content-type": "application/json",
     "expect": "",
 }
-"""Headers of every request. An empty Expect header keeps libcurl from adding an Expect header. With libcurl's own
-Expect header, a body of more than 1 MiB would wait for the receiver's permission.
+"""Headers of every request. The empty Expect header keeps libcurl from adding one of its own. With libcurl's own Expect
+header, a body of more than 1 MiB would wait for the receiver's permission.
 """
 
 _REASONS = {

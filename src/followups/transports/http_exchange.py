@@ -1,11 +1,10 @@
 """One HTTP request and its response, through the callbacks of libcurl.
 
 This module decides which calls may be repeated. Once connected, libcurl requests the body and then sends the first
-byte. Before libcurl asks for the body, nothing has been sent. If a kept connection ends without a response, libcurl
-itself tries another connection. libcurl does the same if the server refuses an HTTP/2 stream. To repeat a request on
-another connection, libcurl would have to rewind the body. Since the body cannot be rewound, libcurl gives up
-(CURLE_SEND_FAIL_REWIND). For libcurl, a refused stream (REFUSED_STREAM, GOAWAY) looks like a lost one, so the request's
-outcome is unknown.
+byte. Until then, nothing has been sent. If a kept connection ends without a response, libcurl itself tries another
+connection. libcurl does the same if the server refuses an HTTP/2 stream. To repeat a request on another connection,
+libcurl would have to rewind the body. Since the body cannot be rewound, libcurl gives up (CURLE_SEND_FAIL_REWIND). For
+libcurl, a refused stream (REFUSED_STREAM, GOAWAY) looks like a lost one, so the request's outcome is unknown.
 """
 
 from __future__ import annotations
@@ -52,7 +51,7 @@ class Sockets:
     def __init__(self, *, speak_first: bool) -> None:
         """Start without sockets.
 
-        ``speak_first`` means that the receiver may send data before a request, as TLS does.
+        ``speak_first`` means that the receiver may send data before the first request, as with TLS.
         """
         self._speak_first = speak_first
         self._known: dict[Address, select.poll] = {}
@@ -67,7 +66,7 @@ class Sockets:
         self._calls[address] = self._calls.get(address, 0) + 1
 
     def end(self, address: Address) -> None:
-        """Decrement this connection's call count after a call has finished."""
+        """Decrement this connection's call count when a call has finished."""
         left = self._calls.pop(address) - 1
         if left:
             self._calls[address] = left
@@ -188,9 +187,9 @@ class Exchange:
         return _GO_ON
 
     def _connected(self, _ip: str, own_ip: str, _port: int, own_port: int) -> int:
-        # A process that freezes while it connects may wake after the request's time limit. By the time it sends, the
-        # follow-up may have been cancelled, or sent by another process. These checks also detect a closed connection,
-        # on which a request would have an unknown outcome.
+        # A process that freezes while it connects may wake after the request's time limit. By then, the follow-up may
+        # have been cancelled, or sent by another process. These checks also detect a closed connection, on which a
+        # request would have an unknown outcome.
         if uptime() > self._until:
             self.late = True
             return _ABORT

@@ -143,7 +143,7 @@ class Consumer:
         self.connecting_at = time.monotonic()
 
     def connected(self) -> None:
-        """Count a new connection as refused until the broker answers a read."""
+        """Count a new connection as refused until a read is answered more than `LASTS` seconds later."""
         self.connected_at = time.monotonic()
         self.refused += 1
 

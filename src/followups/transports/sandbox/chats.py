@@ -190,7 +190,7 @@ class SandboxChats:
         self._touched(chat_id)
 
     def conversations(self, since: int = 0) -> Iterator[dict[str, object]]:
-        """Yield the chats that changed after ``since`` as JSON, most recently changed first."""
+        """Yield, as JSON, the chats that changed after ``since``, most recently changed first."""
         newest_first = reversed(self._conversations.values())
         for conversation in takewhile(lambda each: each.changed > since, newest_first):
             own = self.behaviour(conversation.chat_id)
