@@ -49,7 +49,7 @@ os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
-# The time of an example depends on the load of the machine.
+# How long an example takes depends on the load of the machine.
 hypothesis_settings.register_profile("no deadline", deadline=None)
 hypothesis_settings.load_profile("no deadline")
 
@@ -57,7 +57,7 @@ SERVERS = pytest.StashKey["Servers"]()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Set no time limit for long tests, which limit their own time."""
+    """Disable the time limit for long tests, which limit their own time."""
     for item in items:
         if item.get_closest_marker("faults_long") or item.get_closest_marker("large"):
             item.add_marker(pytest.mark.timeout(0))

@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
 WINDOW = int(Settings.model_fields["max_in_flight"].default)
 FINAL = finish(Status.CANCELLED, ReasonCode.CHAT_REMOVED)
-"""The final state of leased follow-ups that are ended without an attempt."""
+"""The final state that this program gives to leased follow-ups instead of an attempt."""
 
 CHATS = 10_000
 MONTHS = 4
@@ -101,7 +101,7 @@ def dispatch(url: str, ready: Barrier, results: Queue[Any], options: argparse.Na
 
 
 def end_all(engine: Engine, held: list[leases.Lease]) -> None:
-    """End all leases that have no attempt; repeat this for rows that another dispatcher has locked."""
+    """End the given leases without an attempt; try again while other dispatchers lock their rows."""
     while held:
         with engine.begin() as connection:
             ended = leases.end_if_not_begun(connection, [(lease, FINAL) for lease in held])

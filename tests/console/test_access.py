@@ -40,7 +40,7 @@ def test_each_route_answers_403_without_its_permission(role: str, person: Callab
 
 
 def test_without_a_session_nothing_is_shown_or_changed(person: Callable[..., Person]) -> None:
-    """Without a session, pages redirect to the sign-in page, and changes get a 401."""
+    """Without a session, pages redirect to the sign-in page, and changes return 401."""
     one = person()
     for route in GUARDED:
         assert called(one, route, {"id": str(uuid4())}) == (303 if route.method == "GET" else 401), route
@@ -84,7 +84,7 @@ HOSTILE = (
 
 
 DOING = {"/bulk/preview": "cancel-all", "/bulk": "cancel-all", "/settings/hours": "save"}
-"""For some forms, the button without which the form's fields are not read."""
+"""The button to press in some forms; without it, the form's fields are not read."""
 
 
 @pytest.mark.parametrize("value", HOSTILE, ids=range(len(HOSTILE)))

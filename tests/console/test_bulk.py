@@ -158,7 +158,7 @@ def test_another_workspaces_action_is_not_found(person: Callable[..., Person], o
 
 
 def test_invalid_actions_are_refused(person: Callable[..., Person], own: World) -> None:
-    """An action is refused without a selection, without a preview, or with another state's filter."""
+    """A bulk action is refused if it is unknown, selects nothing, or filters by an unsuitable state."""
     one = person("agent", own)
     for fields in (
         {"do": "cancel"},

@@ -91,7 +91,7 @@ def test_a_refused_schedule_keeps_the_typed_values(
 
 
 def test_a_chat_whose_last_message_is_the_users_is_a_conflict(person: Callable[..., Person], own: World) -> None:
-    """If a chat's last message is the user's, scheduling into the chat is answered with 409."""
+    """If a chat's last message is from the user, scheduling a follow-up there returns 409."""
     chat_id = own.chat(last_message_role="user")
     answer = person("agent", own).post("/follow-ups/new", chat=chat_id, message="Kept", due="2100-01-31T09:00")
     assert answer.status_code == 409
@@ -99,7 +99,7 @@ def test_a_chat_whose_last_message_is_the_users_is_a_conflict(person: Callable[.
 
 
 def test_the_consequences_are_shown_before_saving(person: Callable[..., Person], own: World) -> None:
-    """The check of a due date shows the time in UTC, the sending hours and the pause, and stores nothing."""
+    """Checking a due date shows the time in UTC, the sending hours and the pause, but stores nothing."""
     own.sql(
         "INSERT INTO sending_hours (workspace_id, time_zone, opening, closing, days, open_from, open_until)"
         " VALUES (:id, 'America/Sao_Paulo', '08:00', '20:00', 31, now(), now() + interval '1 hour')",
@@ -265,7 +265,7 @@ def test_a_message_with_other_line_ends_is_kept(person: Callable[..., Person], o
 
 
 def test_a_retry_in_a_removed_chat_shows_its_error(person: Callable[..., Person], own: World) -> None:
-    """If an operator retries a follow-up of a removed chat, the follow-up's page shows an error."""
+    """If someone retries a follow-up of a removed chat, the follow-up's page shows an error."""
     one_id = own.follow_up(due=-HOUR, status="failed", reason="rejected", finished_at=NOW)
     own.sql("UPDATE chats SET removed_at = now() WHERE id = (SELECT chat_id FROM follow_ups WHERE id = :id)", id=one_id)
     told = person("agent", own).post(f"/follow-ups/{one_id}/retry")

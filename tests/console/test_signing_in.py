@@ -127,7 +127,7 @@ def test_a_change_from_another_origin_is_refused(
 def test_failed_attempts_are_limited(
     person: Callable[..., Person], own: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """After too many failed sign-ins, wrong secrets get 429, but a valid link still works."""
+    """After too many failed sign-ins, wrong secrets return 429, but a valid link still works."""
     monkeypatch.setattr(access, "MAX_BY_CLIENT", 2)
     limited = load_settings(**settings_of(person, own))
     with served(limited) as (host, port):
@@ -219,7 +219,7 @@ def test_a_form_is_parsed_after_origin_session_and_role(
 def test_console_and_api_have_separate_slots(
     person: Callable[..., Person], own: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Console and API have separate slots: each one serves requests even if the other is full."""
+    """Console and API have separate slots: each serves requests while the other has none free."""
     one = person("agent", own)
     with monkeypatch.context() as patch:
         patch.setattr(gate, "MAX_CONSOLE_WAITING", 0)
@@ -228,7 +228,7 @@ def test_console_and_api_have_separate_slots(
         assert one.client.get("/healthz").status_code == 200
     monkeypatch.setattr(gate, "MAX_WAITING", 0)
     assert one.client.get(FOLLOW_UPS, headers={"authorization": key_of(own)[1]}).status_code == 503
-    for _ in range(40):  # every slot is released
+    for _ in range(40):  # each request releases its slot
         assert one.get("/").status_code == 200
 
 
@@ -322,7 +322,7 @@ def test_the_header_is_accepted_only_from_the_proxy(console_settings: Settings, 
 
 
 def test_a_disabled_console_answers_404(console_settings: Settings) -> None:
-    """With FOLLOWUPS_CONSOLE=false, the console's paths answer 404."""
+    """With FOLLOWUPS_CONSOLE=false, the console's paths return 404."""
     with served(console_settings.model_copy(update={"console": False})) as (host, port):
         one = Person(f"http://{host}:{port}", None)  # type: ignore[arg-type] # nothing is asked of the database
         assert one.get("/").status_code == 404
@@ -392,7 +392,7 @@ def test_a_link_of_the_api_is_limited(body: dict[str, object], status: int, cons
 def test_the_command_prints_only_the_link_on_stdout(
     console_settings: Settings, person: Callable[..., Person], own: World
 ) -> None:
-    """The command prints an operator's link; with --workspace, it prints an admin's link.
+    """The command prints a link for an operator; with --workspace, it prints a link for an admin.
 
     If the command line is invalid, no link is created.
     """

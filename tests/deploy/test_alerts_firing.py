@@ -39,7 +39,7 @@ def another_worker(stack: Stack) -> None:
 
 
 def replaced(stack: Stack, setting: str, value: str) -> None:
-    """Give the worker this setting by replacing the worker, unless the setting is already set."""
+    """Replace the worker with one that has this setting, unless the worker already has it."""
     if setting not in stack.options:
         stack.options[setting] = value
         old = the_worker(stack)

@@ -20,7 +20,7 @@ from followups.settings import Settings, environment_name
 DOCUMENTS = {str(path.relative_to(ROOT)): path for path in (ROOT / "README.md", *sorted(DEPLOY.glob("*.md")))}
 CODE = "\n".join(path.read_text() for path in sorted((ROOT / "src").rglob("*.py")))
 OTHERS = {"DATABASE_URL", "REDIS_URL", "FLOWER_ADDRESS", "FLOWER_BASIC_AUTH", "FOLLOWUPS_TEST_SEED", "FLOWER_PORT"}
-"""Variables of other programs, and other names of this project's settings."""
+"""Variables of other programs, and alternative names of this project's settings."""
 OTHER_PROGRAMS = {"createdb", "createuser", "kubectl", "runuser", "cp", "install", "systemctl", "docker build"}
 HOSTS = {"", "127.0.0.1", "localhost", "chat.example", "chat-server", "www.w3.org", "www.textualize.io", "..."}
 """Allowed hosts: this machine, placeholders, and hosts in the metadata of pictures."""
@@ -86,7 +86,7 @@ def test_each_command_exists(call: str) -> None:
 
 
 def test_commands_are_found() -> None:
-    """The documents contain commands; without any, the test of the commands would check nothing."""
+    """The documents contain commands; otherwise, the test of the commands would check nothing."""
     assert {call.split()[1] for call in CALLS} >= {
         "demo",
         "up",
@@ -175,5 +175,5 @@ def test_paths_are_of_this_repository() -> None:
 
 
 def test_documents() -> None:
-    """All three pictures of the README exist."""
+    """The documents checked include README, OPERATIONS and SCALING."""
     assert {Path(name).name for name in DOCUMENTS} >= {"README.md", "OPERATIONS.md", "SCALING.md"}

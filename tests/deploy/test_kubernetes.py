@@ -37,7 +37,7 @@ def test_the_objects_are_valid(name: str, version: str) -> None:
 def test_kubectl_accepts_the_manifests() -> None:
     """All manifests together are accepted by kubectl.
 
-    The test runs only if kubectl is installed, and needs no cluster.
+    This test runs only if kubectl is installed, and needs no cluster.
     """
     if not (kubectl := shutil.which("kubectl")):
         pytest.skip("kubectl is not installed")
@@ -78,7 +78,7 @@ def test_containers_have_few_privileges(name: str) -> None:
 
 @pytest.mark.parametrize(("name", "seconds"), [("web", 5 + 20), ("worker", 10 + 20), ("beat", 10)])
 def test_a_pod_has_time_to_drain(name: str, seconds: int) -> None:
-    """A pod's grace period is long enough to finish the work in progress."""
+    """A pod's grace period is long enough for the process to finish its work in progress."""
     assert PODS[name]["terminationGracePeriodSeconds"] >= seconds
 
 

@@ -65,7 +65,7 @@ def test_every_dependency_is_pinned() -> None:
 
 
 def test_every_build_dependency_is_pinned() -> None:
-    """Every dependency of the build backend is pinned at an allowed version."""
+    """Every dependency of the build backend is pinned to an allowed version."""
     have = entries("requirements-build.txt")
     for wanted in map(Requirement, pyproject()["build-system"]["requires"]):
         assert wanted.specifier.contains(pinned(have[canonicalize_name(wanted.name)][0]))
