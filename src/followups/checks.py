@@ -1,4 +1,4 @@
-"""Checks of callers' values and of the rules for chats; they apply to every kind of caller."""
+"""Checks of callers' values and of the rules for chats, for every kind of caller."""
 
 from __future__ import annotations
 
@@ -75,8 +75,8 @@ def check_moment(chat: Chat, moment: datetime, hours: SendingHours | None) -> No
 def _opening(workspace_id: UUID, hours: SendingHours, moment: datetime) -> datetime:
     """Return ``moment``, or the next opening if ``moment`` is outside the sending hours.
 
-    Return ``moment`` itself if this host does not know the time zone. A follow-up is accepted even if this host does
-    not know the time zone. The worker checks the sending hours again when it begins the attempt.
+    Return ``moment`` itself if this host does not know the time zone. The follow-up is then accepted anyway. The worker
+    checks the sending hours again when it begins the attempt.
     """
     try:
         return opens_at(hours, moment)

@@ -2,7 +2,7 @@
 
 The first statement of a request also looks up the request's API key. A revocation takes effect as soon as it is
 committed. Looking up the key takes no additional round trip. FastAPI validates the body before it runs dependencies.
-Without a valid key, even an invalid body must get 401 instead of 422: see `AuthenticatedRoute`.
+Without a valid key, even a request with an invalid body must get 401 instead of 422: see `AuthenticatedRoute`.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The OpenAPI 3.1 document, and the interactive documentation at ``/docs``.
 
-FastAPI generates the document; this module adds the error responses and security schemes. The documentation is Swagger
-UI from a Python package, with a content security policy.
+FastAPI generates the document; this module adds the error responses and security schemes. The documentation page is
+Swagger UI from a Python package; it has a content security policy.
 """
 
 from __future__ import annotations

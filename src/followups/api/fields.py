@@ -98,7 +98,7 @@ LINK_LIFE = {
         {"type": "string", "pattern": "^(PT[1-9][0-9]{1,4}S|PT[1-9][0-9]{0,3}M|PT([1-9][0-9]?|1[0-5][0-9])H|P[1-7]D)$"},
     ]
 }
-"""The documented pattern for a link's lifetime, in a single unit.
+"""The documented forms of a link's lifetime, each with a single unit.
 
 The server also accepts any other ISO 8601 duration within the allowed range.
 """

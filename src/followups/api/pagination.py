@@ -50,7 +50,7 @@ MOST_LISTS, MOST_STARTS = 1_000, 64
 class PageStarts:
     """Starting points, stored so that pages far into a list can be read by key.
 
-    Without a remembered starting point, a page that begins after 15,000 rows took 30 ms.
+    Without a remembered starting point, a page that begins after 15,000 rows takes 30 ms.
     """
 
     def __init__(self) -> None:
@@ -58,7 +58,7 @@ class PageStarts:
         self._known: dict[Hashable, dict[int, tuple[float, Start]]] = {}
 
     def nearest(self, of: Hashable, offset: int) -> Start | None:
-        """Return the last known starting point at or before the offset.
+        """Return the known starting point nearest to the offset, at or before it.
 
         Return None if the page is not deep or if no starting point is known.
         """

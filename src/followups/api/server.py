@@ -44,8 +44,8 @@ MAX_PIPELINED = 16
 MAX_CONNECTIONS = 2_000
 """Maximum number of open connections.
 
-If there are more connections, the connection that has been idle longest is closed. If no connection is idle, the
-connection whose client has been slowest to read is closed. If no client is slow to read, the new connection is closed.
+If there are more connections, an idle one is closed, preferably one without a valid API key. If no connection is idle,
+one whose client is slow to read is closed. If no client is slow to read, the new connection is closed.
 """
 
 READ_WITHIN = 20.0
@@ -191,7 +191,7 @@ class LimitedProtocol(HttpToolsProtocol):
     def on_headers_complete(self) -> None:
         """Start the request, or queue it until all earlier requests have been answered."""
         self._header_came()
-        # the previous response, which ended meanwhile, has restarted the keep-alive timer
+        # the end of the previous response has restarted the keep-alive timer
         self._unset_keepalive_if_required()
         self._head_size = 0
         if len(self.pipeline) >= MAX_PIPELINED:

@@ -1,7 +1,7 @@
 """The root command, the list of commands, and the exit codes (0 success, 1 failure, 2 usage).
 
-The help text is built only from the list of commands, and therefore appears at once. A command's module, with all its
-imports, is loaded only when the command is called. Errors go to stderr.
+The help text needs only the list of commands, so it appears at once. A command's module, with all its imports, is
+loaded only when the command is called. Errors go to stderr.
 """
 
 from __future__ import annotations

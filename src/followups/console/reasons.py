@@ -1,4 +1,4 @@
-"""Explanations: why a follow-up was sent or not, and what a new due date will cause.
+"""Explanations: why a follow-up was sent or not, and what a new due date would mean.
 
 A list explains a follow-up in the same words as ``followups show``.
 """

@@ -1,4 +1,4 @@
-"""The timeline of one follow-up: created, changed, held, each attempt, accepted, ended."""
+"""The timeline of one follow-up: creation, changes, holds, attempts, acceptance and end."""
 
 from __future__ import annotations
 

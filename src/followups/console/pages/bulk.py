@@ -56,7 +56,7 @@ def history(visit: Visit) -> Response:
 
 
 def preview(visit: Visit) -> Response:
-    """Show how many follow-ups match, a sample, and how many would be skipped. Nothing is changed."""
+    """Show a sample of the matching follow-ups, their number, and how many would be skipped. Nothing is changed."""
     kind, everything = _kind(visit)
     asked = ListFilters.of(visit.form)
     ids = () if everything else _ticked(visit)
