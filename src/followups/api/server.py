@@ -191,7 +191,7 @@ class LimitedProtocol(HttpToolsProtocol):
     def on_headers_complete(self) -> None:
         """Start the request, or queue it until all earlier requests have been answered."""
         self._header_came()
-        # the end of the previous response has restarted the keep-alive timer
+        # the end of the previous response may have restarted the keep-alive timer
         self._unset_keepalive_if_required()
         self._head_size = 0
         if len(self.pipeline) >= MAX_PIPELINED:
