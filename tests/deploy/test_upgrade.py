@@ -49,7 +49,7 @@ def previous(settings: Settings, engine: Engine) -> Iterator[Rig]:
     """Return a system whose database has the second-newest schema."""
     downgrade(url_as(settings.database_url.get_secret_value(), OWNER), PREVIOUS)
     with running(settings, engine, random.Random(0)) as rig:  # noqa: S311 - not for secrets
-        # This test kills no process. Only the upgrade could therefore cause a second attempt.
+        # This test kills no process. Therefore, only the upgrade could cause a second attempt.
         rig.options |= {"FOLLOWUPS_TRANSPORT_TIMEOUT": "10", "FOLLOWUPS_LEASE": "30"}
         yield rig
 
@@ -94,7 +94,7 @@ def ended(child: Child) -> None:
 
 
 def settled(rig: Rig, load: Load) -> None:
-    """Check that every follow-up arrived exactly once, at the first attempt."""
+    """Check that every follow-up arrived exactly once, on the first attempt."""
     rig.settle_down(within=60)
     verdict = rig.verdict()
     assert not verdict.broken()

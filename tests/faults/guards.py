@@ -1,7 +1,7 @@
 """The guards of the promises: how to remove each guard, and what fails without it.
 
 A guard is removed by cutting its text out of the SQL statements. A guard's text must occur in the statement from which
-it is cut. If a guard's text were not found in its statement, the guard would silently stay.
+it is cut. Otherwise, the guard would silently stay in place.
 """
 
 from __future__ import annotations
@@ -117,7 +117,7 @@ class Scene:
 
 
 def paused_begins(scene: Scene) -> None:
-    """Begin a follow-up in a paused workspace."""
+    """Try to begin a follow-up in a paused workspace."""
     scene.world.follow_up()
     scene.world.sql("INSERT INTO pauses (workspace_id) VALUES (:id)", id=scene.world.workspace_id)
     expect(not scene.begin(scene.lease()), "nothing paused begins")
@@ -150,7 +150,7 @@ def repeated_hint_begins(scene: Scene) -> None:
 
 
 def ended_lease_begins(scene: Scene) -> None:
-    """Begin a follow-up with an expired lease."""
+    """Try to begin a follow-up with an expired lease."""
     scene.world.follow_up()
     lease = scene.lease()
     scene.world.expire(lease.id)
@@ -158,7 +158,7 @@ def ended_lease_begins(scene: Scene) -> None:
 
 
 def cancelled_begins(scene: Scene) -> None:
-    """Begin a follow-up that was cancelled while its hint was in the broker."""
+    """Try to begin a follow-up that was cancelled while its hint was in the broker."""
     scene.world.follow_up()
     lease = scene.lease()
     scene.cancel(lease.id)
@@ -175,7 +175,7 @@ def later_one_begins(scene: Scene) -> None:
 
 
 def begins_in(chat: Callable[[Scene], UUID], **columns: Any) -> Callable[[Scene], None]:
-    """Return a scenario that begins a follow-up, although its chat must get no messages."""
+    """Return a scenario that tries to begin a follow-up in a chat that must get no messages."""
 
     def scenario(scene: Scene) -> None:
         scene.world.follow_up(chat(scene), **columns)
@@ -193,7 +193,7 @@ def rescheduled_begins(scene: Scene) -> None:
 
 
 def stale_result_settles(scene: Scene) -> None:
-    """Settle an attempt with an outdated token while another attempt is in flight."""
+    """Try to settle an attempt with an outdated token while another attempt is in flight."""
     scene.world.follow_up()
     (frozen,) = scene.begin(scene.lease())
     (other,) = scene.begin(scene.leased_anew(frozen.lease))
@@ -202,7 +202,7 @@ def stale_result_settles(scene: Scene) -> None:
 
 
 def result_settles_again(scene: Scene) -> None:
-    """Settle the same attempt twice, with a cancel in between."""
+    """Try to settle the same attempt twice, with a cancel in between."""
     scene.world.follow_up()
     (begun,) = scene.begin(scene.lease())
     scene.settle(begun, Retry("HTTP 500"))
@@ -222,7 +222,7 @@ def reply_in_flight_is_forgotten(scene: Scene) -> None:
 
 
 def leased_is_claimed(scene: Scene) -> None:
-    """Claim a follow-up that is already leased."""
+    """Try to claim a follow-up that is already leased."""
     scene.world.follow_up()
     scene.lease()
     expect(not scene.claim(scene.engine, scene.settings).leases, "a lease is given once")
@@ -244,7 +244,7 @@ def token_repeats(scene: Scene) -> None:
 
 
 def taken_from_its_worker(scene: Scene) -> None:
-    """After a long outage, claim a follow-up whose worker has not yet recorded the outcome."""
+    """After a long outage, try to claim a follow-up whose worker has not yet recorded the outcome."""
     scene.world.follow_up()
     (begun,) = scene.begin(scene.lease())
     scene.world.expire(begun.lease.id)
@@ -429,7 +429,7 @@ def ended_lease_deferred(scene: Scene) -> None:
 
 
 def cancelled_deferred(scene: Scene) -> None:
-    """Defer a follow-up that was cancelled after its row had been read."""
+    """Try to defer a follow-up that was cancelled after it had been leased."""
     scene.world.follow_up()
     lease = scene.lease()
     scene.cancel(lease.id)
@@ -438,7 +438,7 @@ def cancelled_deferred(scene: Scene) -> None:
 
 
 def deferred_in_flight(scene: Scene) -> None:
-    """Defer a follow-up whose attempt has begun."""
+    """Try to defer a follow-up whose attempt has begun."""
     scene.world.follow_up()
     (begun,) = scene.begin(scene.lease())
     put_off(scene, begun.lease)

@@ -37,7 +37,7 @@ INSTALL = """
 
 
 _REWRITTEN = text("SELECT count(*) FROM history WHERE changed_when_final")
-# The query uses no join, because the planner would choose a nested loop in these tests.
+# A join would be slow here, because the planner would choose a nested loop.
 _BEGUN_AFTER_CANCEL = text("""
     SELECT id FROM history
      GROUP BY id HAVING min(number) FILTER (WHERE status = 'cancelled') < max(number) FILTER (WHERE began)

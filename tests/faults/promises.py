@@ -25,7 +25,7 @@ accepted, the follow-up must end as sent.
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """The creations and cancels that the system confirmed, and the follow-ups that others sent."""
+    """The creations and cancels that the system confirmed, and the follow-ups sent by another system."""
 
     created: frozenset[UUID] = frozenset()
     """The follow-ups whose creation the system has confirmed."""

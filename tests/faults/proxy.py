@@ -25,7 +25,7 @@ class Proxy:
     """
 
     def __init__(self, server_url: str) -> None:
-        """Store the server's URL: ``redis://...``, or PostgreSQL's with the socket directory in ``?host=``."""
+        """Store the server's URL: ``redis://...``, or a PostgreSQL URL with the socket directory in ``?host=``."""
         self._url = server_url
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="proxy", daemon=True)
@@ -118,7 +118,7 @@ class Proxy:
             writer.transport.abort()
             return
         self._open.add(writer)
-        # If the handler was cancelled, asyncio's own callback raises an error.
+        # If this handler ended with CancelledError, asyncio's own callback would raise an error.
         with contextlib.suppress(OSError, asyncio.CancelledError):
             forwarding = self._forwarding
             await forwarding.wait()

@@ -101,8 +101,8 @@ class Server(EmbeddedPostgres):
 class Replicated:
     """A primary and its standby behind one address, which tests kill and restart like a single server.
 
-    When the server is restarted, the standby takes over. If ``synchronous`` is true, a failover loses no commit;
-    otherwise, it may lose commits.
+    ``restart`` makes the standby take over. If ``synchronous`` is true, a failover loses no commit; otherwise, it may
+    lose commits.
     """
 
     def __init__(self, *, synchronous: bool = True, binaries: Path = embedded.BINARIES) -> None:

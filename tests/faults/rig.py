@@ -86,7 +86,7 @@ class Rig(Stack):
         return child
 
     def beat(self, **environment: str) -> Child:
-        """Start another beat, and do not wait until it is ready."""
+        """Start another beat without waiting until it is ready."""
         return self.process(f"beat.{next(self._numbers)}", "beat", environment=environment)
 
     def web(self) -> web.Api:
@@ -232,7 +232,7 @@ class Load:
     """Creates follow-ups at a steady rate in a thread, until stopped or until ``seconds`` have passed."""
 
     def __init__(self, rig: Rig, rate: float, seconds: float, spread: float = 1.0) -> None:
-        """Add ``rate`` follow-ups per second, each due within ``spread`` seconds."""
+        """Store the load: ``rate`` follow-ups per second, each due within ``spread`` seconds."""
         self._rig, self._rate, self._spread = rig, rate, spread
         self._end = time.monotonic() + seconds
         self._stopping = threading.Event()

@@ -111,7 +111,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _run(seed: int, kept: Path, marker: str, processes: int, title: str, skipped: Sequence[str]) -> int:
-    """Run the tests once, and record the result as that of fault 0; return 1 on failure."""
+    """Run the tests once, and record the result under fault 0; return 1 on failure."""
     command = [sys.executable, "-m", "pytest", str(HERE), "-q", "-m", marker, "-n", str(processes), "--no-header"]
     command += [f"--ignore={HERE / name}" for name in skipped]
     environment = os.environ | {"FOLLOWUPS_TEST_SEED": str(seed), "FOLLOWUPS_TEST_FIGURES": str(kept.resolve())}

@@ -1,4 +1,4 @@
-"""Tests in which a commit succeeds, but the worker sees an error and queries the result."""
+"""Tests in which a commit succeeds, but the worker gets an error and looks up the result."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def start(rig: Rig) -> None:
 
 
 def answers_lost(rig: Rig, figures: Figures, step: str, count: int, times: int) -> None:
-    """Lose the responses to a step's commits, and check that nothing waits for a lease to expire."""
+    """Drop the responses to a step's commits, and check that nothing waits for a lease to expire."""
     point = f"{step}.answer_lost"
     rig.failpoints.arm(point, "raise", times)
     rig.bulk(count, spread=1.0)
@@ -51,6 +51,6 @@ def test_answer_lost_at_each_step(rig: Rig, figures: Figures) -> None:
 @pytest.mark.faults_long
 @pytest.mark.parametrize("step", STEPS)
 def test_answers_lost_often(step: str, rig: Rig, figures: Figures) -> None:
-    """If the answers to a hundred commits are lost, no follow-up is delayed."""
+    """If the responses to a hundred commits are lost, no follow-up is delayed."""
     start(rig)
     answers_lost(rig, figures, step, count=3000, times=100)

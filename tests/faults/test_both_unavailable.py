@@ -1,4 +1,4 @@
-"""If the database is down and no tick runs for longer than a lease, no outcome is lost."""
+"""If the database and the ticks both stop for longer than a lease, no outcome is lost."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def outage(rig: Rig, proxies: Sequence[Proxy], seconds: float) -> None:
 
 @pytest.mark.parametrize("deduplicates", [True, False])
 def test_both_unavailable(proxied: Proxied, figures: Figures, *, deduplicates: bool) -> None:
-    """If the database and the ticks are down until leases expire, accepted messages are not sent again.
+    """If the database and the ticks stop for longer than a lease, accepted messages are not sent again.
 
     The outcomes of the accepted calls are recorded later.
     """
@@ -87,5 +87,5 @@ def test_both_unavailable(proxied: Proxied, figures: Figures, *, deduplicates: b
 @pytest.mark.faults_long
 @pytest.mark.parametrize("deduplicates", [True, False])
 def test_both_unavailable_for_long(proxied: Proxied, figures: Figures, *, deduplicates: bool) -> None:
-    """If database and ticks fail together five times, no call is repeated."""
+    """If the database and the ticks stop together five times, no call is repeated."""
     both_unavailable(proxied, figures, deduplicates=deduplicates, count=100, lease=20, rounds=5)

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from faults.rig import Rig
 
 BACK_WITHIN = 10.0
-"""Seconds within which workers must consume again; doubled for a busy machine."""
+"""Seconds within which workers must resume consuming; doubled for a busy machine."""
 
 
 @contextmanager
@@ -36,7 +36,7 @@ def readonly(server: redis.Redis) -> Iterator[None]:
 @contextmanager
 def misconf(server: redis.Redis) -> Iterator[None]:
     """Make snapshots fail as if the disk were full, so that Redis answers every write with MISCONF."""
-    # a directory, because a snapshot file cannot replace a directory
+    # a snapshot file cannot replace a directory
     Path(server.config_get("dir")["dir"], "dump.rdb").mkdir(exist_ok=True)
     server.config_set("save", "3600 1")
     with suppress(redis.ResponseError):  # another snapshot is already running

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from faults.rig import Rig
 
 BACK_WITHIN = 10.0
-"""Seconds within which workers must consume again; doubled for a busy machine."""
+"""Seconds within which workers must resume consuming; doubled for a busy machine."""
 
 
 def outages(rig: Rig, figures: Figures, times: int, between: float, rate: float) -> None:

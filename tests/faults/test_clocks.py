@@ -1,4 +1,4 @@
-"""Tests with hosts whose clocks are minutes off: the database's clock decides."""
+"""Tests with hosts whose clocks are minutes off: only the database's clock matters."""
 
 from __future__ import annotations
 

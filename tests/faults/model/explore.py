@@ -64,7 +64,7 @@ def _check(world: ModelWorld) -> None:
 
 
 def _at_the_horizon(onward: dict[ModelWorld, list[ModelWorld]], protocol: Protocol) -> set[ModelWorld]:
-    """Return the states whose only way out is a claim beyond the exploration limit."""
+    """Return the states in which a pending follow-up has reached the maximum number of claims."""
     return {world for world in onward if any(row.pending and row.token >= protocol.most_claims for row in world.rows)}
 
 
