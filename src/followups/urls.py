@@ -21,7 +21,7 @@ _LIBPQS_HOSTS = re.compile(
 )
 """Hosts in a form that SQLAlchemy does not parse.
 
-Such a URL contains several hosts (``host1:5432,host2:5432``) or a socket path (``%2Frun``).
+This is either several hosts (``host1:5432,host2:5432``) or a socket path (``%2Frun``).
 """
 
 _HOST = re.compile(r"(?P<name>\[[^]]*\]|[^:]*)(?::(?P<port>.*))?", re.DOTALL)

@@ -54,7 +54,7 @@ class Actor:
 
 
 SERVICE = Actor(Way.SERVICE, name="followups")
-"""The service itself is the author of events that nobody causes, such as an API key's expiry."""
+"""The author of events that no user causes, such as an API key's expiry."""
 
 
 @lru_cache

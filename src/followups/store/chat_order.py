@@ -1,7 +1,7 @@
 """Order within a chat: a later follow-up waits until the earlier one ends.
 
 The column ``waits_for`` of a waiting follow-up contains the id of its immediate predecessor. Waiting follow-ups are not
-in the index for claims. When a follow-up ends, only the follow-up right behind it is unblocked. Even if 100,000
+in the index for claims. When a follow-up ends, only the follow-up directly behind it is unblocked. Even if 100,000
 follow-ups wait behind a stuck one, each is refused only once.
 """
 

@@ -131,7 +131,7 @@ def find(session: Session, token: str) -> ValidSession | None:
 
 
 def record_use(session: Session, session_id: UUID) -> None:
-    """Record the use of the console session, so that the session does not expire as idle."""
+    """Record that the console session is in use, so that it does not time out."""
     session.execute(_SEEN, {"id": session_id})
 
 

@@ -62,7 +62,7 @@ class Backlog:
 
 _PENDING_ROWS = "FROM follow_ups WHERE status = 'pending'"
 
-# The query reads the claim's index only up to slightly after the current time. This range includes all follow-ups in
+# The query reads the index for claims only up to slightly after the current time. This range includes all follow-ups in
 # flight, because no attempt begins long before its due time. A follow-up that waits for its chat's earlier follow-up
 # does not count as overdue. For each chat, only the earliest follow-up can be overdue. Because of the ORDER BY,
 # PostgreSQL reads only the needed part of the index. Without an ORDER BY, the planner would read the whole table,

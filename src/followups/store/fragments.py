@@ -23,7 +23,7 @@ DUE = "COALESCE(f.next_attempt_at, f.due_date)"
 """The time at which a follow-up falls due: the time of its next retry, or its due date."""
 
 DUE_READ = f"LEAST(GREATEST({DUE}, timestamptz '0002-01-01'), timestamptz '9998-12-31')"
-"""The due time, limited to the range of Python's dates. Python cannot read all dates that PostgreSQL allows."""
+"""The due time, limited to the range of Python's dates. Some dates that PostgreSQL allows are outside this range."""
 
 LATENESS_FROM = "COALESCE(f.sendable_from, GREATEST(f.due_date, f.scheduled_at, f.held_until))"
 """The time from which the lateness of a follow-up is measured. A follow-up that was never held by sending hours has no

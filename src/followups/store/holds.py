@@ -52,7 +52,7 @@ class Hold:
     until: datetime
     next_attempt_at: datetime
     sendable_from: datetime | None = None
-    """The time from which lateness is counted, or None to keep the time recorded before."""
+    """The time from which lateness is counted, or None to keep the time recorded earlier."""
     pause_id: UUID | None = None
     hours: SendingHours | None = None
 

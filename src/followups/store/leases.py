@@ -102,7 +102,7 @@ _BEGIN = Statement(read_sql("begin_checks") + read_sql("begin"))
 def begin_if_leased(connection: Connection, leases: Sequence[Lease], rules: Rules) -> Sequence[tuple[Any, ...]]:
     """Begin the follow-ups that have a valid lease and no obstacle; return the attempts to send.
 
-    The first two columns are the follow-up's id and the time of begin. `begin.sql` lists the other columns.
+    The first two columns are the follow-up's id and the time at which it began. `begin.sql` lists the other columns.
     """
     rows = driver_rows(connection, _BEGIN, batch_of(leases) | rules.parameters)
     if rows:

@@ -1,10 +1,11 @@
 """One HTTP request and its response, through the callbacks of libcurl.
 
 This module decides which calls may be repeated. Once connected, libcurl requests the body and then sends the first
-byte. Until then, nothing has been sent. If a kept connection ends without a response, libcurl itself tries another
-connection. libcurl does the same if the server refuses an HTTP/2 stream. To repeat a request on another connection,
-libcurl would have to rewind the body. Since the body cannot be rewound, libcurl gives up (CURLE_SEND_FAIL_REWIND). For
-libcurl, a refused stream (REFUSED_STREAM, GOAWAY) looks like a lost one, so the request's outcome is unknown.
+byte. Until libcurl asks for the body, nothing has been sent. If a kept connection ends without a response, libcurl
+itself tries another connection. libcurl does the same if the server refuses an HTTP/2 stream. To repeat a request on
+another connection, libcurl would have to rewind the body. Since the body cannot be rewound, libcurl gives up
+(CURLE_SEND_FAIL_REWIND). For libcurl, a refused stream (REFUSED_STREAM, GOAWAY) looks like a lost one, so the request's
+outcome is unknown.
 """
 
 from __future__ import annotations

@@ -156,7 +156,7 @@ CONSUMER = Consumer()
 
 
 class BrokerChannel(kombu_redis.Channel):
-    """A kombu channel that drops unreadable entries and closes its connections after a rejected message."""
+    """A kombu channel that drops unreadable entries, and closes its connections if Redis rejects a message."""
 
     def _put(self, *arguments: Any, **named: Any) -> None:  # noqa: ANN401 - kombu's own
         try:
