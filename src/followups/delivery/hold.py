@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from followups.store.obstacles import Obstacle
 
 UNREADABLE = timedelta(minutes=1)
-"""The wait before sending hours are checked again, if this machine does not know their time zone."""
+"""How long to wait before checking sending hours again if this machine does not know their time zone."""
 
 log = get_logger(__name__)
 

@@ -61,5 +61,5 @@ class Slots:
             self._poison_pills.pop(one, None)
 
     def has_full_share(self, key: int) -> bool:
-        """Return whether a workspace has reached the slot limit that applies while others are active."""
+        """Return whether a workspace has all the slots that it may use while other workspaces are active."""
         return self._of_workspace.get(key, 0) >= self._share

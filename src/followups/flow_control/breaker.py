@@ -1,10 +1,10 @@
 """The circuit breaker: while the transport as a whole fails, only a few probes begin.
 
 An open breaker defers most due follow-ups in the database (`followups.delivery.deferral`). All workers share one state
-in Redis (`BreakerStore`). Deliveries continue while Redis is unreachable. While Redis is unreachable, a worker counts
-only its own failed attempts. After the configured number of failures in a row, the worker begins no follow-ups. The
-worker begins follow-ups again when it next queries Redis, some seconds later. If Redis is wiped, the breaker closes,
-and new failures open it again.
+in Redis (`BreakerStore`). Deliveries continue while Redis is unreachable. During that time, a worker counts only its
+own failed attempts. After the configured number of failures in a row, the worker begins no further follow-ups. It
+begins follow-ups again when it next queries Redis, some seconds later. If Redis is wiped, the breaker closes, and new
+failures open it again.
 
     closed -> open: so many different follow-ups failed, and none succeeded in between
     open -> probing: after a pause that doubles from one time to the next, a few may begin
@@ -118,7 +118,8 @@ class RecoveryPolicy:
     probes: int = 3
     """Number of follow-ups that may begin in one probe."""
     first_rate: float = 10.0
-    """Begins per second right after a successful probe, for all workers together. The rate then doubles every second.
+    """How many follow-ups may begin per second right after a successful probe, for all workers together. The rate then
+    doubles every second.
     """
     last_rate: float = 10_000.0
     """The breaker closes once the rate reaches this many begins per second, after about ten seconds."""

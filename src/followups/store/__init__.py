@@ -12,8 +12,8 @@ When a caller creates, changes or cancels a follow-up, the follow-up's chat is l
 a chat message or removes a chat also locks the chat first. A transaction that changes several chats locks them in
 ascending order of their ids.
 
-The dispatcher's statements lock no chat. Locked follow-ups are skipped (``SKIP LOCKED``) and retried later. Bulk
-cancels, the release of held follow-ups and pruning skip locked rows. A caller's change never locks a follow-up in
-flight, because the lock would delay settle. Only a reply locks follow-ups in flight, and only briefly, to request their
-cancellation.
+The dispatcher's statements lock no chat. These statements skip locked follow-ups (``SKIP LOCKED``) and try them again
+later. Bulk cancels, the release of held follow-ups and pruning skip locked rows. A caller's change never locks a
+follow-up in flight, because the lock would delay settle. Only a reply locks follow-ups in flight, and only briefly, to
+request their cancellation.
 """

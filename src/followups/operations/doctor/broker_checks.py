@@ -172,8 +172,8 @@ def _breaker(settings: Settings, client: redis.Redis) -> Finding:
 def _queues(settings: Settings, client: redis.Redis) -> Finding:
     batches, unread = (int(client.llen(f"{settings.broker_prefix}{name}")) for name in (DELIVER, DISPATCH))
     detail = f"{batches} batches in {DELIVER}, {unread} ticks in {DISPATCH}"
-    # Each valid hint in the queue belongs to a lease. If the queue has more hints than the in-flight limit allows
-    # leases, some hints must be stale.
+    # The in-flight limit bounds the number of leases, and thus also the number of valid hints. If the queue has more
+    # than twice as many hints, some of them must be stale.
     if unread > UNREAD_TICKS or batches > 2 * max(settings.max_in_flight // settings.batch_size, 1):
         return Finding("queues", detail, "No worker reads them: start workers, or restart those that hang.")
     return Finding("queues", detail)
