@@ -159,7 +159,7 @@ def _assert_gone(pids: list[int], directories: list[Path]) -> None:
 
 
 def test_a_killed_watchdog_is_replaced() -> None:
-    """If a watchdog has been killed, the start of another process starts a new watchdog.
+    """If a watchdog has been killed, a new one is started together with the next process.
 
     The new watchdog exits after the last guarded process has ended.
     """

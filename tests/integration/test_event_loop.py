@@ -1,4 +1,4 @@
-"""Tests of database access in an event loop with the driver alone: sessions, errors, transactions."""
+"""Tests of database access in an event loop through the driver: sessions, errors, transactions."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ async def fill(of: Database) -> None:
 
 
 async def test_settings(database_url: str) -> None:
-    """Sessions of the event loop use the project's settings and not the server's defaults."""
+    """Sessions of the event loop use the project's settings, not the server's defaults."""
     set_defaults(database_url, HOSTILE)
     async with database(database_url) as mine:
         rows = await fetch(mine, NAMES, names=[*SESSION, "transaction_isolation", "statement_timeout"])
@@ -115,7 +115,7 @@ async def test_each_statement_of_a_reader_is_a_transaction(database_url: str) ->
 
 
 async def test_cancelled_in_a_statement(world: World, database_url: str) -> None:
-    """If a task is cancelled during a statement, its connection is lost, but the next task does not wait."""
+    """If a task is cancelled during a statement, its connection is dropped and the next task gets a new one."""
     async with database(database_url, size=1) as mine:
         task = asyncio.create_task(fetch(mine, Statement("SELECT pg_sleep(60)")))
         sleeping = "SELECT count(*) FROM pg_stat_activity WHERE query LIKE 'SELECT pg_sleep%'"
@@ -156,7 +156,7 @@ async def test_lost_sessions_are_dropped_together(world: World, database_url: st
 
 
 def written(engine: Engine, statement: Statement, **parameters: Any) -> list[tuple[Any, ...]]:
-    """Execute a statement in a transaction of SQLAlchemy and return its rows.
+    """Execute a statement in a SQLAlchemy transaction and return its rows.
 
     If possible, the driver itself executes the statement.
     """

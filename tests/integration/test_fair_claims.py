@@ -48,7 +48,7 @@ def worlds_of(engine: Engine, *counts: int, due: timedelta = timedelta(0)) -> li
 
 
 def bounded(settings: Settings, window: int) -> Settings:
-    """Return settings with a small limit of follow-ups in flight."""
+    """Return settings that allow only a few follow-ups in flight."""
     return settings.model_copy(update={"max_in_flight": window})
 
 
@@ -104,7 +104,7 @@ def test_a_busy_workspace_gets_the_remaining_slots(
 ) -> None:
     """A workspace with many due follow-ups gets all slots that small workspaces do not need.
 
-    A claim still fills all slots, although it reads few rows of each workspace.
+    A claim fills all slots, even though it reads only a few rows of each workspace.
     """
     monkeypatch.setattr(claims, "FEW", 1)
     worlds = worlds_of(engine, 90, *[1] * 30)
@@ -132,7 +132,7 @@ def test_more_workspaces_than_slots(engine: Engine, settings: Settings, monkeypa
 def test_one_claim_takes_half_of_the_window(
     engine: Engine, settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """If the in-flight limit is large, one claim takes half of the limit."""
+    """If the in-flight limit is large, one claim leases at most half that number."""
     monkeypatch.setattr(claiming, "CLAIM_SIZE", 2)
     worlds_of(engine, 20)
     taken = [claim_fairly(engine, bounded(settings, 12)) for _ in range(3)]
@@ -238,7 +238,7 @@ class TestLowWater:
         assert claim_fairly(engine, settings, since).more is False
 
     def test_nothing_is_due(self, engine: Engine, settings: Settings) -> None:
-        """If nothing is due, a fair claim reports no more work and a past low-water mark."""
+        """If nothing is due, a fair claim reports no further work; its low-water mark lies in the past."""
         claimed = claim_fairly(engine, settings)
         assert (claimed.leases, claimed.more) == ((), False)
         assert timedelta(0) < datetime.now(UTC) - claimed.low_water - claims.LOW_WATER_MARGIN < timedelta(minutes=1)

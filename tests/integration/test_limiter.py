@@ -30,7 +30,7 @@ SLOW = 0.001
 
 @dataclass
 class LimiterUnderTest:
-    """A limiter with separate keys, which records when each token was granted, in microseconds."""
+    """A limiter that uses separate keys and records when each token was granted, in microseconds."""
 
     limiter: Limiter
     redis: Redis
@@ -171,7 +171,7 @@ async def test_the_strictest_limit_decides(under_test: LimiterUnderTest) -> None
 
 
 async def test_a_long_wait_is_understated(under_test: LimiterUnderTest) -> None:
-    """Short waits are exact; long waits are understated, as requests ahead of them may be dropped."""
+    """Short waits are stated exactly; long waits are understated, as earlier requests may be dropped."""
     limit = bucket(rate=0.01, burst=1)
     await under_test.ask(request(0, limit))
     waits = await under_test.ask(*(request(since, limit) for since in range(1, 4)))
@@ -315,7 +315,7 @@ async def test_unused_keys_expire(under_test: LimiterUnderTest) -> None:
 
 
 async def test_the_queue_is_bounded(under_test: LimiterUnderTest) -> None:
-    """Once a hundred thousand requests are queued, a further request gets only an estimated wait.
+    """Once a hundred thousand requests are queued, a further one gets an estimated wait but no place.
 
     Requests that are already in the queue keep their positions.
     """

@@ -1,4 +1,4 @@
-"""The worker's heartbeat: a stuck component stops reporting, even if other components are healthy."""
+"""Tests of the worker's heartbeat: a stuck component stops reporting, while others continue."""
 
 from __future__ import annotations
 

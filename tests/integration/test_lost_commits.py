@@ -1,4 +1,4 @@
-"""Tests of commits without an answer: delivery continues after success, failure and delay."""
+"""Tests of commits whose response is lost: delivery continues after success, failure and delay."""
 
 from __future__ import annotations
 
@@ -155,7 +155,7 @@ def test_commit_lost(delivery: DeliverySteps, name: str, monkeypatch: pytest.Mon
 @pytest.mark.parametrize("name", STEPS)
 @pytest.mark.parametrize("committed", [True, False])
 def test_slow_commit(delivery: DeliverySteps, name: str, monkeypatch: pytest.MonkeyPatch, *, committed: bool) -> None:
-    """If a commit's outcome is unknown, the database is queried after the transaction has ended."""
+    """If a commit's outcome is unknown, the database is queried once the server has ended the transaction."""
     step = STEPS[name](delivery)
     commit, rollback = psycopg.Connection.commit, psycopg.Connection.rollback
     ended = threading.Event()
@@ -181,7 +181,7 @@ def test_slow_commit(delivery: DeliverySteps, name: str, monkeypatch: pytest.Mon
 
 
 def test_taken_over_meanwhile(delivery: DeliverySteps, monkeypatch: pytest.MonkeyPatch) -> None:
-    """If a begin's response is lost and another worker begins the attempt, the first begin fails."""
+    """If the response to a begin is lost and another worker begins the attempt, the first begin fails."""
     leases = delivery.leases()
     engine = delivery.world.engine
 

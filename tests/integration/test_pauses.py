@@ -1,4 +1,4 @@
-"""Pauses on PostgreSQL: a paused follow-up does not begin or slow down claims, and is released later."""
+"""Tests of pauses: a paused follow-up does not begin, slows down no claim, and is released later."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def free(world: World) -> int:
 
 
 def test_a_paused_workspace(world: World, engine: Engine, settings: Settings) -> None:
-    """A paused follow-up is not claimed and uses no attempt; other follow-ups continue."""
+    """A paused follow-up is not claimed and uses up no attempt; other follow-ups begin as usual."""
     others = type(world)(engine)
     mine, theirs = world.follow_up(), others.follow_up()
     scope = pause(world)
@@ -66,7 +66,7 @@ def test_a_paused_workspace(world: World, engine: Engine, settings: Settings) ->
 
 @pytest.mark.parametrize("everybody", [True, False])
 def test_a_paused_channel(world: World, engine: Engine, settings: Settings, *, everybody: bool) -> None:
-    """If a channel is paused in one or all workspaces, other channels continue."""
+    """If a channel is paused in one or all workspaces, follow-ups of other channels still begin."""
     others = type(world)(engine)
     stopped = world.follow_up(world.chat(channel="waha"))
     kept = world.follow_up(world.chat(channel="matrix"))

@@ -289,7 +289,7 @@ def test_full_disk(
     started: Callable[..., Pipeline],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """If stderr cannot be written, follow-ups are still sent and recorded."""
+    """If stderr cannot be written to, follow-ups are still sent and recorded."""
 
     def full(_: str) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))

@@ -106,9 +106,9 @@ def test_plans(world: World, engine: Engine, settings: Settings, others: int, *,
 
 
 def test_plans_when_nothing_was_pending(world: World, engine: Engine, settings: Settings) -> None:
-    """If the planner expects no pending rows, it still does not use the index of pending rows.
+    """Even if the planner expects no pending rows, it does not use the index of pending rows.
 
-    If no row is pending during a vacuum, the planner then considers the index of pending rows empty.
+    If no row is pending during a vacuum, the planner considers this index empty.
     """
     world.burst([timedelta(0)] * 2000)
     world.sql("UPDATE follow_ups SET status = 'sent', finished_at = now()")
@@ -236,7 +236,7 @@ IDLE = """
 
 
 def without_sorting(connection: Connection) -> None:
-    """Set the planner options that a fair claim sets."""
+    """Set the same planner options as a fair claim."""
     connection.execute(claims.WITHOUT_SORTING)
 
 
@@ -311,9 +311,9 @@ def test_a_burst_into_a_table_estimated_as_empty(
 def test_stop_waits_for_the_update_of_statistics(
     world: World, engine: Engine, settings: Settings, database_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A dispatcher that is stopped first finishes an update of the planner's statistics.
+    """Before a dispatcher stops, it finishes a running update of the planner's statistics.
 
-    Stopping a dispatcher closes its database engine, which a running update still needs.
+    A stop closes the dispatcher's database engine, which the update still needs.
     """
     with engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
         connection.execute(text("VACUUM (ANALYZE) follow_ups"))

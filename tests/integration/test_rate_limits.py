@@ -82,7 +82,7 @@ class CountingLimiter(Limiter):
 
 @dataclass
 class LimitedPipeline:
-    """A pipeline with a rate limiter, and a dispatcher whose ticks a test runs."""
+    """Pipelines with rate limiters; a thread claims due follow-ups for each pipeline."""
 
     engine: Engine
     settings: Settings
@@ -120,7 +120,7 @@ class LimitedPipeline:
 
 @pytest.fixture
 def limited(engine: Engine, settings: Settings, monkeypatch: pytest.MonkeyPatch) -> Iterator[LimitedPipeline]:
-    """Return a bench whose pipelines often reload limits; drain the pipelines after the test."""
+    """Return a `LimitedPipeline` that often reloads limits; drain its pipelines after the test."""
     monkeypatch.setattr(upkeep, "INTERVAL", 0.1)
     limited = LimitedPipeline(engine, settings.model_copy(update={"broker_prefix": f"{uuid4().hex}:"}))
     yield limited
@@ -205,7 +205,7 @@ def test_unlimited_follow_ups_do_not_wait(world: World, limited: LimitedPipeline
 
 
 def test_each_chat_has_its_own_limit(world: World, limited: LimitedPipeline) -> None:
-    """A chat over its rate limit waits without a lease or slot, and delays no other chat."""
+    """A follow-up over its chat's rate limit waits without a lease or slot, and delays no other chat."""
     limit(world, NONE_COMES_IN, per="chat")
     limit(world, NONE_COMES_IN, burst=3)
     busy = world.chat()
@@ -239,7 +239,7 @@ def test_a_paused_follow_up_returns_its_token(world: World, limited: LimitedPipe
 
 
 def test_a_parked_follow_up_returns_its_token(world: World, limited: LimitedPipeline) -> None:
-    """A follow-up that waits for an earlier one in its chat gives back its token."""
+    """A follow-up that waits for an earlier one in its chat returns its token."""
     limit(world, NONE_COMES_IN, burst=3)
     chat = world.chat()
     ids = world.follow_ups_at_once([(chat, -3 * SECOND), (chat, -2 * SECOND), (chat, -SECOND)])

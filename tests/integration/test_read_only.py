@@ -75,7 +75,7 @@ async def test_an_event_loop_drops_its_sessions_too(world: World, database_url: 
 
 
 async def test_no_session_is_opened_on_a_read_only_server(database_url: str) -> None:
-    """A session on a read-only server is rejected unless the URL permits it."""
+    """No session is opened on a read-only server unless the URL permits read-only servers."""
     engine, in_a_loop = make_engine(database_url), make_async_engine(database_url)
 
     def look(engine: Engine) -> None:

@@ -167,7 +167,7 @@ def test_a_stop_ends_the_run(world: World, engine: Engine, settings: Settings) -
 
 
 def test_audit_events_have_a_separate_retention(world: World, engine: Engine, settings: Settings) -> None:
-    """Audit events are deleted after a separate retention period; with 0, they are kept forever."""
+    """Audit events have a separate retention period; if it is 0, they are kept forever."""
     ended(world, 3000 * DAY)
     for days in (31, 29):
         event = Event(audit.SERVICE, Action.PAUSE_BEGUN, number=days)

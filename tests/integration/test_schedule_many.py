@@ -38,7 +38,7 @@ DUE = datetime.now(UTC) + timedelta(days=1)
 
 
 def schedule_many(world: World, planned: Sequence[Planned]) -> list[FollowUp]:
-    """Schedule all given follow-ups in one separate transaction."""
+    """Schedule all given follow-ups in a separate transaction."""
     with Session(world.engine, expire_on_commit=False) as session, session.begin():
         return followups.schedule_many(session, workspace_id=world.workspace_id, planned=planned)
 

@@ -325,7 +325,7 @@ class TestChats:
         [
             (0.3, 0.0, True),  # the reply's time is in whole seconds, so it seems older than the agent's message
             (0.0, 0.0, True),
-            (0.0, 0.5, True),  # the timestamp of the agent's message has whole seconds
+            (0.0, 0.5, True),  # the timestamp of the agent's message is in whole seconds
             (0.999999, 0.0, True),
             (0.3, -1.0, False),
             (0.0, -1.0, False),
@@ -363,7 +363,7 @@ class TestChats:
     def test_late_message_opens_the_window(self, caller: Caller) -> None:
         """A user's message that arrives after the agent's answer cancels no follow-up.
 
-        A message opens the messaging window at the time that the message states.
+        The messaging window opens at the time stated in the user's message.
         """
         chat_id = caller.world.chat(channel="whatsapp", last_message_at=text("now() - interval '1 hour'"))
         with pytest.raises(OutsideMessagingWindowError):

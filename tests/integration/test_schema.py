@@ -166,7 +166,7 @@ def test_row_with_the_contracts_columns_alone(world: World) -> None:
 
 
 def test_a_migration_may_take_long(empty_engine: Engine) -> None:
-    """A migration has no statement timeout, and waits even for a server that does not answer."""
+    """A migration has no statement timeout, and waits indefinitely for a server that does not answer."""
     limits: list[tuple[str, float | None]] = []
 
     def look(connection: BoundedConnection, _record: object) -> None:

@@ -58,7 +58,7 @@ def put(world: World, hours: SendingHours) -> None:
 
 
 def replace_hours(world: World, hours: SendingHours | None) -> None:
-    """Set or clear the sending hours, with the same effect as the command line.
+    """Set or clear the sending hours, with the same effect as on the command line.
 
     Held follow-ups are released, so that their sending hours are checked again.
     """
@@ -72,7 +72,7 @@ def replace_hours(world: World, hours: SendingHours | None) -> None:
 
 
 def opening_of(world: World, hours: SendingHours) -> datetime:
-    """Return when the sending hours begin next."""
+    """Return the time at which the sending hours begin next."""
     return opens_at(hours, world.scalar("SELECT now()"))
 
 
@@ -152,7 +152,7 @@ def test_order_within_the_chat_is_kept(world: World, engine: Engine, settings: S
 
 
 def test_changed_during_the_hold(world: World, engine: Engine, settings: Settings) -> None:
-    """If sending hours are cleared during a hold, the clearing waits and then releases the follow-up."""
+    """A change that clears sending hours waits for a concurrent hold and then releases the follow-up."""
     put(world, CLOSED)
     follow_up = world.follow_up()
     (lease,) = claim(engine, settings).leases
@@ -219,7 +219,7 @@ class TestLateness:
         assert begun(claim_and_begin(engine, brief)) == {night}
 
     def test_sending_hours_locked_during_a_hold(self, world: World, engine: Engine, settings: Settings) -> None:
-        """If another transaction locks the sending hours, a late follow-up is retried and does not end."""
+        """If another transaction locks the sending hours, a late follow-up does not end and is checked again."""
         brief = settings.model_copy(update={"max_lateness": HOUR})
         put(world, hours_from(-30 * MINUTE, 3 * HOUR))
         night = world.follow_up(due=-5 * HOUR, scheduled_at=text("now() - interval '9 h'"))
@@ -372,7 +372,7 @@ def test_held_follow_ups_can_be_cancelled_and_rescheduled(world: World, engine: 
 def test_an_unknown_time_zone(world: World, engine: Engine, settings: Settings) -> None:
     """If a workspace's time zone is unknown, its follow-ups are held for a minute and checked again.
 
-    While its time zone is unknown, a follow-up is not sent.
+    No follow-up is sent while the time zone is unknown.
     """
     put(world, CLOSED)
     world.sql("UPDATE sending_hours SET time_zone = 'Mars/Olympus', open_until = now() - interval '1 day'")
@@ -385,8 +385,8 @@ def test_an_unknown_time_zone(world: World, engine: Engine, settings: Settings) 
 def test_other_time_zone_data(world: World, engine: Engine, settings: Settings) -> None:
     """If the database says that sending hours have not begun, a follow-up is held.
 
-    The database decides when sending hours begin. Until sending hours begin, the follow-up is held and is not checked
-    repeatedly.
+    The database's answer takes precedence over this host's time zone data. The follow-up is held until the stored
+    opening time and is not checked repeatedly.
     """
     put(world, OPEN)
     world.sql("UPDATE sending_hours SET open_from = now() + interval '1 h'")
