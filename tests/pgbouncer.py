@@ -40,7 +40,7 @@ class PgBouncer(EmbeddedServer):
     start_within = timedelta(seconds=10)
 
     def __init__(self, server_url: str, *, pool_mode: str = "session", pool_size: int = 100) -> None:
-        """Store the URL of the server: any database, through a socket directory or a TCP address."""
+        """Store the server's URL, which names any database and a socket directory or TCP address."""
         super().__init__()
         self._url = make_url(server_url)
         self._settings = {

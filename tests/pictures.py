@@ -1,6 +1,6 @@
 """Makes the README's pictures from a real run: `PYTHONPATH=tests uv run python tests/pictures.py`.
 
-The program starts the embedded system and plays the demo. After the demo, several thousand follow-ups fall due within
+The program starts the embedded system and runs the demo. After the demo, several thousand follow-ups fall due within
 two minutes. The program shows these follow-ups as `followups stats --watch` does. The terminal output that rich draws
 is saved as deploy/pictures/*.svg.
 """
@@ -69,7 +69,7 @@ def keep(drawn: Console, title: str, name: str) -> None:
 
 
 def draw_demo(stack: Stack) -> None:
-    """Run the demo, and draw its final screen like a terminal."""
+    """Run the demo, and draw its final screen as a terminal would."""
     last: list[Sequence[FollowUpState] | datetime] = []
     score = perform(stack, lambda standings, now, _: last.__setitem__(slice(None), [standings, now]))
     drawn = console(DEMO)

@@ -33,9 +33,9 @@ class RedisServer:
     """A Redis that accepts only TLS, started by ``with``; its certificate is for ``localhost``."""
 
     def __init__(self, authority: trustme.CA, name: str = "localhost", users: str = "") -> None:
-        """Create a certificate for this host name, signed by the authority.
+        """Create a certificate for the host ``name``, signed by ``authority``.
 
-        ``users`` is the content of an ACL file. If ``users`` is missing, the default user has a password.
+        ``users`` is the content of an ACL file. If ``users`` is empty, the default user has a password.
         """
         self._authority, self._name, self._users = authority, name, users
         self._port = free_port()

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from world import World
 
 COMMANDS = Path(__file__).with_name("bin")
-"""A directory with a `celery` command that starts quickly; it comes first on PATH."""
+"""A directory, first on PATH, with a `celery` command that starts quickly."""
 CELERY = (sys.executable, str(COMMANDS / "celery"), "-A", "followups.worker")
 
 PAGE = 5_000

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Steps:
-    """The steps of a delivery, with a worker's engine; the settings may differ for each step."""
+    """Runs the steps of a delivery on a worker's engine; each step may use different settings."""
 
     engine: Engine
     settings: Settings

@@ -254,7 +254,7 @@ class TestCallersOwnSession:
 
     @pytest.mark.parametrize("level", ["REPEATABLE READ", "SERIALIZABLE", "AUTOCOMMIT"])
     def test_another_isolation_is_refused(self, base: Engine, world: World, level: Any) -> None:
-        """`schedule` and `cancel` reject isolation levels other than READ COMMITTED and name the remedy.
+        """`schedule` and `cancel` reject levels stricter than READ COMMITTED and name the remedy.
 
         At a stricter isolation level, a transaction reads from an old snapshot.
         """
@@ -271,7 +271,7 @@ class TestCallersOwnSession:
 
     @pytest.mark.parametrize("level", ["READ COMMITTED", "READ UNCOMMITTED"])
     def test_read_committed_is_accepted(self, base: Engine, world: World, database_url: str, level: Any) -> None:
-        """Whatever the server's default isolation level, `schedule` and `cancel` take effect at the commit."""
+        """If the caller selects READ COMMITTED, `schedule` and `cancel` work, whatever the server's default."""
         set_defaults(database_url, {"default_transaction_isolation": "serializable"})
         chat, planned = world.chat(), world.follow_up(due=timedelta(days=1))
         with Session(base) as session:

@@ -46,7 +46,7 @@ _FILL = (
 
 @pytest.fixture
 def filled(database_url: str) -> Iterator[Engine]:
-    """Return an engine for a database with many follow-ups; the planner's options are the defaults."""
+    """Return an engine for a database with many follow-ups and the planner's default options."""
     engine = make_engine(database_url)
     with engine.begin() as connection:
         for statement in _FILL:

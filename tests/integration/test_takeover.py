@@ -84,7 +84,7 @@ def test_scheduled_after(world: World, engine: Engine, settings: Settings, late:
 def test_scheduled_after_by_a_transaction_that_began_before(world: World, engine: Engine, settings: Settings) -> None:
     """A transaction that began before an operator's message can still schedule a follow-up afterwards.
 
-    The follow-up is sent, although its transaction began before the operator's message.
+    This follow-up is sent, because it was scheduled after the message.
     """
     chat_id = world.chat()
     with Session(engine) as session, session.begin():

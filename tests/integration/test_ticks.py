@@ -246,7 +246,7 @@ class TestOneAtATime:
         dispatcher.stop()
 
     def test_frozen(self, world: World, engine: Engine, settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
-        """If a dispatcher freezes in its claim, PostgreSQL ends the session, so others can claim."""
+        """If a dispatcher freezes during a claim, PostgreSQL ends its session, so that others can claim."""
         monkeypatch.setattr(last_tick, "FROZEN_AFTER", "1s")
         follow_up = world.follow_up()
         with engine.connect() as frozen:

@@ -46,14 +46,14 @@ def test_connection_lost_before_the_commit(world: World, engine: Engine, monkeyp
 
 
 def test_no_written_row_to_check(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
-    """If a transaction wrote no row, a failed commit is an error, because no row can show its success."""
+    """If a commit fails and no row was written, an error is raised, because the outcome cannot be checked."""
     break_once(monkeypatch, psycopg.Connection.commit)
     with pytest.raises(OperationalError):
         transact(engine, lambda connection: connection.scalar(text("SELECT 1")))
 
 
 def test_no_extra_round_trip(engine: Engine) -> None:
-    """If a transaction's commit is answered, there is no additional round trip."""
+    """If a commit is answered, no further statement checks its outcome."""
     said: list[str] = []
     event.listen(engine, "before_cursor_execute", lambda *arguments: said.append(arguments[2]))
     transact(engine, insert_workspace)
@@ -112,7 +112,7 @@ def server_process(engine: Engine) -> int:
 async def test_an_idle_connection_is_tested_first(
     world: World, database_url: str, monkeypatch: pytest.MonkeyPatch, recently: float
 ) -> None:
-    """If a connection breaks while idle, it is replaced unnoticed; otherwise, one statement fails."""
+    """A broken connection is replaced before use, unless it was used recently; then one statement fails."""
     monkeypatch.setattr(database, "RECENTLY", recently)
     engine = make_async_engine(database_url, pool_size=1)
     first = await in_loop(engine, server_process)

@@ -96,7 +96,7 @@ def cancel_chat(world: World, chat_id: UUID, words: str | None) -> bulk_cancel.C
     ],
 )
 def test_bulk_cancel(world: World, unknown_outcome: tuple[UUID, UUID], words: str | None, reason: str) -> None:
-    """If all follow-ups of a chat are cancelled together, their reasons equal those of single cancels."""
+    """A bulk cancel of a chat's follow-ups records the same reasons as single cancels."""
     follow_up, chat_id = unknown_outcome
     cancel_chat(world, chat_id, words)
     assert world.row(follow_up).reason == reason

@@ -62,7 +62,7 @@ def test_begun_attempts_are_returned(
 
 
 def unchecked(world: World, table: str) -> None:
-    """Drop the constraint on times, since rows from before it existed may violate it."""
+    """Drop the constraint on times, because older rows may violate it."""
     world.alter(f"ALTER TABLE {table} DROP CONSTRAINT ck_{table}_times_are_readable")
 
 
@@ -151,7 +151,7 @@ def unwritable(world: World, follow_up_id: UUID) -> None:
 
 
 def lost_twice(world: World, chat: UUID | None = None) -> UUID:
-    """Insert a follow-up in flight that has now lost its third lease."""
+    """Insert a follow-up in flight whose third lease has just expired."""
     return world.follow_up(
         chat,
         -2 * SECOND,
@@ -242,7 +242,7 @@ def test_more_unwritable_rows_than_one_search(
 def test_a_lease_that_cannot_be_released(world: World, engine: Engine, settings: Settings) -> None:
     """If hints cannot be published and one lease cannot be released, the other leases are released.
 
-    The follow-ups of these released leases can be claimed again at once.
+    The released follow-ups can be claimed again at once.
     """
     bad, good = world.follow_up(due=-SECOND), world.follow_up()
     world.alter(f"ALTER TABLE follow_ups ADD CHECK (id <> '{bad}' OR lease_until IS NOT NULL) NOT VALID")
@@ -313,7 +313,7 @@ def test_a_row_that_cannot_end(world: World, engine: Engine, settings: Settings)
 
 
 def test_more_unwritable_rows_than_one_claim(world: World, engine: Engine, settings: Settings) -> None:
-    """Claims continue even if there are more unwritable rows than may be in flight."""
+    """Claims continue even if the number of unwritable rows exceeds MAX_IN_FLIGHT."""
     others = type(world)(engine)
     world.burst([-10 * SECOND] * 30)
     world.sql("UPDATE follow_ups SET attempts = 99")

@@ -31,7 +31,7 @@ TIMES, IDS = TypeAdapter(Time), TypeAdapter(Id)
     ],
 )
 def test_times(written: str, meant: datetime) -> None:
-    """A time in RFC 3339 is parsed and converted to UTC."""
+    """An RFC 3339 time is parsed and converted to UTC."""
     assert TIMES.validate_python(written) == meant
     assert TIMES.validate_python(written).tzinfo is UTC
 

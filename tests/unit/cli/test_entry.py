@@ -92,7 +92,7 @@ def test_no_command_is_wrong_usage(capsys: pytest.CaptureFixture[str]) -> None:
 def test_wrong_usage_is_one_sentence_and_code_2(
     arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A usage error prints one line on stderr, with the cause, and exits with 2.
+    """A usage error prints one line with the cause on stderr, and exits with code 2.
 
     Nothing is printed on stdout.
     """

@@ -273,7 +273,7 @@ LIMITED = {"due": -HOUR, "next_attempt_at": NOW + HOUR, "limited_until": NOW + H
     ],
 )
 def test_causes_of_delay_are_named(around: Circumstances, columns: dict[str, Any], said: str) -> None:
-    """The explanation names the cause: a pause, sending hours, the chat's order or missing processes.
+    """The explanation names the cause of a delay: a pause, sending hours, chat order or missing processes.
 
     The explanation also names the event that will end the wait.
     """
