@@ -48,10 +48,10 @@ def test_the_interval_converges(rate: float, window: int, pause: float) -> None:
 
 @pytest.mark.parametrize(("window", "expected"), [(1, 1), (100, 100), (1500, 1000), (5000, 2500), (100_000, 10_000)])
 def test_size_of_claim(window: int, expected: int) -> None:
-    """A claim takes half of the in-flight window.
+    """A claim usually takes half of the in-flight window.
 
-    If the window is small, one claim takes more than half of the window. In a large window, one claim takes a limited
-    number of follow-ups.
+    If the window is small, a claim takes more than half of it, or all. In a large window, one claim takes at most
+    `LARGEST_CLAIM` follow-ups.
     """
     assert size_of_claim(window) == expected
 

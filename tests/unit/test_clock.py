@@ -24,7 +24,7 @@ class Monotonic:
 
 
 def moment(seconds: float) -> datetime:
-    """Return the time the given number of seconds after 1970."""
+    """Return the time ``seconds`` after the start of 1970."""
     return EPOCH + timedelta(seconds=seconds)
 
 
@@ -41,7 +41,7 @@ def test_no_samples() -> None:
 def test_never_ahead(samples: list[tuple[float, float, float]], offset: float) -> None:
     """The estimate never runs ahead of the database's clock, even after a long round trip.
 
-    The estimated clock is never ahead of the database's, so no follow-up is sent early.
+    Therefore no follow-up is sent early.
     """
     monotonic = Monotonic()
     clock = DatabaseClock(monotonic)

@@ -8,7 +8,7 @@ from followups.worker.broker import LASTS, LONGEST_PAUSE, Consumer
 def test_pauses_grow_until_a_connection_lasts() -> None:
     """The consumer first connects without a pause; if its connections do not last, the pauses grow.
 
-    The consumer's pauses have a maximum length.
+    The pauses have a maximum length.
     """
     consumer = Consumer()
     assert consumer.pause() == 0

@@ -54,7 +54,7 @@ def test_turns_continue_with_single_slots() -> None:
 
 
 def test_leases_without_a_workspace_key() -> None:
-    """Leases without a workspace key, from an older worker, are taken in due order."""
+    """Leases from an older worker have no workspace key and are taken in due order."""
     queue = queue_of()
     given_leases = overdue(0, 3, 1, 2)
     queue.add(given_leases)
@@ -134,7 +134,7 @@ steps = st.lists(
 
 @given(steps, st.integers(1, 9))
 def test_each_is_taken_once(steps: list[tuple[str, int, int]], slots: int) -> None:
-    """In any order of arrivals, takes and deferrals, each lease is taken exactly once.
+    """Whatever the order of arrivals, takes and deferrals, each lease is taken exactly once.
 
     The number of leases taken never exceeds the number of slots.
     """

@@ -55,7 +55,7 @@ def test_without_any_temporary_directory(monkeypatch: pytest.MonkeyPatch, tmp_pa
 
 @pytest.fixture
 def reporting_process(tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
-    """Start a process that writes heartbeats but reports progress only once, valid for two seconds."""
+    """Start a process that keeps writing heartbeats; its only progress report expires after two seconds."""
     command = [sys.executable, "-c", PROCESS, str(tmp_path), "2"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout
@@ -105,9 +105,9 @@ def test_a_process_that_waits(reporting_process: subprocess.Popen[str], tmp_path
 
 
 def test_probes_run_before_each_write(tmp_path: Path) -> None:
-    """The probes run each time before the heartbeat is written.
+    """The probes run before each write of the heartbeat.
 
-    A process that is stopping must report only its end.
+    A stopping process reports only that it is ending.
     """
     heart = Heartbeat(tmp_path, "worker", "w@here")
     heart.probe(lambda: heart.report("loop", SECOND, "is stuck"))

@@ -57,7 +57,7 @@ def test_repeated_holds(hours: SendingHours, wanted: datetime, gaps: list[timede
 
 @given(st.lists(st.tuples(HOURS, st.timedeltas(MINUTE, timedelta(days=3))), min_size=1, max_size=8), MOMENTS)
 def test_hours_that_change(changes: list[tuple[SendingHours, timedelta]], wanted: datetime) -> None:
-    """If sending hours change after lateness has begun to count, lateness keeps that start."""
+    """If sending hours change after lateness has begun to count, its starting point stays the same."""
     now, known = wanted, None
     for hours, gap in changes:
         obstacle = found(hours, wanted, now, known)
@@ -92,7 +92,7 @@ def test_too_late_is_final(hours: SendingHours, wanted: datetime, most: timedelt
 def test_the_stored_opening_time_decides(now: datetime, off: timedelta) -> None:
     """A machine with different time zone data waits until the stored opening time.
 
-    The machine does not check the follow-up again before the stored opening time.
+    Until then, it does not check the follow-up again.
     """
     hours = SendingHours("UTC", time(0), time(0))
     opening = now + off

@@ -55,7 +55,7 @@ def test_all_that_match_apply() -> None:
 
 @pytest.mark.parametrize(("per", "buckets"), [("all", 1), ("workspace", 2), ("chat", 3)])
 def test_follow_ups_that_share_a_bucket(per: str, buckets: int) -> None:
-    """All follow-ups share one bucket, or each workspace or chat has its own.
+    """Depending on its scope, a limit has one bucket in all, or one for each workspace or chat.
 
     Chats of two workspaces may have equal ids.
     """
@@ -104,7 +104,7 @@ def test_default_burst() -> None:
 
 
 def test_ended_follow_ups_take_no_token() -> None:
-    """A follow-up that has ended, or that begin would end, does not wait for a token."""
+    """A follow-up that has ended, or would end instead of beginning, does not wait for a token."""
     soon = timedelta(microseconds=1)
     fields = (UUID(int=1), False, ACME, ACME, "waha", NOW)
     assert not Limitable(*fields, None).is_over

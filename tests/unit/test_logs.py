@@ -96,7 +96,7 @@ def test_an_event_is_one_line_of_json(capsys: pytest.CaptureFixture[str]) -> Non
 
 @pytest.mark.parametrize("name", ["celery.worker.consumer", "kombu", "uvicorn.access", "anything"])
 def test_libraries_log_in_the_same_format(capsys: pytest.CaptureFixture[str], name: str) -> None:
-    """A library's record from `logging` has the same keys as ours and is logged once.
+    """A library's record from `logging` has the same keys as the project's own, and is logged once.
 
     The handlers that the library itself installs do not write the record again.
     """

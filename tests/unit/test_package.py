@@ -22,6 +22,6 @@ def test_unknown_names_raise_attribute_error() -> None:
 
 
 def test_import_is_light() -> None:
-    """Importing the package imports no database library, so that `followups --help` is quick."""
+    """Importing the package loads no database library, so that `followups --help` is quick."""
     code = "import followups, sys; sys.exit('sqlalchemy' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -45,13 +45,13 @@ def test_invalid_workspace_keys(keys: object) -> None:
 
 @given(st.uuids(version=4))
 def test_the_number_of_a_workspace_is_small(workspace_id: UUID) -> None:
-    """A workspace's number has at most seven digits and is the same in every process."""
+    """A workspace's key has at most seven digits and is the same in every process."""
     assert 0 <= key_of(workspace_id) == key_of(UUID(str(workspace_id))) < 10**7
 
 
 @given(json_values, json_values)
 def test_any_json(value: object, keys: object) -> None:
-    """If the broker sends any JSON, decoding returns a valid hint or raises ValueError."""
+    """Whatever JSON the broker sends, decoding it returns a valid hint or raises ValueError."""
     try:
         leases_of(value, keys)
     except ValueError as error:

@@ -81,6 +81,6 @@ def test_a_requested_delay_is_clamped(wished: timedelta) -> None:
 
 @given(st.timedeltas(MIN_RETRY_AFTER, MAX_RETRY_AFTER), st.floats(0, 1, exclude_max=True))
 def test_a_requested_delay_is_spread(wished: timedelta, fraction: float) -> None:
-    """A retry starts at most a tenth later than the receiver requested, but always within a day."""
+    """A delay requested by the receiver is extended by at most a tenth, and never exceeds a day."""
     waited = spread(wished, lambda: fraction)
     assert wished <= waited <= min(wished * (1 + SPREAD), MAX_RETRY_AFTER)

@@ -149,7 +149,7 @@ def test_every_setting_has_a_description() -> None:
     ],
 )
 def test_the_environment_is_read(monkeypatch: pytest.MonkeyPatch, name: str, given_value: str, read: object) -> None:
-    """Each setting is read from its variable; durations are seconds or ISO 8601."""
+    """Each setting is read from its variable; durations are given in seconds or ISO 8601."""
     monkeypatch.setenv(f"FOLLOWUPS_{name}", given_value)
     assert _by_name(load_settings())[f"FOLLOWUPS_{name}"] == read
 
@@ -295,7 +295,7 @@ def test_a_process_reads_its_settings_once(monkeypatch: pytest.MonkeyPatch) -> N
 
 @pytest.mark.parametrize("value", ["90", "P0DT23H", "-1"])
 def test_a_retention_that_is_too_short_is_refused(monkeypatch: pytest.MonkeyPatch, value: str) -> None:
-    """A retention of 90 (meant as days) is rejected with an explanation, and nothing is deleted."""
+    """A retention of 90, probably meant as days, is rejected with an explanation; nothing is deleted."""
     monkeypatch.setenv("FOLLOWUPS_DATABASE_URL", DATABASE_URL)
     monkeypatch.setenv("FOLLOWUPS_BROKER_URL", BROKER_URL)
     monkeypatch.setenv("FOLLOWUPS_RETENTION", value)
@@ -307,9 +307,9 @@ def test_a_retention_that_is_too_short_is_refused(monkeypatch: pytest.MonkeyPatc
 
 @pytest.mark.parametrize(("value", "port"), [("9100", 9100), ("", None), ("tcp://10.96.0.7:9100", None)])
 def test_the_port_for_metrics(monkeypatch: pytest.MonkeyPatch, value: str, port: int | None) -> None:
-    """The service ignores a metrics port that is a URL.
+    """If the metrics port is set to a URL, this value is ignored.
 
-    For a Service named followups-metrics, Kubernetes sets the variable of the metrics port to a URL.
+    Kubernetes sets this variable to a URL for a Service named followups-metrics.
     """
     monkeypatch.setenv("FOLLOWUPS_METRICS_PORT", value)
     assert load_settings().metrics_port == port

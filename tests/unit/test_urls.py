@@ -109,7 +109,7 @@ def test_an_invalid_broker_url(text: str) -> None:
 
 @pytest.mark.parametrize("text", ["redis://broker/", "redis://me:p%40ss@[::1]:6380/15", "redis://h:1/3", "redis://@h/"])
 def test_broker_urls(text: str) -> None:
-    """If redis-py and kombu parse a broker URL identically, only surrounding white space is removed."""
+    """If redis-py and kombu parse a broker URL identically, it is kept except for surrounding white space."""
     assert broker_url(text) == text
     assert load_settings(database_url=DATABASE, broker_url=f" {text}\n").broker_url.get_secret_value() == text
 
@@ -131,7 +131,7 @@ def test_broker_urls(text: str) -> None:
     ],
 )
 def test_a_broker_url_is_normalised(text: str, read: str) -> None:
-    """redis-py and kombu parse special characters, TLS parameters and the database number identically."""
+    """redis-py and kombu read the same password, TLS parameters and database from a normalised URL."""
     assert broker_url(text) == broker_url(read) == read
     ours, theirs = redis.connection.parse_url(read), kombu_url.parse_url(read)
     for name, named in {"username": "userid", "password": "password", "host": "hostname", "port": "port"}.items():

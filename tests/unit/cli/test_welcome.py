@@ -24,7 +24,7 @@ CURL_INSTEAD = 'curl() { printf "%s\\n" "${@: -1}"; }\n'
 def test_the_request_can_be_pasted() -> None:
     """The commands that `up` prints can be pasted into a shell.
 
-    The follow-up is due in five seconds.
+    The follow-up that they schedule is due in five seconds.
     """
     chat_id, message_id = uuid4(), uuid4()
     script = CURL_INSTEAD + request("http://h:1", KEY, chat_id, message_id)

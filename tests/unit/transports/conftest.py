@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def pytest_asyncio_loop_factories(item: pytest.Item) -> dict[str, Callable[[], asyncio.AbstractEventLoop]]:
-    """Run the connection tests also on the event loop that production uses."""
+    """Also run the connection tests on the event loop used in production."""
     factories: dict[str, Callable[[], asyncio.AbstractEventLoop]] = {"asyncio": asyncio.new_event_loop}
     if item.path.name.startswith("test_http_"):
         factories["uvloop"] = uvloop.new_event_loop
@@ -23,7 +23,7 @@ def pytest_asyncio_loop_factories(item: pytest.Item) -> dict[str, Callable[[], a
 
 @pytest.fixture
 def free_port() -> Iterator[int]:
-    """Return a port that is bound but does not listen, so that connections to it are refused."""
+    """Return a port that is bound but not listening, so that connections to it are refused."""
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         yield taken.getsockname()[1]

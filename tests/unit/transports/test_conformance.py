@@ -97,7 +97,7 @@ async def test_a_rejection_keeps_the_first_200_characters_of_its_reason(rig: Tra
 
 
 async def test_a_rejection_contains_no_nul(rig: TransportRig) -> None:
-    """A rejection's reason loses the characters that PostgreSQL cannot store."""
+    """Characters that PostgreSQL cannot store are removed from a rejection's reason."""
     outcome = await rig.send(a_delivery(), kind="reject", status=404, body="no\x00 such\x1b[31m chat\x7f")
     assert outcome == Rejected("HTTP 404 no such[31m chat", 404)
 
@@ -120,7 +120,7 @@ async def test_a_lost_answer_is_unknown_until_the_next_attempt(rig: TransportRig
 
 
 async def test_a_lost_answer_is_not_retried_by_the_transport(rig: TransportRig) -> None:
-    """A transport never repeats a request, because the dispatcher decides on retries."""
+    """A transport never repeats a request; the worker decides on retries when it settles the attempt."""
     await rig.send(a_delivery(), kind="drop")
     assert rig.chats.ledger.summary()["requests"] == 1
 
@@ -194,7 +194,7 @@ async def test_any_text_arrives(rig: TransportRig, text: str) -> None:
 
 
 async def test_concurrent_calls(rig: TransportRig) -> None:
-    """Each of 150 concurrent calls receives its own response, although the settings allow fewer calls."""
+    """Each of 150 concurrent calls receives its own response, even if the settings allow fewer at once."""
     outcomes = await asyncio.gather(*(rig.transport.send(a_delivery()) for _ in range(150)))
     assert len({outcome.chat_message_id for outcome in outcomes if isinstance(outcome, Sent)}) == 150
 
