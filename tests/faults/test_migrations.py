@@ -1,4 +1,4 @@
-"""If an open transaction blocks a migration, an error names it, and other transactions wait only briefly."""
+"""A migration blocked by an open transaction fails, and delays other transactions only briefly."""
 
 from __future__ import annotations
 

@@ -79,7 +79,7 @@ def storm(rig: Rig, figures: Figures, count: int, seconds: float) -> None:
     rig.behave(kind="rate_limit", retry_after=1)
     rig.bulk(count, spread=0.5)
     time.sleep(seconds)
-    # each follow-up was retried once on average
+    # until each follow-up has been retried once on average
     wait_until(lambda: len(rig.received()) >= count * 2, within=60, every=0.5)
     calm = time.monotonic()
     rig.behave(kind="accept")

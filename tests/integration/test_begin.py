@@ -1,4 +1,4 @@
-"""Tests on PostgreSQL of the begin step, which repeats all checks just before an attempt."""
+"""PostgreSQL tests of the begin step, which repeats all checks just before an attempt."""
 
 from __future__ import annotations
 

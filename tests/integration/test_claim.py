@@ -193,7 +193,7 @@ class TestLowWater:
     ) -> None:
         """Even if claims are slow, the next tick finds a row that is due before the low-water mark."""
         monkeypatch.setattr(dispatcher, "QUICK", 0.0)
-        # with this share, claims that reach their limit are about a second apart
+        # with this share, claims from the beginning of the index are about a second apart
         monkeypatch.setattr(dispatcher, "LOOKING_SHARE", 0.005)
         hints: list[Hint] = []
         ticking = dispatcher.Dispatcher(settings, engine, hints.append)

@@ -158,7 +158,7 @@ def test_held_follow_ups_release_their_leases(world: World, engine: Engine, own:
         ("pending", 0, row.limited_until) for row in rows
     }
     moments = sorted(row.limited_until for row in rows)
-    # the follow-ups are sent on time, but not all at the same moment
+    # the deferrals end at different times, but all of them soon
     assert len(rows) * 0.01 * SECOND < moments[-1] - moments[0] < LONGEST / 2
     assert world.row(rows[0].id).reason == "over"
 
@@ -192,7 +192,7 @@ def test_deferred_follow_ups_are_sent_after_the_recovery(world: World, engine: E
         wait_until(lambda: set(ids) <= set(chat.taken))
     once = [
         id_ for id_ in ids if world.row(id_).attempts == 1
-    ]  # a probe of another workspace may have failed before the recovery
+    ]  # a follow-up that failed as a probe before the recovery has more attempts
     assert once
     assert [id_ for id_ in chat.taken if id_ in set(once)] == once
 

@@ -141,7 +141,7 @@ class TestPostgres:
     def test_no_other_directory_is_opened_for_root(self, open_directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         """If root starts the server, a data directory that the server's user cannot enter is rejected.
 
-        Programs in a closed directory are copied elsewhere, and the directory stays closed.
+        Programs in such a directory are copied elsewhere, and the directory stays closed.
         """
         closed = open_directory / "closed"
         closed.mkdir(0o700)

@@ -126,7 +126,7 @@ class TestCreate:
         A create request gets 422 if the messaging window ends before sending hours begin.
         """
         now = datetime.now(UTC)
-        # Sending hours that end within an hour and begin again some 23 hours from now. A user wrote 2 hours ago; the
+        # The sending hours end in one hour and begin again 23 hours from now. The user wrote 2 hours ago, so the
         # messaging window closes before the next sending hours begin.
         hours = SendingHours("UTC", (now - timedelta(hours=1)).time(), (now + timedelta(hours=1)).time())
         with Session(api.world.engine) as session, session.begin():

@@ -109,7 +109,7 @@ GET = b"GET /healthz HTTP/1.1\r\nhost: x\r\n\r\n"
     ids=["silence", "half a line", "half a header", "half a second header", "half a body"],
 )
 def test_slow_client(short_timeouts: tuple[str, int], world: World, sent: list[bytes]) -> None:
-    """If a client completes its request too late, it gets a response and is disconnected."""
+    """If a client does not complete its request in time, it gets a 408 and is disconnected."""
     sent = [each.replace(b"KEY", key_of(world)[1].encode()) for each in sent]
     received = dialogue(short_timeouts, *sent)
     assert b"HTTP/1.1 408 Request Timeout" in received

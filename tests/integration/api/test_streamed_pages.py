@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from web import Api
 
 LONG = "\N{GRINNING FACE}" * 65_536
-"""The length of the longest allowed message in bytes."""
+"""The length in bytes of the longest allowed message."""
 
 
 def test_a_page_of_long_messages_is_complete(api: Api) -> None:

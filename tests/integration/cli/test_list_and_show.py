@@ -58,7 +58,7 @@ class TestList:
         assert listed("--limit", 1, "--page", 2) == [second]
 
     def test_a_pipe_gets_complete_rows_without_colour(self, run: RunCommand, world: World) -> None:
-        """In a pipe, `list` prints one complete plain line per follow-up, with hints on stderr."""
+        """In a pipe, `list` prints one complete plain line per follow-up, and remarks on stderr."""
         chat = world.chat()
         follow_up = world.follow_up(chat, **FAILED)
         world.follow_up()
@@ -162,7 +162,7 @@ class TestShow:
         assert "Still there?" in run("show", follow_up, "--message").stdout
 
     def test_an_unknown_id_is_an_error(self, run: RunCommand) -> None:
-        """`show` with an unknown id is a usage error with a message."""
+        """`show` with an unknown id is a usage error, and the error says how to list existing ids."""
         ran = run("show", uuid4())
         assert (ran.code, ran.stdout) == (2, "")
         assert ran.stderr == "followups: The follow-up was not found; followups list shows the existing ones.\n"

@@ -128,7 +128,7 @@ class TestWorkspace:
         assert run("workspace", "list", "--json").document == [created | {"sendingHours": None}]
 
     def test_results_without_json(self, run: RunCommand) -> None:
-        """Without --json, a result is a line, a list is a table, and hints go to stderr."""
+        """Without --json, a result is a line, a list is a table, and remarks go to stderr."""
         assert run("workspace", "list").stderr.startswith("There is no workspace yet")
         created = run("workspace", "create", "acme")
         assert re.fullmatch(r"acme \([0-9a-f-]{36}\)\n", created.stdout)

@@ -47,7 +47,7 @@ SIGNED = {"FOLLOWUPS_TRANSPORT_SECRET": "whsec_c2VjcmV0c2VjcmV0c2VjcmV0c2VjcmV0"
 
 
 def fill(world: World) -> None:
-    """Insert two overdue follow-ups (one in flight), one waiting, one due later and 100 sent.
+    """Insert two overdue follow-ups (one in flight), one waiting, one due later, one failed and 100 sent.
 
     The 100 sent follow-ups were 1 to 100 ms late.
     """

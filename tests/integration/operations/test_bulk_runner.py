@@ -66,7 +66,7 @@ def limit(world: World, most: int) -> None:
 
 
 def state(world: World, action_id: UUID) -> tuple[Any, ...]:
-    """Return how many follow-ups are done, which were skipped, and whether the action has finished."""
+    """Return the numbers of done and skipped follow-ups, and whether the action has finished."""
     query = f"SELECT row_to_json(b) FROM bulk_actions b WHERE id = '{action_id}'"  # noqa: S608 - the test's own id
     row = world.scalar(query)
     return row["done"], row["passed_over"], row["finished_at"] is not None
