@@ -257,7 +257,7 @@ def taken_from_its_worker(scene: Scene) -> None:
 def claimed_beside_another(scene: Scene) -> None:
     """Try to claim while another dispatcher is claiming."""
     scene.world.follow_up()
-    # A tick has just been recorded, so neither claim updates the last tick's row.
+    # The recorded tick is slightly in the future, so neither claim updates its row.
     scene.world.sql("UPDATE dispatcher_state SET last_tick_at = now() + interval '900 ms'")
     with scene.engine.begin() as another:
         last_tick.begin(another, rhythm_of(scene.settings))

@@ -72,5 +72,5 @@ def test_clocks_hours_off(rig: Rig, figures: Figures) -> None:
 
 @pytest.mark.faults_long
 def test_clocks_off_for_long(rig: Rig, figures: Figures) -> None:
-    """If the hosts' clocks are wrong for a minute, follow-ups are still sent on time."""
+    """During a minute of load, follow-ups are sent on time although the hosts' clocks are wrong."""
     clocks_off(rig, figures, seconds=60, off=rig.rng.choice([MINUTES, HOURS]))

@@ -85,7 +85,7 @@ def test_restarted_for_minutes(breakable: Rig, figures: Figures) -> None:
 
 
 def test_restarted_with_a_long_lease(breakable: Rig, figures: Figures) -> None:
-    """If a PostgreSQL restart interrupts claim, begin or settle, follow-ups wait less than two minutes."""
+    """If a PostgreSQL restart interrupts claim, begin or settle, all follow-ups are sent within a minute."""
     breakable.options["FOLLOWUPS_LEASE"] = "120"
     assert breakable.postgres
     breakable.start(workers=2)

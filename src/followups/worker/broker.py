@@ -265,8 +265,8 @@ def _is_consumers_thread() -> bool:
 def is_message(message: object) -> bool:
     """Return whether a decoded entry looks like a message from our processes.
 
-    Compressed messages are rejected, because a few kilobytes could fill the memory. Messages other than UTF-8 JSON are
-    rejected too, because kombu would decode them with any Python codec.
+    Compressed messages are rejected, because a few kilobytes could expand to fill the memory. Messages other than UTF-8
+    JSON are rejected too, because kombu would decode them with any Python codec.
 
     >>> is_message({"body": "e30="}), is_message([])
     (False, False)

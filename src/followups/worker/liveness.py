@@ -1,11 +1,11 @@
 """Which components report to the heartbeat of a worker or beat, and how long each may be silent.
 
-A worker that has stopped consuming must be detected. Any worker could consume a canary message in the shared queues. If
-each worker had its own canary queue, the queues of killed workers would remain in the broker. No canary is needed,
-because the consumer polls continuously (`followups.worker.broker.Consumer`). The broker answers each poll within a
-second, even when the queues are empty. An idle worker therefore reports as often as a busy one. The pipeline's event
-loop sends reports for as long as it runs. The dispatcher's thread reports progress even while idle. If a tick takes
-longer than allowed, the reports stop.
+A worker that has stopped consuming must be detected. A test message in the shared queues would not help, because any
+worker could consume it. If each worker had its own queue for such messages, the queues of killed workers would remain
+in the broker. No test message is needed, because the consumer polls continuously (`followups.worker.broker.Consumer`).
+The broker answers each poll within a second, even when the queues are empty. An idle worker therefore reports as often
+as a busy one. The pipeline's event loop sends reports for as long as it runs. The dispatcher's thread reports progress
+even while idle. If a tick takes longer than allowed, the reports stop.
 
 While a server is unreachable or the database is read-only, all components keep retrying. Retrying also counts as
 progress. A liveness check fails only for problems that a restart would fix. A restart during an outage would lose the
@@ -115,7 +115,7 @@ def _report_consumer(heart: Heartbeat, within: timedelta, wanted: Callable[[], C
 
 @inspect_command()
 def signs_of_life(_state: object) -> dict[str, str]:
-    """Return this worker's state, for ``celery inspect signs_of_life`` and a doctor on another machine."""
+    """Return this worker's state for ``celery inspect signs_of_life`` and `followups doctor`."""
     heart = current()
     return {"trouble": heart.trouble() if heart else "", "waits": heart.waits() if heart else ""}
 

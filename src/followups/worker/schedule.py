@@ -1,6 +1,6 @@
 """Beat's schedule and scheduler.
 
-Beat uses Celery's own in-memory scheduler, with a heartbeat added. The scheduler keeps running if the host's clock is
+Beat uses Celery's own in-memory scheduler, with a heartbeat added. The scheduler keeps working if the host's clock is
 set back.
 """
 
