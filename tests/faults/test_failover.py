@@ -126,7 +126,7 @@ def everything_says_read_only(rig: Rig, clients: Clients) -> None:
         assert not any("more workers" in each["advice"] for each in findings.values())
         return "cannot work: the database is read-only" in findings["workers"]["detail"]
 
-    # On a read-only server, a worker can still read the time, so it appears healthy for a short time.
+    # A worker can still read the time from a read-only server, and so appears healthy for a short time.
     wait_until(doctor_says, NOTICED_WITHIN)
 
 

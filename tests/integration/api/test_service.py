@@ -180,7 +180,7 @@ def test_docs(api: Api) -> None:
 
 
 def test_transitions_are_counted_once(api: Api) -> None:
-    """A request's state transitions are counted by status and code, but not again if it is repeated."""
+    """State transitions are counted by status and code, but a repeated request is not counted again."""
     before = _settled(api, HUMAN_TAKEOVER)
     chat_id = str(uuid4())
     api.message(chat_id, "agent")
