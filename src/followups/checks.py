@@ -1,4 +1,4 @@
-"""Checks of callers' values and of the rules for chats, for every kind of caller."""
+"""Validation of callers' values and enforcement of the rules for chats, for every kind of caller."""
 
 from __future__ import annotations
 

@@ -49,8 +49,8 @@ _QUESTION = "followups.question"
 def transact(engine: Engine, work: Callable[[Connection], T]) -> T:
     """Run the work in one transaction, commit the transaction, and return the work's result.
 
-    Raises any error of the work or the commit. If this function returns, the transaction has been committed. If this
-    function raises the commit's error, the transaction was not committed. However, the outcome of the commit is
+    Raises any error that the work or the commit raises. If this function returns, the transaction has been committed.
+    If this function raises the commit's error, the transaction was not committed. However, the outcome of the commit is
     uncertain if the database was unreachable for `PATIENCE`. The outcome is also uncertain if no query is registered
     and the response to the commit is lost.
     """

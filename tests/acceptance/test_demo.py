@@ -1,4 +1,4 @@
-"""Tests that stop `followups demo` as a supervisor does; the wheel's tests let it finish."""
+"""Tests that stop `followups demo` as a supervisor does. The tests of the wheel let the demo finish."""
 
 from __future__ import annotations
 

@@ -69,7 +69,7 @@ def build(uv: str, directory: Path) -> Built:
 
 
 def call(*command: str) -> None:
-    """Run a command outside this repository's project, and show its output if it fails."""
+    """Run a command outside this project's virtual environment, and show its errors if it fails."""
     environment = {name: value for name, value in os.environ.items() if name != "VIRTUAL_ENV"}
     ran = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert ran.returncode == 0, ran.stderr

@@ -38,7 +38,7 @@ def test_each_probe_checks_its_own_process(place: str, command: list[str]) -> No
 
 @pytest.mark.parametrize("process", PROCESSES)
 def test_the_command_exists(process: str, capsys: pytest.CaptureFixture[str]) -> None:
-    """The command line accepts each probe's command."""
+    """Each probe's command is a valid command of `followups`."""
     if "health" not in CATALOGUE:
         pytest.skip("this version has no `followups health`")
     assert main(["health", process, "--help"]) == 0

@@ -76,7 +76,7 @@ def reply_against_create(rig: Rig, figures: Figures, pairs: int) -> None:
     for row in rig.world.rows():
         full = rig.world.row(row.id)
         outcomes[f"201 {full.status} {full.reason}"] += 1
-    # No worker ran until both responses had arrived, so each new follow-up was cancelled or refused.
+    # No worker ran until both responses had arrived, so no follow-up can have been sent.
     assert outcomes.keys() <= {"409", "201 cancelled user_replied"}
     figures.keep(16, verdict, reply_against_create=dict(outcomes))
 

@@ -140,7 +140,7 @@ def soak(rig: Rig, figures: Figures, seconds: float, rate: float) -> None:
 
 
 def stream(rig: Rig, api: Api, samples: Samples, seconds: float, rate: float) -> None:
-    """Add follow-ups at ``rate`` per second, disturb some of them, and take samples now and then."""
+    """Add ``rate`` follow-ups per second, cancel or change some of them, and take samples periodically."""
     begin, every, looks, owed = time.monotonic(), min(30.0, seconds / 6), 1, 0.0
     for number in range(1, int(seconds / STEP) + 1):
         owed += rate * STEP
@@ -167,7 +167,7 @@ def finish(rig: Rig, figures: Figures, samples: Samples, **more: Any) -> None:
 
 @needs_proc
 def test_load(rig: Rig, figures: Figures) -> None:
-    """Under load, failures, cancels and replies violate no promise and end no process."""
+    """Under load, failures, cancels and replies break no promise and crash no process."""
     soak(rig, figures, seconds=12, rate=40)
 
 

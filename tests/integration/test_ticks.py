@@ -1,4 +1,4 @@
-"""Tests of ticks: only one dispatcher claims at a time, and after a gap, workers may settle first."""
+"""Tests of ticks: one dispatcher claims at a time; after a gap, workers may settle before the next claim."""
 
 from __future__ import annotations
 

@@ -40,7 +40,7 @@ def found(hours: SendingHours | None, wanted: datetime, now: datetime, known: da
 
 
 def blocked(obstacle: Obstacle, max_lateness: timedelta) -> Obstacle:
-    """Return the obstacle that begin would find, with lateness counted from the recorded time."""
+    """Return the obstacle that `begin` would find if lateness is counted from the recorded time."""
     late = obstacle.now >= (obstacle.sendable_from or obstacle.wanted_from) + max_lateness
     return replace(obstacle, too_late=late)
 

@@ -75,7 +75,7 @@ def test_open_times_are_within_the_hours(hours: SendingHours, moment: datetime) 
 
 @given(HOURS, MOMENTS | NEAR_TRANSITIONS)
 def test_times_before_the_next_opening_are_closed(hours: SendingHours, moment: datetime) -> None:
-    """Every local time before the next opening is outside the sending hours, unless it occurs twice."""
+    """Local times before the next opening are outside sending hours, except in an hour that the clocks repeat."""
     opening = opens_at(hours, moment)
     assert opening >= moment
     for n in range(40):

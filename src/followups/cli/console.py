@@ -60,7 +60,7 @@ def link(
     ] = None,
     json: Json = False,
 ) -> None:
-    """Print a sign-in link to the console. The link works once, so send it to only one person.
+    """Print a link that signs a person in to the web console. The link works once, so send it to only one person.
 
     A viewer can only look at pages. An agent can also schedule, change, cancel, retry and immediately send follow-ups.
     An admin can also change the settings and read the audit log. An operator can do everything in all workspaces.

@@ -1,6 +1,7 @@
 """The objects that all console requests share, including a cache of results.
 
-Each result is shared by all viewers of a process for one second. Without viewers, no results are computed.
+Each result is cached for one second and shared by all viewers that the same process serves. Without viewers, no results
+are computed.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
 """Defers follow-ups of workspaces whose breaker has tripped, to make room in the in-flight window.
 
 Each worker keeps a few leases of the tripped workspaces as probes. All other follow-ups of tripped workspaces are
-deferred in the database. A deferral is not an attempt, and a deferred follow-up can still be cancelled. Deferrals end,
-earliest first, when a worker has used up its probes or the transport recovers. When a workspace is no longer tripped,
-all its deferred follow-ups fall due. Every deferral ends after some minutes at the latest. Deferrals need a time limit,
-because a restarted worker has no record of its deferrals.
+deferred in the database. A deferral is not an attempt, and a deferred follow-up can still be cancelled. When the
+transport recovers, or a worker needs further probes, deferrals are ended, earliest first. When a workspace is no longer
+tripped, all its deferred follow-ups fall due. Every deferral ends after some minutes at the latest. Deferrals need a
+time limit, because a restarted worker has no record of its deferrals.
 """
 
 from __future__ import annotations

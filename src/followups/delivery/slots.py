@@ -56,7 +56,7 @@ class Slots:
             del self._of_workspace[lease.key]
 
     def release_poison_quota(self, ids: Iterable[UUID]) -> None:
-        """Free the quota held for possible poison pills that did not begin or have been settled."""
+        """Release the quota of possible poison pills that were settled or did not begin."""
         for one in ids:
             self._poison_pills.pop(one, None)
 

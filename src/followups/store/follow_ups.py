@@ -400,7 +400,7 @@ _CANCEL = Statement(f"""
 def cancel_chat_if_not_begun(workspace_id: UUID, chat_id: UUID, code: ReasonCode) -> Steps[list[UUID]]:
     """Cancel the chat's pending follow-ups and return them; for those in flight, only prevent a retry.
 
-    If a follow-up's row cannot be written, begin reports the row and leaves the follow-up pending.
+    A follow-up whose row cannot be written is skipped here and remains pending; begin reports the row later.
     """
     final = finish(Status.CANCELLED, code)
     pending = yield _LOCK_CHATS_PENDING(workspace_id=workspace_id, chat_id=chat_id)

@@ -1,10 +1,10 @@
 """Pages of follow-ups, newest first.
 
 Each page is read from an index in the order of the list. The cost of a page does not depend on the number of later
-rows. An index returns rows in the list's order only if each of its leading columns has a fixed value. The first rows
-are read separately for each workspace and each value of one filter. The rows of all workspaces and filter values are
-then merged. Without a filter, the rows of each state are read separately. An additional index would slow down every
-write.
+rows. An index returns rows in the list's order only if each of its leading columns has a fixed value. A separate query
+reads the first rows for each pair of a workspace and a value of one filter. The rows of all workspaces and filter
+values are then merged. Without a filter, the rows of each state are read separately. An additional index would slow
+down every write.
 """
 
 from __future__ import annotations

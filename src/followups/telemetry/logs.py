@@ -229,7 +229,8 @@ def _route_standard_library(level: int, finish: list[Processor]) -> None:
     )
     root = logging.getLogger()
     root.handlers = [each for each in root.handlers if not _is_ours_or_a_stream(each)] + [handler]
-    # Only this project's events use the level 'debug', because libraries would log transmitted data at that level.
+    # The level 'debug' is enabled only for this project's events, because libraries would log the data that they
+    # transmit.
     root.setLevel(max(level, logging.INFO))
     for name in OWN_HANDLERS:
         logging.getLogger(name).handlers.clear()

@@ -49,7 +49,7 @@ def settlement(outcome: str, attempt: int, most_attempts: int, *, deduplicates: 
 
 @cache
 def end_before_begin(*, replied: bool) -> Final | None:
-    """Return how `followups.delivery.begin.verdict` ends a follow-up that must not begin."""
+    """Return the final state that `followups.delivery.begin.verdict` gives a follow-up that must not begin."""
     return verdict(Obstacle(LEASE, NOW, NOW, NOW, NOW, silence_broken=replied))
 
 

@@ -56,7 +56,7 @@ def test_repeated_request(api: Api) -> None:
 
 
 def test_same_content_in_other_bytes(api: Api) -> None:
-    """Request bodies with one idempotency key are compared by their content, not byte by byte."""
+    """Request bodies with the same idempotency key are compared by content, not byte by byte."""
     body, key = body_of(api, dueDate="2035-01-01T00:00:00Z"), "k" * 255
     first = keyed(api, body, key)
     assert same(keyed(api, dict(reversed(body.items())) | {"dueDate": "2035-01-01T01:00:00+01:00"}, key), first)

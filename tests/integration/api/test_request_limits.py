@@ -152,5 +152,5 @@ ID = uuid4()
 
 
 def in_a_list(offset: int) -> Start:
-    """Return the start of the page at ``offset``."""
+    """Return the position at which the page at ``offset`` starts."""
     return Start(offset, datetime(2030, 1, 1, tzinfo=UTC), ID)

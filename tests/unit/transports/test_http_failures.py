@@ -127,7 +127,7 @@ def context(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, tmp
 async def test_however_a_connection_breaks_the_request_went_out_once(
     said: bytes, outcome: type, context: ssl.SSLContext | None, *, kept: bool, reset: bool
 ) -> None:
-    """If a new or kept connection breaks, the outcome depends on the data received until then.
+    """If a new or reused connection breaks, the outcome depends on the data received before.
 
     A request is not repeated on another connection.
     """

@@ -33,7 +33,7 @@ class Ending:
 
 @dataclass(frozen=True, slots=True)
 class ScenarioStep:
-    """A follow-up of the demo's script. ``due`` is the due time, in seconds after the demo's start."""
+    """A follow-up in the demo's script. ``due`` is the due time, in seconds after the demo's start."""
 
     chat: str
     due: float

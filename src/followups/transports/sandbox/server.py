@@ -142,7 +142,7 @@ BACKLOG = 1024
 
 
 def build_app(chats: SandboxChats | None = None, *, secret: str | None = None) -> web.Application:
-    """Return the sandbox's web application; without ``chats``, it uses new chats that deduplicate.
+    """Return the sandbox's web application; by default, its chats are new and discard duplicate messages.
 
     If ``secret`` is given (Standard Webhooks), deliveries must be signed. Raises `TransportConfigurationError` for an
     invalid secret.
