@@ -156,8 +156,8 @@ def lags(standings: Sequence[FollowUpState]) -> dict[str, float | None]:
 
 
 NEXT = (
-    ("followups up", "the same system, kept running: an API to call, and a chat page"),
-    ("", "on which to watch, to reply and to inject faults"),
+    ("followups up", "the same system, kept running, with an API to call"),
+    ("", "and a chat page to watch, reply and inject faults"),
     ("followups stats --watch", "a live dashboard, in another terminal"),
 )
 
@@ -167,7 +167,7 @@ def _facts(score: Score) -> list[tuple[str, str]]:
     lag = score.lag
     return [
         (f"{score.sent} sent", "each at its due date, through web, beat, broker and worker"),
-        (f"{score.retried} retried", "the receiver answered 500; the next due time was stored in the database"),
+        (f"{score.retried} retried", "the receiver answered 500; the retries' times were stored"),
         (f"{score.failed} failed", f"the receiver refused {REFUSED}'s with 403: not tried again"),
         (f"{score.cancelled} cancelled", f"{REPLYING} replied before they were due"),
         (f"{score.duplicates} duplicates", "counted by the receiver"),
