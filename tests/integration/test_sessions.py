@@ -254,7 +254,7 @@ class TestCallersOwnSession:
 
     @pytest.mark.parametrize("level", ["REPEATABLE READ", "SERIALIZABLE", "AUTOCOMMIT"])
     def test_another_isolation_is_refused(self, base: Engine, world: World, level: Any) -> None:
-        """`schedule` and `cancel` reject levels stricter than READ COMMITTED and name the remedy.
+        """`schedule` and `cancel` reject AUTOCOMMIT and levels above READ COMMITTED, and name the remedy.
 
         At a stricter isolation level, a transaction reads from an old snapshot.
         """

@@ -92,7 +92,7 @@ class TestSettle:
         assert (row.status, row.reason) == (status, None if deduplicates else "outcome_unknown: timeout")
 
     def test_stale_writer(self, world: World, steps: Steps) -> None:
-        """If a worker is frozen until its lease expires, its outcome is refused as stale."""
+        """If a frozen worker's lease has been taken over, the worker's outcome is refused as stale."""
         follow_up = world.follow_up()
         frozen = steps.begun()
         world.expire(follow_up)

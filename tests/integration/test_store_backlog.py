@@ -81,7 +81,7 @@ def test_estimated(world: World, engine: Engine, monkeypatch: pytest.MonkeyPatch
 
 @pytest.mark.parametrize("limit", [HOUR, timedelta(milliseconds=1)])
 def test_a_limit_ends_with_its_query(engine: Engine, limit: timedelta) -> None:
-    """If the backlog query times out, the transaction gets its previous time limit back."""
+    """After the backlog query, even if it timed out, the transaction has its previous time limit again."""
     with engine.begin() as connection:
         connection.execute(text("SET LOCAL statement_timeout = '7s'"))
         found = counts.within(connection, limit, text("SELECT pg_sleep(0.1)"), {})

@@ -1,4 +1,4 @@
-"""If an outcome is unknown, the follow-up's reason says so in every final state."""
+"""Tests of how a follow-up's reason mentions an attempt with an unknown outcome."""
 
 from __future__ import annotations
 

@@ -278,7 +278,7 @@ def test_a_row_that_cannot_be_cancelled(world: World, engine: Engine) -> None:
 def test_a_row_that_stays_deferred(
     world: World, engine: Engine, settings: Settings, monkeypatch: pytest.MonkeyPatch, scope: str
 ) -> None:
-    """After a rate limit is removed, a follow-up with an unwritable row stays deferred.
+    """If deferred follow-ups are released, a follow-up with an unwritable row stays deferred.
 
     All other deferred follow-ups become due.
     """

@@ -89,7 +89,7 @@ def sent(dispatchers: int, rate: int, seconds: int, window: int = 5000) -> tuple
 @pytest.mark.parametrize("dispatchers", [1, 2, 4])
 @pytest.mark.parametrize("rate", [2000, 10_000, 30_000])
 def test_the_window_is_refilled_in_time(dispatchers: int, rate: int) -> None:
-    """If several dispatchers share the ticks, they refill the in-flight window before it is empty."""
+    """However many dispatchers share the ticks, they refill the in-flight window before it is empty."""
     total, _ = sent(dispatchers, rate, seconds=20)
     assert total >= 0.98 * rate * 20
 

@@ -47,7 +47,7 @@ def blocked(obstacle: Obstacle, max_lateness: timedelta) -> Obstacle:
 
 @given(HOURS, MOMENTS, GAPS)
 def test_repeated_holds(hours: SendingHours, wanted: datetime, gaps: list[timedelta]) -> None:
-    """After several holds, lateness is still counted from the first sending hours after the due date."""
+    """Even after several holds, lateness counts from the first sending hours at or after the due date."""
     now, known = wanted, None
     for gap in gaps:
         known = sendable_from(found(hours, wanted, now, known))
@@ -57,7 +57,7 @@ def test_repeated_holds(hours: SendingHours, wanted: datetime, gaps: list[timede
 
 @given(st.lists(st.tuples(HOURS, st.timedeltas(MINUTE, timedelta(days=3))), min_size=1, max_size=8), MOMENTS)
 def test_hours_that_change(changes: list[tuple[SendingHours, timedelta]], wanted: datetime) -> None:
-    """If sending hours change after lateness has begun to count, its starting point stays the same."""
+    """If sending hours change, lateness never counts from before the due date; a past start is kept."""
     now, known = wanted, None
     for hours, gap in changes:
         obstacle = found(hours, wanted, now, known)

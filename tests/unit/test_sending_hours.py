@@ -75,7 +75,7 @@ def test_open_times_are_within_the_hours(hours: SendingHours, moment: datetime) 
 
 @given(HOURS, MOMENTS | NEAR_TRANSITIONS)
 def test_times_before_the_next_opening_are_closed(hours: SendingHours, moment: datetime) -> None:
-    """Local times before the next opening are outside sending hours, except in an hour that the clocks repeat."""
+    """Until the next opening, local times are outside sending hours, except times that occur twice."""
     opening = opens_at(hours, moment)
     assert opening >= moment
     for n in range(40):
@@ -86,7 +86,7 @@ def test_times_before_the_next_opening_are_closed(hours: SendingHours, moment: d
 
 @given(HOURS, MOMENTS | NEAR_TRANSITIONS)
 def test_the_first_moment_is_open(hours: SendingHours, moment: datetime) -> None:
-    """Sending hours include their first moment."""
+    """Sending hours include their first moment, and a later time never has an earlier next opening."""
     opening = opens_at(hours, moment)
     assert opens_at(hours, opening) == opening
     assert opens_at(hours, moment + MINUTE) >= opening
@@ -121,7 +121,7 @@ def test_times_in_berlin(opening: str, closing: str, moment: str, expected: str)
 
 
 def test_days() -> None:
-    """Sending hours that end after midnight begin only on the chosen days."""
+    """Sending hours begin only on the chosen days, even if they end after midnight."""
     weekdays = SendingHours(BERLIN, time(8), time(20), read_days("mon-fri"))
     saturday = datetime(2030, 2, 2, 10, tzinfo=UTC)
     assert opens_at(weekdays, saturday) == datetime(2030, 2, 4, 7, tzinfo=UTC)

@@ -86,7 +86,7 @@ def test_the_three_final_states_are_final() -> None:
 
 
 def test_each_code_explains_one_state() -> None:
-    """Every reason code, including each state's default code, belongs to exactly one final state."""
+    """Every reason code belongs to one final state, and a state's default code belongs to that state."""
     codes = [code for onward in TRANSITIONS.values() for group in onward.values() for code in group]
     assert sorted(codes) == sorted(ReasonCode)
     assert all(code in TRANSITIONS[Status.PENDING][status] for status, code in DEFAULT_CODES.items())

@@ -109,7 +109,7 @@ def test_lag_is_of_first_attempts_and_nearest_rank() -> None:
 
 @given(st.floats(-3, 15), st.integers(1, 60))
 def test_the_rows_are_around_now(second: float, count: int) -> None:
-    """The demo lists all late unfinished follow-ups, and as many others as fit, in due order."""
+    """The demo lists as many follow-ups as fit, in due order; late unfinished ones have precedence."""
     now = START + timedelta(seconds=second)
     standings = [ended(part) if part.due < second - 1 else pending(part) for part in SCENARIO.parts]
     rows = around_now(standings, now, count)
@@ -121,7 +121,7 @@ def test_the_rows_are_around_now(second: float, count: int) -> None:
 
 
 def test_unusual_follow_ups_are_shown_at_the_end() -> None:
-    """In the demo's final list, retried, rejected and cancelled follow-ups come first."""
+    """The demo's final list shows retried, rejected and cancelled follow-ups in preference to others."""
     rows = around_now(ALL_ENDED, START, 6)
     assert all(each.retried or each.status != Status.SENT for each in rows)
 

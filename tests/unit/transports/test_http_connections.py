@@ -138,7 +138,7 @@ async def test_line_breaks_after_a_response_are_ignored() -> None:
     ],
 )
 async def test_the_receiver_decides_whether_a_connection_is_kept(reply: bytes, connections: int) -> None:
-    """A connection is kept after a response, except with ``connection: close`` or HTTP/1.0."""
+    """A connection is kept, except after ``connection: close`` or HTTP/1.0 without keep-alive."""
     async with scripted(reply) as server, opened(HttpTransport(settings_for(server.url))) as transport:
         for _ in range(2):
             assert isinstance(await transport.send(a_delivery()), Sent)

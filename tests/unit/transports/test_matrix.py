@@ -75,7 +75,7 @@ def test_a_url_with_credentials_query_or_fragment_is_refused(url: str) -> None:
 
 @pytest.mark.parametrize("secret", [None, "", " ", "two words", "line\nbreak", "t\u00f6ken"])
 def test_an_invalid_token_names_the_setting(secret: str | None) -> None:
-    """If the access token is missing, or contains a character that headers forbid, startup fails."""
+    """If the access token is missing, or contains anything but visible ASCII characters, startup fails."""
     with pytest.raises(TransportConfigurationError, match="FOLLOWUPS_TRANSPORT_SECRET should be the access token"):
         matrix("http://host", secret)
 
