@@ -144,7 +144,7 @@ def message(**other: Any) -> str:
 
 
 def celery_app(stack: Stack) -> Celery:
-    """Return another Celery app, which knows only the broker's URL."""
+    """Return another Celery app, which knows only the broker's URL and key prefix."""
     app = Celery(broker=stack.settings.broker_url.get_secret_value())
     app.conf.broker_transport_options = {"global_keyprefix": "followups:"}
     return app

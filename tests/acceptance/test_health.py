@@ -69,7 +69,7 @@ def finding(stack: Stack, name: str) -> dict[str, Any]:
 
 @pytest.fixture
 def own_runtime(stack: Stack, tmp_path: Path) -> Stack:
-    """Return a running system with its own runtime directory."""
+    """Return a system, not yet started, with its own runtime directory."""
     stack.options["FOLLOWUPS_RUNTIME_DIR"] = str(tmp_path / "run")
     return stack
 

@@ -25,7 +25,7 @@ for directory in / /tmp /var/tmp /dev/shm; do
 done
 cd / && exec "$@"
 """
-"""Shell script that runs a command in a separate mount namespace, in which all file systems are read-only."""
+"""Shell script for a mount namespace: it makes these directories read-only and runs a command."""
 
 
 @pytest.fixture(autouse=True)

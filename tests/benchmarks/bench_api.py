@@ -55,7 +55,7 @@ SECONDS = 1.0
 
 PACED_SECONDS = 10.0
 AHEAD = 15.0
-"""The requests, beat and two workers start this many seconds before the measurement."""
+"""The requests, beat and the workers start about this many seconds before the first follow-up is due."""
 
 MANY = 1000
 

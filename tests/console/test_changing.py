@@ -275,7 +275,7 @@ def test_a_retry_in_a_removed_chat_shows_its_error(person: Callable[..., Person]
 
 @pytest.mark.parametrize("due", ["0001-01-01T00:00+14:00", "9999-12-31T10:00", "9999-12-31T23:59"])
 def test_the_edge_of_the_calendar_is_refused(due: str, person: Callable[..., Person], own: World) -> None:
-    """Due dates and filters in the calendar's first or last year are refused without a server error."""
+    """A due date in the calendar's first or last year is refused; such a filter causes no server error."""
     own.sql(
         "INSERT INTO sending_hours (workspace_id, time_zone, opening, closing, days, open_from, open_until)"
         " VALUES (:id, 'America/Sao_Paulo', '08:00', '20:00', 31, now(), now() + interval '1 hour')",
@@ -298,7 +298,7 @@ def test_a_due_date_with_an_offset_is_shown_in_utc(person: Callable[..., Person]
 
 
 def test_extreme_hours_and_numbers_cause_no_server_error(person: Callable[..., Person], own: World) -> None:
-    """Sending hours that contain a UTC offset or huge numbers cause no server error."""
+    """Sending hours with a UTC offset, or a huge number in a bulk action, cause no server error."""
     hours = {"time_zone": "UTC", "from": "08:00+02:00", "to": "20:00", "day": "0", "do": "save"}
     told = person("admin", own).post("/settings/hours", **hours)
     assert "as in 08:00" in words(told)

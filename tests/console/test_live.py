@@ -79,7 +79,7 @@ def sign_in(console_settings: Settings, own: World) -> Iterator[Callable[..., Pe
 
 
 def test_a_change_sends_an_event_to_open_pages(sign_in: Callable[..., Person], own: World, foreign: World) -> None:
-    """When a follow-up is created or changed, the open pages that show it receive an event.
+    """Open lists receive an event for a new follow-up; a follow-up's open page, for each change.
 
     A stream never reports another workspace's follow-ups, even if its client requests them.
     """

@@ -250,7 +250,7 @@ def test_a_head_of_the_stream_ends(person: Callable[..., Person], own: World) ->
 
 @pytest.fixture(scope="module")
 def behind_proxy(console_settings: Settings) -> object:
-    """Serve the console behind a simulated HTTPS proxy, which adds a path prefix and the person's name."""
+    """Serve the console with settings for an HTTPS proxy, a path prefix and a header that names people."""
     settings = console_settings.model_copy(
         update={
             "public_url": "https://chat.example/tools",

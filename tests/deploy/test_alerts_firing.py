@@ -74,7 +74,7 @@ def unanswered(stack: Stack) -> None:
 
 
 def too_slow(stack: Stack) -> None:
-    """Make a hundred follow-ups due; there is one slot, and each call takes half a second."""
+    """Make a hundred follow-ups due; there is one slot, and each call takes 0.4 seconds."""
     replaced(stack, "FOLLOWUPS_CONCURRENCY", "1")
     if not stack.world.scalar("SELECT count(*) FROM follow_ups"):
         stack.behave(kind="slow", delay=0.4)

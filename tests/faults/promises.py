@@ -63,7 +63,7 @@ class Verdict:
 def check(
     engine: Engine, requests: Collection[Mapping[str, Any]], known: Record, *, max_lateness: float = 86_400
 ) -> Verdict:
-    """Compare the database's follow-ups, oldest first, with the requests that the chat received."""
+    """Compare the database's follow-ups with the chat's received requests, which are given oldest first."""
     with engine.connect() as connection:
         rows = {row.id: row for row in connection.execute(select(FollowUp.__table__))}
     by_id: dict[str, list[Mapping[str, Any]]] = defaultdict(list)

@@ -106,7 +106,7 @@ class Rig(Stack):
         return started
 
     def bulk(self, count: int, spread: float = 0.0, *, per_chat: int = 1) -> list[UUID]:
-        """Insert ``per_chat`` follow-ups in each chat, due within ``spread`` seconds from now."""
+        """Insert ``count`` follow-ups, ``per_chat`` in each new chat, due within ``spread`` seconds from now."""
         due = [timedelta(seconds=self.rng.random() * spread) for _ in range(count)]
         if per_chat == 1:
             ids = self.world.burst(due)

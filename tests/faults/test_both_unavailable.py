@@ -56,7 +56,7 @@ def both_unavailable(
 
 
 def outage(rig: Rig, proxies: Sequence[Proxy], seconds: float) -> None:
-    """Cut off the database together with the broker or beat; check that a tick runs afterwards."""
+    """Stop beat or the broker, then cut off the database for ``seconds`` seconds, and end both faults."""
     database, broker = proxies
     beats = [child for child in rig.processes.children if child.command.name.startswith("beat.")]
     without_beat = rig.rng.random() < 0.5

@@ -102,7 +102,7 @@ def test_frozen_inside_a_claim(rig: Rig, figures: Figures) -> None:
 
 
 def test_suspended(rig: Rig, figures: Figures) -> None:
-    """If a worker is suspended for longer than its lease, it calls no transport after waking."""
+    """If a worker is suspended for longer than its lease, it makes no call under that lease after waking."""
     asleep, other = rig.start(workers=2, harmed=True)
     other.signal(signal.SIGSTOP)
     rig.failpoints.arm("send.before", "suspend")

@@ -1,6 +1,6 @@
 """Tests that kill a worker at each step of a delivery; another takes over within a lease and a tick.
 
-A worker always uses Celery's solo pool, so it has no child processes.
+These workers use Celery's solo pool, so they have no child processes.
 """
 
 from __future__ import annotations

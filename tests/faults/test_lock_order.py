@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 CLIENTS = 4
 """Number of threads that replace follow-ups; the same number of threads send replies."""
 DELAY = 0.01
-"""Longest random pause, in seconds, before each thread begins and between its two calls."""
+"""Longest random pause, in seconds, before a replacement or a reply, and between cancel and schedule."""
 
 
 def replace_one(rig: Rig, follow_up: UUID, chat_id: UUID, delays: Sequence[float]) -> str:
@@ -82,11 +82,11 @@ def replace_during_replies(rig: Rig, figures: Figures, pairs: int) -> None:
 
 
 def test_replace_during_replies(rig: Rig, figures: Figures) -> None:
-    """If a user replies while a transaction replaces a follow-up, both take full effect."""
+    """If a user replies while a transaction replaces a follow-up, neither is lost to a deadlock."""
     replace_during_replies(rig, figures, pairs=150)
 
 
 @pytest.mark.faults_long
 def test_replace_during_many_replies(rig: Rig, figures: Figures) -> None:
-    """In 5,000 chats, every transaction that replaces a follow-up and every concurrent reply takes effect."""
+    """In 5,000 chats, no concurrent reply and no replacement of a follow-up is lost to a deadlock."""
     replace_during_replies(rig, figures, pairs=5_000)
