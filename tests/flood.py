@@ -28,7 +28,7 @@ async def ask(host: str, port: int, path: str, until: float) -> None:
 
 
 async def request_until(host: str, port: int, path: str, until: float) -> None:
-    """Request the path repeatedly, each time over a new connection, until the time is up."""
+    """Request the path until the time is up; whenever the connection ends, open a new one."""
     while time.monotonic() < until:
         with suppress(OSError, asyncio.IncompleteReadError):
             await ask(host, port, path, until)

@@ -183,8 +183,7 @@ def check_breaker_outage(rig: Rig, figures: Figures, rate: float, seconds: float
     failed = fail_for(rig, figures, rate, seconds, limit)
     assert rig.world.scalar("SELECT count(*) FROM follow_ups WHERE status <> 'sent'") == 0
     assert [line["state"] for line in rig.events("breaker")][:2] == ["open", "probing"]
-    # Only attempts that began before the breaker opened may have failed. For each probe, three more attempts may have
-    # failed.
+    # Besides attempts that began before the breaker opened, at most three for each probe may have failed.
     assert failed <= int(rig.options["FOLLOWUPS_BREAKER_FAILURES"]) + 100 + 3 * (4 + seconds / 15)
 
 

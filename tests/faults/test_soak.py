@@ -140,7 +140,7 @@ def soak(rig: Rig, figures: Figures, seconds: float, rate: float) -> None:
 
 
 def stream(rig: Rig, api: Api, samples: Samples, seconds: float, rate: float) -> None:
-    """Add ``rate`` follow-ups per second, cancel or change some of them, and take samples periodically."""
+    """Add ``rate`` follow-ups per second, disturb some of them, and take samples periodically."""
     begin, every, looks, owed = time.monotonic(), min(30.0, seconds / 6), 1, 0.0
     for number in range(1, int(seconds / STEP) + 1):
         owed += rate * STEP

@@ -78,7 +78,7 @@ async def report(
 ) -> SharedState:
     """Report outcomes of one workspace and return the breaker's state.
 
-    The function itself checks the set of tripped workspaces.
+    The function itself checks the tripped workspaces, and omits them from the returned state.
     """
     runs = (WorkspaceOutcomes(key, len(failed), after_success=succeeded),) if failed or succeeded else ()
     reading = await store.report(OutcomeReport(tuple(failed), succeeded, runs), wanted)
@@ -448,7 +448,7 @@ def test_rejections_of_every_message_open_the_breaker(
 def test_stays_closed(
     world: World, engine: Engine, own: Settings, started: Callable[..., Pipeline], outcome: Outcome
 ) -> None:
-    """Accepted, rejected and rate-limited messages keep the breaker closed."""
+    """Messages that are accepted, rate-limited or rejected with 404 keep the breaker closed."""
     transport = FailingTransport(outcome)
     for _ in range(30):
         world.follow_up()
@@ -525,7 +525,7 @@ def test_other_workspaces_are_not_delayed(opened_breaker: OpenedBreaker) -> None
 
 
 def test_occasional_failures_are_not_delayed(opened_breaker: OpenedBreaker) -> None:
-    """If all attempts of one workspace fail, another workspace with few failures is not delayed."""
+    """If all attempts of one workspace fail, another with occasional failures is not delayed."""
 
     def settled(follow_up: UUID, status: str) -> bool:
         row = opened_breaker.other.row(follow_up)

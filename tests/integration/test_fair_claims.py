@@ -155,7 +155,7 @@ def test_window_with_earlier_due_dates(world: World, engine: Engine, settings: S
 
 
 def test_claim_in_order_detects_a_backlog(engine: Engine, settings: Settings) -> None:
-    """If the in-flight limit is reached, a claim in due order detects a backlog and leases nothing."""
+    """A claim in due order detects a backlog; if the in-flight limit is reached, it leases nothing."""
     worlds = worlds_of(engine, 90, 5)
     few = bounded(settings, 10)
     assert shares(claim(engine, few), worlds) == [5, 5]
@@ -163,7 +163,7 @@ def test_claim_in_order_detects_a_backlog(engine: Engine, settings: Settings) ->
 
 
 def test_ended_leases_are_recovered(engine: Engine, settings: Settings) -> None:
-    """If leases expire, a fair claim leases their follow-ups again, with greater tokens."""
+    """A fair claim replaces expired leases, with greater tokens; a lease in flight counts as lost."""
     noisy, quiet = worlds_of(engine, 40, 2)
     few = bounded(settings, 6)
     leases = {lease.id: lease for lease in claim_fairly(engine, few).leases}
@@ -230,7 +230,7 @@ class TestLowWater:
         assert len(claim_fairly(engine, settings, low).leases) == 43
 
     def test_no_rows_before_the_mark(self, world: World, engine: Engine, settings: Settings) -> None:
-        """In every workspace, a fair claim skips rows due before the low-water mark."""
+        """In every workspace, a fair claim reads no rows due before the low-water mark."""
         worlds_of(engine, 3, due=-timedelta(minutes=5))
         later = world.follow_up()
         since = datetime.now(UTC) - timedelta(minutes=1)

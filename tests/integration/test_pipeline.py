@@ -234,9 +234,9 @@ def test_doubled_and_shuffled_hints(
 def test_bad_transport(
     world: World, engine: Engine, settings: Settings, started: Callable[..., Pipeline], answer: Callable[..., Any]
 ) -> None:
-    """If a transport plug-in fails on one call, only that call's follow-up is affected.
+    """If a transport plug-in raises or answers wrongly, only that call's follow-up is affected.
 
-    The affected follow-up ends with a reason.
+    The affected follow-up is sent, or its failed attempt is recorded.
     """
     bad = world.follow_up(message="bad")
     good = [world.follow_up(message="good") for _ in range(10)]

@@ -143,7 +143,7 @@ def due_in_turn(world: World, count: int, ago: timedelta = SECOND) -> list[UUID]
 
 
 def test_a_burst_is_sent_at_the_rate(world: World, limited: LimitedPipeline) -> None:
-    """If sixty follow-ups fall due at once, they are sent at the rate limit, earliest due first.
+    """Sixty follow-ups that fall due in a burst are sent at the rate limit, earliest due first.
 
     No follow-up waits longer than the limit requires.
     """

@@ -49,7 +49,7 @@ class Flood:
     busy: list[float] = field(default_factory=list)
     """For each measured wait, how many seconds the web process's event loop was busy.
 
-    While the event loop was not busy, the machine ran other processes.
+    During the rest of each wait, the machine ran other processes.
     """
 
     def held_up_less(self, limit: float) -> bool:

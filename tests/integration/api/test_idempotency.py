@@ -72,7 +72,7 @@ def test_other_body(api: Api) -> None:
 
 
 def test_a_rejection_is_repeated(api: Api) -> None:
-    """If a chat's rules reject a create request, the repeated request is rejected too.
+    """If a create request is rejected because of its chat, the repeated request is rejected too.
 
     The rejection is replayed even if the chat would now allow the follow-up. A rejection because of an invalid body is
     not replayed.

@@ -150,7 +150,7 @@ class TestCancelAgainstDeliver:
         assert api.read(created)["status"] == "pending"
 
     def test_cancel_first(self, api: Api, engine: Engine) -> None:
-        """While a cancel is uncommitted, begin neither starts an attempt nor waits for the cancel."""
+        """During and after a cancel, begin starts no attempt, and it does not wait for the cancel."""
         created, taken = due_now(api)
         with Session(engine) as session, engine.connect() as connection:
             scheduling.cancel(session, UUID(str(created["id"])), reason="called")

@@ -135,7 +135,7 @@ class TestWorkspace:
             assert workspaces.create(session, name)[1]
 
     def test_rows_created_meanwhile_are_deleted(self, world: World) -> None:
-        """A follow-up created while its workspace is being deleted is deleted too."""
+        """A follow-up whose transaction commits while its workspace is being deleted is deleted too."""
         chat = filled(world)
         with Session(world.engine) as late:
             followups.schedule(
