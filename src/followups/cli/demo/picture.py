@@ -93,8 +93,8 @@ class Picture:
 def around_now(standings: Sequence[FollowUpState], now: datetime, count: int) -> list[FollowUpState]:
     """Return ``count`` follow-ups that are due around now, in the order of their due times.
 
-    Due follow-ups that have not ended come first, for example those awaiting a retry. If all follow-ups have ended,
-    those with a retry and those not sent come first.
+    Due follow-ups that have not ended are chosen first, for example those awaiting a retry. If all follow-ups have
+    ended, those with a retry and those not sent are chosen first.
     """
     if all(each.ended for each in standings):
         ranked = sorted(standings, key=lambda each: each.status == Status.SENT and not each.retried)
