@@ -31,7 +31,7 @@ class Status(StrEnum):
 
     PENDING = "pending"
     """The follow-up has been scheduled and has not ended yet. Scheduling or retrying makes a follow-up pending. Begin,
-    settle, a lost lease or a cancel ends this state.
+    settle, a lost lease, a cancel or a PATCH request can end this state.
 
     While a follow-up is leased or in flight, its status is still pending.
     """

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 POISON_PILLS = 16
 """Maximum number of follow-ups with one lost lease that may be in flight together. A follow-up with two lost leases
-needs the whole quota, so it is sent alone.
+needs the whole quota, so no other follow-up with a lost lease is in flight with it.
 
 Each follow-up with a lost lease may be a poison pill. A poison pill kills its worker and all attempts in flight there.
 If hundreds of leases are lost together, at most 16 follow-ups lose a second lease. Only a real poison pill loses a

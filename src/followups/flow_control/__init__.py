@@ -34,8 +34,8 @@ def connect(settings: Settings, timeout: timedelta = TIMEOUT) -> Redis:
         socket_timeout=timeout.total_seconds(),
         socket_connect_timeout=timeout.total_seconds(),
         retry=Retry(NoBackoff(), 0),
-        # Despite its name, `retry_on_error` causes no retry here. The client also closes a failing connection, because
-        # the address may lead to another server after a failover.
+        # Despite its name, `retry_on_error` causes no retry here. It makes the client close a connection whose server
+        # has become read-only, because the address may lead to another server after a failover.
         retry_on_error=[ReadOnlyError],
         decode_responses=True,
     )

@@ -1,10 +1,10 @@
 """The circuit breaker: while the transport as a whole fails, only a few probes begin.
 
-An open breaker defers most due follow-ups in the database (`followups.delivery.deferral`). All workers share one state
-in Redis (`BreakerStore`). Deliveries continue while Redis is unreachable. During that time, a worker counts only its
-own failed attempts. After the configured number of failures in a row, the worker begins no further follow-ups. It
-begins follow-ups again when it next queries Redis, some seconds later. If Redis is wiped, the breaker closes, and new
-failures open it again.
+An open breaker defers most due follow-ups of tripped workspaces in the database (`followups.delivery.deferral`). All
+workers share one state in Redis (`BreakerStore`). Deliveries continue while Redis is unreachable. During that time, a
+worker counts only its own failed attempts. After the configured number of failures in a row, the worker begins no
+further follow-ups. It begins follow-ups again when it next queries Redis, some seconds later. If Redis is wiped, the
+breaker closes, and new failures open it again.
 
     closed -> open: so many different follow-ups failed, and none succeeded in between
     open -> probing: after a pause that doubles from one time to the next, a few may begin

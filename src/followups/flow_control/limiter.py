@@ -104,7 +104,7 @@ class Limiter:
         self._ask_again_at = 0.0
 
     async def ask(self, requests: Sequence[TokenRequest], ended: Sequence[TokenRequest]) -> LimiterReply:
-        """Acquire tokens for the requests in the given order, and remove requests that have ended."""
+        """Acquire tokens, in the given order, for requests whose turn it is; remove ended requests."""
         buckets = _numbered((*requests, *ended))
         limits = [(bucket.rate, bucket.burst) for bucket in buckets]
         documents = (limits, _documents(requests, buckets), _documents(ended, buckets))

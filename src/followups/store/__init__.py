@@ -14,6 +14,6 @@ ascending order of their ids.
 
 The dispatcher's statements lock no chat. These statements skip locked follow-ups (``SKIP LOCKED``) and try them again
 later. Bulk cancels, the release of held follow-ups and pruning skip locked rows. A caller's change never locks a
-follow-up in flight, because the lock would delay settle. Only a reply locks follow-ups in flight, and only briefly, to
-request their cancellation.
+follow-up in flight, because the lock would delay settle. Only a reply, a takeover, a chat's removal and a bulk cancel
+lock follow-ups in flight, and only briefly, to request their cancellation.
 """

@@ -66,7 +66,7 @@ _RELEASE = text(
 def fill(connection: Connection, workspace_id: UUID, count: int, ahead: object, span: object) -> list[UUID]:
     """Insert follow-ups, each in a chat of its own; return their ids.
 
-    The due dates are spread over ``span``; the first is ``ahead`` from now.
+    The due dates are spread at random over ``span``, which begins ``ahead`` from now.
     """
     parameters = {"workspace_id": workspace_id, "count": count, "ahead": ahead, "span": span}
     return list(connection.scalars(_FILL, parameters))

@@ -66,7 +66,7 @@ class Claim:
     in_grace: bool = False
     """Whether the claim skipped expired leases whose attempts are still in flight.
 
-    Expired leases are taken over by the first claim after the grace period.
+    The first claim after the grace period takes over these leases.
     """
     busy: bool = False
     """Whether the claim read nothing because another dispatcher was claiming at the same time."""

@@ -1,4 +1,4 @@
-"""Add rate limits for deliveries, and a column with the end of each follow-up's delay."""
+"""Add rate limits for deliveries, and a column with the time until which one delays a follow-up."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ down_revision = "0007"
 
 
 def upgrade() -> None:
-    """Create the table of rate limits and add the new column. The column has no default, so no row is rewritten."""
+    """Create the table and add the column. The column has no default, so no row is rewritten."""
     op.create_table(
         "rate_limits",
         sa.Column("id", sa.Uuid(), server_default=sa.text("gen_random_uuid()"), nullable=False),

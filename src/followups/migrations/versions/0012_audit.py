@@ -11,7 +11,7 @@ down_revision = "0011"
 
 
 def upgrade() -> None:
-    """Create the table of rate limits and add the new column. The column has no default, so no row is rewritten."""
+    """Create the table and add the column. The column has no default, so no row is rewritten."""
     op.create_table(
         "audit_events",
         sa.Column("id", sa.Uuid(), server_default=sa.text("gen_random_uuid()"), nullable=False),
