@@ -303,7 +303,7 @@ def _note_time(_connection: object, record: ConnectionPoolEntry) -> None:
 def is_read_committed(connection: Connection) -> bool:
     """Return whether the connection still has the isolation level READ COMMITTED.
 
-    For a connection of another engine, the result is False.
+    For a connection that no engine of this module opened, the result is False.
     """
     driver = connection.connection.driver_connection
     if _MADE not in connection.info or driver is None or driver.autocommit:

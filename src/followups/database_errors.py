@@ -47,8 +47,8 @@ def is_passing(error: Exception) -> bool:
 def _cause(error: Exception) -> BaseException | None:
     """Return the driver's own error, or None if there is none.
 
-    On an event loop, psycopg is used without SQLAlchemy, so the driver's error is raised directly. A session raises an
-    error of SQLAlchemy that contains the driver's error.
+    `followups.event_loop` uses psycopg without SQLAlchemy, so the driver's error is raised directly. A session raises
+    an error of SQLAlchemy that contains the driver's error.
     """
     return error.orig if isinstance(error, DBAPIError) else error
 

@@ -255,7 +255,7 @@ class _Answer:
 
 
 def _check_head(scope: Scope) -> None:
-    # uvicorn limits the size of headers only if they arrive in several chunks.
+    # The limit in `LimitedProtocol` does not count the slice in which the headers end.
     target = len(scope["raw_path"]) + len(scope["query_string"])
     if target + sum(len(name) + len(value) for name, value in scope["headers"]) > MAX_HEADER_SIZE:
         raise Refusal(TOO_LONG_A_HEADER)

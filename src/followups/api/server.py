@@ -58,7 +58,7 @@ If less of the response is left, the client must read all of it.
 MAX_UNSENT = 32 * 1024 * 1024
 """Maximum total size of unread responses, in bytes.
 
-If clients leave more bytes unread than this maximum, the connection with the oldest unread response is closed.
+Above this size, the connection with the oldest unread response is closed, preferably one without a valid API key.
 """
 
 KEEP_ALIVE = 65
@@ -101,7 +101,7 @@ class OpenConnections:
         return True
 
     def bound_unsent(self) -> None:
-        """If more than `MAX_UNSENT` bytes are unsent, close the connections whose clients do not read."""
+        """While more than `MAX_UNSENT` bytes are unsent, close a connection whose client does not read."""
         while sum(each.transport.get_write_buffer_size() for each in self.unread) > MAX_UNSENT:
             self._close_first(self.unread)
 
@@ -127,7 +127,7 @@ class MessagePart(Enum):
 
 
 class LimitedProtocol(HttpToolsProtocol):
-    """uvicorn's HTTP protocol with limits. Responses to malformed requests are problem+json instead of plain text."""
+    """uvicorn's HTTP protocol with limits. Its error responses are problem+json instead of plain text."""
 
     def __init__(self, connections: OpenConnections, *given: Any, **named: Any) -> None:  # noqa: ANN401 - as uvicorn's
         """Store the state that all connections of the server share."""

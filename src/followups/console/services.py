@@ -30,7 +30,7 @@ FRESH = 1.0
 """The number of seconds for which a cached result is valid."""
 
 MAX_RESULTS = 1_000
-"""Maximum number of workspaces whose results are cached."""
+"""Maximum number of cached results, one for each key."""
 
 
 class ResultCache:

@@ -9,6 +9,6 @@ send      `send`: call the transport
 settle    `settle`: record the outcome
 ========= ==========================================================================
 
-`pipeline` connects the steps from enqueue to settle. A follow-up that was waiting for an earlier one of its chat is
-leased when that one ends, and enters the due queue directly.
+`pipeline` connects the steps from enqueue to settle. When begin or settle ends a follow-up, the next one of its chat is
+leased and enters the due queue directly.
 """

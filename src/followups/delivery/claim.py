@@ -38,7 +38,7 @@ AHEAD_TICKS = 2
 """Number of tick intervals that a claim covers, so that one late tick delays no follow-up."""
 
 CLAIM_SIZE = 1000
-"""A claim may always lease this many rows, even if they are more than half of the in-flight limit."""
+"""The maximum size of a claim is at least this many rows, unless the in-flight limit is lower."""
 LARGEST_CLAIM = 10_000
 """Maximum number of rows in one claim. A claim of the maximum size takes up to 0.2 s. The first rows of a claim are
 sent while the next claim runs.

@@ -203,7 +203,7 @@ class Dispatcher:
         for unblock in (chat_order.unblock_orphaned, pauses.release_orphaned):
             known = -1
             try:
-                # unwritable rows must not keep later rows from being claimed
+                # unwritable rows must not keep later rows from being unblocked
                 while len(refused) > known:
                     known = len(refused)
                     with self._engine.begin() as connection:

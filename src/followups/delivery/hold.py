@@ -33,8 +33,9 @@ def hold(
 ) -> tuple[set[UUID], set[UUID], dict[UUID, Final]]:
     """Hold the leases that are blocked only by a pause or by sending hours.
 
-    Returns three results: the held leases, the leases to check again, and the final states of follow-ups that must end.
-    A lease must be checked again if the pause or sending hours that block it are locked or have changed.
+    Returns three results: the held leases, the leases to check again, and the final states of follow-ups whose hold
+    would last too long. A lease must be checked again if the pause or sending hours that block it are locked or have
+    changed.
     """
     candidates = [one for one in obstacles if one.pause_id or one.hours]
     _open_next(connection, candidates)
@@ -75,7 +76,7 @@ def hold_or_end(obstacle: Obstacle, max_lateness: timedelta) -> Hold | Final | N
 
 
 def closed_until(obstacle: Obstacle) -> datetime | None:
-    """Return when the sending hours open next, or None if the follow-up may be sent now.
+    """Return when sending hours open next, or None if they are unset or open at the time of sending.
 
     A stored sending period takes precedence over this machine's time zone data until the period ends. This function is
     pure.

@@ -179,7 +179,7 @@ class Pipeline:
         return await self._queue.next_batch(self._breaker)
 
     async def _begin(self, leases: Sequence[Lease]) -> tuple[Begun, ...]:
-        """Begin the follow-ups that may be sent, and put all others back into the due queue."""
+        """Begin the follow-ups that may be sent; put those to be tried again back into the due queue."""
         try:
             step = await begin_within_limits(self._engine, self._settings, self._rate_limits, leases)
         except Exception as error:  # noqa: BLE001 - whatever it was, the loop must go on

@@ -41,7 +41,7 @@ WITHIN = timedelta(seconds=40)
 LOOK = timedelta(milliseconds=120)
 """Time between two database queries for the state of the follow-ups.
 
-Each query uses processor time that the dispatcher needs to send on time.
+Each query uses processor time that the worker needs to send on time.
 """
 
 SHORT = {

@@ -132,7 +132,7 @@ FIRST_ERROR = 400
 LEAST_LEAD = 1.5
 """Minimum seconds between a follow-up's creation and its due time.
 
-Each follow-up is created before it is due, so that its lag depends only on the dispatcher.
+Each follow-up is created before it is due, so that its lag depends only on its delivery.
 """
 
 CALLS_A_CHAT = 3

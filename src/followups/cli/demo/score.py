@@ -1,6 +1,6 @@
 """Each follow-up's result, compared with the demo's script, and a summary.
 
-Lag is the time of acceptance minus the due date, both read from the database. The dispatcher records the time of
+Lag is the time of acceptance minus the due date, both read from the database. The worker determines the time of
 acceptance after it has received the response. The measured lag is never shorter than the lag that the receiver
 observed. Only follow-ups delivered at the first attempt are counted, because waiting for a retry is not lag. Every
 follow-up in the script was created before it was due.
