@@ -150,7 +150,7 @@ _WORKSPACE = text("DELETE FROM workspaces WHERE id = :workspace_id")
 
 
 def complete(connection: Connection, scope: DeletionScope) -> None:
-    """Delete the row of the workspace or chat.
+    """Delete the workspace or chat itself, and its rows in tables that are not deleted in batches.
 
     Raises `IntegrityError` if a follow-up or a message still refers to the workspace or chat.
     """

@@ -47,8 +47,8 @@ class Tick:
 
 # Ticks are recorded at most five times a second: each update leaves a dead row. A recorded time in the future means
 # that the clock was set back. A recorded time less than a second ahead only means that two transactions began in the
-# opposite order. During a grace period, a short gap between ticks does not start another grace period. With a new grace
-# period after every late tick, no expired lease would ever be taken over.
+# opposite order. During a grace period, a short gap between ticks does not start another grace period. If it did, no
+# expired lease would ever be taken over on a machine where every tick is late.
 _BEGIN = text("""
     WITH state AS MATERIALIZED (
         SELECT id, last_tick_at,

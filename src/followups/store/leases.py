@@ -42,8 +42,8 @@ def int_array(numbers: Iterable[int]) -> str:
 class Lease(NamedTuple):
     """The right to begin one follow-up. ``token`` is the fencing token, and ``due`` is the time at which to send.
 
-    A follow-up may get several leases, one after another. A lease is a tuple because a dataclass takes twice as long to
-    create.
+    Several `Lease` objects are created for each follow-up, for example by the claim and by the due queue. A lease is a
+    tuple because a dataclass takes twice as long to create.
     """
 
     id: UUID

@@ -114,7 +114,7 @@ _IN_FORCE = text("""
 
 
 def in_force(connection: Connection, workspace_id: UUID | None, most: int) -> list[ActivePause]:
-    """Return up to ``most`` pauses of one or all workspaces; ``held`` is counted up to 10,001."""
+    """Return up to ``most`` pauses, or only those that apply to a workspace; ``held`` is at most 10,001."""
     return [ActivePause(*row) for row in connection.execute(_IN_FORCE, {"workspace_id": workspace_id, "most": most})]
 
 
@@ -171,8 +171,8 @@ def release_orphaned(
     A lifted pause is deleted once it holds no follow-ups. ``refused`` is called for each row that cannot be written.
     Rows in ``without`` are skipped.
 
-    `resume` calls this function until no follow-up is left to release. If `resume` is interrupted, the dispatcher
-    releases the remaining follow-ups.
+    After a resume, `followups.operations.bulk.release_paused` calls this function until no follow-up is left to
+    release. If these calls are interrupted, the dispatcher releases the remaining follow-ups.
     """
 
     def free(part: Sequence[UUID]) -> int:

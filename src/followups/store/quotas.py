@@ -4,9 +4,9 @@ By default there is no quota. Without a quota, a create request needs no extra q
 there is a quota. With a quota, a transaction locks the chat's row first and then the quota's row. Two concurrent create
 requests therefore cannot both use the last free place.
 
-Each quota row stores how many more follow-ups or chats the workspace may create. Each create request reduces the stored
-number of free places. Follow-ups or chats are recounted only when the number of free places reaches zero. Finished
-follow-ups are not counted again, so their places become free.
+Each quota row stores the number of free places found by the last count of follow-ups or chats. Each create request
+reduces the stored number of free places. Follow-ups or chats are recounted only when a request needs more places than
+the stored number. Finished follow-ups are not counted again, so their places become free.
 """
 
 from __future__ import annotations

@@ -198,9 +198,9 @@ class _Escaped:
 
 
 UNQUOTED = frozenset({"event", "level", "logger", "timestamp"})
-"""Log keys whose values are written unchanged to a terminal."""
+"""Log keys whose values are written to a terminal without quotes."""
 IN_LINES = frozenset({"exception", "stack"})
-"""Log fields with several lines of text, which a terminal shows unchanged."""
+"""Log fields with several lines of text; their line feeds are kept on a terminal."""
 
 
 def _escape(_logger: object, _method: str, event: EventDict) -> EventDict:

@@ -22,7 +22,7 @@ RESOLUTION = 0.001
 """Seconds by which a timer may call libcurl too early. libcurl then sets the timer again."""
 
 CLOSED = -1
-"""The result code of transfers that `CurlLoop.close` ends; not one of libcurl's codes."""
+"""The result code of transfers that `CurlLoop` itself ends; not one of libcurl's codes."""
 
 _WANTED = {
     pycurl.POLL_IN: select.EPOLLIN,

@@ -76,9 +76,9 @@ def connection_options(settings: Settings) -> dict[int, object]:
 def _trusted() -> dict[int, object]:
     """Return libcurl's options for the trusted certificate authorities.
 
-    By default, the system's authorities are trusted; ``SSL_CERT_FILE`` and ``SSL_CERT_DIR`` replace them. The libcurl
-    in pycurl's wheel knows the certificate path of only one Linux distribution. It also ignores ``SSL_CERT_FILE`` and
-    ``SSL_CERT_DIR``.
+    By default, the system's authorities are trusted. ``SSL_CERT_FILE`` replaces the system's file of authorities.
+    ``SSL_CERT_DIR`` replaces the system's directory, but not the system's file. The libcurl in pycurl's wheel knows the
+    certificate path of only one Linux distribution. It also ignores ``SSL_CERT_FILE`` and ``SSL_CERT_DIR``.
     """
     paths = ssl.get_default_verify_paths()
     for name, found, what in (("SSL_CERT_FILE", paths.cafile, "file"), ("SSL_CERT_DIR", paths.capath, "directory")):

@@ -1,8 +1,8 @@
 """HTTP calls through libcurl and their outcomes, shared by the transports that use HTTP.
 
-`http_exchange` derives a failed call's outcome from what may have been sent. If a call fails before any part of the
-request was sent, its outcome is `Retry`. If a call fails after sending a byte and before receiving the response head,
-its outcome is `Unknown`.
+A failed call's outcome depends on what may have been sent, which `http_exchange` records. If a call fails before any
+part of the request was sent, its outcome is `Retry`. If a call fails after sending a byte and before receiving the
+response head, its outcome is `Unknown`.
 """
 
 from __future__ import annotations

@@ -72,7 +72,8 @@ class Behaviour(WireModel):
     """The behaviour of a chat: how it answers requests.
 
     Statuses are HTTP status codes, and times are in seconds. With ``drop``, the message is accepted but the connection
-    is closed; with ``slow``, the answer is late. ``fail``, ``reject`` and ``rate_limit`` do not accept the message.
+    is closed; with ``slow``, it is accepted but answered late. ``fail``, ``reject`` and ``rate_limit`` do not accept
+    the message.
     """
 
     model_config = ConfigDict(extra="forbid")

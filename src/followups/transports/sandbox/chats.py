@@ -65,7 +65,7 @@ class Conversation:
 
     chat_id: str
     changed: int = 0
-    """A number that increases whenever any chat changes."""
+    """The number of the chat's latest change; the changes to all chats are numbered in one sequence."""
     total: int = 0
     """Number of all messages so far, including messages that are no longer kept."""
     messages: dict[str, Message] = field(default_factory=dict)
@@ -116,7 +116,8 @@ class SandboxChats:
     """A simulated chat server, to be used from one thread.
 
     A behaviour applies to every request of its chat, including repeated requests. Repeats of accepted requests are
-    deduplicated. A request with a known key gets the first response again and adds no message.
+    deduplicated. If the behaviour accepts a request with a known key, the response contains the first message's id, and
+    no message is added.
     """
 
     def __init__(self, *, deduplicates: bool = True, keep: int = KEEP_RECORDS) -> None:
