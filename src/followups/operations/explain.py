@@ -1,4 +1,4 @@
-"""Explain why a follow-up is in its state, and what can be done about it. Pure functions. Pure functions."""
+"""Explain why a follow-up is in its state, and what can be done about it. Pure functions."""
 
 from __future__ import annotations
 
