@@ -19,7 +19,7 @@ OTHER_UNITS = re.compile(
 
 
 def flaws(text: str) -> list[str]:
-    """Return a message for each flaw of a metrics page.
+    """Return a message for each flaw in a metrics page.
 
     Raises ValueError if the page cannot be parsed.
     """

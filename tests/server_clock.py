@@ -30,7 +30,7 @@ class ServerClock:
             monkeypatch.setattr(module, "script", self._script)
 
     def go_on(self, seconds: float) -> None:
-        """Advance the clock by ``seconds``; a negative or very large number simulates a clock that was set."""
+        """Advance the clock by ``seconds``; a negative or very large number simulates a change of the clock."""
         self._now += int(seconds * MICROSECOND)
         with self._client.pipeline() as pipeline:
             pipeline.delete(self._key).rpush(self._key, *divmod(self._now, MICROSECOND)).execute()

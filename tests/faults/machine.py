@@ -95,7 +95,7 @@ class DrivenStore:
             assert (row.finished_at is None) == expected.pending
 
     def _token(self, number: int, counted: int, found: int) -> int:
-        """Return the database's token for a token of the model; check that tokens only increase."""
+        """Return the database token that corresponds to a model token; check that tokens only increase."""
         if (number, counted) not in self.tokens:
             before = max((token for (row, _), token in self.tokens.items() if row == number), default=-1)
             assert found > before, (found, before)

@@ -242,7 +242,7 @@ def test_some_fail_of_many(rig: Rig, figures: Figures) -> None:
 
 @pytest.mark.faults_long
 def test_long_storm_of_429(rig: Rig, figures: Figures) -> None:
-    """If requests for thousands of chats get 429 for half a minute, retries wait and use up no attempt."""
+    """If requests for thousands of chats get 429 for half a minute, the retries wait without using up attempts."""
     storm(rig, figures, count=3_000, seconds=30)
 
 

@@ -191,7 +191,7 @@ class TestLowWater:
     def test_dispatcher_claims_before_the_mark(
         self, world: World, engine: Engine, settings: Settings, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        """Even if claims are slow, the next tick finds a row that is due before the low-water mark."""
+        """Even if claims are slow, the next tick finds a row whose due time is before the low-water mark."""
         monkeypatch.setattr(dispatcher, "QUICK", 0.0)
         # with this share, claims from the beginning of the index are about a second apart
         monkeypatch.setattr(dispatcher, "LOOKING_SHARE", 0.005)

@@ -1,4 +1,4 @@
-"""Tests that create a follow-up with a single statement, which changes nothing in unclear cases."""
+"""Tests of creating a follow-up with a single statement, which changes nothing if a check is undecided."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Even among many pending follow-ups, the statements of claim, begin and settle use index look-ups.
+"""Even among many pending follow-ups, the claim, begin and settle statements use index look-ups.
 
 The plans of the API's lists are tested in `test_store_listing.py`.
 """

@@ -406,6 +406,6 @@ def test_a_bad_time_zone_is_refused(world: World, zone: str) -> None:
 
 
 def test_hours_that_are_never_open_are_refused(world: World) -> None:
-    """Setting sending hours without any day is rejected."""
+    """Sending hours that include no days are rejected."""
     with Session(world.engine) as session, pytest.raises(InvalidRequestError, match="These hours are never open"):
         sending_hours.put(session, world.workspace_id, SendingHours("UTC", time(8), time(20), frozenset()))

@@ -60,7 +60,7 @@ def test_scheduled_before(world: World, engine: Engine, settings: Settings, take
 
 
 def test_scheduled_before_and_paused(world: World, engine: Engine, settings: Settings, taken_over: UUID) -> None:
-    """A follow-up scheduled before an operator's message is cancelled even if the follow-up is paused."""
+    """An operator's message cancels the follow-ups that were scheduled before it, even paused ones."""
     follow_up = world.follow_up(taken_over, scheduled_at=text("now() - interval '2 min'"))
     world.sql("INSERT INTO pauses (workspace_id) VALUES (:id)", id=world.workspace_id)
     claim_and_begin(engine, settings)

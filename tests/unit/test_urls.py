@@ -109,7 +109,7 @@ def test_an_invalid_broker_url(text: str) -> None:
 
 @pytest.mark.parametrize("text", ["redis://broker/", "redis://me:p%40ss@[::1]:6380/15", "redis://h:1/3", "redis://@h/"])
 def test_broker_urls(text: str) -> None:
-    """If redis-py and kombu parse a broker URL identically, it is kept except for surrounding white space."""
+    """If redis-py and kombu parse a broker URL identically, only its surrounding white space is removed."""
     assert broker_url(text) == text
     assert load_settings(database_url=DATABASE, broker_url=f" {text}\n").broker_url.get_secret_value() == text
 

@@ -73,7 +73,7 @@ def _storable(value: str) -> str:
 
 
 def _digits(value: object) -> object:
-    # Python also accepts "1_0" and "1.0" as integers.
+    # Pydantic would also accept "1_0" and "1.0" as integers.
     if isinstance(value, str) and not (value.isascii() and value.isdecimal()):
         message = "should be a whole number, in digits"
         raise ValueError(message)

@@ -29,10 +29,10 @@ class DatabaseClock:
 
     The time computed with this offset is never ahead of the database's clock.
 
-    In a sample, ``read`` is the database's time at a moment between ``asked`` and ``answered``. The estimate assumes
-    that ``read`` is the time at ``answered``. The estimate is wrong by at most the time that the answer took to arrive.
-    The estimated time is never ahead of the database's clock, so no follow-up is sent early. The quicker the answer,
-    the smaller the error and the larger the offset. Therefore, the largest of the recent offsets is used.
+    In a sample, ``read`` is the database's clock, read at a moment between ``asked`` and ``answered``. The estimate
+    assumes that ``read`` is the time at ``answered``. The estimate is wrong by at most the time that the answer took to
+    arrive. The estimated time is never ahead of the database's clock, so no follow-up is sent early. The quicker the
+    answer, the smaller the error and the larger the offset. Therefore, the largest of the recent offsets is used.
     """
 
     def __init__(self, seconds: Callable[[], float] = uptime) -> None:

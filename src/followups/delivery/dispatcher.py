@@ -248,7 +248,7 @@ class Dispatcher:
         try:
             if took > SLOW or claims.planner_expects_fewer_than(self._engine, leased):
                 claims.refresh_planner_statistics(self._engine)
-                # If the planner's estimate is still too low, another session is refreshing the statistics.
+                # If the planner's estimate is still too low, another session is probably refreshing the statistics.
                 if not claims.planner_expects_fewer_than(self._engine, leased):
                     events.statistics_refreshed(took)
         except Exception as error:  # noqa: BLE001 - a minute later it is tried again, whatever it was

@@ -59,8 +59,9 @@ async def send(
     """Wait until the follow-up is due and call the transport once, within ``limit``.
 
     The transport is never called before the due time. If ``latest`` (an `uptime`) has passed, return None without
-    calling the transport. ``latest`` can pass before the call only if the process was frozen. After ``latest``, another
-    worker might lease the follow-up during the call. This function raises no exception unless it is cancelled.
+    calling the transport. The deadline ``latest`` can be over before the call only if the process was frozen. After
+    ``latest``, another worker might lease the follow-up during the call. This function raises no exception unless it is
+    cancelled.
     """
     # A timer uses another clock and may fire early, so the time is checked again.
     while (wait := clock.until(begun.lease.due)) > 0:  # noqa: ASYNC110 - time is what is waited for

@@ -54,7 +54,7 @@ several chats could deadlock.
 
 
 def pending_of(session: Session, workspace_id: UUID | None, chat_id: UUID | None) -> list[CancelScope]:
-    """Return the pending follow-ups of a workspace, or of a chat in one or all workspaces.
+    """Return the pending follow-ups of a workspace, or those with a chat's id in one or all workspaces.
 
     The result is empty for an unknown chat.
     """

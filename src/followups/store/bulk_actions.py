@@ -1,4 +1,4 @@
-"""The rows of the console's bulk actions, and the SQL statements of their batches."""
+"""The rows that record the console's bulk actions, and the SQL statements for their batches."""
 
 from __future__ import annotations
 

@@ -62,12 +62,12 @@ class Backlog:
 
 _PENDING_ROWS = "FROM follow_ups WHERE status = 'pending'"
 
-# The query reads the index for claims only up to slightly after the current time. This range includes all follow-ups in
-# flight, because no attempt begins long before its due time. A follow-up that waits for its chat's earlier follow-up
-# does not count as overdue. Only the earlier follow-up can count as overdue. Because of the ORDER BY, PostgreSQL reads
-# only the needed part of the index. Without an ORDER BY, the planner would read the whole table, because it assumes
-# that a third of all pending rows are overdue. Reading the index is slow where it begins with dead rows of sent
-# follow-ups, so the query reads the index only once.
+# The query scans the claims' index only as far as the rows that are due slightly after the current time. This range
+# includes all follow-ups in flight, because no attempt begins long before its due time. A follow-up that waits for its
+# chat's earlier follow-up does not count as overdue. Only the earlier follow-up can count as overdue. Because of the
+# ORDER BY, PostgreSQL reads only the needed part of the index. Without an ORDER BY, the planner would read the whole
+# table, because it assumes that a third of all pending rows are overdue. Reading the index is slow where it begins with
+# dead rows of sent follow-ups, so the query reads the index only once.
 _COUNT = text(f"""
     WITH head AS MATERIALIZED (
         SELECT {_DUE} AS due, begun_at {_PENDING_ROWS} AND waits_for IS NULL AND {_DUE} <= now() + interval '1 second'

@@ -114,7 +114,7 @@ _IN_FORCE = text("""
 
 
 def in_force(connection: Connection, workspace_id: UUID | None, most: int) -> list[ActivePause]:
-    """Return up to ``most`` pauses, or only those that apply to a workspace; ``held`` is at most 10,001."""
+    """Return up to ``most`` pauses, or those that apply to a workspace, each with at most 10,001 as ``held``."""
     return [ActivePause(*row) for row in connection.execute(_IN_FORCE, {"workspace_id": workspace_id, "most": most})]
 
 

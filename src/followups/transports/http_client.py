@@ -126,8 +126,8 @@ class HttpClient:
 
         ``url`` is absolute, ``headers`` are this request's header lines, and ``body`` is JSON in UTF-8.
 
-        Whatever the receiver responds, the transport raises no exception. Raises `RuntimeError` if the transport was
-        not opened.
+        However the receiver responds, the transport raises no exception. Raises `RuntimeError` if the transport was not
+        opened.
         """
         exchange = self._spare.pop() if self._spare else Exchange(self._options, self._sockets)
         exchange.prepare(url, [*self._headers, *headers], body, uptime() + self._timeout)

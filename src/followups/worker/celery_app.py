@@ -79,7 +79,7 @@ DRAIN_MARGIN = timedelta(seconds=5)
 
 @contextmanager
 def _exit_when_wrong() -> Iterator[None]:
-    """If the settings are invalid, exit with code 2 and an error of one sentence.
+    """If the settings are invalid, exit with code 2 and a one-sentence error.
 
     With invalid settings, Celery itself would print a stack trace or start anyway.
     """

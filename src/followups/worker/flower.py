@@ -87,7 +87,7 @@ def _restrict(options: Any) -> None:  # noqa: ANN401 - Tornado's own
 
 
 def _users_from_file() -> list[str]:
-    """Return the users with their passwords, or an empty list if no file is configured. Flower has no such option."""
+    """Return the users with their passwords, or an empty list if no file is configured. Flower cannot read a file."""
     try:
         found = read_file_of(AUTH)
     except SettingsError as error:

@@ -38,7 +38,7 @@ def test_unreadable_rows(world: World, engine: Engine) -> None:
 
 
 def test_a_constraint_that_was_never_validated(world: World, engine: Engine) -> None:
-    """Doctor reports a constraint that was never validated as if it were missing."""
+    """Doctor reports an unvalidated constraint as missing."""
     name = "ck_follow_ups_due_date_is_readable"
     world.alter(
         f"ALTER TABLE follow_ups DROP CONSTRAINT {name}, ADD CONSTRAINT {name} CHECK (due_date > 'epoch') NOT VALID"

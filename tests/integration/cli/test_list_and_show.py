@@ -170,7 +170,7 @@ class TestShow:
     def test_show_names_what_holds_a_follow_up(
         self, run: RunCommand, world: World, engine: Engine, settings: Settings
     ) -> None:
-        """`show` explains a delay by a pause, sending hours or an earlier follow-up."""
+        """`show` says whether a delay is due to a pause, sending hours or an earlier follow-up."""
         name = str(world.workspace_id)
         chat = world.chat()
         first, second = world.follow_ups_at_once([(chat, -2 * HOUR), (chat, -HOUR)])

@@ -75,7 +75,7 @@ async def test_processes_share_the_limit(limit_of: Callable[[int], KeyRateLimit]
 
 
 async def test_a_busy_key_is_counted_in_advance(limit_of: Callable[[int], KeyRateLimit], server: FakeServer) -> None:
-    """For a busy API key, one call to Redis counts several future requests.
+    """For a busy API key, one call to Redis counts several requests in advance.
 
     The rate limit is never exceeded.
     """

@@ -24,7 +24,7 @@ SCENARIO = script()
 
 
 def ended(part: ScenarioStep) -> FollowUpState:
-    """Return the state of a scenario step that has ended as scripted."""
+    """Return the state of a scenario's step after the step has ended as the script specifies."""
     ending = part.ending
     lag = 2.0 + part.due if ending.status == Status.SENT else None
     reason = f"{ending.code}: why" if ending.code else None

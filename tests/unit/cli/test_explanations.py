@@ -31,7 +31,7 @@ BERLIN = SendingHours("Europe/Berlin", time(12), time(20))
 def explained(
     status: Status = Status.PENDING, due: timedelta = timedelta(0), around: Circumstances = TICKING, **columns: Any
 ) -> str:
-    """Explain a follow-up whose due date is ``due`` after the current time."""
+    """Explain a follow-up that is due after the duration ``due`` from now."""
     values = {
         "workspace_id": WORKSPACE,
         "status": status,
