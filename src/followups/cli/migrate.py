@@ -65,8 +65,8 @@ def migrate(
 ) -> None:
     """Upgrade the database to the newest schema. Running the command repeatedly or concurrently is safe.
 
-    After a plain `honcho start`, the command keeps running until all processes are stopped, because honcho stops every
-    process as soon as one ends. In all other cases the command ends after the upgrade.
+    In a plain `honcho start`, this command keeps running after the upgrade: as soon as one process ends, honcho stops
+    all others. In all other cases the command ends after the upgrade.
     """
     url = get_settings().database_url.get_secret_value()
     with engine() as made:

@@ -92,9 +92,9 @@ def stats(
 ) -> None:
     """Count follow-ups by state, and show how late and at what rate they were sent.
 
-    Lag is the time of acceptance minus the due date; it includes retries, waiting for rate limits, and due dates in the
-    past. The count of pending follow-ups is exact. The count of each final state is exact up to 100,000; larger counts
-    are estimates, marked with a tilde.
+    Lag is the time of acceptance minus the due date. It includes the time spent on retries and waiting for rate limits,
+    and is large if the due date was already past at creation. The count of pending follow-ups is exact. The count of
+    each final state is exact up to 100,000; larger counts are estimates, marked with a tilde.
 
     With --watch on a terminal, the output is a live dashboard. The dashboard also shows the sends per second, the
     outcomes of attempts, the workers that reply to queries, and the time since the last tick. In a pipe, --watch prints
