@@ -129,6 +129,7 @@ class HttpClient:
         However the receiver responds, the transport raises no exception. Raises `RuntimeError` if the transport was not
         opened.
         """
+        self._connections()  # discards the spare exchanges of a broken multi handle
         exchange = self._spare.pop() if self._spare else Exchange(self._options, self._sockets)
         exchange.prepare(url, [*self._headers, *headers], body, uptime() + self._timeout)
         try:
@@ -138,7 +139,8 @@ class HttpClient:
             return self._outcome(exchange, code, dialect)
         finally:
             exchange.end()
-            self._spare.append(exchange)
+            if exchange.is_reusable:
+                self._spare.append(exchange)
             self._used = uptime()
 
     async def _perform(self, exchange: Exchange) -> int:
@@ -146,7 +148,10 @@ class HttpClient:
         refused = set()
         while True:
             curls = self._connections()
-            code = await curls.perform(exchange.curl)
+            try:
+                code = await curls.perform(exchange.curl)
+            finally:
+                exchange.is_reusable = not curls.is_broken
             if exchange.stale is None or not self._is_open:
                 return code
             if exchange.stale in refused and self._curls is curls:
@@ -199,6 +204,7 @@ class HttpClient:
             raise RuntimeError(message)
         if self._curls is not None and self._curls.is_broken:
             self._retire(self._curls)
+            self._spare.clear()  # a broken multi handle may keep transfers, and no other handle accepts these
         if self._curls is None:
             self._curls = CurlLoop(self._of_all)
         if self._sweeping is None:

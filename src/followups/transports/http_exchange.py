@@ -126,6 +126,7 @@ class Exchange:
         "answered",
         "asked",
         "curl",
+        "is_reusable",
         "late",
         "stale",
     )
@@ -137,6 +138,7 @@ class Exchange:
         self._address: Address = ("", 0)
         self._began = False
         self.stale: Address | None = None
+        self.is_reusable = True
         self._opened: list[int] = []
         self._head: list[bytes] = []
         self._parts: list[bytes] = []

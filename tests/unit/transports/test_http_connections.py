@@ -329,8 +329,10 @@ async def test_cancelling_a_call_of_a_broken_handle(
         assert {type(each) for each in await asyncio.gather(*others)} == {Unknown}
         assert first.cancelled()
         silent.answer = OK
-        await transport.send(a_delivery())
-        assert await transport.send(a_delivery()) == Sent(None, 200)
+        for _ in range(3):
+            outcomes = await asyncio.gather(*[transport.send(a_delivery()) for _ in range(5)])
+        assert outcomes == [Sent(None, 200)] * 5
+    assert len(handles) == 2
 
 
 @pytest.mark.parametrize("callback", CALLBACKS, ids=["timer", "socket"])
