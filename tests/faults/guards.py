@@ -85,7 +85,7 @@ class Scene:
         return lease
 
     def leased_anew(self, lease: Lease) -> Lease:
-        """Let a lease expire, and claim its follow-up again."""
+        """Expire a lease, and claim its follow-up again."""
         self.world.expire(lease.id)
         return self.lease()
 

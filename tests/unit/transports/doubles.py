@@ -168,6 +168,11 @@ async def scripted(
         yield scripted_server
 
 
+async def stay_silent(_writer: asyncio.StreamWriter, _request: Request) -> None:
+    """Keep the connection open without ever responding."""
+    await asyncio.sleep(60)
+
+
 def answer(status: int | str, body: bytes = b"", **headers: str) -> bytes:
     """Return an HTTP response as bytes; keyword arguments become headers."""
     lines = [f"HTTP/1.1 {status} Whatever", f"content-length: {len(body)}"]

@@ -20,7 +20,16 @@ from followups.transports import http_client
 from followups.transports.curl_loop import CurlLoop
 from followups.transports.http import HttpTransport
 from followups.transports.port import Outcome, Rejected, Retry, Sent, Unknown
-from unit.transports.doubles import Request, ScriptedServer, a_delivery, answer, opened, scripted, settings_for
+from unit.transports.doubles import (
+    Request,
+    ScriptedServer,
+    a_delivery,
+    answer,
+    opened,
+    scripted,
+    settings_for,
+    stay_silent,
+)
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Iterator
@@ -285,10 +294,6 @@ CALLBACKS = [pycurl.M_TIMERFUNCTION, pycurl.M_SOCKETFUNCTION]
 @pytest.fixture
 async def silent() -> AsyncIterator[ScriptedServer]:
     """Run a server that does not answer unless a test changes that."""
-
-    async def stay_silent(_writer: asyncio.StreamWriter, _request: Request) -> None:
-        await asyncio.sleep(60)
-
     async with scripted(stay_silent) as server:
         yield server
 

@@ -18,7 +18,7 @@ import trustme
 
 from followups.transports.http import HttpTransport
 from followups.transports.port import Outcome, Rejected, Retry, Sent, Unknown
-from unit.transports.doubles import MESSAGE, Request, a_delivery, answer, opened, scripted, settings_for
+from unit.transports.doubles import MESSAGE, Request, a_delivery, answer, opened, scripted, settings_for, stay_silent
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -31,11 +31,6 @@ async def outcome_at(url: str, **settings: object) -> Outcome:
     """Send once to ``url``, by default within 10 s, and return the outcome."""
     async with opened(HttpTransport(settings_for(url, **({"transport_timeout": 10} | settings)))) as transport:
         return await transport.send(a_delivery())
-
-
-async def stay_silent(_writer: asyncio.StreamWriter, _request: Request) -> None:
-    """Keep the connection open without ever responding."""
-    await asyncio.sleep(60)
 
 
 async def test_a_refused_connection_is_retried(free_port: int) -> None:
