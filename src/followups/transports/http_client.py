@@ -129,11 +129,11 @@ class HttpClient:
         However the receiver responds, the transport raises no exception. Raises `RuntimeError` if the transport was not
         opened.
         """
-        self._connections()  # discards the spare exchanges of a broken multi handle
+        curls = self._connections()  # first, because this discards the spare exchanges of a broken multi handle
         exchange = self._spare.pop() if self._spare else Exchange(self._options, self._sockets)
         exchange.prepare(url, [*self._headers, *headers], body, uptime() + self._timeout)
         try:
-            code = await self._perform(exchange)
+            code = await self._perform(exchange, curls)
             if code == pycurl.E_OPERATION_TIMEDOUT and exchange.asked and not exchange.answered:
                 exchange.distrust()
             return self._outcome(exchange, code, dialect)
@@ -143,11 +143,10 @@ class HttpClient:
                 self._spare.append(exchange)
             self._used = uptime()
 
-    async def _perform(self, exchange: Exchange) -> int:
+    async def _perform(self, exchange: Exchange, curls: CurlLoop) -> int:
         """Perform the exchange on a usable connection, and return libcurl's result code."""
         refused = set()
         while True:
-            curls = self._connections()
             try:
                 code = await curls.perform(exchange.curl)
             finally:
@@ -159,6 +158,7 @@ class HttpClient:
                 self._retire(curls)
             refused.add(exchange.stale)
             exchange.stale = None
+            curls = self._connections()
 
     async def check(self) -> str:
         """Connect as for a call, send nothing, and return a sentence that reports success.
