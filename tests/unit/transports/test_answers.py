@@ -191,6 +191,7 @@ def test_any_body_is_accepted(dialect: Dialect, body: bytes) -> None:
         (b'{"chatMessageId": null}', None, ""),
         (b'{"chatMessageId": "6F1B1F0E-3A53-4F6E-9A5F-1D2B3C4D5E6F", "more": 1}', SOME_ID, ""),
         (b'\xef\xbb\xbf{"chatMessageId": "6f1b1f0e-3a53-4f6e-9a5f-1d2b3c4d5e6f"}', SOME_ID, ""),
+        (b'{"chatMessageId": "6f1b1f0e-3a53-4f6e-9a5f-1d2b3c4d5e6f", "quote": "\\ud83d"}', SOME_ID, ""),
         (b'{"chatMessageId": "message-5"}', None, "chatMessageId in the answer is not a UUID"),
         (b'{"chatMessageId": 5}', None, "chatMessageId in the answer is not a UUID"),
         (b"OK", None, "the body of the answer is not JSON"),

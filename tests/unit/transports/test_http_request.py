@@ -60,6 +60,13 @@ async def test_a_whole_second_is_written_like_any_other_time() -> None:
     assert json.loads(request.body)["dueDate"] == "2026-03-01T00:00:00.000000Z"
 
 
+async def test_a_message_with_half_a_surrogate_pair_leaves_the_other_fields_unchanged() -> None:
+    """UTF-8 cannot represent the message, so another encoder writes the body. The time keeps its format."""
+    request = await requested(a_delivery(message="\ud800", due_date=datetime(2026, 3, 1, microsecond=5, tzinfo=UTC)))
+    body = json.loads(request.body)
+    assert (body["message"], body["dueDate"]) == ("?", "2026-03-01T00:00:00.000005Z")
+
+
 async def test_a_chat_without_an_external_id_has_null() -> None:
     """If the chat has no external id, the body contains null for it."""
     request = await requested(a_delivery(external_chat_id=None))
