@@ -190,6 +190,15 @@ def test_the_topmost_closed_directory(open_directory: Path) -> None:
 
 
 def test_a_free_port_can_be_listened_on() -> None:
-    """`free_port` returns a port that is free on the loopback interface."""
+    """A server can listen on the port that `free_port` returns."""
     with socket.create_server(("127.0.0.1", free_port())) as server:
         assert server.getsockname()[0] == "127.0.0.1"
+
+
+def test_a_free_port_is_reserved() -> None:
+    """Before a server listens on a port from `free_port`, no socket that asks for any port gets it."""
+    reserved = {free_port() for _ in range(20)}
+    # without the reservation, 5,000 choices from some 7,000 ports would include one of these 20
+    for _ in range(5_000):
+        with socket.create_server(("127.0.0.1", 0)) as server:
+            assert server.getsockname()[1] not in reserved

@@ -136,6 +136,13 @@ def answers(url: str) -> Callable[[], bool]:
 
 
 def free_port() -> int:
-    """Return a TCP port of the loopback interface that is free at this moment."""
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        return int(server.getsockname()[1])
+    """Return a free TCP port of the loopback interface; on Linux, the port is reserved until this process ends."""
+    with socket.socket() as reserved:
+        reserved.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        reserved.bind(("127.0.0.1", 0))
+        port = int(reserved.getsockname()[1])
+        # While this socket is open, the kernel gives its port to no other socket that asks for any port. On Linux, a
+        # server that sets SO_REUSEADDR can listen on the port all the same, so the socket is never closed.
+        if sys.platform == "linux":
+            reserved.detach()
+    return port

