@@ -5,10 +5,50 @@ Gauges, such as the number of pending follow-ups, are queried at each scrape ins
 
 from __future__ import annotations
 
-from prometheus_client import CollectorRegistry, Counter, Histogram
+from bisect import bisect_left
+from itertools import accumulate
+from math import inf
+from threading import Lock
+from typing import TYPE_CHECKING
+
+from prometheus_client import CollectorRegistry, Counter
+from prometheus_client.core import HistogramMetricFamily
+from prometheus_client.registry import Collector
+from prometheus_client.utils import floatToGoString
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
 
 COUNTED = CollectorRegistry()
 """The counters of a process; the sums over all processes are in the database (`followups.store.counter_totals`)."""
+
+
+class Histogram(Collector):
+    """A histogram that takes a batch of values at once; the library's histogram takes 1 us for each value."""
+
+    def __init__(self, name: str, documentation: str, buckets: Sequence[float]) -> None:
+        """Register the histogram; ``buckets`` are the upper bounds of the buckets in ascending order."""
+        self._name, self._documentation = name, documentation
+        self._bounds = (*buckets, inf)
+        self._counts = [0.0] * len(self._bounds)
+        self._sum = 0.0
+        self._lock = Lock()
+        COUNTED.register(self)
+
+    def observe(self, *values: float) -> None:
+        """Count each value in its bucket."""
+        with self._lock:
+            for value in values:
+                self._counts[bisect_left(self._bounds, value)] += 1
+                self._sum += value
+
+    def collect(self) -> Iterator[HistogramMetricFamily]:
+        """Yield the histogram with cumulated buckets."""
+        with self._lock:
+            counts, total = tuple(accumulate(self._counts)), self._sum
+        buckets = tuple(zip(map(floatToGoString, self._bounds), counts, strict=True))
+        yield HistogramMetricFamily(self._name, self._documentation, buckets, sum_value=total)
+
 
 TRANSITIONS = Counter(
     "followups_transitions_total",
@@ -23,7 +63,6 @@ ATTEMPT_DURATION = Histogram(
     "followups_attempt_duration_seconds",
     "Duration of a transport call.",
     buckets=(0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60),
-    registry=COUNTED,
 )
 LAG = Histogram(
     "followups_lag_seconds",
@@ -51,7 +90,6 @@ LAG = Histogram(
         21600,
         86400,
     ),
-    registry=COUNTED,
 )
 CLAIMED = Counter("followups_claimed_total", "Follow-ups claimed by ticks.", registry=COUNTED)
 STALE_WRITES = Counter(
@@ -77,7 +115,6 @@ TICK_DURATION = Histogram(
     "followups_tick_duration_seconds",
     "Duration of a tick.",
     buckets=(0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10),
-    registry=COUNTED,
 )
 LIMITED = Counter("followups_limited_total", "Times that a rate limit deferred a follow-up.", registry=COUNTED)
 LIMITER_UNAVAILABLE = Counter(

@@ -1,0 +1,34 @@
+"""The histogram counts exactly as the Prometheus client's own histogram does."""
+
+from __future__ import annotations
+
+from itertools import count
+
+import prometheus_client
+from hypothesis import given
+from hypothesis import strategies as st
+
+from followups.telemetry import metrics
+
+BUCKETS = (0.001, 0.5, 1, 60, 86400)
+NUMBERS = count()
+
+VALUES = st.lists(st.sampled_from(BUCKETS) | st.floats(0, 1e6))
+
+
+@given(batches=st.lists(VALUES))
+def test_the_histogram_has_the_samples_of_the_librarys(batches: list[list[float]]) -> None:
+    """Batches of values result in the same samples as the library's histogram has after the same values one by one."""
+    name = f"tested_{next(NUMBERS)}_seconds"
+    ours = metrics.Histogram(name, "Duration of a test.", BUCKETS)
+    theirs = prometheus_client.Histogram(name, "Duration of a test.", buckets=BUCKETS, registry=None)
+    try:
+        for batch in batches:
+            ours.observe(*batch)
+            for value in batch:
+                theirs.observe(value)
+        (mine,), (expected,) = ours.collect(), theirs.collect()
+    finally:
+        metrics.COUNTED.unregister(ours)
+    expected.samples = [sample for sample in expected.samples if not sample.name.endswith("_created")]
+    assert mine == expected
