@@ -109,6 +109,8 @@ TRANSITIONS: dict[Status, dict[Status, frozenset[ReasonCode]]] = {
 
 CANCEL_CODES = TRANSITIONS[Status.PENDING][Status.CANCELLED]
 
+_CODES = frozenset(ReasonCode)
+
 FINAL = frozenset(status for status, onward in TRANSITIONS.items() if not onward)
 """The final states, which a follow-up never leaves."""
 
@@ -179,4 +181,4 @@ def code_of(reason: str | None) -> str:
     if reason is None:
         return ""
     code = reason.partition(":")[0]
-    return code if code in set(ReasonCode) else "other"
+    return code if code in _CODES else "other"

@@ -9,8 +9,11 @@ import logging
 import os
 import re
 import sys
+import time
 import warnings
+from contextlib import redirect_stderr
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from typing import TYPE_CHECKING, Any
 from uuid import UUID, uuid4
 
@@ -21,16 +24,20 @@ from hypothesis import strategies as st
 
 from followups.delivery import events
 from followups.delivery.attempts import Attempt, Begun
+from followups.json_encoding import encode_json
+from followups.states import ReasonCode, Status, finish
 from followups.store.leases import Lease
-from followups.telemetry.escaping import escape
-from followups.telemetry.logs import OWN_HANDLERS, TALKATIVE, Lines, configure_logging, get_logger
+from followups.telemetry.escaping import escape, escape_json
+from followups.telemetry.logs import OWN_HANDLERS, TALKATIVE, configure_logging, get_logger, log_batch
 from followups.telemetry.redaction import HIDDEN, clean, redact
 from followups.transports.answers import Answer, outcome_of
 from followups.transports.http import DIALECT
-from followups.transports.port import Delivery
+from followups.transports.port import Delivery, Rejected, Retry, Sent, Snoozed, Unknown
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+
+    from followups.transports.port import Outcome
 
 RFC_3339_UTC = re.compile(r"^\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d+)?Z$")
 
@@ -73,6 +80,10 @@ def _touched() -> set[str]:
 def _lines(written: pytest.CaptureFixture[str] | io.StringIO) -> list[dict[str, Any]]:
     text = written.getvalue() if isinstance(written, io.StringIO) else written.readouterr().err
     return [json.loads(line) for line in text.splitlines()]
+
+
+def _batch(logger: str, event: str, **fields: object) -> None:
+    log_batch(logger, {event: [(time.time_ns(), fields)]})
 
 
 def test_an_event_is_one_line_of_json(capsys: pytest.CaptureFixture[str]) -> None:
@@ -204,22 +215,18 @@ def test_a_full_stderr_raises_no_error(stderr: io.StringIO, monkeypatch: pytest.
         stderr.close()
     monkeypatch.setattr(sys, "stderr", stderr)
     get_logger("x").warning("one")
-    lines = Lines("x")
-    lines.info("many")
-    lines.flush()
+    _batch("x", "many")
 
 
 @pytest.mark.parametrize("form", ["json", "console"])
-def test_buffered_lines_have_the_usual_format(capsys: pytest.CaptureFixture[str], form: Any) -> None:
-    """`flush` writes buffered log lines in the usual format if their level is high enough."""
-    lines = Lines("x")
+def test_a_batchs_lines_have_the_usual_format(capsys: pytest.CaptureFixture[str], form: Any) -> None:
+    """A batch's log lines are written in the usual format if their level is high enough."""
     configure_logging(form, "warning")
-    lines.info("unheard")
+    _batch("x", "unheard")
     configure_logging(form, "info")
     get_logger("x").info("attempt", attempt=1, outcome="sent", status_code=None)
-    lines.info("attempt", attempt=1, outcome="sent", status_code=None)
     alone = capsys.readouterr().err
-    lines.flush()
+    _batch("x", "attempt", attempt=1, outcome="sent", status_code=None)
     gathered = capsys.readouterr().err
     assert re.sub(r"\d\S+Z", "now", gathered) == re.sub(r"\d\S+Z", "now", alone)
     assert gathered.count("\n") == 1
@@ -285,7 +292,7 @@ def test_an_invalid_body_is_not_quoted(body: bytes, capsys: pytest.CaptureFixtur
     begun = Begun(lease, Delivery(lease.id, uuid4(), uuid4(), "api", None, uuid4(), "text", now, 1), 0)
     outcome = outcome_of(Answer(200, body=body), DIALECT)
     events.attempted(Attempt(begun, outcome, timedelta(seconds=1), 0.0, now), "http")
-    events.lines.flush()
+    events.flush()
     (line,) = _lines(capsys)
     assert (line["event"], line["outcome"], line["status_code"]) == ("attempt", "sent", 200)
     assert line["odd"]
@@ -300,9 +307,7 @@ def test_the_console_format_escapes_control_characters(text: str, monkeypatch: p
         configure_logging("console", "info")
         get_logger("x").info(text, reason=text, spaced=f"{text} !", inner={"one": [text]})
         logging.getLogger("foreign").warning("said %s", text)
-        lines = Lines("y")
-        lines.info(text, reason=text)
-        lines.flush()
+        _batch("y", text, reason=text)
         get_logger("x").error(text, exc_info=ValueError(text))
         written = re.sub(r"\x1b\[\d*m", "", terminal.getvalue())
         assert escape(written, lines=True) == written
@@ -313,10 +318,8 @@ def test_the_console_format_escapes_control_characters(text: str, monkeypatch: p
 def test_json_lines_have_no_raw_control_characters(capsys: pytest.CaptureFixture[str]) -> None:
     """C1 and bidirectional control characters are escaped in JSON log lines."""
     configure_logging("json", "info")
-    lines = Lines("x")
-    for info in (get_logger("x").info, lines.info):
+    for info in (get_logger("x").info, partial(_batch, "x")):
         info("a", reason="\x9b31m \u202e \x7f")
-    lines.flush()
     written = capsys.readouterr().err
     assert written.replace("\n", "").isascii()
     assert "\x7f" not in written
@@ -324,14 +327,61 @@ def test_json_lines_have_no_raw_control_characters(capsys: pytest.CaptureFixture
 
 
 @pytest.mark.parametrize("value", ['say "no"\\\n\x00', "é\u200b", "", None, True, 7, 0.25, uuid4(), {"a": [1]}])
-def test_a_buffered_line_is_valid_json(value: object, capsys: pytest.CaptureFixture[str]) -> None:
-    """A buffered line contains each field unchanged, or as text if JSON has no suitable type."""
+def test_a_batchs_line_is_valid_json(value: object, capsys: pytest.CaptureFixture[str]) -> None:
+    """A batch's line contains each field unchanged, or as text if JSON has no suitable type."""
     configure_logging("json", "info")
-    lines = Lines("y")
-    lines.info("e", field=value)
-    lines.info("e")
-    lines.flush()
+    _batch("y", "e", field=value)
+    _batch("y", "e")
     first, second = _lines(capsys)
     assert first.pop("timestamp") <= second.pop("timestamp")
     assert first == {**second, "field": str(value) if isinstance(value, UUID) else value}
     assert second == {"level": "info", "logger": "y", "event": "e"}
+
+
+OUTCOMES = st.one_of(
+    st.builds(Sent, st.none(), st.none() | st.integers(0, 999), st.text()),
+    *(
+        st.builds(kind, st.text(), status_code=st.none() | st.integers(0, 999))
+        for kind in (Retry, Snoozed, Rejected, Unknown)
+    ),
+)
+
+
+@given(outcome=OUTCOMES, task_id=st.text(), seconds=st.timedeltas(), lag=st.timedeltas(timedelta(-9), timedelta(9)))
+def test_lines_of_attempts_and_transitions(outcome: Outcome, task_id: str, seconds: timedelta, lag: timedelta) -> None:
+    """The log line of each attempt and transition is exactly the JSON document of its fields, in the documented order.
+
+    Each line has the time at which its attempt ended.
+    """
+    configure_logging("json", "info")
+    due = datetime(2026, 1, 1, tzinfo=UTC)
+    delivery = Delivery(uuid4(), uuid4(), uuid4(), "api", None, uuid4(), "text", due, 1)
+    begun = Begun(Lease(delivery.follow_up_id, 1, due, task_id=task_id), delivery, 0)
+    before = datetime.now(UTC)
+    with redirect_stderr(io.StringIO()) as written:
+        events.attempted(Attempt(begun, outcome, seconds, 0.0, due + lag), "http")
+        after = datetime.now(UTC)
+        time.sleep(0.00001)
+        events.ended([(delivery.follow_up_id, finish(Status.FAILED, ReasonCode.REJECTED, task_id))])
+    attempt, transition = written.getvalue().removesuffix("\n").split("\n")
+    assert before <= datetime.fromisoformat(attempt[14:41]) <= after < datetime.fromisoformat(transition[14:41])
+    odd = {"odd": outcome.detail} if isinstance(outcome, Sent) and outcome.detail else {}
+    fields = {
+        "follow_up_id": delivery.follow_up_id,
+        "chat_id": delivery.chat_id,
+        "workspace_id": delivery.workspace_id,
+        "attempt": 1,
+        "outcome": type(outcome).__name__.lower(),
+        "status_code": outcome.status_code,
+        "duration_ms": round(seconds.total_seconds() * 1000, 2),
+        "lag_ms": round(lag.total_seconds() * 1000, 2),
+        "task_id": task_id,
+    }
+    assert attempt == _document(attempt[14:41], "attempt", fields | odd)
+    ended = {"follow_up_id": delivery.follow_up_id, "status": "failed", "code": "rejected"}
+    assert transition == _document(transition[14:41], "transition", ended)
+
+
+def _document(timestamp: str, event: str, fields: dict[str, object]) -> str:
+    shared = {"timestamp": timestamp, "level": "info", "logger": events.__name__, "event": event}
+    return escape_json(encode_json(shared | fields).decode())

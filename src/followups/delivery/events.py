@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections import Counter
+from collections import Counter, deque
+from contextlib import suppress
 from dataclasses import dataclass
-from functools import cache
 from typing import TYPE_CHECKING
 
 from sqlalchemy.exc import DBAPIError
@@ -15,24 +15,24 @@ from followups.database_errors import is_passing, is_read_only, unfit
 from followups.delivery.send import OUTCOME_NAMES
 from followups.states import FINAL, code_of
 from followups.telemetry import metrics, traces
-from followups.telemetry.logs import Lines, get_logger
+from followups.telemetry.logs import get_logger, log_batch
 from followups.transports.port import Sent
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Iterator
     from uuid import UUID
 
+    import prometheus_client
     from sqlalchemy import Engine
 
     from followups.delivery.attempts import Attempt, BatchResult, Begun
     from followups.states import Final
     from followups.store.claims import Claim
+    from followups.telemetry.logs import Line
 
 log = get_logger(__name__)
-lines = Lines(__name__)
-
-# The counters are cached, because looking up a counter takes longer than incrementing it.
-_attempts = cache(metrics.ATTEMPTS.labels)
+_attempts: deque[tuple[int, Attempt, str]] = deque()
+"""Attempts to be logged, each with its time in nanoseconds since 1970 and the name of its transport."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,31 +53,11 @@ does not write to the database succeeds even on a read-only server.
 
 
 def attempted(attempt: Attempt, transport: str) -> None:
-    """Log and count one call of the transport.
+    """Collect one call of the transport, which `flush` counts and logs.
 
-    The text of the transport's answer is left out, because it may quote the message.
+    In a loaded worker, a line takes half the time in a batch, because its code is already in the processor's cache.
     """
-    delivery = attempt.begun.delivery
-    outcome = OUTCOME_NAMES[type(attempt.outcome)]
-    seconds = attempt.duration.total_seconds()
-    # The transport describes an unusual but accepted response without quoting its text.
-    odd = {"odd": attempt.outcome.detail} if isinstance(attempt.outcome, Sent) and attempt.outcome.detail else {}
-    lag = (attempt.answered_at - delivery.due_date).total_seconds()
-    _attempts(transport, outcome).inc()
-    metrics.ATTEMPT_DURATION.observe(seconds)
-    lines.info(
-        "attempt",
-        follow_up_id=delivery.follow_up_id,
-        chat_id=delivery.chat_id,
-        workspace_id=delivery.workspace_id,
-        attempt=delivery.attempt,
-        outcome=outcome,
-        status_code=attempt.outcome.status_code,
-        duration_ms=round(seconds * 1000, 2),
-        lag_ms=round(lag * 1000, 2),
-        task_id=attempt.begun.lease.task_id,
-        **odd,
-    )
+    _attempts.append((time.time_ns(), attempt, transport))
 
 
 def abandoned(begun: Begun) -> None:
@@ -88,7 +68,7 @@ def abandoned(begun: Begun) -> None:
 
 def ended(ends: Iterable[tuple[UUID, Final]]) -> None:
     """Log follow-ups that ended without an attempt."""
-    _transitions((follow_up_id, final.status, final.reason) for follow_up_id, final in ends)
+    flush((follow_up_id, final.status, final.reason) for follow_up_id, final in ends)
 
 
 def settled(step: BatchResult) -> None:
@@ -96,10 +76,8 @@ def settled(step: BatchResult) -> None:
     if step.stale:
         metrics.STALE_WRITES.inc(step.stale)
         log.warning("stale_writes", count=step.stale)
-    for one in step.settled:
-        if one.lag is not None:
-            metrics.LAG.observe(max(one.lag, 0.0))
-    _transitions((one.id, one.status, one.reason) for one in step.settled if one.status in FINAL)
+    metrics.LAG.observe(*[max(one.lag, 0.0) for one in step.settled if one.lag is not None])
+    flush((one.id, one.status, one.reason) for one in step.settled if one.status in FINAL)
 
 
 def claimed(claim: Claim, seconds: float) -> None:
@@ -180,13 +158,52 @@ def broker_unreachable(step: str, error: Exception) -> None:
     log.warning("broker_unreachable", step=step, error=type(error).__name__)
 
 
-def _transitions(ends: Iterable[tuple[UUID, str, str | None]]) -> None:
-    counts: Counter[tuple[str, str]] = Counter()
-    bound = get_contextvars()  # in a web process, the log context of the request
-    for follow_up_id, status, reason in ends:
-        code = code_of(reason)
-        counts[status, code] += 1
-        lines.info("transition", **bound | {"follow_up_id": follow_up_id, "status": status, "code": code})
-    for labels, number in counts.items():
-        metrics.TRANSITIONS.labels(*labels).inc(number)
-    lines.flush()
+def flush(ends: Iterable[tuple[UUID, str, str | None]] = ()) -> None:
+    """Count and log the collected attempts, and then the follow-ups that ended."""
+    batch: dict[str, Iterable[Line]] = {}
+    if attempts := list(_collected()):
+        metrics.ATTEMPT_DURATION.observe(*[one.duration.total_seconds() for _, one, _ in attempts])
+        _count(metrics.ATTEMPTS, [(transport, OUTCOME_NAMES[type(one.outcome)]) for _, one, transport in attempts])
+        batch["attempt"] = ((at, _fields(attempt)) for at, attempt, _ in attempts)
+    # An enum member would take 1.3 us longer to encode.
+    if transitions := [(follow_up_id, str(status), code_of(reason)) for follow_up_id, status, reason in ends]:
+        _count(metrics.TRANSITIONS, [(status, code) for _, status, code in transitions])
+        bound = get_contextvars()  # in a web process, the log context of the request
+        batch["transition"] = (
+            (time.time_ns(), {**bound, "follow_up_id": follow_up_id, "status": status, "code": code})
+            for follow_up_id, status, code in transitions
+        )
+    log_batch(__name__, batch)
+
+
+def _collected() -> Iterator[tuple[int, Attempt, str]]:
+    with suppress(IndexError):  # the deque is empty, perhaps because another thread has flushed it
+        while True:
+            yield _attempts.popleft()
+
+
+def _count(counter: prometheus_client.Counter, labels: Iterable[tuple[str, str]]) -> None:
+    for each, number in Counter(labels).items():
+        counter.labels(*each).inc(number)
+
+
+def _fields(attempt: Attempt) -> dict[str, object]:
+    """Return an attempt's log fields.
+
+    The text of the transport's answer is left out, because it may quote the message.
+    """
+    delivery, outcome = attempt.begun.delivery, attempt.outcome
+    # The transport describes an unusual but accepted response without quoting its text.
+    odd = {"odd": outcome.detail} if isinstance(outcome, Sent) and outcome.detail else {}
+    return {
+        "follow_up_id": delivery.follow_up_id,
+        "chat_id": delivery.chat_id,
+        "workspace_id": delivery.workspace_id,
+        "attempt": delivery.attempt,
+        "outcome": OUTCOME_NAMES[type(outcome)],
+        "status_code": outcome.status_code,
+        "duration_ms": round(attempt.duration.total_seconds() * 1000, 2),
+        "lag_ms": round((attempt.answered_at - delivery.due_date).total_seconds() * 1000, 2),
+        "task_id": attempt.begun.lease.task_id,
+        **odd,
+    }

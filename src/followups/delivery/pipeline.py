@@ -132,7 +132,7 @@ class Pipeline:
             return 0
         self.stop_beginning()
         self._thread.join(limit.total_seconds())
-        events.lines.flush()  # this also writes the log lines of unsettled results
+        events.flush()  # this also writes the log lines of unsettled results
         return len(self._settler) + len(self._tasks)
 
     def _run_loop(self) -> None:
@@ -145,7 +145,7 @@ class Pipeline:
             # other workers take them over.
             os.kill(os.getpid(), signal.SIGTERM)
         finally:
-            events.lines.flush()
+            events.flush()
             self._loop.close()
 
     # The following methods run in the event loop.

@@ -112,7 +112,7 @@ class Settler:
             if len(self._attempts) < ENOUGH and not self._closed:
                 await asyncio.sleep(self._gather.total_seconds())
             if batch := self._attempts[:SETTLE_BATCH]:
-                events.lines.flush()
+                events.flush()
                 await self._record(batch)
                 del self._attempts[: len(batch)]
                 self._recorded.set()
@@ -133,7 +133,7 @@ class Settler:
             except Exception as error:  # noqa: BLE001 - whatever it was, the results must not be lost
                 events.failed("settle", error, self._engine.sync_engine)
                 # write the collected log lines now, because an outage may be long
-                events.lines.flush()
+                events.flush()
                 if not is_passing(error):
                     await self._record_apart(batch)
                     return
