@@ -137,7 +137,7 @@ def _claim(settings: Settings, look: claims.ClaimSearch, take: Take, connection:
     tick = last_tick.begin(connection, rhythm_of(settings))
     if tick is None:
         return Claim((), (), (), more=False, cut_short=False, low_water=look.since, busy=True)
-    claimed = take(connection, replace(look, in_grace=tick.in_grace))
+    claimed = take(connection, look._replace(in_grace=tick.in_grace))
     _record_lost(connection, claimed.lost)
     ended = _end_lost(connection, claimed.lost, settings)
     return replace(

@@ -16,7 +16,7 @@ due follow-ups, each step of a batch took seconds.
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -72,8 +72,7 @@ class Claim:
     """Whether the claim read nothing because another dispatcher was claiming at the same time."""
 
 
-@dataclass(frozen=True, slots=True)
-class ClaimSearch:
+class ClaimSearch(NamedTuple):
     """A claim's search range: rows that fall due within ``ahead``, but not before ``since``.
 
     A claim takes up to ``most`` follow-ups and leases them for ``lease``. At most ``window`` follow-ups are in flight.
@@ -191,7 +190,7 @@ def claim_fairly(connection: Connection, look: ClaimSearch) -> Claim:
 
 
 def _parameters(look: ClaimSearch) -> dict[str, object]:
-    return asdict(look) | {"margin": LOW_WATER_MARGIN, "without": list(look.without)}
+    return look._asdict() | {"margin": LOW_WATER_MARGIN, "without": list(look.without)}
 
 
 def _claim_of(connection: Connection, found: Totals, claimed: Sequence[tuple[Any, ...]], look: ClaimSearch) -> Claim:

@@ -11,11 +11,14 @@ again.
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING
 
 from sqlalchemy import text
+
+from followups.event_loop import driver_rows
+from followups.statements import Statement
 
 if TYPE_CHECKING:
     from sqlalchemy import Connection
@@ -49,7 +52,7 @@ class Tick:
 # that the clock was set back. A recorded time less than a second ahead only means that two transactions began in the
 # opposite order. During a grace period, a short gap between ticks does not start another grace period. If it did, no
 # expired lease would ever be taken over on a machine where every tick is late.
-_BEGIN = text("""
+_BEGIN = Statement("""
     WITH state AS MATERIALIZED (
         SELECT id, last_tick_at,
                last_tick_at < now() - CAST(:longest_gap AS interval)
@@ -81,8 +84,9 @@ def begin(connection: Connection, rhythm: Rhythm) -> Tick | None:
     Returns None if another dispatcher is claiming. If the result is None, the caller must not claim, but should soon
     try to begin another tick.
     """
-    row = connection.execute(_BEGIN, asdict(rhythm) | {"frozen_after": FROZEN_AFTER}).one_or_none()
-    return Tick(row.in_grace) if row else None
+    parameters = {"longest_gap": rhythm.longest_gap, "grace": rhythm.grace, "frozen_after": FROZEN_AFTER}
+    rows = driver_rows(connection, _BEGIN, parameters)
+    return Tick(*rows[0]) if rows else None
 
 
 def ensure_recordable(connection: Connection) -> None:

@@ -158,6 +158,17 @@ CONSUMER = Consumer()
 class BrokerChannel(kombu_redis.Channel):
     """A kombu channel that drops unreadable entries, and closes its connections if Redis rejects a message."""
 
+    _pooled: Any = None
+
+    def _create_client(self, asynchronous: bool = False) -> Any:  # noqa: ANN401, FBT001, FBT002 - kombu's own
+        # kombu creates a client for each command, which takes as long as the command itself. A client without a
+        # connection of its own has no state, so it is kept as long as its pool.
+        if asynchronous:
+            return super()._create_client(asynchronous=True)
+        if self._pooled is None or self._pooled.connection_pool is not self.pool:
+            self._pooled = super()._create_client()
+        return self._pooled
+
     def _put(self, *arguments: Any, **named: Any) -> None:  # noqa: ANN401 - kombu's own
         try:
             super()._put(*arguments, **named)
