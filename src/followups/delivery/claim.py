@@ -81,12 +81,21 @@ def size_of_claim(window: int) -> int:
     return min(window, max(CLAIM_SIZE, window // 2), LARGEST_CLAIM)
 
 
-def claim(engine: Engine, settings: Settings, since: datetime | None = None, without: tuple[UUID, ...] = ()) -> Claim:
-    """Claim due follow-ups in one transaction, but none due before ``since``.
+def claim(
+    engine: Engine,
+    settings: Settings,
+    since: datetime | None = None,
+    without: tuple[UUID, ...] = (),
+    most: int | None = None,
+) -> Claim:
+    """Claim up to ``most`` due follow-ups in one transaction, but none due before ``since``.
 
-    The follow-ups in ``without`` are skipped.
+    The follow-ups in ``without`` are skipped. If ``most`` is None, the claim has its maximum size.
     """
-    return transact(engine, partial(_claim, settings, _search(settings, since, without), claims.claim))
+    look = _search(settings, since, without)
+    return transact(
+        engine, partial(_claim, settings, look._replace(most=min(look.most, most or look.most)), claims.claim)
+    )
 
 
 def claim_fairly(

@@ -16,7 +16,7 @@ due follow-ups, each step of a batch took seconds.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -61,6 +61,8 @@ class Claim:
     """Whether the claim reached its maximum size and left room in the in-flight window for another claim."""
     low_water: datetime | None
     """The due time from which the next claim may start, unless earlier rows are added."""
+    ahead: timedelta = timedelta(0)
+    """Time until the last of the leases is due. It is zero after a fair claim, which may leave earlier follow-ups."""
     ended: tuple[tuple[UUID, Final], ...] = ()
     """Follow-ups that lost their leases and must not be retried; they are not in ``leases``."""
     in_grace: bool = False
@@ -99,6 +101,7 @@ class Totals(NamedTuple):
     low_water: datetime | None
     taken: int
     """Number of rows that the claim could lease."""
+    claimed_at: datetime
 
 
 LOW_WATER_MARGIN = timedelta(seconds=10)
@@ -174,8 +177,11 @@ def claim(connection: Connection, look: ClaimSearch) -> Claim:
     """
     parameters = _parameters(look) | {"seen_most": look.window + look.most}
     totals, *claimed = driver_rows(connection, _CLAIM, parameters)
-    found = Totals(*totals[-4:])
-    return claim_fairly(connection, look) if found.unseen else _claim_of(connection, found, claimed, look)
+    found = Totals(*totals[-len(Totals._fields) :])
+    if found.unseen:
+        return claim_fairly(connection, look)
+    made = _claim_of(connection, found, claimed, look)
+    return replace(made, ahead=made.leases[-1].due - found.claimed_at) if made.leases else made
 
 
 def claim_fairly(connection: Connection, look: ClaimSearch) -> Claim:
@@ -186,7 +192,7 @@ def claim_fairly(connection: Connection, look: ClaimSearch) -> Claim:
     connection.execute(WITHOUT_SORTING)
     parameters = _parameters(look) | {"few": FEW, "stride": STRIDE}
     totals, *claimed = driver_rows(connection, _CLAIM_FAIRLY, parameters)
-    return _claim_of(connection, Totals(*totals[-4:]), claimed, look)
+    return _claim_of(connection, Totals(*totals[-len(Totals._fields) :]), claimed, look)
 
 
 def _parameters(look: ClaimSearch) -> dict[str, object]:
