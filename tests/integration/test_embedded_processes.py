@@ -196,9 +196,9 @@ def test_a_free_port_can_be_listened_on() -> None:
 
 
 def test_a_free_port_is_reserved() -> None:
-    """Before a server listens on a port from `free_port`, no socket that asks for any port gets it."""
+    """On Linux, a port from `free_port` is not given to a socket that binds to port 0."""
     reserved = {free_port() for _ in range(20)}
-    # without the reservation, 5,000 choices from some 7,000 ports would include one of these 20
+    # Without the reservation, some of 5,000 servers would almost certainly get one of these 20 ports.
     for _ in range(5_000):
         with socket.create_server(("127.0.0.1", 0)) as server:
             assert server.getsockname()[1] not in reserved

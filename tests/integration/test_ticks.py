@@ -232,14 +232,17 @@ class TestOneAtATime:
         assert claims_of_first_tick == 1
 
     @pytest.mark.parametrize(("due_in", "sizes"), [(100, [50, 50, 30]), (-1, [50, 80])])
-    def test_small_claims_in_good_time(
+    def test_claims_are_small_while_nothing_is_due_soon(
         self, world: World, engine: Engine, settings: Settings, due_in: float, sizes: list[int]
     ) -> None:
-        """Follow-ups that are not due soon are claimed in portions, and overdue ones as quickly as possible."""
+        """Follow-ups that are not due soon are claimed 50 at a time.
+
+        If a claim finds overdue follow-ups, the next claim takes all the rest.
+        """
         hints: list[Hint] = []
         dispatcher = Dispatcher(settings.model_copy(update={"tick_interval": MINUTE}), engine, hints.append)
         dispatcher.start()
-        dispatcher.tick()  # the first claim may have any size
+        dispatcher.tick()  # the size of the first claim is not limited, so it runs before there are follow-ups
         wait_until(lambda: world.scalar("SELECT last_tick_at IS NOT NULL FROM dispatcher_state"))
         world.burst([timedelta(seconds=due_in)] * 130)
         dispatcher.tick()
@@ -250,8 +253,8 @@ class TestOneAtATime:
     def test_a_tick_ends_the_pause(
         self, world: World, engine: Engine, settings: Settings, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        """A tick during the pause after a small claim starts the next claim immediately."""
-        monkeypatch.setattr(dispatcher_module, "AFTER_PORTION", 60.0)
+        """If a tick is requested during the pause after a small claim, the next claim starts immediately."""
+        monkeypatch.setattr(dispatcher_module, "SMALL_CLAIM_PAUSE", 60.0)
         rare = settings.model_copy(update={"tick_interval": MINUTE})
         hints: list[Hint] = []
         dispatcher = Dispatcher(rare, engine, hints.append)

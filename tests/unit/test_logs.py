@@ -82,7 +82,7 @@ def _lines(written: pytest.CaptureFixture[str] | io.StringIO) -> list[dict[str, 
     return [json.loads(line) for line in text.splitlines()]
 
 
-def _batch(logger: str, event: str, **fields: object) -> None:
+def _log_one(logger: str, event: str, **fields: object) -> None:
     log_batch(logger, {event: [(time.time_ns(), fields)]})
 
 
@@ -215,18 +215,18 @@ def test_a_full_stderr_raises_no_error(stderr: io.StringIO, monkeypatch: pytest.
         stderr.close()
     monkeypatch.setattr(sys, "stderr", stderr)
     get_logger("x").warning("one")
-    _batch("x", "many")
+    _log_one("x", "many")
 
 
 @pytest.mark.parametrize("form", ["json", "console"])
-def test_a_batchs_lines_have_the_usual_format(capsys: pytest.CaptureFixture[str], form: Any) -> None:
-    """A batch's log lines are written in the usual format if their level is high enough."""
+def test_batch_lines_have_the_usual_format(capsys: pytest.CaptureFixture[str], form: Any) -> None:
+    """A batch's lines have the same format as other lines, and are written only if level info is logged."""
     configure_logging(form, "warning")
-    _batch("x", "unheard")
+    _log_one("x", "not_logged")
     configure_logging(form, "info")
     get_logger("x").info("attempt", attempt=1, outcome="sent", status_code=None)
     alone = capsys.readouterr().err
-    _batch("x", "attempt", attempt=1, outcome="sent", status_code=None)
+    _log_one("x", "attempt", attempt=1, outcome="sent", status_code=None)
     gathered = capsys.readouterr().err
     assert re.sub(r"\d\S+Z", "now", gathered) == re.sub(r"\d\S+Z", "now", alone)
     assert gathered.count("\n") == 1
@@ -307,7 +307,7 @@ def test_the_console_format_escapes_control_characters(text: str, monkeypatch: p
         configure_logging("console", "info")
         get_logger("x").info(text, reason=text, spaced=f"{text} !", inner={"one": [text]})
         logging.getLogger("foreign").warning("said %s", text)
-        _batch("y", text, reason=text)
+        _log_one("y", text, reason=text)
         get_logger("x").error(text, exc_info=ValueError(text))
         written = re.sub(r"\x1b\[\d*m", "", terminal.getvalue())
         assert escape(written, lines=True) == written
@@ -318,7 +318,7 @@ def test_the_console_format_escapes_control_characters(text: str, monkeypatch: p
 def test_json_lines_have_no_raw_control_characters(capsys: pytest.CaptureFixture[str]) -> None:
     """C1 and bidirectional control characters are escaped in JSON log lines."""
     configure_logging("json", "info")
-    for info in (get_logger("x").info, partial(_batch, "x")):
+    for info in (get_logger("x").info, partial(_log_one, "x")):
         info("a", reason="\x9b31m \u202e \x7f")
     written = capsys.readouterr().err
     assert written.replace("\n", "").isascii()
@@ -327,11 +327,11 @@ def test_json_lines_have_no_raw_control_characters(capsys: pytest.CaptureFixture
 
 
 @pytest.mark.parametrize("value", ['say "no"\\\n\x00', "é\u200b", "", None, True, 7, 0.25, uuid4(), {"a": [1]}])
-def test_a_batchs_line_is_valid_json(value: object, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_batch_line_is_valid_json(value: object, capsys: pytest.CaptureFixture[str]) -> None:
     """A batch's line contains each field unchanged, or as text if JSON has no suitable type."""
     configure_logging("json", "info")
-    _batch("y", "e", field=value)
-    _batch("y", "e")
+    _log_one("y", "e", field=value)
+    _log_one("y", "e")
     first, second = _lines(capsys)
     assert first.pop("timestamp") <= second.pop("timestamp")
     assert first == {**second, "field": str(value) if isinstance(value, UUID) else value}
@@ -347,11 +347,11 @@ OUTCOMES = st.one_of(
 )
 
 
-@given(outcome=OUTCOMES, task_id=st.text(), seconds=st.timedeltas(), lag=st.timedeltas(timedelta(-9), timedelta(9)))
-def test_lines_of_attempts_and_transitions(outcome: Outcome, task_id: str, seconds: timedelta, lag: timedelta) -> None:
-    """The log line of each attempt and transition is exactly the JSON document of its fields, in the documented order.
+@given(outcome=OUTCOMES, task_id=st.text(), duration=st.timedeltas(), lag=st.timedeltas(timedelta(-9), timedelta(9)))
+def test_lines_of_attempts_and_transitions(outcome: Outcome, task_id: str, duration: timedelta, lag: timedelta) -> None:
+    """The log line of each attempt and transition contains exactly its fields, in the documented order.
 
-    Each line has the time at which its attempt ended.
+    An attempt's line has the time of the attempt's end, and a transition's line the time at which it was logged.
     """
     configure_logging("json", "info")
     due = datetime(2026, 1, 1, tzinfo=UTC)
@@ -359,9 +359,9 @@ def test_lines_of_attempts_and_transitions(outcome: Outcome, task_id: str, secon
     begun = Begun(Lease(delivery.follow_up_id, 1, due, task_id=task_id), delivery, 0)
     before = datetime.now(UTC)
     with redirect_stderr(io.StringIO()) as written:
-        events.attempted(Attempt(begun, outcome, seconds, 0.0, due + lag), "http")
+        events.attempted(Attempt(begun, outcome, duration, 0.0, due + lag), "http")
         after = datetime.now(UTC)
-        time.sleep(0.00001)
+        time.sleep(0.00001)  # so that the transition has a later time
         events.ended([(delivery.follow_up_id, finish(Status.FAILED, ReasonCode.REJECTED, task_id))])
     attempt, transition = written.getvalue().removesuffix("\n").split("\n")
     assert before <= datetime.fromisoformat(attempt[14:41]) <= after < datetime.fromisoformat(transition[14:41])
@@ -373,7 +373,7 @@ def test_lines_of_attempts_and_transitions(outcome: Outcome, task_id: str, secon
         "attempt": 1,
         "outcome": type(outcome).__name__.lower(),
         "status_code": outcome.status_code,
-        "duration_ms": round(seconds.total_seconds() * 1000, 2),
+        "duration_ms": round(duration.total_seconds() * 1000, 2),
         "lag_ms": round(lag.total_seconds() * 1000, 2),
         "task_id": task_id,
     }

@@ -1,4 +1,4 @@
-"""The histogram counts exactly as the Prometheus client's own histogram does."""
+"""The histogram has the same samples as that of prometheus_client, except for the time of its creation."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from hypothesis import strategies as st
 from followups.telemetry import metrics
 
 BUCKETS = (0.001, 0.5, 1, 60, 86400)
-NUMBERS = count()
+UNIQUE = count()
 
 VALUES = st.lists(st.sampled_from(BUCKETS) | st.floats(0, 1e6))
 
 
 @given(batches=st.lists(VALUES))
-def test_the_histogram_has_the_samples_of_the_librarys(batches: list[list[float]]) -> None:
-    """Batches of values result in the same samples as the library's histogram has after the same values one by one."""
-    name = f"tested_{next(NUMBERS)}_seconds"
+def test_the_histogram_matches_that_of_prometheus_client(batches: list[list[float]]) -> None:
+    """Recording values in batches gives the same samples as recording them one by one with prometheus_client."""
+    name = f"tested_{next(UNIQUE)}_seconds"
     ours = metrics.Histogram(name, "Duration of a test.", BUCKETS)
     theirs = prometheus_client.Histogram(name, "Duration of a test.", buckets=BUCKETS, registry=None)
     try:

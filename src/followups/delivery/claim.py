@@ -38,7 +38,10 @@ AHEAD_TICKS = 2
 """Number of tick intervals that a claim covers, so that one late tick delays no follow-up."""
 
 CLAIM_SIZE = 1000
-"""The maximum size of a claim is at least this many rows, unless the in-flight limit is lower."""
+"""The size limit of claims is at least this many rows, unless the in-flight limit is lower.
+
+While nothing is due soon, the dispatcher makes smaller claims.
+"""
 LARGEST_CLAIM = 10_000
 """Maximum number of rows in one claim. A claim of the maximum size takes up to 0.2 s. The first rows of a claim are
 sent while the next claim runs.
@@ -88,14 +91,14 @@ def claim(
     without: tuple[UUID, ...] = (),
     most: int | None = None,
 ) -> Claim:
-    """Claim up to ``most`` due follow-ups in one transaction, but none due before ``since``.
+    """Claim, in one transaction, follow-ups that fall due at or after ``since``, the earliest first.
 
-    The follow-ups in ``without`` are skipped. If ``most`` is None, the claim has its maximum size.
+    The follow-ups in ``without`` are skipped. At most ``most`` follow-ups are claimed, and at most `size_of_claim`.
     """
-    look = _search(settings, since, without)
-    return transact(
-        engine, partial(_claim, settings, look._replace(most=min(look.most, most or look.most)), claims.claim)
-    )
+    search = _search(settings, since, without)
+    if most is not None:
+        search = search._replace(most=min(search.most, most))
+    return transact(engine, partial(_claim, settings, search, claims.claim))
 
 
 def claim_fairly(
@@ -103,7 +106,7 @@ def claim_fairly(
 ) -> Claim:
     """Claim due follow-ups, starting with the workspaces that have the fewest in flight.
 
-    A fair claim is used after a claim that did not lease all due follow-ups.
+    A fair claim is used after a claim that may have left follow-ups that are due soon.
     """
     return transact(engine, partial(_claim, settings, _search(settings, since, without), claims.claim_fairly))
 

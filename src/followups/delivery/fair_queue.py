@@ -46,6 +46,10 @@ class FairQueue:
         """
         self._latest_at = self._others_at = -inf
 
+    def __len__(self) -> int:
+        """Return the number of leases in all workspace queues."""
+        return sum(map(len, self._queues.values()))
+
     def note_arrival(self, key: int, now: float) -> None:
         """Record that a lease of the workspace ``key`` arrived at the time ``now`` (`uptime`)."""
         if key != self._latest:

@@ -132,7 +132,7 @@ class Pipeline:
             return 0
         self.stop_beginning()
         self._thread.join(limit.total_seconds())
-        events.flush()  # this also writes the log lines of unsettled results
+        events.flush()  # this counts and logs the attempts whose results were not settled
         return len(self._settler) + len(self._tasks)
 
     def _run_loop(self) -> None:

@@ -37,14 +37,14 @@ if TYPE_CHECKING:
 SETTLE_BATCH = 500
 """The largest number of rows in one statement. A larger statement would take longer without saving time per row.
 
-A full batch is recorded immediately.
+If this many results are waiting, they are recorded without a further wait. If 100 were enough, a follow-up would take a
+tenth more processor time during a backlog.
 """
 GATHER = timedelta(milliseconds=30)
-"""How long results are gathered before one statement records all of them.
+"""How long results are gathered before one statement records up to `SETTLE_BATCH` of them.
 
-A batch of 100 was formerly recorded immediately. During a backlog, larger batches save a tenth of the processor time.
 
-The wait delays only the chat's next follow-up. If the worker is killed, the gathered results are lost, and their
+The wait delays only the next follow-up of each chat. If the worker is killed, the gathered results are lost, and their
 messages are sent again under the same keys. Gathering results takes no longer than a quick call to the receiver.
 """
 SHORT_GATHER = timedelta(milliseconds=5)
@@ -135,7 +135,7 @@ class Settler:
                 break
             except Exception as error:  # noqa: BLE001 - whatever it was, the results must not be lost
                 events.failed("settle", error, self._engine.sync_engine)
-                # write the collected log lines now, because an outage may be long
+                # count and log the collected attempts now, because an outage may be long
                 events.flush()
                 if not is_passing(error):
                     await self._record_apart(batch)

@@ -136,13 +136,16 @@ def answers(url: str) -> Callable[[], bool]:
 
 
 def free_port() -> int:
-    """Return a free TCP port of the loopback interface; on Linux, the port is reserved until this process ends."""
+    """Return a free TCP port of the loopback interface.
+
+    On Linux, the port stays reserved until this process ends, so each call keeps one socket open.
+    """
     with socket.socket() as reserved:
         reserved.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         reserved.bind(("127.0.0.1", 0))
         port = int(reserved.getsockname()[1])
-        # While this socket is open, the kernel gives its port to no other socket that asks for any port. On Linux, a
-        # server that sets SO_REUSEADDR can listen on the port all the same, so the socket is never closed.
+        # While this socket is open, the kernel does not give its port to a socket that binds to port 0. On Linux, a
+        # server with SO_REUSEADDR can still listen on the port. Detached, the socket stays open until the process ends.
         if sys.platform == "linux":
             reserved.detach()
     return port

@@ -61,8 +61,11 @@ class Claim:
     """Whether the claim reached its maximum size and left room in the in-flight window for another claim."""
     low_water: datetime | None
     """The due time from which the next claim may start, unless earlier rows are added."""
-    ahead: timedelta = timedelta(0)
-    """Time until the last of the leases is due. It is zero after a fair claim, which may leave earlier follow-ups."""
+    last_due_in: timedelta = timedelta(0)
+    """Time from the claim until its last lease is due; negative if that lease is overdue.
+
+    It is zero without leases, and after a fair claim, which may leave follow-ups that are due before its last lease.
+    """
     ended: tuple[tuple[UUID, Final], ...] = ()
     """Follow-ups that lost their leases and must not be retried; they are not in ``leases``."""
     in_grace: bool = False
@@ -101,7 +104,8 @@ class Totals(NamedTuple):
     low_water: datetime | None
     taken: int
     """Number of rows that the claim could lease."""
-    claimed_at: datetime
+    started_at: datetime
+    """When the claim's transaction began, by the database's clock."""
 
 
 LOW_WATER_MARGIN = timedelta(seconds=10)
@@ -173,15 +177,15 @@ def try_to_lease(connection: Connection, ids: Sequence[UUID]) -> list[Lost]:
 def claim(connection: Connection, look: ClaimSearch) -> Claim:
     """Lease due follow-ups, the earliest first, and take over expired leases.
 
-    If ``more`` is true in the result, the caller should use `claim_fairly` next.
+    If ``more`` is true and the remaining follow-ups may be due soon, the caller should use `claim_fairly` next.
     """
     parameters = _parameters(look) | {"seen_most": look.window + look.most}
     totals, *claimed = driver_rows(connection, _CLAIM, parameters)
     found = Totals(*totals[-len(Totals._fields) :])
     if found.unseen:
         return claim_fairly(connection, look)
-    made = _claim_of(connection, found, claimed, look)
-    return replace(made, ahead=made.leases[-1].due - found.claimed_at) if made.leases else made
+    result = _claim_of(connection, found, claimed, look)
+    return replace(result, last_due_in=result.leases[-1].due - found.started_at) if result.leases else result
 
 
 def claim_fairly(connection: Connection, look: ClaimSearch) -> Claim:

@@ -24,10 +24,13 @@ COUNTED = CollectorRegistry()
 
 
 class Histogram(Collector):
-    """A histogram that takes a batch of values at once; the library's histogram takes 1 us for each value."""
+    """A histogram that records a batch of values in one call.
+
+    The histogram of prometheus_client records one value per call, which takes 1 us.
+    """
 
     def __init__(self, name: str, documentation: str, buckets: Sequence[float]) -> None:
-        """Register the histogram; ``buckets`` are the upper bounds of the buckets in ascending order."""
+        """Create and register the histogram; ``buckets`` are the upper bounds of the buckets in ascending order."""
         self._name, self._documentation = name, documentation
         self._bounds = (*buckets, inf)
         self._counts = [0.0] * len(self._bounds)
@@ -36,14 +39,14 @@ class Histogram(Collector):
         COUNTED.register(self)
 
     def observe(self, *values: float) -> None:
-        """Count each value in its bucket."""
+        """Record the values."""
         with self._lock:
             for value in values:
                 self._counts[bisect_left(self._bounds, value)] += 1
                 self._sum += value
 
     def collect(self) -> Iterator[HistogramMetricFamily]:
-        """Yield the histogram with cumulated buckets."""
+        """Yield the histogram with cumulative buckets."""
         with self._lock:
             counts, total = tuple(accumulate(self._counts)), self._sum
         buckets = tuple(zip(map(floatToGoString, self._bounds), counts, strict=True))

@@ -45,7 +45,7 @@ class HttpTransport:
 
     async def send(self, delivery: Delivery) -> Outcome:
         """Post the message once; if it was sent but not answered, the outcome is unknown."""
-        key = to_json(delivery.follow_up_id)[1:-1]  # without the quotation marks; str() takes three times as long
+        key = to_json(delivery.follow_up_id)[1:-1]  # without JSON's quotation marks; str() takes three times as long
         body = _body(delivery)
         return await self._client.deliver(self._url, self._headers(key, delivery.made_at, body), body, DIALECT)
 
@@ -77,16 +77,16 @@ def _body(delivery: Delivery) -> bytes:
         "externalChatId": delivery.external_chat_id,
         "triggerChatMessageId": delivery.trigger_chat_message_id,
         "message": delivery.message,
-        "dueDate": _utc(delivery.due_date),
+        "dueDate": _utc_text(delivery.due_date),
         "attempt": delivery.attempt,
     }
     return encode_json(document)
 
 
-def _utc(moment: datetime) -> str:
-    """Return the time in UTC with six decimals."""
+def _utc_text(moment: datetime) -> str:
+    """Return the time as text in UTC, with six decimal places."""
     moment = moment.astimezone(UTC)
-    if moment.microsecond:  # pydantic is twice as fast as `isoformat`, but omits decimals that are all 0
+    if moment.microsecond:  # pydantic is twice as fast as `isoformat`, but omits the decimals if all are 0
         return to_json(moment)[1:-1].decode()
     return moment.isoformat(timespec="microseconds").replace("+00:00", "Z")
 

@@ -7,8 +7,9 @@ in one of the five outcomes. Third parties register their own transports as entr
 
 from __future__ import annotations
 
+import typing
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 if TYPE_CHECKING:
     from datetime import datetime, timedelta
@@ -21,20 +22,20 @@ if TYPE_CHECKING:
 class Delivery:
     """One attempt to deliver a message into a chat. ``attempt`` counts from 1.
 
-    Transports must not change a delivery. Type checkers enforce this rule. The dataclass is not frozen, because the
-    pipeline creates a delivery for every call, and a frozen one takes 1.4 us instead of 0.2 us.
+    Transports must not change a delivery; type checkers report any change. The dataclass is not frozen, because
+    creating a frozen instance takes 1.4 us instead of 0.2 us, and every call needs one.
     """
 
-    follow_up_id: Final[UUID]
+    follow_up_id: typing.Final[UUID]
     """The follow-up's id, which is also the idempotency key of every attempt."""
-    workspace_id: Final[UUID]
-    chat_id: Final[UUID]
-    channel: Final[str]
-    external_chat_id: Final[str | None]
-    trigger_chat_message_id: Final[UUID]
-    message: Final[str]
-    due_date: Final[datetime]
-    attempt: Final[int]
+    workspace_id: typing.Final[UUID]
+    chat_id: typing.Final[UUID]
+    channel: typing.Final[str]
+    external_chat_id: typing.Final[str | None]
+    trigger_chat_message_id: typing.Final[UUID]
+    message: typing.Final[str]
+    due_date: typing.Final[datetime]
+    attempt: typing.Final[int]
     made_at: datetime | None = None
     """Time at which the transport was called, by the database's clock.
 

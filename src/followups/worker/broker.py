@@ -158,16 +158,16 @@ CONSUMER = Consumer()
 class BrokerChannel(kombu_redis.Channel):
     """A kombu channel that drops unreadable entries, and closes its connections if Redis rejects a message."""
 
-    _pooled: Any = None
+    _reused_client: Any = None
 
     def _create_client(self, asynchronous: bool = False) -> Any:  # noqa: ANN401, FBT001, FBT002 - kombu's own
-        # kombu creates a client for each command, which takes as long as the command itself. A client without a
-        # connection of its own has no state, so it is kept as long as its pool.
+        # By default, kombu creates a client for each command, and creating it takes as long as the command. A client
+        # that borrows connections from a pool has no state, so one client is used until the pool is replaced.
         if asynchronous:
             return super()._create_client(asynchronous=True)
-        if self._pooled is None or self._pooled.connection_pool is not self.pool:
-            self._pooled = super()._create_client()
-        return self._pooled
+        if self._reused_client is None or self._reused_client.connection_pool is not self.pool:
+            self._reused_client = super()._create_client()
+        return self._reused_client
 
     def _put(self, *arguments: Any, **named: Any) -> None:  # noqa: ANN401 - kombu's own
         try:

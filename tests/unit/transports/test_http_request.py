@@ -61,7 +61,7 @@ async def test_a_whole_second_is_written_like_any_other_time() -> None:
 
 
 async def test_a_message_with_half_a_surrogate_pair_leaves_the_other_fields_unchanged() -> None:
-    """UTF-8 cannot represent the message, so another encoder writes the body. The time keeps its format."""
+    """If the standard library encodes the body, because pydantic cannot, ``dueDate`` keeps its format."""
     request = await requested(a_delivery(message="\ud800", due_date=datetime(2026, 3, 1, microsecond=5, tzinfo=UTC)))
     body = json.loads(request.body)
     assert (body["message"], body["dueDate"]) == ("?", "2026-03-01T00:00:00.000005Z")
