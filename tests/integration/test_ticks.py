@@ -12,7 +12,6 @@ from pydantic import SecretStr
 from sqlalchemy import make_url, text
 
 from followups.delivery import claim_interval
-from followups.delivery import dispatcher as dispatcher_module
 from followups.delivery.attempts import Attempt
 from followups.delivery.begin import begin
 from followups.delivery.claim import claim, rhythm_of
@@ -230,45 +229,6 @@ class TestOneAtATime:
         wait_until(lambda: len(hints) > claims_of_first_tick)
         dispatcher.stop()
         assert claims_of_first_tick == 1
-
-    @pytest.mark.parametrize(("due_in", "sizes"), [(100, [50, 50, 30]), (-1, [50, 80])])
-    def test_claims_are_small_while_nothing_is_due_soon(
-        self, world: World, engine: Engine, settings: Settings, due_in: float, sizes: list[int]
-    ) -> None:
-        """Follow-ups that are not due soon are claimed 50 at a time.
-
-        If a claim finds overdue follow-ups, the next claim takes all the rest.
-        """
-        hints: list[Hint] = []
-        dispatcher = Dispatcher(settings.model_copy(update={"tick_interval": MINUTE}), engine, hints.append)
-        dispatcher.start()
-        dispatcher.tick()  # the size of the first claim is not limited, so it runs before there are follow-ups
-        wait_until(lambda: world.scalar("SELECT last_tick_at IS NOT NULL FROM dispatcher_state"))
-        world.burst([timedelta(seconds=due_in)] * 130)
-        dispatcher.tick()
-        wait_until(lambda: sum(len(hint.entries) for hint in hints) == 130)
-        dispatcher.stop()
-        assert [len(hint.entries) for hint in hints] == sizes
-
-    def test_a_tick_ends_the_pause(
-        self, world: World, engine: Engine, settings: Settings, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        """If a tick is requested during the pause after a small claim, the next claim starts immediately."""
-        monkeypatch.setattr(dispatcher_module, "SMALL_CLAIM_PAUSE", 60.0)
-        rare = settings.model_copy(update={"tick_interval": MINUTE})
-        hints: list[Hint] = []
-        dispatcher = Dispatcher(rare, engine, hints.append)
-        dispatcher.start()
-        dispatcher.tick()
-        wait_until(lambda: world.scalar("SELECT last_tick_at IS NOT NULL FROM dispatcher_state"))
-        world.burst([timedelta(seconds=100)] * 70)
-        dispatcher.tick()
-        wait_until(lambda: hints)
-        time.sleep(0.1)
-        assert len(hints) == 1
-        dispatcher.tick()
-        wait_until(lambda: len(hints) == 2)
-        dispatcher.stop()
 
     def test_waits_and_claims_without_another_tick(self, world: World, engine: Engine, settings: Settings) -> None:
         """If another dispatcher is claiming, a dispatcher waits and then claims without a new tick."""

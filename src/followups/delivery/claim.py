@@ -38,10 +38,7 @@ AHEAD_TICKS = 2
 """Number of tick intervals that a claim covers, so that one late tick delays no follow-up."""
 
 CLAIM_SIZE = 1000
-"""The size limit of claims is at least this many rows, unless the in-flight limit is lower.
-
-While nothing is due soon, the dispatcher makes smaller claims.
-"""
+"""The maximum size of a claim is at least this many rows, unless the in-flight limit is lower."""
 LARGEST_CLAIM = 10_000
 """Maximum number of rows in one claim. A claim of the maximum size takes up to 0.2 s. The first rows of a claim are
 sent while the next claim runs.
@@ -84,21 +81,12 @@ def size_of_claim(window: int) -> int:
     return min(window, max(CLAIM_SIZE, window // 2), LARGEST_CLAIM)
 
 
-def claim(
-    engine: Engine,
-    settings: Settings,
-    since: datetime | None = None,
-    without: tuple[UUID, ...] = (),
-    most: int | None = None,
-) -> Claim:
-    """Claim, in one transaction, follow-ups that fall due at or after ``since``, the earliest first.
+def claim(engine: Engine, settings: Settings, since: datetime | None = None, without: tuple[UUID, ...] = ()) -> Claim:
+    """Claim due follow-ups in one transaction, but none due before ``since``.
 
-    The follow-ups in ``without`` are skipped. At most ``most`` follow-ups are claimed, and at most `size_of_claim`.
+    The follow-ups in ``without`` are skipped.
     """
-    search = _search(settings, since, without)
-    if most is not None:
-        search = search._replace(most=min(search.most, most))
-    return transact(engine, partial(_claim, settings, search, claims.claim))
+    return transact(engine, partial(_claim, settings, _search(settings, since, without), claims.claim))
 
 
 def claim_fairly(
@@ -106,7 +94,7 @@ def claim_fairly(
 ) -> Claim:
     """Claim due follow-ups, starting with the workspaces that have the fewest in flight.
 
-    A fair claim is used after a claim that may have left follow-ups that are due soon.
+    A fair claim is used after a claim that did not lease all due follow-ups.
     """
     return transact(engine, partial(_claim, settings, _search(settings, since, without), claims.claim_fairly))
 

@@ -69,7 +69,9 @@ async def send(
     started = uptime()
     if started > latest:
         return None
-    begun.delivery.made_at = clock.now()  # no copy is needed, because each delivery object is sent only once
+    # Each delivery object is sent only once, so its call time can be set without a copy. Copying a delivery object
+    # would take 2.5 us.
+    object.__setattr__(begun.delivery, "made_at", clock.now())
     with traces.attempt(begun.traceparent, partial(_described, begun, transport.name)) as note:
         outcome = await _call(transport, begun.delivery, limit)
         answered = uptime()

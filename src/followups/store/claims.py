@@ -16,7 +16,7 @@ due follow-ups, each step of a batch took seconds.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -61,11 +61,6 @@ class Claim:
     """Whether the claim reached its maximum size and left room in the in-flight window for another claim."""
     low_water: datetime | None
     """The due time from which the next claim may start, unless earlier rows are added."""
-    last_due_in: timedelta = timedelta(0)
-    """Time from the claim until its last lease is due; negative if that lease is overdue.
-
-    It is zero without leases, and after a fair claim, which may leave follow-ups that are due before its last lease.
-    """
     ended: tuple[tuple[UUID, Final], ...] = ()
     """Follow-ups that lost their leases and must not be retried; they are not in ``leases``."""
     in_grace: bool = False
@@ -104,8 +99,6 @@ class Totals(NamedTuple):
     low_water: datetime | None
     taken: int
     """Number of rows that the claim could lease."""
-    started_at: datetime
-    """When the claim's transaction began, by the database's clock."""
 
 
 LOW_WATER_MARGIN = timedelta(seconds=10)
@@ -177,15 +170,12 @@ def try_to_lease(connection: Connection, ids: Sequence[UUID]) -> list[Lost]:
 def claim(connection: Connection, look: ClaimSearch) -> Claim:
     """Lease due follow-ups, the earliest first, and take over expired leases.
 
-    If ``more`` is true and the remaining follow-ups may be due soon, the caller should use `claim_fairly` next.
+    If ``more`` is true in the result, the caller should use `claim_fairly` next.
     """
     parameters = _parameters(look) | {"seen_most": look.window + look.most}
     totals, *claimed = driver_rows(connection, _CLAIM, parameters)
-    found = Totals(*totals[-len(Totals._fields) :])
-    if found.unseen:
-        return claim_fairly(connection, look)
-    result = _claim_of(connection, found, claimed, look)
-    return replace(result, last_due_in=result.leases[-1].due - found.started_at) if result.leases else result
+    found = Totals(*totals[-4:])
+    return claim_fairly(connection, look) if found.unseen else _claim_of(connection, found, claimed, look)
 
 
 def claim_fairly(connection: Connection, look: ClaimSearch) -> Claim:
@@ -196,7 +186,7 @@ def claim_fairly(connection: Connection, look: ClaimSearch) -> Claim:
     connection.execute(WITHOUT_SORTING)
     parameters = _parameters(look) | {"few": FEW, "stride": STRIDE}
     totals, *claimed = driver_rows(connection, _CLAIM_FAIRLY, parameters)
-    return _claim_of(connection, Totals(*totals[-len(Totals._fields) :]), claimed, look)
+    return _claim_of(connection, Totals(*totals[-4:]), claimed, look)
 
 
 def _parameters(look: ClaimSearch) -> dict[str, object]:

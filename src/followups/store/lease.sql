@@ -40,8 +40,8 @@ SELECT NULL AS id, NULL AS lease_token, NULL AS due, NULL AS losses, NULL AS wor
        NULL AS lost, NULL AS attempts, NULL AS cancel_requested,
        looked.leased, looked.unseen,
        GREATEST(LEAST(looked.first, now()), timestamptz '0002-01-01') - CAST(:margin AS interval) AS low_water,
-       (SELECT count(*) FROM taken) AS taken, now() AS started_at
+       (SELECT count(*) FROM taken) AS taken
   FROM looked
  UNION ALL
-SELECT claimed.*, NULL, NULL, NULL, NULL, NULL FROM claimed
+SELECT claimed.*, NULL, NULL, NULL, NULL FROM claimed
  ORDER BY due NULLS FIRST, id

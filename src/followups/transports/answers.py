@@ -140,7 +140,7 @@ def _requested_delay(answer: Answer, dialect: Dialect) -> timedelta | None:
 
 def _document(body: bytes) -> Document:
     try:
-        document = from_json(body)
+        document = from_json(body, cache_strings="keys")  # ids are never repeated
     except ValueError:
         document = _decode(body)
     if document is ...:

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING
+from uuid import UUID
 
-from pydantic_core import SchemaValidator, core_schema, to_json
+from pydantic_core import to_json
 
 from followups.json_encoding import encode_json
 from followups.telemetry.traces import current_traceparent
@@ -18,13 +19,8 @@ from followups.transports.http_client import HttpClient
 from followups.transports.signing import Signer
 
 if TYPE_CHECKING:
-    from uuid import UUID
-
     from followups.settings import Settings
     from followups.transports.port import Delivery, Outcome
-
-_UUID = SchemaValidator(core_schema.uuid_schema())
-"""Parses a UUID in 0.2 us; the constructor of `UUID` takes 1.1 us."""
 
 
 class HttpTransport:
@@ -99,11 +95,10 @@ def _chat_message_id(document: Document) -> UUID | None:
             raise ValueError(message)
         return None
     try:
-        message_id: UUID = _UUID.validate_python(value)
-    except ValueError:
+        return UUID(value)  # type: ignore[arg-type]  # whatever JSON holds; what is no text is refused below
+    except (ValueError, AttributeError, TypeError):
         message = "chatMessageId in the answer is not a UUID"
         raise ValueError(message) from None
-    return message_id
 
 
 DIALECT = Dialect(message_id=_chat_message_id, requested_delay=lambda _document: None)
