@@ -385,3 +385,11 @@ def test_lines_of_attempts_and_transitions(outcome: Outcome, task_id: str, durat
 def _document(timestamp: str, event: str, fields: dict[str, object]) -> str:
     shared = {"timestamp": timestamp, "level": "info", "logger": events.__name__, "event": event}
     return escape_json(encode_json(shared | fields).decode())
+
+
+def test_lines_that_cannot_be_written_raise_no_error(capsys: pytest.CaptureFixture[str]) -> None:
+    """If a line cannot be written, deliveries continue, and the log reports the loss."""
+    configure_logging("json", "info")
+    not_final: Any = object()
+    events.ended([(uuid4(), not_final)])
+    assert [line["event"] for line in _lines(capsys)] == ["log_lines_lost"]

@@ -36,8 +36,8 @@ GATHER = timedelta(milliseconds=5)
 almost as much as a statement for fifty. `GATHER` is a third of `LEAD`.
 """
 ENOUGH_SLOTS = 0.95
-"""During a backlog, the next batch waits `GATHER` if a smaller share of all slots is free. With 0.4 instead of 0.95,
-batches were two thirds as large, and a follow-up took a sixth more processor time.
+"""If more leases are due than slots are free, the next batch waits `GATHER` while less than this share of all slots is
+free. With 0.4 instead of 0.75, a follow-up took a sixth more processor time; with 0.95, batches are larger still.
 """
 RETRY_DELAY = timedelta(milliseconds=50)
 """Delay before a retry of begin or settle; doubled after each failed begin."""

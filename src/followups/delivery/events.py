@@ -56,7 +56,8 @@ does not write to the database succeeds even on a read-only server.
 def attempted(attempt: Attempt, transport: str) -> None:
     """Collect one call of the transport; `flush` later counts and logs it.
 
-    In a loaded worker, logging in batches halves the time for a line, because the code stays in the processor's cache.
+    With cold caches, a line logged in a batch takes a third of the time. If the process crashes, attempts that were not
+    flushed are neither counted nor logged.
     """
     _attempts.append((time.time_ns(), attempt, transport))
 
@@ -68,12 +69,12 @@ def abandoned(begun: Begun) -> None:
 
 
 def ended(ends: Iterable[tuple[UUID, Final]]) -> None:
-    """Log follow-ups that ended without an attempt."""
+    """Count and log follow-ups that ended without an attempt, after the collected attempts."""
     flush((follow_up_id, final.status, final.reason) for follow_up_id, final in ends)
 
 
 def settled(step: BatchResult) -> None:
-    """Log the results of a batch of attempts."""
+    """Count and log the results of a batch of attempts, after the collected attempts."""
     if step.stale:
         metrics.STALE_WRITES.inc(step.stale)
         log.warning("stale_writes", count=step.stale)
@@ -160,7 +161,14 @@ def broker_unreachable(step: str, error: Exception) -> None:
 
 
 def flush(ends: Iterable[tuple[UUID, str, str | None]] = ()) -> None:
-    """Count and log the collected attempts, and then the ended follow-ups in ``ends``."""
+    """Count and log the collected attempts, and then the ended follow-ups in ``ends``; raise no exception."""
+    try:
+        _flush(ends)
+    except Exception as error:  # noqa: BLE001 - lines that cannot be written must not stop deliveries
+        log.error("log_lines_lost", error=type(error).__name__)  # noqa: TRY400 - the error may quote a message
+
+
+def _flush(ends: Iterable[tuple[UUID, str, str | None]]) -> None:
     batch: dict[str, Iterable[Line]] = {}
     if attempts := list(_collected()):
         metrics.ATTEMPT_DURATION.observe(*[one.duration.total_seconds() for _, one, _ in attempts])

@@ -140,7 +140,7 @@ def _requested_delay(answer: Answer, dialect: Dialect) -> timedelta | None:
 
 def _document(body: bytes) -> Document:
     try:
-        document = from_json(body, cache_strings="keys")  # ids are never repeated
+        document = from_json(body, cache_strings="keys")  # values such as ids do not repeat
     except ValueError:
         document = _decode(body)
     if document is ...:
@@ -156,7 +156,8 @@ def _decode(body: bytes) -> object:
     """Decode JSON with the standard library, or return ``...`` if the body is not JSON.
 
     Only bodies that pydantic rejects are decoded here. Pydantic is five times as fast, but rejects a byte order mark,
-    half a surrogate pair, and more than 200 levels of nesting.
+    half a surrogate pair, and more than about 200 levels of
+    nesting.
     """
     try:
         # `json.loads` would guess the encoding of the bytes
