@@ -19,14 +19,15 @@ def dropped(rig: Rig, figures: Figures, count: int, *, deduplicates: bool) -> No
     rig.beat()
     rig.sandbox(*() if deduplicates else ("--no-dedup",))
     rig.worker()
-    ids = rig.bulk(count, spread=1.0)
+    ids = rig.held(count)
     unlucky = rig.rng.sample(ids, count // 3)
     for follow_up in unlucky:
         rig.behave(rig.world.row(follow_up).chat_id, kind="drop", times=1)
+    rig.release(ids, spread=1.0)
     rig.settle_down(within=60)
     verdict = rig.verdict()
     dropped_answers = sum(one["outcome"] == "dropped" for one in rig.received())
-    assert dropped_answers > 0
+    assert dropped_answers == count // 3
     if deduplicates:
         assert verdict.ended == {"sent": count}
         assert verdict.repeated >= dropped_answers
