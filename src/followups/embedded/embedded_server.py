@@ -60,7 +60,8 @@ class EmbeddedServer(ABC):
         """Start the server and wait until it is ready. Raises `EmbeddedError`."""
         self._directory = make_temporary_directory(self._parent)
         try:
-            self._launch(self._directory)
+            self._server = Child(self._prepare(self._directory))
+            self._run(self._server)
         except BaseException:
             self.stop()
             raise
@@ -85,10 +86,6 @@ class EmbeddedServer(ABC):
     def kill(self) -> None:
         """Kill the server and its children with SIGKILL; `restart` starts it again."""
         self.child.kill()
-
-    def _launch(self, directory: Path) -> None:
-        self._server = Child(self._prepare(directory))
-        self._run(self._server)
 
     def _run(self, server: Child) -> None:
         server.start()
