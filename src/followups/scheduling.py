@@ -1,4 +1,4 @@
-"""The rules for creating, changing and cancelling follow-ups, whoever the caller is.
+"""The rules that every caller follows to create, change and cancel follow-ups.
 
 Each function works in the caller's own transaction and does not commit it. The row itself is the job, so nothing else
 has to be enqueued. The REST API and the command line call the same functions.

@@ -212,7 +212,7 @@ def result_settles_again(scene: Scene) -> None:
 
 
 def reply_in_flight_is_forgotten(scene: Scene) -> None:
-    """Let a user's reply arrive during an attempt that then fails."""
+    """Record a user's reply during an attempt that then fails."""
     chat_id = scene.world.chat()
     scene.world.follow_up(chat_id)
     (begun,) = scene.begin(scene.lease())

@@ -107,7 +107,7 @@ class DueQueue:
         return []
 
     def take(self, most: int, tripped: frozenset[int] = frozenset(), permits: int = 0) -> list[Lease]:
-        """Take up to ``most`` due leases from the queue, with a slot for each lease; return the leases.
+        """Dequeue up to ``most`` due leases, acquire a slot for each, and return the leases.
 
         Leases of possible poison pills are taken only within their quota. At most ``permits`` leases of ``tripped``
         workspaces are taken.

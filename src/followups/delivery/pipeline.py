@@ -151,7 +151,7 @@ class Pipeline:
     # The following methods run in the event loop.
 
     async def run(self) -> None:
-        """Take due leases, begin their attempts, send, and settle the outcomes, until the pipeline is drained."""
+        """Dequeue due leases, begin their attempts, send, and settle the outcomes, until the pipeline is drained."""
         await self._transport.open()
         if await self._upkeep.start(lambda: self._draining):
             # If one loop crashes, the other loops end too: a half-working worker is worse than none.
