@@ -254,11 +254,13 @@ def _by_key(
         found = connection.exec_driver_sql(f"EXPLAIN (ANALYZE, FORMAT JSON) {statement}", parameters).scalar_one()
         connection.rollback()
     for way, rows in read(found[0]["Plan"]):
-        assert way in {"Index Scan", "Index Only Scan", "Tid Scan"}, (way, statement)
+        assert way in SCANS, (way, statement)
         assert rows <= MOST, (rows, statement)
     assert set(looked_up(found[0]["Plan"])) <= {"pk_follow_ups"}, statement
 
 
+SCANS = {"Index Scan", "Index Only Scan", "Tid Scan"}
+"""Scans that read only the wanted rows, or those behind them in an index."""
 PARAMETER = re.compile(r"%\((\w+)\)s")
 
 
@@ -268,7 +270,7 @@ def _by_key_whatever_the_batch(engine: Engine, statement: str) -> None:
     numbered = PARAMETER.sub(lambda found: f"${names.index(found[1]) + 1}", statement)
     with engine.connect() as connection:
         plan = connection.exec_driver_sql(f"EXPLAIN (GENERIC_PLAN, FORMAT JSON) {numbered}").scalar_one()[0]["Plan"]
-    assert {way for way, _ in read(plan)} <= {"Index Scan", "Index Only Scan"}, statement
+    assert {way for way, _ in read(plan)} <= SCANS, statement
     assert set(looked_up(plan)) <= {"pk_follow_ups"}, statement
 
 

@@ -90,10 +90,9 @@ def _defer(engine: Engine, lease: Lease) -> None:
 
 def _begin(settings: Settings, batch: Sequence[Lease], connection: Connection) -> BatchResult:
     rules = Rules(settings.lease, settings.max_lateness, TOLERANCE)
-    by_id = {lease.id: lease for lease in batch}
     begun = tuple(
-        Begun(_as_stored(by_id[id_], token, due), Delivery(id_, *rest), snoozes, traceparent)
-        for id_, _, token, due, snoozes, traceparent, *rest in leases.begin_if_leased(connection, batch, rules)
+        Begun(_as_stored(batch[number - 1], token, due), Delivery(*rest), snoozes, traceparent)
+        for number, _, token, due, snoozes, traceparent, *rest in leases.begin_if_leased(connection, batch, rules)
     )
     if len(begun) == len(batch):
         return BatchResult(begun)

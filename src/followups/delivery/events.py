@@ -178,8 +178,9 @@ def _flush(ends: Iterable[tuple[UUID, str, str | None]]) -> None:
     if transitions := [(follow_up_id, str(status), code_of(reason)) for follow_up_id, status, reason in ends]:
         _count(metrics.TRANSITIONS, [(status, code) for _, status, code in transitions])
         bound = get_contextvars()  # in a web process, the log context of the request
+        now = time.time_ns()
         batch["transition"] = (
-            (time.time_ns(), {**bound, "follow_up_id": follow_up_id, "status": status, "code": code})
+            (now, {**bound, "follow_up_id": follow_up_id, "status": status, "code": code})
             for follow_up_id, status, code in transitions
         )
     log_batch(__name__, batch)

@@ -71,12 +71,14 @@ async def send(
         return None
     # Each delivery object is sent only once, so its call time can be set without a copy. Copying a delivery object
     # would take 2.5 us.
-    object.__setattr__(begun.delivery, "made_at", clock.now())
+    made_at = clock.now()
+    object.__setattr__(begun.delivery, "made_at", made_at)
     with traces.attempt(begun.traceparent, partial(_described, begun, transport.name)) as note:
         outcome = await _call(transport, begun.delivery, limit)
         answered = uptime()
         note({"followups.outcome": OUTCOME_NAMES[type(outcome)]}, failed=not isinstance(outcome, Sent))
-    return Attempt(begun, outcome, timedelta(seconds=answered - started), answered, clock.now())
+    duration = timedelta(seconds=answered - started)
+    return Attempt(begun, outcome, duration, answered, made_at + duration)
 
 
 async def _call(transport: Transport, delivery: Delivery, limit: CallTimeout) -> Outcome:

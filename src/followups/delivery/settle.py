@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from followups.retry_policy import RetryPolicy
     from followups.settings import Settings
     from followups.store.leases import Lease
+    from followups.store.settlement import SettledFollowUp
 
     Unblock = Callable[[Connection, Collection[UUID], timedelta], tuple[list[Lease], list[UUID]]]
 
@@ -192,13 +193,13 @@ def _record(
     connection: Connection,
 ) -> BatchResult:
     settled = settlement.settle_if_in_flight(connection, decided)
-    written = {one.id for one in settled}
-    failures = [failure for a in attempts if a.begun.lease.id in written and (failure := failure_of(a))]
+    missing = _not_among(settled, attempts)
+    lost = {lease.id for lease in missing}
+    failures = [failure for a in attempts if (failure := failure_of(a)) and failure.follow_up_id not in lost]
     for failure, error in settlement.record_failures(connection, failures):
         events.refused("record", failure.follow_up_id, error)
     ended = [one.id for one in settled if one.status in FINAL]
     unblocked, blocking = unblock(connection, ended, settings.lease)
-    missing = [a.begun.lease for a in attempts if a.begun.lease.id not in written]
     in_flight = settlement.still_in_flight(connection, missing) if missing else set()
     return BatchResult(
         settled=tuple(settled),
@@ -207,6 +208,14 @@ def _record(
         unblocked=tuple(unblocked),
         blocking=tuple(blocking),
     )
+
+
+def _not_among(settled: Sequence[SettledFollowUp], attempts: Sequence[Attempt]) -> list[Lease]:
+    """Return the leases of the attempts whose outcomes were not recorded."""
+    if len(settled) == len(attempts):
+        return []
+    written = {one.id for one in settled}
+    return [a.begun.lease for a in attempts if a.begun.lease.id not in written]
 
 
 def settlement_of(attempt: Attempt, policy: RetryPolicy, *, deduplicates: bool) -> Settlement:

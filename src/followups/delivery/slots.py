@@ -57,8 +57,9 @@ class Slots:
 
     def release_poison_quota(self, ids: Iterable[UUID]) -> None:
         """Release the quota of possible poison pills that were settled or did not begin."""
-        for one in ids:
-            self._poison_pills.pop(one, None)
+        if self._poison_pills:
+            for one in ids:
+                self._poison_pills.pop(one, None)
 
     def has_full_share(self, key: int) -> bool:
         """Return whether a workspace has all the slots that it may use while other workspaces are active."""

@@ -5,14 +5,14 @@
 UPDATE follow_ups f
    SET begun_at = now(), attempts = f.attempts + 1, lease_until = now() + CAST(:lease AS interval)
   FROM checked
- WHERE f.id = checked.id
+ WHERE f.ctid = checked.place
    AND NOT (chat_removed OR silence_broken OR taken_over OR window_closed OR too_late OR early OR behind_another
             OR paused OR outside_hours)
-RETURNING f.id, f.begun_at, f.lease_token,
+RETURNING checked.number, f.begun_at, f.lease_token,
           -- limited to years that Python supports: one other year, set by hand, would make the whole result unreadable
           LEAST(GREATEST(COALESCE(f.next_attempt_at, f.due_date), timestamptz '0002-01-01'),
                 timestamptz '9998-12-31') AS due,
           f.snoozes, f.traceparent,
           -- these columns are in the order of the fields of Delivery
-          f.workspace_id, f.chat_id, checked.channel, checked.external_id, f.trigger_chat_message_id, f.message,
+          f.id, f.workspace_id, f.chat_id, checked.channel, checked.external_id, f.trigger_chat_message_id, f.message,
           f.due_date, f.attempts

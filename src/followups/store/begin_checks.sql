@@ -16,7 +16,7 @@
 -- burst of inserts. A plan made while chats seemed empty scanned the whole table and locked the batch again for each
 -- chat; with 1,650 chats, a hundred follow-ups took more than 8 s to begin.
 WITH checked AS MATERIALIZED (
-    SELECT f.id, f.lease_token, f.workspace_id, f.chat_id, f.due_date, f.scheduled_at, f.sendable_from,
+    SELECT b.number, f.place, f.id, f.lease_token, f.workspace_id, f.chat_id, f.due_date, f.scheduled_at, f.sendable_from,
            c.channel, c.external_id, c.last_user_message_at,
            c.removed_at IS NOT NULL AS chat_removed,
            COALESCE(c.last_message_role = 'user', false) AS silence_broken,
@@ -51,12 +51,13 @@ WITH checked AS MATERIALIZED (
                                     AND GREATEST(now(), COALESCE(f.next_attempt_at, f.due_date)) < h.open_until)))
                AS outside_hours,
            GREATEST(now(), COALESCE(f.next_attempt_at, f.due_date)) AS send_time
-      FROM unnest(CAST(:ids AS uuid[]), CAST(:tokens AS bigint[])) AS b(id, token)
+      FROM unnest(CAST(:ids AS uuid[]), CAST(:tokens AS bigint[])) WITH ORDINALITY AS b(id, token, number)
      -- The lease must still be valid. A row locked by a caller's open transaction is skipped, reported, and tried
-     -- again, because one slow transaction must not delay other messages. The reason for checking finished_at instead
-     -- of status is given at OPEN in fragments.py.
+     -- again, because one slow transaction must not delay other messages. A row that was updated in the meantime has
+     -- another location (ctid), and is also tried again. The reason for checking finished_at instead of status is given
+     -- at OPEN in fragments.py.
      CROSS JOIN LATERAL (
-         SELECT f.* FROM follow_ups f
+         SELECT f.*, f.ctid AS place FROM follow_ups f
           WHERE f.id = b.id AND f.lease_token = b.token
             AND f.finished_at IS NULL AND f.begun_at IS NULL AND f.lease_until > now()
             FOR NO KEY UPDATE SKIP LOCKED

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from sqlalchemy import text
 
+from followups import binary_arrays
 from followups.event_loop import driver_rows
 from followups.halving import halve_within, halving_steps
 from followups.statements import Rule, Statement, run
@@ -214,7 +215,7 @@ def unblock_and_lease(
     """
     if not ended:
         return [], []
-    rows = driver_rows(connection, _UNBLOCK_AND_LEASE, {"ids": uuid_array(ended), "lease": lease})
+    rows = driver_rows(connection, _UNBLOCK_AND_LEASE, {"ids": binary_arrays.uuids(ended), "lease": lease})
     leases = [
         Lease(id_, token, due, losses, key_of(workspace_id))
         for blocked, id_, token, due, losses, workspace_id in rows

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from sqlalchemy import text
 
+from followups import binary_arrays
 from followups.channels import WINDOW, WINDOWED_CHANNELS
 from followups.event_loop import driver_rows
 from followups.statements import Statement
@@ -102,11 +103,11 @@ _BEGIN = Statement(read_sql("begin_checks") + read_sql("begin"))
 def begin_if_leased(connection: Connection, leases: Sequence[Lease], rules: Rules) -> Sequence[tuple[Any, ...]]:
     """Begin the follow-ups that have a valid lease and no obstacle; return the attempts to send.
 
-    The first two columns are the follow-up's id and the time at which it began. `begin.sql` lists the other columns.
+    The first column is the lease's position in the batch, from 1. `begin.sql` lists the other columns.
     """
     rows = driver_rows(connection, _BEGIN, batch_of(leases) | rules.parameters)
     if rows:
-        commit_checks.by_time(connection, ((id_, begun_at) for id_, begun_at, *_ in rows))
+        commit_checks.by_time(connection, ((leases[number - 1].id, begun_at) for number, begun_at, *_ in rows))
     return rows
 
 
@@ -169,4 +170,7 @@ def defer_if_not_begun(connection: Connection, leases: Sequence[Lease], delay: t
 
 def batch_of(leases: Sequence[Lease]) -> dict[str, object]:
     """Return the statement's parameters for a batch of leases: ids and tokens."""
-    return {"ids": uuid_array(lease.id for lease in leases), "tokens": int_array(lease.token for lease in leases)}
+    return {
+        "ids": binary_arrays.uuids([lease.id for lease in leases]),
+        "tokens": binary_arrays.bigints([lease.token for lease in leases]),
+    }

@@ -8,13 +8,14 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from sqlalchemy import text
 
+from followups import binary_arrays
 from followups.event_loop import driver_rows
 from followups.halving import halve_within
 from followups.statements import Statement
 from followups.states import CANCEL_CODES, Status
 from followups.store import commit_checks
 from followups.store.fragments import OPEN, honest
-from followups.store.leases import int_array, uuid_array
+from followups.store.leases import batch_of
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -72,15 +73,18 @@ unchanged.
 
 _IN_FLIGHT_ROWS = f"""
          CROSS JOIN LATERAL (
-             SELECT FROM follow_ups f
+             SELECT f.ctid AS place FROM follow_ups f
               WHERE f.id = b.id AND f.lease_token = b.token AND {OPEN} AND f.begun_at IS NOT NULL
                 FOR NO KEY UPDATE SKIP LOCKED
          ) f
+"""  # noqa: S608 - no input, only the constant above
+"""SQL that locks the rows of the attempts in flight. The update then needs no second look-up, because it uses the rows'
+locations (ctid). A row that was updated in the meantime has another location; it is tried again like a locked row.
 """
 
 _SETTLE = text(f"""
     WITH r AS MATERIALIZED (
-        SELECT b.*
+        SELECT b.*, f.place
           FROM unnest(CAST(:ids AS uuid[]), CAST(:tokens AS bigint[]), CAST(:statuses AS text[]),
                       CAST(:reasons AS text[]), CAST(:delays AS interval[]), CAST(:refunded AS boolean[]),
                       CAST(:cancel_takes_precedence AS boolean[]), CAST(:cancel_details AS text[]))
@@ -99,7 +103,7 @@ _SETTLE = text(f"""
            begun_at = NULL,
            lease_until = NULL
       FROM r
-     WHERE f.id = r.id
+     WHERE f.ctid = r.place
     RETURNING f.id, f.status, f.reason, f.next_attempt_at, f.finished_at
 """)  # noqa: S608 - no input, only the constant above
 
@@ -107,7 +111,7 @@ _SETTLE = text(f"""
 # Most outcomes are `sent`, so this statement omits the columns that only other outcomes need.
 _SETTLE_SENT = Statement(f"""
     WITH r AS MATERIALIZED (
-        SELECT b.*
+        SELECT b.*, f.place
           FROM unnest(CAST(:ids AS uuid[]), CAST(:tokens AS bigint[]), CAST(:chat_message_ids AS uuid[]),
                       CAST(:accepted_ago AS double precision[]), CAST(:took AS double precision[]))
                AS b(id, token, chat_message_id, accepted_ago, took)
@@ -119,7 +123,7 @@ _SETTLE_SENT = Statement(f"""
            accepted_at = clock_timestamp() - make_interval(secs => r.accepted_ago),
            accepted_duration = make_interval(secs => r.took)
       FROM r
-     WHERE f.id = r.id
+     WHERE f.ctid = r.place
     RETURNING f.id, date_part('epoch', f.accepted_at - f.due_date) AS lag, f.finished_at
 """)  # noqa: S608 - no input, only the constant above
 
@@ -129,33 +133,25 @@ def settle_if_in_flight(connection: Connection, settlements: Sequence[Settlement
 
     A follow-up that is not returned is either locked or now leased by another worker.
     """
-    sent = [one for one in settlements if one.status == Status.SENT]
-    others = [one for one in settlements if one.status != Status.SENT]
+    sent = [one for one in settlements if one.status is Status.SENT]
+    others = [one for one in settlements if one.status is not Status.SENT]
     return [*(_settle_sent(connection, sent) if sent else ()), *(_settle(connection, others) if others else ())]
 
 
 def _settle_sent(connection: Connection, settlements: Sequence[Settlement]) -> list[SettledFollowUp]:
     parameters = {
-        "ids": uuid_array(s.lease.id for s in settlements),
-        "tokens": int_array(s.lease.token for s in settlements),
-        "chat_message_ids": f"{{{','.join([_hex_or_null(s.chat_message_id) for s in settlements])}}}",
-        "accepted_ago": f"{{{','.join([repr(s.accepted_ago) for s in settlements])}}}",
-        "took": f"{{{','.join([repr(s.seconds) for s in settlements])}}}",
+        "chat_message_ids": binary_arrays.uuids([s.chat_message_id for s in settlements]),
+        "accepted_ago": binary_arrays.doubles([s.accepted_ago for s in settlements]),
+        "took": binary_arrays.doubles([s.seconds for s in settlements]),
     }
-    rows = driver_rows(connection, _SETTLE_SENT, parameters)
+    rows = driver_rows(connection, _SETTLE_SENT, batch_of([one.lease for one in settlements]) | parameters)
     if rows:
         commit_checks.by_time(connection, ((row_id, finished_at) for row_id, _, finished_at in rows))
     return [SettledFollowUp(row_id, Status.SENT, None, lag, None) for row_id, lag, _ in rows]
 
 
-def _hex_or_null(one: UUID | None) -> str:
-    return one.hex if one else "NULL"
-
-
 def _settle(connection: Connection, settlements: Sequence[Settlement]) -> list[SettledFollowUp]:
     parameters = {
-        "ids": uuid_array(s.lease.id for s in settlements),
-        "tokens": int_array(s.lease.token for s in settlements),
         "statuses": [s.status.value for s in settlements],
         "reasons": [s.reason for s in settlements],
         "delays": [s.delay for s in settlements],
@@ -163,7 +159,7 @@ def _settle(connection: Connection, settlements: Sequence[Settlement]) -> list[S
         "cancel_takes_precedence": [s.cancel_takes_precedence for s in settlements],
         "cancel_details": [s.cancel_detail for s in settlements],
     }
-    rows = connection.execute(_SETTLE, parameters).all()
+    rows = connection.execute(_SETTLE, batch_of([one.lease for one in settlements]) | parameters).all()
     if rows:
         commit_checks.by_time(connection, ((row.id, row.finished_at or row.next_attempt_at) for row in rows))
     return [SettledFollowUp(row.id, Status(row.status), row.reason, None, row.next_attempt_at) for row in rows]
@@ -182,8 +178,7 @@ _IN_FLIGHT = text(f"""
 
 def still_in_flight(connection: Connection, leases: Sequence[Lease]) -> set[UUID]:
     """Return the leases in flight that are unsettled only because their rows are locked."""
-    parameters = {"ids": uuid_array(one.id for one in leases), "tokens": int_array(one.token for one in leases)}
-    return set(connection.scalars(_IN_FLIGHT, parameters))
+    return set(connection.scalars(_IN_FLIGHT, batch_of(leases)))
 
 
 @dataclass(frozen=True, slots=True)

@@ -44,7 +44,7 @@ def claim(connection: Connection) -> list[Lease]:
 def begin(connection: Connection, taken: list[Lease]) -> list[UUID]:
     """Begin the follow-ups of these leases and return the ids of those that have begun."""
     world = leases.Rules(lease=MINUTE, max_lateness=timedelta(0), early=MINUTE)
-    return [id_ for id_, *_ in leases.begin_if_leased(connection, taken, world)]
+    return [taken[number - 1].id for number, *_ in leases.begin_if_leased(connection, taken, world)]
 
 
 def due_now(api: Api) -> tuple[dict[str, object], list[Lease]]:
