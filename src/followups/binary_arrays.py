@@ -3,8 +3,9 @@
 psycopg adapts the elements of a list one by one, in Python. PostgreSQL parses the elements of a text array one by one.
 For a batch of 250 results, text arrays take 1 ms more of PostgreSQL's time and 0.5 ms more of the worker's.
 
-Only connections that were opened after the import of this module accept these arrays. All connections of a worker do. A
-session that a caller passes to `followups.schedule` may not, so rules use text arrays.
+An engine accepts these arrays only if it was created after the import of this module. `followups.database` creates the
+service's engines, and therefore imports this module. A session that a caller passes to `followups.schedule` may have
+another engine, so rules use text arrays.
 
 Format: https://github.com/postgres/postgres/blob/REL_18_STABLE/src/backend/utils/adt/arrayfuncs.c (array_recv)
 """

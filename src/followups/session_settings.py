@@ -56,6 +56,7 @@ A single statement applies the settings. PgBouncer and RDS Proxy would reject se
 BY_KEY: Mapping[str, str] = {
     "jit": "off",
     **{f"enable_{method}": "off" for method in ("seqscan", "bitmapscan", "hashjoin", "mergejoin")},
+    **{f"enable_{method}": "on" for method in ("indexscan", "indexonlyscan", "tidscan", "nestloop")},
 }
 """Planner options for workers.
 

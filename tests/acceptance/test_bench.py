@@ -59,7 +59,7 @@ def test_bench_measures_and_changes_no_data(settings: Settings, world: World, tm
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
 def test_interrupted(settings: Settings, world: World, engine: Engine, tmp_path: Path, number: int) -> None:
     """A benchmark stopped with Ctrl-C removes its data; after SIGKILL, the next run removes the data."""
-    bench = start(settings, tmp_path, "--count", "50000", "--delay", "0.2")
+    bench = start(settings, tmp_path, "--count", "10000", "--delay", "0.2")
     wait_until(lambda: world.scalar(SCHEMAS) == 1, within=60)
     world.alter("CREATE SCHEMA followups_bench_elsewhere")
     with engine.connect() as connection:

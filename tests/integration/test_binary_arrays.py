@@ -9,6 +9,7 @@ from uuid import UUID, uuid4
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from sqlalchemy import text
 
 from followups import binary_arrays
 from followups.event_loop import driver_rows
@@ -54,5 +55,5 @@ def test_a_sqlalchemy_statement_accepts_a_batch(world: World) -> None:
     """Statements that SQLAlchemy executes accept the arrays too."""
     ids = [uuid4(), uuid4()]
     with world.engine.connect() as connection:
-        row = connection.exec_driver_sql("SELECT CAST(%(ids)s AS uuid[])", {"ids": binary_arrays.uuids(ids)}).one()
+        row = connection.execute(text("SELECT CAST(:ids AS uuid[])"), {"ids": binary_arrays.uuids(ids)}).one()
     assert row == (ids,)

@@ -27,6 +27,7 @@ from followups.session_settings import BY_KEY, ONCE_PLANNED
 from followups.store import claims, leases, rate_limits
 from followups.transports.port import Rejected, Retry, Sent
 from followups.uptime import uptime
+from foreign import set_defaults
 from stack import wait_until
 from world import World
 
@@ -272,6 +273,16 @@ def _by_key_whatever_the_batch(engine: Engine, statement: str) -> None:
         plan = connection.exec_driver_sql(f"EXPLAIN (GENERIC_PLAN, FORMAT JSON) {numbered}").scalar_one()[0]["Plan"]
     assert {way for way, _ in read(plan)} <= SCANS, statement
     assert set(looked_up(plan)) <= {"pk_follow_ups"}, statement
+
+
+def test_a_server_without_the_wanted_scans(database_url: str) -> None:
+    """The worker's sessions scan indexes and row locations, even if the database's defaults switch these scans off."""
+    names = ["enable_indexscan", "enable_indexonlyscan", "enable_tidscan", "enable_nestloop"]
+    set_defaults(database_url, dict.fromkeys(names, "off"))
+    engine = make_engine(database_url, pool_size=1, options=BY_KEY)
+    with engine.connect() as connection:
+        assert {connection.exec_driver_sql(f"SHOW {name}").scalar_one() for name in names} == {"on"}
+    engine.dispose()
 
 
 def test_begin_with_an_old_plan(world: World, database_url: str, engine: Engine, settings: Settings) -> None:

@@ -131,7 +131,7 @@ _SETTLE_SENT = Statement(f"""
 def settle_if_in_flight(connection: Connection, settlements: Sequence[Settlement]) -> list[SettledFollowUp]:
     """Record the outcomes of attempts in flight, and return the settled follow-ups.
 
-    A follow-up that is not returned is either locked or now leased by another worker.
+    A follow-up that is not returned is locked, was updated a moment ago, or is now leased by another worker.
     """
     sent = [one for one in settlements if one.status is Status.SENT]
     others = [one for one in settlements if one.status is not Status.SENT]
@@ -177,7 +177,7 @@ _IN_FLIGHT = text(f"""
 
 
 def still_in_flight(connection: Connection, leases: Sequence[Lease]) -> set[UUID]:
-    """Return the leases in flight that are unsettled only because their rows are locked."""
+    """Return the leases in flight that are unsettled only because their rows are locked or were just updated."""
     return set(connection.scalars(_IN_FLIGHT, batch_of(leases)))
 
 
