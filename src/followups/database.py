@@ -16,7 +16,7 @@ from sqlalchemy.exc import InvalidatePoolError
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 from sqlalchemy.orm import Session, sessionmaker
 
-from followups import binary_arrays  # noqa: F401 - so that every engine accepts these arrays
+from followups import binary_arrays  # noqa: F401 - registers the arrays for our engines
 from followups.database_errors import READ_ONLY, UnfitDatabaseError
 from followups.session_settings import CONNECT_TIMEOUT, CONNECTION, SESSION
 from followups.urls import database_url as parse

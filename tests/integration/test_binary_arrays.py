@@ -35,7 +35,7 @@ uses_one_world = settings(max_examples=50, suppress_health_check=[HealthCheck.fu
 def test_the_server_reads_the_same_values(
     world: World, ids: list[UUID | None], tokens: list[int], seconds: list[float]
 ) -> None:
-    """The server returns every element that was sent, in order, including NULLs, and also empty arrays."""
+    """The server returns each array unchanged, including NULLs and the order; also an empty array."""
     parameters = {
         "ids": binary_arrays.uuids(ids),
         "tokens": binary_arrays.bigints(tokens),
@@ -46,7 +46,7 @@ def test_the_server_reads_the_same_values(
 
 
 def test_a_number_that_does_not_fit() -> None:
-    """A number of more than 64 bits is refused; no other number is sent in its place."""
+    """A number outside the range of bigint raises an error, and is not truncated."""
     with pytest.raises(struct.error):
         binary_arrays.bigints([2**63])
 

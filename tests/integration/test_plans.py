@@ -261,7 +261,7 @@ def _by_key(
 
 
 SCANS = {"Index Scan", "Index Only Scan", "Tid Scan"}
-"""Scans that read only the wanted rows, or those behind them in an index."""
+"""Scans that find rows through an index or by location."""
 PARAMETER = re.compile(r"%\((\w+)\)s")
 
 
@@ -276,7 +276,7 @@ def _by_key_whatever_the_batch(engine: Engine, statement: str) -> None:
 
 
 def test_a_server_without_the_wanted_scans(database_url: str) -> None:
-    """The worker's sessions scan indexes and row locations, even if the database's defaults switch these scans off."""
+    """A worker's sessions switch on the plan methods that they need, even if the database's defaults are off."""
     names = ["enable_indexscan", "enable_indexonlyscan", "enable_tidscan", "enable_nestloop"]
     set_defaults(database_url, dict.fromkeys(names, "off"))
     engine = make_engine(database_url, pool_size=1, options=BY_KEY)

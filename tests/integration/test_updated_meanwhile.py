@@ -1,4 +1,4 @@
-"""Tests of rows that another transaction updates after the statement's snapshot and before its row lock."""
+"""Tests of rows that another transaction updates between the snapshot and the row lock of begin or settle."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def waiting(sql: str) -> str:
 
 @pytest.fixture(autouse=True)
 def all_wait(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let begin and settle wait while a test holds the advisory lock."""
+    """Make begin and settle wait while a test holds the advisory lock."""
     for module, name in ((leases, "_BEGIN"), (settlement, "_SETTLE_SENT")):
         monkeypatch.setattr(module, name, Statement(waiting(getattr(module, name)._sql)))  # noqa: SLF001 - not public
     monkeypatch.setattr(settlement, "_SETTLE", text(waiting(settlement._SETTLE.text)))  # noqa: SLF001 - not public
@@ -49,18 +49,18 @@ def all_wait(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @contextmanager
 def updated_meanwhile(world: World, engine: Engine, change: str) -> Iterator[ThreadPoolExecutor]:
-    """Apply ``change`` to all follow-ups while the block's statement waits."""
+    """Apply ``change`` to all follow-ups while the statement that the block has submitted waits."""
     with ThreadPoolExecutor(1) as pool, engine.connect() as connection:
         connection.execute(text("SELECT pg_advisory_lock(1)"))
         connection.commit()
         yield pool
         wait_until(lambda: world.scalar(WAITING))
-        world.sql(f"UPDATE follow_ups SET {change}")  # noqa: S608 - the constants below
+        world.sql(f"UPDATE follow_ups SET {change}")  # noqa: S608 - only constants of this file
         connection.execute(text("SELECT pg_advisory_unlock(1)"))
 
 
 def test_begin(world: World, engine: Engine, steps: Steps) -> None:
-    """The follow-up does not begin now, but soon afterwards; it keeps its lease."""
+    """The first begin leaves the follow-up leased, and the second one begins it."""
     world.follow_up()
     lease = steps.lease()
     with updated_meanwhile(world, engine, "message = 'Changed'") as pool:
@@ -71,7 +71,7 @@ def test_begin(world: World, engine: Engine, steps: Steps) -> None:
 
 
 def test_begin_after_a_cancel(world: World, engine: Engine, steps: Steps) -> None:
-    """A cancel that was faster is final."""
+    """A follow-up that is cancelled between begin's snapshot and its row lock never begins."""
     world.follow_up()
     lease = steps.lease()
     cancel = "status = 'cancelled', reason = 'asked', finished_at = now(), lease_until = NULL"
@@ -85,7 +85,7 @@ def test_begin_after_a_cancel(world: World, engine: Engine, steps: Steps) -> Non
     [(Sent(uuid4(), 200), ("sent", None)), (Rejected("HTTP 400", 400), ("cancelled", "user_replied"))],
 )
 def test_settle(world: World, engine: Engine, steps: Steps, outcome: Outcome, end: tuple[str, str | None]) -> None:
-    """The outcome is not counted as stale; it is recorded soon afterwards, with the change in effect."""
+    """The outcome is not stale, and the next settle records it. A cancel overrides only a failure."""
     follow_up = world.follow_up()
     made = attempt(steps.begun(), outcome)
     with updated_meanwhile(world, engine, "cancel_requested = 'user_replied'") as pool:

@@ -32,7 +32,7 @@ class Attempt(NamedTuple):
     duration: timedelta
     answered: float
     answered_at: datetime
-    """The time of the call on the database's clock, plus the duration of the call."""
+    """The start of the call on the database's clock, plus the call's duration."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +51,7 @@ class BatchResult:
     stale: int = 0
     """Number of outcomes not recorded because another worker had taken over the lease."""
     retry_later: tuple[Lease, ...] = ()
-    """Follow-ups to try again shortly, because another transaction has locked their rows or has just updated them."""
+    """Follow-ups to try again shortly, because another transaction has locked or just updated their rows."""
     deferred: tuple[tuple[Lease, timedelta], ...] = ()
     """Follow-ups that remain leased, each with the wait that a rate limit requires."""
     unblocked: tuple[Lease, ...] = ()

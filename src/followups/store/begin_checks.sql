@@ -53,8 +53,8 @@ WITH checked AS MATERIALIZED (
            GREATEST(now(), COALESCE(f.next_attempt_at, f.due_date)) AS send_time
       FROM unnest(CAST(:ids AS uuid[]), CAST(:tokens AS bigint[])) WITH ORDINALITY AS b(id, token, number)
      -- The lease must still be valid. A row locked by a caller's open transaction is skipped, reported, and tried
-     -- again, because one slow transaction must not delay other messages. A row that was updated in the meantime has
-     -- another location (ctid), and is also tried again. The reason for checking finished_at instead of status is given
+     -- again, because one slow transaction must not delay other messages. A row that was updated since the statement's
+     -- snapshot has another location (ctid), and is also tried again. The reason for checking finished_at instead of status is given
      -- at OPEN in fragments.py.
      CROSS JOIN LATERAL (
          SELECT f.*, f.ctid AS place FROM follow_ups f

@@ -1,8 +1,8 @@
 """The statements that begin, end or release leased follow-ups. Claims are in `followups.store.claims`.
 
 One guarded SQL statement begins, ends or releases a whole batch. If another transaction has changed a follow-up, the
-statement does not return that follow-up. No statement here waits for a lock that another transaction holds. Locked rows
-are skipped, reported and tried again.
+statement does not return that follow-up. No statement here waits for a lock that another transaction holds. Rows that
+are locked or were just updated are skipped, reported and tried again.
 """
 
 from __future__ import annotations
@@ -103,7 +103,7 @@ _BEGIN = Statement(read_sql("begin_checks") + read_sql("begin"))
 def begin_if_leased(connection: Connection, leases: Sequence[Lease], rules: Rules) -> Sequence[tuple[Any, ...]]:
     """Begin the follow-ups that have a valid lease and no obstacle; return the attempts to send.
 
-    The first column is the lease's position in the batch, from 1. `begin.sql` lists the other columns.
+    The first column is the lease's position in the batch (1, 2, ...). `begin.sql` lists the other columns.
     """
     rows = driver_rows(connection, _BEGIN, batch_of(leases) | rules.parameters)
     if rows:

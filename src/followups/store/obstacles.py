@@ -24,8 +24,8 @@ if TYPE_CHECKING:
     from followups.store.holds import WorkspaceHours
     from followups.store.leases import Lease, Rules
 
-# This query locks nothing. If another transaction has locked a follow-up, this query may find no reason for that
-# follow-up. Such a follow-up is tried again shortly.
+# This query locks nothing. If another transaction has locked or just updated a follow-up, this query may find no
+# reason for that follow-up. Such a follow-up is tried again shortly.
 _OBSTACLES = text(read_sql("begin_checks").replace("FOR NO KEY UPDATE SKIP LOCKED", "OFFSET 0") + read_sql("obstacles"))
 
 

@@ -79,7 +79,8 @@ _IN_FLIGHT_ROWS = f"""
          ) f
 """  # noqa: S608 - no input, only the constant above
 """SQL that locks the rows of the attempts in flight. The update then needs no second look-up, because it uses the rows'
-locations (ctid). A row that was updated in the meantime has another location; it is tried again like a locked row.
+locations (ctid). A row that was updated since the statement's snapshot is not found there, and is tried again like a
+locked row.
 """
 
 _SETTLE = text(f"""
@@ -131,7 +132,7 @@ _SETTLE_SENT = Statement(f"""
 def settle_if_in_flight(connection: Connection, settlements: Sequence[Settlement]) -> list[SettledFollowUp]:
     """Record the outcomes of attempts in flight, and return the settled follow-ups.
 
-    A follow-up that is not returned is locked, was updated a moment ago, or is now leased by another worker.
+    A follow-up that is not returned is locked, was just updated, or is now leased by another worker.
     """
     sent = [one for one in settlements if one.status is Status.SENT]
     others = [one for one in settlements if one.status is not Status.SENT]
@@ -177,7 +178,7 @@ _IN_FLIGHT = text(f"""
 
 
 def still_in_flight(connection: Connection, leases: Sequence[Lease]) -> set[UUID]:
-    """Return the leases in flight that are unsettled only because their rows are locked or were just updated."""
+    """Return the ids of attempts in flight: those whose rows were locked or just updated when settle skipped them."""
     return set(connection.scalars(_IN_FLIGHT, batch_of(leases)))
 
 
