@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import select
 import socket
+import struct
 from http import HTTPStatus
 from typing import TYPE_CHECKING
 
@@ -46,6 +47,14 @@ _READ_HEADERS = {b"retry-after", b"date"}
 _STATUS_OK = int(HTTPStatus.OK)
 _STATUS_SWITCHING = int(HTTPStatus.SWITCHING_PROTOCOLS)
 
+_TCP_INFO: int | None = getattr(socket, "TCP_INFO", None)  # on Linux only
+_BYTES_RECEIVED = struct.Struct("=128xQ")
+"""The number of bytes that a connection has received, in Linux's ``struct tcp_info``."""
+
+_RECORD_TYPES = range(20, 25)
+_RECORD_HEADER = 5
+"""Length of the header of a TLS record: type, version (2 bytes), and length of the rest (2 bytes)."""
+
 Address = tuple[str, int]
 
 
@@ -57,13 +66,18 @@ class Sockets:
 
         ``speak_first`` means that the receiver may send data before the first request, as with TLS.
         """
-        self._speak_first = speak_first
+        self.speak_first = speak_first
+        self.consumed: dict[Address, int] = {}
+        """How many bytes libcurl has processed of each HTTP/1.1 connection under TLS."""
         self._known: dict[Address, select.poll] = {}
+        self._numbers: dict[Address, int] = {}
         self._calls: dict[Address, int] = {}
 
     def clear(self) -> None:
         """Remove all sockets."""
         self._known.clear()
+        self._numbers.clear()
+        self.consumed.clear()
 
     def begin(self, address: Address) -> None:
         """Count another call on this connection. Only HTTP/2 allows several simultaneous calls on one connection."""
@@ -89,14 +103,33 @@ class Sockets:
         """
         for each in opened:
             if _port(each) == address[1]:
+                self._numbers[address] = each
                 self._known[address] = poll = select.poll()
                 poll.register(each, select.POLLIN | select.POLLRDHUP)
-        if opened and self._speak_first:
+        if opened and self.speak_first:
             return True
         if address not in self._known:
             return False
         seen = self._known[address].poll(0)
-        return not seen or (seen[0][1] == select.POLLIN and address in self._calls)
+        if address in self._calls:
+            return not seen or seen[0][1] == select.POLLIN
+        return not seen and not self._has_buffered(address)
+
+    def _has_buffered(self, address: Address) -> bool:
+        """Return whether libcurl has buffered data of a TLS connection that it has not processed yet.
+
+        TLS data is read from the socket in large pieces. If an unsolicited response directly follows another one, both
+        are read together. libcurl would take the second response for the response to the next request.
+        """
+        consumed = self.consumed.get(address)
+        if consumed is None or _TCP_INFO is None:
+            return False
+        opened = socket.socket(fileno=self._numbers[address])
+        try:
+            info = opened.getsockopt(socket.IPPROTO_TCP, _TCP_INFO, _BYTES_RECEIVED.size)
+        finally:
+            opened.detach()
+        return len(info) == _BYTES_RECEIVED.size and _BYTES_RECEIVED.unpack(info) != (consumed,)
 
 
 def _port(number: int) -> int:
@@ -121,6 +154,7 @@ class Exchange:
         "_head",
         "_opened",
         "_parts",
+        "_read",
         "_room",
         "_sockets",
         "_status",
@@ -153,6 +187,8 @@ class Exchange:
             pycurl.HEADERFUNCTION: self._take_line,
             pycurl.WRITEFUNCTION: self._take_part,
         }
+        if sockets.speak_first:
+            callbacks |= {pycurl.VERBOSE: True, pycurl.DEBUGFUNCTION: self._count}
         for option, value in (*options.items(), *callbacks.items()):
             self.curl.setopt(option, value)
 
@@ -162,6 +198,7 @@ class Exchange:
             self._url = url
             self.curl.setopt(pycurl.URL, url)
         self._body, self._at, self._until = body, 0, until
+        self._read = 0
         self._room = HEAD_LIMIT
         self.asked = self.answered = self.late = False
         self.stale = None
@@ -204,6 +241,8 @@ class Exchange:
         if not self._sockets.is_in_order(self._address, self._opened):
             self.stale = None if self._opened else self._address
             return _ABORT
+        if self._opened and self._sockets.speak_first:
+            self._sockets.consumed[self._address] = self._read
         self._sockets.begin(self._address)
         self._began = True
         self._head.clear()  # discard the head of the proxy's response
@@ -216,6 +255,17 @@ class Exchange:
         part = self._body[self._at : self._at + size]
         self._at += len(part)
         return part
+
+    def _count(self, kind: int, data: bytes) -> None:
+        """Count the processed bytes of a TLS connection: those of the proxy's response, and those of each record."""
+        if kind == pycurl.INFOTYPE_HEADER_IN and not self._began:
+            self._read += len(data)
+        elif kind == pycurl.INFOTYPE_SSL_DATA_IN and len(data) == _RECORD_HEADER and data[0] in _RECORD_TYPES:
+            number = _RECORD_HEADER + int.from_bytes(data[3:])
+            if not self._began:
+                self._read += number
+            elif self._address in self._sockets.consumed:
+                self._sockets.consumed[self._address] += number
 
     def _take_line(self, line: bytes) -> int | None:
         self._room -= len(line)
@@ -233,6 +283,8 @@ class Exchange:
         if status < _STATUS_OK and status != _STATUS_SWITCHING:
             self._head.clear()  # the head of the final answer follows
             return None
+        if not self._head[0].startswith(b"HTTP/1"):  # with HTTP/2, a response names its request
+            self._sockets.consumed.pop(self._address, None)
         self.answered = True
         self._room = BODY_LIMIT
         return _STOP if status == _STATUS_SWITCHING else None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import socket
+import ssl
 import struct
 import threading
 import time
@@ -14,6 +15,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 import pycurl
 import pytest
+import trustme
 import uvloop
 
 from followups.transports import http_client
@@ -124,6 +126,37 @@ async def test_extra_bytes_after_a_response_close_the_connection(behind: bytes) 
         for _ in range(3):
             assert await transport.send(a_delivery()) == Sent(None, 200)
         assert server.connections == 3
+
+
+@pytest.mark.parametrize("newest", [ssl.TLSVersion.TLSv1_2, ssl.TLSVersion.TLSv1_3])
+async def test_a_second_response_under_tls(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, newest: ssl.TLSVersion
+) -> None:
+    """An unsolicited response directly behind another one is not read as the answer to the next call.
+
+    Both responses have a TLS record of their own, and are read from the socket together.
+    """
+    authority = trustme.CA()
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    context.maximum_version = newest
+    authority.issue_cert("127.0.0.1").configure_cert(context)
+    authority.cert_pem.write_to_path(tmp_path / "ca.pem")
+    monkeypatch.setenv("SSL_CERT_FILE", str(tmp_path / "ca.pem"))
+
+    async def add_another() -> None:
+        server.requested.clear()
+        await server.requested.wait()
+        server.writer.write(OTHER)
+
+    async with scripted(OK, context) as server, opened(HttpTransport(settings_for(server.url))) as transport:
+        assert await transport.send(a_delivery()) == Sent(None, 200)
+        adding = asyncio.create_task(add_another())
+        await asyncio.sleep(0)
+        for connections in (1, 2, 2):
+            assert await transport.send(a_delivery()) == Sent(None, 200)
+            assert server.connections == connections
+            await asyncio.sleep(0.01)
+        await adding
 
 
 async def test_line_breaks_after_a_response_are_ignored() -> None:
