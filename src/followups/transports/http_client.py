@@ -191,7 +191,10 @@ class HttpClient:
             return outcome_of(exchange.answer(code), dialect)
         if code == pycurl.E_OPERATION_TIMEDOUT:
             return Unknown(f"no answer within {self._timeout:g} s")
-        reason = "its header is longer than 64 KiB" if code in TOO_LARGE else _reason(exchange.curl, code)
+        if exchange.has_empty_head:
+            reason = "its header is empty"
+        else:
+            reason = "its header is longer than 64 KiB" if code in TOO_LARGE else _reason(exchange.curl, code)
         return Unknown(f"the connection broke before an answer arrived ({reason})")
 
     # The following methods manage the connections. Connections are replaced after some seconds without a call. By

@@ -163,6 +163,7 @@ class Exchange:
         "answered",
         "asked",
         "curl",
+        "has_empty_head",
         "is_reusable",
         "late",
         "stale",
@@ -200,7 +201,7 @@ class Exchange:
         self._body, self._at, self._until = body, 0, until
         self._read = 0
         self._room = HEAD_LIMIT
-        self.asked = self.answered = self.late = False
+        self.asked = self.answered = self.late = self.has_empty_head = False
         self.stale = None
         self._opened.clear()
         self._head.clear()
@@ -274,7 +275,8 @@ class Exchange:
         if self.answered:  # a trailer is not a header
             return None
         if line in {b"\r\n", b"\n"}:
-            return self._end_head()
+            self.has_empty_head = not self._head
+            return self._end_head() if self._head else _STOP
         self._head.append(line)
         return None
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import ssl
+from datetime import timedelta
 from typing import TYPE_CHECKING
 
 import pytest
@@ -12,7 +13,7 @@ import trustme
 
 from followups.transports.http import HttpTransport
 from followups.transports.http_exchange import HEAD_LIMIT
-from followups.transports.port import Outcome, Rejected, Sent, Unknown
+from followups.transports.port import Outcome, Rejected, Sent, Snoozed, Unknown
 from unit.transports.doubles import Request, a_delivery, answer, opened, scripted, settings_for
 
 if TYPE_CHECKING:
@@ -116,6 +117,19 @@ async def test_a_head_that_is_too_long_is_rejected(size: int) -> None:
     expected = Unknown("the connection broke before an answer arrived (its header is longer than 64 KiB)")
     assert await outcome_of(in_pieces(reply, size)) == expected
     assert await outcome_of(reply) == expected
+
+
+async def test_an_empty_head_is_rejected(capfd: pytest.CaptureFixture[str]) -> None:
+    """A response that begins with an empty line is rejected without a traceback."""
+    outcome = await outcome_of(b"\r\n" + answer(200))
+    assert outcome == Unknown("the connection broke before an answer arrived (its header is empty)")
+    assert capfd.readouterr().err == ""
+
+
+async def test_a_date_is_compared_with_the_receivers_clock() -> None:
+    """A Retry-After date from the receiver is compared with the receiver's own Date header."""
+    headers = {"retry-after": "Sun, 01 Mar 2026 12:00:30 GMT", "date": "Sun, 01 Mar 2026 12:00:20 GMT"}
+    assert await outcome_of(answer(503, **headers)) == Snoozed("HTTP 503", timedelta(seconds=10), 503)
 
 
 async def test_a_long_head_is_read() -> None:
