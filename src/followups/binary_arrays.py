@@ -13,15 +13,17 @@ Format: https://github.com/postgres/postgres/blob/REL_18_STABLE/src/backend/util
 from __future__ import annotations
 
 import struct
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, Self
 
 import psycopg
 from psycopg.adapt import Dumper
 from psycopg.pq import Format
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Sequence
     from uuid import UUID
+
+    from psycopg.abc import AdaptContext
 
 _HEADER = struct.Struct(">iiIii")
 """Number of dimensions, NULL flag, OID of the elements' type, number of elements, and lower bound."""
@@ -31,28 +33,45 @@ _UUID_LENGTH = struct.pack(">i", 16)
 _NULL = struct.pack(">i", -1)
 
 
-class UuidArray(bytes):
+class _Array(bytes):
+    """An array in PostgreSQL's binary format."""
+
+    __slots__ = ()
+    oid: ClassVar[int]
+    """OID of the array's type (pg_type.dat)."""
+    element: ClassVar[int]
+    """OID of the elements' type."""
+
+    @classmethod
+    def of(cls, parts: Sequence[bytes]) -> Self:
+        """Return the array of these elements, each with its length before it."""
+        return cls(_HEADER.pack(1, 1, cls.element, len(parts), 1) + b"".join(parts))
+
+
+class UuidArray(_Array):
     """A parameter of the type ``uuid[]``."""
 
     __slots__ = ()
+    oid, element = 2951, 2950
 
 
-class BigintArray(bytes):
+class BigintArray(_Array):
     """A parameter of the type ``bigint[]``."""
 
     __slots__ = ()
+    oid, element = 1016, 20
 
 
-class DoubleArray(bytes):
+class DoubleArray(_Array):
     """A parameter of the type ``double precision[]``."""
 
     __slots__ = ()
+    oid, element = 1022, 701
 
 
 def uuids(values: Iterable[UUID | None]) -> UuidArray:
     """Return an array of ids, in which None becomes NULL."""
-    parts = [_UUID_LENGTH + one.int.to_bytes(16) if one else _NULL for one in values]
-    return UuidArray(_HEADER.pack(1, 1, _Uuids.element, len(parts), 1) + b"".join(parts))
+    return UuidArray.of([_UUID_LENGTH + one.int.to_bytes(16) if one else _NULL for one in values])
 
 
 def bigints(values: Iterable[int]) -> BigintArray:
@@ -60,38 +79,25 @@ def bigints(values: Iterable[int]) -> BigintArray:
 
     Raises `struct.error` for a number outside the range of bigint.
     """
-    parts = [_BIGINT.pack(8, one) for one in values]
-    return BigintArray(_HEADER.pack(1, 0, _Bigints.element, len(parts), 1) + b"".join(parts))
+    return BigintArray.of([_BIGINT.pack(8, one) for one in values])
 
 
 def doubles(values: Iterable[float]) -> DoubleArray:
     """Return an array of floating-point numbers."""
-    parts = [_DOUBLE.pack(8, one) for one in values]
-    return DoubleArray(_HEADER.pack(1, 0, _Doubles.element, len(parts), 1) + b"".join(parts))
+    return DoubleArray.of([_DOUBLE.pack(8, one) for one in values])
 
 
 class _BinaryDumper(Dumper):
-    """Returns a value unchanged, because it is already in PostgreSQL's binary format."""
+    """Returns an array unchanged, because it is already in PostgreSQL's binary format."""
 
     format = Format.BINARY
-    element: ClassVar[int]
-    """OID of the elements' type (pg_type.dat)."""
+
+    def __init__(self, cls: type[_Array], context: AdaptContext | None = None) -> None:
+        super().__init__(cls, context)
+        self.oid = cls.oid
 
     def dump(self, obj: bytes) -> bytes:
         return obj
 
 
-class _Uuids(_BinaryDumper):
-    oid, element = 2951, 2950
-
-
-class _Bigints(_BinaryDumper):
-    oid, element = 1016, 20
-
-
-class _Doubles(_BinaryDumper):
-    oid, element = 1022, 701
-
-
-for _kind, _dumper in ((UuidArray, _Uuids), (BigintArray, _Bigints), (DoubleArray, _Doubles)):
-    psycopg.adapters.register_dumper(_kind, _dumper)
+psycopg.adapters.register_dumper(_Array, _BinaryDumper)

@@ -35,11 +35,6 @@ def uuid_array(ids: Iterable[UUID]) -> str:
     return f"{{{','.join([one.hex for one in ids])}}}"
 
 
-def int_array(numbers: Iterable[int]) -> str:
-    """Return an array literal of integers for PostgreSQL."""
-    return f"{{{','.join(map(str, numbers))}}}"
-
-
 class Lease(NamedTuple):
     """The right to begin one follow-up. ``token`` is the fencing token, and ``due`` is the time at which to send.
 

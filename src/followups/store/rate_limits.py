@@ -15,7 +15,7 @@ from followups.channels import WINDOW
 from followups.halving import halve_within
 from followups.store import commit_checks
 from followups.store.fragments import CHAT, DUE, LATENESS_FROM, LEASED, WINDOWED
-from followups.store.leases import batch_of, int_array, uuid_array
+from followups.store.leases import batch_of, uuid_array
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable, Sequence
@@ -260,7 +260,7 @@ def workspaces_of(connection: Connection, keys: Iterable[int]) -> list[UUID]:
 
     The query reads all workspaces, which takes 48 ms for 50,000 of them.
     """
-    return list(connection.scalars(_WORKSPACES, {"keys": int_array(keys)}))
+    return list(connection.scalars(_WORKSPACES, {"keys": list(keys)}))
 
 
 # Each workspace is searched separately, because one workspace may own almost all the follow-ups that are due soon.

@@ -156,8 +156,7 @@ def _decode(body: bytes) -> object:
     """Decode JSON with the standard library, or return ``...`` if the body is not JSON.
 
     Only bodies that pydantic rejects are decoded here. Pydantic is five times as fast, but rejects a byte order mark,
-    half a surrogate pair, and more than about 200 levels of
-    nesting.
+    half a surrogate pair, and more than about 200 levels of nesting.
     """
     try:
         # `json.loads` would guess the encoding of the bytes

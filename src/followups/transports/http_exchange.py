@@ -13,6 +13,7 @@ from __future__ import annotations
 import select
 import socket
 import struct
+from contextlib import contextmanager
 from http import HTTPStatus
 from typing import TYPE_CHECKING
 
@@ -23,7 +24,7 @@ from followups.transports.curl_loop import CLOSED
 from followups.uptime import uptime
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
 
 BODY_LIMIT = 64 * 1024
 """Maximum number of bytes that are read from a response body (deploy/ENDPOINT.md)."""
@@ -124,23 +125,27 @@ class Sockets:
         consumed = self.consumed.get(address)
         if consumed is None or _TCP_INFO is None:
             return False
-        opened = socket.socket(fileno=self._numbers[address])
-        try:
+        with _borrowed(self._numbers[address]) as opened:
             info = opened.getsockopt(socket.IPPROTO_TCP, _TCP_INFO, _BYTES_RECEIVED.size)
-        finally:
-            opened.detach()
         return len(info) == _BYTES_RECEIVED.size and _BYTES_RECEIVED.unpack(info) != (consumed,)
 
 
-def _port(number: int) -> int:
+@contextmanager
+def _borrowed(number: int) -> Iterator[socket.socket]:
     opened = socket.socket(fileno=number)
     try:
-        return int(opened.getsockname()[1])
-    # this socket was closed, because the other address family connected first
-    except (OSError, IndexError):
-        return -1
+        yield opened
     finally:
         opened.detach()
+
+
+def _port(number: int) -> int:
+    with _borrowed(number) as opened:
+        try:
+            return int(opened.getsockname()[1])
+        # this socket was closed, because the other address family connected first
+        except (OSError, IndexError):
+            return -1
 
 
 class Exchange:

@@ -1,4 +1,4 @@
-"""Fixtures for the transports: unreachable endpoints and event loops."""
+"""Fixtures for the transports: unreachable endpoints, certificates and event loops."""
 
 from __future__ import annotations
 
@@ -7,10 +7,15 @@ import socket
 from typing import TYPE_CHECKING
 
 import pytest
+import trustme
 import uvloop
 
+from unit.transports.doubles import certified
+
 if TYPE_CHECKING:
+    import ssl
     from collections.abc import AsyncIterator, Callable, Iterator
+    from pathlib import Path
 
 
 def pytest_asyncio_loop_factories(item: pytest.Item) -> dict[str, Callable[[], asyncio.AbstractEventLoop]]:
@@ -19,6 +24,25 @@ def pytest_asyncio_loop_factories(item: pytest.Item) -> dict[str, Callable[[], a
     if item.path.name.startswith("test_http_"):
         factories["uvloop"] = uvloop.new_event_loop
     return factories
+
+
+@pytest.fixture(scope="module")
+def authority() -> trustme.CA:
+    """Return a certificate authority that no system trusts."""
+    return trustme.CA()
+
+
+@pytest.fixture
+def trusted(authority: trustme.CA, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Trust the certificate authority through SSL_CERT_FILE."""
+    authority.cert_pem.write_to_path(tmp_path / "ca.pem")
+    monkeypatch.setenv("SSL_CERT_FILE", str(tmp_path / "ca.pem"))
+
+
+@pytest.fixture
+def context(authority: trustme.CA, trusted: None) -> ssl.SSLContext:  # noqa: ARG001 - clients trust the certificate
+    """Return the server's TLS context, with a certificate that clients trust."""
+    return certified(authority)
 
 
 @pytest.fixture

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import ssl
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
@@ -18,8 +19,9 @@ from followups.transports.port import Delivery, Transport
 from followups.transports.sandbox.behaviour import Incoming
 
 if TYPE_CHECKING:
-    import ssl
     from collections.abc import AsyncIterator, Awaitable, Callable
+
+    import trustme
 
     from followups.transports.sandbox.chats import SandboxChats
 
@@ -166,6 +168,13 @@ async def scripted(
     scripted_server = ScriptedServer(answer)
     async with listening(scripted_server.serve, secure, host) as scripted_server.url:
         yield scripted_server
+
+
+def certified(authority: trustme.CA, name: str = "127.0.0.1") -> ssl.SSLContext:
+    """Return a server's TLS context with a certificate for the given name."""
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    authority.issue_cert(name).configure_cert(context)
+    return context
 
 
 async def stay_silent(_writer: asyncio.StreamWriter, _request: Request) -> None:

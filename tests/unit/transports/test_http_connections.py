@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, ClassVar
 
 import pycurl
 import pytest
-import trustme
 import uvloop
 
 from followups.transports import http_client
@@ -129,19 +128,12 @@ async def test_extra_bytes_after_a_response_close_the_connection(behind: bytes) 
 
 
 @pytest.mark.parametrize("newest", [ssl.TLSVersion.TLSv1_2, ssl.TLSVersion.TLSv1_3])
-async def test_a_second_response_under_tls(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, newest: ssl.TLSVersion
-) -> None:
+async def test_a_second_response_under_tls(context: ssl.SSLContext, newest: ssl.TLSVersion) -> None:
     """An unsolicited response directly behind another one is not read as the answer to the next call.
 
     Both responses have a TLS record of their own, and are read from the socket together.
     """
-    authority = trustme.CA()
-    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
     context.maximum_version = newest
-    authority.issue_cert("127.0.0.1").configure_cert(context)
-    authority.cert_pem.write_to_path(tmp_path / "ca.pem")
-    monkeypatch.setenv("SSL_CERT_FILE", str(tmp_path / "ca.pem"))
 
     async def add_another() -> None:
         server.requested.clear()

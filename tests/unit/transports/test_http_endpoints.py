@@ -13,17 +13,18 @@ from typing import TYPE_CHECKING
 
 import pycurl
 import pytest
-import trustme
 
 from followups.errors import FollowUpsError, TransportConfigurationError
 from followups.transports import http_client
 from followups.transports.http import HttpTransport
 from followups.transports.port import Outcome, Retry, Sent, Unknown
-from unit.transports.doubles import MESSAGE, a_delivery, answer, listening, opened, scripted, settings_for
+from unit.transports.doubles import MESSAGE, a_delivery, answer, certified, listening, opened, scripted, settings_for
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
     from pathlib import Path
+
+    import trustme
 
     from followups.settings import Settings
 
@@ -35,26 +36,6 @@ def clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     """Remove the machine's own proxy and certificate variables from the environment."""
     for name in ("https_proxy", "HTTPS_PROXY", "no_proxy", "NO_PROXY", "SSL_CERT_FILE", "SSL_CERT_DIR"):
         monkeypatch.delenv(name, raising=False)
-
-
-@pytest.fixture(scope="module")
-def authority() -> trustme.CA:
-    """Return a certificate authority that no system trusts."""
-    return trustme.CA()
-
-
-@pytest.fixture
-def trusted(authority: trustme.CA, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Trust the certificate authority through SSL_CERT_FILE."""
-    authority.cert_pem.write_to_path(tmp_path / "ca.pem")
-    monkeypatch.setenv("SSL_CERT_FILE", str(tmp_path / "ca.pem"))
-
-
-def certified(authority: trustme.CA, name: str = "127.0.0.1") -> ssl.SSLContext:
-    """Return a server's TLS context with a certificate for the given name."""
-    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
-    authority.issue_cert(name).configure_cert(context)
-    return context
 
 
 async def outcome_at(url: str, **settings: object) -> Outcome:

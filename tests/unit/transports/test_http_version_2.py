@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-import ssl
 from typing import TYPE_CHECKING
 
 import pytest
-import trustme
 from h2.errors import ErrorCodes
 
 from followups.transports.http import HttpTransport
@@ -17,29 +15,13 @@ from unit.transports.doubles import a_delivery, answer, opened, scripted, settin
 from unit.transports.http2 import Http2Server, Stream, serving_http2
 
 if TYPE_CHECKING:
+    import ssl
     from collections.abc import AsyncIterator, Awaitable, Callable
-    from pathlib import Path
 
     from followups.transports.port import Outcome, Transport
 
 OK = Sent(None, 200)
 MESSAGE_ID = "6f1b1f0e-3a53-4f6e-9a5f-1d2b3c4d5e6f"
-
-
-@pytest.fixture(scope="module")
-def authority() -> trustme.CA:
-    """Return a certificate authority that no system trusts."""
-    return trustme.CA()
-
-
-@pytest.fixture
-def context(authority: trustme.CA, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> ssl.SSLContext:
-    """Return the server's TLS context, with a certificate that clients trust."""
-    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
-    authority.issue_cert("127.0.0.1").configure_cert(context)
-    authority.cert_pem.write_to_path(tmp_path / "ca.pem")
-    monkeypatch.setenv("SSL_CERT_FILE", str(tmp_path / "ca.pem"))
-    return context
 
 
 async def accept(stream: Stream) -> None:

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import ssl
 from datetime import timedelta
 from typing import TYPE_CHECKING
 
 import pytest
-import trustme
 
 from followups.transports.http import HttpTransport
 from followups.transports.http_exchange import HEAD_LIMIT
@@ -17,8 +15,8 @@ from followups.transports.port import Outcome, Rejected, Sent, Snoozed, Unknown
 from unit.transports.doubles import Request, a_delivery, answer, opened, scripted, settings_for
 
 if TYPE_CHECKING:
+    import ssl
     from collections.abc import Awaitable, Callable
-    from pathlib import Path
 
 MESSAGE_ID = "6f1b1f0e-3a53-4f6e-9a5f-1d2b3c4d5e6f"
 NAMED = f'{{"chatMessageId": "{MESSAGE_ID}"}}'.encode()
@@ -196,13 +194,8 @@ async def test_a_trailer_is_ignored() -> None:
     assert outcome.after is None  # type: ignore[union-attr]
 
 
-async def test_connections_are_kept_under_tls(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+async def test_connections_are_kept_under_tls(context: ssl.SSLContext) -> None:
     """Consecutive calls over TLS share one connection until the receiver closes it."""
-    authority = trustme.CA()
-    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
-    authority.issue_cert("127.0.0.1").configure_cert(context)
-    authority.cert_pem.write_to_path(tmp_path / "ca.pem")
-    monkeypatch.setenv("SSL_CERT_FILE", str(tmp_path / "ca.pem"))
     async with (
         scripted(answer(200, NAMED), context) as server,
         opened(HttpTransport(settings_for(server.url))) as transport,
