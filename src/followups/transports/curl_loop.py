@@ -15,11 +15,16 @@ from typing import TYPE_CHECKING
 
 import pycurl
 
+from followups.uptime import uptime
+
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
 RESOLUTION = 0.001
 """Seconds by which a timer may call libcurl too early. libcurl then sets the timer again."""
+
+SLICE = 0.005
+"""Seconds after which other callbacks of the event loop get their turn, even if more sockets are ready."""
 
 CLOSED = -1
 """The result code of transfers that `CurlLoop` itself ends; not one of libcurl's codes."""
@@ -44,7 +49,9 @@ class CurlLoop:
         for option, value in options.items():
             self._multi.setopt(option, value)
         self._sockets = select.epoll()
-        self._watched: set[int] = set()
+        self._turns: dict[int, int] = {}
+        """How often each watched socket was ready, since libcurl began to watch it for the current transfer."""
+        self._overran = False
         self._kick: asyncio.Handle | None = None
         self._timer: asyncio.Handle | None = None
         self._timer_at = math.inf  # the event loop's time at which the timer fires
@@ -78,6 +85,11 @@ class CurlLoop:
             if self._running.pop(curl, None):
                 self._remove(curl, CLOSED)
 
+    def end(self, curl: pycurl.Curl, code: int) -> None:
+        """End a transfer with the given result code, and close its connection unless other transfers use it."""
+        if curl in self._running:
+            self._end(curl, code)
+
     def close(self) -> None:
         """End every transfer and close every connection."""
         for curl in tuple(self._running):
@@ -100,24 +112,35 @@ class CurlLoop:
         wanted = _WANTED.get(what)
         if wanted is None:
             # The socket stays registered, because the next transfer usually begins within milliseconds.
-            self._watched.discard(socket)
+            self._turns.pop(socket, None)
             return
-        self._watched.add(socket)
+        self._turns.setdefault(socket, 0)
         try:
             self._sockets.modify(socket, wanted)
         except FileNotFoundError:  # a new socket can have the number of a closed socket
             self._sockets.register(socket, wanted)
 
     def _handle_ready_sockets(self) -> None:
-        for socket, events in self._sockets.poll(0):
-            if socket not in self._watched:
+        # An endless response makes its socket ready in every iteration of the event loop, and libcurl then reads from
+        # many such sockets in each call. The sockets of short responses therefore come first.
+        ready = self._sockets.poll(0)
+        if self._overran:
+            ready.sort(key=lambda one: self._turns.get(one[0], 0))
+        until = uptime() + SLICE
+        self._overran = False
+        for socket, events in ready:
+            if socket not in self._turns:
                 with suppress(OSError):  # libcurl closed this socket while it handled another socket's event
                     self._sockets.unregister(socket)
                 continue
-            ready = pycurl.CSELECT_IN if events & _IN else 0
-            ready |= pycurl.CSELECT_OUT if events & select.EPOLLOUT else 0
-            ready |= pycurl.CSELECT_ERR if events & select.EPOLLERR else 0
-            self._act(socket, ready)
+            self._turns[socket] += 1
+            wanted = pycurl.CSELECT_IN if events & _IN else 0
+            wanted |= pycurl.CSELECT_OUT if events & select.EPOLLOUT else 0
+            wanted |= pycurl.CSELECT_ERR if events & select.EPOLLERR else 0
+            self._act(socket, wanted)
+            if uptime() > until:
+                self._overran = True
+                break
         self._collect()
 
     def _set_timer(self, milliseconds: int) -> None:

@@ -19,7 +19,8 @@ from followups.settings import hide_password
 from followups.transports.answers import Dialect, outcome_of
 from followups.transports.curl_loop import CLOSED, CurlLoop
 from followups.transports.endpoint import connection_options
-from followups.transports.http_exchange import TOO_LARGE, Exchange, Sockets
+from followups.transports.http_exchange import ENDLESS, FLOODED, TOO_LARGE, Exchange
+from followups.transports.http_sockets import Sockets
 from followups.transports.port import Outcome, Retry, Unknown
 from followups.uptime import uptime
 
@@ -33,9 +34,16 @@ KEEPALIVE = 3
 the server closes a connection during a request, the request's outcome is unknown.
 """
 
+SWEEP_INTERVAL = 0.1
+"""Seconds between two sweeps, which end floods and close idle connections."""
+
 STREAMS = 10
 """Maximum number of simultaneous calls on one HTTP/2 connection. If the connection breaks, the outcomes of all calls on
 it are unknown.
+"""
+
+READ_SIZE = 1024
+"""How many bytes libcurl reads from a connection at a time. It reads ten times before other connections get their turn.
 """
 
 HEADERS = {
@@ -51,6 +59,8 @@ header, a body of more than 1 MiB would wait for the receiver's permission.
 
 _REASONS = {
     CLOSED: "it was closed here",
+    FLOODED: ENDLESS,
+    TOO_LARGE: "its header is longer than 64 KiB",
     pycurl.E_ABORTED_BY_CALLBACK: "it ended, or the receiver sent data, before the request",
     pycurl.E_COULDNT_RESOLVE_HOST: "the host name was not found (DNS)",
     pycurl.E_COULDNT_RESOLVE_PROXY: "the proxy's host name was not found (DNS)",
@@ -81,7 +91,6 @@ class HttpClient:
         """
         self._timeout = settings.transport_timeout.total_seconds()
         self._endpoint = settings.transport_url or ""
-        self._sockets = Sockets(speak_first=self._endpoint.startswith("https:"))
         # A connection to a receiver that cannot deduplicate is used only once. A connection that is kept open may break
         # just after a request was sent. With a reused connection, a follow-up could therefore fail needlessly as
         # outcome_unknown.
@@ -89,12 +98,18 @@ class HttpClient:
         every = HEADERS | dict(headers or {}) | ({} if kept else {"connection": "close"})
         self._headers = _lines(every)
         self._of_connections = connection_options(settings)
+        # Counting takes 15 us per call. What a SOCKS or https proxy adds cannot be counted.
+        secure = self._endpoint.startswith("https:")
+        proxy = str(self._of_connections[pycurl.PROXY])
+        counts_records = secure and kept and ("://" not in proxy or proxy.startswith("http:"))
+        self._sockets = Sockets(speak_first=secure, counts_records=counts_records)
         self._options = self._of_connections | {
             pycurl.POST: True,
             pycurl.CUSTOMREQUEST: method,
             # we request no compression, but some servers compress anyway, so we decode their answers
             pycurl.ENCODING: "gzip, deflate",
             pycurl.PATH_AS_IS: True,
+            pycurl.BUFFERSIZE: READ_SIZE,
             pycurl.MAXAGE_CONN: KEEPALIVE,
             pycurl.FORBID_REUSE: not kept,
             pycurl.FRESH_CONNECT: not kept,
@@ -106,6 +121,7 @@ class HttpClient:
             pycurl.M_MAX_CONCURRENT_STREAMS: STREAMS,
         }
         self._spare: list[Exchange] = []
+        self._active: set[Exchange] = set()
         self._is_open = False
         self._curls: CurlLoop | None = None
         self._retired: list[CurlLoop] = []
@@ -131,13 +147,18 @@ class HttpClient:
         """
         curls = self._connections()  # first, because this discards the spare exchanges of a broken multi handle
         exchange = self._spare.pop() if self._spare else Exchange(self._options, self._sockets)
-        exchange.prepare(url, [*self._headers, *headers], body, uptime() + self._timeout)
+        until = uptime() + self._timeout
+        exchange.prepare(url, [*self._headers, *headers], body, until)
+        self._active.add(exchange)
         try:
             code = await self._perform(exchange, curls)
+            if code == FLOODED:
+                await asyncio.sleep(until - uptime())
             if code == pycurl.E_OPERATION_TIMEDOUT and exchange.asked and not exchange.answered:
                 exchange.distrust()
             return self._outcome(exchange, code, dialect)
         finally:
+            self._active.discard(exchange)
             exchange.end()
             if exchange.is_reusable:
                 self._spare.append(exchange)
@@ -191,10 +212,7 @@ class HttpClient:
             return outcome_of(exchange.answer(code), dialect)
         if code == pycurl.E_OPERATION_TIMEDOUT:
             return Unknown(f"no answer within {self._timeout:g} s")
-        if exchange.has_empty_head:
-            reason = "its header is empty"
-        else:
-            reason = "its header is longer than 64 KiB" if code in TOO_LARGE else _reason(exchange.curl, code)
+        reason = exchange.flaw or _reason(exchange.curl, code)
         return Unknown(f"the connection broke before an answer arrived ({reason})")
 
     # The following methods manage the connections. Connections are replaced after some seconds without a call. By
@@ -211,7 +229,7 @@ class HttpClient:
         if self._curls is None:
             self._curls = CurlLoop(self._of_all)
         if self._sweeping is None:
-            self._sweep_after(KEEPALIVE)
+            self._sweep_later()
         return self._curls
 
     def _retire(self, curls: CurlLoop) -> None:
@@ -228,20 +246,27 @@ class HttpClient:
         self._curls = None
         self._sockets.clear()
 
-    def _sweep_after(self, seconds: float) -> None:
-        self._sweeping = asyncio.get_running_loop().call_later(seconds, self._sweep)
+    def _sweep_later(self) -> None:
+        self._sweeping = asyncio.get_running_loop().call_later(SWEEP_INTERVAL, self._sweep)
 
     def _sweep(self) -> None:
+        self._end_floods()
+        if self._curls is not None and self._curls.is_idle and uptime() > self._used + KEEPALIVE:
+            self._retire(self._curls)
         for curls in [each for each in self._retired if each.is_idle]:
             curls.close()
             self._retired.remove(curls)
-        left = self._used + KEEPALIVE - uptime()
-        if self._retired or self._curls is None or not self._curls.is_idle:
-            self._sweep_after(KEEPALIVE)
-        elif left > 0:
-            self._sweep_after(left)
+        if self._retired or self._curls is not None:
+            self._sweep_later()
         else:
             self._close_connections()
+
+    def _end_floods(self) -> None:
+        flooded = self._sockets.flooded()
+        for exchange in [each for each in self._active if each.address in flooded] if flooded else []:
+            exchange.distrust()
+            for curls in (*self._retired, *([self._curls] if self._curls else [])):
+                curls.end(exchange.curl, FLOODED)
 
 
 def _lines(headers: Mapping[str, str]) -> list[bytes]:

@@ -10,10 +10,6 @@ outcome is unknown.
 
 from __future__ import annotations
 
-import select
-import socket
-import struct
-from contextlib import contextmanager
 from http import HTTPStatus
 from typing import TYPE_CHECKING
 
@@ -24,7 +20,9 @@ from followups.transports.curl_loop import CLOSED
 from followups.uptime import uptime
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Mapping, Sequence
+
+    from followups.transports.http_sockets import Address, Sockets
 
 BODY_LIMIT = 64 * 1024
 """Maximum number of bytes that are read from a response body (deploy/ENDPOINT.md)."""
@@ -33,10 +31,14 @@ HEAD_LIMIT = 64 * 1024
 """Maximum size of a response's head in bytes, including the informational (1xx) responses before it."""
 
 LONG = "the body of the answer is longer than 64 KiB"
+ENDLESS = "more than 256 KiB arrived for it"
 LATE = "the body of the answer did not arrive in time"
 
-TOO_LARGE = {pycurl.E_WRITE_ERROR, 100}
-"""libcurl's error codes for a response that is too large, or that has too long a line (CURLE_TOO_LARGE)."""
+TOO_LARGE = 100
+"""libcurl's error code for a response with too long a line (CURLE_TOO_LARGE)."""
+
+FLOODED = -2
+"""The result code of calls on a connection that received more than 256 KiB; not one of libcurl's codes."""
 
 _STOP = -1
 """Value that a callback returns to end the transfer and its connection."""
@@ -48,104 +50,10 @@ _READ_HEADERS = {b"retry-after", b"date"}
 _STATUS_OK = int(HTTPStatus.OK)
 _STATUS_SWITCHING = int(HTTPStatus.SWITCHING_PROTOCOLS)
 
-_TCP_INFO: int | None = getattr(socket, "TCP_INFO", None)  # on Linux only
-_BYTES_RECEIVED = struct.Struct("=128xQ")
-"""The number of bytes that a connection has received, in Linux's ``struct tcp_info``."""
-
 _RECORD_TYPES = range(20, 25)
 _RECORD_HEADER = 5
 """Length of the header of a TLS record: type, version (2 bytes), and length of the rest (2 bytes)."""
-
-Address = tuple[str, int]
-
-
-class Sockets:
-    """Sockets of open connections, keyed by the local address that identifies the connection in libcurl."""
-
-    def __init__(self, *, speak_first: bool) -> None:
-        """Start without sockets.
-
-        ``speak_first`` means that the receiver may send data before the first request, as with TLS.
-        """
-        self.speak_first = speak_first
-        self.consumed: dict[Address, int] = {}
-        """How many bytes libcurl has processed of each HTTP/1.1 connection under TLS."""
-        self._known: dict[Address, select.poll] = {}
-        self._numbers: dict[Address, int] = {}
-        self._calls: dict[Address, int] = {}
-
-    def clear(self) -> None:
-        """Remove all sockets."""
-        self._known.clear()
-        self._numbers.clear()
-        self.consumed.clear()
-
-    def begin(self, address: Address) -> None:
-        """Count another call on this connection. Only HTTP/2 allows several simultaneous calls on one connection."""
-        self._calls[address] = self._calls.get(address, 0) + 1
-
-    def end(self, address: Address) -> None:
-        """Decrement this connection's call count when a call has finished."""
-        left = self._calls.pop(address) - 1
-        if left:
-            self._calls[address] = left
-
-    def distrust(self, address: Address) -> None:
-        """Send no further request on this connection."""
-        self._known.pop(address, None)
-
-    def is_in_order(self, address: Address, opened: Sequence[int]) -> bool:
-        """Return whether a request may be sent on the connection that has this local address.
-
-        ``opened`` lists the sockets of a new connection; for a reused connection, ``opened`` is empty. A kept
-        connection is checked by libcurl at most once a second. Without this function, libcurl could take unsolicited
-        data for the response to the next request. An HTTP/2 server may send unsolicited data to announce that it will
-        close the connection.
-        """
-        for each in opened:
-            if _port(each) == address[1]:
-                self._numbers[address] = each
-                self._known[address] = poll = select.poll()
-                poll.register(each, select.POLLIN | select.POLLRDHUP)
-        if opened and self.speak_first:
-            return True
-        if address not in self._known:
-            return False
-        seen = self._known[address].poll(0)
-        if address in self._calls:
-            return not seen or seen[0][1] == select.POLLIN
-        return not seen and not self._has_buffered(address)
-
-    def _has_buffered(self, address: Address) -> bool:
-        """Return whether libcurl has buffered data of a TLS connection that it has not processed yet.
-
-        TLS data is read from the socket in large pieces. If an unsolicited response directly follows another one, both
-        are read together. libcurl would take the second response for the response to the next request.
-        """
-        consumed = self.consumed.get(address)
-        if consumed is None or _TCP_INFO is None:
-            return False
-        with _borrowed(self._numbers[address]) as opened:
-            info = opened.getsockopt(socket.IPPROTO_TCP, _TCP_INFO, _BYTES_RECEIVED.size)
-        return len(info) == _BYTES_RECEIVED.size and _BYTES_RECEIVED.unpack(info) != (consumed,)
-
-
-@contextmanager
-def _borrowed(number: int) -> Iterator[socket.socket]:
-    opened = socket.socket(fileno=number)
-    try:
-        yield opened
-    finally:
-        opened.detach()
-
-
-def _port(number: int) -> int:
-    with _borrowed(number) as opened:
-        try:
-            return int(opened.getsockname()[1])
-        # this socket was closed, because the other address family connected first
-        except (OSError, IndexError):
-            return -1
+_TLS_MAJOR_VERSION = 3
 
 
 class Exchange:
@@ -160,6 +68,7 @@ class Exchange:
         "_opened",
         "_parts",
         "_read",
+        "_reads_on",
         "_room",
         "_sockets",
         "_status",
@@ -168,7 +77,7 @@ class Exchange:
         "answered",
         "asked",
         "curl",
-        "has_empty_head",
+        "flaw",
         "is_reusable",
         "late",
         "stale",
@@ -178,7 +87,7 @@ class Exchange:
         """Set the handle's options; ``sockets`` are the sockets of the multi handle."""
         self._sockets = sockets
         self._url = ""
-        self._address: Address = ("", 0)
+        self._address: Address = ("", "", 0, 0)
         self._began = False
         self.stale: Address | None = None
         self.is_reusable = True
@@ -193,7 +102,7 @@ class Exchange:
             pycurl.HEADERFUNCTION: self._take_line,
             pycurl.WRITEFUNCTION: self._take_part,
         }
-        if sockets.speak_first:
+        if sockets.counts_records:
             callbacks |= {pycurl.VERBOSE: True, pycurl.DEBUGFUNCTION: self._count}
         for option, value in (*options.items(), *callbacks.items()):
             self.curl.setopt(option, value)
@@ -205,14 +114,21 @@ class Exchange:
             self.curl.setopt(pycurl.URL, url)
         self._body, self._at, self._until = body, 0, until
         self._read = 0
+        self._reads_on = False
         self._room = HEAD_LIMIT
-        self.asked = self.answered = self.late = self.has_empty_head = False
+        self.asked = self.answered = self.late = False
+        self.flaw = ""
         self.stale = None
         self._opened.clear()
         self._head.clear()
         self._parts.clear()
         self.curl.setopt(pycurl.HTTPHEADER, headers)
         self.curl.setopt(pycurl.POSTFIELDSIZE, len(body))
+
+    @property
+    def address(self) -> Address | None:
+        """The local address of the connection on which the request is in progress."""
+        return self._address if self._began else None
 
     def end(self) -> None:
         """Release the connection so that other exchanges may use it."""
@@ -235,7 +151,7 @@ class Exchange:
         self._opened.append(socket)
         return _GO_ON
 
-    def _connected(self, _ip: str, own_ip: str, _port: int, own_port: int) -> int:
+    def _connected(self, ip: str, own_ip: str, port: int, own_port: int) -> int:
         # A process that freezes while it connects may wake after the request's time limit. By then, the follow-up may
         # have been cancelled, or sent by another process. These checks also detect a closed connection, on which a
         # request would have an unknown outcome.
@@ -243,12 +159,12 @@ class Exchange:
             self.late = True
             return _ABORT
         self.end()
-        self._address = own_ip, own_port
+        self._address = ip, own_ip, port, own_port
         if not self._sockets.is_in_order(self._address, self._opened):
             self.stale = None if self._opened else self._address
             return _ABORT
-        if self._opened and self._sockets.speak_first:
-            self._sockets.consumed[self._address] = self._read
+        if self._opened:
+            self._sockets.begin_counting(self._address, self._read)
         self._sockets.begin(self._address)
         self._began = True
         self._head.clear()  # discard the head of the proxy's response
@@ -264,24 +180,33 @@ class Exchange:
 
     def _count(self, kind: int, data: bytes) -> None:
         """Count the processed bytes of a TLS connection: those of the proxy's response, and those of each record."""
-        if kind == pycurl.INFOTYPE_HEADER_IN and not self._began:
-            self._read += len(data)
-        elif kind == pycurl.INFOTYPE_SSL_DATA_IN and len(data) == _RECORD_HEADER and data[0] in _RECORD_TYPES:
+        if kind == pycurl.INFOTYPE_SSL_DATA_IN and _is_record_header(data):
             number = _RECORD_HEADER + int.from_bytes(data[3:])
-            if not self._began:
+            if self._began:
+                self._sockets.add_consumed(self._address, number)
+                self._reads_on = True
+            else:
                 self._read += number
-            elif self._address in self._sockets.consumed:
-                self._sockets.consumed[self._address] += number
+        elif kind == pycurl.INFOTYPE_HEADER_IN and not self._began:
+            self._read += len(data)
 
     def _take_line(self, line: bytes) -> int | None:
         self._room -= len(line)
         if self._room < 0:
+            self.flaw = "its header is longer than 64 KiB"
             return _STOP
         if self.answered:  # a trailer is not a header
             return None
-        if line in {b"\r\n", b"\n"}:
-            self.has_empty_head = not self._head
-            return self._end_head() if self._head else _STOP
+        if not self._head:
+            if line in {b"\r\n", b"\n"}:
+                self.flaw = "its header is empty"
+                return _STOP
+            # Part of a record may be left over from the previous response. libcurl then reads it without a new record.
+            if self._began and not self._reads_on and self._sockets.counts(self._address):
+                self.flaw = "it had received an answer before the request"
+                return _STOP
+        elif line in {b"\r\n", b"\n"}:
+            return self._end_head()
         self._head.append(line)
         return None
 
@@ -291,7 +216,7 @@ class Exchange:
             self._head.clear()  # the head of the final answer follows
             return None
         if not self._head[0].startswith(b"HTTP/1"):  # with HTTP/2, a response names its request
-            self._sockets.consumed.pop(self._address, None)
+            self._sockets.stop_counting(self._address)
         self.answered = True
         self._room = BODY_LIMIT
         return _STOP if status == _STATUS_SWITCHING else None
@@ -306,6 +231,10 @@ class Exchange:
         return None
 
 
+def _is_record_header(data: bytes) -> bool:
+    return len(data) == _RECORD_HEADER and data[0] in _RECORD_TYPES and data[1] == _TLS_MAJOR_VERSION
+
+
 def _headers(head: Sequence[bytes]) -> dict[str, str]:
     headers: dict[str, str] = {}
     for line in head[1:]:
@@ -318,8 +247,10 @@ def _headers(head: Sequence[bytes]) -> dict[str, str]:
 def _flaw(code: int) -> str:
     if code == pycurl.E_OK:
         return ""
-    if code in TOO_LARGE:
+    if code in {pycurl.E_WRITE_ERROR, TOO_LARGE}:
         return LONG
+    if code == FLOODED:
+        return f"the answer is endless: {ENDLESS}"
     if code == pycurl.E_OPERATION_TIMEDOUT:
         return LATE
     if code == pycurl.E_BAD_CONTENT_ENCODING:

@@ -151,6 +151,44 @@ async def test_a_second_response_under_tls(context: ssl.SSLContext, newest: ssl.
         await adding
 
 
+async def test_the_rest_of_a_record_is_not_read_as_a_response(context: ssl.SSLContext) -> None:
+    """If the end of a response shares its TLS record with another response, the second one is never used.
+
+    Both are decrypted together. Nothing shows that the second response is there until libcurl reads it.
+    """
+
+    async def split(writer: asyncio.StreamWriter, _request: Request) -> None:
+        writer.write(b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\n")
+        await asyncio.sleep(0.01)
+        writer.write(b"{}" + OTHER)
+        await asyncio.sleep(60)
+
+    async with scripted(split, context) as server, opened(HttpTransport(settings_for(server.url))) as transport:
+        assert await transport.send(a_delivery()) == Sent(None, 200)
+        assert await transport.send(a_delivery()) == Unknown(
+            "the connection broke before an answer arrived (it had received an answer before the request)"
+        )
+        assert await transport.send(a_delivery()) == Sent(None, 200)
+        assert server.connections == 2
+
+
+@pytest.mark.parametrize("secure", [False, True])
+async def test_concurrent_calls_use_no_unsolicited_response(context: ssl.SSLContext, *, secure: bool) -> None:
+    """An unsolicited response is discarded even if another call is waiting for the connection when it arrives."""
+
+    async def answer_twice(writer: asyncio.StreamWriter, _request: Request) -> None:
+        writer.write(OK)
+        writer.write(OTHER)
+
+    async with (
+        scripted(answer_twice, context if secure else None) as server,
+        opened(HttpTransport(settings_for(server.url, concurrency=4))) as transport,
+    ):
+        for _ in range(20):
+            for outcome in await asyncio.gather(*[transport.send(a_delivery()) for _ in range(8)]):
+                assert outcome == Sent(None, 200)
+
+
 async def test_line_breaks_after_a_response_are_ignored() -> None:
     """Line breaks after a response affect neither this call nor the next."""
     async with scripted(OK + b"\r\n") as server, opened(HttpTransport(settings_for(server.url))) as transport:

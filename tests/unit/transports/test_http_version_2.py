@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from typing import TYPE_CHECKING
 
 import pytest
 from h2.errors import ErrorCodes
 
+from followups.transports import http_client
 from followups.transports.http import HttpTransport
 from followups.transports.http_client import STREAMS
 from followups.transports.port import Rejected, Retry, Sent, Unknown
@@ -39,7 +41,7 @@ async def server(context: ssl.SSLContext) -> AsyncIterator[Http2Server]:
 @pytest.fixture
 async def transport(server: Http2Server) -> AsyncIterator[Transport]:
     """Open a transport to the server."""
-    async with opened(HttpTransport(settings_for(server.url, transport_timeout=10))) as transport:
+    async with opened(HttpTransport(settings_for(server.url, transport_timeout=2))) as transport:
         yield transport
 
 
@@ -257,6 +259,42 @@ async def test_one_stream_harms_no_other(
     assert len(server.connections) == 1
 
 
+def pong(_stream: Stream) -> bytes:
+    """Return a response to a PING frame that was never sent."""
+    return bytes.fromhex("0000080601000000000102030405060708")
+
+
+def pad(stream: Stream) -> bytes:
+    """Return a DATA frame that contains only padding."""
+    return bytes.fromhex("00010000 08") + stream.id.to_bytes(4) + b"\xff" + bytes(255)
+
+
+@pytest.mark.parametrize("frame", [pong, pad])
+async def test_endless_frames_cost_their_calls_the_timeout(
+    frame: Callable[[Stream], bytes], server: Http2Server, transport: Transport, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """If a connection receives frames without end, its calls end at their timeouts; later calls are not affected."""
+    monkeypatch.setattr(http_client, "SWEEP_INTERVAL", 0.01)
+
+    async def flood(stream: Stream) -> None:
+        stream.answer(200, ends=False)
+        with contextlib.suppress(ConnectionError):
+            while True:
+                stream.connection.writer.write(frame(stream) * 1_000)
+                await stream.connection.writer.drain()
+                await asyncio.sleep(0)  # draining alone need not wait
+
+    assert await transport.send(a_delivery()) == OK
+    server.serve = flood
+    calls = asyncio.create_task(send_at_once(transport, STREAMS))
+    await asyncio.sleep(0.3)  # meanwhile the flood is detected
+    server.serve = accept
+    assert await transport.send(a_delivery()) == OK
+    assert not calls.done()
+    assert await calls == [Sent(None, 200, "the answer is endless: more than 256 KiB arrived for it")] * STREAMS
+    assert len(server.connections) == 2
+
+
 async def stay_silent(_stream: Stream) -> None:
     """Keep the connection open without ever responding."""
 
@@ -339,7 +377,7 @@ async def test_more_calls_than_streams_use_more_connections(context: ssl.SSLCont
 
     async with (
         serving_http2(accept, context, streams_at_once=2) as server,
-        opened(HttpTransport(settings_for(server.url, transport_timeout=10))) as transport,
+        opened(HttpTransport(settings_for(server.url, transport_timeout=2))) as transport,
     ):
         assert await transport.send(a_delivery()) == OK
         server.serve = answer_late

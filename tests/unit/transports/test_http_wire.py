@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from followups.transports import http_client
 from followups.transports.http import HttpTransport
 from followups.transports.http_exchange import HEAD_LIMIT
 from followups.transports.port import Outcome, Rejected, Sent, Snoozed, Unknown
@@ -43,9 +44,10 @@ def endless(start: bytes, piece: bytes) -> Callable[[asyncio.StreamWriter, Reque
     async def write(writer: asyncio.StreamWriter, _request: Request) -> None:
         writer.write(start)
         with contextlib.suppress(ConnectionError):
-            while True:
+            while not writer.is_closing():
                 writer.write(piece)
                 await writer.drain()
+                await asyncio.sleep(0)  # draining alone need not wait
 
     return write
 
@@ -155,10 +157,48 @@ async def test_reading_of_endless_chunks_stops(start: bytes, piece: bytes) -> No
     assert outcome == Sent(None, 200, "the body of the answer is longer than 64 KiB")
 
 
-async def test_an_endless_chunk_size_costs_the_timeout() -> None:
-    """If a chunk extension never ends, the request times out, and only the status counts."""
-    outcome = await outcome_of(endless(CHUNKED + b"1;", b"x" * 10_000), transport_timeout=0.3)
-    assert outcome == Sent(None, 200, "the body of the answer did not arrive in time")
+@pytest.mark.parametrize("secure", [False, True])
+async def test_an_endless_chunk_extension_costs_its_call_the_timeout(
+    context: ssl.SSLContext, monkeypatch: pytest.MonkeyPatch, *, secure: bool
+) -> None:
+    """A call with an endless chunk extension is no longer read, but ends only at its timeout.
+
+    An endpoint that always answers like this could otherwise occupy a worker's processor. Other calls succeed.
+    """
+    monkeypatch.setattr(http_client, "SWEEP_INTERVAL", 0.01)
+    flood = endless(CHUNKED + b"1;", b"x" * 100_000)
+    unread = asyncio.Event()
+
+    async def answer_some(writer: asyncio.StreamWriter, request: Request) -> None:
+        if b"flood" in request.body:
+            await flood(writer, request)
+            unread.set()
+        writer.write(answer(200))
+
+    async with (
+        scripted(answer_some, context if secure else None) as server,
+        opened(HttpTransport(settings_for(server.url, transport_timeout=2))) as transport,
+    ):
+        flooded = [asyncio.create_task(transport.send(a_delivery(message="flood"))) for _ in range(5)]
+        await unread.wait()
+        for _ in range(20):
+            assert await transport.send(a_delivery()) == Sent(None, 200)
+        assert not any(each.done() for each in flooded)
+        for outcome in await asyncio.gather(*flooded):
+            assert outcome == Sent(None, 200, "the answer is endless: more than 256 KiB arrived for it")
+
+
+async def test_a_long_answer_is_no_flood(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A connection may receive any number of bytes for many calls that are all answered properly."""
+    monkeypatch.setattr(http_client, "SWEEP_INTERVAL", 0.001)
+    padding = b" " * 60_000
+    async with (
+        scripted(CHUNKED + b"%x\r\n%s\r\n0\r\n\r\n" % (len(padding + NAMED), padding + NAMED)) as server,
+        opened(HttpTransport(settings_for(server.url))) as transport,
+    ):
+        for _ in range(20):
+            assert names(await transport.send(a_delivery()))
+        assert server.connections == 1
 
 
 async def test_garbage_in_the_body_does_not_change_the_status() -> None:
