@@ -39,14 +39,14 @@ it are unknown.
 """
 
 HEADERS = {
-    "user-agent": "followups",
     "accept": "application/json",
     "accept-encoding": "identity",
     "content-type": "application/json",
     "expect": "",
 }
-"""Headers of every request. The empty Expect header keeps libcurl from adding one of its own. With libcurl's own Expect
-header, a body of more than 1 MiB would wait for the receiver's permission.
+"""Headers of every request, besides User-Agent, which is an option of the connection. The empty Expect header keeps
+libcurl from adding one of its own. With libcurl's own Expect header, a body of more than 1 MiB would wait for the
+receiver's permission.
 """
 
 _REASONS = {
@@ -77,7 +77,7 @@ class HttpClient:
     def __init__(self, settings: Settings, method: str = "POST", headers: Mapping[str, str] | None = None) -> None:
         """Store the limits and the headers of every request; no connection is opened yet.
 
-        Raises `TransportConfigurationError` if the certificates cannot be read.
+        Raises `TransportConfigurationError` if the certificates or the proxy cannot be used.
         """
         self._timeout = settings.transport_timeout.total_seconds()
         self._endpoint = settings.transport_url or ""
