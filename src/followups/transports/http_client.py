@@ -56,6 +56,7 @@ _REASONS = {
     pycurl.E_COULDNT_RESOLVE_PROXY: "the proxy's host name was not found (DNS)",
     pycurl.E_GOT_NOTHING: "it ended without an answer",
     pycurl.E_SEND_FAIL_REWIND: "it ended without an answer",
+    pycurl.E_UNSUPPORTED_PROTOCOL: "it is not HTTP",
 }
 _TLS = {
     pycurl.E_SSL_CONNECT_ERROR,
@@ -187,12 +188,12 @@ class HttpClient:
             if code == pycurl.E_OPERATION_TIMEDOUT or exchange.late:
                 return Retry(f"no connection within {self._timeout:g} s")
             return Retry(f"no connection: {_reason(exchange.curl, code)}")
-        if exchange.answered:
+        if exchange.has_status(code):
             return outcome_of(exchange.answer(code), dialect)
         if code == pycurl.E_OPERATION_TIMEDOUT:
             return Unknown(f"no answer within {self._timeout:g} s")
-        if exchange.has_empty_head:
-            reason = "its header is empty"
+        if exchange.refusal:
+            reason = exchange.refusal
         else:
             reason = "its header is longer than 64 KiB" if code in TOO_LARGE else _reason(exchange.curl, code)
         return Unknown(f"the connection broke before an answer arrived ({reason})")

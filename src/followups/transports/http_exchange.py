@@ -10,6 +10,7 @@ outcome is unknown.
 
 from __future__ import annotations
 
+import re
 import select
 import socket
 import struct
@@ -37,6 +38,12 @@ LATE = "the body of the answer did not arrive in time"
 
 TOO_LARGE = {pycurl.E_WRITE_ERROR, 100}
 """libcurl's error codes for a response that is too large, or that has too long a line (CURLE_TOO_LARGE)."""
+
+_BAD_HEADER = {pycurl.E_BAD_CONTENT_ENCODING, pycurl.E_FTP_WEIRD_SERVER_REPLY}
+"""libcurl's error codes for an invalid header (CURLE_WEIRD_SERVER_REPLY, which pycurl knows by its old name)."""
+
+_STATUS_LINE = re.compile(rb"HTTP/[\d.]+ ([1-5]\d\d)\s", re.IGNORECASE)
+"""A status line. libcurl also accepts a status above 599, and ignores what follows the first three digits."""
 
 _STOP = -1
 """Value that a callback returns to end the transfer and its connection."""
@@ -168,9 +175,9 @@ class Exchange:
         "answered",
         "asked",
         "curl",
-        "has_empty_head",
         "is_reusable",
         "late",
+        "refusal",
         "stale",
     )
 
@@ -206,7 +213,8 @@ class Exchange:
         self._body, self._at, self._until = body, 0, until
         self._read = 0
         self._room = HEAD_LIMIT
-        self.asked = self.answered = self.late = self.has_empty_head = False
+        self.asked = self.answered = self.late = False
+        self.refusal = ""
         self.stale = None
         self._opened.clear()
         self._head.clear()
@@ -224,10 +232,21 @@ class Exchange:
         """Send no further request on this exchange's connection."""
         self._sockets.distrust(self._address)
 
+    def has_status(self, code: int) -> bool:
+        """Return whether a final status has arrived; ``code`` is libcurl's result.
+
+        The status counts even if a later header is invalid or too long, but not if the connection broke before the
+        last header.
+        """
+        if self.answered:
+            return True
+        return bool(self._head) and self._status >= _STATUS_OK and code in _BAD_HEADER | TOO_LARGE
+
     def answer(self, code: int) -> Answer:
-        """Return the response once its headers have arrived; ``code`` is libcurl's result for the body."""
+        """Return the response once its status has arrived; ``code`` is libcurl's result for the rest."""
         headers = {} if self._status // 100 == 2 else _headers(self._head)  # noqa: PLR2004 - 2xx, of which none is read
-        return Answer(self._status, headers, b"".join(self._parts), _flaw(code))
+        flaw = _flaw(code) if self.answered else _flaw_of_head(code)
+        return Answer(self._status, headers, b"".join(self._parts), flaw)
 
     # The following methods are callbacks, in the order in which libcurl calls them.
 
@@ -251,9 +270,7 @@ class Exchange:
             self._sockets.consumed[self._address] = self._read
         self._sockets.begin(self._address)
         self._began = True
-        self._head.clear()  # discard the head of the proxy's response
-        self._room = HEAD_LIMIT
-        self.answered = False
+        self._room = HEAD_LIMIT  # the head of the proxy's response counted too
         return _GO_ON
 
     def _give(self, size: int) -> bytes:
@@ -277,16 +294,26 @@ class Exchange:
         self._room -= len(line)
         if self._room < 0:
             return _STOP
-        if self.answered:  # a trailer is not a header
+        if self.answered or not self.asked:  # a trailer, or the head of the proxy's response
             return None
+        if not self._head:
+            return self._begin_head(line)
         if line in {b"\r\n", b"\n"}:
-            self.has_empty_head = not self._head
-            return self._end_head() if self._head else _STOP
+            return self._end_head()
+        self._head.append(line)
+        return None
+
+    def _begin_head(self, line: bytes) -> int | None:
+        found = _STATUS_LINE.match(line)
+        if found is None:
+            self.refusal = "its status line is invalid" if line.strip() else "its header is empty"
+            return _STOP
+        self._status = int(found[1])
         self._head.append(line)
         return None
 
     def _end_head(self) -> int | None:
-        self._status = status = int(self._head[0].split(None, 2)[1])
+        status = self._status
         if status < _STATUS_OK and status != _STATUS_SWITCHING:
             self._head.clear()  # the head of the final answer follows
             return None
@@ -313,6 +340,10 @@ def _headers(head: Sequence[bytes]) -> dict[str, str]:
         if (known := name.strip().lower()) in _READ_HEADERS:
             headers.setdefault(known.decode(), value.strip().decode(errors="replace"))
     return headers
+
+
+def _flaw_of_head(code: int) -> str:
+    return f"the header of the answer is {'longer than 64 KiB' if code in TOO_LARGE else 'invalid'}"
 
 
 def _flaw(code: int) -> str:

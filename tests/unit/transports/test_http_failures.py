@@ -224,9 +224,10 @@ async def test_a_compressed_answer_is_not_asked_for_and_understood() -> None:
         assert server.requests[0].headers["accept-encoding"] == "identity"
 
 
-async def test_an_invalid_compressed_answer_is_sent() -> None:
+@pytest.mark.parametrize("encoding", ["gzip", "deflate", "br", "zstd", "unknown"])
+async def test_an_invalid_compressed_answer_is_sent(encoding: str) -> None:
     """If a 2xx response cannot be decompressed, the message still counts as sent."""
-    async with scripted(answer(200, b"\x1f\x8b\x08garbage", content_encoding="gzip")) as server:
+    async with scripted(answer(200, b"\x1f\x8b\x08garbage", content_encoding=encoding)) as server:
         assert await outcome_at(server.url) == Sent(None, 200, "the body of the answer cannot be decompressed")
 
 
