@@ -147,12 +147,12 @@ def _borrowed(number: int) -> Iterator[socket.socket]:
 
 
 def _port(number: int) -> int:
-    with _borrowed(number) as opened:
-        try:
+    try:
+        with _borrowed(number) as opened:
             return int(opened.getsockname()[1])
-        # this socket was closed, because the other address family connected first
-        except (OSError, IndexError):
-            return -1
+    # this socket was closed, because the other address family connected first
+    except (OSError, IndexError):
+        return -1
 
 
 class Exchange:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import shutil
+import socket
 import ssl
 import subprocess
+import time
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -31,12 +33,10 @@ from unit.transports.doubles import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
+    from collections.abc import AsyncIterator, Callable, Iterator
     from pathlib import Path
 
     import trustme
-
-    from followups.settings import Settings
 
 OK = answer(200)
 
@@ -446,26 +446,70 @@ async def test_an_address_of_ip_version_6(authority: trustme.CA, *, secure: bool
         assert server.connections == 1
 
 
+ADDRESSES = ["127.0.0.1,[::1]", "[::1],127.0.0.1"]
+
+
+@pytest.fixture
+def resolve(monkeypatch: pytest.MonkeyPatch) -> Callable[[str, str], str]:
+    """Return a function that gives a host name the addresses of a port, and returns the URL of that host."""
+    options = http_client.connection_options
+
+    def resolve(port: str, addresses: str) -> str:
+        entry = f"dual.example:{port}:{addresses}"
+        monkeypatch.setattr(
+            http_client, "connection_options", lambda settings: options(settings) | {pycurl.RESOLVE: [entry]}
+        )
+        return f"http://dual.example:{port}"
+
+    return resolve
+
+
 @pytest.mark.parametrize("host", ["127.0.0.1", "::1"])
-@pytest.mark.parametrize("first", ["127.0.0.1,[::1]", "[::1],127.0.0.1"])
+@pytest.mark.parametrize("addresses", ADDRESSES)
 async def test_a_host_of_two_families_is_reached_by_the_one_that_answers(
-    host: str, first: str, monkeypatch: pytest.MonkeyPatch
+    host: str, addresses: str, resolve: Callable[[str, str], str]
 ) -> None:
     """A host with an IPv4 and an IPv6 address is reached even if it listens on only one of them.
 
     The order of the host's addresses does not matter.
     """
     async with scripted(OK, host=host) as server:
-        port = server.url.rpartition(":")[2]
-        options = http_client.connection_options
-
-        def resolved(settings: Settings) -> dict[int, object]:
-            return options(settings) | {pycurl.RESOLVE: [f"dual.example:{port}:{first}"]}
-
-        monkeypatch.setattr(http_client, "connection_options", resolved)
-        async with opened(HttpTransport(settings_for(f"http://dual.example:{port}"))) as transport:
+        url = resolve(server.url.rpartition(":")[2], addresses)
+        async with opened(HttpTransport(settings_for(url))) as transport:
             for _ in range(3):
                 assert await transport.send(a_delivery()) == Sent(None, 200)
+        assert server.connections == 1
+
+
+@contextlib.contextmanager
+def no_room(host: str, port: int) -> Iterator[None]:
+    """Listen with a full backlog, so that the kernel ignores further connections."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with contextlib.ExitStack() as sockets, socket.create_server((host, port), family=family, backlog=0):
+        for _ in range(2):
+            client = sockets.enter_context(socket.socket(family))
+            client.setblocking(False)  # noqa: FBT003 - a method of the standard library
+            client.connect_ex((host, port))
+        yield
+
+
+@pytest.mark.parametrize(("host", "silent"), [("127.0.0.1", "::1"), ("::1", "127.0.0.1")])
+@pytest.mark.parametrize("addresses", ADDRESSES)
+async def test_a_silent_family_delays_no_message(
+    host: str, silent: str, addresses: str, resolve: Callable[[str, str], str]
+) -> None:
+    """If one of a host's two addresses never responds, messages are soon sent to the other one."""
+    async with scripted(OK, host=host) as server:
+        port = server.url.rpartition(":")[2]
+        url = resolve(port, addresses)
+        with no_room(silent, int(port)):
+            silent_url = f"http://{f'[{silent}]' if ':' in silent else silent}:{port}"
+            assert await outcome_at(silent_url, transport_timeout=0.2) == Retry("no connection within 0.2 s")
+            async with opened(HttpTransport(settings_for(url))) as transport:
+                began = time.monotonic()
+                for _ in range(3):
+                    assert await transport.send(a_delivery()) == Sent(None, 200)
+                assert time.monotonic() - began < 2
         assert server.connections == 1
 
 
