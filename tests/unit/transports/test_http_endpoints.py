@@ -409,7 +409,7 @@ async def test_the_proxy_is_for_https_alone(monkeypatch: pytest.MonkeyPatch) -> 
         assert proxy.targets == []
 
 
-@pytest.mark.parametrize("status", [403, 407, 502, 503])
+@pytest.mark.parametrize("status", [403, 407, 502, 503, 600])
 async def test_a_proxys_error_is_not_the_endpoints(status: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """A proxy's error response, whatever its status, means that nothing was sent."""
     async with proxy_that(answer(status, b"proxy", retry_after="7")) as proxy:
