@@ -51,6 +51,7 @@ receiver's permission.
 
 _REASONS = {
     CLOSED: "it was closed here",
+    TOO_LARGE: "its header is longer than 64 KiB",
     pycurl.E_ABORTED_BY_CALLBACK: "it ended, or the receiver sent data, before the request",
     pycurl.E_COULDNT_RESOLVE_HOST: "the host name was not found (DNS)",
     pycurl.E_COULDNT_RESOLVE_PROXY: "the proxy's host name was not found (DNS)",
@@ -192,10 +193,7 @@ class HttpClient:
             return outcome_of(exchange.answer(code), dialect)
         if code == pycurl.E_OPERATION_TIMEDOUT:
             return Unknown(f"no answer within {self._timeout:g} s")
-        if exchange.refusal:
-            reason = exchange.refusal
-        else:
-            reason = "its header is longer than 64 KiB" if code in TOO_LARGE else _reason(exchange.curl, code)
+        reason = exchange.flaw or _reason(exchange.curl, code)
         return Unknown(f"the connection broke before an answer arrived ({reason})")
 
     # The following methods manage the connections. Connections are replaced after some seconds without a call. By

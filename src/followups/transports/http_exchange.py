@@ -36,11 +36,12 @@ HEAD_LIMIT = 64 * 1024
 LONG = "the body of the answer is longer than 64 KiB"
 LATE = "the body of the answer did not arrive in time"
 
-TOO_LARGE = {pycurl.E_WRITE_ERROR, 100}
-"""libcurl's error codes for a response that is too large, or that has too long a line (CURLE_TOO_LARGE)."""
+TOO_LARGE = 100
+"""libcurl's error code for a response with too long a line (CURLE_TOO_LARGE)."""
 
 _BAD_HEADER = {pycurl.E_BAD_CONTENT_ENCODING, pycurl.E_FTP_WEIRD_SERVER_REPLY}
 """libcurl's error codes for an invalid header (CURLE_WEIRD_SERVER_REPLY, which pycurl knows by its old name)."""
+_LONG_HEADER = {pycurl.E_WRITE_ERROR, TOO_LARGE}
 
 _STATUS_LINE = re.compile(rb"HTTP/[\d.]+ ([1-5]\d\d)\s", re.IGNORECASE)
 """A status line. libcurl also accepts a status above 599, and ignores what follows the first three digits."""
@@ -175,9 +176,9 @@ class Exchange:
         "answered",
         "asked",
         "curl",
+        "flaw",
         "is_reusable",
         "late",
-        "refusal",
         "stale",
     )
 
@@ -214,7 +215,7 @@ class Exchange:
         self._read = 0
         self._room = HEAD_LIMIT
         self.asked = self.answered = self.late = False
-        self.refusal = ""
+        self.flaw = ""
         self.stale = None
         self._opened.clear()
         self._head.clear()
@@ -240,7 +241,7 @@ class Exchange:
         """
         if self.answered:
             return True
-        return bool(self._head) and self._status >= _STATUS_OK and code in _BAD_HEADER | TOO_LARGE
+        return bool(self._head) and self._status >= _STATUS_OK and code in _BAD_HEADER | _LONG_HEADER
 
     def answer(self, code: int) -> Answer:
         """Return the response once its status has arrived; ``code`` is libcurl's result for the rest."""
@@ -293,6 +294,7 @@ class Exchange:
     def _take_line(self, line: bytes) -> int | None:
         self._room -= len(line)
         if self._room < 0:
+            self.flaw = "its header is longer than 64 KiB"
             return _STOP
         if self.answered or not self.asked:  # a trailer, or the head of the proxy's response
             return None
@@ -306,7 +308,7 @@ class Exchange:
     def _begin_head(self, line: bytes) -> int | None:
         found = _STATUS_LINE.match(line)
         if found is None:
-            self.refusal = "its status line is invalid" if line.strip() else "its header is empty"
+            self.flaw = "its status line is invalid" if line.strip() else "its header is empty"
             return _STOP
         self._status = int(found[1])
         self._head.append(line)
@@ -343,13 +345,13 @@ def _headers(head: Sequence[bytes]) -> dict[str, str]:
 
 
 def _flaw_of_head(code: int) -> str:
-    return f"the header of the answer is {'longer than 64 KiB' if code in TOO_LARGE else 'invalid'}"
+    return f"the header of the answer is {'invalid' if code in _BAD_HEADER else 'longer than 64 KiB'}"
 
 
 def _flaw(code: int) -> str:
     if code == pycurl.E_OK:
         return ""
-    if code in TOO_LARGE:
+    if code in {pycurl.E_WRITE_ERROR, TOO_LARGE}:
         return LONG
     if code == pycurl.E_OPERATION_TIMEDOUT:
         return LATE

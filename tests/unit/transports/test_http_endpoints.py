@@ -311,10 +311,7 @@ def proxied(authority: trustme.CA) -> ssl.SSLContext:
 async def test_a_proxy_over_tls_is_trusted_like_the_endpoint(
     variable: str, authority: trustme.CA, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """An https proxy is trusted by the same authorities as the endpoint, but gets no client certificate.
-
-    Through an https proxy, an HTTP/1.1 connection carries one request.
-    """
+    """An https proxy is trusted by the same authorities as the endpoint, but gets no client certificate."""
     authority.cert_pem.write_to_path(tmp_path / "ca.pem")
     if variable == "SSL_CERT_DIR":
         subprocess.run(["openssl", "rehash", str(tmp_path)], check=True)  # noqa: ASYNC221, S607 - runs before any other task
@@ -330,8 +327,7 @@ async def test_a_proxy_over_tls_is_trusted_like_the_endpoint(
             for _ in range(2):
                 assert await transport.send(a_delivery()) == Sent(None, 200)
             assert "accepts connections over TLS" in await transport.check()
-        assert proxy.certificates == [None] * 3
-        assert server.connections == 3
+        assert set(proxy.certificates) == {None}
 
 
 async def test_a_proxy_of_an_unknown_authority_is_not_trusted(
