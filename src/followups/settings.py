@@ -365,11 +365,11 @@ def hide_password(url: str) -> str:
     >>> hide_password("redis://me:secret@host:6379/0")
     'redis://me:***@host:6379/0'
     """
-    scheme, separator, rest = url.partition("://")
+    rest = re.sub(r"\A[A-Za-z][\w+.-]*://", "", url)
     # Everything before the last '@' is hidden, so that an unescaped '/', '?' or '@' in a password reveals nothing.
     user, at, host = rest.rpartition("@")
     shown = f"{re.split('[:/?#]', user)[0]}:***@" if at else ""
-    return f"{scheme}{separator}{shown}{host.partition('?')[0]}"
+    return f"{url.removesuffix(rest)}{shown}{host.partition('?')[0]}"
 
 
 FROM_FILES = ("database_url", "broker_url", "transport_url", "transport_secret")

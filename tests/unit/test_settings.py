@@ -255,6 +255,12 @@ def test_no_part_of_an_unescaped_password_is_shown(password: str) -> None:
     assert hide_password(f"postgresql://app:{password}@db/followups") == "postgresql://app:***@db/followups"
 
 
+@pytest.mark.parametrize("password", ["plain", "with://scheme", "with@at"])
+def test_a_password_is_hidden_even_without_a_scheme(password: str) -> None:
+    """The password of an address without a scheme, as of a proxy, is hidden too."""
+    assert hide_password(f"app:{password}@proxy:3128") == "app:***@proxy:3128"
+
+
 def test_a_url_without_a_password_stays_as_it_is() -> None:
     """In a URL without credentials, only the query is hidden."""
     assert hide_password("redis://broker:6379/0?ssl=1") == "redis://broker:6379/0"

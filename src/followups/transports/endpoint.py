@@ -16,6 +16,9 @@ from followups.settings import hide_password
 if TYPE_CHECKING:
     from followups.settings import Settings
 
+_PROXY_SCHEMES = {"http", "https", "socks", "socks4", "socks4a", "socks5", "socks5h"}
+"""Schemes of the proxies that libcurl can use."""
+
 
 def required_url(settings: Settings, meaning: str) -> str:
     """Return ``FOLLOWUPS_TRANSPORT_URL``; error messages use ``meaning`` to describe the expected URL.
@@ -28,6 +31,8 @@ def required_url(settings: Settings, meaning: str) -> str:
         raise TransportConfigurationError(message)
     if not _is_well_formed(url):
         message = f"FOLLOWUPS_TRANSPORT_URL ({hide_password(url)}) is not a valid address: set it to {meaning}."
+        if not url.isascii():
+            message += " Write a host name beyond ASCII in its xn-- form, and percent-encode the path."
         raise TransportConfigurationError(message)
     return url
 
@@ -39,6 +44,8 @@ def _is_well_formed(url: str) -> bool:
         return (
             bool(host)
             and parts.port != 0
+            and parts.netloc.count("@") <= 1  # libcurl rejects a password with an unescaped @
+            and url.isascii()
             and not any(c.isspace() or not c.isprintable() for c in url)
             and _fits_basic_authentication(unquote(parts.username or ""), unquote(parts.password or ""))
         )
@@ -55,7 +62,7 @@ def _fits_basic_authentication(user: str, password: str) -> bool:
 def connection_options(settings: Settings) -> dict[int, object]:
     """Return libcurl's options for every connection to the endpoint: timeout, protocols, TLS, proxy.
 
-    Raises `TransportConfigurationError` if a certificate cannot be read.
+    Raises `TransportConfigurationError` if a certificate cannot be read or used, or if the proxy is invalid.
     """
     milliseconds = max(1, round(settings.transport_timeout / timedelta(milliseconds=1)))
     options: dict[int, object] = {
@@ -66,15 +73,23 @@ def connection_options(settings: Settings) -> dict[int, object]:
         pycurl.HTTP_VERSION: pycurl.CURL_HTTP_VERSION_2TLS
         if settings.transport_deduplicates
         else pycurl.CURL_HTTP_VERSION_1_1,
+        pycurl.USERAGENT: "followups",  # also for CONNECT, which has no headers of the request
         pycurl.PROXY: "",  # ignore the proxies that environment variables name
     }
+    certificate = _client_certificate(settings)
     if (settings.transport_url or "").startswith("https:"):
-        options |= _trusted() | _client_certificate(settings) | _proxy()
+        options |= _trusted() | certificate | _proxy()
+    elif certificate:
+        message = (
+            "FOLLOWUPS_TRANSPORT_CLIENT_CERT needs an https endpoint: set FOLLOWUPS_TRANSPORT_URL to an https address, "
+            "or remove the certificate."
+        )
+        raise TransportConfigurationError(message)
     return options
 
 
 def _trusted() -> dict[int, object]:
-    """Return libcurl's options for the trusted certificate authorities.
+    """Return libcurl's options for the trusted certificate authorities of the endpoint and of an https proxy.
 
     By default, the system's authorities are trusted. ``SSL_CERT_FILE`` replaces the system's file of authorities.
     ``SSL_CERT_DIR`` replaces the system's directory, but not the system's file. The libcurl in pycurl's wheel knows the
@@ -89,17 +104,24 @@ def _trusted() -> dict[int, object]:
             raise TransportConfigurationError(message)
     options: dict[int, object] = {}
     if paths.cafile:
-        options[pycurl.CAINFO] = paths.cafile
+        options[pycurl.CAINFO] = options[pycurl.PROXY_CAINFO] = os.fsencode(paths.cafile)
     # With a certificate directory, libcurl would read the certificate file again for every connection.
     if paths.capath and (os.environ.get("SSL_CERT_DIR") or not paths.cafile):
-        options[pycurl.CAPATH] = paths.capath
+        options[pycurl.CAPATH] = options[pycurl.PROXY_CAPATH] = os.fsencode(paths.capath)
     return options
 
 
 def _client_certificate(settings: Settings) -> dict[int, object]:
-    certificate, key = settings.transport_client_cert, settings.transport_client_key or settings.transport_client_cert
+    certificate, key = settings.transport_client_cert, settings.transport_client_key
     if certificate is None:
+        if key is not None:
+            message = (
+                "FOLLOWUPS_TRANSPORT_CLIENT_KEY names the key of a client certificate: "
+                "set FOLLOWUPS_TRANSPORT_CLIENT_CERT too, or remove the key."
+            )
+            raise TransportConfigurationError(message)
         return {}
+    key = key or certificate
     try:
         ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT).load_cert_chain(certificate, key, password=lambda: "")
     except (OSError, ValueError) as error:  # an SSLError is an OSError
@@ -108,10 +130,32 @@ def _client_certificate(settings: Settings) -> dict[int, object]:
             f"and its key without a password, readable for this user ({type(error).__name__})."
         )
         raise TransportConfigurationError(message) from None
-    return {pycurl.SSLCERT: certificate, pycurl.SSLKEY: key}
+    return {pycurl.SSLCERT: os.fsencode(certificate), pycurl.SSLKEY: os.fsencode(key)}
 
 
 def _proxy() -> dict[int, object]:
     # Only https endpoints use a proxy, which then sees nothing but the host name.
-    named = {name: os.environ.get(name) or os.environ.get(name.upper()) or "" for name in ("https_proxy", "no_proxy")}
-    return {pycurl.PROXY: named["https_proxy"], pycurl.NOPROXY: named["no_proxy"]}
+    name, proxy = _variable("https_proxy")
+    if proxy and not _is_proxy(proxy):
+        message = (
+            f"{name} ({hide_password(proxy)}) is not the address of a proxy: set it to http://host:port. "
+            "The schemes https, socks4, socks4a, socks5 and socks5h are also supported."
+        )
+        raise TransportConfigurationError(message)
+    return {pycurl.PROXY: proxy, pycurl.NOPROXY: os.fsencode(_variable("no_proxy")[1])}
+
+
+def _variable(name: str) -> tuple[str, str]:
+    """Return an environment variable, whose name may be in lower or upper case: its name and its value."""
+    value = os.environ.get(name, "").strip()
+    return (name, value) if value else (name.upper(), os.environ.get(name.upper(), "").strip())
+
+
+def _is_proxy(value: str) -> bool:
+    url = value if "://" in value else f"http://{value}"
+    scheme, _, rest = url.partition("://")
+    return (
+        scheme.lower() in _PROXY_SCHEMES
+        and _is_well_formed(url)
+        and not rest.partition("/")[0].endswith(":")  # as in http:/proxy, which libcurl reads as the host http
+    )

@@ -47,14 +47,14 @@ READ_SIZE = 1024
 """
 
 HEADERS = {
-    "user-agent": "followups",
     "accept": "application/json",
     "accept-encoding": "identity",
     "content-type": "application/json",
     "expect": "",
 }
-"""Headers of every request. The empty Expect header keeps libcurl from adding one of its own. With libcurl's own Expect
-header, a body of more than 1 MiB would wait for the receiver's permission.
+"""Headers of every request, besides User-Agent, which is an option of the connection. The empty Expect header keeps
+libcurl from adding one of its own. With libcurl's own Expect header, a body of more than 1 MiB would wait for the
+receiver's permission.
 """
 
 _REASONS = {
@@ -66,6 +66,7 @@ _REASONS = {
     pycurl.E_COULDNT_RESOLVE_PROXY: "the proxy's host name was not found (DNS)",
     pycurl.E_GOT_NOTHING: "it ended without an answer",
     pycurl.E_SEND_FAIL_REWIND: "it ended without an answer",
+    pycurl.E_UNSUPPORTED_PROTOCOL: "it is not HTTP",
 }
 _TLS = {
     pycurl.E_SSL_CONNECT_ERROR,
@@ -87,7 +88,7 @@ class HttpClient:
     def __init__(self, settings: Settings, method: str = "POST", headers: Mapping[str, str] | None = None) -> None:
         """Store the limits and the headers of every request; no connection is opened yet.
 
-        Raises `TransportConfigurationError` if the certificates cannot be read.
+        Raises `TransportConfigurationError` if the certificates or the proxy cannot be used.
         """
         self._timeout = settings.transport_timeout.total_seconds()
         self._endpoint = settings.transport_url or ""
@@ -208,7 +209,7 @@ class HttpClient:
             if code == pycurl.E_OPERATION_TIMEDOUT or exchange.late:
                 return Retry(f"no connection within {self._timeout:g} s")
             return Retry(f"no connection: {_reason(exchange.curl, code)}")
-        if exchange.answered:
+        if exchange.has_status(code):
             return outcome_of(exchange.answer(code), dialect)
         if code == pycurl.E_OPERATION_TIMEDOUT:
             return Unknown(f"no answer within {self._timeout:g} s")

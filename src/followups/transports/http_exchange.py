@@ -10,6 +10,7 @@ outcome is unknown.
 
 from __future__ import annotations
 
+import re
 from http import HTTPStatus
 from typing import TYPE_CHECKING
 
@@ -39,6 +40,13 @@ TOO_LARGE = 100
 
 FLOODED = -2
 """The result code of calls on a connection that received more than 256 KiB; not one of libcurl's codes."""
+
+_BAD_HEADER = {pycurl.E_BAD_CONTENT_ENCODING, pycurl.E_FTP_WEIRD_SERVER_REPLY}
+"""libcurl's error codes for an invalid header (CURLE_WEIRD_SERVER_REPLY, which pycurl knows by its old name)."""
+_LONG_HEADER = {pycurl.E_WRITE_ERROR, TOO_LARGE}
+
+_STATUS_LINE = re.compile(rb"HTTP/[\d.]+ ([1-5]\d\d)\s", re.IGNORECASE)
+"""A status line. libcurl also accepts a status above 599, and ignores what follows the first three digits."""
 
 _STOP = -1
 """Value that a callback returns to end the transfer and its connection."""
@@ -127,7 +135,7 @@ class Exchange:
 
     @property
     def address(self) -> Address | None:
-        """The local address of the connection on which the request is in progress."""
+        """The connection on which the request is in progress, or None before it is established."""
         return self._address if self._began else None
 
     def end(self) -> None:
@@ -140,10 +148,21 @@ class Exchange:
         """Send no further request on this exchange's connection."""
         self._sockets.distrust(self._address)
 
+    def has_status(self, code: int) -> bool:
+        """Return whether a final status has arrived; ``code`` is libcurl's result.
+
+        The status counts even if a later header is invalid or too long, but not if the connection broke before the
+        last header.
+        """
+        if self.answered:
+            return True
+        return bool(self._head) and self._status >= _STATUS_OK and code in _BAD_HEADER | _LONG_HEADER
+
     def answer(self, code: int) -> Answer:
-        """Return the response once its headers have arrived; ``code`` is libcurl's result for the body."""
+        """Return the response once its status has arrived; ``code`` is libcurl's result for the rest."""
         headers = {} if self._status // 100 == 2 else _headers(self._head)  # noqa: PLR2004 - 2xx, of which none is read
-        return Answer(self._status, headers, b"".join(self._parts), _flaw(code))
+        flaw = _flaw(code) if self.answered else _flaw_of_head(code)
+        return Answer(self._status, headers, b"".join(self._parts), flaw)
 
     # The following methods are callbacks, in the order in which libcurl calls them.
 
@@ -167,9 +186,7 @@ class Exchange:
             self._sockets.begin_counting(self._address, self._read)
         self._sockets.begin(self._address)
         self._began = True
-        self._head.clear()  # discard the head of the proxy's response
-        self._room = HEAD_LIMIT
-        self.answered = False
+        self._room = HEAD_LIMIT  # the head of the proxy's response counted too
         return _GO_ON
 
     def _give(self, size: int) -> bytes:
@@ -195,23 +212,30 @@ class Exchange:
         if self._room < 0:
             self.flaw = "its header is longer than 64 KiB"
             return _STOP
-        if self.answered:  # a trailer is not a header
+        if self.answered or not self.asked:  # a trailer, or the head of the proxy's response
             return None
         if not self._head:
-            if line in {b"\r\n", b"\n"}:
-                self.flaw = "its header is empty"
-                return _STOP
-            # Part of a record may be left over from the previous response. libcurl then reads it without a new record.
-            if self._began and not self._reads_on and self._sockets.counts(self._address):
-                self.flaw = "it had received an answer before the request"
-                return _STOP
-        elif line in {b"\r\n", b"\n"}:
+            return self._begin_head(line)
+        if line in {b"\r\n", b"\n"}:
             return self._end_head()
         self._head.append(line)
         return None
 
+    def _begin_head(self, line: bytes) -> int | None:
+        # Part of a record may be left over from the previous response. libcurl then reads it without a new record.
+        if not self._reads_on and self._sockets.counts(self._address):
+            self.flaw = "it had received an answer before the request"
+            return _STOP
+        found = _STATUS_LINE.match(line)
+        if found is None:
+            self.flaw = "its status line is invalid" if line.strip() else "its header is empty"
+            return _STOP
+        self._status = int(found[1])
+        self._head.append(line)
+        return None
+
     def _end_head(self) -> int | None:
-        self._status = status = int(self._head[0].split(None, 2)[1])
+        status = self._status
         if status < _STATUS_OK and status != _STATUS_SWITCHING:
             self._head.clear()  # the head of the final answer follows
             return None
@@ -242,6 +266,10 @@ def _headers(head: Sequence[bytes]) -> dict[str, str]:
         if (known := name.strip().lower()) in _READ_HEADERS:
             headers.setdefault(known.decode(), value.strip().decode(errors="replace"))
     return headers
+
+
+def _flaw_of_head(code: int) -> str:
+    return f"the header of the answer is {'invalid' if code in _BAD_HEADER else 'longer than 64 KiB'}"
 
 
 def _flaw(code: int) -> str:

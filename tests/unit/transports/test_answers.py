@@ -34,7 +34,7 @@ def meaning(status: int) -> type:
     return Rejected
 
 
-@pytest.mark.parametrize("status", [*range(100, 600), 600, 700, 999])
+@pytest.mark.parametrize("status", range(100, 600))
 def test_every_status_has_its_documented_outcome(status: int) -> None:
     """Each status code leads to its documented outcome, and the outcome contains the code."""
     outcome = outcome_of(Answer(status), HTTP)

@@ -5,8 +5,10 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import shutil
+import socket
 import ssl
 import subprocess
+import time
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -18,17 +20,27 @@ from followups.errors import FollowUpsError, TransportConfigurationError
 from followups.transports import http_client
 from followups.transports.http import HttpTransport
 from followups.transports.port import Outcome, Retry, Sent, Unknown
-from unit.transports.doubles import MESSAGE, a_delivery, answer, certified, listening, opened, scripted, settings_for
+from unit.transports.doubles import (
+    MESSAGE,
+    SIGNING_SECRET,
+    a_delivery,
+    answer,
+    certified,
+    listening,
+    opened,
+    scripted,
+    settings_for,
+)
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
+    from collections.abc import AsyncIterator, Callable, Iterator
     from pathlib import Path
 
     import trustme
 
-    from followups.settings import Settings
-
 OK = answer(200)
+
+needs_openssl = pytest.mark.skipif(not shutil.which("openssl"), reason="openssl makes the names in the directory")
 
 
 @pytest.fixture(autouse=True)
@@ -55,7 +67,7 @@ async def test_a_private_authority_is_trusted_by_its_file(authority: trustme.CA)
         assert "accepts connections over TLS" in await HttpTransport(settings_for(server.url)).check()
 
 
-@pytest.mark.skipif(not shutil.which("openssl"), reason="the names in the directory are made by openssl")
+@needs_openssl
 async def test_a_private_authority_is_trusted_by_its_directory(
     authority: trustme.CA, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -172,21 +184,54 @@ def test_a_key_of_another_certificate_stops_the_start(authority: trustme.CA, tmp
         HttpTransport(settings_for("https://host", **settings))
 
 
+@pytest.mark.usefixtures("trusted")
+async def test_certificate_files_may_have_any_name(
+    authority: trustme.CA, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The paths of certificate files may contain characters beyond ASCII."""
+    folder = tmp_path / "schl\u00fcssel"
+    folder.mkdir()
+    authority.cert_pem.write_to_path(folder / "ca.pem")
+    authority.issue_cert("worker.example").private_key_and_cert_chain_pem.write_to_path(folder / "both.pem")
+    monkeypatch.setenv("SSL_CERT_FILE", f"{folder}/ca.pem")
+    async with scripted(OK, asking(authority, ssl.TLSVersion.TLSv1_2)) as server:
+        assert await outcome_at(server.url, transport_client_cert=f"{folder}/both.pem") == Sent(None, 200)
+
+
+def test_a_client_certificate_requires_https(authority: trustme.CA, tmp_path: Path) -> None:
+    """If the endpoint uses plain HTTP, a client certificate is rejected at startup, since it would not be sent."""
+    authority.issue_cert("worker.example").private_key_and_cert_chain_pem.write_to_path(tmp_path / "both.pem")
+    with pytest.raises(TransportConfigurationError, match="FOLLOWUPS_TRANSPORT_CLIENT_CERT needs an https"):
+        HttpTransport(settings_for("http://host", transport_client_cert=f"{tmp_path}/both.pem"))
+
+
+@pytest.mark.parametrize("url", ["https://host", "http://host"])
+def test_a_key_without_a_certificate_stops_the_start(url: str) -> None:
+    """A private key without a certificate is rejected at startup."""
+    with pytest.raises(TransportConfigurationError, match="set FOLLOWUPS_TRANSPORT_CLIENT_CERT too"):
+        HttpTransport(settings_for(url, transport_client_key="key.pem"))
+
+
 # Tests of proxies.
 
 
 @dataclass
 class ConnectProxy:
-    """A CONNECT proxy that either records its targets and traffic or rejects every request."""
+    """A CONNECT proxy that either records its requests and traffic or rejects every request."""
 
     refusal: bytes = b""
     url: str = ""
+    heads: list[str] = field(default_factory=list)
     targets: list[str] = field(default_factory=list)
     seen: bytearray = field(default_factory=bytearray)
+    certificates: list[object] = field(default_factory=list)
+    """The client certificate of each connection, or None if the client sent none."""
 
     async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self.certificates.append(writer.get_extra_info("peercert"))
         with contextlib.suppress(ConnectionError, asyncio.IncompleteReadError):
             head = (await reader.readuntil(b"\r\n\r\n")).decode()
+            self.heads.append(head)
             self.targets.append(head.split(" ")[1])
             if self.refusal:
                 writer.write(self.refusal)
@@ -208,10 +253,10 @@ class ConnectProxy:
 
 
 @asynccontextmanager
-async def proxy_that(refusal: bytes = b"") -> AsyncIterator[ConnectProxy]:
-    """Run a CONNECT proxy on a free port."""
+async def proxy_that(refusal: bytes = b"", secure: ssl.SSLContext | None = None) -> AsyncIterator[ConnectProxy]:
+    """Run a CONNECT proxy on a free port, over TLS if a certificate is given."""
     proxy = ConnectProxy(refusal)
-    async with listening(proxy.serve) as proxy.url:
+    async with listening(proxy.serve, secure) as proxy.url:
         yield proxy
 
 
@@ -234,7 +279,115 @@ async def test_https_is_tunnelled_through_the_proxy(
 
 
 @pytest.mark.usefixtures("trusted")
-@pytest.mark.parametrize("exempt", ["127.0.0.1", "example.org,127.0.0.1", "*"])
+async def test_the_proxy_receives_no_header_of_the_request(
+    authority: trustme.CA, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A proxy is told the endpoint's host and port, but neither the request's headers nor the library's name."""
+    async with proxy_that() as proxy, scripted(OK, certified(authority)) as server:
+        monkeypatch.setenv("HTTPS_PROXY", proxy.url.replace("//", "//user:password@"))
+        settings = {"transport_secret": SIGNING_SECRET}
+        assert await outcome_at(server.url.replace("//", "//me:hunter2@"), **settings) == Sent(None, 200)
+        target = server.url.removeprefix("https://")
+        line, *headers = proxy.heads[0].rstrip().split("\r\n")
+        assert line == f"CONNECT {target} HTTP/1.1"
+        assert sorted(headers) == [
+            f"Host: {target}",
+            "Proxy-Authorization: Basic dXNlcjpwYXNzd29yZA==",
+            "Proxy-Connection: Keep-Alive",
+            "User-Agent: followups",
+        ]
+        assert server.requests[0].headers["user-agent"] == "followups"
+        assert "proxy-authorization" not in server.requests[0].headers
+
+
+def proxied(authority: trustme.CA) -> ssl.SSLContext:
+    """Return the TLS context of a proxy that requests a client certificate but does not require one."""
+    context = asking(authority, ssl.TLSVersion.TLSv1_2)
+    context.verify_mode = ssl.CERT_OPTIONAL
+    return context
+
+
+@pytest.mark.parametrize("variable", ["SSL_CERT_FILE", pytest.param("SSL_CERT_DIR", marks=needs_openssl)])
+async def test_a_proxy_over_tls_is_trusted_like_the_endpoint(
+    variable: str, authority: trustme.CA, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An https proxy is trusted by the same authorities as the endpoint, but gets no client certificate."""
+    authority.cert_pem.write_to_path(tmp_path / "ca.pem")
+    if variable == "SSL_CERT_DIR":
+        subprocess.run(["openssl", "rehash", str(tmp_path)], check=True)  # noqa: ASYNC221, S607 - runs before any other task
+    monkeypatch.setenv(variable, str(tmp_path if variable == "SSL_CERT_DIR" else tmp_path / "ca.pem"))
+    authority.issue_cert("worker.example").private_key_and_cert_chain_pem.write_to_path(tmp_path / "both.pem")
+    async with (
+        proxy_that(secure=proxied(authority)) as proxy,
+        scripted(OK, asking(authority, ssl.TLSVersion.TLSv1_2)) as server,
+    ):
+        monkeypatch.setenv("HTTPS_PROXY", proxy.url)
+        settings = settings_for(server.url, transport_client_cert=f"{tmp_path}/both.pem")
+        async with opened(HttpTransport(settings)) as transport:
+            for _ in range(2):
+                assert await transport.send(a_delivery()) == Sent(None, 200)
+            assert "accepts connections over TLS" in await transport.check()
+        assert set(proxy.certificates) == {None}
+
+
+async def test_a_proxy_of_an_unknown_authority_is_not_trusted(
+    authority: trustme.CA, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """If the certificate of an https proxy cannot be verified, nothing is sent."""
+    async with proxy_that(secure=certified(authority)) as proxy:
+        monkeypatch.setenv("HTTPS_PROXY", proxy.url)
+        outcome = await outcome_at("https://127.0.0.1:9")
+        assert isinstance(outcome, Retry)
+        assert outcome.detail.startswith("no connection: TLS failed (")
+        assert proxy.heads == []
+
+
+SCHEMES = ["http", "https", "socks4", "socks4a", "socks5", "socks5h"]
+
+
+@pytest.mark.parametrize(
+    "proxy",
+    ["proxy:3128", "[::1]:3128", "proxy", "user:pass@proxy:3128", "HTTP://proxy:3128/", " proxy:3128\n"]
+    + [f"{scheme}://user:pa%40ss@proxy:3128" for scheme in SCHEMES],
+)
+def test_a_proxy_may_have_any_scheme_that_can_be_used(proxy: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A proxy may be an HTTP, HTTPS or SOCKS proxy; without a scheme, it is an HTTP proxy."""
+    monkeypatch.setenv("https_proxy", proxy)
+    HttpTransport(settings_for("https://host"))
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+async def test_every_scheme_of_a_proxy_is_supported(
+    scheme: str, free_port: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each accepted scheme leads to a connection to the proxy."""
+    monkeypatch.setenv("HTTPS_PROXY", f"{scheme}://127.0.0.1:{free_port}")
+    assert await outcome_at("https://127.0.0.1:9") == Retry("no connection: Connection refused")
+
+
+@pytest.mark.parametrize(
+    "proxy",
+    [
+        *("http://", "user:hunter2@", "user:hunter2@proxy:99999", "http://user:hunter2@proxy:0", "http://proxy:"),
+        *("ftp://user:hunter2@proxy:3128", "http2://proxy:3128", "http:/proxy:3128", "//proxy:3128", "http://::1:3128"),
+        *("http://a b:3128", "http://user:hunter2/@proxy:3128", "http://user:hunter2@x@proxy:3128"),
+        *("user:hunter2://@proxy:3128", "http://b\u00fccher.example:3128"),
+    ],
+)
+def test_an_invalid_proxy_stops_the_start(proxy: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A proxy that cannot be used is rejected at startup, without showing its password.
+
+    An endpoint with plain HTTP uses no proxy, so an invalid one is ignored.
+    """
+    monkeypatch.setenv("HTTPS_PROXY", proxy)
+    with pytest.raises(TransportConfigurationError, match=r"(?s)^HTTPS_PROXY \(.*set it to http://host:port") as caught:
+        HttpTransport(settings_for("https://host"))
+    assert "hunter2" not in str(caught.value)
+    HttpTransport(settings_for("http://host"))
+
+
+@pytest.mark.usefixtures("trusted")
+@pytest.mark.parametrize("exempt", ["b\u00fccher.example,127.0.0.1", "127.0.0.1", "example.org,127.0.0.1", "*"])
 async def test_no_proxy_exempts_hosts(authority: trustme.CA, exempt: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Hosts in NO_PROXY are called directly, without the proxy."""
     async with proxy_that() as proxy, scripted(OK, certified(authority)) as server:
@@ -252,7 +405,7 @@ async def test_the_proxy_is_for_https_alone(monkeypatch: pytest.MonkeyPatch) -> 
         assert proxy.targets == []
 
 
-@pytest.mark.parametrize("status", [403, 407, 502, 503])
+@pytest.mark.parametrize("status", [403, 407, 502, 503, 600])
 async def test_a_proxys_error_is_not_the_endpoints(status: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """A proxy's error response, whatever its status, means that nothing was sent."""
     async with proxy_that(answer(status, b"proxy", retry_after="7")) as proxy:
@@ -289,26 +442,70 @@ async def test_an_address_of_ip_version_6(authority: trustme.CA, *, secure: bool
         assert server.connections == 1
 
 
+ADDRESSES = ["127.0.0.1,[::1]", "[::1],127.0.0.1"]
+
+
+@pytest.fixture
+def resolve(monkeypatch: pytest.MonkeyPatch) -> Callable[[str, str], str]:
+    """Return a function that gives a host name the addresses of a port, and returns the URL of that host."""
+    options = http_client.connection_options
+
+    def resolve(port: str, addresses: str) -> str:
+        entry = f"dual.example:{port}:{addresses}"
+        monkeypatch.setattr(
+            http_client, "connection_options", lambda settings: options(settings) | {pycurl.RESOLVE: [entry]}
+        )
+        return f"http://dual.example:{port}"
+
+    return resolve
+
+
 @pytest.mark.parametrize("host", ["127.0.0.1", "::1"])
-@pytest.mark.parametrize("first", ["127.0.0.1,[::1]", "[::1],127.0.0.1"])
+@pytest.mark.parametrize("addresses", ADDRESSES)
 async def test_a_host_of_two_families_is_reached_by_the_one_that_answers(
-    host: str, first: str, monkeypatch: pytest.MonkeyPatch
+    host: str, addresses: str, resolve: Callable[[str, str], str]
 ) -> None:
     """A host with an IPv4 and an IPv6 address is reached even if it listens on only one of them.
 
     The order of the host's addresses does not matter.
     """
     async with scripted(OK, host=host) as server:
-        port = server.url.rpartition(":")[2]
-        options = http_client.connection_options
-
-        def resolved(settings: Settings) -> dict[int, object]:
-            return options(settings) | {pycurl.RESOLVE: [f"dual.example:{port}:{first}"]}
-
-        monkeypatch.setattr(http_client, "connection_options", resolved)
-        async with opened(HttpTransport(settings_for(f"http://dual.example:{port}"))) as transport:
+        url = resolve(server.url.rpartition(":")[2], addresses)
+        async with opened(HttpTransport(settings_for(url))) as transport:
             for _ in range(3):
                 assert await transport.send(a_delivery()) == Sent(None, 200)
+        assert server.connections == 1
+
+
+@contextlib.contextmanager
+def no_room(host: str, port: int) -> Iterator[None]:
+    """Listen with a full backlog, so that the kernel ignores further connections."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with contextlib.ExitStack() as sockets, socket.create_server((host, port), family=family, backlog=0):
+        for _ in range(2):
+            client = sockets.enter_context(socket.socket(family))
+            client.setblocking(False)  # noqa: FBT003 - a method of the standard library
+            client.connect_ex((host, port))
+        yield
+
+
+@pytest.mark.parametrize(("host", "silent"), [("127.0.0.1", "::1"), ("::1", "127.0.0.1")])
+@pytest.mark.parametrize("addresses", ADDRESSES)
+async def test_a_silent_family_delays_no_message(
+    host: str, silent: str, addresses: str, resolve: Callable[[str, str], str]
+) -> None:
+    """If one of a host's two addresses never responds, messages are soon sent to the other one."""
+    async with scripted(OK, host=host) as server:
+        port = server.url.rpartition(":")[2]
+        url = resolve(port, addresses)
+        with no_room(silent, int(port)):
+            silent_url = f"http://{f'[{silent}]' if ':' in silent else silent}:{port}"
+            assert await outcome_at(silent_url, transport_timeout=0.2) == Retry("no connection within 0.2 s")
+            async with opened(HttpTransport(settings_for(url))) as transport:
+                began = time.monotonic()
+                for _ in range(3):
+                    assert await transport.send(a_delivery()) == Sent(None, 200)
+                assert time.monotonic() - began < 2
         assert server.connections == 1
 
 

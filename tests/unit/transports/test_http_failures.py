@@ -10,6 +10,7 @@ import contextlib
 import gzip
 import socket
 import ssl
+import struct
 import time
 from typing import TYPE_CHECKING
 
@@ -18,7 +19,18 @@ import trustme
 
 from followups.transports.http import HttpTransport
 from followups.transports.port import Outcome, Rejected, Retry, Sent, Unknown
-from unit.transports.doubles import MESSAGE, Request, a_delivery, answer, opened, scripted, settings_for, stay_silent
+from unit.transports.doubles import (
+    MESSAGE,
+    Request,
+    a_delivery,
+    answer,
+    certified,
+    listening,
+    opened,
+    scripted,
+    settings_for,
+    stay_silent,
+)
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -55,6 +67,42 @@ async def test_a_timeout_while_connecting_is_retried() -> None:
     with socket.create_server(("127.0.0.1", 0)) as silent:
         outcome = await outcome_at(f"https://127.0.0.1:{silent.getsockname()[1]}", transport_timeout=0.2)
     assert outcome == Retry("no connection within 0.2 s")
+
+
+@pytest.mark.parametrize("reset", [True, False], ids=["reset", "end"])
+@pytest.mark.parametrize(
+    ("version", "part"),
+    [
+        (ssl.TLSVersion.TLSv1_2, 0),
+        (ssl.TLSVersion.TLSv1_2, 0.5),
+        (ssl.TLSVersion.TLSv1_2, 1),
+        (ssl.TLSVersion.TLSv1_3, 0.5),
+    ],
+)
+async def test_a_connection_that_breaks_during_the_tls_handshake_is_retried(
+    version: ssl.TLSVersion, part: float, authority: trustme.CA, *, reset: bool
+) -> None:
+    """If the connection breaks after some part of the server's first messages, nothing has been sent."""
+    secure = certified(authority)
+    secure.maximum_version = version
+
+    async def break_off(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        incoming, outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
+        incoming.write(await reader.read(65_536))
+        with contextlib.suppress(ssl.SSLWantReadError):
+            secure.wrap_bio(incoming, outgoing, server_side=True).do_handshake()
+        messages = outgoing.read()
+        writer.write(messages[: round(part * len(messages))])
+        await writer.drain()
+        await asyncio.sleep(0.02)  # until the client has read them
+        if reset:
+            linger = struct.pack("ii", 1, 0)
+            writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
+
+    async with listening(break_off) as url:
+        outcome = await outcome_at(url.replace("http:", "https:"))
+    assert isinstance(outcome, Retry)
+    assert outcome.detail.startswith("no connection: TLS failed (")
 
 
 async def test_no_answer_in_time_is_unknown() -> None:
@@ -142,6 +190,28 @@ async def test_however_a_connection_breaks_the_request_went_out_once(
         assert (server.connections, len(server.requests)) == (1, 1 + kept)
 
 
+@pytest.mark.parametrize("reset", [True, False], ids=["reset", "end"])
+async def test_an_answer_before_the_end_of_the_request_counts(context: ssl.SSLContext | None, *, reset: bool) -> None:
+    """If the receiver answers before it has read the whole request, and then disconnects, the answer counts."""
+
+    async def refuse(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        nonlocal connections
+        connections += 1
+        await reader.read(1000)
+        writer.write(answer(413, b"too large", connection="close"))
+        await writer.drain()
+        if reset:
+            await asyncio.sleep(0.02)
+            writer.transport.abort()
+
+    connections = 0
+    async with listening(refuse, context) as url, opened(HttpTransport(settings_for(url))) as transport:
+        for _ in range(2):
+            outcome = await transport.send(a_delivery(message="x" * 4_000_000))
+            assert outcome == Rejected("HTTP 413 too large", 413)
+    assert connections == 2
+
+
 @pytest.mark.parametrize(
     ("head", "outcome"),
     [
@@ -224,9 +294,10 @@ async def test_a_compressed_answer_is_not_asked_for_and_understood() -> None:
         assert server.requests[0].headers["accept-encoding"] == "identity"
 
 
-async def test_an_invalid_compressed_answer_is_sent() -> None:
+@pytest.mark.parametrize("encoding", ["gzip", "deflate", "br", "zstd", "unknown"])
+async def test_an_invalid_compressed_answer_is_sent(encoding: str) -> None:
     """If a 2xx response cannot be decompressed, the message still counts as sent."""
-    async with scripted(answer(200, b"\x1f\x8b\x08garbage", content_encoding="gzip")) as server:
+    async with scripted(answer(200, b"\x1f\x8b\x08garbage", content_encoding=encoding)) as server:
         assert await outcome_at(server.url) == Sent(None, 200, "the body of the answer cannot be decompressed")
 
 

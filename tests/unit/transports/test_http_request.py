@@ -209,10 +209,13 @@ def test_a_missing_url_names_the_setting() -> None:
 
 @pytest.mark.parametrize(
     "url",
-    ["http://", "https:///path", "http://host:port/", "http://[::1/", "http://host:0/", "http://a..b/", "http://a b/"],
+    [
+        *("http://", "https:///path", "http://host:port/", "http://[::1/", "http://host:0/", "http://a..b/"),
+        *("http://a b/", "http://b\u00fccher.example/", "http://host/b\u00fccher", "http://user:p@ss@host/"),
+    ],
 )
 def test_an_invalid_url_stops_the_start(url: str) -> None:
-    """A URL without a host, or with an invalid port, is rejected at startup."""
+    """A URL without a host, with an invalid port, or with characters that must be encoded is rejected at startup."""
     with pytest.raises(TransportConfigurationError, match=r"FOLLOWUPS_TRANSPORT_URL .* is not a valid address"):
         HttpTransport(settings_for(url))
 

@@ -12,7 +12,7 @@ import pytest
 from followups.transports import http_client
 from followups.transports.http import HttpTransport
 from followups.transports.http_exchange import HEAD_LIMIT
-from followups.transports.port import Outcome, Rejected, Sent, Snoozed, Unknown
+from followups.transports.port import Outcome, Rejected, Retry, Sent, Snoozed, Unknown
 from unit.transports.doubles import Request, a_delivery, answer, opened, scripted, settings_for
 
 if TYPE_CHECKING:
@@ -111,12 +111,65 @@ async def test_a_body_without_a_length_ends_with_the_connection(version: bytes) 
 
 
 @pytest.mark.parametrize("size", [HEAD_LIMIT, 10_000])
-async def test_a_head_that_is_too_long_is_rejected(size: int) -> None:
-    """A response head of more than 64 KiB is rejected, whether it arrives whole or in pieces."""
+async def test_the_status_counts_if_the_head_is_too_long(size: int) -> None:
+    """If a response head is longer than 64 KiB, only its status counts, whether it arrives whole or in pieces."""
     reply = b"HTTP/1.1 200 OK\r\nx-long: " + b"x" * HEAD_LIMIT + b"\r\ncontent-length: 0\r\n\r\n"
-    expected = Unknown("the connection broke before an answer arrived (its header is longer than 64 KiB)")
+    expected = Sent(None, 200, "the header of the answer is longer than 64 KiB")
     assert await outcome_of(in_pieces(reply, size)) == expected
     assert await outcome_of(reply) == expected
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [
+        "content-length: abc",
+        "content-length: -1",
+        "content-length: ",
+        "content-length: 1\r\ncontent-length: 2",
+        "content-encoding: gzip, gzip, gzip, gzip, gzip, gzip",
+        "transfer-encoding: gzip, chunked",
+        "x-nul: \0",
+        "no colon",
+    ],
+)
+async def test_the_status_counts_if_a_header_is_invalid(headers: str) -> None:
+    """If libcurl rejects a header, the status before it counts, and the connection is closed."""
+    flaw = "the header of the answer is invalid"
+    for status, expected in (
+        (200, Sent(None, 200, flaw)),
+        (403, Rejected("HTTP 403", 403)),
+        (429, Snoozed("HTTP 429", timedelta(seconds=7), 429)),
+        (500, Retry("HTTP 500", timedelta(seconds=7), 500)),
+    ):
+        reply = f"HTTP/1.1 {status} x\r\nretry-after: 7\r\n{headers}\r\n\r\nx".encode()
+        async with scripted(reply) as server, opened(HttpTransport(settings_for(server.url))) as transport:
+            for _ in range(2):
+                assert await transport.send(a_delivery()) == expected
+            assert (server.connections, len(server.requests)) == (2, 2)
+
+
+@pytest.mark.parametrize("line", ["103 x", "101 x"])
+async def test_an_informational_status_is_no_answer(line: str) -> None:
+    """If a header of an informational response is invalid, the outcome is unknown."""
+    assert isinstance(await outcome_of(f"HTTP/1.1 {line}\r\nno colon\r\n\r\n".encode()), Unknown)
+
+
+@pytest.mark.parametrize("status", ["2000", "1000", "0200", "099", "600", "999", "200OK", "200.5"])
+async def test_an_invalid_status_is_unknown(status: str, capfd: pytest.CaptureFixture[str]) -> None:
+    """A status that is not a number from 100 to 599 says nothing about the message."""
+    outcome = await outcome_of(answer(status, NAMED))
+    assert outcome == Unknown("the connection broke before an answer arrived (its status line is invalid)")
+    assert capfd.readouterr().err == ""
+
+
+@pytest.mark.parametrize(
+    "line",
+    ["HTTP/1.1 99 x", "HTTP/1.1 20 x", "HTTP/1.1", "HTTP/1.7 200 OK", "ICY 200 OK", "220 ready"],
+)
+async def test_an_answer_that_is_not_http_is_unknown(line: str) -> None:
+    """A response that libcurl cannot read as HTTP says nothing about the message."""
+    outcome = await outcome_of(f"{line}\r\ncontent-length: 0\r\n\r\n".encode())
+    assert outcome == Unknown("the connection broke before an answer arrived (it is not HTTP)")
 
 
 async def test_an_empty_head_is_rejected(capfd: pytest.CaptureFixture[str]) -> None:
@@ -138,12 +191,17 @@ async def test_a_long_head_is_read() -> None:
     assert names(await outcome_of(reply))
 
 
-@pytest.mark.parametrize("start", [b"HTTP/1.1 200 ", b"HTTP/1.1 200 OK\r\nx-long: ", b"HTTP/1.1 103 x\r\n\r\n"])
+@pytest.mark.parametrize("start", [b"HTTP/1.1 200 ", b"HTTP/1.1 103 x\r\n\r\n", b"HTTP/1.1 200 OK\r\nx-long: "])
 async def test_reading_of_an_endless_head_stops(start: bytes) -> None:
-    """The transport stops reading an endless response head long before the timeout."""
+    """The transport stops reading an endless response head long before the timeout.
+
+    A complete status line counts.
+    """
     reply = endless(start, b"HTTP/1.1 103 x\r\n\r\n" if start.endswith(b"\n") else b"x" * 10_000)
-    assert await outcome_of(reply) == Unknown(
-        "the connection broke before an answer arrived (its header is longer than 64 KiB)"
+    assert await outcome_of(reply) == (
+        Sent(None, 200, "the header of the answer is longer than 64 KiB")
+        if b"200 OK" in start
+        else Unknown("the connection broke before an answer arrived (its header is longer than 64 KiB)")
     )
 
 
