@@ -175,6 +175,9 @@ class CurlLoop:
             return
         self._wanted = math.inf
         self._kicked()
+        # Every transfer has a time limit. libcurl sets no further timer only if a callback has failed.
+        if self._running and self._wanted == math.inf and self._kick is None:
+            self._break()
 
     def _act(self, socket: int, ready: int) -> None:
         if self.is_broken:
