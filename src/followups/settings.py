@@ -315,6 +315,14 @@ class Settings(BaseSettings):
         """The retry policy that the four retry settings define."""
         return RetryPolicy(self.retry_base, self.retry_factor, self.retry_cap, self.max_attempts)
 
+    @property
+    def exclusive_external_ids(self) -> bool:
+        """Whether an external id may belong to only one workspace.
+
+        A call of the transport `matrix` names only the room, which is the chat's external id, and not the workspace.
+        """
+        return self.transport == "matrix"
+
     def environment(self) -> dict[str, str]:
         """Return the environment variables that pass these settings to another process.
 

@@ -4,22 +4,24 @@ from __future__ import annotations
 
 import re
 from datetime import timedelta
+from html import unescape
 from typing import TYPE_CHECKING
 from uuid import uuid4
 
 import pytest
 from sqlalchemy import text
 
-from console.person import heading, words
+from console.person import Person, heading, words
 from followups.console.pages import settings
-from web import FOLLOW_UPS, key_of
+from web import FOLLOW_UPS, key_of, served
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     import httpx
+    from sqlalchemy import Engine
 
-    from console.person import Person
+    from followups.settings import Settings
     from world import World
 
 HOUR = timedelta(hours=1)
@@ -194,6 +196,23 @@ def test_the_system_page_shows_the_doctors_findings(path: str, person: Callable[
     for name in ("migrations", "tick", "breaker", "queues", "transport"):
         assert name in said
     assert person("admin", own).get(path).status_code == 403
+
+
+def test_the_system_page_shows_shared_rooms(
+    console_settings: Settings, console_engine: Engine, own: World, foreign: World
+) -> None:
+    """Under the transport ``matrix``, the system page names the rooms that several workspaces share."""
+    room = f"!<b>{uuid4()}"
+    chats = [each.chat(external_id=room) for each in (own, foreign)]
+    with served(console_settings.model_copy(update={"transport": "matrix"})) as (host, port):
+        operator = Person(f"http://{host}:{port}", console_engine).signed_in("operator", None)
+        page = operator.get("/system")
+        operator.client.close()
+    said = unescape(words(page))
+    assert f"{room} (chat " in said
+    assert all(str(chat) in said for chat in chats)
+    assert "followups chat delete ID --workspace NAME" in said
+    assert room not in page.text
 
 
 def test_the_release_of_held_follow_ups_is_bounded(

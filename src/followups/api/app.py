@@ -94,7 +94,7 @@ def create_app(settings: Settings, nudge: Callable[[], None] | None = None) -> F
         known_keys=KnownKeys(),
         request_limits=RequestLimits(),
         starts=PageStarts(),
-        exclusive_external_ids=settings.transport == "matrix",
+        exclusive_external_ids=settings.exclusive_external_ids,
     )
 
     console = Console(settings, nudge or _nudge_workers) if settings.console else None

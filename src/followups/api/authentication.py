@@ -126,10 +126,7 @@ class ApiServices:
     request_limits: RequestLimits
     starts: PageStarts
     exclusive_external_ids: bool
-    """Whether an external id may belong to only one workspace.
-
-    An external id that several workspaces may use does not identify a chat's workspace.
-    """
+    """Whether an external id may belong to only one workspace (`Settings.exclusive_external_ids`)."""
 
 
 @dataclass(slots=True)

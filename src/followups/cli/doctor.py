@@ -48,6 +48,7 @@ def _findings(settings: Settings) -> Iterator[Finding]:
         yield from connection_checks.of_database(engine)
         yield from database_checks.of_database(settings, engine)
         yield from database_checks.of_tables(engine)
+        yield from database_checks.of_rooms(settings, engine)
     reachable = True
     for finding in broker_checks.broker(settings):
         reachable = reachable and (finding.ok or finding.name != "broker")

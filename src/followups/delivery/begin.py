@@ -15,7 +15,8 @@ from followups.delivery import events, hold
 from followups.delivery.attempts import BatchResult, Begun
 from followups.halving import halve, halve_within
 from followups.states import ReasonCode, Status, finish
-from followups.store import chat_order, leases, obstacles
+from followups.store import chat_order, external_ids, leases, obstacles
+from followups.store.external_ids import OwnedId
 from followups.store.leases import Rules
 from followups.transactions import in_loop, transact
 from followups.transports.port import Delivery
@@ -94,6 +95,8 @@ def _begin(settings: Settings, batch: Sequence[Lease], connection: Connection) -
         Begun(_as_stored(batch[number - 1], token, due), Delivery(*rest), snoozes, traceparent)
         for number, _, token, due, snoozes, traceparent, *rest in leases.begin_if_leased(connection, batch, rules)
     )
+    if settings.exclusive_external_ids:
+        begun = _with_shared_marked(connection, begun)
     if len(begun) == len(batch):
         return BatchResult(begun)
     started = {one.lease.id for one in begun}
@@ -104,6 +107,24 @@ def _begin(settings: Settings, batch: Sequence[Lease], connection: Connection) -
 def _as_stored(lease: Lease, token: int, due: datetime) -> Lease:
     """Return the lease with its row's token and due time, which may differ from those in the hint."""
     return lease if lease.token == token and lease.due == due else lease._replace(token=token, due=due)
+
+
+def _with_shared_marked(connection: Connection, begun: tuple[Begun, ...]) -> tuple[Begun, ...]:
+    """Mark the deliveries whose external id another workspace's chat also has, so that the transport rejects them.
+
+    The check uses the external ids that the begin statement has returned. If a chat changes its external id meanwhile,
+    the message still goes to the external id that was checked.
+    """
+    owned = {OwnedId(one.delivery.workspace_id, id_) for one in begun if (id_ := one.delivery.external_chat_id)}
+    shared = external_ids.shared(connection, owned) if owned else ()
+    if not shared:
+        return begun
+    return tuple(
+        one._replace(delivery=replace(one.delivery, external_chat_id_is_shared=True))
+        if (one.delivery.workspace_id, one.delivery.external_chat_id) in shared
+        else one
+        for one in begun
+    )
 
 
 def _hold_end_or_park(

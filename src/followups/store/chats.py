@@ -10,7 +10,7 @@ from datetime import datetime, timedelta
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any
 
-from followups.errors import ChatNotFoundError, ExternalChatTakenError
+from followups.errors import ChatNotFoundError
 from followups.models import Chat
 from followups.statements import Rule, Statement
 from followups.states import ReasonCode
@@ -122,27 +122,6 @@ def lock_chats_of(follow_up_id: UUID, workspace_id: UUID | None, target: UUID | 
     """
     chats: Sequence[Chat] = yield _LOCK_OF(follow_up_id=follow_up_id, workspace_id=workspace_id, target=target)
     return {chat.id: chat for chat in chats}
-
-
-# If two transactions reserve the same external id, the second waits for the first. The second transaction then sees
-# what the first has committed.
-_LOCK_EXTERNAL_ID = Statement("SELECT pg_advisory_xact_lock(hashtextextended(:external_id, 0))")
-_TAKEN = Statement("""
-    SELECT id FROM chats
-     WHERE external_id = :external_id AND workspace_id <> :workspace_id AND removed_at IS NULL LIMIT 1
-""")
-
-
-@Rule
-def take_external_id(workspace_id: UUID, external_id: str) -> Steps[None]:
-    """Reserve an external id for the workspace until the transaction ends.
-
-    The caller then creates or updates the chat with this external id. Raises `ExternalChatTakenError` if another
-    workspace has a chat with this external id, unless that chat was removed.
-    """
-    yield _LOCK_EXTERNAL_ID(external_id=external_id)
-    if (yield _TAKEN(external_id=external_id, workspace_id=workspace_id)):
-        raise ExternalChatTakenError
 
 
 _WITHIN_QUOTA = quotas.unless_limited(Kind.CHATS)

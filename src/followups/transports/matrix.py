@@ -53,10 +53,16 @@ class MatrixTransport:
         await self._client.open()
 
     async def send(self, delivery: Delivery) -> Outcome:
-        """Send the Matrix event once. If the chat has no room id, the message is rejected without a call."""
+        """Send the Matrix event once.
+
+        If the chat has no room id, or shares its room with a chat of another workspace, the message is rejected without
+        a call.
+        """
         room = delivery.external_chat_id or ""
         if not room.startswith("!"):
             return Rejected("the chat's external id is not a Matrix room id, which starts with !")
+        if delivery.external_chat_id_is_shared:
+            return Rejected("another workspace has a chat with the same Matrix room")
         path = f"rooms/{quote(room, safe='')}/send/m.room.message/{delivery.follow_up_id}"
         content = {"msgtype": "m.text", "body": delivery.message}
         body = encode_json(content)

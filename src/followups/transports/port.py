@@ -37,6 +37,11 @@ class Delivery:
     Receivers compare the time of the call with their own clocks. The worker's clock may be wrong, so the time comes
     from the database.
     """
+    external_chat_id_is_shared: bool = False
+    """Whether another workspace has a chat with the same external id.
+
+    This is checked only if external ids must be exclusive (`Settings.exclusive_external_ids`).
+    """
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,6 +7,7 @@ from datetime import timedelta
 from typing import TYPE_CHECKING
 from uuid import uuid4
 
+import pytest
 import redis
 from sqlalchemy import text
 
@@ -14,17 +15,16 @@ from followups.database import make_engine
 from followups.flow_control.breaker import BreakerStore, OutcomeReport, WorkspaceOutcomes
 from followups.operations.doctor import broker_checks, database_checks
 from followups.operations.doctor.broker_checks import of_broker
-from followups.operations.doctor.database_checks import of_database
+from followups.operations.doctor.database_checks import of_database, of_rooms
 from followups.store import pauses
 from followups.store.pauses import PauseScope
+from world import World
 
 if TYPE_CHECKING:
-    import pytest
     from sqlalchemy import Engine
 
     from followups.operations.doctor import Finding
     from followups.settings import Settings
-    from world import World
 
 
 def found(settings: Settings, engine: Engine) -> dict[str, Finding]:
@@ -146,3 +146,57 @@ def test_unreachable_broker(settings: Settings) -> None:
     """Doctor reports an unreachable broker as a single finding and does not fail."""
     away = settings.model_copy(update={"broker_url": type(settings.broker_url)("redis://127.0.0.1:9/0")})
     assert [finding.advice for finding in of_broker(away)] == ["Repair the broker first."]
+
+
+@pytest.fixture
+def matrix(settings: Settings) -> Settings:
+    """Return the settings with the transport ``matrix``."""
+    return settings.model_copy(update={"transport": "matrix"})
+
+
+def test_shared_rooms(matrix: Settings, engine: Engine, world: World) -> None:
+    """Doctor names each Matrix room that several workspaces share, with a chat of each workspace, and what to do."""
+    others = [World(engine)]
+    shared = {each.workspace_id: each.chat(external_id="!shared:example.org") for each in (world, *others)}
+    for each in (world, *others):
+        each.chat(external_id="49301234567")  # no room
+        each.chat()
+    world.chat(external_id="!own:example.org")
+    world.chat(external_id="!own:example.org")
+    for room in ("!own:example.org", "!shared:example.org"):
+        World(engine).chat(external_id=room, removed_at=text("now()"))
+    (finding,) = of_rooms(matrix, engine)
+    chats = ", ".join(f"chat {shared[workspace]} of {workspace}" for workspace in sorted(shared, key=str))
+    assert finding.name == "rooms"
+    assert finding.detail.endswith(f"so messages to it are rejected: !shared:example.org ({chats})")
+    assert "followups chat delete ID --workspace NAME" in finding.advice
+    for each in others:
+        each.sql("UPDATE chats SET removed_at = now() WHERE workspace_id = :id", id=each.workspace_id)
+    (finding,) = of_rooms(matrix, engine)
+    assert (finding.detail, finding.ok) == ("no Matrix room is shared by several workspaces", True)
+
+
+def test_many_shared_rooms(matrix: Settings, engine: Engine, world: World) -> None:
+    """Doctor names only some of many shared rooms."""
+    other = World(engine)
+    for number in range(5):
+        for each in (world, other):
+            each.chat(external_id=f"!{number}:example.org")
+    (finding,) = of_rooms(matrix, engine)
+    assert finding.detail.count(":example.org (chat ") == database_checks.SHOWN
+    assert finding.detail.endswith(") ...")
+
+
+def test_rooms_of_other_transports(settings: Settings, engine: Engine, world: World) -> None:
+    """Under other transports, several workspaces may use the same external id, so doctor does not check rooms."""
+    for each in (world, World(engine)):
+        each.chat(external_id="!shared:example.org")
+    assert list(of_rooms(settings, engine)) == []
+
+
+def test_rooms_of_an_unreachable_database(matrix: Settings) -> None:
+    """If the database is unreachable, doctor reports that the rooms were not checked."""
+    away = make_engine("postgresql://127.0.0.1:9/chats")
+    (finding,) = of_rooms(matrix, away)
+    away.dispose()
+    assert (finding.detail, finding.advice) == ("not checked: connection refused", "Repair the database first.")

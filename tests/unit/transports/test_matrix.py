@@ -50,6 +50,14 @@ async def test_a_chat_without_a_room_id_is_rejected_without_a_call(room: str | N
         assert server.requests == []
 
 
+async def test_a_room_that_several_workspaces_share_is_rejected_without_a_call() -> None:
+    """If another workspace has a chat with the same room, the follow-up is rejected without a call."""
+    async with scripted(answer(200)) as server, opened(matrix(server.url)) as transport:
+        outcome = await transport.send(a_delivery(external_chat_id_is_shared=True))
+        assert outcome == Rejected("another workspace has a chat with the same Matrix room")
+        assert server.requests == []
+
+
 async def test_a_wrong_token_is_a_rejection() -> None:
     """If the homeserver answers M_UNKNOWN_TOKEN, the call is rejected, and the rejection quotes it."""
     async with (

@@ -12,7 +12,7 @@ from followups.api.authentication import AuthenticatedRoute, Caller, Work
 from followups.api.fields import Id  # noqa: TC001 - FastAPI reads the annotations
 from followups.api.schemas import Chat, ChatMessage, ChatPut, NewChatMessage
 from followups.states import ReasonCode
-from followups.store import audit, chats
+from followups.store import audit, chats, external_ids
 from followups.store.audit import Action, Actor, Event, Way
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ async def put_chat(chat_id: Annotated[Id, Path(alias="chatId")], body: ChatPut, 
 
 def _put(workspace_id: UUID, chat_id: UUID, body: ChatPut, *, exclusive: bool) -> Steps[tuple[object, bool]]:
     if exclusive and body.external_id is not None:
-        yield from chats.take_external_id.steps(workspace_id, body.external_id)
+        yield from external_ids.take.steps(workspace_id, body.external_id)
     return (yield from chats.put_chat.steps(workspace_id, chat_id, body.channel, body.external_id))
 
 

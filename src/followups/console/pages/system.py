@@ -33,6 +33,7 @@ def _findings(services: ConsoleServices, *, asks: bool) -> Iterator[Finding]:
     yield from database_checks.of_server(services.engine)
     yield from database_checks.of_database(settings, services.engine)
     yield from database_checks.of_tables(services.engine)
+    yield from database_checks.of_rooms(settings, services.engine)
     reachable = True
     for finding in broker_checks.broker(settings):
         reachable = reachable and (finding.ok or finding.name != "broker")

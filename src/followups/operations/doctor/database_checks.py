@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from datetime import UTC, datetime, timedelta
+from itertools import groupby
 from typing import TYPE_CHECKING
 
 from sqlalchemy import CheckConstraint, text
@@ -13,16 +14,17 @@ from followups.database_errors import IS_READ_ONLY, takes_changes, unfit
 from followups.errors import reason_of
 from followups.models import Base
 from followups.operations.doctor import Finding
-from followups.store import counts, last_tick, pauses
+from followups.store import counts, external_ids, last_tick, pauses
 from followups.urls import place_of
 from followups.wording import span
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
     from sqlalchemy import Connection, Engine
 
     from followups.settings import Settings
+    from followups.store.external_ids import SharingChat
 
 
 OLDEST_POSTGRESQL = 14
@@ -234,6 +236,38 @@ def _clock(connection: Connection) -> Finding:
     return Finding("clock", detail, "Correct this host's clock: the times in its logs are wrong.")
 
 
+def of_rooms(settings: Settings, engine: Engine) -> Iterator[Finding]:
+    """Find Matrix rooms that chats of several workspaces share.
+
+    Yields nothing if several workspaces may use the same external id.
+    """
+    if not settings.exclusive_external_ids:
+        return
+    try:
+        with engine.connect() as connection:
+            yield _rooms(external_ids.sharing(connection, SHOWN))
+    except SQLAlchemyError as error:
+        reason = reason_of(getattr(error, "orig", None) or error)
+        yield Finding("rooms", f"not checked: {reason}", "Repair the database first.")
+
+
+def _rooms(sharing: Sequence[SharingChat]) -> Finding:
+    if not sharing:
+        return Finding("rooms", "no Matrix room is shared by several workspaces")
+    rooms = [
+        f"{room} (chat {', chat '.join(f'{chat.chat_id} of {chat.workspace}' for chat in chats)})"
+        for room, chats in groupby(sharing, lambda chat: chat.room)
+    ]
+    more = " ..." if len(rooms) == SHOWN else ""
+    detail = f"several workspaces share a Matrix room, so messages to it are rejected: {'; '.join(rooms)}{more}"
+    advice = (
+        "Decide which workspace owns the room. In the other workspaces, remove the chat or change its externalId"
+        " (DELETE or PUT /api/v1/chats/ID), or run followups chat delete ID --workspace NAME. Then run followups retry"
+        " for the rejected follow-ups."
+    )
+    return Finding("rooms", detail, advice)
+
+
 _VALID = text(
     "SELECT conname FROM pg_constraint WHERE contype = 'c' AND convalidated AND conrelid = to_regclass(:name)"
 )
@@ -243,7 +277,7 @@ _BEHIND = text("""
 """)
 RUN = "run as the tables' owner"
 SHOWN = 3
-"""Maximum number of rows named in a finding."""
+"""Maximum number of rows named in a finding, and of rooms and their chats."""
 
 
 def of_tables(engine: Engine) -> Iterator[Finding]:
