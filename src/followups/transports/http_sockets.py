@@ -24,7 +24,7 @@ Chunk extensions, frames and TLS records are included. The limits of a response'
 """
 
 _BYTES_RECEIVED = struct.Struct("=128xQ")
-"""The number of bytes that a connection has received, in Linux's ``struct tcp_info``."""
+"""The number of bytes that a connection has received, in Linux's ``struct tcp_info`` (since Linux 4.1)."""
 
 Address = tuple[str, str, int, int]
 """A connection: the remote and the local IP address, the remote and the local port."""
@@ -142,8 +142,8 @@ class Sockets:
     def _received(self, address: Address) -> int:
         """Return how many bytes an open connection has received, or 0 if that is not known."""
         number = self._numbers.get(address, -1)
-        # TCP_INFO exists on Linux only. The connection may just have been closed, and another one may have its number.
-        if not hasattr(socket, "TCP_INFO") or _local_port(number) != address[3]:
+        # The connection may just have been closed, and another one may have its number.
+        if _local_port(number) != address[3]:
             return 0
         info = _ask(number, _tcp_info) or b""
         return int(_BYTES_RECEIVED.unpack(info)[0]) if len(info) == _BYTES_RECEIVED.size else 0
