@@ -282,9 +282,11 @@ class Breaker:
             self._log_change(reading.state)
         self._take(reading)
         changed()
+        pause = READ_INTERVAL_WHILE_OPEN if self.tripped and wanted else READ_INTERVAL
+        # Python 3.11's `wait_for` would ignore a cancellation that arrives just after the event was set.
         with suppress(TimeoutError):
-            pause = READ_INTERVAL_WHILE_OPEN if self.tripped and wanted else READ_INTERVAL
-            await asyncio.wait_for(self._report_due.wait(), pause)
+            async with asyncio.timeout(pause):
+                await self._report_due.wait()
 
     def _log_change(self, state: str) -> None:
         if state == "open":
