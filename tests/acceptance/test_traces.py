@@ -148,6 +148,19 @@ def test_created_outside_a_trace(traced: Stack, received: Received) -> None:
     assert TEXT.encode() not in b"".join(received.exports)
 
 
+def test_a_refusal_that_is_not_final(traced: Stack, received: Received) -> None:
+    """If the breaker keeps a refused follow-up from failing, the attempt's span has the settled outcome."""
+    received.status = 401
+    traced.options["FOLLOWUPS_BREAKER_FAILURES"] = "1"
+    follow_up = traced.world.follow_up()
+    traced.beat()
+    traced.worker()
+    attempt, *_ = wait_until(lambda: received.named("attempt"))
+    assert attributes(attempt)["followups.outcome"] == "snoozed"
+    wait_until(lambda: traced.world.row(follow_up).snoozes)
+    assert traced.world.row(follow_up).status == "pending"
+
+
 def test_tracing_is_off_by_default(stack: Stack, received: Received) -> None:
     """If the environment names no collector, nothing is traced and requests have no traceparent."""
     stack.options["FOLLOWUPS_TRANSPORT_URL"] = f"{received.url}/messages"

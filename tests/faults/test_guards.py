@@ -16,6 +16,7 @@ from faults.guards import PromiseBroken, Scene, without
 from followups.delivery.attempts import Begun
 from followups.delivery.clock import DatabaseClock
 from followups.delivery.send import CallTimeout, send
+from followups.flow_control.breaker import Breaker
 from followups.store.fragments import LATENESS_FROM, NEXT_TOKEN
 from followups.transports.port import Delivery, Sent
 from followups.uptime import uptime
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from world import World
 
 BEGIN, SETTLE, CLAIM = "SET begun_at = now()", "WITH r AS MATERIALIZED", "WITH head AS MATERIALIZED"
+NO_BREAKER = Breaker(None, "http", 0)
 FAIRLY = "first_look AS MATERIALIZED"
 DEFER = "limited_until = leased.again"
 TOKEN = "AND f.lease_token = b.token"  # noqa: S105 - a fencing token
@@ -246,7 +248,7 @@ async def sent_by(clock: DatabaseClock, engine: Engine, begun: Begun, latest: fl
     """
     clock.ask(engine)
     transport = RecordingTransport(clock)
-    await send(transport, begun, clock, CallTimeout(timedelta(seconds=5)), latest)
+    await send(transport, begun, clock, CallTimeout(timedelta(seconds=5)), latest, NO_BREAKER)
     return [moment - begun.lease.due for moment in transport.called]
 
 

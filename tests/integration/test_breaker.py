@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
@@ -34,7 +35,7 @@ from stack import wait_until
 from world import World
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Iterator
+    from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
     from uuid import UUID
 
     from sqlalchemy import Engine
@@ -337,28 +338,80 @@ def client(own: Settings) -> redis.Redis:
     return redis.Redis.from_url(own.broker_url.get_secret_value())
 
 
-def test_attempts_in_flight_use_no_permits(own: Settings) -> None:
-    """Attempts in flight when the breaker opens do not use up the permits for probes."""
+class FixedStore:
+    """A store whose shared state never changes."""
 
-    class OpenStore:
-        async def report(self, news: OutcomeReport, wanted: int) -> SharedState:
-            del news, wanted
-            return SharedState("open", tripped=frozenset({KEY}))
+    def __init__(self, shared: SharedState) -> None:
+        self.shared = shared
 
-        async def close(self) -> None: ...
+    async def report(self, outcomes: OutcomeReport, wanted: int) -> SharedState:
+        del outcomes, wanted
+        return self.shared
 
-    async def script() -> None:
-        door = Breaker(OpenStore(), "http", own.breaker_failures)
-        report = asyncio.Event()
-        informing = asyncio.create_task(door.run(lambda: 0, report.set))
-        await report.wait()
-        door.spend([KEY] * 200)
-        assert door.permits == 0
-        assert door.tripped == {KEY}
+    async def close(self) -> None: ...
+
+
+@asynccontextmanager
+async def knowing(shared: SharedState) -> AsyncIterator[Breaker]:
+    """Run a worker's breaker that has read the given shared state."""
+    store: Any = FixedStore(shared)
+    door = Breaker(store, "http", FAILURES)
+    report = asyncio.Event()
+    informing = asyncio.create_task(door.run(lambda: 0, report.set))
+    await report.wait()
+    try:
+        yield door
+    finally:
         informing.cancel()
         await asyncio.wait([informing])
 
-    asyncio.run(script())
+
+async def test_attempts_in_flight_use_no_permits() -> None:
+    """Attempts in flight when the breaker opens do not use up the permits for probes."""
+    async with knowing(SharedState("open", tripped=frozenset({KEY}))) as door:
+        door.spend([KEY] * 200)
+        assert door.permits == 0
+        assert door.tripped == {KEY}
+
+
+REFUSED = Rejected("HTTP 401 unknown key", 401)
+DEFERRED = Snoozed("HTTP 401 unknown key", status_code=401)
+
+
+@pytest.mark.parametrize(
+    ("shared", "settled"),
+    [
+        (SharedState(CLOSED), REFUSED),
+        (SharedState("open", tripped=frozenset({OTHER})), REFUSED),
+        *((SharedState(state, tripped=frozenset({KEY})), DEFERRED) for state in ("open", "probing", "recovering")),
+    ],
+)
+async def test_a_refusal_is_final_unless_its_workspace_is_tripped(shared: SharedState, settled: Outcome) -> None:
+    """A single message that is refused fails at once, unless the breaker has tripped its workspace.
+
+    A message that the receiver rejects for any other reason fails at once in every state.
+    """
+    other = Rejected("HTTP 404", 404)
+    async with knowing(shared) as door:
+        (one,) = ids(1)
+        assert door.record(one, KEY, REFUSED) == settled
+        assert door.record(one, KEY, other) is other
+
+
+async def test_a_refusal_is_final_if_messages_are_accepted() -> None:
+    """A worker whose latest attempts all failed ends no follow-up for a refusal, until a message is accepted."""
+    async with knowing(SharedState(CLOSED)) as door:
+        for _ in range(3):
+            refused = [door.record(one, KEY, REFUSED) for one in ids(FAILURES + 1)]
+            assert refused == [REFUSED] * (FAILURES - 1) + [DEFERRED] * 2
+            assert door.record(*ids(1), OTHER, Sent()) == Sent()
+
+
+def test_a_refusal_is_final_without_a_breaker() -> None:
+    """If the breaker is disabled, every refused follow-up fails."""
+    store: Any = FixedStore(SharedState(CLOSED))
+    door = Breaker(store, "http", failures=0)
+    assert {door.record(one, KEY, REFUSED) for one in ids(FAILURES * 2)} == {REFUSED}
 
 
 class FailingTransport:
@@ -369,6 +422,8 @@ class FailingTransport:
     def __init__(self, outcome: Outcome) -> None:
         self.outcome = outcome
         self.calls = 0
+        self.numbers: set[int] = set()
+        """The numbers of the attempts, as the receiver saw them."""
         self.well: UUID | None = None
         """The only workspace whose messages the transport accepts."""
 
@@ -381,8 +436,13 @@ class FailingTransport:
 
     async def send(self, delivery: Delivery) -> Outcome:
         self.calls += 1
+        self.numbers.add(delivery.attempt)
         await asyncio.sleep(0.001)
         return Sent() if delivery.workspace_id == self.well else self.outcome
+
+    def repair(self) -> None:
+        """Accept every message from now on."""
+        self.outcome = Sent()
 
 
 @pytest.fixture
@@ -424,24 +484,109 @@ def test_an_outage_uses_up_few_attempts(
     assert transport.calls == world.scalar("SELECT sum(attempts) FROM follow_ups")
 
 
+REJECTED = "SELECT count(*) FROM follow_ups WHERE reason LIKE 'rejected:%'"
+SNOOZES = "SELECT sum(snoozes) FROM follow_ups"
+SOON = {"concurrency": CONCURRENCY, "retry_base": timedelta(milliseconds=1), "retry_cap": timedelta(milliseconds=1)}
+
+
+def all_are_sent_after(repair: Callable[[], None], world: World, engine: Engine, own: Settings, *to: Pipeline) -> None:
+    """Repair the transport, and submit claimed follow-ups until none is pending.
+
+    Check that no follow-up has used up an attempt before the attempt that ended it.
+    """
+    repair()
+
+    def done() -> bool:
+        for pipeline in to:
+            pipeline.submit(claim(engine, own).leases)
+        return bool(world.scalar(PENDING) == 0)
+
+    wait_until(done, every=0.1)
+    assert world.scalar("SELECT max(attempts) FROM follow_ups") == 1
+
+
 @pytest.mark.parametrize("status", [401, 403])
-def test_rejections_of_every_message_open_the_breaker(
+def test_few_are_rejected_if_the_receiver_refuses_every_message(
     world: World, engine: Engine, own: Settings, started: Callable[..., Pipeline], status: int
 ) -> None:
-    """If a receiver rejects every message, for example because a secret expired, few follow-ups fail.
+    """If a receiver refuses every message, for example because a secret expired, few follow-ups fail.
 
-    Once the breaker opens, no further follow-up is attempted.
+    A refused probe uses up no attempt. Once the receiver accepts messages again, all other follow-ups are sent.
     """
-    transport = FailingTransport(Rejected(f"HTTP {status}", status))
+    transport = FailingTransport(Rejected(f"HTTP {status} unknown key", status))
     for _ in range(100):
         world.follow_up()
-    own = own.model_copy(update={"concurrency": CONCURRENCY})
-    started(own, transport, SLOWLY).submit(claim(engine, own).leases)
-    wait_until(lambda: read(client(own), own).state == "open")
-    wait_until(lambda: not world.scalar("SELECT count(*) FROM follow_ups WHERE begun_at IS NOT NULL"))
-    assert FAILURES <= transport.calls <= FAILURES + 2 * CONCURRENCY
-    assert world.scalar("SELECT count(*) FROM follow_ups WHERE reason LIKE 'rejected:%'") == transport.calls
-    assert world.scalar(PENDING) == 100 - transport.calls
+    own = own.model_copy(update=SOON)
+    pipeline = started(own, transport)
+
+    def probed(times: int) -> bool:
+        pipeline.submit(claim(engine, own).leases)
+        return read(client(own), own).probed >= times
+
+    wait_until(lambda: probed(6), every=0.1)
+    assert world.scalar(REJECTED) < FAILURES
+    assert world.scalar(SNOOZES) >= 6
+    shown = "SELECT DISTINCT concat_ws(' ', status_code, detail) FROM failed_attempts WHERE outcome = 'snoozed'"
+    assert world.scalar(shown) == f"{status} HTTP {status} unknown key"
+    all_are_sent_after(transport.repair, world, engine, own, pipeline)
+    assert world.scalar(REJECTED) < FAILURES
+    assert transport.numbers == {1}
+
+
+def test_few_are_rejected_in_many_workspaces(
+    world: World, engine: Engine, own: Settings, started: Callable[..., Pipeline]
+) -> None:
+    """If a receiver refuses every message, few follow-ups fail.
+
+    This also holds if no workspace has enough follow-ups to be tripped.
+    """
+    transport = FailingTransport(REFUSED)
+    for _ in range(40):
+        World(engine).follow_up()
+    own = own.model_copy(update=SOON)
+    pipeline = started(own, transport)
+    pipeline.submit(claim(engine, own).leases)
+    wait_until(lambda: transport.calls == 40)
+    all_are_sent_after(transport.repair, world, engine, own, pipeline)
+    assert world.scalar(REJECTED) < FAILURES
+
+
+def test_few_are_rejected_by_two_workers(
+    world: World, engine: Engine, own: Settings, started: Callable[..., Pipeline]
+) -> None:
+    """If a receiver refuses every message, few follow-ups of each worker fail."""
+    transport = FailingTransport(REFUSED)
+    for _ in range(100):
+        world.follow_up()
+    own = own.model_copy(update=SOON)
+    pipelines = [started(own, transport), started(own, transport)]
+    leases = claim(engine, own).leases
+    for number, pipeline in enumerate(pipelines):
+        pipeline.submit(leases[number::2])
+    wait_until(lambda: read(client(own), own).probed >= 3)
+    all_are_sent_after(transport.repair, world, engine, own, *pipelines)
+    assert world.scalar(REJECTED) < FAILURES * 2
+
+
+def test_few_are_rejected_without_redis(
+    world: World,
+    engine: Engine,
+    own: Settings,
+    started: Callable[..., Pipeline],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """If a receiver refuses every message while Redis is unreachable, few follow-ups fail."""
+    monkeypatch.setattr(breaker, "AWAY", 0.1)
+    transport = FailingTransport(REFUSED)
+    for _ in range(30):
+        world.follow_up()
+    nobody = type(own.broker_url)("redis://127.0.0.1:1/0")
+    away = own.model_copy(update=SOON | {"concurrency": 1, "broker_url": nobody})
+    pipeline = started(away, transport)
+    pipeline.submit(claim(engine, away).leases)
+    wait_until(lambda: transport.calls == 30)
+    all_are_sent_after(transport.repair, world, engine, away, pipeline)
+    assert world.scalar(REJECTED) < FAILURES
 
 
 @pytest.mark.parametrize("outcome", [Sent(), Rejected("HTTP 404", 404), Snoozed("HTTP 429", timedelta(hours=1))])
@@ -535,6 +680,16 @@ def test_occasional_failures_are_not_delayed(opened_breaker: OpenedBreaker) -> N
         opened_breaker.transport.well = well
         one = opened_breaker.deliver()
         wait_until(lambda one=one, status=status: settled(one, status))
+    assert opened_breaker.state == "open"
+
+
+def test_a_refused_message_fails_while_others_are_accepted(opened_breaker: OpenedBreaker) -> None:
+    """If one workspace is tripped, a refused message of another workspace still fails at once."""
+    accepted = opened_breaker.deliver()
+    wait_until(lambda: opened_breaker.other.row(accepted).status == "sent")
+    opened_breaker.transport.well, opened_breaker.transport.outcome = None, REFUSED
+    refused = opened_breaker.deliver()
+    wait_until(lambda: opened_breaker.other.row(refused).reason == "rejected: HTTP 401 unknown key")
     assert opened_breaker.state == "open"
 
 

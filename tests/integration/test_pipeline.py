@@ -25,6 +25,7 @@ from followups.delivery.clock import DatabaseClock
 from followups.delivery.pipeline import Pipeline
 from followups.delivery.send import CallTimeout, send
 from followups.delivery.slots import POISON_PILLS
+from followups.flow_control.breaker import Breaker
 from followups.session_settings import ONCE_PLANNED
 from followups.store.leases import Lease
 from followups.transports.port import Delivery, Rejected, Retry, Sent
@@ -44,6 +45,7 @@ END_OTHERS = """
     SELECT pg_terminate_backend(pid) FROM pg_stat_activity
      WHERE pid <> pg_backend_pid() AND usename = current_user AND datname = current_database()
 """
+NO_BREAKER = Breaker(None, "http", 0)
 PENDING = "SELECT count(*) FROM follow_ups WHERE status = 'pending'"
 BEGUN = "SELECT count(*) FROM follow_ups WHERE status = 'pending' AND begun_at IS NOT NULL"
 
@@ -430,6 +432,6 @@ async def test_not_sent_after_its_lease() -> None:
     begun = Begun(lease, Delivery(lease.id, uuid4(), uuid4(), "api", None, uuid4(), "x", now, 1), 0)
     transport = ScriptedTransport(lambda _: Sent())
     limit = CallTimeout(timedelta(seconds=1))
-    assert await send(transport, begun, clock, limit, uptime() - 0.001) is None
+    assert await send(transport, begun, clock, limit, uptime() - 0.001, NO_BREAKER) is None
     assert not transport.calls
-    assert await send(transport, begun, clock, limit, uptime() + 60) is not None
+    assert await send(transport, begun, clock, limit, uptime() + 60, NO_BREAKER) is not None

@@ -13,6 +13,7 @@ import pytest
 from followups.delivery.attempts import Attempt, Begun
 from followups.delivery.clock import DatabaseClock
 from followups.delivery.send import CallTimeout, send
+from followups.flow_control.breaker import Breaker
 from followups.store.leases import Lease
 from followups.transports.port import Delivery, Outcome, Sent, Unknown
 from followups.uptime import uptime
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 
     from followups.transports.port import Transport
 
+NO_BREAKER = Breaker(None, "http", 0)
 SOON = timedelta(milliseconds=50)
 NOW = datetime.now(UTC)
 LEASE = Lease(uuid4(), 1, NOW)
@@ -47,7 +49,7 @@ async def attempt(does: Callable[[], Awaitable[Outcome]], limit: timedelta = SOO
     clock = DatabaseClock()
     clock.observe(NOW, uptime(), uptime())
     transport: Transport = Plugin(does)  # type: ignore[assignment]  # as much of one as a call needs
-    return await send(transport, BEGUN, clock, CallTimeout(limit), uptime() + 60)
+    return await send(transport, BEGUN, clock, CallTimeout(limit), uptime() + 60, NO_BREAKER)
 
 
 async def outcome(does: Callable[[], Awaitable[Outcome]], limit: timedelta = SOON) -> Outcome:
@@ -162,7 +164,7 @@ async def test_calls_share_one_timer() -> None:
     async def call(does: Callable[[], Awaitable[Outcome]], after: float) -> tuple[Outcome, float]:
         await asyncio.sleep(after)
         transport: Transport = Plugin(does)  # type: ignore[assignment]  # as much of one as a call needs
-        made = await send(transport, BEGUN, clock, timeout, uptime() + 60)
+        made = await send(transport, BEGUN, clock, timeout, uptime() + 60, NO_BREAKER)
         assert made is not None
         return made.outcome, made.duration.total_seconds()
 

@@ -133,7 +133,7 @@ def _facts(found: Explained) -> list[tuple[str, str]]:
         "lag": lag and f"{'-' if lag < timedelta(0) else ''}{span(lag)}",
         "accepted in": follow_up.accepted_duration and span(follow_up.accepted_duration),
         "attempts": f"{follow_up.attempts} of {get_settings().max_attempts}",
-        "rate limited": f"{follow_up.snoozes} times" if follow_up.snoozes else None,
+        "snoozed": f"{follow_up.snoozes} times" if follow_up.snoozes else None,
         "workers lost": f"{follow_up.losses} times" if follow_up.losses else None,
         "in flight since": readable(follow_up.begun_at) if follow_up.in_flight else None,
         "leased until": readable(follow_up.lease_until) if follow_up.lease_until else None,

@@ -26,7 +26,7 @@ ACTIONS = {
 
 OUTCOMES = {
     "retry": "failed for now",
-    "snoozed": "deferred by the transport",
+    "snoozed": "deferred",
     "rejected": "refused for good",
     "unknown": "outcome unknown",
     "lost": "worker lost",

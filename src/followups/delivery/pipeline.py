@@ -33,7 +33,6 @@ from followups.delivery.upkeep import BACKOFF, LONGEST_BACKOFF, Upkeep, repeat_u
 from followups.flow_control.breaker import Breaker
 from followups.flow_control.limiter import RateLimits
 from followups.store import chat_order
-from followups.store.leases import key_of
 from followups.telemetry.logs import get_logger
 from followups.transactions import in_loop, transact
 from followups.uptime import uptime
@@ -211,7 +210,7 @@ class Pipeline:
         latest = started + self._settings.lease.total_seconds() - self._timeout.seconds
         attempt = None
         try:
-            attempt = await send(self._transport, begun, self._clock, self._timeout, latest)
+            attempt = await send(self._transport, begun, self._clock, self._timeout, latest, self._breaker)
         finally:
             self._slots.release(begun.lease)
             self._queue.changed.set()
@@ -220,7 +219,6 @@ class Pipeline:
         if attempt is None:
             events.abandoned(begun)
             return
-        self._breaker.record(begun.lease.id, key_of(begun.delivery.workspace_id), attempt.outcome)
         self._settler.add(attempt)
         events.attempted(attempt, self._transport.name)
 

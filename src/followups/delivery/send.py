@@ -16,6 +16,7 @@ from uuid import UUID
 from followups.delivery.attempts import Attempt
 from followups.retry_policy import clamp_retry_after
 from followups.states import MAX_REASON_LENGTH, storable
+from followups.store.leases import key_of
 from followups.telemetry import traces
 from followups.transports.port import Outcome, Rejected, Retry, Sent, Snoozed, Unknown
 from followups.uptime import uptime
@@ -23,6 +24,7 @@ from followups.uptime import uptime
 if TYPE_CHECKING:
     from followups.delivery.attempts import Begun
     from followups.delivery.clock import DatabaseClock
+    from followups.flow_control.breaker import Breaker
     from followups.transports.port import Delivery, Transport
 
     Task = asyncio.Task[Any]
@@ -54,9 +56,9 @@ STATUS_CODE_LIMIT = 1000
 
 
 async def send(
-    transport: Transport, begun: Begun, clock: DatabaseClock, limit: CallTimeout, latest: float
+    transport: Transport, begun: Begun, clock: DatabaseClock, limit: CallTimeout, latest: float, breaker: Breaker
 ) -> Attempt | None:
-    """Wait until the follow-up is due and call the transport once, within ``limit``.
+    """Wait until the follow-up is due, call the transport once within ``limit``, and record the outcome in ``breaker``.
 
     The transport is never called before the due time. If ``latest`` (an `uptime`) has passed, return None without
     calling the transport. The deadline ``latest`` can be over before the call only if the process was frozen. After
@@ -76,6 +78,7 @@ async def send(
     with traces.attempt(begun.traceparent, partial(_described, begun, transport.name)) as note:
         outcome = await _call(transport, begun.delivery, limit)
         answered = uptime()
+        outcome = breaker.record(begun.lease.id, key_of(begun.delivery.workspace_id), outcome)
         note({"followups.outcome": OUTCOME_NAMES[type(outcome)]}, failed=not isinstance(outcome, Sent))
     duration = timedelta(seconds=answered - started)
     return Attempt(begun, outcome, duration, answered, made_at + duration)

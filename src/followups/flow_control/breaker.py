@@ -2,18 +2,29 @@
 
 An open breaker defers most due follow-ups of tripped workspaces in the database (`followups.delivery.deferral`). All
 workers share one state in Redis (`BreakerStore`). Deliveries continue while Redis is unreachable. During that time, a
-worker counts only its own failed attempts. After the configured number of failures in a row, the worker begins no
-further follow-ups. It begins follow-ups again when it next queries Redis, some seconds later. If Redis is wiped, the
-breaker closes, and new failures open it again.
+worker counts only its own failed attempts. After the configured number of different follow-ups have failed in a row,
+the worker begins no further follow-ups of their workspaces. It begins them again when it next queries Redis, some
+seconds later. If Redis is wiped, the breaker closes, and new failures open it again.
 
-    closed -> open: so many different follow-ups failed, and none succeeded in between
-    open -> probing: after a pause that doubles from one time to the next, a few may begin
-    probing -> recovering: one succeeded; or open again: one failed
-    recovering -> closed: the rate of begins doubles every second until nothing needs to wait
+    closed -> open: the configured number of different follow-ups failed, none succeeded in between, and at least one
+        workspace is tripped
+    open -> probing: the pause is over, and a few of the waiting follow-ups may begin; each pause is twice as long as
+        the previous one, up to a limit
+    probing -> open: a probe failed
+    open or probing -> recovering: an attempt succeeded
+    recovering -> open: several different follow-ups failed in a row
+    recovering -> closed: the permitted rate of begins, which doubles every second, has reached its limit
 
-The breaker affects only tripped workspaces: those whose most recent attempts have all failed. Follow-ups of all other
-workspaces begin without restriction. A workspace with thousands of failing chats therefore does not delay a workspace
-with few failures.
+Instead of opening again, the breaker closes if no workspace is tripped any longer. While the breaker is not closed,
+only outcomes of tripped workspaces count.
+
+The breaker affects only tripped workspaces: those whose latest attempts, several in a row, have all failed. A workspace
+stays tripped until the breaker closes, or opens again when the workspace's latest attempt has succeeded. Follow-ups of
+all other workspaces begin without restriction. A workspace with thousands of failing chats therefore does not delay a
+workspace with few failures.
+
+While the transport fails as a whole, a rejection of the caller (`REFUSING`) ends no follow-up. Otherwise, every probe
+would end as rejected until an expired secret is replaced.
 
 (Nygard, "Release It!", 2nd edition, 2018, chapter 5; the slow start is nginx's and Envoy's.)
 """
@@ -44,9 +55,10 @@ CLOSED = "closed"
 RECOVERING = "recovering"
 
 REFUSING = {401, 403}
-"""Status codes with which a receiver rejects the caller rather than the message.
+"""Status codes with which a receiver may reject the caller rather than the message.
 
-After a secret has expired, for example, the receiver rejects every message with such a code.
+After a secret has expired, for example, the receiver rejects every message with such a code. If the receiver accepts
+other messages, the code concerns one message, whose follow-up fails.
 """
 
 READ_INTERVAL = 1.0
@@ -194,7 +206,12 @@ class Breaker:
         self.permits = 0
         """How many follow-ups of tripped workspaces may begin, as probes or during recovery."""
         self._failed: dict[UUID, int] = {}
-        """Follow-ups that failed since the last success, with the keys of their workspaces."""
+        """Follow-ups that failed since the last success, with the keys of their workspaces.
+
+        They are forgotten when a report finds the breaker closed.
+        """
+        self._failures_in_a_row = 0
+        """Number of this worker's consecutive failed attempts up to and including the latest, in all workspaces."""
         self._unreported: dict[UUID, None] = {}
         self._runs: dict[int, WorkspaceOutcomes] = {}
         """The outcomes not yet reported, for each workspace."""
@@ -230,18 +247,21 @@ class Breaker:
         if tripped := self.tripped:
             self.permits = max(0, self.permits - sum(key in tripped for key in keys))
 
-    def record(self, follow_up_id: UUID, key: int, outcome: Outcome) -> None:
-        """Record the outcome of an attempt.
+    def record(self, follow_up_id: UUID, key: int, outcome: Outcome) -> Outcome:
+        """Record the outcome of an attempt, and return the outcome to settle.
 
-        A response that asks for a later retry is not a failure, because the endpoint is reachable.
+        A response that asks for a later retry is not a failure, because the endpoint is reachable. A rejection of the
+        caller is settled as `Snoozed` while the transport fails as a whole.
         """
         if self._store is None or isinstance(outcome, Snoozed):
-            return
+            return outcome
         failed = _failed(outcome)
         if failed:
+            self._failures_in_a_row += 1
             run = self._runs.get(key, WorkspaceOutcomes(key, 0, after_success=False))
             self._runs[key] = WorkspaceOutcomes(key, run.failures + 1, run.after_success)
         else:
+            self._failures_in_a_row = 0
             self._runs[key] = WorkspaceOutcomes(key, 0, after_success=True)
         counts = self._shared.state == CLOSED or key in self._shared.tripped
         if counts and failed:
@@ -253,6 +273,17 @@ class Breaker:
             self._unreported.clear()
         if self._shared.state != CLOSED or len(self._failed) == self._failures:
             self._report_due.set()
+        if failed and isinstance(outcome, Rejected) and self._fails_as_a_whole(key):
+            return Snoozed(outcome.detail, status_code=outcome.status_code)
+        return outcome
+
+    def _fails_as_a_whole(self, key: int) -> bool:
+        """Return whether the transport fails as a whole, or at least for the workspace with this key.
+
+        The worker's own failures count too. The worker reads the shared state up to a second late, and not at all while
+        Redis is unreachable. Moreover, the breaker stays closed if many workspaces have too few failures to be tripped.
+        """
+        return self._failures_in_a_row >= self._failures or key in self._shared.tripped
 
     async def run(self, wanted: Callable[[], int], changed: Callable[[], None]) -> None:
         """Report outcomes to the store and read the shared state, until cancelled.
@@ -282,9 +313,11 @@ class Breaker:
             self._log_change(reading.state)
         self._take(reading)
         changed()
+        pause = READ_INTERVAL_WHILE_OPEN if self.tripped and wanted else READ_INTERVAL
+        # Python 3.11's `wait_for` would ignore a cancellation that arrives just after the event was set.
         with suppress(TimeoutError):
-            pause = READ_INTERVAL_WHILE_OPEN if self.tripped and wanted else READ_INTERVAL
-            await asyncio.wait_for(self._report_due.wait(), pause)
+            async with asyncio.timeout(pause):
+                await self._report_due.wait()
 
     def _log_change(self, state: str) -> None:
         if state == "open":

@@ -358,7 +358,8 @@ def _overdue(follow_up: FollowUp, late: timedelta, around: Circumstances) -> Sen
     )
     if follow_up.snoozes:
         said += Sentence(
-            "It was snoozed {number} times, because the transport limits the rate.", number=follow_up.snoozes
+            "It was snoozed {number} times, because the transport limits the rate or refuses access.",
+            number=follow_up.snoozes,
         )
     return said
 

@@ -8,6 +8,8 @@ answer                                       outcome
 408, 425, other 5xx                          `Retry`, not before Retry-After
 anything else                                `Rejected`, with the first 200 characters of the body
 ============================================ =========================================================
+
+While the transport fails as a whole, the breaker settles a 401 or 403 as `Snoozed` (`followups.flow_control.breaker`).
 """
 
 from __future__ import annotations

@@ -71,7 +71,10 @@ class Retry:
 
 @dataclass(frozen=True, slots=True)
 class Snoozed:
-    """The transport requested a later retry (rate limiting). An attempt with the outcome `Snoozed` is not counted."""
+    """The transport requested a later retry (rate limiting). An attempt with the outcome `Snoozed` is not counted.
+
+    The breaker also settles a rejection of the caller as `Snoozed` while the transport fails as a whole.
+    """
 
     detail: str
     after: timedelta | None = None

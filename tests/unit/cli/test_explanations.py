@@ -233,7 +233,11 @@ LIMITED = {"due": -HOUR, "next_attempt_at": NOW + HOUR, "limited_until": NOW + H
             {"due": -HOUR},
             "the last tick ran 1 h ago, so beat or the workers are not running",
         ),
-        (TICKING, {"due": -HOUR, "snoozes": 3}, "It was snoozed 3 times, because the transport limits the rate."),
+        (
+            TICKING,
+            {"due": -HOUR, "snoozes": 3},
+            "It was snoozed 3 times, because the transport limits the rate or refuses access.",
+        ),
         (
             Circumstances(place=3),
             {"due": HOUR},

@@ -165,7 +165,10 @@ def _breaker(settings: Settings, client: redis.Redis) -> Finding:
     detail = f"{shown.state} for {span(timedelta(seconds=shown.seconds))}: the transport has failed for {whom}"
     if shown.state == "recovering":
         return Finding("breaker", f"{detail}; the rate of sends is growing again")
-    advice = "Repair the chat server. It is probed every few seconds; due follow-ups wait and are then sent."
+    advice = (
+        "Repair the chat server, or replace the secret if the answers are 401 or 403. The chat server is probed every"
+        " few seconds; due follow-ups wait and are then sent."
+    )
     return Finding("breaker", detail, advice)
 
 

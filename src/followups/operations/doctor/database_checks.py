@@ -68,7 +68,7 @@ EXPLAINED = {
     "lost": "lost with their workers (look for crashes, and for the kernel's OOM killer)",
     "unknown": "without an answer (check the network to the transport, and its timeout)",
     "retry": "refused for now",
-    "snoozed": "deferred by the transport's rate limit",
+    "snoozed": "deferred by a rate limit, or after a 401 or 403",
     "rejected": "refused for good",
 }
 """The meaning of each outcome of a failed attempt."""
