@@ -89,8 +89,10 @@ class Live:
             yield b"retry: 3000\nevent: open\ndata: 1\n\n"
             checked = time.monotonic()
             while not self._ending:
+                # Python 3.11's `wait_for` would ignore a cancellation that arrives just after the event was set.
                 with suppress(TimeoutError):
-                    await asyncio.wait_for(stream.changed.wait(), STEP)
+                    async with asyncio.timeout(STEP):
+                        await stream.changed.wait()
                 if stream.changed.is_set():
                     stream.changed.clear()
                     yield b"event: change\ndata: 1\n\n"

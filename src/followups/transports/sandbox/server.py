@@ -105,10 +105,10 @@ async def _stream(response: web.StreamResponse, chats: SandboxChats, closing: as
         elif started - last_sent > HEARTBEAT:
             await response.write(b": still here\n\n")
             last_sent = started
-        try:
-            await asyncio.wait_for(closing.wait(), pause)
-        except TimeoutError:
-            continue
+        # Python 3.11's `wait_for` would ignore a cancellation that arrives just after the event was set.
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(pause):
+                await closing.wait()
 
 
 def _state(chats: SandboxChats, since: int) -> str:
