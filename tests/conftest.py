@@ -53,11 +53,18 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 hypothesis_settings.register_profile("no deadline", deadline=None)
 hypothesis_settings.load_profile("no deadline")
 
+SLOW = ("tests/acceptance/", "tests/console/", "tests/deploy/", "tests/faults/")
+"""The directories of tests that start processes.
+
+One xdist worker runs all tests of a file. A slow file at the end would leave the other workers idle.
+"""
+
 SERVERS = pytest.StashKey["Servers"]()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Disable the time limit for long tests, which limit their own time."""
+    """Put the files with slow tests first, and disable the time limit for long tests, which limit their own time."""
+    items.sort(key=lambda item: not item.nodeid.startswith(SLOW))
     for item in items:
         if item.get_closest_marker("faults_long") or item.get_closest_marker("large"):
             item.add_marker(pytest.mark.timeout(0))

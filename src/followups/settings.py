@@ -319,7 +319,7 @@ class Settings(BaseSettings):
     def exclusive_external_ids(self) -> bool:
         """Whether an external id may belong to only one workspace.
 
-        A call of the transport `matrix` names only the room, which is the chat's external id, and not the workspace.
+        A request of the `matrix` transport names only the room (the chat's external id), not the workspace.
         """
         return self.transport == "matrix"
 

@@ -399,7 +399,7 @@ async def test_a_refusal_is_final_unless_its_workspace_is_tripped(shared: Shared
 
 
 async def test_a_refusal_is_final_if_messages_are_accepted() -> None:
-    """A worker whose latest attempts all failed ends no follow-up for a refusal, until a message is accepted."""
+    """After enough failures in a row, refused follow-ups are deferred until a message is accepted."""
     async with knowing(SharedState(CLOSED)) as door:
         for _ in range(3):
             refused = [door.record(one, KEY, REFUSED) for one in ids(FAILURES + 1)]

@@ -110,10 +110,10 @@ def _as_stored(lease: Lease, token: int, due: datetime) -> Lease:
 
 
 def _with_shared_marked(connection: Connection, begun: tuple[Begun, ...]) -> tuple[Begun, ...]:
-    """Mark the deliveries whose external id another workspace's chat also has, so that the transport rejects them.
+    """Mark each delivery whose external id also belongs to a chat of another workspace.
 
-    The check uses the external ids that the begin statement has returned. If a chat changes its external id meanwhile,
-    the message still goes to the external id that was checked.
+    The transport rejects marked deliveries. The check uses the external ids that the begin statement has returned. If a
+    chat's external id changes after that, the message still goes to the external id that was checked.
     """
     owned = {OwnedId(one.delivery.workspace_id, id_) for one in begun if (id_ := one.delivery.external_chat_id)}
     shared = external_ids.shared(connection, owned) if owned else ()

@@ -58,8 +58,9 @@ STATUS_CODE_LIMIT = 1000
 async def send(
     transport: Transport, begun: Begun, clock: DatabaseClock, limit: CallTimeout, latest: float, breaker: Breaker
 ) -> Attempt | None:
-    """Wait until the follow-up is due, call the transport once within ``limit``, and record the outcome in ``breaker``.
+    """Wait until the follow-up is due, call the transport once, and record the outcome.
 
+    The call ends within ``limit``; ``breaker`` records the outcome and may change it.
     The transport is never called before the due time. If ``latest`` (an `uptime`) has passed, return None without
     calling the transport. The deadline ``latest`` can be over before the call only if the process was frozen. After
     ``latest``, another worker might lease the follow-up during the call. This function raises no exception unless it is

@@ -3,13 +3,13 @@
 An open breaker defers most due follow-ups of tripped workspaces in the database (`followups.delivery.deferral`). All
 workers share one state in Redis (`BreakerStore`). Deliveries continue while Redis is unreachable. During that time, a
 worker counts only its own failed attempts. After the configured number of different follow-ups have failed in a row,
-the worker begins no further follow-ups of their workspaces. It begins them again when it next queries Redis, some
-seconds later. If Redis is wiped, the breaker closes, and new failures open it again.
+the worker begins no further follow-ups of their workspaces. The worker resumes when it next queries Redis, some seconds
+later. If Redis is wiped, the breaker closes, and new failures open it again.
 
     closed -> open: the configured number of different follow-ups failed, none succeeded in between, and at least one
         workspace is tripped
-    open -> probing: the pause is over, and a few of the waiting follow-ups may begin; each pause is twice as long as
-        the previous one, up to a limit
+    open -> probing: the pause is over, and follow-ups wait; a few of them begin as probes. Each pause is twice as long
+        as the previous one, up to a limit
     probing -> open: a probe failed
     open or probing -> recovering: an attempt succeeded
     recovering -> open: several different follow-ups failed in a row
@@ -19,9 +19,9 @@ Instead of opening again, the breaker closes if no workspace is tripped any long
 only outcomes of tripped workspaces count.
 
 The breaker affects only tripped workspaces: those whose latest attempts, several in a row, have all failed. A workspace
-stays tripped until the breaker closes, or opens again when the workspace's latest attempt has succeeded. Follow-ups of
-all other workspaces begin without restriction. A workspace with thousands of failing chats therefore does not delay a
-workspace with few failures.
+stays tripped until the breaker closes. If the breaker opens again instead, workspaces whose latest attempt succeeded
+are no longer tripped. Follow-ups of all other workspaces begin without restriction. A workspace with thousands of
+failing chats therefore does not delay a workspace with few failures.
 
 While the transport fails as a whole, a rejection of the caller (`REFUSING`) ends no follow-up. Otherwise, every probe
 would end as rejected until an expired secret is replaced.
@@ -208,7 +208,7 @@ class Breaker:
         self._failed: dict[UUID, int] = {}
         """Follow-ups that failed since the last success, with the keys of their workspaces.
 
-        They are forgotten when a report finds the breaker closed.
+        This set is cleared after each report while the breaker is closed or Redis is unreachable.
         """
         self._failures_in_a_row = 0
         """Number of this worker's consecutive failed attempts up to and including the latest, in all workspaces."""
@@ -280,8 +280,9 @@ class Breaker:
     def _fails_as_a_whole(self, key: int) -> bool:
         """Return whether the transport fails as a whole, or at least for the workspace with this key.
 
-        The worker's own failures count too. The worker reads the shared state up to a second late, and not at all while
-        Redis is unreachable. Moreover, the breaker stays closed if many workspaces have too few failures to be tripped.
+        The worker's own failures count too, because it reads the shared state up to a second late, and not at all while
+        Redis is unreachable. Moreover, the breaker stays closed if no workspace has enough failures in a row to be
+        tripped.
         """
         return self._failures_in_a_row >= self._failures or key in self._shared.tripped
 

@@ -1,10 +1,10 @@
-"""External ids of chats, for a transport whose external ids must be exclusive (`Settings.exclusive_external_ids`).
+"""External ids of chats, for a transport that requires exclusive external ids.
 
-A call of such a transport names only the external id, not the workspace. If chats of two workspaces had the same
-external id, each workspace could write into the other's chat. `take` therefore refuses an external id that another
-workspace uses. Under any other transport, several workspaces may use the same external id. A chat that was registered
-under another transport may therefore share its external id. `shared` is checked before each attempt, so nothing is sent
-into such a chat.
+A request of such a transport names only the external id, not the workspace (`Settings.exclusive_external_ids`). If
+chats of two workspaces had the same external id, each workspace could write into the other's chat. `take` therefore
+refuses an external id that another workspace uses. Under any other transport, several workspaces may use the same
+external id, and their chats keep it when the transport changes. `shared` therefore finds such chats before each
+attempt, and nothing is sent into them.
 """
 
 from __future__ import annotations
@@ -79,8 +79,8 @@ class SharingChat(NamedTuple):
     workspace: str
 
 
-# The innermost query reads only the index of external ids. It finds few of them, because most occur once. A Matrix room
-# id starts with "!", and the transport rejects any other external id.
+# The innermost query reads only the index of external ids. It returns few of them, because most occur once. Other
+# external ids than Matrix room ids, which start with "!", are not checked, because the transport rejects them anyway.
 _SHARING = text("""
     WITH shared AS MATERIALIZED (
         SELECT repeated.external_id

@@ -121,8 +121,9 @@ class CurlLoop:
             self._sockets.register(socket, wanted)
 
     def _handle_ready_sockets(self) -> None:
-        # An endless response makes its socket ready in every iteration of the event loop, and libcurl then reads from
-        # many such sockets in each call. The sockets of short responses therefore come first.
+        # An endless response makes its socket ready in every iteration of the event loop. Many such sockets can use up
+        # the whole time slice. The next iteration then begins with the sockets that were ready least often, which are
+        # those of short responses.
         ready = self._sockets.poll(0)
         if self._overran:
             ready.sort(key=lambda one: self._turns.get(one[0], 0))
@@ -175,7 +176,7 @@ class CurlLoop:
             return
         self._wanted = math.inf
         self._kicked()
-        # Every transfer has a time limit. libcurl sets no further timer only if a callback has failed.
+        # Every transfer has a time limit, so libcurl always sets another timer, unless a callback has failed.
         if self._running and self._wanted == math.inf and self._kick is None:
             self._break()
 

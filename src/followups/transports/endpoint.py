@@ -32,7 +32,9 @@ def required_url(settings: Settings, meaning: str) -> str:
     if not _is_well_formed(url):
         message = f"FOLLOWUPS_TRANSPORT_URL ({hide_password(url)}) is not a valid address: set it to {meaning}."
         if not url.isascii():
-            message += " Write a host name beyond ASCII in its xn-- form, and percent-encode the path."
+            message += (
+                " Write a non-ASCII host name in its xn-- form, and percent-encode non-ASCII characters elsewhere."
+            )
         raise TransportConfigurationError(message)
     return url
 
@@ -73,7 +75,7 @@ def connection_options(settings: Settings) -> dict[int, object]:
         pycurl.HTTP_VERSION: pycurl.CURL_HTTP_VERSION_2TLS
         if settings.transport_deduplicates
         else pycurl.CURL_HTTP_VERSION_1_1,
-        pycurl.USERAGENT: "followups",  # also for CONNECT, which has no headers of the request
+        pycurl.USERAGENT: "followups",  # also for CONNECT, which carries none of the request's headers
         pycurl.PROXY: "",  # ignore the proxies that environment variables name
     }
     certificate = _client_certificate(settings)
@@ -82,7 +84,7 @@ def connection_options(settings: Settings) -> dict[int, object]:
     elif certificate:
         message = (
             "FOLLOWUPS_TRANSPORT_CLIENT_CERT needs an https endpoint: set FOLLOWUPS_TRANSPORT_URL to an https address, "
-            "or remove the certificate."
+            "or unset FOLLOWUPS_TRANSPORT_CLIENT_CERT."
         )
         raise TransportConfigurationError(message)
     return options
@@ -117,7 +119,7 @@ def _client_certificate(settings: Settings) -> dict[int, object]:
         if key is not None:
             message = (
                 "FOLLOWUPS_TRANSPORT_CLIENT_KEY names the key of a client certificate: "
-                "set FOLLOWUPS_TRANSPORT_CLIENT_CERT too, or remove the key."
+                "set FOLLOWUPS_TRANSPORT_CLIENT_CERT too, or unset FOLLOWUPS_TRANSPORT_CLIENT_KEY."
             )
             raise TransportConfigurationError(message)
         return {}
@@ -146,7 +148,7 @@ def _proxy() -> dict[int, object]:
 
 
 def _variable(name: str) -> tuple[str, str]:
-    """Return an environment variable, whose name may be in lower or upper case: its name and its value."""
+    """Return the name and value of an environment variable; its name may be in lower or upper case."""
     value = os.environ.get(name, "").strip()
     return (name, value) if value else (name.upper(), os.environ.get(name.upper(), "").strip())
 

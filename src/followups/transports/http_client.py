@@ -19,7 +19,7 @@ from followups.settings import hide_password
 from followups.transports.answers import Dialect, outcome_of
 from followups.transports.curl_loop import CLOSED, CurlLoop
 from followups.transports.endpoint import connection_options
-from followups.transports.http_exchange import ENDLESS, FLOODED, TOO_LARGE, Exchange
+from followups.transports.http_exchange import ENDLESS, FLOODED, LONG_HEAD, TOO_LARGE, Exchange
 from followups.transports.http_sockets import Sockets
 from followups.transports.port import Outcome, Retry, Unknown
 from followups.uptime import uptime
@@ -43,7 +43,9 @@ it are unknown.
 """
 
 READ_SIZE = 1024
-"""How many bytes libcurl reads from a connection at a time. It reads ten times before other connections get their turn.
+"""How many bytes libcurl reads at a time.
+
+libcurl reads from a connection up to ten times before other connections get their turn.
 """
 
 HEADERS = {
@@ -57,16 +59,18 @@ libcurl from adding one of its own. With libcurl's own Expect header, a body of 
 receiver's permission.
 """
 
+_INVALID_ANSWERS = {
+    FLOODED: ENDLESS,
+    TOO_LARGE: LONG_HEAD,
+    pycurl.E_UNSUPPORTED_PROTOCOL: "what arrived is not HTTP",
+}
 _REASONS = {
     CLOSED: "it was closed here",
-    FLOODED: ENDLESS,
-    TOO_LARGE: "its header is longer than 64 KiB",
     pycurl.E_ABORTED_BY_CALLBACK: "it ended, or the receiver sent data, before the request",
     pycurl.E_COULDNT_RESOLVE_HOST: "the host name was not found (DNS)",
     pycurl.E_COULDNT_RESOLVE_PROXY: "the proxy's host name was not found (DNS)",
     pycurl.E_GOT_NOTHING: "it ended without an answer",
     pycurl.E_SEND_FAIL_REWIND: "it ended without an answer",
-    pycurl.E_UNSUPPORTED_PROTOCOL: "it is not HTTP",
 }
 _TLS = {
     pycurl.E_SSL_CONNECT_ERROR,
@@ -99,7 +103,7 @@ class HttpClient:
         every = HEADERS | dict(headers or {}) | ({} if kept else {"connection": "close"})
         self._headers = _lines(every)
         self._of_connections = connection_options(settings)
-        # Counting takes 15 us per call. What a SOCKS or https proxy adds cannot be counted.
+        # Counting TLS records takes 15 us per call. The bytes that a SOCKS or https proxy adds cannot be counted.
         secure = self._endpoint.startswith("https:")
         proxy = str(self._of_connections[pycurl.PROXY])
         counts_records = secure and kept and ("://" not in proxy or proxy.startswith("http:"))
@@ -213,8 +217,9 @@ class HttpClient:
             return outcome_of(exchange.answer(code), dialect)
         if code == pycurl.E_OPERATION_TIMEDOUT:
             return Unknown(f"no answer within {self._timeout:g} s")
-        reason = exchange.flaw or _reason(exchange.curl, code)
-        return Unknown(f"the connection broke before an answer arrived ({reason})")
+        if flaw := exchange.flaw or _INVALID_ANSWERS.get(code):
+            return Unknown(f"no valid answer arrived ({flaw})")
+        return Unknown(f"the connection broke before an answer arrived ({_reason(exchange.curl, code)})")
 
     # The following methods manage the connections. Connections are replaced after some seconds without a call. By
     # itself, libcurl closes an idle connection only at the next call. All connections are also replaced if libcurl

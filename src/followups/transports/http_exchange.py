@@ -32,7 +32,8 @@ HEAD_LIMIT = 64 * 1024
 """Maximum size of a response's head in bytes, including the informational (1xx) responses before it."""
 
 LONG = "the body of the answer is longer than 64 KiB"
-ENDLESS = "more than 256 KiB arrived for it"
+ENDLESS = "more than 256 KiB arrived during the call"
+LONG_HEAD = "the header of the answer is longer than 64 KiB"
 LATE = "the body of the answer did not arrive in time"
 
 TOO_LARGE = 100
@@ -42,11 +43,11 @@ FLOODED = -2
 """The result code of calls on a connection that received more than 256 KiB; not one of libcurl's codes."""
 
 _BAD_HEADER = {pycurl.E_BAD_CONTENT_ENCODING, pycurl.E_FTP_WEIRD_SERVER_REPLY}
-"""libcurl's error codes for an invalid header (CURLE_WEIRD_SERVER_REPLY, which pycurl knows by its old name)."""
+"""libcurl's error codes for an invalid header. pycurl knows CURLE_WEIRD_SERVER_REPLY only by its old name."""
 _LONG_HEADER = {pycurl.E_WRITE_ERROR, TOO_LARGE}
 
 _STATUS_LINE = re.compile(rb"HTTP/[\d.]+ ([1-5]\d\d)\s", re.IGNORECASE)
-"""A status line. libcurl also accepts a status above 599, and ignores what follows the first three digits."""
+"""A status line with a status from 100 to 599. libcurl accepts higher ones, and text right after the third digit."""
 
 _STOP = -1
 """Value that a callback returns to end the transfer and its connection."""
@@ -135,7 +136,7 @@ class Exchange:
 
     @property
     def address(self) -> Address | None:
-        """The connection on which the request is in progress, or None before it is established."""
+        """The connection that carries the current request, or None if no request is in progress."""
         return self._address if self._began else None
 
     def end(self) -> None:
@@ -210,7 +211,7 @@ class Exchange:
     def _take_line(self, line: bytes) -> int | None:
         self._room -= len(line)
         if self._room < 0:
-            self.flaw = "its header is longer than 64 KiB"
+            self.flaw = LONG_HEAD
             return _STOP
         if self.answered or not self.asked:  # a trailer, or the head of the proxy's response
             return None
@@ -224,11 +225,11 @@ class Exchange:
     def _begin_head(self, line: bytes) -> int | None:
         # Part of a record may be left over from the previous response. libcurl then reads it without a new record.
         if not self._reads_on and self._sockets.counts(self._address):
-            self.flaw = "it had received an answer before the request"
+            self.flaw = "another answer had arrived before the request"
             return _STOP
         found = _STATUS_LINE.match(line)
         if found is None:
-            self.flaw = "its status line is invalid" if line.strip() else "its header is empty"
+            self.flaw = "the status line is invalid" if line.strip() else "the header of the answer is empty"
             return _STOP
         self._status = int(found[1])
         self._head.append(line)
@@ -269,7 +270,7 @@ def _headers(head: Sequence[bytes]) -> dict[str, str]:
 
 
 def _flaw_of_head(code: int) -> str:
-    return f"the header of the answer is {'invalid' if code in _BAD_HEADER else 'longer than 64 KiB'}"
+    return "a header of the answer is invalid" if code in _BAD_HEADER else LONG_HEAD
 
 
 def _flaw(code: int) -> str:

@@ -1,8 +1,8 @@
-"""The sockets of open connections: whether a request may be sent on one, and whether it receives without end.
+"""Checks of open connections: whether a request may be sent, and whether too much arrives.
 
 libcurl examines a kept connection at most once a second. Without the checks of this module, libcurl could take
-unsolicited data for the response to the next request. libcurl also reads a response without end, as long as neither its
-head nor its body grows.
+unsolicited data for the response to the next request. Moreover, libcurl never stops reading an endless response whose
+head and body do not grow.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 ALLOWANCE = 256 * 1024
-"""How many bytes a connection may receive for each of its calls, from one check for floods to the next.
+"""How many bytes a connection may receive for each of its calls after the first check for floods.
 
-Chunk extensions, frames and TLS records are included. The limits of a response's head and body do not count them.
+Chunk extensions, frames and TLS records count here, but not towards the limits of a response's head and body.
 """
 
 _BYTES_RECEIVED = struct.Struct("=128xQ")
@@ -31,7 +31,7 @@ Address = tuple[str, str, int, int]
 
 
 class Sockets:
-    """Sockets of open connections, keyed by the addresses that identify the connection in libcurl."""
+    """Sockets of open connections, keyed by the addresses that identify each connection in libcurl."""
 
     def __init__(self, *, speak_first: bool, counts_records: bool) -> None:
         """Start without sockets.
@@ -42,7 +42,7 @@ class Sockets:
         self.speak_first = speak_first
         self.counts_records = counts_records
         self._consumed: dict[Address, int] = {}
-        """How many bytes libcurl has processed of each HTTP/1.1 connection under TLS."""
+        """How many bytes libcurl has processed on each HTTP/1.1 connection over TLS."""
         self._known: dict[Address, select.poll] = {}
         self._numbers: dict[Address, int] = {}
         self._calls: dict[Address, int] = {}
@@ -93,14 +93,15 @@ class Sockets:
             return not seen or seen[0][1] == select.POLLIN
         return not seen and not self._has_buffered(address)
 
-    # libcurl reads TLS data from the socket in large pieces. If an unsolicited response directly follows another one,
-    # both are read together. The next two methods and `add_consumed` detect the second one.
+    # libcurl reads TLS data from the socket in large pieces. If an unsolicited response directly follows another
+    # response, libcurl reads both together. The following methods count the processed bytes, so that `is_in_order` and
+    # `Exchange` can detect the second response.
 
     def begin_counting(self, address: Address, consumed: int) -> None:
-        """Count the bytes processed of a new connection, of which ``consumed`` were processed before its first request.
+        """Begin to count the bytes that libcurl processes on a new connection.
 
-        Nothing is counted if the kernel does not report how many bytes a connection has received. Some sandboxes report
-        0.
+        ``consumed`` bytes were processed before the first request. Nothing is counted if the kernel does not report how
+        many bytes a connection has received. Some container sandboxes report 0.
         """
         if self.counts_records and self._received(address):
             self._consumed[address] = consumed
@@ -110,11 +111,11 @@ class Sockets:
         return address in self._consumed
 
     def stop_counting(self, address: Address) -> None:
-        """Stop to count the processed bytes of an HTTP/2 connection, whose responses name their requests."""
+        """Stop counting on an HTTP/2 connection, because its responses name their requests."""
         self._consumed.pop(address, None)
 
     def add_consumed(self, address: Address, number: int) -> None:
-        """Add to the processed bytes of a connection."""
+        """Add to the number of bytes that libcurl has processed on a connection."""
         if address in self._consumed:
             self._consumed[address] += number
 
@@ -123,9 +124,10 @@ class Sockets:
         return consumed is not None and self._received(address) != consumed
 
     def flooded(self) -> set[Address]:
-        """Return the connections that have received more than `ALLOWANCE` for each of their calls since the last check.
+        """Return the connections that have received more than `ALLOWANCE` for each of their calls.
 
-        A call that ends between two checks is never examined, and therefore costs nothing here.
+        Bytes count from the first check during a call. A call that ends before its second check is therefore never
+        reported.
         """
         flooded = set()
         for address, calls in self._calls.items():
@@ -142,7 +144,7 @@ class Sockets:
     def _received(self, address: Address) -> int:
         """Return how many bytes an open connection has received, or 0 if that is not known."""
         number = self._numbers.get(address, -1)
-        # The connection may just have been closed, and another one may have its number.
+        # The connection may just have been closed, and its file descriptor may already belong to another connection.
         if _local_port(number) != address[3]:
             return 0
         info = _ask(number, _tcp_info) or b""
@@ -165,7 +167,7 @@ def _ask(number: int, question: Callable[[socket.socket], T]) -> T | None:
         return None
     try:
         return question(opened)
-    except (OSError, IndexError):  # the number belongs to a file, or to a socket of another family
+    except (OSError, IndexError):  # the file descriptor belongs to a file, or to a socket of another family
         return None
     finally:
         opened.detach()

@@ -447,7 +447,7 @@ ADDRESSES = ["127.0.0.1,[::1]", "[::1],127.0.0.1"]
 
 @pytest.fixture
 def resolve(monkeypatch: pytest.MonkeyPatch) -> Callable[[str, str], str]:
-    """Return a function that gives a host name the addresses of a port, and returns the URL of that host."""
+    """Return a function that lets a host name resolve to given addresses, and returns the host's URL."""
     options = http_client.connection_options
 
     def resolve(port: str, addresses: str) -> str:

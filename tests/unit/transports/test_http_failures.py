@@ -128,7 +128,7 @@ async def test_an_answer_that_breaks_off_before_its_body_is_unknown(fragment: by
     async with scripted(break_off) as server:
         outcome = await outcome_at(server.url, transport_deduplicates=deduplicates)
         assert isinstance(outcome, Unknown)
-        assert outcome.detail.startswith("the connection broke before an answer arrived")
+        assert outcome.detail.startswith(("the connection broke before an answer arrived", "no valid answer arrived"))
         assert len(server.requests) == 1
 
 

@@ -167,7 +167,7 @@ def _breaker(settings: Settings, client: redis.Redis) -> Finding:
         return Finding("breaker", f"{detail}; the rate of sends is growing again")
     advice = (
         "Repair the chat server, or replace the secret if the answers are 401 or 403. The chat server is probed every"
-        " few seconds; due follow-ups wait and are then sent."
+        " few seconds; due follow-ups wait, and are sent once a probe succeeds."
     )
     return Finding("breaker", detail, advice)
 

@@ -277,7 +277,7 @@ _BEHIND = text("""
 """)
 RUN = "run as the tables' owner"
 SHOWN = 3
-"""Maximum number of rows named in a finding, and of rooms and their chats."""
+"""Maximum number of rows, of rooms, or of chats with the same room, that a finding names."""
 
 
 def of_tables(engine: Engine) -> Iterator[Finding]:
