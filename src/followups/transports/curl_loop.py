@@ -50,7 +50,7 @@ class CurlLoop:
             self._multi.setopt(option, value)
         self._sockets = select.epoll()
         self._turns: dict[int, int] = {}
-        """How often each watched socket was ready, since libcurl began to watch it for the current transfer."""
+        """How often each watched socket was ready since it last had no transfer."""
         self._overran = False
         self._kick: asyncio.Handle | None = None
         self._timer: asyncio.Handle | None = None

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import os
 import re
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 import pycurl
@@ -19,7 +20,7 @@ from followups.settings import hide_password
 from followups.transports.answers import Dialect, outcome_of
 from followups.transports.curl_loop import CLOSED, CurlLoop
 from followups.transports.endpoint import connection_options
-from followups.transports.http_exchange import ENDLESS, FLOODED, LONG_HEAD, TOO_LARGE, Exchange
+from followups.transports.http_exchange import FLOODED, LONG_HEAD, TOO_LARGE, Exchange
 from followups.transports.http_sockets import Sockets
 from followups.transports.port import Outcome, Retry, Unknown
 from followups.uptime import uptime
@@ -48,6 +49,12 @@ READ_SIZE = 1024
 libcurl reads from a connection up to ten times before other connections get their turn.
 """
 
+TLS_RECORD_SIZE = 16_384
+"""The largest content of a TLS record.
+
+If libcurl reads whole records, it notices what follows a response in the same record, and closes the connection.
+"""
+
 HEADERS = {
     "accept": "application/json",
     "accept-encoding": "identity",
@@ -60,12 +67,14 @@ receiver's permission.
 """
 
 _INVALID_ANSWERS = {
-    FLOODED: ENDLESS,
+    FLOODED: "it is endless",
     TOO_LARGE: LONG_HEAD,
     pycurl.E_UNSUPPORTED_PROTOCOL: "what arrived is not HTTP",
 }
 _REASONS = {
     CLOSED: "it was closed here",
+    pycurl.E_OK: "it ended within the header",
+    FLOODED: "the receiver sends data without end",
     pycurl.E_ABORTED_BY_CALLBACK: "it ended, or the receiver sent data, before the request",
     pycurl.E_COULDNT_RESOLVE_HOST: "the host name was not found (DNS)",
     pycurl.E_COULDNT_RESOLVE_PROXY: "the proxy's host name was not found (DNS)",
@@ -103,9 +112,10 @@ class HttpClient:
         every = HEADERS | dict(headers or {}) | ({} if kept else {"connection": "close"})
         self._headers = _lines(every)
         self._of_connections = connection_options(settings)
-        # Counting TLS records takes 15 us per call. The bytes that a SOCKS or https proxy adds cannot be counted.
+        # Counting TLS records takes 15 us per call. The bytes that a SOCKS or https proxy adds cannot be counted, so
+        # unsolicited data may go unnoticed there.
         secure = self._endpoint.startswith("https:")
-        proxy = str(self._of_connections[pycurl.PROXY])
+        proxy = str(self._of_connections[pycurl.PROXY]).lower()
         counts_records = secure and kept and ("://" not in proxy or proxy.startswith("http:"))
         self._sockets = Sockets(speak_first=secure, counts_records=counts_records)
         self._options = self._of_connections | {
@@ -114,7 +124,7 @@ class HttpClient:
             # we request no compression, but some servers compress anyway, so we decode their answers
             pycurl.ENCODING: "gzip, deflate",
             pycurl.PATH_AS_IS: True,
-            pycurl.BUFFERSIZE: READ_SIZE,
+            pycurl.BUFFERSIZE: READ_SIZE if counts_records or not (secure and kept) else TLS_RECORD_SIZE,
             pycurl.MAXAGE_CONN: KEEPALIVE,
             pycurl.FORBID_REUSE: not kept,
             pycurl.FRESH_CONNECT: not kept,
@@ -128,6 +138,7 @@ class HttpClient:
         self._spare: list[Exchange] = []
         self._active: set[Exchange] = set()
         self._is_open = False
+        self._closed = asyncio.Event()
         self._curls: CurlLoop | None = None
         self._retired: list[CurlLoop] = []
         self._sweeping: asyncio.TimerHandle | None = None
@@ -136,10 +147,12 @@ class HttpClient:
     async def open(self) -> None:
         """Prepare to connect in the running event loop; a second call has no effect."""
         self._is_open = True
+        self._closed.clear()
 
     async def close(self) -> None:
         """Close the connections and end the calls in flight; later calls of `close` do nothing."""
         self._is_open = False
+        self._closed.set()
         self._close_connections()
 
     async def deliver(self, url: str, headers: Sequence[bytes], body: bytes, dialect: Dialect) -> Outcome:
@@ -155,19 +168,26 @@ class HttpClient:
         until = uptime() + self._timeout
         exchange.prepare(url, [*self._headers, *headers], body, until)
         self._active.add(exchange)
+        code = CLOSED
         try:
             code = await self._perform(exchange, curls)
-            if code == FLOODED:
-                await asyncio.sleep(until - uptime())
             if code == pycurl.E_OPERATION_TIMEDOUT and exchange.asked and not exchange.answered:
                 exchange.distrust()
-            return self._outcome(exchange, code, dialect)
+            if exchange.flooded:
+                code = FLOODED
+            outcome = self._outcome(exchange, code, dialect)
         finally:
             self._active.discard(exchange)
             exchange.end()
             if exchange.is_reusable:
                 self._spare.append(exchange)
             self._used = uptime()
+        if code == FLOODED:
+            # An endpoint whose answers never end would otherwise get the next call, and could occupy the processor.
+            with suppress(TimeoutError):
+                async with asyncio.timeout(until - uptime()):
+                    await self._closed.wait()
+        return outcome
 
     async def _perform(self, exchange: Exchange, curls: CurlLoop) -> int:
         """Perform the exchange on a usable connection, and return libcurl's result code."""
@@ -256,15 +276,14 @@ class HttpClient:
         self._sweeping = asyncio.get_running_loop().call_later(SWEEP_INTERVAL, self._sweep)
 
     def _sweep(self) -> None:
+        self._sweep_later()
         self._end_floods()
-        if self._curls is not None and self._curls.is_idle and uptime() > self._used + KEEPALIVE:
+        if self._curls is not None and not self._active and uptime() > self._used + KEEPALIVE:
             self._retire(self._curls)
         for curls in [each for each in self._retired if each.is_idle]:
             curls.close()
             self._retired.remove(curls)
-        if self._retired or self._curls is not None:
-            self._sweep_later()
-        else:
+        if not self._retired and self._curls is None:
             self._close_connections()
 
     def _end_floods(self) -> None:
@@ -273,6 +292,8 @@ class HttpClient:
             exchange.distrust()
             for curls in (*self._retired, *([self._curls] if self._curls else [])):
                 curls.end(exchange.curl, FLOODED)
+        for address in flooded:
+            self._sockets.shut(address)
 
 
 def _lines(headers: Mapping[str, str]) -> list[bytes]:

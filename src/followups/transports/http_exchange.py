@@ -18,6 +18,7 @@ import pycurl
 
 from followups.transports.answers import Answer
 from followups.transports.curl_loop import CLOSED
+from followups.transports.http_sockets import shut
 from followups.uptime import uptime
 
 if TYPE_CHECKING:
@@ -32,7 +33,6 @@ HEAD_LIMIT = 64 * 1024
 """Maximum size of a response's head in bytes, including the informational (1xx) responses before it."""
 
 LONG = "the body of the answer is longer than 64 KiB"
-ENDLESS = "more than 256 KiB arrived during the call"
 LONG_HEAD = "the header of the answer is longer than 64 KiB"
 LATE = "the body of the answer did not arrive in time"
 
@@ -40,14 +40,21 @@ TOO_LARGE = 100
 """libcurl's error code for a response with too long a line (CURLE_TOO_LARGE)."""
 
 FLOODED = -2
-"""The result code of calls on a connection that received more than 256 KiB; not one of libcurl's codes."""
+"""The result code of calls during which too much arrived; not one of libcurl's codes."""
 
 _BAD_HEADER = {pycurl.E_BAD_CONTENT_ENCODING, pycurl.E_FTP_WEIRD_SERVER_REPLY}
 """libcurl's error codes for an invalid header. pycurl knows CURLE_WEIRD_SERVER_REPLY only by its old name."""
 _LONG_HEADER = {pycurl.E_WRITE_ERROR, TOO_LARGE}
 
-_STATUS_LINE = re.compile(rb"HTTP/[\d.]+ ([1-5]\d\d)\s", re.IGNORECASE)
-"""A status line with a status from 100 to 599. libcurl accepts higher ones, and text right after the third digit."""
+_STATUS_LINE = re.compile(rb"HTTP/[\d.]+ ([1-5]\d\d)\s(?!.*HTTP/)", re.IGNORECASE)
+"""A status line with a status from 100 to 599. libcurl accepts higher ones, and text right after the third digit.
+
+A line with a second status line is composed of parts of two responses.
+"""
+_ACCEPTED = re.compile(rb"HTTP/[\d.]+ 2")
+
+_CLOSING = b"shutting down connection"
+"""What libcurl reports before it closes a TLS connection in an orderly way."""
 
 _STOP = -1
 """Value that a callback returns to end the transfer and its connection."""
@@ -63,6 +70,15 @@ _RECORD_TYPES = range(20, 25)
 _RECORD_HEADER = 5
 """Length of the header of a TLS record: type, version (2 bytes), and length of the rest (2 bytes)."""
 _TLS_MAJOR_VERSION = 3
+_APPLICATION_DATA = 23
+TLS_LIMIT = 128 * 1024
+"""How many bytes of TLS records OpenSSL may process in a row that contain no application data.
+
+OpenSSL processes any number of handshake messages without returning. Meanwhile the event loop would stop, and no
+timeout would apply.
+"""
+_TLS_MESSAGE = 64
+"""How many bytes each part of a record counts in addition to its size, because even an empty message takes time."""
 
 
 class Exchange:
@@ -73,11 +89,14 @@ class Exchange:
         "_at",
         "_began",
         "_body",
+        "_fruitless",
         "_head",
+        "_is_opaque",
         "_opened",
         "_parts",
         "_read",
         "_reads_on",
+        "_refused",
         "_room",
         "_sockets",
         "_status",
@@ -87,6 +106,7 @@ class Exchange:
         "asked",
         "curl",
         "flaw",
+        "flooded",
         "is_reusable",
         "late",
         "stale",
@@ -111,7 +131,7 @@ class Exchange:
             pycurl.HEADERFUNCTION: self._take_line,
             pycurl.WRITEFUNCTION: self._take_part,
         }
-        if sockets.counts_records:
+        if sockets.speak_first:
             callbacks |= {pycurl.VERBOSE: True, pycurl.DEBUGFUNCTION: self._count}
         for option, value in (*options.items(), *callbacks.items()):
             self.curl.setopt(option, value)
@@ -122,10 +142,10 @@ class Exchange:
             self._url = url
             self.curl.setopt(pycurl.URL, url)
         self._body, self._at, self._until = body, 0, until
-        self._read = 0
-        self._reads_on = False
+        self._read = self._fruitless = 0
+        self._reads_on = self._refused = self._is_opaque = False
         self._room = HEAD_LIMIT
-        self.asked = self.answered = self.late = False
+        self.asked = self.answered = self.late = self.flooded = False
         self.flaw = ""
         self.stale = None
         self._opened.clear()
@@ -136,13 +156,13 @@ class Exchange:
 
     @property
     def address(self) -> Address | None:
-        """The connection that carries the current request, or None if no request is in progress."""
+        """The connection that this exchange uses or last used, or None after `end`."""
         return self._address if self._began else None
 
     def end(self) -> None:
         """Release the connection so that other exchanges may use it."""
         if self._began:
-            self._sockets.end(self._address)
+            self._sockets.end(self._address, answered=self.answered)
             self._began = False
 
     def distrust(self) -> None:
@@ -198,8 +218,11 @@ class Exchange:
 
     def _count(self, kind: int, data: bytes) -> None:
         """Count the processed bytes of a TLS connection: those of the proxy's response, and those of each record."""
-        if kind == pycurl.INFOTYPE_SSL_DATA_IN and _is_record_header(data):
-            number = _RECORD_HEADER + int.from_bytes(data[3:])
+        if kind == pycurl.INFOTYPE_SSL_DATA_IN:
+            number = _RECORD_HEADER + int.from_bytes(data[3:]) if _is_record_header(data) else 0
+            self._limit_handshake(number, data)
+            if not number:
+                return
             if self._began:
                 self._sockets.add_consumed(self._address, number)
                 self._reads_on = True
@@ -207,24 +230,49 @@ class Exchange:
                 self._read += number
         elif kind == pycurl.INFOTYPE_HEADER_IN and not self._began:
             self._read += len(data)
+        elif kind == pycurl.INFOTYPE_TEXT and self._began and data.startswith(_CLOSING):
+            # libcurl would read for up to two seconds until the receiver also closes the connection
+            self._sockets.shut(self._address)
+
+    def _limit_handshake(self, number: int, data: bytes) -> None:
+        # With TLS 1.3, the true type of a record follows its header. With TLS 1.2, the next header follows.
+        if (len(data) == 1 and data[0] == _APPLICATION_DATA) or (number and self._is_opaque):
+            self._fruitless = 0
+        self._is_opaque = bool(number) and data[0] == _APPLICATION_DATA
+        self._fruitless += number + _TLS_MESSAGE
+        if self._fruitless <= TLS_LIMIT:
+            return
+        self.flooded = True
+        if self._began:
+            self._sockets.shut(self._address)
+        else:
+            for each in self._opened:
+                shut(each)
 
     def _take_line(self, line: bytes) -> int | None:
         self._room -= len(line)
         if self._room < 0:
             self.flaw = LONG_HEAD
             return _STOP
-        if self.answered or not self.asked:  # a trailer, or the head of the proxy's response
+        if self.answered:  # a trailer is not a header
             return None
         if not self._head:
-            return self._begin_head(line)
+            return self._begin_head(line) if self.asked else self._take_proxy_line(line)
         if line in {b"\r\n", b"\n"}:
             return self._end_head()
         self._head.append(line)
         return None
 
+    def _take_proxy_line(self, line: bytes) -> int | None:
+        if line.startswith(b"HTTP/"):
+            self._refused = _ACCEPTED.match(line) is None
+        # libcurl would read the body of a refusal, even without end
+        return _STOP if self._refused and line in {b"\r\n", b"\n"} else None
+
     def _begin_head(self, line: bytes) -> int | None:
-        # Part of a record may be left over from the previous response. libcurl then reads it without a new record.
-        if not self._reads_on and self._sockets.counts(self._address):
+        # Part of a record may be left over from the previous response. libcurl then reads it without a new record. With
+        # HTTP/2, another exchange may have read the record.
+        if not self._reads_on and line.startswith(b"HTTP/1") and self._sockets.counts(self._address):
             self.flaw = "another answer had arrived before the request"
             return _STOP
         found = _STATUS_LINE.match(line)
@@ -240,8 +288,8 @@ class Exchange:
         if status < _STATUS_OK and status != _STATUS_SWITCHING:
             self._head.clear()  # the head of the final answer follows
             return None
-        if not self._head[0].startswith(b"HTTP/1"):  # with HTTP/2, a response names its request
-            self._sockets.stop_counting(self._address)
+        if self._sockets.speak_first:
+            self._sockets.answer(self._address, http2=not self._head[0].startswith(b"HTTP/1"))
         self.answered = True
         self._room = BODY_LIMIT
         return _STOP if status == _STATUS_SWITCHING else None
@@ -279,7 +327,7 @@ def _flaw(code: int) -> str:
     if code in {pycurl.E_WRITE_ERROR, TOO_LARGE}:
         return LONG
     if code == FLOODED:
-        return f"the answer is endless: {ENDLESS}"
+        return "the answer is endless"
     if code == pycurl.E_OPERATION_TIMEDOUT:
         return LATE
     if code == pycurl.E_BAD_CONTENT_ENCODING:

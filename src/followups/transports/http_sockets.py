@@ -18,9 +18,9 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 ALLOWANCE = 256 * 1024
-"""How many bytes a connection may receive for each of its calls after the first check for floods.
+"""How many bytes a connection may receive per call, counted from the first check for floods during the call.
 
-Chunk extensions, frames and TLS records count here, but not towards the limits of a response's head and body.
+The limit does not grow with time. Chunk extensions, frames and TLS records count here, but not towards the limits of a response's head and body.
 """
 
 _BYTES_RECEIVED = struct.Struct("=128xQ")
@@ -40,19 +40,31 @@ class Sockets:
         means that `add_consumed` is called for everything that libcurl reads from a connection.
         """
         self.speak_first = speak_first
-        self.counts_records = counts_records
+        self._counts_records = counts_records
         self._consumed: dict[Address, int] = {}
-        """How many bytes libcurl has processed on each HTTP/1.1 connection over TLS."""
+        """How many bytes libcurl has processed on each TLS connection that is not known to use HTTP/2."""
+        self._http2: set[Address] = set()
         self._known: dict[Address, select.poll] = {}
         self._numbers: dict[Address, int] = {}
+        self._addresses: dict[int, Address] = {}
         self._calls: dict[Address, int] = {}
+        self._unanswered: dict[Address, int] = {}
+        """Number of calls on each TLS connection whose responses have not begun."""
         self._allowed: dict[Address, int] = {}
         """How many bytes each connection may have received at the next check for floods."""
+        self._exceeding: set[Address] = set()
+        """The connections that had received more than allowed at the last check for floods."""
 
     def clear(self) -> None:
         """Remove all sockets."""
-        for each in (self._known, self._numbers, self._consumed, self._allowed):
-            each.clear()
+        for address in tuple(self._numbers):
+            self._forget(address)
+
+    def _forget(self, address: Address) -> None:
+        self._addresses.pop(self._numbers.pop(address, -1), None)
+        self._http2.discard(address)
+        for each in (self._known, self._consumed, self._allowed):
+            each.pop(address, None)
 
     def begin(self, address: Address) -> None:
         """Count another call on this connection. Only HTTP/2 allows several simultaneous calls on one connection."""
@@ -62,9 +74,25 @@ class Sockets:
             self._allowed.pop(address, None)
         elif address in self._allowed:
             self._allowed[address] += ALLOWANCE
+        if self.speak_first:
+            self._unanswered[address] = self._unanswered.get(address, 0) + 1
 
-    def end(self, address: Address) -> None:
+    def answer(self, address: Address, *, http2: bool) -> None:
+        """Record that a response over TLS has begun.
+
+        HTTP/2 responses name their requests, so no records need to be counted.
+        """
+        left = self._unanswered.pop(address) - 1
+        if left:
+            self._unanswered[address] = left
+        if http2 and address not in self._http2:
+            self._http2.add(address)
+            self._consumed.pop(address, None)
+
+    def end(self, address: Address, *, answered: bool) -> None:
         """Decrement this connection's call count when a call has finished."""
+        if self.speak_first and not answered:
+            self.answer(address, http2=False)
         left = self._calls.pop(address) - 1
         if left:
             self._calls[address] = left
@@ -81,7 +109,10 @@ class Sockets:
         """
         for each in opened:
             if _local_port(each) == address[3]:
+                # libcurl has closed the connection that had this file descriptor before
+                self._forget(self._addresses.get(each, address))
                 self._numbers[address] = each
+                self._addresses[each] = address
                 self._known[address] = poll = select.poll()
                 poll.register(each, select.POLLIN | select.POLLRDHUP)
         if opened and self.speak_first:
@@ -89,7 +120,8 @@ class Sockets:
         if address not in self._known:
             return False
         seen = self._known[address].poll(0)
-        if self.speak_first and address in self._calls and address not in self._consumed:  # HTTP/2
+        # Over HTTP/1.1, the previous call has ended in libcurl, but its task may not have resumed yet.
+        if self.speak_first and address in (self._calls if address in self._http2 else self._unanswered):
             return not seen or seen[0][1] == select.POLLIN
         return not seen and not self._has_buffered(address)
 
@@ -103,16 +135,12 @@ class Sockets:
         ``consumed`` bytes were processed before the first request. Nothing is counted if the kernel does not report how
         many bytes a connection has received. Some container sandboxes report 0.
         """
-        if self.counts_records and self._received(address):
+        if self._counts_records and self._received(address):
             self._consumed[address] = consumed
 
     def counts(self, address: Address) -> bool:
         """Return whether the processed bytes of this connection are counted."""
         return address in self._consumed
-
-    def stop_counting(self, address: Address) -> None:
-        """Stop counting on an HTTP/2 connection, because its responses name their requests."""
-        self._consumed.pop(address, None)
 
     def add_consumed(self, address: Address, number: int) -> None:
         """Add to the number of bytes that libcurl has processed on a connection."""
@@ -123,13 +151,18 @@ class Sockets:
         consumed = self._consumed.get(address)
         return consumed is not None and self._received(address) != consumed
 
+    def shut(self, address: Address) -> None:
+        """Shut this connection down, so that libcurl reads nothing more from it."""
+        shut(self._number(address))
+
     def flooded(self) -> set[Address]:
         """Return the connections that have received more than `ALLOWANCE` for each of their calls.
 
         Bytes count from the first check during a call. A call that ends before its second check is therefore never
-        reported.
+        reported. Only connections that exceed their limit at two checks in a row are returned. If the event loop has
+        been stopped, a long response may have arrived meanwhile, and libcurl has to read it first.
         """
-        flooded = set()
+        exceeding = set()
         for address, calls in self._calls.items():
             received = self._received(address)
             if not received:
@@ -137,18 +170,27 @@ class Sockets:
             most = received + calls * ALLOWANCE
             allowed = self._allowed.get(address, most)
             if received > allowed:
-                flooded.add(address)
+                exceeding.add(address)
             self._allowed[address] = min(allowed, most)
+        flooded = exceeding & self._exceeding
+        self._exceeding = exceeding
         return flooded
 
     def _received(self, address: Address) -> int:
         """Return how many bytes an open connection has received, or 0 if that is not known."""
+        info = _ask(self._number(address), _tcp_info) or b""
+        return int(_BYTES_RECEIVED.unpack(info)[0]) if len(info) == _BYTES_RECEIVED.size else 0
+
+    def _number(self, address: Address) -> int:
+        """Return the file descriptor of an open connection, or -1."""
         number = self._numbers.get(address, -1)
         # The connection may just have been closed, and its file descriptor may already belong to another connection.
-        if _local_port(number) != address[3]:
-            return 0
-        info = _ask(number, _tcp_info) or b""
-        return int(_BYTES_RECEIVED.unpack(info)[0]) if len(info) == _BYTES_RECEIVED.size else 0
+        return number if _local_port(number) == address[3] else -1
+
+
+def shut(number: int) -> None:
+    """Shut down the socket with this file descriptor, if it is open."""
+    _ask(number, lambda opened: opened.shutdown(socket.SHUT_RDWR))
 
 
 def _local_port(number: int) -> int | None:
@@ -163,11 +205,11 @@ def _ask(number: int, question: Callable[[socket.socket], T]) -> T | None:
     """Return what ``question`` returns for a TCP socket of libcurl's, or None if libcurl has closed the socket."""
     try:
         opened = socket.socket(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP, number)
-    except OSError:
+    except (OSError, ValueError):
         return None
     try:
         return question(opened)
-    except (OSError, IndexError):  # the file descriptor belongs to a file, or to a socket of another family
+    except (OSError, ValueError, IndexError):  # the file descriptor belongs to a file, or to a socket of another family
         return None
     finally:
         opened.detach()

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from followups.transports import http_client, http_sockets
 from followups.transports.http import HttpTransport
 from followups.transports.http_exchange import HEAD_LIMIT
 from followups.transports.port import Outcome, Rejected, Retry, Sent, Snoozed, Unknown
@@ -148,6 +147,16 @@ async def test_the_status_counts_if_a_header_is_invalid(headers: str) -> None:
             assert (server.connections, len(server.requests)) == (2, 2)
 
 
+async def test_a_head_that_is_cut_off_is_unknown() -> None:
+    """If the connection ends within the head of a response, the outcome is unknown."""
+
+    async def cut_off(writer: asyncio.StreamWriter, _request: Request) -> None:
+        writer.write(b"HTTP/1.1 200 OK\r\nserver: x\r\n")
+
+    outcome = await outcome_of(cut_off)
+    assert outcome == Unknown("the connection broke before an answer arrived (it ended within the header)")
+
+
 @pytest.mark.parametrize("line", ["103 x", "101 x"])
 async def test_an_informational_status_is_no_answer(line: str) -> None:
     """If a header of an informational response is invalid, the outcome is unknown."""
@@ -213,51 +222,6 @@ async def test_reading_of_endless_chunks_stops(start: bytes, piece: bytes) -> No
     """If a response has endless trailers or chunks, the transport stops reading and uses the status."""
     outcome = await outcome_of(endless(CHUNKED + start, piece))
     assert outcome == Sent(None, 200, "the body of the answer is longer than 64 KiB")
-
-
-@pytest.mark.parametrize("secure", [False, True])
-async def test_an_endless_chunk_extension_costs_its_call_the_timeout(
-    context: ssl.SSLContext, monkeypatch: pytest.MonkeyPatch, *, secure: bool
-) -> None:
-    """Reading of an endless chunk extension stops early, but its call ends only at the timeout.
-
-    An endpoint that always answers like this could otherwise occupy a worker's processor. Other calls succeed.
-    """
-    monkeypatch.setattr(http_sockets, "ALLOWANCE", 16_384)
-    monkeypatch.setattr(http_client, "SWEEP_INTERVAL", 0.01)
-    flood = endless(CHUNKED + b"1;", b"x" * 100_000)
-    unread = asyncio.Event()
-
-    async def answer_some(writer: asyncio.StreamWriter, request: Request) -> None:
-        if b"flood" in request.body:
-            await flood(writer, request)
-            unread.set()
-        writer.write(answer(200))
-
-    async with (
-        scripted(answer_some, context if secure else None) as server,
-        opened(HttpTransport(settings_for(server.url, transport_timeout=2))) as transport,
-    ):
-        flooded = [asyncio.create_task(transport.send(a_delivery(message="flood"))) for _ in range(5)]
-        await unread.wait()
-        for _ in range(5):
-            assert await transport.send(a_delivery()) == Sent(None, 200)
-        assert not any(each.done() for each in flooded)
-        for outcome in await asyncio.gather(*flooded):
-            assert outcome == Sent(None, 200, "the answer is endless: more than 256 KiB arrived during the call")
-
-
-async def test_a_long_answer_is_no_flood(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The limit applies to each call: a connection may receive any number of bytes in total."""
-    monkeypatch.setattr(http_client, "SWEEP_INTERVAL", 0.001)
-    padding = b" " * 60_000
-    async with (
-        scripted(CHUNKED + b"%x\r\n%s\r\n0\r\n\r\n" % (len(padding + NAMED), padding + NAMED)) as server,
-        opened(HttpTransport(settings_for(server.url))) as transport,
-    ):
-        for _ in range(20):
-            assert names(await transport.send(a_delivery()))
-        assert server.connections == 1
 
 
 async def test_garbage_in_the_body_does_not_change_the_status() -> None:

@@ -1,0 +1,231 @@
+"""Receivers that send without end: their calls end at the timeout, and nothing else is affected."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import socket
+from typing import TYPE_CHECKING
+
+import pytest
+
+from followups.transports import http_client, http_sockets
+from followups.transports.http import HttpTransport
+from followups.transports.http_client import STREAMS
+from followups.transports.http_sockets import Sockets
+from followups.transports.port import Retry, Sent
+from unit.transports.doubles import Request, a_delivery, answer, listening, opened, scripted, settings_for
+from unit.transports.http2 import Stream, serving_http2
+
+if TYPE_CHECKING:
+    import ssl
+    from collections.abc import Callable
+
+OK = Sent(None, 200)
+ENDLESS = Sent(None, 200, "the answer is endless")
+CHUNKED = b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n"
+
+
+@pytest.fixture(autouse=True)
+def low_limits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Detect floods early."""
+    monkeypatch.setattr(http_client, "SWEEP_INTERVAL", 0.01)
+    monkeypatch.setattr(http_sockets, "ALLOWANCE", 16_384)
+
+
+async def repeat(writer: asyncio.StreamWriter, piece: bytes) -> None:
+    """Write a piece without end, until the connection is closed."""
+    with contextlib.suppress(ConnectionError):
+        while not writer.is_closing():
+            writer.write(piece)
+            await writer.drain()
+            await asyncio.sleep(0)  # because `drain` may return without yielding to the event loop
+
+
+@pytest.mark.parametrize("secure", [False, True])
+async def test_an_endless_chunk_extension_costs_its_call_the_timeout(context: ssl.SSLContext, *, secure: bool) -> None:
+    """Reading of an endless chunk extension stops early, but its call ends only at the timeout.
+
+    An endpoint that always answers like this could otherwise occupy a worker's processor. Other calls succeed.
+    """
+    unread = asyncio.Event()
+
+    async def answer_some(writer: asyncio.StreamWriter, request: Request) -> None:
+        if b"flood" in request.body:
+            writer.write(CHUNKED + b"1;")
+            await repeat(writer, b"x" * 10_000)
+            unread.set()
+        writer.write(answer(200))
+
+    async with (
+        scripted(answer_some, context if secure else None) as server,
+        opened(HttpTransport(settings_for(server.url, transport_timeout=2))) as transport,
+    ):
+        flooded = [asyncio.create_task(transport.send(a_delivery(message="flood"))) for _ in range(5)]
+        await unread.wait()
+        for _ in range(5):
+            assert await transport.send(a_delivery()) == OK
+        assert not any(each.done() for each in flooded)
+        for outcome in await asyncio.gather(*flooded):
+            assert outcome == ENDLESS
+
+
+async def test_a_long_answer_is_no_flood(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The limit applies to each call: a connection may receive any number of bytes in total."""
+    monkeypatch.setattr(http_client, "SWEEP_INTERVAL", 0.001)
+    monkeypatch.setattr(http_sockets, "ALLOWANCE", 256 * 1024)
+    padding = b" " * 60_000
+    async with (
+        scripted(CHUNKED + b"%x\r\n%s\r\n0\r\n\r\n" % (len(padding), padding)) as server,
+        opened(HttpTransport(settings_for(server.url))) as transport,
+    ):
+        for _ in range(20):
+            assert await transport.send(a_delivery()) == OK
+        assert server.connections == 1
+
+
+def pong(_stream: Stream) -> bytes:
+    """Return a response to a PING frame that was never sent."""
+    return bytes.fromhex("0000080601000000000102030405060708")
+
+
+def pad(stream: Stream) -> bytes:
+    """Return a DATA frame that contains only padding."""
+    return bytes.fromhex("00010000 08") + stream.id.to_bytes(4) + b"\xff" + bytes(255)
+
+
+@pytest.mark.parametrize("frame", [pong, pad])
+async def test_endless_frames_cost_their_calls_the_timeout(
+    frame: Callable[[Stream], bytes], context: ssl.SSLContext
+) -> None:
+    """If frames arrive without end, calls on the connection time out; later calls are not affected."""
+
+    async def accept(stream: Stream) -> None:
+        stream.answer(200)
+
+    async def flood(stream: Stream) -> None:
+        stream.answer(200, ends=False)
+        await asyncio.sleep(0.1)  # meanwhile the client reads the heads of all responses
+        await repeat(stream.connection.writer, frame(stream) * 1_000)
+
+    async with (
+        serving_http2(accept, context) as server,
+        opened(HttpTransport(settings_for(server.url, transport_timeout=2))) as transport,
+    ):
+        assert await transport.send(a_delivery()) == OK
+        server.serve = flood
+        calls = asyncio.gather(*[transport.send(a_delivery()) for _ in range(STREAMS)])
+        await asyncio.sleep(0.5)  # meanwhile the flood is detected
+        server.serve = accept
+        assert await transport.send(a_delivery()) == OK
+        assert not calls.done()
+        assert await calls == [ENDLESS] * STREAMS
+        assert len(server.connections) == 2
+
+
+@pytest.mark.parametrize("idle", [0, 0.2])
+async def test_floods_are_detected_again(monkeypatch: pytest.MonkeyPatch, idle: float) -> None:
+    """Floods are also detected after earlier ones, and after all connections have been closed."""
+
+    async def flood(writer: asyncio.StreamWriter, request: Request) -> None:
+        if b"flood" not in request.body:
+            writer.write(answer(200))
+            return
+        writer.write(CHUNKED + b"1;")
+        await repeat(writer, b"x" * 10_000)
+
+    async with (
+        scripted(flood) as server,
+        opened(HttpTransport(settings_for(server.url, transport_timeout=1))) as transport,
+    ):
+        monkeypatch.setattr(http_client, "KEEPALIVE", 0.05)
+        first = asyncio.create_task(transport.send(a_delivery(message="flood")))
+        await asyncio.sleep(0.2 + idle)
+        assert await transport.send(a_delivery()) == OK
+        assert await transport.send(a_delivery(message="flood")) == ENDLESS
+        assert await first == ENDLESS
+
+
+async def test_closing_ends_the_wait() -> None:
+    """If the client is closed, a call with an endless response ends immediately."""
+
+    async def flood(writer: asyncio.StreamWriter, _request: Request) -> None:
+        writer.write(CHUNKED + b"1;")
+        await repeat(writer, b"x" * 10_000)
+        unread.set()
+
+    unread = asyncio.Event()
+    async with scripted(flood) as server, opened(HttpTransport(settings_for(server.url))) as transport:
+        call = asyncio.create_task(transport.send(a_delivery()))
+        await unread.wait()
+        await transport.close()
+        async with asyncio.timeout(2):
+            assert await call == ENDLESS
+
+
+async def test_an_endless_tls_handshake(trusted: None) -> None:  # noqa: ARG001 - clients need an authority
+    """A handshake without end stops neither the event loop nor the timeout."""
+    hello_requests = b"\x16\x03\x03" + (16_384).to_bytes(2) + bytes(16_384)
+
+    async def flood(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.read(65_536)
+        await repeat(writer, hello_requests)
+        unread.set()
+
+    unread = asyncio.Event()
+    async with (
+        listening(flood) as url,
+        opened(HttpTransport(settings_for(url.replace("http:", "https:"), transport_timeout=1))) as transport,
+    ):
+        call = asyncio.create_task(transport.send(a_delivery()))
+        await unread.wait()
+        assert not call.done()
+        assert await call == Retry("no connection: the receiver sends data without end")
+
+
+@pytest.mark.parametrize("start", [b"content-length: 99999999999\r\n\r\n", b"transfer-encoding: chunked\r\n\r\n1;"])
+async def test_the_body_of_a_proxys_refusal_is_not_read(monkeypatch: pytest.MonkeyPatch, start: bytes) -> None:
+    """If a proxy refuses a tunnel, the call ends with the proxy's status, even if the refusal never ends."""
+
+    async def refuse(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.read(65_536)
+        writer.write(b"HTTP/1.1 407 No\r\n" + start)
+        await repeat(writer, b"x" * 10_000)
+
+    async with listening(refuse) as url:
+        monkeypatch.setenv("HTTPS_PROXY", url)
+        async with opened(HttpTransport(settings_for("https://127.0.0.1:9"))) as transport:
+            assert await transport.send(a_delivery()) == Retry("no connection: the proxy answered HTTP 407")
+
+
+@pytest.mark.parametrize("deduplicates", [True, False])
+async def test_data_behind_the_last_response_is_not_read(context: ssl.SSLContext, *, deduplicates: bool) -> None:
+    """If a connection is not kept, nothing is read after its response.
+
+    libcurl would read for two seconds until the receiver closes the TLS connection.
+    """
+
+    async def flood(writer: asyncio.StreamWriter, _request: Request) -> None:
+        writer.write(answer(200, connection="close"))
+        await repeat(writer, b"x" * 10_000)
+        unread.set()
+
+    unread = asyncio.Event()
+    async with scripted(flood, context) as server:
+        settings = settings_for(server.url, transport_deduplicates=deduplicates)
+        async with opened(HttpTransport(settings)) as transport, asyncio.timeout(1.5):
+            assert await transport.send(a_delivery()) == OK
+            await unread.wait()
+
+
+def test_a_file_descriptor_belongs_to_one_connection() -> None:
+    """If a new connection gets the file descriptor of a closed one, the closed connection is removed."""
+    sockets = Sockets(speak_first=False, counts_records=False)
+    with socket.create_server(("127.0.0.1", 0)) as listener, socket.create_connection(listener.getsockname()) as one:
+        port = one.getsockname()[1]
+        old, new = ("127.0.0.2", "127.0.0.1", 1, port), ("127.0.0.1", "127.0.0.1", 1, port)
+        assert sockets.is_in_order(old, [one.fileno()])
+        assert sockets.is_in_order(old, [])
+        assert sockets.is_in_order(new, [one.fileno()])
+        assert not sockets.is_in_order(old, [])
+        assert sockets.is_in_order(new, [])
