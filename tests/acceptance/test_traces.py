@@ -149,7 +149,7 @@ def test_created_outside_a_trace(traced: Stack, received: Received) -> None:
 
 
 def test_a_refusal_that_is_not_final(traced: Stack, received: Received) -> None:
-    """If the breaker keeps a refused follow-up from failing, the attempt's span has the settled outcome."""
+    """If the breaker defers a refused follow-up, the attempt's span has the outcome ``snoozed``."""
     received.status = 401
     traced.options["FOLLOWUPS_BREAKER_FAILURES"] = "1"
     follow_up = traced.world.follow_up()

@@ -65,7 +65,7 @@ def marked(steps: Steps, settings: Settings) -> dict[UUID, bool]:
 async def test_nothing_is_sent_into_a_shared_room(
     world: World, other: World, matrix: Settings, engine: Engine, database_url: str, room: str
 ) -> None:
-    """Follow-ups that were scheduled before the change to ``matrix`` are rejected if another workspace has the room.
+    """After the change to ``matrix``, follow-ups for a room are rejected if workspaces share it.
 
     Follow-ups of other chats are sent.
     """

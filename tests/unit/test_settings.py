@@ -257,7 +257,7 @@ def test_no_part_of_an_unescaped_password_is_shown(password: str) -> None:
 
 @pytest.mark.parametrize("password", ["plain", "with://scheme", "with@at"])
 def test_a_password_is_hidden_even_without_a_scheme(password: str) -> None:
-    """The password of an address without a scheme, as of a proxy, is hidden too."""
+    """The password of an address without a scheme, such as a proxy's address, is hidden too."""
     assert hide_password(f"app:{password}@proxy:3128") == "app:***@proxy:3128"
 
 

@@ -20,7 +20,8 @@ T = TypeVar("T")
 ALLOWANCE = 256 * 1024
 """How many bytes a connection may receive per call, counted from the first check for floods during the call.
 
-The limit does not grow with time. Chunk extensions, frames and TLS records count here, but not towards the limits of a response's head and body.
+The limit does not grow with time. Chunk extensions, frames and TLS records count here, but not towards the limits of a
+response's head and body.
 """
 
 _BYTES_RECEIVED = struct.Struct("=128xQ")

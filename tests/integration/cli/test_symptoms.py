@@ -155,7 +155,7 @@ def matrix(settings: Settings) -> Settings:
 
 
 def test_shared_rooms(matrix: Settings, engine: Engine, world: World) -> None:
-    """Doctor names each Matrix room that several workspaces share, with a chat of each workspace, and what to do."""
+    """Doctor names each shared Matrix room and a chat of each of its workspaces, and gives advice."""
     others = [World(engine)]
     shared = {each.workspace_id: each.chat(external_id="!shared:example.org") for each in (world, *others)}
     for each in (world, *others):

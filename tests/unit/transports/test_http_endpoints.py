@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 
 OK = answer(200)
 
-needs_openssl = pytest.mark.skipif(not shutil.which("openssl"), reason="openssl makes the names in the directory")
+needs_openssl = pytest.mark.skipif(not shutil.which("openssl"), reason="openssl creates the hashed file names")
 
 
 @pytest.fixture(autouse=True)
@@ -188,7 +188,7 @@ def test_a_key_of_another_certificate_stops_the_start(authority: trustme.CA, tmp
 async def test_certificate_files_may_have_any_name(
     authority: trustme.CA, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The paths of certificate files may contain characters beyond ASCII."""
+    """The paths of certificate files may contain non-ASCII characters."""
     folder = tmp_path / "schl\u00fcssel"
     folder.mkdir()
     authority.cert_pem.write_to_path(folder / "ca.pem")
@@ -282,7 +282,7 @@ async def test_https_is_tunnelled_through_the_proxy(
 async def test_the_proxy_receives_no_header_of_the_request(
     authority: trustme.CA, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A proxy is told the endpoint's host and port, but neither the request's headers nor the library's name."""
+    """A proxy receives the endpoint's host and port, but no header of the request."""
     async with proxy_that() as proxy, scripted(OK, certified(authority)) as server:
         monkeypatch.setenv("HTTPS_PROXY", proxy.url.replace("//", "//user:password@"))
         settings = {"transport_secret": SIGNING_SECRET}
@@ -311,7 +311,7 @@ def proxied(authority: trustme.CA) -> ssl.SSLContext:
 async def test_a_proxy_over_tls_is_trusted_like_the_endpoint(
     variable: str, authority: trustme.CA, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """An https proxy is trusted by the same authorities as the endpoint, but gets no client certificate."""
+    """An https proxy's certificate is verified like the endpoint's; it gets no client certificate."""
     authority.cert_pem.write_to_path(tmp_path / "ca.pem")
     if variable == "SSL_CERT_DIR":
         subprocess.run(["openssl", "rehash", str(tmp_path)], check=True)  # noqa: ASYNC221, S607 - runs before any other task
@@ -375,7 +375,7 @@ async def test_every_scheme_of_a_proxy_is_supported(
     ],
 )
 def test_an_invalid_proxy_stops_the_start(proxy: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A proxy that cannot be used is rejected at startup, without showing its password.
+    """A proxy that cannot be used is rejected at startup, and the error hides its password.
 
     An endpoint with plain HTTP uses no proxy, so an invalid one is ignored.
     """

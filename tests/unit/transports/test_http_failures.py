@@ -82,7 +82,7 @@ async def test_a_timeout_while_connecting_is_retried() -> None:
 async def test_a_connection_that_breaks_during_the_tls_handshake_is_retried(
     version: ssl.TLSVersion, part: float, authority: trustme.CA, *, reset: bool
 ) -> None:
-    """If the connection breaks after some part of the server's first messages, nothing has been sent."""
+    """If the connection breaks during the TLS handshake, nothing was sent, so the call is retried."""
     secure = certified(authority)
     secure.maximum_version = version
 

@@ -111,7 +111,7 @@ async def test_a_body_without_a_length_ends_with_the_connection(version: bytes) 
 
 @pytest.mark.parametrize("size", [HEAD_LIMIT, 10_000])
 async def test_the_status_counts_if_the_head_is_too_long(size: int) -> None:
-    """If a response head is longer than 64 KiB, only its status counts, whether it arrives whole or in pieces."""
+    """If a head is longer than 64 KiB, its status counts, whether the head arrives whole or in pieces."""
     reply = b"HTTP/1.1 200 OK\r\nx-long: " + b"x" * HEAD_LIMIT + b"\r\ncontent-length: 0\r\n\r\n"
     expected = Sent(None, 200, "the header of the answer is longer than 64 KiB")
     assert await outcome_of(in_pieces(reply, size)) == expected
@@ -165,7 +165,7 @@ async def test_an_informational_status_is_no_answer(line: str) -> None:
 
 @pytest.mark.parametrize("status", ["2000", "1000", "0200", "099", "600", "999", "200OK", "200.5"])
 async def test_an_invalid_status_is_unknown(status: str, capfd: pytest.CaptureFixture[str]) -> None:
-    """A status that is not a number from 100 to 599 says nothing about the message."""
+    """If the status is not a number from 100 to 599, the outcome is unknown."""
     outcome = await outcome_of(answer(status, NAMED))
     assert outcome == Unknown("no valid answer arrived (the status line is invalid)")
     assert capfd.readouterr().err == ""
@@ -176,7 +176,7 @@ async def test_an_invalid_status_is_unknown(status: str, capfd: pytest.CaptureFi
     ["HTTP/1.1 99 x", "HTTP/1.1 20 x", "HTTP/1.1", "HTTP/1.7 200 OK", "ICY 200 OK", "220 ready"],
 )
 async def test_an_answer_that_is_not_http_is_unknown(line: str) -> None:
-    """A response that libcurl cannot read as HTTP says nothing about the message."""
+    """If libcurl cannot read a response as HTTP, the outcome is unknown."""
     outcome = await outcome_of(f"{line}\r\ncontent-length: 0\r\n\r\n".encode())
     assert outcome == Unknown("no valid answer arrived (what arrived is not HTTP)")
 
