@@ -89,7 +89,7 @@ class Exchange:
         "_at",
         "_began",
         "_body",
-        "_fruitless",
+        "_handshake_size",
         "_head",
         "_is_opaque",
         "_opened",
@@ -142,7 +142,7 @@ class Exchange:
             self._url = url
             self.curl.setopt(pycurl.URL, url)
         self._body, self._at, self._until = body, 0, until
-        self._read = self._fruitless = 0
+        self._read = self._handshake_size = 0
         self._reads_on = self._refused = self._is_opaque = False
         self._room = HEAD_LIMIT
         self.asked = self.answered = self.late = self.flooded = False
@@ -237,10 +237,10 @@ class Exchange:
     def _limit_handshake(self, number: int, data: bytes) -> None:
         # With TLS 1.3, the true type of a record follows its header. With TLS 1.2, the next header follows.
         if (len(data) == 1 and data[0] == _APPLICATION_DATA) or (number and self._is_opaque):
-            self._fruitless = 0
+            self._handshake_size = 0
         self._is_opaque = bool(number) and data[0] == _APPLICATION_DATA
-        self._fruitless += number + _TLS_MESSAGE
-        if self._fruitless <= TLS_LIMIT:
+        self._handshake_size += number + _TLS_MESSAGE
+        if self._handshake_size <= TLS_LIMIT:
             return
         self.flooded = True
         if self._began:
