@@ -589,6 +589,20 @@ def test_few_are_rejected_without_redis(
     assert world.scalar(REJECTED) < FAILURES
 
 
+def test_a_rejection_without_a_call_is_no_success(own: Settings) -> None:
+    """A message that the transport rejects without a call does not restart the count of failures."""
+
+    async def script() -> None:
+        door = Breaker(BreakerStore(own, "http", QUICK), "http", FAILURES)
+        refused = Rejected("HTTP 401", 401)
+        for follow_up in ids(FAILURES - 1):
+            assert door.record(follow_up, KEY, refused) is refused
+            door.record(uuid4(), OTHER, Rejected("the chat's external id is not a Matrix room id"))
+        assert door.record(uuid4(), KEY, refused) == Snoozed("HTTP 401", status_code=401)
+
+    asyncio.run(script())
+
+
 @pytest.mark.parametrize("outcome", [Sent(), Rejected("HTTP 404", 404), Snoozed("HTTP 429", timedelta(hours=1))])
 def test_stays_closed(
     world: World, engine: Engine, own: Settings, started: Callable[..., Pipeline], outcome: Outcome

@@ -250,10 +250,11 @@ class Breaker:
     def record(self, follow_up_id: UUID, key: int, outcome: Outcome) -> Outcome:
         """Record the outcome of an attempt, and return the outcome to settle.
 
-        A response that asks for a later retry is not a failure, because the endpoint is reachable. A rejection of the
+        A response that asks for a later retry is not a failure, because the endpoint is reachable. A message that the
+        transport rejects without a call is neither a failure nor a success. A rejection of the
         caller is settled as `Snoozed` while the transport fails as a whole.
         """
-        if self._store is None or isinstance(outcome, Snoozed):
+        if self._store is None or isinstance(outcome, Snoozed) or _is_without_call(outcome):
             return outcome
         failed = _failed(outcome)
         if failed:
@@ -374,6 +375,10 @@ def _key(settings: Settings, transport: str) -> str:
 
 def _text(value: str | bytes) -> str:
     return value.decode() if isinstance(value, bytes) else value
+
+
+def _is_without_call(outcome: Outcome) -> bool:
+    return isinstance(outcome, Rejected) and outcome.status_code is None
 
 
 def _failed(outcome: Outcome) -> bool:

@@ -18,7 +18,7 @@ import pycurl
 from followups.uptime import uptime
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
 
 RESOLUTION = 0.001
 """Seconds by which a timer may call libcurl too early. libcurl then sets the timer again."""
@@ -40,8 +40,12 @@ _IN = select.EPOLLIN | select.EPOLLHUP
 class CurlLoop:
     """Runs HTTP transfers on an event loop, and keeps their connections for reuse."""
 
-    def __init__(self, options: Mapping[int, int]) -> None:
-        """Register with the running event loop; ``options`` are libcurl's options for the multi handle."""
+    def __init__(self, options: Mapping[int, int], begin_action: Callable[[], None] = lambda: None) -> None:
+        """Register with the running event loop; ``options`` are libcurl's options for the multi handle.
+
+        ``begin_action`` is called before each call of libcurl that performs transfers.
+        """
+        self._begin_action = begin_action
         self._loop = asyncio.get_running_loop()
         self._multi = pycurl.CurlMulti()
         self._multi.setopt(pycurl.M_SOCKETFUNCTION, self._watch)
@@ -183,6 +187,7 @@ class CurlLoop:
     def _act(self, socket: int, ready: int) -> None:
         if self.is_broken:
             return
+        self._begin_action()
         try:
             self._multi.socket_action(socket, ready)
         except pycurl.error:

@@ -75,6 +75,9 @@ def connection_options(settings: Settings) -> dict[int, object]:
         pycurl.HTTP_VERSION: pycurl.CURL_HTTP_VERSION_2TLS
         if settings.transport_deduplicates
         else pycurl.CURL_HTTP_VERSION_1_1,
+        # A server may choose huge numbers for DHE, with which a handshake occupies the processor for a second.
+        pycurl.SSL_CIPHER_LIST: "DEFAULT:!kDHE",
+        pycurl.PROXY_SSL_CIPHER_LIST: "DEFAULT:!kDHE",
         pycurl.USERAGENT: "followups",  # also for CONNECT, which carries none of the request's headers
         pycurl.PROXY: "",  # ignore the proxies that environment variables name
     }

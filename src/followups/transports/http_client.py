@@ -121,8 +121,6 @@ class HttpClient:
         self._options = self._of_connections | {
             pycurl.POST: True,
             pycurl.CUSTOMREQUEST: method,
-            # we request no compression, but some servers compress anyway, so we decode their answers
-            pycurl.ENCODING: "gzip, deflate",
             pycurl.PATH_AS_IS: True,
             pycurl.BUFFERSIZE: READ_SIZE if counts_records or not (secure and kept) else TLS_RECORD_SIZE,
             pycurl.MAXAGE_CONN: KEEPALIVE,
@@ -138,7 +136,7 @@ class HttpClient:
         self._spare: list[Exchange] = []
         self._active: set[Exchange] = set()
         self._is_open = False
-        self._closed = asyncio.Event()
+        self._closed: asyncio.Event | None = None
         self._curls: CurlLoop | None = None
         self._retired: list[CurlLoop] = []
         self._sweeping: asyncio.TimerHandle | None = None
@@ -147,12 +145,14 @@ class HttpClient:
     async def open(self) -> None:
         """Prepare to connect in the running event loop; a second call has no effect."""
         self._is_open = True
-        self._closed.clear()
+        if self._closed is None or self._closed.is_set():
+            self._closed = asyncio.Event()
 
     async def close(self) -> None:
         """Close the connections and end the calls in flight; later calls of `close` do nothing."""
         self._is_open = False
-        self._closed.set()
+        if self._closed is not None:
+            self._closed.set()
         self._close_connections()
 
     async def deliver(self, url: str, headers: Sequence[bytes], body: bytes, dialect: Dialect) -> Outcome:
@@ -182,7 +182,7 @@ class HttpClient:
             if exchange.is_reusable:
                 self._spare.append(exchange)
             self._used = uptime()
-        if code == FLOODED:
+        if code == FLOODED and self._closed is not None:
             # An endpoint whose answers never end would otherwise get the next call, and could occupy the processor.
             with suppress(TimeoutError):
                 async with asyncio.timeout(until - uptime()):
@@ -253,7 +253,7 @@ class HttpClient:
             self._retire(self._curls)
             self._spare.clear()  # a broken multi handle may keep transfers, and no other handle accepts these
         if self._curls is None:
-            self._curls = CurlLoop(self._of_all)
+            self._curls = CurlLoop(self._of_all, self._sockets.begin_action)
         if self._sweeping is None:
             self._sweep_later()
         return self._curls
@@ -266,6 +266,7 @@ class HttpClient:
         if self._sweeping is not None:
             self._sweeping.cancel()
             self._sweeping = None
+        self._sockets.shut_unread()
         for curls in (*self._retired, *([self._curls] if self._curls else [])):
             curls.close()
         self._retired.clear()
@@ -280,7 +281,10 @@ class HttpClient:
         self._end_floods()
         if self._curls is not None and not self._active and uptime() > self._used + KEEPALIVE:
             self._retire(self._curls)
-        for curls in [each for each in self._retired if each.is_idle]:
+        idle = [each for each in self._retired if each.is_idle]
+        if idle:
+            self._sockets.shut_unread()
+        for curls in idle:
             curls.close()
             self._retired.remove(curls)
         if not self._retired and self._curls is None:

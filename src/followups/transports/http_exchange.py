@@ -11,6 +11,7 @@ outcome is unknown.
 from __future__ import annotations
 
 import re
+import zlib
 from http import HTTPStatus
 from typing import TYPE_CHECKING
 
@@ -18,7 +19,7 @@ import pycurl
 
 from followups.transports.answers import Answer
 from followups.transports.curl_loop import CLOSED
-from followups.transports.http_sockets import shut
+from followups.transports.http_sockets import limit_buffer, shut
 from followups.uptime import uptime
 
 if TYPE_CHECKING:
@@ -62,6 +63,11 @@ _GO_ON: int = pycurl.PREREQFUNC_OK
 _ABORT: int = pycurl.PREREQFUNC_ABORT
 _READ_HEADERS = {b"retry-after", b"date"}
 
+_COMPRESSED = {b"\x1f\x8b", b"x\x01", b"x\x9c", b"x\xda"}
+"""The first bytes of the formats gzip and deflate (with zlib's usual compression levels)."""
+_ANY_FORMAT = 32
+"""Added to zlib's window size to accept gzip and zlib headers."""
+
 # These are plain numbers, because reading a member of an enum takes 0.3 us in Python 3.11.
 _STATUS_OK = int(HTTPStatus.OK)
 _STATUS_SWITCHING = int(HTTPStatus.SWITCHING_PROTOCOLS)
@@ -70,9 +76,8 @@ _RECORD_TYPES = range(20, 25)
 _RECORD_HEADER = 5
 """Length of the header of a TLS record: type, version (2 bytes), and length of the rest (2 bytes)."""
 _TLS_MAJOR_VERSION = 3
-_APPLICATION_DATA = 23
-TLS_LIMIT = 128 * 1024
-"""How many bytes of TLS records OpenSSL may process in a row that contain no application data.
+TLS_LIMIT = 256 * 1024
+"""How many bytes of TLS records libcurl may process for a handshake, and later for one exchange before it returns.
 
 OpenSSL processes any number of handshake messages without returning. Meanwhile the event loop would stop, and no
 timeout would apply.
@@ -85,13 +90,12 @@ class Exchange:
     """A curl handle that keeps its options and makes one HTTP exchange at a time."""
 
     __slots__ = (
+        "_action",
         "_address",
         "_at",
         "_began",
         "_body",
-        "_handshake_size",
         "_head",
-        "_is_opaque",
         "_opened",
         "_parts",
         "_read",
@@ -100,6 +104,7 @@ class Exchange:
         "_room",
         "_sockets",
         "_status",
+        "_tls_size",
         "_until",
         "_url",
         "answered",
@@ -120,7 +125,7 @@ class Exchange:
         self._began = False
         self.stale: Address | None = None
         self.is_reusable = True
-        self._opened: list[int] = []
+        self._opened: dict[int, int] = {}
         self._head: list[bytes] = []
         self._parts: list[bytes] = []
         self.curl = pycurl.Curl()
@@ -142,8 +147,9 @@ class Exchange:
             self._url = url
             self.curl.setopt(pycurl.URL, url)
         self._body, self._at, self._until = body, 0, until
-        self._read = self._handshake_size = 0
-        self._reads_on = self._refused = self._is_opaque = False
+        self._read = self._action = self._tls_size = 0
+        self._reads_on = False
+        self._refused: bool | None = None
         self._room = HEAD_LIMIT
         self.asked = self.answered = self.late = self.flooded = False
         self.flaw = ""
@@ -183,12 +189,15 @@ class Exchange:
         """Return the response once its status has arrived; ``code`` is libcurl's result for the rest."""
         headers = {} if self._status // 100 == 2 else _headers(self._head)  # noqa: PLR2004 - 2xx, of which none is read
         flaw = _flaw(code) if self.answered else _flaw_of_head(code)
-        return Answer(self._status, headers, b"".join(self._parts), flaw)
+        body = b"".join(self._parts)
+        if body[:2] in _COMPRESSED:
+            body, flaw = _decompressed(body, flaw)
+        return Answer(self._status, headers, body, flaw)
 
     # The following methods are callbacks, in the order in which libcurl calls them.
 
     def _opening(self, socket: int, _purpose: int) -> int:
-        self._opened.append(socket)
+        self._opened[socket] = limit_buffer(socket)
         return _GO_ON
 
     def _connected(self, ip: str, own_ip: str, port: int, own_port: int) -> int:
@@ -220,7 +229,7 @@ class Exchange:
         """Count the processed bytes of a TLS connection: those of the proxy's response, and those of each record."""
         if kind == pycurl.INFOTYPE_SSL_DATA_IN:
             number = _RECORD_HEADER + int.from_bytes(data[3:]) if _is_record_header(data) else 0
-            self._limit_handshake(number, data)
+            self._limit_tls(number)
             if not number:
                 return
             if self._began:
@@ -232,22 +241,20 @@ class Exchange:
             self._read += len(data)
         elif kind == pycurl.INFOTYPE_TEXT and self._began and data.startswith(_CLOSING):
             # libcurl would read for up to two seconds until the receiver also closes the connection
-            self._sockets.shut(self._address)
+            self._sockets.finish(self._address)
 
-    def _limit_handshake(self, number: int, data: bytes) -> None:
-        # With TLS 1.3, the true type of a record follows its header. With TLS 1.2, the next header follows.
-        if (len(data) == 1 and data[0] == _APPLICATION_DATA) or (number and self._is_opaque):
-            self._handshake_size = 0
-        self._is_opaque = bool(number) and data[0] == _APPLICATION_DATA
-        self._handshake_size += number + _TLS_MESSAGE
-        if self._handshake_size <= TLS_LIMIT:
+    def _limit_tls(self, size: int) -> None:
+        if self._began and self._action != self._sockets.action:
+            self._action = self._sockets.action
+            self._tls_size = 0
+        self._tls_size += size + _TLS_MESSAGE
+        if self._tls_size <= TLS_LIMIT:
             return
         self.flooded = True
         if self._began:
             self._sockets.shut(self._address)
-        else:
-            for each in self._opened:
-                shut(each)
+        for number, inode in self._opened.items():
+            shut(number, inode)
 
     def _take_line(self, line: bytes) -> int | None:
         self._room -= len(line)
@@ -264,10 +271,13 @@ class Exchange:
         return None
 
     def _take_proxy_line(self, line: bytes) -> int | None:
-        if line.startswith(b"HTTP/"):
+        if self._refused is None:
             self._refused = _ACCEPTED.match(line) is None
+        if line not in {b"\r\n", b"\n"}:
+            return None
         # libcurl would read the body of a refusal, even without end
-        return _STOP if self._refused and line in {b"\r\n", b"\n"} else None
+        refused, self._refused = self._refused, None
+        return _STOP if refused else None
 
     def _begin_head(self, line: bytes) -> int | None:
         # Part of a record may be left over from the previous response. libcurl then reads it without a new record. With
@@ -321,6 +331,18 @@ def _flaw_of_head(code: int) -> str:
     return "a header of the answer is invalid" if code in _BAD_HEADER else LONG_HEAD
 
 
+def _decompressed(body: bytes, flaw: str) -> tuple[bytes, str]:
+    # libcurl would decompress several layers, and could spend its whole time on a few bytes
+    decompressor = zlib.decompressobj(zlib.MAX_WBITS | _ANY_FORMAT)
+    try:
+        found = decompressor.decompress(body, BODY_LIMIT)
+    except zlib.error:
+        return b"", flaw or "the body of the answer cannot be decompressed"
+    if decompressor.unconsumed_tail:
+        flaw = LONG
+    return found, flaw or ("" if decompressor.eof else "the body of the answer cannot be decompressed")
+
+
 def _flaw(code: int) -> str:
     if code == pycurl.E_OK:
         return ""
@@ -330,7 +352,5 @@ def _flaw(code: int) -> str:
         return "the answer is endless"
     if code == pycurl.E_OPERATION_TIMEDOUT:
         return LATE
-    if code == pycurl.E_BAD_CONTENT_ENCODING:
-        return "the body of the answer cannot be decompressed"
     why = "the connection was closed here" if code == CLOSED else pycurl.easy_strerror(code)
     return f"the body of the answer is incomplete ({why})"

@@ -7,13 +7,16 @@ head and body do not grow.
 
 from __future__ import annotations
 
+import asyncio
+import os
 import select
 import socket
 import struct
+from contextlib import suppress
 from typing import TYPE_CHECKING, TypeVar
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Collection
 
 T = TypeVar("T")
 
@@ -23,6 +26,9 @@ ALLOWANCE = 256 * 1024
 The limit does not grow with time. Chunk extensions, frames and TLS records count here, but not towards the limits of a
 response's head and body.
 """
+
+BUFFER = 128 * 1024
+"""Size of a socket's receive buffer in bytes. libcurl may have to read the whole buffer before it closes the socket."""
 
 _BYTES_RECEIVED = struct.Struct("=128xQ")
 """The number of bytes that a connection has received, in Linux's ``struct tcp_info`` (since Linux 4.1)."""
@@ -41,6 +47,8 @@ class Sockets:
         means that `add_consumed` is called for everything that libcurl reads from a connection.
         """
         self.speak_first = speak_first
+        self.action = 0
+        """The number of calls of libcurl so far."""
         self._counts_records = counts_records
         self._consumed: dict[Address, int] = {}
         """How many bytes libcurl has processed on each TLS connection that is not known to use HTTP/2."""
@@ -55,6 +63,10 @@ class Sockets:
         """How many bytes each connection may have received at the next check for floods."""
         self._exceeding: set[Address] = set()
         """The connections that had received more than allowed at the last check for floods."""
+
+    def begin_action(self) -> None:
+        """Count another call of libcurl."""
+        self.action += 1
 
     def clear(self) -> None:
         """Remove all sockets."""
@@ -102,7 +114,7 @@ class Sockets:
         """Send no further request on this connection."""
         self._known.pop(address, None)
 
-    def is_in_order(self, address: Address, opened: Sequence[int]) -> bool:
+    def is_in_order(self, address: Address, opened: Collection[int]) -> bool:
         """Return whether a request may be sent on this connection.
 
         ``opened`` lists the sockets of a new connection; for a reused connection, ``opened`` is empty. An HTTP/2 server
@@ -156,6 +168,28 @@ class Sockets:
         """Shut this connection down, so that libcurl reads nothing more from it."""
         shut(self._number(address))
 
+    def finish(self, address: Address) -> None:
+        """Shut this connection down soon, or immediately if it receives data.
+
+        libcurl is about to send its last message (close_notify).
+        """
+        if self._has_unread(address):
+            self.shut(address)
+        else:
+            asyncio.get_running_loop().call_soon(self.shut, address)
+
+    def shut_unread(self) -> None:
+        """Shut the idle TLS connections down that have received data.
+
+        libcurl would read these data when it closes the connections, even without end.
+        """
+        for address in self._known if self.speak_first else ():
+            if address not in self._calls and self._has_unread(address):
+                self.shut(address)
+
+    def _has_unread(self, address: Address) -> bool:
+        return address in self._known and bool(self._known[address].poll(0))
+
     def flooded(self) -> set[Address]:
         """Return the connections that have received more than `ALLOWANCE` for each of their calls.
 
@@ -189,9 +223,20 @@ class Sockets:
         return number if _local_port(number) == address[3] else -1
 
 
-def shut(number: int) -> None:
-    """Shut down the socket with this file descriptor, if it is open."""
-    _ask(number, lambda opened: opened.shutdown(socket.SHUT_RDWR))
+def limit_buffer(number: int) -> int:
+    """Limit how much a new socket receives before it is read, and return its inode.
+
+    The inode tells the socket from a later one with the same file descriptor.
+    """
+    _ask(number, lambda opened: opened.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, BUFFER))
+    return os.fstat(number).st_ino
+
+
+def shut(number: int, inode: int | None = None) -> None:
+    """Shut down the socket with this file descriptor, unless it is closed or has another inode."""
+    with suppress(OSError):
+        if inode is None or os.fstat(number).st_ino == inode:
+            _ask(number, lambda opened: opened.shutdown(socket.SHUT_RDWR))
 
 
 def _local_port(number: int) -> int | None:

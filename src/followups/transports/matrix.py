@@ -7,6 +7,7 @@ chat's external id serves as the room id.
 
 from __future__ import annotations
 
+import re
 from datetime import timedelta
 from typing import TYPE_CHECKING
 from urllib.parse import quote
@@ -27,6 +28,10 @@ EVENT_NAMESPACE = uuid5(NAMESPACE_URL, "https://matrix.to/")
 """UUID namespace of the chat message ids. Event ids (``$...``) are not UUIDs. A chat message's id is therefore
 ``uuid5(EVENT_NAMESPACE, event_id)``.
 """
+
+NO_ROOM = "the chat's external id is not a Matrix room id, which starts with ! and has no slash, blank, ?, # or %"
+_ROOM_ID = re.compile(r"![^\s/\\%?#]+")
+"""A room id. A proxy could take a room id with other characters for the path of another room."""
 
 
 class MatrixTransport:
@@ -59,8 +64,8 @@ class MatrixTransport:
         a call.
         """
         room = delivery.external_chat_id or ""
-        if not room.startswith("!"):
-            return Rejected("the chat's external id is not a Matrix room id, which starts with !")
+        if not (_ROOM_ID.fullmatch(room) and room.isprintable()):
+            return Rejected(NO_ROOM)
         if delivery.external_chat_id_is_shared:
             return Rejected("another workspace has a chat with the same Matrix room")
         path = f"rooms/{quote(room, safe='')}/send/m.room.message/{delivery.follow_up_id}"

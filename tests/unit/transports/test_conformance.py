@@ -149,6 +149,8 @@ async def test_no_answer_in_time_is_unknown(hasty_rig: TransportRig) -> None:
         "9" * 10_000,
         '{"broken": ',
         "x" * 200_000,
+        "<!doctype html><title>Maintenance</title>",
+        '{"ok": false, "errcode": "M_UNKNOWN"}',
     ],
     ids=lambda body: body[:12].replace("\x00", "NUL"),
 )

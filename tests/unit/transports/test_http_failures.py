@@ -12,6 +12,7 @@ import socket
 import ssl
 import struct
 import time
+import zlib
 from typing import TYPE_CHECKING
 
 import pytest
@@ -294,11 +295,30 @@ async def test_a_compressed_answer_is_not_asked_for_and_understood() -> None:
         assert server.requests[0].headers["accept-encoding"] == "identity"
 
 
-@pytest.mark.parametrize("encoding", ["gzip", "deflate", "br", "zstd", "unknown"])
-async def test_an_invalid_compressed_answer_is_sent(encoding: str) -> None:
+@pytest.mark.parametrize("body", [b"\x1f\x8b\x08garbage", gzip.compress(NAMED, mtime=0)[:20], b"x\x9cgarbage"])
+async def test_an_invalid_compressed_answer_is_sent(body: bytes) -> None:
     """If a 2xx response cannot be decompressed, the message still counts as sent."""
-    async with scripted(answer(200, b"\x1f\x8b\x08garbage", content_encoding=encoding)) as server:
+    async with scripted(answer(200, body, content_encoding="gzip")) as server:
         assert await outcome_at(server.url) == Sent(None, 200, "the body of the answer cannot be decompressed")
+
+
+@pytest.mark.parametrize("encoding", ["br", "zstd", "unknown"])
+async def test_another_compression_is_not_json(encoding: str) -> None:
+    """If a 2xx response has another compression than gzip or deflate, the message counts as sent, without an id."""
+    async with scripted(answer(200, b"\x8b\x02\x80{}\x03", content_encoding=encoding)) as server:
+        assert await outcome_at(server.url) == Sent(None, 200, "the body of the answer is not JSON")
+
+
+async def test_one_layer_of_compression_is_removed() -> None:
+    """A response may be compressed with deflate; of several layers, only one is removed.
+
+    libcurl would remove several, and could spend all its time on a few bytes.
+    """
+    for body, names in ((zlib.compress(NAMED), True), (gzip.compress(gzip.compress(NAMED)), False)):
+        async with scripted(answer(200, body, content_encoding="gzip, gzip")) as server:
+            outcome = await outcome_at(server.url)
+            assert isinstance(outcome, Sent)
+            assert bool(outcome.chat_message_id) == names
 
 
 async def test_a_decompressed_answer_is_bounded() -> None:

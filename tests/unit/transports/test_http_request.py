@@ -147,11 +147,12 @@ async def test_without_a_secret_nothing_is_signed() -> None:
     assert not {"webhook-signature", "webhook-timestamp"} & request.headers.keys()
 
 
-async def test_redirects_are_not_followed() -> None:
+@pytest.mark.parametrize("status", [301, 302, 303, 307, 308])
+async def test_redirects_are_not_followed(status: int) -> None:
     """A redirect is a rejection; the message is sent only to the configured URL."""
-    async with scripted(OK) as elsewhere, scripted(answer(307, location=elsewhere.url)) as server:
+    async with scripted(OK) as elsewhere, scripted(answer(status, location=elsewhere.url)) as server:
         async with opened(HttpTransport(settings_for(server.url))) as transport:
-            assert await transport.send(a_delivery()) == Rejected("HTTP 307", 307)
+            assert await transport.send(a_delivery()) == Rejected(f"HTTP {status}", status)
         assert (len(server.requests), len(elsewhere.requests)) == (1, 0)
 
 
