@@ -14,6 +14,7 @@ import pytest
 import redis
 
 from followups.database import make_async_engine
+from followups.delivery import deferral
 from followups.delivery.claim import claim
 from followups.delivery.pipeline import Pipeline
 from followups.flow_control import breaker
@@ -375,7 +376,16 @@ async def test_attempts_in_flight_use_no_permits() -> None:
 
 
 REFUSED = Rejected("HTTP 401 unknown key", 401)
-DEFERRED = Snoozed("HTTP 401 unknown key", status_code=401)
+REFUSED_FOR = timedelta(seconds=0.3)
+DEFERRED = Snoozed("HTTP 401 unknown key", REFUSED_FOR, 401)
+
+
+@pytest.fixture(autouse=True)
+def refused_briefly(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let refused follow-ups, and deferred ones, wait for less than a second instead of minutes."""
+    monkeypatch.setattr(breaker, "REFUSED_FOR", REFUSED_FOR)
+    monkeypatch.setattr(deferral, "LONGEST", REFUSED_FOR)
+    monkeypatch.setattr(deferral, "SOONEST", REFUSED_FOR / 2)
 
 
 @pytest.mark.parametrize(
@@ -426,6 +436,8 @@ class FailingTransport:
         """The numbers of the attempts, as the receiver saw them."""
         self.well: UUID | None = None
         """The only workspace whose messages the transport accepts."""
+        self.well_chats: set[UUID] = set()
+        """The chats whose messages the transport accepts."""
 
     async def open(self) -> None: ...
 
@@ -438,7 +450,8 @@ class FailingTransport:
         self.calls += 1
         self.numbers.add(delivery.attempt)
         await asyncio.sleep(0.001)
-        return Sent() if delivery.workspace_id == self.well else self.outcome
+        well = delivery.workspace_id == self.well or delivery.chat_id in self.well_chats
+        return Sent() if well else self.outcome
 
     def repair(self) -> None:
         """Accept every message from now on."""
@@ -589,6 +602,29 @@ def test_few_are_rejected_without_redis(
     assert world.scalar(REJECTED) < FAILURES
 
 
+def test_refused_chats_do_not_keep_others_waiting(
+    world: World, engine: Engine, own: Settings, started: Callable[..., Pipeline]
+) -> None:
+    """If many chats of a workspace are refused for ever, the workspace's other follow-ups are sent."""
+    transport = FailingTransport(REFUSED)
+    for _ in range(30):
+        world.follow_up()
+    own = own.model_copy(update=SOON)
+    pipeline = started(own, transport)
+    pipeline.submit(claim(engine, own).leases)
+    wait_until(lambda: read(client(own), own).probed >= 2)
+    transport.well_chats = {world.chat() for _ in range(3)}
+    for chat in transport.well_chats:
+        world.follow_up(chat)
+
+    def sent() -> bool:
+        pipeline.submit(claim(engine, own).leases)
+        return bool(world.scalar("SELECT count(*) FROM follow_ups WHERE status = 'sent'") == 3)
+
+    wait_until(sent, every=0.1)
+    assert world.scalar(REJECTED) < FAILURES
+
+
 def test_a_rejection_without_a_call_is_no_success(own: Settings) -> None:
     """A message that the transport rejects without a call does not restart the count of failures."""
 
@@ -598,7 +634,7 @@ def test_a_rejection_without_a_call_is_no_success(own: Settings) -> None:
         for follow_up in ids(FAILURES - 1):
             assert door.record(follow_up, KEY, refused) is refused
             door.record(uuid4(), OTHER, Rejected("the chat's external id is not a Matrix room id"))
-        assert door.record(uuid4(), KEY, refused) == Snoozed("HTTP 401", status_code=401)
+        assert door.record(uuid4(), KEY, refused) == Snoozed("HTTP 401", REFUSED_FOR, 401)
 
     asyncio.run(script())
 

@@ -38,6 +38,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 from followups.flow_control import connect, script
+from followups.flow_control.limiter import LONGEST
 from followups.telemetry import metrics
 from followups.telemetry.logs import get_logger
 from followups.transports.port import Rejected, Retry, Snoozed, Unknown
@@ -59,6 +60,14 @@ REFUSING = {401, 403}
 
 After a secret has expired, for example, the receiver rejects every message with such a code. If the receiver accepts
 other messages, the code concerns one message, whose follow-up fails.
+"""
+
+REFUSED_FOR = LONGEST
+"""How long a refused follow-up waits while the transport fails as a whole.
+
+It is as long as the longest deferral. Otherwise, follow-ups that are refused for ever, such as those for recipients who
+have blocked the sender, would be the next probes again and again, and no other follow-up of their workspace would be
+sent.
 """
 
 READ_INTERVAL = 1.0
@@ -275,7 +284,7 @@ class Breaker:
         if self._shared.state != CLOSED or len(self._failed) == self._failures:
             self._report_due.set()
         if failed and isinstance(outcome, Rejected) and self._fails_as_a_whole(key):
-            return Snoozed(outcome.detail, status_code=outcome.status_code)
+            return Snoozed(outcome.detail, REFUSED_FOR, outcome.status_code)
         return outcome
 
     def _fails_as_a_whole(self, key: int) -> bool:
