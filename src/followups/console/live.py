@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import time
-from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -16,6 +15,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from followups.store import changes
 from followups.telemetry.logs import get_logger
+from followups.waits import wait
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable
@@ -89,10 +89,7 @@ class Live:
             yield b"retry: 3000\nevent: open\ndata: 1\n\n"
             checked = time.monotonic()
             while not self._ending:
-                # Python 3.11's `wait_for` would ignore a cancellation that arrives just after the event was set.
-                with suppress(TimeoutError):
-                    async with asyncio.timeout(STEP):
-                        await stream.changed.wait()
+                await wait(stream.changed, STEP)
                 if stream.changed.is_set():
                     stream.changed.clear()
                     yield b"event: change\ndata: 1\n\n"

@@ -33,7 +33,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
@@ -42,6 +41,7 @@ from followups.flow_control.limiter import LONGEST
 from followups.telemetry import metrics
 from followups.telemetry.logs import get_logger
 from followups.transports.port import Rejected, Retry, Snoozed, Unknown
+from followups.waits import wait
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -325,10 +325,7 @@ class Breaker:
         self._take(reading)
         changed()
         pause = READ_INTERVAL_WHILE_OPEN if self.tripped and wanted else READ_INTERVAL
-        # Python 3.11's `wait_for` would ignore a cancellation that arrives just after the event was set.
-        with suppress(TimeoutError):
-            async with asyncio.timeout(pause):
-                await self._report_due.wait()
+        await wait(self._report_due, pause)
 
     def _log_change(self, state: str) -> None:
         if state == "open":

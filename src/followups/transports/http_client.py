@@ -10,7 +10,6 @@ from __future__ import annotations
 import asyncio
 import os
 import re
-from contextlib import suppress
 from typing import TYPE_CHECKING
 
 import pycurl
@@ -24,9 +23,10 @@ from followups.transports.http_exchange import FLOODED, LONG_HEAD, TOO_LARGE, Ex
 from followups.transports.http_sockets import Sockets
 from followups.transports.port import Outcome, Retry, Unknown
 from followups.uptime import uptime
+from followups.waits import wait
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Collection, Mapping, Sequence
 
     from followups.settings import Settings
 
@@ -135,7 +135,6 @@ class HttpClient:
         }
         self._spare: list[Exchange] = []
         self._active: set[Exchange] = set()
-        self._is_open = False
         self._closed: asyncio.Event | None = None
         self._curls: CurlLoop | None = None
         self._retired: list[CurlLoop] = []
@@ -144,16 +143,18 @@ class HttpClient:
 
     async def open(self) -> None:
         """Prepare to connect in the running event loop; a second call has no effect."""
-        self._is_open = True
-        if self._closed is None or self._closed.is_set():
+        if not self._is_open:
             self._closed = asyncio.Event()
 
     async def close(self) -> None:
         """Close the connections and end the calls in flight; later calls of `close` do nothing."""
-        self._is_open = False
         if self._closed is not None:
             self._closed.set()
         self._close_connections()
+
+    @property
+    def _is_open(self) -> bool:
+        return self._closed is not None and not self._closed.is_set()
 
     async def deliver(self, url: str, headers: Sequence[bytes], body: bytes, dialect: Dialect) -> Outcome:
         """Make one request to the receiver and return its outcome.
@@ -184,9 +185,7 @@ class HttpClient:
             self._used = uptime()
         if code == FLOODED and self._closed is not None:
             # An endpoint whose answers never end would otherwise get the next call, and could occupy the processor.
-            with suppress(TimeoutError):
-                async with asyncio.timeout(until - uptime()):
-                    await self._closed.wait()
+            await wait(self._closed, until - uptime())
         return outcome
 
     async def _perform(self, exchange: Exchange, curls: CurlLoop) -> int:
@@ -266,12 +265,20 @@ class HttpClient:
         if self._sweeping is not None:
             self._sweeping.cancel()
             self._sweeping = None
-        self._sockets.shut_unread()
-        for curls in (*self._retired, *([self._curls] if self._curls else [])):
-            curls.close()
+        self._close(self._loops)
         self._retired.clear()
         self._curls = None
         self._sockets.clear()
+
+    def _close(self, loops: Collection[CurlLoop]) -> None:
+        if loops:
+            self._sockets.shut_unread()
+        for each in loops:
+            each.close()
+
+    @property
+    def _loops(self) -> list[CurlLoop]:
+        return [*self._retired, self._curls] if self._curls else list(self._retired)
 
     def _sweep_later(self) -> None:
         self._sweeping = asyncio.get_running_loop().call_later(SWEEP_INTERVAL, self._sweep)
@@ -281,21 +288,17 @@ class HttpClient:
         self._end_floods()
         if self._curls is not None and not self._active and uptime() > self._used + KEEPALIVE:
             self._retire(self._curls)
-        idle = [each for each in self._retired if each.is_idle]
-        if idle:
-            self._sockets.shut_unread()
-        for curls in idle:
-            curls.close()
-            self._retired.remove(curls)
-        if not self._retired and self._curls is None:
+        self._close([each for each in self._retired if each.is_idle])
+        self._retired = [each for each in self._retired if not each.is_idle]
+        if not self._loops:
             self._close_connections()
 
     def _end_floods(self) -> None:
         flooded = self._sockets.flooded()
         for exchange in [each for each in self._active if each.address in flooded] if flooded else []:
             exchange.distrust()
-            for curls in (*self._retired, *([self._curls] if self._curls else [])):
-                curls.end(exchange.curl, FLOODED)
+            for each in self._loops:
+                each.end(exchange.curl, FLOODED)
         for address in flooded:
             self._sockets.shut(address)
 

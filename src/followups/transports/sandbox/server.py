@@ -44,6 +44,7 @@ from followups.transports.sandbox.chats import SandboxChats
 from followups.transports.sandbox.controls import CHATS, VERIFIER
 from followups.transports.sandbox.ledger import KEEP_RECORDS
 from followups.transports.signing import Signer
+from followups.waits import wait
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Sequence
@@ -105,10 +106,7 @@ async def _stream(response: web.StreamResponse, chats: SandboxChats, closing: as
         elif started - last_sent > HEARTBEAT:
             await response.write(b": still here\n\n")
             last_sent = started
-        # Python 3.11's `wait_for` would ignore a cancellation that arrives just after the event was set.
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(pause):
-                await closing.wait()
+        await wait(closing, pause)
 
 
 def _state(chats: SandboxChats, since: int) -> str:
