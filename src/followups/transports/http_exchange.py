@@ -19,7 +19,7 @@ import pycurl
 
 from followups.transports.answers import Answer
 from followups.transports.curl_loop import CLOSED
-from followups.transports.http_sockets import limit_buffer, shut
+from followups.transports.http_sockets import Descriptor
 from followups.uptime import uptime
 
 if TYPE_CHECKING:
@@ -45,7 +45,9 @@ FLOODED = -2
 
 _BAD_HEADER = {pycurl.E_BAD_CONTENT_ENCODING, pycurl.E_FTP_WEIRD_SERVER_REPLY}
 """libcurl's error codes for an invalid header. pycurl knows CURLE_WEIRD_SERVER_REPLY only by its old name."""
-_LONG_HEADER = {pycurl.E_WRITE_ERROR, TOO_LARGE}
+_TOO_LONG = {pycurl.E_WRITE_ERROR, TOO_LARGE}
+"""libcurl's error codes for a header or a body that is too long: our callbacks end the transfer, or a line is too long.
+"""
 
 _STATUS_LINE = re.compile(rb"HTTP/[\d.]+ ([1-5]\d\d)\s(?!.*HTTP/)", re.IGNORECASE)
 """A status line with a status from 100 to 599. libcurl accepts higher ones, and text right after the third digit.
@@ -125,7 +127,7 @@ class Exchange:
         self._began = False
         self.stale: Address | None = None
         self.is_reusable = True
-        self._opened: dict[int, int] = {}
+        self._opened: list[Descriptor] = []
         self._head: list[bytes] = []
         self._parts: list[bytes] = []
         self.curl = pycurl.Curl()
@@ -183,7 +185,7 @@ class Exchange:
         """
         if self.answered:
             return True
-        return bool(self._head) and self._status >= _STATUS_OK and code in _BAD_HEADER | _LONG_HEADER
+        return bool(self._head) and self._status >= _STATUS_OK and code in _BAD_HEADER | _TOO_LONG
 
     def answer(self, code: int) -> Answer:
         """Return the response once its status has arrived; ``code`` is libcurl's result for the rest."""
@@ -197,7 +199,9 @@ class Exchange:
     # The following methods are callbacks, in the order in which libcurl calls them.
 
     def _opening(self, socket: int, _purpose: int) -> int:
-        self._opened[socket] = limit_buffer(socket)
+        opened = Descriptor.of(socket)
+        opened.limit_buffer()
+        self._opened.append(opened)
         return _GO_ON
 
     def _connected(self, ip: str, own_ip: str, port: int, own_port: int) -> int:
@@ -253,8 +257,8 @@ class Exchange:
         self.flooded = True
         if self._began:
             self._sockets.shut(self._address)
-        for number, inode in self._opened.items():
-            shut(number, inode)
+        for each in self._opened:
+            each.shut()
 
     def _take_line(self, line: bytes) -> int | None:
         self._room -= len(line)
@@ -346,7 +350,7 @@ def _decompressed(body: bytes, flaw: str) -> tuple[bytes, str]:
 def _flaw(code: int) -> str:
     if code == pycurl.E_OK:
         return ""
-    if code in {pycurl.E_WRITE_ERROR, TOO_LARGE}:
+    if code in _TOO_LONG:
         return LONG
     if code == FLOODED:
         return "the answer is endless"

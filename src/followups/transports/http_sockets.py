@@ -12,11 +12,10 @@ import os
 import select
 import socket
 import struct
-from contextlib import suppress
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, NamedTuple, Self, TypeVar
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection
+    from collections.abc import Callable, Sequence
 
 T = TypeVar("T")
 
@@ -37,6 +36,44 @@ Address = tuple[str, str, int, int]
 """A connection: the remote and the local IP address, the remote and the local port."""
 
 
+class Descriptor(NamedTuple):
+    """The file descriptor of one of libcurl's sockets, and what tells it from a later socket with the same number."""
+
+    number: int
+    device: int
+    inode: int
+
+    @classmethod
+    def of(cls, number: int) -> Self:
+        """Return the descriptor of an open socket."""
+        found = os.fstat(number)
+        return cls(number, found.st_dev, found.st_ino)
+
+    def ask(self, question: Callable[[socket.socket], T]) -> T | None:
+        """Return what ``question`` returns for the socket, or None if libcurl has closed the socket."""
+        try:
+            if Descriptor.of(self.number) != self:
+                return None
+            # The family is not looked up, because no question depends on it.
+            opened = socket.socket(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP, self.number)
+        except OSError:
+            return None
+        try:
+            return question(opened)
+        except OSError:  # for example if the connection was reset
+            return None
+        finally:
+            opened.detach()
+
+    def limit_buffer(self) -> None:
+        """Limit how much a new socket receives before it is read."""
+        self.ask(lambda opened: opened.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, BUFFER))
+
+    def shut(self) -> None:
+        """Shut the socket down, so that libcurl reads nothing more from it."""
+        self.ask(lambda opened: opened.shutdown(socket.SHUT_RDWR))
+
+
 class Sockets:
     """Sockets of open connections, keyed by the addresses that identify each connection in libcurl."""
 
@@ -54,7 +91,7 @@ class Sockets:
         """How many bytes libcurl has processed on each TLS connection that is not known to use HTTP/2."""
         self._http2: set[Address] = set()
         self._known: dict[Address, select.poll] = {}
-        self._numbers: dict[Address, int] = {}
+        self._descriptors: dict[Address, Descriptor] = {}
         self._addresses: dict[int, Address] = {}
         self._calls: dict[Address, int] = {}
         self._unanswered: dict[Address, int] = {}
@@ -70,11 +107,12 @@ class Sockets:
 
     def clear(self) -> None:
         """Remove all sockets."""
-        for address in tuple(self._numbers):
+        for address in tuple(self._descriptors):
             self._forget(address)
 
     def _forget(self, address: Address) -> None:
-        self._addresses.pop(self._numbers.pop(address, -1), None)
+        if found := self._descriptors.pop(address, None):
+            self._addresses.pop(found.number, None)
         self._http2.discard(address)
         for each in (self._known, self._consumed, self._allowed):
             each.pop(address, None)
@@ -114,20 +152,20 @@ class Sockets:
         """Send no further request on this connection."""
         self._known.pop(address, None)
 
-    def is_in_order(self, address: Address, opened: Collection[int]) -> bool:
+    def is_in_order(self, address: Address, opened: Sequence[Descriptor]) -> bool:
         """Return whether a request may be sent on this connection.
 
         ``opened`` lists the sockets of a new connection; for a reused connection, ``opened`` is empty. An HTTP/2 server
         may send unsolicited data to announce that it will close the connection.
         """
         for each in opened:
-            if _local_port(each) == address[3]:
+            if each.ask(_local_port) == address[3]:
                 # libcurl has closed the connection that had this file descriptor before
-                self._forget(self._addresses.get(each, address))
-                self._numbers[address] = each
-                self._addresses[each] = address
+                self._forget(self._addresses.get(each.number, address))
+                self._descriptors[address] = each
+                self._addresses[each.number] = address
                 self._known[address] = poll = select.poll()
-                poll.register(each, select.POLLIN | select.POLLRDHUP)
+                poll.register(each.number, select.POLLIN | select.POLLRDHUP)
         if opened and self.speak_first:
             return True
         if address not in self._known:
@@ -166,7 +204,8 @@ class Sockets:
 
     def shut(self, address: Address) -> None:
         """Shut this connection down, so that libcurl reads nothing more from it."""
-        shut(self._number(address))
+        if found := self._descriptors.get(address):
+            found.shut()
 
     def finish(self, address: Address) -> None:
         """Shut this connection down soon, or immediately if it receives data.
@@ -213,49 +252,14 @@ class Sockets:
 
     def _received(self, address: Address) -> int:
         """Return how many bytes an open connection has received, or 0 if that is not known."""
-        info = _ask(self._number(address), _tcp_info) or b""
+        found = self._descriptors.get(address)
+        info = (found.ask(_tcp_info) if found else None) or b""
         return int(_BYTES_RECEIVED.unpack(info)[0]) if len(info) == _BYTES_RECEIVED.size else 0
 
-    def _number(self, address: Address) -> int:
-        """Return the file descriptor of an open connection, or -1."""
-        number = self._numbers.get(address, -1)
-        # The connection may just have been closed, and its file descriptor may already belong to another connection.
-        return number if _local_port(number) == address[3] else -1
 
-
-def limit_buffer(number: int) -> int:
-    """Limit how much a new socket receives before it is read, and return its inode.
-
-    The inode tells the socket from a later one with the same file descriptor.
-    """
-    _ask(number, lambda opened: opened.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, BUFFER))
-    return os.fstat(number).st_ino
-
-
-def shut(number: int, inode: int | None = None) -> None:
-    """Shut down the socket with this file descriptor, unless it is closed or has another inode."""
-    with suppress(OSError):
-        if inode is None or os.fstat(number).st_ino == inode:
-            _ask(number, lambda opened: opened.shutdown(socket.SHUT_RDWR))
-
-
-def _local_port(number: int) -> int | None:
-    return _ask(number, lambda opened: int(opened.getsockname()[1]))
+def _local_port(opened: socket.socket) -> int:
+    return int(opened.getsockname()[1])
 
 
 def _tcp_info(opened: socket.socket) -> bytes:
     return opened.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _BYTES_RECEIVED.size)
-
-
-def _ask(number: int, question: Callable[[socket.socket], T]) -> T | None:
-    """Return what ``question`` returns for a TCP socket of libcurl's, or None if libcurl has closed the socket."""
-    try:
-        opened = socket.socket(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP, number)
-    except (OSError, ValueError):
-        return None
-    try:
-        return question(opened)
-    except (OSError, ValueError, IndexError):  # the file descriptor belongs to a file, or to a socket of another family
-        return None
-    finally:
-        opened.detach()

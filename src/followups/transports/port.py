@@ -83,7 +83,10 @@ class Snoozed:
 
 @dataclass(frozen=True, slots=True)
 class Rejected:
-    """The transport permanently rejected the message."""
+    """The transport permanently rejected the message.
+
+    Without a status code, the transport made no call, so the breaker learns nothing from the rejection.
+    """
 
     detail: str
     status_code: int | None = None

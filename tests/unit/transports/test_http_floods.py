@@ -12,7 +12,7 @@ import pytest
 from followups.transports import http_client, http_sockets
 from followups.transports.http import HttpTransport
 from followups.transports.http_client import STREAMS
-from followups.transports.http_sockets import Sockets
+from followups.transports.http_sockets import Descriptor, Sockets
 from followups.transports.port import Retry, Sent
 from unit.transports.doubles import Request, a_delivery, answer, listening, opened, scripted, settings_for
 from unit.transports.http2 import Stream, serving_http2
@@ -222,10 +222,10 @@ def test_a_file_descriptor_belongs_to_one_connection() -> None:
     """If a new connection gets the file descriptor of a closed one, the closed connection is removed."""
     sockets = Sockets(speak_first=False, counts_records=False)
     with socket.create_server(("127.0.0.1", 0)) as listener, socket.create_connection(listener.getsockname()) as one:
-        port = one.getsockname()[1]
+        port, found = one.getsockname()[1], Descriptor.of(one.fileno())
         old, new = ("127.0.0.2", "127.0.0.1", 1, port), ("127.0.0.1", "127.0.0.1", 1, port)
-        assert sockets.is_in_order(old, [one.fileno()])
+        assert sockets.is_in_order(old, [found])
         assert sockets.is_in_order(old, [])
-        assert sockets.is_in_order(new, [one.fileno()])
+        assert sockets.is_in_order(new, [found])
         assert not sockets.is_in_order(old, [])
         assert sockets.is_in_order(new, [])
