@@ -518,6 +518,13 @@ def all_are_sent_after(repair: Callable[[], None], world: World, engine: Engine,
     assert world.scalar("SELECT max(attempts) FROM follow_ups") == 1
 
 
+def refusing(world: World, count: int) -> FailingTransport:
+    """Insert due follow-ups, and return a transport that refuses them."""
+    for _ in range(count):
+        world.follow_up()
+    return FailingTransport(REFUSED)
+
+
 @pytest.mark.parametrize("status", [401, 403])
 def test_few_are_rejected_if_the_receiver_refuses_every_message(
     world: World, engine: Engine, own: Settings, started: Callable[..., Pipeline], status: int
@@ -568,9 +575,7 @@ def test_few_are_rejected_by_two_workers(
     world: World, engine: Engine, own: Settings, started: Callable[..., Pipeline]
 ) -> None:
     """If a receiver refuses every message, few follow-ups of each worker fail."""
-    transport = FailingTransport(REFUSED)
-    for _ in range(100):
-        world.follow_up()
+    transport = refusing(world, 100)
     own = own.model_copy(update=SOON)
     pipelines = [started(own, transport), started(own, transport)]
     leases = claim(engine, own).leases
@@ -590,9 +595,7 @@ def test_few_are_rejected_without_redis(
 ) -> None:
     """If a receiver refuses every message while Redis is unreachable, few follow-ups fail."""
     monkeypatch.setattr(breaker, "AWAY", 0.1)
-    transport = FailingTransport(REFUSED)
-    for _ in range(30):
-        world.follow_up()
+    transport = refusing(world, 30)
     nobody = type(own.broker_url)("redis://127.0.0.1:1/0")
     away = own.model_copy(update=SOON | {"concurrency": 1, "broker_url": nobody})
     pipeline = started(away, transport)
@@ -606,9 +609,7 @@ def test_refused_chats_do_not_keep_others_waiting(
     world: World, engine: Engine, own: Settings, started: Callable[..., Pipeline]
 ) -> None:
     """If many chats of a workspace are refused for ever, the workspace's other follow-ups are sent."""
-    transport = FailingTransport(REFUSED)
-    for _ in range(30):
-        world.follow_up()
+    transport = refusing(world, 30)
     own = own.model_copy(update=SOON)
     pipeline = started(own, transport)
     pipeline.submit(claim(engine, own).leases)
