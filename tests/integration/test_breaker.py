@@ -47,7 +47,9 @@ if TYPE_CHECKING:
 FAILURES = 5
 KEY, OTHER = 1, 2
 """The keys of two workspaces."""
-QUICK = RecoveryPolicy(first_pause=0.05, longest_pause=0.2, probes=2, first_rate=20, last_rate=200, fails_again=3)
+QUICK = RecoveryPolicy(
+    first_pause=0.05, longest_pause=0.2, probes=2, first_rate=20, last_rate=200, failures_to_reopen=3
+)
 PENDING = "SELECT count(*) FROM follow_ups WHERE status = 'pending'"
 
 
@@ -376,16 +378,16 @@ async def test_attempts_in_flight_use_no_permits() -> None:
 
 
 REFUSED = Rejected("HTTP 401 unknown key", 401)
-REFUSED_FOR = timedelta(seconds=0.3)
-DEFERRED = Snoozed("HTTP 401 unknown key", REFUSED_FOR, 401)
+REFUSED_DELAY = timedelta(seconds=0.3)
+DEFERRED = Snoozed("HTTP 401 unknown key", REFUSED_DELAY, 401)
 
 
 @pytest.fixture(autouse=True)
 def refused_briefly(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let refused follow-ups, and deferred ones, wait for less than a second instead of minutes."""
-    monkeypatch.setattr(breaker, "REFUSED_FOR", REFUSED_FOR)
-    monkeypatch.setattr(deferral, "LONGEST", REFUSED_FOR)
-    monkeypatch.setattr(deferral, "SOONEST", REFUSED_FOR / 2)
+    monkeypatch.setattr(breaker, "REFUSED_DELAY", REFUSED_DELAY)
+    monkeypatch.setattr(deferral, "LONGEST_DEFERRAL", REFUSED_DELAY)
+    monkeypatch.setattr(deferral, "SOONEST", REFUSED_DELAY / 2)
 
 
 @pytest.mark.parametrize(
@@ -594,7 +596,7 @@ def test_few_are_rejected_without_redis(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """If a receiver refuses every message while Redis is unreachable, few follow-ups fail."""
-    monkeypatch.setattr(breaker, "AWAY", 0.1)
+    monkeypatch.setattr(breaker, "REDIS_PAUSE", 0.1)
     transport = refusing(world, 30)
     nobody = type(own.broker_url)("redis://127.0.0.1:1/0")
     away = own.model_copy(update=SOON | {"concurrency": 1, "broker_url": nobody})
@@ -635,7 +637,7 @@ def test_a_rejection_without_a_call_is_no_success(own: Settings) -> None:
         for follow_up in ids(FAILURES - 1):
             assert door.record(follow_up, KEY, refused) is refused
             door.record(uuid4(), OTHER, Rejected("the chat's external id is not a Matrix room id"))
-        assert door.record(uuid4(), KEY, refused) == Snoozed("HTTP 401", REFUSED_FOR, 401)
+        assert door.record(uuid4(), KEY, refused) == Snoozed("HTTP 401", REFUSED_DELAY, 401)
 
     asyncio.run(script())
 
@@ -755,7 +757,7 @@ def test_deliveries_continue_without_redis(
 
     A metric counts how often the breaker's state was unreachable.
     """
-    monkeypatch.setattr(breaker, "AWAY", 0.1)
+    monkeypatch.setattr(breaker, "REDIS_PAUSE", 0.1)
     transport = FailingTransport(Retry("no connection"))
     for _ in range(30):
         world.follow_up()

@@ -21,7 +21,7 @@ from followups.delivery.dispatcher import Dispatcher
 from followups.delivery.hints import leases_of
 from followups.delivery.pipeline import Pipeline
 from followups.flow_control.breaker import BreakerStore, RecoveryPolicy, read
-from followups.flow_control.limiter import LONGEST
+from followups.flow_control.limiter import LONGEST_DEFERRAL
 from followups.session_settings import ONCE_PLANNED
 from followups.store import rate_limits
 from followups.transports.port import Retry, Sent
@@ -159,7 +159,7 @@ def test_held_follow_ups_release_their_leases(world: World, engine: Engine, own:
     }
     moments = sorted(row.limited_until for row in rows)
     # the deferrals end at different times, but all of them soon
-    assert len(rows) * 0.01 * SECOND < moments[-1] - moments[0] < LONGEST / 2
+    assert len(rows) * 0.01 * SECOND < moments[-1] - moments[0] < LONGEST_DEFERRAL / 2
     assert world.row(rows[0].id).reason == "over"
 
 
@@ -225,7 +225,9 @@ class TestFreeing:
     def free(self, engine: Engine, most: int, *worlds: World) -> int:
         """Release up to `most` deferred follow-ups of the given workspaces; return how many were released."""
         with engine.begin() as connection:
-            return rate_limits.release_workspaces(connection, [one.workspace_id for one in worlds], LONGEST, most)
+            return rate_limits.release_workspaces(
+                connection, [one.workspace_id for one in worlds], LONGEST_DEFERRAL, most
+            )
 
     def deferred(self, world: World, engine: Engine, settings: Settings, *seconds: int) -> list[UUID]:
         """Claim follow-ups, defer each by the given number of seconds, and return their ids."""

@@ -12,7 +12,7 @@ import pytest
 from redis.asyncio import Redis
 
 from followups.flow_control import limiter as shared
-from followups.flow_control.limiter import LONGEST, Bucket, Limiter, LimiterReply, TokenRequest
+from followups.flow_control.limiter import LONGEST_DEFERRAL, Bucket, Limiter, LimiterReply, TokenRequest
 from followups.settings import Settings, load_settings
 from followups.telemetry import metrics
 from server_clock import ServerClock
@@ -234,12 +234,12 @@ async def test_many_cancelled_requests_delay_others_briefly(under_test: LimiterU
     limit = bucket(rate=1 / 3600, burst=1)
     cancelled = [request(since, limit) for since in range(50)]
     waits = await under_test.ask(*cancelled)
-    assert max(waits) == LONGEST
+    assert max(waits) == LONGEST_DEFERRAL
     key = f"{under_test.limiter._prefix}{limit.key}"  # noqa: SLF001 - the test simulates elapsed time
     await under_test.redis.hset(key, "tokens", "1")
     for one in await under_test.redis.zrange(f"{key}:back", 0, -1):
         await under_test.redis.zincrby(
-            f"{key}:back", -(LONGEST + timedelta(seconds=1)) / timedelta(microseconds=1), one
+            f"{key}:back", -(LONGEST_DEFERRAL + timedelta(seconds=1)) / timedelta(microseconds=1), one
         )
     assert await under_test.ask(request(99, limit)) == [GO]
 
@@ -278,7 +278,7 @@ async def test_the_clock_is_set(clock: ServerClock, limiter_settings: Settings, 
 async def test_an_abandoned_request_when_the_clock_is_set(
     clock: ServerClock, limiter_settings: Settings, step: timedelta
 ) -> None:
-    """If Redis's clock jumps, a cancelled token request delays the next one by at most `LONGEST`."""
+    """If Redis's clock jumps, a cancelled token request delays the next one by at most `LONGEST_DEFERRAL`."""
     limiter = Limiter(limiter_settings, PATIENCE)
     limit = bucket(rate=10, burst=1)
     lost, second = request(1, limit), request(2, limit)
@@ -286,11 +286,11 @@ async def test_an_abandoned_request_when_the_clock_is_set(
     await limiter.ask([lost, second], ())
     clock.go_on(step.total_seconds())
     waited = timedelta(0)
-    while (wait := (await limiter.ask([second], ())).waits[0]) and waited < LONGEST:
+    while (wait := (await limiter.ask([second], ())).waits[0]) and waited < LONGEST_DEFERRAL:
         waited += max(wait, timedelta(seconds=0.1))
         clock.go_on(max(wait.total_seconds(), 0.1))
     await limiter.close()
-    assert waited < LONGEST
+    assert waited < LONGEST_DEFERRAL
 
 
 async def test_flushed(under_test: LimiterUnderTest) -> None:

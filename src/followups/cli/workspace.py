@@ -120,10 +120,10 @@ def hours(  # noqa: PLR0913 - one for each option
     """Show, set or clear the sending hours, in which the workspace's messages may be sent.
 
     A follow-up that becomes due outside the sending hours is held until the hours next begin. A held follow-up keeps
-    all its attempts. Held follow-ups are sent within a second after the sending hours begin, earliest due first.
-    Lateness (FOLLOWUPS_MAX_LATENESS) is counted from the due date if it lies within the sending hours, otherwise from
-    their next beginning. If the channel's messaging window would close before the sending hours begin, the follow-up
-    fails immediately as window_closed, and the API refuses such a due date.
+    all its attempts. Held follow-ups are sent within a second after the sending hours begin, earliest due first. Their
+    lateness (FOLLOWUPS_MAX_LATENESS) is counted from the beginning of the hours. If the channel's messaging window
+    would close before the sending hours begin, the follow-up fails immediately as window_closed, and the API refuses
+    such a due date.
 
     The hours are local times in the given time zone. If --to is not later than --from, the hours end on the next day.
     --days lists the days on which the hours begin. Follow-ups that are already held are checked again with the new

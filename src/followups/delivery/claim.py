@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from followups.database import connect_timeout
 from followups.delivery import events
-from followups.delivery.send import GRACE
+from followups.delivery.send import CALL_GRACE
 from followups.halving import halve, halve_within
 from followups.states import CANCEL_CODES, Final, ReasonCode, Status, finish
 from followups.store import chat_order, claims, last_tick, leases, settlement
@@ -60,7 +60,7 @@ def rhythm_of(settings: Settings) -> Rhythm:
     forward, calls in flight need this grace period as well. By default, a gap of more than 3 s is followed by a grace
     period of 13 s.
     """
-    known_within = max(settings.transport_timeout + GRACE, _connecting(settings.database_url.get_secret_value()))
+    known_within = max(settings.transport_timeout + CALL_GRACE, _connecting(settings.database_url.get_secret_value()))
     # If ticks are further apart than a lease, leases can expire unnoticed between two ticks.
     longest_gap = min(settings.tick_interval * AHEAD_TICKS + timedelta(seconds=1), settings.lease / 2)
     return Rhythm(longest_gap, known_within + SETTLE_MARGIN)

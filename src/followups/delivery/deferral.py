@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 from followups.delivery import events
 from followups.delivery.due_queue import RETRY_DELAY
-from followups.flow_control.limiter import LONGEST, defer
+from followups.flow_control.limiter import LONGEST_DEFERRAL, defer
 from followups.store import rate_limits
 from followups.store.leases import key_of
 from followups.transactions import in_loop, transact
@@ -52,9 +52,9 @@ BUSY = 0.5
 
 Without the pause between batches, other workers' begin statements would wait for the database.
 """
-SOONEST = LONGEST / 2
+SOONEST = LONGEST_DEFERRAL / 2
 SPREAD = 10_000
-"""Number of simultaneous deferrals that fill two thirds of the time between `SOONEST` and `LONGEST`."""
+"""Number of simultaneous deferrals that fill two thirds of the time between `SOONEST` and `LONGEST_DEFERRAL`."""
 COMING = 0.25
 """Seconds that released follow-ups have to reach a worker before more are released."""
 BACKOFF = 1.0
@@ -65,7 +65,7 @@ class ReturnTimes:
     """Makes deferred follow-ups fall due at different times, in the order of their deferral.
 
     At first, successive return times are 15 ms apart. The more follow-ups are deferred, the closer together the return
-    times are. No follow-up is deferred for longer than `LONGEST`.
+    times are. No follow-up is deferred for longer than `LONGEST_DEFERRAL`.
 
     >>> returns = ReturnTimes()
     >>> [round(returns.next(now=0.0), 3) for _ in range(3)]
@@ -84,7 +84,7 @@ class ReturnTimes:
         ``now`` is a reading of the monotonic clock.
         """
         ahead = max(SOONEST.total_seconds(), self._last - now)
-        ahead += (LONGEST.total_seconds() - ahead) / SPREAD
+        ahead += (LONGEST_DEFERRAL.total_seconds() - ahead) / SPREAD
         self._last = now + ahead
         return ahead
 
@@ -134,7 +134,7 @@ class Deferral:
 
     @property
     def _most(self) -> int:
-        share = SHARE_WHILE_RECOVERING if self._breaker.recovers else SHARE
+        share = SHARE_WHILE_RECOVERING if self._breaker.is_recovering else SHARE
         return max(1, min(self._settings.concurrency, self._settings.max_in_flight // share))
 
     async def balance(self) -> float | None:
@@ -143,7 +143,7 @@ class Deferral:
         Follow-ups are released if the due queue has room, or if their workspace recovers. Return the seconds until the
         next call, or None if no call is needed.
         """
-        tripped = self._breaker.tripped_for_all
+        tripped = self._breaker.tripped_in_redis
         self._recovered = (self._recovered | self._tripped) - tripped
         self._tripped = tripped
         for lease in self._excess:
@@ -172,7 +172,7 @@ class Deferral:
         return leases
 
     def _has_room(self, tripped: frozenset[int]) -> bool:
-        few = self._most // 2 if self._breaker.recovers else 0
+        few = self._most // 2 if self._breaker.is_recovering else 0
         return bool(tripped) and self._queue.count(tripped) <= few and time.monotonic() >= self._release_again_at
 
     async def _defer(self) -> None:
@@ -205,4 +205,6 @@ def _workspaces(engine: Engine, keys: frozenset[int]) -> dict[int, list[UUID]]:
 
 
 def _release(engine: Engine, workspace_ids: Sequence[UUID], most: int) -> int:
-    return transact(engine, lambda connection: rate_limits.release_workspaces(connection, workspace_ids, LONGEST, most))
+    return transact(
+        engine, lambda connection: rate_limits.release_workspaces(connection, workspace_ids, LONGEST_DEFERRAL, most)
+    )

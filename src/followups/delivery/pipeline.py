@@ -26,7 +26,7 @@ from followups.delivery.claim import release
 from followups.delivery.clock import DatabaseClock
 from followups.delivery.deferral import Deferral
 from followups.delivery.due_queue import BEGIN_BATCH, LEAD, LONGEST_RETRY_DELAY, RETRY_DELAY, DueQueue
-from followups.delivery.send import GRACE, CallTimeout, send
+from followups.delivery.send import CALL_GRACE, CallTimeout, send
 from followups.delivery.settle import Settler
 from followups.delivery.slots import Slots
 from followups.delivery.upkeep import BACKOFF, LONGEST_BACKOFF, Upkeep, repeat_until_done
@@ -81,7 +81,7 @@ class Pipeline:
         self._transport = transport
         self._nudge = nudge
         self._clock = DatabaseClock()
-        self._timeout = CallTimeout(settings.transport_timeout + GRACE)
+        self._timeout = CallTimeout(settings.transport_timeout + CALL_GRACE)
         self._slots = Slots(settings.concurrency)
         self._queue = DueQueue(self._clock, settings.lease, self._slots)
         self._rate_limits = RateLimits(settings, engine, limiter, LEAD)

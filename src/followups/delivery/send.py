@@ -39,9 +39,10 @@ OUTCOME_NAMES: dict[type, str] = {
 }
 """The names of the outcomes, as used in logs, metrics, traces and the table of failed attempts."""
 
-GRACE = timedelta(seconds=1)
-"""How far a hanging call may exceed the transport's own timeout. The lease must exceed the transport's timeout by more
-than `GRACE`.
+CALL_GRACE = timedelta(seconds=1)
+"""How long after the transport's own timeout `CallTimeout` cancels a call that still hangs.
+
+The lease exceeds the transport's timeout by at least two seconds (`followups.settings`).
 """
 
 TIMER = 0.001
@@ -58,13 +59,11 @@ STATUS_CODE_LIMIT = 1000
 async def send(
     transport: Transport, begun: Begun, clock: DatabaseClock, limit: CallTimeout, latest: float, breaker: Breaker
 ) -> Attempt | None:
-    """Wait until the follow-up is due, call the transport once, and record the outcome.
+    """Wait until the follow-up is due, call the transport once, and return the attempt.
 
-    The call ends within ``limit``; ``breaker`` records the outcome and may change it.
-    The transport is never called before the due time. If ``latest`` (an `uptime`) has passed, return None without
-    calling the transport. The deadline ``latest`` can be over before the call only if the process was frozen. After
-    ``latest``, another worker might lease the follow-up during the call. This function raises no exception unless it is
-    cancelled.
+    The transport is never called before the due time. The call ends within ``limit``; ``breaker`` counts the outcome
+    and may change it. If ``latest`` (an `uptime`) has passed, return None without a call, because a later call could
+    outlast the lease. This happens only if the process was frozen. No exception is raised unless the task is cancelled.
     """
     # A timer uses another clock and may fire early, so the time is checked again.
     while (wait := clock.until(begun.lease.due)) > 0:  # noqa: ASYNC110 - time is what is waited for

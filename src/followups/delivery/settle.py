@@ -45,7 +45,7 @@ GATHER = timedelta(milliseconds=30)
 """How long results are gathered before one statement records up to `SETTLE_BATCH` of them.
 
 The wait delays only the next follow-up of each chat. If the worker is killed, the gathered results are lost, and their
-messages are sent again under the same keys. Gathering results takes no longer than a quick call to the receiver.
+messages are sent again under the same keys.
 """
 SHORT_GATHER = timedelta(milliseconds=5)
 """How long results are gathered before they are recorded, if the receiver cannot deduplicate. If the process is killed,
@@ -63,15 +63,16 @@ outcomes are recorded.
 log = get_logger(__name__)
 
 NOT_KNOWN = ": the outcome of the attempt in flight is unknown"
-ROOM = MAX_REASON_LENGTH - 100
+DETAIL_LENGTH = MAX_REASON_LENGTH - 100
 """Before text is added to a detail, the detail is cut to this many characters."""
 
 
 class Settler:
     """Records the outcomes of attempts in batches; a batch is recorded when full or after a short wait.
 
-    An accepted message is recorded without waiting for slower calls. If the database or a row is unavailable, recording
-    is retried until the lease expires. An instance belongs to one event loop.
+    An accepted message is recorded without waiting for slower calls. While the database is unreachable, recording is
+    retried. A single result that the database rejects is retried for the length of a lease. An instance belongs to one
+    event loop.
     """
 
     def __init__(
@@ -99,7 +100,7 @@ class Settler:
         self._wanted.set()
 
     async def keep_up(self) -> None:
-        """Wait while the database records outcomes more slowly than the transport returns them.
+        """Wait while more than ``MAX_IN_FLIGHT`` outcomes are unrecorded.
 
         Further follow-ups begin only after the outcomes of accepted messages have been recorded.
         """
@@ -243,7 +244,7 @@ def settlement_of(attempt: Attempt, policy: RetryPolicy, *, deduplicates: bool) 
         case Retry(detail, after):
             return _try_again(attempt, policy, detail, after)
         case Unknown(detail) if deduplicates:
-            return _try_again(attempt, policy, f"{detail[:ROOM]}{NOT_KNOWN}", None, cancel_detail=NOT_KNOWN)
+            return _try_again(attempt, policy, f"{detail[:DETAIL_LENGTH]}{NOT_KNOWN}", None, cancel_detail=NOT_KNOWN)
         case Unknown(detail):
             final = finish(Status.FAILED, ReasonCode.OUTCOME_UNKNOWN, detail)
             return Settlement(lease, final.status, final.reason, cancel_takes_precedence=False)

@@ -9,8 +9,8 @@ local MOST = 2000
 local state, failing, runs, tripped = unpack(KEYS)
 local threshold, wanted, succeeded = tonumber(ARGV[1]), tonumber(ARGV[2]), ARGV[3] == '1'
 local first_pause, longest_pause, probes = tonumber(ARGV[4]), tonumber(ARGV[5]), tonumber(ARGV[6])
-local first_rate, last_rate, fails_again, kept = tonumber(ARGV[7]), tonumber(ARGV[8]), tonumber(ARGV[9]), ARGV[10]
-local in_a_row, failed, workspaces = tonumber(ARGV[11]), cjson.decode(ARGV[12]), cjson.decode(ARGV[13])
+local first_rate, last_rate, failures_to_reopen, kept = tonumber(ARGV[7]), tonumber(ARGV[8]), tonumber(ARGV[9]), ARGV[10]
+local failures_to_trip, failed, workspaces = tonumber(ARGV[11]), cjson.decode(ARGV[12]), cjson.decode(ARGV[13])
 
 local known = redis.call('HMGET', state, 'name', 'until', 'tries', 'since', 'at', 'tokens', 'clock', 'seen')
 local name, tries = known[1] or 'closed', tonumber(known[3] or 0)
@@ -30,7 +30,7 @@ local newly_tripped = {}
 for _, one in ipairs(workspaces) do
     local key, failures, anew = one[1], one[2], one[3]
     if anew then redis.call('HDEL', runs, key) end
-    if failures > 0 and redis.call('HINCRBY', runs, key, failures) >= in_a_row then table.insert(newly_tripped, key) end
+    if failures > 0 and redis.call('HINCRBY', runs, key, failures) >= failures_to_trip then table.insert(newly_tripped, key) end
 end
 for _, key in ipairs({failing, runs}) do redis.call('EXPIRE', key, kept) end
 
@@ -48,7 +48,7 @@ local function trip()
     local all, keys = redis.call('HGETALL', runs), {}
     for number = 1, #all, 2 do
         local key, failures = all[number], tonumber(all[number + 1])
-        if failures >= in_a_row or redis.call('SISMEMBER', tripped, key) == 1 then table.insert(keys, key) end
+        if failures >= failures_to_trip or redis.call('SISMEMBER', tripped, key) == 1 then table.insert(keys, key) end
     end
     redis.call('DEL', tripped)
     for _, key in ipairs(keys) do redis.call('SADD', tripped, key) end
@@ -72,7 +72,7 @@ end
 if name == 'closed' then
     if redis.call('SCARD', failing) >= threshold then open() end
 elseif name == 'recovering' then
-    if redis.call('SCARD', failing) >= fails_again then
+    if redis.call('SCARD', failing) >= failures_to_reopen then
         open()
     else
         local rate = first_rate * 2 ^ ((now - tonumber(known[2])) / 1000)

@@ -1,10 +1,10 @@
 """The circuit breaker: while the transport as a whole fails, only a few probes begin.
 
-An open breaker defers most due follow-ups of tripped workspaces in the database (`followups.delivery.deferral`). All
-workers share one state in Redis (`BreakerStore`). Deliveries continue while Redis is unreachable. During that time, a
-worker counts only its own failed attempts. After the configured number of different follow-ups have failed in a row,
-the worker begins no further follow-ups of their workspaces. The worker resumes when it next queries Redis, some seconds
-later. If Redis is wiped, the breaker closes, and new failures open it again.
+While the breaker is open, most due follow-ups of tripped workspaces are deferred: their rows get a later due time
+(`followups.delivery.deferral`). All workers share one state in Redis (`BreakerStore`). Deliveries continue while Redis
+is unreachable. During that time, a worker counts only its own failed attempts. After the configured number of different
+follow-ups have failed in a row, the worker begins no further follow-ups of their workspaces. The worker resumes when it
+next queries Redis, some seconds later. If Redis is wiped, the breaker closes, and new failures open it again.
 
     closed -> open: the configured number of different follow-ups failed, none succeeded in between, and at least one
         workspace is tripped
@@ -23,8 +23,8 @@ stays tripped until the breaker closes. If the breaker opens again instead, work
 are no longer tripped. Follow-ups of all other workspaces begin without restriction. A workspace with thousands of
 failing chats therefore does not delay a workspace with few failures.
 
-While the transport fails as a whole, a rejection of the caller (`REFUSING`) ends no follow-up. Otherwise, every probe
-would end as rejected until an expired secret is replaced.
+While the transport fails as a whole, the breaker turns a 401 or 403 into `Snoozed`, so the follow-up does not end.
+Otherwise, every probe would end as rejected until an expired secret is replaced.
 
 (Nygard, "Release It!", 2nd edition, 2018, chapter 5; the slow start is nginx's and Envoy's.)
 """
@@ -37,7 +37,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 from followups.flow_control import connect, script
-from followups.flow_control.limiter import LONGEST
+from followups.flow_control.limiter import LONGEST_DEFERRAL
 from followups.telemetry import metrics
 from followups.telemetry.logs import get_logger
 from followups.transports.port import Rejected, Retry, Snoozed, Unknown
@@ -55,14 +55,14 @@ if TYPE_CHECKING:
 CLOSED = "closed"
 RECOVERING = "recovering"
 
-REFUSING = {401, 403}
+CALLER_REFUSED = {401, 403}
 """Status codes with which a receiver may reject the caller rather than the message.
 
 After a secret has expired, for example, the receiver rejects every message with such a code. If the receiver accepts
 other messages, the code concerns one message, whose follow-up fails.
 """
 
-REFUSED_FOR = LONGEST
+REFUSED_DELAY = LONGEST_DEFERRAL
 """How long a refused follow-up waits while the transport fails as a whole.
 
 It is as long as the longest deferral. Otherwise, follow-ups that are refused for ever, such as those for recipients who
@@ -76,9 +76,9 @@ noticed within this time.
 """
 READ_INTERVAL_WHILE_OPEN = 0.1
 """Seconds between two reads of the shared breaker state while follow-ups wait for the breaker."""
-KEPT = 3600
+STATE_LIFETIME = 3600
 """Seconds without use after which the breaker's state is deleted."""
-AWAY = 5.0
+REDIS_PAUSE = 5.0
 """After a failure, Redis is not queried for this many seconds."""
 
 log = get_logger(__name__)
@@ -144,9 +144,9 @@ class RecoveryPolicy:
     """
     last_rate: float = 10_000.0
     """The breaker closes once the rate reaches this many begins per second, after about ten seconds."""
-    fails_again: int = 10
+    failures_to_reopen: int = 10
     """How many different follow-ups must fail in a row before a recovering breaker opens again."""
-    in_a_row: int = 5
+    failures_to_trip: int = 5
     """Number of failed attempts in a row after which a workspace is tripped.
 
     Suppose that a hundred attempts run per second, and one in fifty fails. At that rate of failures, three in a row
@@ -158,7 +158,7 @@ class RecoveryPolicy:
     def arguments(self) -> tuple[float, ...]:
         """Return the arguments in the Lua script's order; pauses are in milliseconds."""
         pauses = (self.first_pause * 1000, self.longest_pause * 1000)
-        return (*pauses, self.probes, self.first_rate, self.last_rate, self.fails_again, KEPT)
+        return (*pauses, self.probes, self.first_rate, self.last_rate, self.failures_to_reopen, STATE_LIFETIME)
 
 
 class BreakerStore:
@@ -175,7 +175,7 @@ class BreakerStore:
         self._keys = [name, *(f"{name}:{part}" for part in ("failing", "runs", "held"))]
         self._threshold = settings.breaker_failures
         # A workspace with a single follow-up must be tripped before that follow-up's last attempt.
-        self._in_a_row = max(1, min(policy.in_a_row, settings.max_attempts - 1))
+        self._failures_to_trip = max(1, min(policy.failures_to_trip, settings.max_attempts - 1))
         self._policy = policy.arguments()
 
     async def report(self, outcomes: OutcomeReport, wanted: int) -> SharedState:
@@ -189,7 +189,7 @@ class BreakerStore:
             wanted,
             int(outcomes.succeeded),
             *self._policy,
-            self._in_a_row,
+            self._failures_to_trip,
             *map(json.dumps, added),
         ]
         state, permits, changed, tripped = await self._script(keys=self._keys, args=arguments)
@@ -235,15 +235,15 @@ class Breaker:
         return frozenset(self._failed.values()) if self._store and len(self._failed) >= self._failures else frozenset()
 
     @property
-    def tripped_for_all(self) -> frozenset[int]:
+    def tripped_in_redis(self) -> frozenset[int]:
         """The keys of the workspaces that the shared state lists as tripped.
 
-        Once tripped, a workspace stays tripped for some seconds.
+        They are empty while the breaker is closed. A worker's own failures do not count here.
         """
         return self._shared.tripped
 
     @property
-    def recovers(self) -> bool:
+    def is_recovering(self) -> bool:
         """Whether the breaker is recovering. During recovery, the limit for follow-ups of tripped workspaces rises."""
         return self._shared.state == RECOVERING
 
@@ -259,9 +259,9 @@ class Breaker:
     def record(self, follow_up_id: UUID, key: int, outcome: Outcome) -> Outcome:
         """Record the outcome of an attempt, and return the outcome to settle.
 
-        A response that asks for a later retry is not a failure, because the endpoint is reachable. A message that the
-        transport rejects without a call is neither a failure nor a success. A rejection of the
-        caller is settled as `Snoozed` while the transport fails as a whole.
+        `Snoozed` is neither a failure nor a success, because the endpoint is reachable but busy. The same applies to a
+        message that the transport rejects without a call. While the transport fails as a whole, a 401 or 403 becomes
+        `Snoozed`.
         """
         if self._store is None or isinstance(outcome, Snoozed) or _is_without_call(outcome):
             return outcome
@@ -284,7 +284,7 @@ class Breaker:
         if self._shared.state != CLOSED or len(self._failed) == self._failures:
             self._report_due.set()
         if failed and isinstance(outcome, Rejected) and self._fails_as_a_whole(key):
-            return Snoozed(outcome.detail, REFUSED_FOR, outcome.status_code)
+            return Snoozed(outcome.detail, REFUSED_DELAY, outcome.status_code)
         return outcome
 
     def _fails_as_a_whole(self, key: int) -> bool:
@@ -315,10 +315,10 @@ class Breaker:
             reading = await store.report(self._next_report(), max(0, wanted - self.permits))
         except Exception as error:  # noqa: BLE001 - whatever the store's client raises
             metrics.BREAKER_UNAVAILABLE.inc()
-            log.warning("breaker_unavailable", error=type(error).__name__, pause_s=AWAY)
+            log.warning("breaker_unavailable", error=type(error).__name__, pause_s=REDIS_PAUSE)
             self._take(SharedState(CLOSED))
             changed()
-            await asyncio.sleep(AWAY)
+            await asyncio.sleep(REDIS_PAUSE)
             return
         if reading.changed:
             self._log_change(reading.state)
@@ -350,7 +350,7 @@ class Breaker:
 
 @dataclass(frozen=True, slots=True)
 class BreakerStatus:
-    """The breaker's displayed state, its age in seconds, the failed probes and the tripped workspaces."""
+    """The breaker's state, the seconds since it opened, how often it opened again since, and the tripped workspaces."""
 
     state: str
     seconds: float
@@ -390,8 +390,8 @@ def _is_without_call(outcome: Outcome) -> bool:
 def _failed(outcome: Outcome) -> bool:
     """Return whether an outcome is a failure of the transport.
 
-    A rejection of the caller is a failure of the transport; a rejection of one message is not.
+    A 401 or 403 is a failure of the transport; every other rejection concerns one message.
     """
     if isinstance(outcome, Rejected):
-        return outcome.status_code in REFUSING
+        return outcome.status_code in CALLER_REFUSED
     return isinstance(outcome, Retry | Unknown)

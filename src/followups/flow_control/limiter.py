@@ -48,7 +48,7 @@ IN_QUEUE = timedelta(seconds=1)
 SHORTEST = timedelta(milliseconds=5)
 """The minimum wait for a token; shorter waits would cause too many requests."""
 
-LONGEST = timedelta(minutes=5)
+LONGEST_DEFERRAL = timedelta(minutes=5)
 """A follow-up without a token requests one again after at most this time. If follow-ups ahead in the queue are
 cancelled, a token becomes free earlier than predicted.
 """
@@ -108,7 +108,7 @@ class Limiter:
         buckets = _numbered((*requests, *ended))
         limits = [(bucket.rate, bucket.burst) for bucket in buckets]
         documents = (limits, _documents(requests, buckets), _documents(ended, buckets))
-        longest = str(LONGEST // MICROSECOND)
+        longest = str(LONGEST_DEFERRAL // MICROSECOND)
         found = await self._try(self._take, buckets, *map(json.dumps, documents), longest)
         if found is None:
             metrics.LIMITER_UNAVAILABLE.inc(len(requests))
@@ -294,7 +294,7 @@ class RateLimits:
         follow-ups slightly early; the wait is lengthened by this lead. Without the lead, a follow-up would ask for a
         token before its turn.
         """
-        wait = min(max(wait, SHORTEST) + self._lead, LONGEST)
+        wait = min(max(wait, SHORTEST) + self._lead, LONGEST_DEFERRAL)
         return wait if one.left is None else min(wait, one.left + SHORTEST + self._lead)
 
 
@@ -312,7 +312,7 @@ def release_deferred(engine: Engine, scope: Scope) -> None:
     refused: list[UUID] = []
     while True:
         with engine.begin() as connection:
-            halved = rate_limits.release(connection, scope, LONGEST, refused)
+            halved = rate_limits.release(connection, scope, LONGEST_DEFERRAL, refused)
         refused += [follow_up_id for follow_up_id, _ in halved.refused]
         if not halved.refused and not sum(halved.done):
             return

@@ -52,7 +52,8 @@ class OwnedId(NamedTuple):
     external_id: str
 
 
-# Without OFFSET 0, a plan that was made while the table was small reads the whole index for each batch.
+# OFFSET 0 keeps PostgreSQL from turning EXISTS into a join. If the plan was made while the table was small, the join
+# would read the whole index for each batch.
 _SHARED = text("""
     SELECT own.workspace_id, own.external_id
       FROM unnest(CAST(:workspace_ids AS uuid[]), CAST(:external_ids AS text[])) AS own(workspace_id, external_id)
@@ -79,8 +80,8 @@ class SharingChat(NamedTuple):
     workspace: str
 
 
-# The innermost query reads only the index of external ids. It returns few of them, because most occur once. Other
-# external ids than Matrix room ids, which start with "!", are not checked, because the transport rejects them anyway.
+# The innermost query reads only the index of external ids. It returns few of them, because most occur once. Only Matrix
+# room ids start with "!". The transport rejects all other external ids, so they are not checked.
 _SHARING = text("""
     WITH shared AS MATERIALIZED (
         SELECT repeated.external_id

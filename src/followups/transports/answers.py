@@ -1,4 +1,4 @@
-"""Map HTTP responses to outcomes as documented in deploy/ENDPOINT.md; all functions are pure.
+"""Map HTTP answers to outcomes as documented in deploy/ENDPOINT.md; all functions are pure.
 
 ============================================ =========================================================
 answer                                       outcome
@@ -9,7 +9,7 @@ answer                                       outcome
 anything else                                `Rejected`, with the first 200 characters of the body
 ============================================ =========================================================
 
-While the transport fails as a whole, the breaker settles a 401 or 403 as `Snoozed` (`followups.flow_control.breaker`).
+While the transport fails as a whole, the breaker turns a 401 or 403 into `Snoozed` (`followups.flow_control.breaker`).
 """
 
 from __future__ import annotations
@@ -44,7 +44,10 @@ Document = dict[str, object]
 
 
 class Answer(NamedTuple):
-    """An HTTP response whose headers have been received in full. Header names are in lower case."""
+    """An HTTP answer whose final status has arrived; later headers may be missing or invalid.
+
+    Header names are in lower case.
+    """
 
     status: int
     headers: Mapping[str, str] = MappingProxyType({})
@@ -91,7 +94,7 @@ def retry_after(headers: Mapping[str, str], now: datetime) -> timedelta | None:
     """Return the delay of Retry-After, between 1 s and 24 h, or None if the header is missing or invalid.
 
     Retry-After is in seconds (a fraction is accepted) or an HTTP date (RFC 9110, 10.2.3). A Retry-After date is
-    compared with the response's Date header, if present, because the clocks of the two hosts may differ.
+    compared with the answer's Date header, if present, because the clocks of the two hosts may differ.
 
     >>> retry_after({"retry-after": "120"}, datetime.now(UTC))
     datetime.timedelta(seconds=120)

@@ -125,9 +125,9 @@ class CurlLoop:
             self._sockets.register(socket, wanted)
 
     def _handle_ready_sockets(self) -> None:
-        # An endless response makes its socket ready in every iteration of the event loop. Many such sockets can use up
+        # An endless answer makes its socket ready in every iteration of the event loop. Many such sockets can use up
         # the whole time slice. The next iteration then begins with the sockets that were ready least often, which are
-        # those of short responses.
+        # those of short answers.
         ready = self._sockets.poll(0)
         if self._overran:
             ready.sort(key=lambda one: self._turns.get(one[0], 0))

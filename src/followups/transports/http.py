@@ -95,7 +95,7 @@ def _chat_message_id(document: Document) -> UUID | None:
             raise ValueError(message)
         return None
     try:
-        return UUID(value)  # type: ignore[arg-type]  # whatever JSON holds; what is no text is refused below
+        return UUID(value)  # type: ignore[arg-type]  # any JSON value; values that are not strings fail below
     except (ValueError, AttributeError, TypeError):
         message = "chatMessageId in the answer is not a UUID"
         raise ValueError(message) from None

@@ -1,8 +1,8 @@
 """HTTP calls through libcurl and their outcomes, shared by the transports that use HTTP.
 
 A failed call's outcome depends on what may have been sent, which `http_exchange` records. If a call fails before any
-part of the request was sent, its outcome is `Retry`. If a call fails after sending a byte and before receiving the
-response head, its outcome is `Unknown`.
+part of the request was sent, its outcome is `Retry`. If a call fails later, and no final status has arrived, its
+outcome is `Unknown`.
 """
 
 from __future__ import annotations
@@ -31,8 +31,10 @@ if TYPE_CHECKING:
     from followups.settings import Settings
 
 KEEPALIVE = 3
-"""Seconds for which an idle connection is kept. By default, most servers keep idle connections for longer: 4 or 5 s. If
-the server closes a connection during a request, the request's outcome is unknown.
+"""Seconds for which an idle connection is kept.
+
+Uvicorn, Node.js and Apache keep idle connections for 5 s by default. If the server closes a connection during a
+request, the request's outcome is unknown.
 """
 
 SWEEP_INTERVAL = 0.1
@@ -52,7 +54,7 @@ libcurl reads from a connection up to ten times before other connections get the
 TLS_RECORD_SIZE = 16_384
 """The largest content of a TLS record.
 
-If libcurl reads whole records, it notices what follows a response in the same record, and closes the connection.
+If libcurl reads whole records, it notices what follows an answer in the same record, and closes the connection.
 """
 
 HEADERS = {
@@ -108,27 +110,27 @@ class HttpClient:
         # A connection to a receiver that cannot deduplicate is used only once. A connection that is kept open may break
         # just after a request was sent. With a reused connection, a follow-up could therefore fail needlessly as
         # outcome_unknown.
-        kept = settings.transport_deduplicates
-        every = HEADERS | dict(headers or {}) | ({} if kept else {"connection": "close"})
+        reuses = settings.transport_deduplicates
+        every = HEADERS | dict(headers or {}) | ({} if reuses else {"connection": "close"})
         self._headers = _lines(every)
-        self._of_connections = connection_options(settings)
+        self._connection_options = connection_options(settings)
         # Counting TLS records takes 15 us per call. The bytes that a SOCKS or https proxy adds cannot be counted, so
         # unsolicited data may go unnoticed there.
         secure = self._endpoint.startswith("https:")
-        proxy = str(self._of_connections[pycurl.PROXY]).lower()
-        counts_records = secure and kept and ("://" not in proxy or proxy.startswith("http:"))
-        self._sockets = Sockets(speak_first=secure, counts_records=counts_records)
-        self._options = self._of_connections | {
+        proxy = str(self._connection_options[pycurl.PROXY]).lower()
+        counts_records = secure and reuses and ("://" not in proxy or proxy.startswith("http:"))
+        self._sockets = Sockets(uses_tls=secure, counts_records=counts_records)
+        self._options = self._connection_options | {
             pycurl.POST: True,
             pycurl.CUSTOMREQUEST: method,
             pycurl.PATH_AS_IS: True,
-            pycurl.BUFFERSIZE: READ_SIZE if counts_records or not (secure and kept) else TLS_RECORD_SIZE,
+            pycurl.BUFFERSIZE: READ_SIZE if counts_records or not (secure and reuses) else TLS_RECORD_SIZE,
             pycurl.MAXAGE_CONN: KEEPALIVE,
-            pycurl.FORBID_REUSE: not kept,
-            pycurl.FRESH_CONNECT: not kept,
+            pycurl.FORBID_REUSE: not reuses,
+            pycurl.FRESH_CONNECT: not reuses,
         }
         limit = settings.concurrency
-        self._of_all = {
+        self._multi_options = {
             pycurl.M_MAX_TOTAL_CONNECTIONS: limit,
             pycurl.M_MAXCONNECTS: limit,
             pycurl.M_MAX_CONCURRENT_STREAMS: STREAMS,
@@ -161,8 +163,7 @@ class HttpClient:
 
         ``url`` is absolute, ``headers`` are this request's header lines, and ``body`` is JSON in UTF-8.
 
-        However the receiver responds, the transport raises no exception. Raises `RuntimeError` if the transport was not
-        opened.
+        Raises `RuntimeError` if the client is not open. Whatever the receiver does, no exception is raised.
         """
         curls = self._connections()  # first, because this discards the spare exchanges of a broken multi handle
         exchange = self._spare.pop() if self._spare else Exchange(self._options, self._sockets)
@@ -172,8 +173,8 @@ class HttpClient:
         code = CLOSED
         try:
             code = await self._perform(exchange, curls)
-            if code == pycurl.E_OPERATION_TIMEDOUT and exchange.asked and not exchange.answered:
-                exchange.distrust()
+            if code == pycurl.E_OPERATION_TIMEDOUT and exchange.may_have_been_sent and not exchange.answered:
+                exchange.do_not_reuse()
             if exchange.flooded:
                 code = FLOODED
             outcome = self._outcome(exchange, code, dialect)
@@ -196,13 +197,13 @@ class HttpClient:
                 code = await curls.perform(exchange.curl)
             finally:
                 exchange.is_reusable = not curls.is_broken
-            if exchange.stale is None or not self._is_open:
+            if exchange.stale_address is None or not self._is_open:
                 return code
-            if exchange.stale in refused and self._curls is curls:
+            if exchange.stale_address in refused and self._curls is curls:
                 # libcurl closes a stale connection that our callback rejects, except with HTTP/2.
                 self._retire(curls)
-            refused.add(exchange.stale)
-            exchange.stale = None
+            refused.add(exchange.stale_address)
+            exchange.stale_address = None
             curls = self._connections()
 
     async def check(self) -> str:
@@ -212,7 +213,8 @@ class HttpClient:
         """
         shown = hide_password(self._endpoint)
         curl, curls = pycurl.Curl(), CurlLoop({})
-        for option, value in {**self._of_connections, pycurl.URL: self._endpoint, pycurl.CONNECT_ONLY: True}.items():
+        options = self._connection_options | {pycurl.URL: self._endpoint, pycurl.CONNECT_ONLY: True}
+        for option, value in options.items():
             curl.setopt(option, value)
         try:
             code = await curls.perform(curl)
@@ -228,7 +230,7 @@ class HttpClient:
         return f"{shown} accepts connections {how}; no message was sent."
 
     def _outcome(self, exchange: Exchange, code: int, dialect: Dialect) -> Outcome:
-        if not exchange.asked:
+        if not exchange.may_have_been_sent:
             if code == pycurl.E_OPERATION_TIMEDOUT or exchange.late:
                 return Retry(f"no connection within {self._timeout:g} s")
             return Retry(f"no connection: {_reason(exchange.curl, code)}")
@@ -252,7 +254,7 @@ class HttpClient:
             self._retire(self._curls)
             self._spare.clear()  # a broken multi handle may keep transfers, and no other handle accepts these
         if self._curls is None:
-            self._curls = CurlLoop(self._of_all, self._sockets.begin_action)
+            self._curls = CurlLoop(self._multi_options, self._sockets.begin_action)
         if self._sweeping is None:
             self._sweep_later()
         return self._curls
@@ -296,7 +298,7 @@ class HttpClient:
     def _end_floods(self) -> None:
         flooded = self._sockets.flooded()
         for exchange in [each for each in self._active if each.address in flooded] if flooded else []:
-            exchange.distrust()
+            exchange.do_not_reuse()
             for each in self._loops:
                 each.end(exchange.curl, FLOODED)
         for address in flooded:
@@ -308,9 +310,9 @@ def _lines(headers: Mapping[str, str]) -> list[bytes]:
 
 
 def _reason(curl: pycurl.Curl, code: int) -> str:
-    """Return a short reason why there was no connection or no response.
+    """Return a short reason why there was no connection or no answer.
 
-    The reason contains no address and no part of a response.
+    The reason contains no address and no part of an answer.
     """
     if code in _REASONS:
         return _REASONS[code]

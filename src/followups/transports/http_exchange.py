@@ -1,9 +1,10 @@
-"""One HTTP request and its response, through the callbacks of libcurl.
+"""One HTTP request and its answer, through the callbacks of libcurl.
 
-This module decides which calls may be repeated. Once connected, libcurl requests the body and then sends the first
-byte. Until libcurl asks for the body, nothing has been sent. If a kept connection ends without a response, libcurl
-itself tries another connection. libcurl does the same if the server refuses an HTTP/2 stream. To repeat a request on
-another connection, libcurl would have to rewind the body. Since the body cannot be rewound, libcurl gives up
+This module records whether any part of a request may have been sent. Once connected, libcurl asks for the body and then
+sends the first byte. Until libcurl asks for the body, nothing has been sent.
+
+If a kept connection ends without an answer, or if the server refuses an HTTP/2 stream, libcurl would repeat the request
+on another connection. This module gives libcurl no way to rewind the body, so libcurl gives up
 (CURLE_SEND_FAIL_REWIND). For libcurl, a refused stream (REFUSED_STREAM, GOAWAY) looks like a lost one, so the request's
 outcome is unknown.
 """
@@ -28,17 +29,17 @@ if TYPE_CHECKING:
     from followups.transports.http_sockets import Address, Sockets
 
 BODY_LIMIT = 64 * 1024
-"""Maximum number of bytes that are read from a response body (deploy/ENDPOINT.md)."""
+"""Maximum number of bytes that are read from an answer body (deploy/ENDPOINT.md)."""
 
 HEAD_LIMIT = 64 * 1024
-"""Maximum size of a response's head in bytes, including the informational (1xx) responses before it."""
+"""Maximum size of an answer's head in bytes, including the informational (1xx) answers before it."""
 
 LONG = "the body of the answer is longer than 64 KiB"
 LONG_HEAD = "the header of the answer is longer than 64 KiB"
 LATE = "the body of the answer did not arrive in time"
 
 TOO_LARGE = 100
-"""libcurl's error code for a response with too long a line (CURLE_TOO_LARGE)."""
+"""libcurl's error code for an answer with too long a line (CURLE_TOO_LARGE)."""
 
 FLOODED = -2
 """The result code of calls during which too much arrived; not one of libcurl's codes."""
@@ -52,7 +53,7 @@ _TOO_LONG = {pycurl.E_WRITE_ERROR, TOO_LARGE}
 _STATUS_LINE = re.compile(rb"HTTP/[\d.]+ ([1-5]\d\d)\s(?!.*HTTP/)", re.IGNORECASE)
 """A status line with a status from 100 to 599. libcurl accepts higher ones, and text right after the third digit.
 
-A line with a second status line is composed of parts of two responses.
+A line with a second status line is composed of parts of two answers.
 """
 _ACCEPTED = re.compile(rb"HTTP/[\d.]+ 2")
 
@@ -61,7 +62,7 @@ _CLOSING = b"shutting down connection"
 
 _STOP = -1
 """Value that a callback returns to end the transfer and its connection."""
-_GO_ON: int = pycurl.PREREQFUNC_OK
+_CONTINUE: int = pycurl.PREREQFUNC_OK
 _ABORT: int = pycurl.PREREQFUNC_ABORT
 _READ_HEADERS = {b"retry-after", b"date"}
 
@@ -79,13 +80,13 @@ _RECORD_HEADER = 5
 """Length of the header of a TLS record: type, version (2 bytes), and length of the rest (2 bytes)."""
 _TLS_MAJOR_VERSION = 3
 TLS_LIMIT = 256 * 1024
-"""How many bytes of TLS records libcurl may process for a handshake, and later for one exchange before it returns.
+"""Maximum number of bytes of TLS records that libcurl may process while it connects.
 
-OpenSSL processes any number of handshake messages without returning. Meanwhile the event loop would stop, and no
-timeout would apply.
+After that, it is the maximum for one exchange within one call into libcurl. OpenSSL processes any number of handshake
+messages without returning. Meanwhile the event loop would stop, and no timeout would apply.
 """
 _TLS_MESSAGE = 64
-"""How many bytes each part of a record counts in addition to its size, because even an empty message takes time."""
+"""Number of bytes added for each piece of TLS data that libcurl reports, because even an empty message takes time."""
 
 
 class Exchange:
@@ -97,26 +98,26 @@ class Exchange:
         "_at",
         "_began",
         "_body",
+        "_bytes_left",
+        "_has_read_record",
         "_head",
         "_opened",
         "_parts",
         "_read",
-        "_reads_on",
         "_refused",
-        "_room",
         "_sockets",
         "_status",
         "_tls_size",
         "_until",
         "_url",
         "answered",
-        "asked",
         "curl",
         "flaw",
         "flooded",
         "is_reusable",
         "late",
-        "stale",
+        "may_have_been_sent",
+        "stale_address",
     )
 
     def __init__(self, options: Mapping[int, object], sockets: Sockets) -> None:
@@ -125,20 +126,20 @@ class Exchange:
         self._url = ""
         self._address: Address = ("", "", 0, 0)
         self._began = False
-        self.stale: Address | None = None
+        self.stale_address: Address | None = None
         self.is_reusable = True
         self._opened: list[Descriptor] = []
         self._head: list[bytes] = []
         self._parts: list[bytes] = []
         self.curl = pycurl.Curl()
         callbacks = {
-            pycurl.SOCKOPTFUNCTION: self._opening,
+            pycurl.SOCKOPTFUNCTION: self._socket_opened,
             pycurl.PREREQFUNCTION: self._connected,
-            pycurl.READFUNCTION: self._give,
-            pycurl.HEADERFUNCTION: self._take_line,
-            pycurl.WRITEFUNCTION: self._take_part,
+            pycurl.READFUNCTION: self._give_body,
+            pycurl.HEADERFUNCTION: self._receive_line,
+            pycurl.WRITEFUNCTION: self._receive_part,
         }
-        if sockets.speak_first:
+        if sockets.uses_tls:
             callbacks |= {pycurl.VERBOSE: True, pycurl.DEBUGFUNCTION: self._count}
         for option, value in (*options.items(), *callbacks.items()):
             self.curl.setopt(option, value)
@@ -150,12 +151,12 @@ class Exchange:
             self.curl.setopt(pycurl.URL, url)
         self._body, self._at, self._until = body, 0, until
         self._read = self._action = self._tls_size = 0
-        self._reads_on = False
+        self._has_read_record = False
         self._refused: bool | None = None
-        self._room = HEAD_LIMIT
-        self.asked = self.answered = self.late = self.flooded = False
+        self._bytes_left = HEAD_LIMIT
+        self.may_have_been_sent = self.answered = self.late = self.flooded = False
         self.flaw = ""
-        self.stale = None
+        self.stale_address = None
         self._opened.clear()
         self._head.clear()
         self._parts.clear()
@@ -173,9 +174,9 @@ class Exchange:
             self._sockets.end(self._address, answered=self.answered)
             self._began = False
 
-    def distrust(self) -> None:
+    def do_not_reuse(self) -> None:
         """Send no further request on this exchange's connection."""
-        self._sockets.distrust(self._address)
+        self._sockets.do_not_reuse(self._address)
 
     def has_status(self, code: int) -> bool:
         """Return whether a final status has arrived; ``code`` is libcurl's result.
@@ -188,7 +189,7 @@ class Exchange:
         return bool(self._head) and self._status >= _STATUS_OK and code in _BAD_HEADER | _TOO_LONG
 
     def answer(self, code: int) -> Answer:
-        """Return the response once its status has arrived; ``code`` is libcurl's result for the rest."""
+        """Return the answer once its status has arrived; ``code`` is libcurl's result for the rest."""
         headers = {} if self._status // 100 == 2 else _headers(self._head)  # noqa: PLR2004 - 2xx, of which none is read
         flaw = _flaw(code) if self.answered else _flaw_of_head(code)
         body = b"".join(self._parts)
@@ -198,11 +199,11 @@ class Exchange:
 
     # The following methods are callbacks, in the order in which libcurl calls them.
 
-    def _opening(self, socket: int, _purpose: int) -> int:
+    def _socket_opened(self, socket: int, _purpose: int) -> int:
         opened = Descriptor.of(socket)
         opened.limit_buffer()
         self._opened.append(opened)
-        return _GO_ON
+        return _CONTINUE
 
     def _connected(self, ip: str, own_ip: str, port: int, own_port: int) -> int:
         # A process that freezes while it connects may wake after the request's time limit. By then, the follow-up may
@@ -213,24 +214,24 @@ class Exchange:
             return _ABORT
         self.end()
         self._address = ip, own_ip, port, own_port
-        if not self._sockets.is_in_order(self._address, self._opened):
-            self.stale = None if self._opened else self._address
+        if not self._sockets.may_send(self._address, self._opened):
+            self.stale_address = None if self._opened else self._address
             return _ABORT
         if self._opened:
             self._sockets.begin_counting(self._address, self._read)
         self._sockets.begin(self._address)
         self._began = True
-        self._room = HEAD_LIMIT  # the head of the proxy's response counted too
-        return _GO_ON
+        self._bytes_left = HEAD_LIMIT  # the head of the proxy's answer counted too
+        return _CONTINUE
 
-    def _give(self, size: int) -> bytes:
-        self.asked = True
+    def _give_body(self, size: int) -> bytes:
+        self.may_have_been_sent = True
         part = self._body[self._at : self._at + size]
         self._at += len(part)
         return part
 
     def _count(self, kind: int, data: bytes) -> None:
-        """Count the processed bytes of a TLS connection: those of the proxy's response, and those of each record."""
+        """Count the processed bytes of a TLS connection: those of the proxy's answer, and those of each record."""
         if kind == pycurl.INFOTYPE_SSL_DATA_IN:
             number = _RECORD_HEADER + int.from_bytes(data[3:]) if _is_record_header(data) else 0
             self._limit_tls(number)
@@ -238,7 +239,7 @@ class Exchange:
                 return
             if self._began:
                 self._sockets.add_consumed(self._address, number)
-                self._reads_on = True
+                self._has_read_record = True
             else:
                 self._read += number
         elif kind == pycurl.INFOTYPE_HEADER_IN and not self._began:
@@ -260,21 +261,21 @@ class Exchange:
         for each in self._opened:
             each.shut()
 
-    def _take_line(self, line: bytes) -> int | None:
-        self._room -= len(line)
-        if self._room < 0:
+    def _receive_line(self, line: bytes) -> int | None:
+        self._bytes_left -= len(line)
+        if self._bytes_left < 0:
             self.flaw = LONG_HEAD
             return _STOP
         if self.answered:  # a trailer is not a header
             return None
         if not self._head:
-            return self._begin_head(line) if self.asked else self._take_proxy_line(line)
+            return self._begin_head(line) if self.may_have_been_sent else self._receive_proxy_line(line)
         if line in {b"\r\n", b"\n"}:
             return self._end_head()
         self._head.append(line)
         return None
 
-    def _take_proxy_line(self, line: bytes) -> int | None:
+    def _receive_proxy_line(self, line: bytes) -> int | None:
         if self._refused is None:
             self._refused = _ACCEPTED.match(line) is None
         if line not in {b"\r\n", b"\n"}:
@@ -284,9 +285,9 @@ class Exchange:
         return _STOP if refused else None
 
     def _begin_head(self, line: bytes) -> int | None:
-        # Part of a record may be left over from the previous response. libcurl then reads it without a new record. With
+        # Part of a record may be left over from the previous answer. libcurl then reads it without a new record. With
         # HTTP/2, another exchange may have read the record.
-        if not self._reads_on and line.startswith(b"HTTP/1") and self._sockets.counts(self._address):
+        if not self._has_read_record and line.startswith(b"HTTP/1") and self._sockets.counts(self._address):
             self.flaw = "another answer had arrived before the request"
             return _STOP
         found = _STATUS_LINE.match(line)
@@ -302,18 +303,18 @@ class Exchange:
         if status < _STATUS_OK and status != _STATUS_SWITCHING:
             self._head.clear()  # the head of the final answer follows
             return None
-        if self._sockets.speak_first:
+        if self._sockets.uses_tls:
             self._sockets.answer(self._address, http2=not self._head[0].startswith(b"HTTP/1"))
         self.answered = True
-        self._room = BODY_LIMIT
+        self._bytes_left = BODY_LIMIT
         return _STOP if status == _STATUS_SWITCHING else None
 
-    def _take_part(self, part: bytes) -> int | None:
-        if len(part) > self._room:
-            self._parts.append(part[: self._room])
-            self._room = 0
+    def _receive_part(self, part: bytes) -> int | None:
+        if len(part) > self._bytes_left:
+            self._parts.append(part[: self._bytes_left])
+            self._bytes_left = 0
             return _STOP
-        self._room -= len(part)
+        self._bytes_left -= len(part)
         self._parts.append(part)
         return None
 

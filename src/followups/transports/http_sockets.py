@@ -1,8 +1,15 @@
 """Checks of open connections: whether a request may be sent, and whether too much arrives.
 
 libcurl examines a kept connection at most once a second. Without the checks of this module, libcurl could take
-unsolicited data for the response to the next request. Moreover, libcurl never stops reading an endless response whose
-head and body do not grow.
+unsolicited data for the answer to the next request.
+
+Moreover, libcurl never stops reading an endless answer whose head and body do not grow. Endless answers are limited as
+follows:
+
+- `CurlLoop` stops calling libcurl after some milliseconds, and then begins with the sockets of short answers.
+- `Exchange` limits the head and the body, and the TLS records that libcurl processes before it returns.
+- `Sockets.flooded` finds the connections that have received too much. `HttpClient` then stops reading from them, but
+  the calls end only at their timeouts.
 """
 
 from __future__ import annotations
@@ -23,7 +30,7 @@ ALLOWANCE = 256 * 1024
 """How many bytes a connection may receive per call, counted from the first check for floods during the call.
 
 The limit does not grow with time. Chunk extensions, frames and TLS records count here, but not towards the limits of a
-response's head and body.
+answer's head and body.
 """
 
 BUFFER = 128 * 1024
@@ -37,7 +44,10 @@ Address = tuple[str, str, int, int]
 
 
 class Descriptor(NamedTuple):
-    """The file descriptor of one of libcurl's sockets, and what tells it from a later socket with the same number."""
+    """The file descriptor of one of libcurl's sockets.
+
+    The device and the inode distinguish the socket from a later socket with the same number.
+    """
 
     number: int
     device: int
@@ -49,17 +59,17 @@ class Descriptor(NamedTuple):
         found = os.fstat(number)
         return cls(number, found.st_dev, found.st_ino)
 
-    def ask(self, question: Callable[[socket.socket], T]) -> T | None:
-        """Return what ``question`` returns for the socket, or None if libcurl has closed the socket."""
+    def query(self, read_from: Callable[[socket.socket], T]) -> T | None:
+        """Return what ``read_from`` returns for the socket, or None if libcurl has closed the socket."""
         try:
             if Descriptor.of(self.number) != self:
                 return None
-            # The family is not looked up, because no question depends on it.
+            # The family is not looked up, because `read_from` does not depend on it.
             opened = socket.socket(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP, self.number)
         except OSError:
             return None
         try:
-            return question(opened)
+            return read_from(opened)
         except OSError:  # for example if the connection was reset
             return None
         finally:
@@ -67,25 +77,25 @@ class Descriptor(NamedTuple):
 
     def limit_buffer(self) -> None:
         """Limit how much a new socket receives before it is read."""
-        self.ask(lambda opened: opened.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, BUFFER))
+        self.query(lambda opened: opened.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, BUFFER))
 
     def shut(self) -> None:
         """Shut the socket down, so that libcurl reads nothing more from it."""
-        self.ask(lambda opened: opened.shutdown(socket.SHUT_RDWR))
+        self.query(lambda opened: opened.shutdown(socket.SHUT_RDWR))
 
 
 class Sockets:
     """Sockets of open connections, keyed by the addresses that identify each connection in libcurl."""
 
-    def __init__(self, *, speak_first: bool, counts_records: bool) -> None:
+    def __init__(self, *, uses_tls: bool, counts_records: bool) -> None:
         """Start without sockets.
 
-        ``speak_first`` means that the receiver may send data before the first request, as with TLS. ``counts_records``
+        ``uses_tls`` means that the receiver may send data before the first request, as with TLS. ``counts_records``
         means that `add_consumed` is called for everything that libcurl reads from a connection.
         """
-        self.speak_first = speak_first
+        self.uses_tls = uses_tls
         self.action = 0
-        """The number of calls of libcurl so far."""
+        """The number of calls into libcurl (`CurlLoop`) so far."""
         self._counts_records = counts_records
         self._consumed: dict[Address, int] = {}
         """How many bytes libcurl has processed on each TLS connection that is not known to use HTTP/2."""
@@ -95,14 +105,14 @@ class Sockets:
         self._addresses: dict[int, Address] = {}
         self._calls: dict[Address, int] = {}
         self._unanswered: dict[Address, int] = {}
-        """Number of calls on each TLS connection whose responses have not begun."""
+        """Number of calls on each TLS connection whose answers have not begun."""
         self._allowed: dict[Address, int] = {}
         """How many bytes each connection may have received at the next check for floods."""
         self._exceeding: set[Address] = set()
         """The connections that had received more than allowed at the last check for floods."""
 
     def begin_action(self) -> None:
-        """Count another call of libcurl."""
+        """Count another call into libcurl."""
         self.action += 1
 
     def clear(self) -> None:
@@ -125,13 +135,13 @@ class Sockets:
             self._allowed.pop(address, None)
         elif address in self._allowed:
             self._allowed[address] += ALLOWANCE
-        if self.speak_first:
+        if self.uses_tls:
             self._unanswered[address] = self._unanswered.get(address, 0) + 1
 
     def answer(self, address: Address, *, http2: bool) -> None:
-        """Record that a response over TLS has begun.
+        """Record that an answer over TLS has begun.
 
-        HTTP/2 responses name their requests, so no records need to be counted.
+        An HTTP/2 answer carries the stream id of its request, so no records need to be counted.
         """
         left = self._unanswered.pop(address) - 1
         if left:
@@ -142,43 +152,44 @@ class Sockets:
 
     def end(self, address: Address, *, answered: bool) -> None:
         """Decrement this connection's call count when a call has finished."""
-        if self.speak_first and not answered:
+        if self.uses_tls and not answered:
             self.answer(address, http2=False)
         left = self._calls.pop(address) - 1
         if left:
             self._calls[address] = left
 
-    def distrust(self, address: Address) -> None:
+    def do_not_reuse(self, address: Address) -> None:
         """Send no further request on this connection."""
         self._known.pop(address, None)
 
-    def is_in_order(self, address: Address, opened: Sequence[Descriptor]) -> bool:
+    def may_send(self, address: Address, opened: Sequence[Descriptor]) -> bool:
         """Return whether a request may be sent on this connection.
 
-        ``opened`` lists the sockets of a new connection; for a reused connection, ``opened`` is empty. An HTTP/2 server
-        may send unsolicited data to announce that it will close the connection.
+        ``opened`` lists the sockets of a new connection; for a reused connection, ``opened`` is empty. An idle
+        connection with unread data is not used. Over HTTP/2, such data may announce that the server closes the
+        connection.
         """
         for each in opened:
-            if each.ask(_local_port) == address[3]:
+            if each.query(_local_port) == address[3]:
                 # libcurl has closed the connection that had this file descriptor before
                 self._forget(self._addresses.get(each.number, address))
                 self._descriptors[address] = each
                 self._addresses[each.number] = address
                 self._known[address] = poll = select.poll()
                 poll.register(each.number, select.POLLIN | select.POLLRDHUP)
-        if opened and self.speak_first:
+        if opened and self.uses_tls:
             return True
         if address not in self._known:
             return False
         seen = self._known[address].poll(0)
         # Over HTTP/1.1, the previous call has ended in libcurl, but its task may not have resumed yet.
-        if self.speak_first and address in (self._calls if address in self._http2 else self._unanswered):
+        if self.uses_tls and address in (self._calls if address in self._http2 else self._unanswered):
             return not seen or seen[0][1] == select.POLLIN
         return not seen and not self._has_buffered(address)
 
-    # libcurl reads TLS data from the socket in large pieces. If an unsolicited response directly follows another
-    # response, libcurl reads both together. The following methods count the processed bytes, so that `is_in_order` and
-    # `Exchange` can detect the second response.
+    # libcurl reads TLS data from the socket in large pieces. If an unsolicited answer directly follows another
+    # answer, libcurl reads both together. The following methods count the processed bytes, so that `may_send` and
+    # `Exchange` can detect the second answer.
 
     def begin_counting(self, address: Address, consumed: int) -> None:
         """Begin to count the bytes that libcurl processes on a new connection.
@@ -218,11 +229,11 @@ class Sockets:
             asyncio.get_running_loop().call_soon(self.shut, address)
 
     def shut_unread(self) -> None:
-        """Shut the idle TLS connections down that have received data.
+        """Shut down the idle TLS connections that have unread data.
 
-        libcurl would read these data when it closes the connections, even without end.
+        Otherwise, libcurl would read the data when it closes these connections, even if the data never ends.
         """
-        for address in self._known if self.speak_first else ():
+        for address in self._known if self.uses_tls else ():
             if address not in self._calls and self._has_unread(address):
                 self.shut(address)
 
@@ -232,9 +243,10 @@ class Sockets:
     def flooded(self) -> set[Address]:
         """Return the connections that have received more than `ALLOWANCE` for each of their calls.
 
-        Bytes count from the first check during a call. A call that ends before its second check is therefore never
-        reported. Only connections that exceed their limit at two checks in a row are returned. If the event loop has
-        been stopped, a long response may have arrived meanwhile, and libcurl has to read it first.
+        Bytes count from the first check after an idle connection has got a call. Only connections that exceed their
+        limit at two checks in a row are returned, because a long answer may have arrived while the event loop was
+        stopped, and libcurl has to read it first. A connection is therefore returned at the third check of a call at
+        the earliest.
         """
         exceeding = set()
         for address, calls in self._calls.items():
@@ -253,7 +265,7 @@ class Sockets:
     def _received(self, address: Address) -> int:
         """Return how many bytes an open connection has received, or 0 if that is not known."""
         found = self._descriptors.get(address)
-        info = (found.ask(_tcp_info) if found else None) or b""
+        info = (found.query(_tcp_info) if found else None) or b""
         return int(_BYTES_RECEIVED.unpack(info)[0]) if len(info) == _BYTES_RECEIVED.size else 0
 
 

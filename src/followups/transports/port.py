@@ -54,7 +54,7 @@ class Sent:
     chat_message_id: UUID | None = None
     status_code: int | None = None
     detail: str = ""
-    """Anything unusual about the response, for the log. The text of the message is never included."""
+    """Anything unusual about the answer, for the log. The text of the message is never included."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +73,7 @@ class Retry:
 class Snoozed:
     """The transport requested a later retry (rate limiting). An attempt with the outcome `Snoozed` is not counted.
 
-    The breaker also settles a rejection of the caller as `Snoozed` while the transport fails as a whole.
+    While the transport fails as a whole, the breaker also turns a 401 or 403 into `Snoozed`.
     """
 
     detail: str
@@ -85,7 +85,7 @@ class Snoozed:
 class Rejected:
     """The transport permanently rejected the message.
 
-    Without a status code, the transport made no call, so the breaker learns nothing from the rejection.
+    The breaker ignores a rejection without a status code, because it assumes that the transport made no call.
     """
 
     detail: str
@@ -94,7 +94,7 @@ class Rejected:
 
 @dataclass(frozen=True, slots=True)
 class Unknown:
-    """No answer arrived, so it is not known whether the message was accepted."""
+    """It is not known whether the message was accepted, for example because no valid answer arrived."""
 
     detail: str
     status_code: int | None = None

@@ -18,11 +18,11 @@ SECRET_PREFIX = "whsec_"  # noqa: S105 - the public prefix of every such secret,
 
 
 INVALID = (
-    "FOLLOWUPS_TRANSPORT_SECRET should be base64 of 24 to 64 bytes, with or without the prefix whsec_ (several, "
-    "separated by spaces, sign each); make one with: openssl rand -base64 32."
+    "FOLLOWUPS_TRANSPORT_SECRET should be base64 of 24 to 64 bytes, with or without the prefix whsec_, or several such "
+    "secrets separated by spaces; make one with: openssl rand -base64 32."
 )
 
-SHORTEST, LONGEST = 24, 64
+MIN_SECRET_LENGTH, MAX_SECRET_LENGTH = 24, 64
 """Minimum and maximum length of a secret in bytes (the specification, "Symmetric signatures")."""
 
 
@@ -63,6 +63,6 @@ def _key(secret: str) -> bytes:
         key = base64.b64decode(encoded + "=" * (-len(encoded) % 4), validate=True)
     except (binascii.Error, ValueError):
         key = b""
-    if not SHORTEST <= len(key) <= LONGEST:
+    if not MIN_SECRET_LENGTH <= len(key) <= MAX_SECRET_LENGTH:
         raise TransportConfigurationError(INVALID)
     return key

@@ -25,7 +25,7 @@ from followups.delivery.dispatcher import Dispatcher
 from followups.delivery.hints import DELIVER, DISPATCH, leases_of
 from followups.delivery.pipeline import CONNECTIONS, Pipeline
 from followups.delivery.pruner import Pruner
-from followups.delivery.send import GRACE
+from followups.delivery.send import CALL_GRACE
 from followups.errors import SettingsError
 from followups.flow_control.breaker import BreakerStore
 from followups.flow_control.limiter import Limiter
@@ -97,7 +97,7 @@ def broker_silence(settings: Settings) -> timedelta:
 
 def drain_limit(settings: Settings) -> timedelta:
     """Return how long a stopping worker waits to finish and settle its attempts in flight."""
-    return settings.transport_timeout + GRACE + DRAIN_MARGIN
+    return settings.transport_timeout + CALL_GRACE + DRAIN_MARGIN
 
 
 def make_app(settings: Settings) -> Celery:
