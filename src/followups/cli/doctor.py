@@ -11,12 +11,10 @@ from followups.cli import connection
 from followups.cli.entry import examples
 from followups.cli.failures import FAILED
 from followups.cli.output import Json, cell, console, print_json
-from followups.operations.doctor import Finding, broker_checks, connection_checks, database_checks, process_checks
+from followups.operations.doctor import Finding, checks
 from followups.settings import get_settings
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from followups.settings import Settings
 
 app = typer.Typer(add_completion=False, rich_markup_mode="markdown")
@@ -30,7 +28,8 @@ def doctor(*, json: Json = False) -> None:
     failures, broker, transport, workers, and the processes on this machine. The exit code is 1 if a check failed.
     """
     settings = get_settings()
-    findings = list(_findings(settings))
+    with connection.engine() as engine:
+        findings = list(checks.run(settings, engine, connection.ask_workers, connects=True))
     well = all(finding.ok for finding in findings)
     if json:
         print_json({"ok": well, "settings": settings.shown(), "checks": [each.document() for each in findings]})
@@ -38,30 +37,6 @@ def doctor(*, json: Json = False) -> None:
         _print(settings, findings)
     if not well:
         raise typer.Exit(FAILED)
-
-
-def _findings(settings: Settings) -> Iterator[Finding]:
-    yield connection_checks.timeouts(settings)
-    with connection.engine() as engine:
-        yield from database_checks.databases(settings, engine)
-        yield from database_checks.of_server(engine)
-        yield from connection_checks.of_database(engine)
-        yield from database_checks.of_database(settings, engine)
-        yield from database_checks.of_tables(engine)
-        yield from database_checks.of_rooms(settings, engine)
-    reachable = True
-    for finding in broker_checks.broker(settings):
-        reachable = reachable and (finding.ok or finding.name != "broker")
-        yield finding
-    if reachable:
-        yield from connection_checks.of_broker(settings)
-        yield from broker_checks.of_broker(settings)
-    yield connection_checks.transport(settings)
-    if reachable:
-        yield process_checks.workers(connection.ask_workers)
-    else:
-        yield Finding("workers", "not asked", "Repair the broker first.")
-    yield process_checks.of_this_machine(settings)
 
 
 def _print(settings: Settings, findings: list[Finding]) -> None:
