@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from typing import TYPE_CHECKING
 
 import pytest
@@ -12,6 +13,7 @@ from pydantic import SecretStr
 from sqlalchemy import make_url, text
 
 from followups.delivery import claim_interval
+from followups.delivery import dispatcher as ticks
 from followups.delivery.attempts import Attempt
 from followups.delivery.begin import begin
 from followups.delivery.claim import claim, rhythm_of
@@ -52,6 +54,12 @@ def in_flight(engine: Engine, settings: Settings) -> Begun:
 def outcome_of(begun: Begun, outcome: Outcome) -> Attempt:
     """Return the attempt with an outcome, as if the transport had returned this outcome."""
     return Attempt(begun, outcome, timedelta(milliseconds=1), uptime(), datetime.now(UTC))
+
+
+def send_all(world: World, published: list[float], _hint: Hint) -> None:
+    """Note the time of a hint, and end all leased follow-ups as sent."""
+    published.append(time.monotonic())
+    world.sql("UPDATE follow_ups SET status = 'sent', finished_at = now() WHERE lease_until IS NOT NULL")
 
 
 def claimed(engine: Engine, settings: Settings) -> list[UUID]:
@@ -229,6 +237,40 @@ class TestOneAtATime:
         wait_until(lambda: len(hints) > claims_of_first_tick)
         dispatcher.stop()
         assert claims_of_first_tick == 1
+
+    def test_a_tick_during_a_tick(self, world: World, engine: Engine, settings: Settings) -> None:
+        """A tick ends one interval after its request, even if an earlier tick was still running then."""
+        small = settings.model_copy(update={"tick_interval": timedelta(seconds=1), "max_in_flight": 10})
+        world.burst([-MINUTE] * 1000)
+        published: list[float] = []
+        dispatcher = Dispatcher(small, engine, partial(send_all, world, published))
+        dispatcher.start()
+        dispatcher.tick()
+        wait_until(lambda: published)
+        dispatcher.tick()
+        requested = time.monotonic()
+        time.sleep(2.2)
+        dispatcher.stop()
+        assert 0.5 < published[-1] - requested < 1.6
+
+    def test_the_rest_of_a_backlog(
+        self, world: World, engine: Engine, settings: Settings, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """A slow claim of a backlog is followed by another without a low-water mark, but only within a tick."""
+        monkeypatch.setattr(ticks, "QUICK", 0.0)
+        monkeypatch.setattr(ticks, "LOOKING_SHARE", 0.01)
+        short = settings.model_copy(update={"tick_interval": timedelta(seconds=0.2), "max_in_flight": 10})
+        world.burst([-MINUTE] * 1000)
+        published: list[float] = []
+        dispatcher = Dispatcher(short, engine, partial(send_all, world, published))
+        dispatcher.start()
+        dispatcher.tick()
+        wait_until(lambda: published)
+        time.sleep(0.4)
+        claims_of_the_tick = len(published)
+        time.sleep(1.5)
+        dispatcher.stop()
+        assert len(published) == claims_of_the_tick
 
     def test_waits_and_claims_without_another_tick(self, world: World, engine: Engine, settings: Settings) -> None:
         """If another dispatcher is claiming, a dispatcher waits and then claims without a new tick."""

@@ -79,6 +79,8 @@ class Dispatcher:
         self._engine = engine
         self._publish = publish
         self._wanted = threading.Event()
+        self._ticked_at = -inf
+        """The monotonic time of the latest tick request."""
         self._stopping = threading.Event()
         self._backoff = BACKOFF
         self._in_grace = False
@@ -109,6 +111,7 @@ class Dispatcher:
 
     def tick(self) -> None:
         """Request a tick and return immediately."""
+        self._ticked_at = time.monotonic()
         self._wanted.set()
 
     def claim_no_more(self) -> None:
@@ -130,13 +133,13 @@ class Dispatcher:
     def _run(self) -> None:
         while True:
             self.busy_since = None
-            prompted = self._wanted.wait(self._seconds_to_next_claim())
+            self._wanted.wait(self._seconds_to_next_claim())
             self._wanted.clear()
             if self._stopping.is_set():
                 return
             self.busy_since = time.monotonic()
             try:
-                self._drain_due(self._settings.tick_interval.total_seconds() if prompted else 0.0)
+                self._drain_due()
                 self._backoff = BACKOFF
                 events.succeeded("claim")
             except Exception as error:  # noqa: BLE001 - the next tick tries again, whatever it was
@@ -165,25 +168,29 @@ class Dispatcher:
         return tuple(self._skipped)
 
     def _seconds_to_next_claim(self) -> float | None:
-        """Return the seconds until the next claim, or None if a tick has to start that claim."""
+        """Return the seconds until the next claim, or None if a tick has to start that claim.
+
+        The rest of a backlog is left to the next tick, which may have gone to another dispatcher. If both went on, they
+        would make many small claims.
+        """
         if self._in_grace:
             return IN_GRACE
-        if self._claimed_from_all:
+        if self._claimed_from_all or self._left_some:
             return None
         # A tick may have been requested for a row below the low-water mark, where the last claim did not look.
         return max(0.0, max(self._next_whole, self._interval.next) - time.monotonic())
 
-    def _drain_due(self, seconds: float) -> None:
-        """Claim and publish until nothing more is due, or until ``seconds`` have passed.
+    def _drain_due(self) -> None:
+        """Claim and publish until nothing more is due, or until a tick interval after the latest tick request.
 
-        If ``seconds`` is 0, a single claim is made.
+        If that time is over already, a single claim is made.
         """
-        deadline = time.monotonic() + seconds
         self._interval.begin()
         self._release_orphans()
-        # After the deadline, no further claim starts in this tick; the next tick of any dispatcher claims the rest. If
-        # two dispatchers take turns, claims are twice as frequent but half as large.
-        while self._interval.next <= deadline:
+        while True:
+            deadline = self._ticked_at + self._settings.tick_interval.total_seconds()
+            if self._interval.next > max(deadline, time.monotonic()):
+                return
             if self._stopping.wait(max(0.0, self._interval.next - time.monotonic())) or not self._claim_and_publish():
                 return
             if time.monotonic() >= deadline:
