@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from contextlib import asynccontextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
@@ -342,7 +342,7 @@ def client(own: Settings) -> redis.Redis:
 
 
 class FixedStore:
-    """A store whose shared state never changes."""
+    """A store whose shared state only the test changes."""
 
     def __init__(self, shared: SharedState) -> None:
         self.shared = shared
@@ -354,10 +354,14 @@ class FixedStore:
     async def close(self) -> None: ...
 
 
-@asynccontextmanager
-async def knowing(shared: SharedState) -> AsyncIterator[Breaker]:
+def knowing(shared: SharedState) -> AbstractAsyncContextManager[Breaker]:
     """Run a worker's breaker that has read the given shared state."""
-    store: Any = FixedStore(shared)
+    return reading(FixedStore(shared))
+
+
+@asynccontextmanager
+async def reading(store: Any) -> AsyncIterator[Breaker]:
+    """Run a worker's breaker that has read the store's shared state."""
     door = Breaker(store, "http", FAILURES)
     report = asyncio.Event()
     informing = asyncio.create_task(door.run(lambda: 0, report.set))
@@ -416,7 +420,53 @@ async def test_a_refusal_is_final_if_messages_are_accepted() -> None:
         for _ in range(3):
             refused = [door.record(one, KEY, REFUSED) for one in ids(FAILURES + 1)]
             assert refused == [REFUSED] * (FAILURES - 1) + [DEFERRED] * 2
+            assert door.record(*ids(1), KEY, Sent()) == Sent()
+
+
+async def test_refusals_in_a_row_of_one_workspace_and_of_all() -> None:
+    """Refused follow-ups are deferred if all messages of their workspace are refused, or those of all workspaces."""
+    async with knowing(SharedState(CLOSED)) as door:
+        refused = []
+        for one in ids(FAILURES):
+            refused.append(door.record(one, KEY, REFUSED))
             assert door.record(*ids(1), OTHER, Sent()) == Sent()
+        assert refused == [REFUSED] * (FAILURES - 1) + [DEFERRED]
+    async with knowing(SharedState(CLOSED)) as door:
+        settled = [door.record(one, number, REFUSED) for number, one in enumerate(ids(FAILURES))]
+        assert settled == [REFUSED] * (FAILURES - 1) + [DEFERRED]
+
+
+async def test_a_refusal_is_final_once_its_workspace_is_accepted_again() -> None:
+    """During the recovery, a workspace's refused messages fail, if others of the workspace were accepted.
+
+    They do not count as failures of the transport, unless too many follow in a row.
+    """
+    async with knowing(SharedState("recovering", tripped=frozenset({KEY}))) as door:
+        assert door.record(*ids(1), KEY, REFUSED) == DEFERRED
+        assert door.record(*ids(1), KEY, Sent()) == Sent()
+        refused = [door.record(one, KEY, REFUSED) for one in ids(FAILURES)]
+        assert refused == [REFUSED] * (FAILURES - 1) + [DEFERRED]
+
+
+async def test_a_refusal_is_deferred_again_once_the_breaker_is_open_again() -> None:
+    """A message that was accepted before the breaker opened again does not make refusals final."""
+    store = FixedStore(SharedState("recovering", tripped=frozenset({KEY})))
+    async with reading(store) as door:
+        assert door.record(*ids(1), KEY, Sent()) == Sent()
+        store.shared = SharedState("open", tripped=frozenset({KEY}))
+        async with asyncio.timeout(5):
+            while door.is_recovering:  # noqa: ASYNC110 - the breaker has no event for it
+                await asyncio.sleep(0.01)
+        assert door.record(*ids(1), KEY, REFUSED) == DEFERRED
+
+
+async def test_one_refusal_is_final_however_few_failures_open_the_breaker() -> None:
+    """A single message that is refused among accepted ones fails, even if one failure opens the breaker."""
+    store: Any = FixedStore(SharedState(CLOSED))
+    door = Breaker(store, "http", failures=1)
+    for _ in range(3):
+        assert door.record(*ids(1), KEY, REFUSED) == REFUSED
+        assert door.record(*ids(1), KEY, Sent()) == Sent()
 
 
 def test_a_refusal_is_final_without_a_breaker() -> None:

@@ -45,6 +45,7 @@ OVERDUE = 200
 FOR_LONG = RecoveryPolicy(first_pause=600, longest_pause=600)
 QUICK = RecoveryPolicy(first_pause=0.05, longest_pause=0.2, first_rate=20, last_rate=200)
 LEASED = "SELECT count(*) FROM follow_ups WHERE lease_until > now()"
+PENDING = "SELECT count(*) FROM follow_ups WHERE status = 'pending'"
 
 
 @pytest.fixture
@@ -195,6 +196,16 @@ def test_deferred_follow_ups_are_sent_after_the_recovery(world: World, engine: E
     ]  # a follow-up that failed as a probe before the recovery has more attempts
     assert once
     assert [id_ for id_ in chat.taken if id_ in set(once)] == once
+
+
+def test_follow_ups_that_are_too_late_end(world: World, engine: Engine, own: Settings) -> None:
+    """While the breaker is open, follow-ups end as soon as they are too late; only the next probes need permits."""
+    ended = "SELECT max(finished_at - GREATEST(due_date, scheduled_at)) FROM follow_ups WHERE reason = 'too_late'"
+    world.burst([-SECOND] * OVERDUE)
+    with worker(own.model_copy(update={"max_lateness": 3 * SECOND}), engine, SelectiveTransport(), FOR_LONG):
+        wait_until(lambda: len(deferred(world)) > OVERDUE * 0.5)
+        wait_until(lambda: world.scalar(PENDING) <= CONCURRENCY)
+        assert world.scalar(ended) < 8 * SECOND
 
 
 def test_a_row_that_is_locked_is_deferred_later(world: World, engine: Engine, own: Settings) -> None:

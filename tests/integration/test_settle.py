@@ -15,6 +15,7 @@ import followups
 from followups.errors import AlreadyFinishedError, DeliveryInProgressError, InvalidRequestError
 from followups.store import chat_order, chats, leases
 from followups.transports.port import Rejected, Retry, Sent, Snoozed, Unknown
+from stack import wait_until
 from steps import attempt, reply
 
 if TYPE_CHECKING:
@@ -61,6 +62,40 @@ class TestSettle:
         assert (row.status, row.attempts, row.begun_at, row.lease_until) == ("pending", 1, None, None)
         assert world.failures(follow_up) == [(1, "retry", "HTTP 500")]
         assert steps.claim().leases == ()
+
+    @pytest.mark.parametrize(
+        "outcome", [Retry("HTTP 500", timedelta(hours=1), 500), Snoozed("HTTP 429", timedelta(hours=1), 429)]
+    )
+    def test_no_retry_is_later_than_the_allowed_lateness(
+        self, world: World, steps: Steps, settings: Settings, outcome: Outcome
+    ) -> None:
+        """If a retry would be too late, the follow-up ends when its allowed lateness ends, and frees its chat."""
+        strict = settings.model_copy(update={"max_lateness": SECOND})
+        follow_up = world.follow_up()
+        steps.settle([attempt(steps.begun(strict), outcome)], strict)
+        row = world.row(follow_up)
+        assert SECOND < row.next_attempt_at - row.scheduled_at < 1.5 * SECOND
+        wait_until(lambda: world.scalar("SELECT max(next_attempt_at) < now() FROM follow_ups"))
+        ended = steps.begin(steps.claim(strict).leases, strict)
+        assert [final.reason for _, final in ended.ended] == ["too_late"]
+
+    def test_no_retry_is_later_than_the_messaging_window(self, world: World, steps: Steps) -> None:
+        """If a retry would come after the messaging window, the follow-up ends when the window closes."""
+        chat = world.chat(channel="whatsapp", last_user_message_at=datetime.now(UTC) - timedelta(hours=23))
+        follow_up = world.follow_up(chat)
+        steps.settle([attempt(steps.begun(), Snoozed("HTTP 429", timedelta(hours=24), 429))])
+        left = world.row(follow_up).next_attempt_at - datetime.now(UTC)
+        assert timedelta(minutes=59) < left < timedelta(minutes=61)
+
+    def test_a_retry_after_the_allowed_lateness(self, world: World, steps: Steps, settings: Settings) -> None:
+        """If the allowed lateness ended during the attempt, the follow-up is claimed again at once, and ends."""
+        follow_up = world.follow_up()
+        begun = steps.begun()
+        strict = settings.model_copy(update={"max_lateness": timedelta(milliseconds=1)})
+        steps.settle([attempt(begun, Retry("HTTP 500", timedelta(hours=1), 500))], strict)
+        row = world.row(follow_up)
+        assert row.next_attempt_at - row.scheduled_at < SECOND
+        assert row.status == "pending"
 
     def test_last_attempt(self, world: World, steps: Steps, settings: Settings) -> None:
         """When the last allowed attempt fails, the follow-up ends as retries_exhausted with the last error."""

@@ -22,7 +22,7 @@ from followups.transactions import in_loop, transact
 from followups.transports.port import Delivery
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
     from datetime import datetime
 
     from sqlalchemy import Connection, Engine
@@ -33,6 +33,8 @@ if TYPE_CHECKING:
     from followups.states import Final
     from followups.store.leases import Lease
     from followups.store.obstacles import Obstacle
+
+    Work = Callable[[Sequence[Lease], Connection], BatchResult]
 
 TOLERANCE = timedelta(milliseconds=100)
 """How early an attempt may begin: the lead plus the largest error of a worker's clock."""
@@ -68,7 +70,16 @@ def begin(engine: Engine, settings: Settings, batch: Sequence[Lease]) -> BatchRe
     The whole batch uses one transaction. If a row cannot be written, only its follow-up is deferred; all other
     follow-ups begin.
     """
-    halved = halve(batch, lambda part: transact(engine, partial(_begin, settings, part)))
+    return _in_parts(engine, batch, partial(_begin, settings))
+
+
+def end_hold_or_park(engine: Engine, settings: Settings, batch: Sequence[Lease]) -> BatchResult:
+    """End the follow-ups that must not be sent, like `begin`, but begin none of the others."""
+    return _in_parts(engine, batch, partial(_end_hold_or_park, settings))
+
+
+def _in_parts(engine: Engine, batch: Sequence[Lease], work: Work) -> BatchResult:
+    halved = halve(batch, lambda part: transact(engine, partial(work, part)))
     for lease, error in halved.refused:
         events.refused("begin", lease.id, error)
         _defer(engine, lease)
@@ -102,6 +113,11 @@ def _begin(settings: Settings, batch: Sequence[Lease], connection: Connection) -
     started = {one.lease.id for one in begun}
     missing = [lease for lease in batch if lease.id not in started]
     return _hold_end_or_park(connection, settings, begun, obstacles.find(connection, missing, rules))
+
+
+def _end_hold_or_park(settings: Settings, batch: Sequence[Lease], connection: Connection) -> BatchResult:
+    found = obstacles.find(connection, batch, Rules(settings.lease, settings.max_lateness, TOLERANCE))
+    return _hold_end_or_park(connection, settings, (), found)
 
 
 def _as_stored(lease: Lease, token: int, due: datetime) -> Lease:

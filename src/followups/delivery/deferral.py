@@ -1,7 +1,8 @@
 """Defers follow-ups of workspaces whose breaker has tripped, to make room in the in-flight window.
 
 Each worker keeps a few leases of the tripped workspaces as probes. All other follow-ups of tripped workspaces are
-deferred in the database. A deferral is not an attempt, and a deferred follow-up can still be cancelled. When the
+deferred in the database, or end if they can no longer be sent. A deferral is not an attempt, and a deferred follow-up
+can still be cancelled. When the
 transport recovers, or a worker needs further probes, deferrals are ended, earliest first. When a workspace is no longer
 tripped, all its deferred follow-ups fall due. Every deferral ends after some minutes at the latest. Deferrals need a
 time limit, because a restarted worker has no record of its deferrals.
@@ -16,10 +17,12 @@ from math import inf
 from typing import TYPE_CHECKING
 
 from followups.delivery import events
+from followups.delivery.begin import end_hold_or_park
 from followups.delivery.due_queue import RETRY_DELAY
-from followups.flow_control.limiter import LONGEST_DEFERRAL, defer
+from followups.flow_control.limiter import LONGEST_DEFERRAL, defer, limitable_of
 from followups.store import rate_limits
 from followups.store.leases import key_of
+from followups.store.settlement import ENDED_MARGIN
 from followups.transactions import in_loop, transact
 
 if TYPE_CHECKING:
@@ -29,10 +32,12 @@ if TYPE_CHECKING:
     from sqlalchemy import Engine
     from sqlalchemy.ext.asyncio import AsyncEngine
 
+    from followups.delivery.attempts import BatchResult
     from followups.delivery.due_queue import DueQueue
     from followups.flow_control.breaker import Breaker
     from followups.settings import Settings
     from followups.store.leases import Lease
+    from followups.store.rate_limits import Limitable
 
 SHARE = 1024
 """A worker requests 1/`SHARE` of the in-flight limit, but at most one lease per slot.
@@ -96,13 +101,20 @@ class Deferral:
     """
 
     def __init__(
-        self, settings: Settings, engine: AsyncEngine, queue: DueQueue, breaker: Breaker, nudge: Callable[[], None]
+        self,
+        settings: Settings,
+        engine: AsyncEngine,
+        queue: DueQueue,
+        breaker: Breaker,
+        nudge: Callable[[], None],
+        not_begun: Callable[[BatchResult], None],
     ) -> None:
-        """``nudge`` is called when a deferred follow-up falls due."""
+        """``nudge`` is called when a deferred follow-up falls due, ``not_begun`` when follow-ups have ended."""
         self._engine = engine
         self._queue = queue
         self._breaker = breaker
         self._nudge = nudge
+        self._not_begun = not_begun
         self._settings = settings
         self._returns = ReturnTimes()
         self._release_again_at = -inf
@@ -179,12 +191,23 @@ class Deferral:
         now, portion = time.monotonic(), self._excess[:DEFER_SIZE]
         if not portion:
             return
-        waits = [(lease, timedelta(seconds=self._returns.next(now))) for lease in portion]
-        deferred = await in_loop(self._engine, defer, waits)
+        known = {one.id: one for one in await in_loop(self._engine, limitable_of, self._settings, portion)}
+        # Ending a follow-up needs no permit. Those that have become too late would otherwise wait for one, or would be
+        # deferred again and again.
+        over = {one.id for one in known.values() if one.is_over}
+        if over:
+            ending = [lease for lease in portion if lease.id in over]
+            self._not_begun(await in_loop(self._engine, end_hold_or_park, self._settings, ending))
+        waits = [(lease, self._wait(now, known.get(lease.id))) for lease in portion if lease.id not in over]
+        deferred = await in_loop(self._engine, defer, waits) if waits else set()
         del self._excess[: len(portion)]
-        for lease in portion:
+        for lease, _ in waits:
             if lease.id not in deferred:  # the follow-up's row is locked, or another worker has leased it
                 self._queue.defer(lease, RETRY_DELAY)
+
+    def _wait(self, now: float, one: Limitable | None) -> timedelta:
+        wait = timedelta(seconds=self._returns.next(now))
+        return wait if one is None or one.left is None else min(wait, one.left + ENDED_MARGIN)
 
     async def _release(self, keys: frozenset[int], most: int) -> int:
         if keys - self._workspaces.keys():

@@ -86,7 +86,7 @@ class Pipeline:
         self._queue = DueQueue(self._clock, settings.lease, self._slots)
         self._rate_limits = RateLimits(settings, engine, limiter, LEAD)
         self._breaker = Breaker(breaker_store, transport.name, settings.breaker_failures)
-        self._deferral = Deferral(settings, engine, self._queue, self._breaker, nudge)
+        self._deferral = Deferral(settings, engine, self._queue, self._breaker, nudge, self._not_begun)
         self._settler = Settler(settings, engine, self._settled)
         self._upkeep = Upkeep(engine, self._clock, self._rate_limits)
         self._tasks: set[asyncio.Task[None]] = set()
@@ -195,13 +195,17 @@ class Pipeline:
         if len(step.begun) < len(leases):
             begun = {one.lease.id for one in step.begun}
             self._release([lease for lease in leases if lease.id not in begun])
+        for lease, wait in step.deferred:
+            self._queue.defer(lease, wait)
+        self._not_begun(step)
+        return step.begun
+
+    def _not_begun(self, step: BatchResult) -> None:
+        """Enqueue the follow-ups to try again shortly, and those that were unblocked; log those that have ended."""
         events.ended(step.ended)
         for lease in step.retry_later:
             self._queue.defer_refused(lease)
-        for lease, wait in step.deferred:
-            self._queue.defer(lease, wait)
         self._enqueue_unblocked(step)
-        return step.begun
 
     async def _send(self, begun: Begun, started: float) -> None:
         """Send one follow-up at its due time, and pass the outcome on to be settled."""

@@ -193,7 +193,7 @@ def _record(
     unblock: Unblock,
     connection: Connection,
 ) -> BatchResult:
-    settled = settlement.settle_if_in_flight(connection, decided)
+    settled = settlement.settle_if_in_flight(connection, decided, settings.max_lateness)
     missing = _not_among(settled, attempts)
     unrecorded = {lease.id for lease in missing}
     failures = [failure for a in attempts if (failure := failure_of(a)) and failure.follow_up_id not in unrecorded]

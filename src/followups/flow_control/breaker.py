@@ -53,6 +53,7 @@ if TYPE_CHECKING:
     from followups.transports.port import Outcome
 
 CLOSED = "closed"
+OPEN = "open"
 RECOVERING = "recovering"
 
 CALLER_REFUSED = {401, 403}
@@ -219,8 +220,18 @@ class Breaker:
 
         This set is cleared after each report while the breaker is closed or Redis is unreachable.
         """
+        self._too_many = max(2, failures)
+        """After this many failures in a row, a 401 or 403 no longer concerns one message. It takes at least two."""
         self._failures_in_a_row = 0
         """Number of this worker's consecutive failed attempts up to and including the latest, in all workspaces."""
+        self._failures_of: dict[int, int] = {}
+        """The same number for each workspace whose latest attempt failed."""
+        self._accepted: set[int] = set()
+        """Tripped workspaces of which an attempt has succeeded since the breaker last opened.
+
+        A 401 or 403 then concerns one message. Otherwise, recipients who have blocked the sender would open the breaker
+        again and again.
+        """
         self._unreported: dict[UUID, None] = {}
         self._runs: dict[int, WorkspaceOutcomes] = {}
         """The outcomes not yet reported, for each workspace."""
@@ -260,18 +271,19 @@ class Breaker:
         """Record the outcome of an attempt, and return the outcome to settle.
 
         `Snoozed` is neither a failure nor a success, because the endpoint is reachable but busy. The same applies to a
-        message that the transport rejects without a call. While the transport fails as a whole, a 401 or 403 becomes
-        `Snoozed`.
+        message that the transport rejects without a call, and to a 401 or 403 of a workspace whose messages have been
+        accepted since the breaker opened. While the transport fails as a whole, a 401 or 403 becomes `Snoozed`.
         """
         if self._store is None or isinstance(outcome, Snoozed) or _is_without_call(outcome):
             return outcome
         failed = _failed(outcome)
+        self._count_in_a_row(key, failed=failed)
+        if failed and isinstance(outcome, Rejected) and key in self._accepted:
+            return outcome
         if failed:
-            self._failures_in_a_row += 1
             run = self._runs.get(key, WorkspaceOutcomes(key, 0, after_success=False))
             self._runs[key] = WorkspaceOutcomes(key, run.failures + 1, run.after_success)
         else:
-            self._failures_in_a_row = 0
             self._runs[key] = WorkspaceOutcomes(key, 0, after_success=True)
         counts = self._shared.state == CLOSED or key in self._shared.tripped
         if counts and failed:
@@ -287,6 +299,17 @@ class Breaker:
             return Snoozed(outcome.detail, REFUSED_DELAY, outcome.status_code)
         return outcome
 
+    def _count_in_a_row(self, key: int, *, failed: bool) -> None:
+        if not failed:
+            self._failures_in_a_row = 0
+            self._failures_of.pop(key, None)
+            self._accepted |= {key} & self._shared.tripped
+            return
+        self._failures_in_a_row += 1
+        self._failures_of[key] = self._failures_of.get(key, 0) + 1
+        if self._failures_of[key] >= self._too_many:
+            self._accepted.discard(key)
+
     def _fails_as_a_whole(self, key: int) -> bool:
         """Return whether the transport fails as a whole, or at least for the workspace with this key.
 
@@ -294,7 +317,8 @@ class Breaker:
         Redis is unreachable. Moreover, the breaker stays closed if no workspace has enough failures in a row to be
         tripped.
         """
-        return self._failures_in_a_row >= self._failures or key in self._shared.tripped
+        in_a_row = max(self._failures_in_a_row, self._failures_of.get(key, 0))
+        return in_a_row >= self._too_many or key in self._shared.tripped
 
     async def run(self, wanted: Callable[[], int], changed: Callable[[], None]) -> None:
         """Report outcomes to the store and read the shared state, until cancelled.
@@ -328,7 +352,7 @@ class Breaker:
         await wait(self._report_due, pause)
 
     def _log_change(self, state: str) -> None:
-        if state == "open":
+        if state == OPEN:
             metrics.BREAKER_OPENED.labels(transport=self._transport).inc()
             log.warning("breaker", transport=self._transport, state=state)
         else:
@@ -343,6 +367,9 @@ class Breaker:
 
     def _take(self, reading: SharedState) -> None:
         self.permits = reading.permits if reading.state != self._shared.state else self.permits + reading.permits
+        if reading.state == OPEN != self._shared.state:
+            self._accepted.clear()
+        self._accepted &= reading.tripped
         self._shared = reading
         if reading.state == CLOSED:
             self._failed.clear()

@@ -242,7 +242,7 @@ class RateLimits:
         Yields a pair: how long each lease without a token must wait, and an empty set. When a follow-up has begun, the
         caller adds it to the yielded set. Tokens are returned to their buckets if their follow-ups did not begin.
         """
-        limitable = {one.id: one for one in await in_loop(self._engine, _limitable, self._settings, leases)}
+        limitable = {one.id: one for one in await in_loop(self._engine, limitable_of, self._settings, leases)}
         requests = [request for one in limitable.values() if (request := self._limits.request(one)).buckets]
         ended = [request for request in requests if limitable[request.id].ended]
         # The begin statement ends expired follow-ups. Begin also detects leases that another worker's lease has
@@ -298,7 +298,9 @@ class RateLimits:
         return wait if one.left is None else min(wait, one.left + SHORTEST + self._lead)
 
 
-def _limitable(engine: Engine, settings: Settings, leases: Sequence[Lease]) -> list[Limitable]:
+def limitable_of(engine: Engine, settings: Settings, leases: Sequence[Lease]) -> list[Limitable]:
+    """Return what the rate limits and the breaker's deferral need to know about each valid lease."""
+
     def read(part: Sequence[Lease]) -> list[Limitable]:
         with engine.connect() as connection:
             return rate_limits.limitable(connection, part, settings.max_lateness)

@@ -33,6 +33,16 @@ LATENESS_FROM = "COALESCE(f.sendable_from, GREATEST(f.due_date, f.scheduled_at, 
 WINDOWED = ", ".join(f"'{channel.value}'" for channel in sorted(WINDOWED_CHANNELS))
 """An SQL list of the channels that have a messaging window."""
 
+ENDS_AT = f"""
+    LEAST(CASE WHEN CAST(:max_lateness AS interval) > interval '0'
+               THEN {LATENESS_FROM} + CAST(:max_lateness AS interval) END,
+          CASE WHEN c.channel IN ({WINDOWED})
+               THEN COALESCE(c.last_user_message_at + CAST(:window AS interval), now()) END)
+"""
+"""When follow-up ``f`` of chat ``c`` can no longer be sent: the end of the allowed lateness or of the messaging window,
+or NULL if there is neither.
+"""
+
 OPEN = "f.finished_at IS NULL"
 """SQL condition for pending follow-ups, for queries that search by id. A CHECK constraint makes this condition
 equivalent to a check of the status. This form of the condition keeps the planner from using the partial indexes of

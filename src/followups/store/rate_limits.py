@@ -14,7 +14,7 @@ from sqlalchemy import text
 from followups.channels import WINDOW
 from followups.halving import halve_within
 from followups.store import commit_checks
-from followups.store.fragments import CHAT, DUE, LATENESS_FROM, LEASED, WINDOWED
+from followups.store.fragments import CHAT, DUE, ENDS_AT, LEASED
 from followups.store.leases import batch_of, uuid_array
 
 if TYPE_CHECKING:
@@ -142,16 +142,10 @@ class Limitable:
         return self.ended or (self.left is not None and not self.left)
 
 
-_ENDS = f"""
-    LEAST(CASE WHEN CAST(:max_lateness AS interval) > interval '0'
-               THEN {LATENESS_FROM} + CAST(:max_lateness AS interval) END,
-          CASE WHEN c.channel IN ({WINDOWED})
-               THEN COALESCE(c.last_user_message_at + CAST(:window AS interval), now()) END)
-"""
 # LATERAL makes PostgreSQL look up each follow-up by its key, even if the statistics are wrong.
 _LIMITABLE = text(f"""
     SELECT f.id, f.status <> 'pending' AS ended, f.workspace_id, f.chat_id, c.channel,
-           GREATEST(f.due_date, f.scheduled_at) AS since, GREATEST({_ENDS}, now()) - now() AS left, {_ENDS} AS ends
+           GREATEST(f.due_date, f.scheduled_at) AS since, GREATEST({ENDS_AT}, now()) - now() AS left, {ENDS_AT} AS ends
       FROM unnest(CAST(:ids AS uuid[]), CAST(:tokens AS bigint[])) AS b(id, token)
      CROSS JOIN LATERAL (
            SELECT f.* FROM follow_ups f

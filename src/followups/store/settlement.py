@@ -3,28 +3,37 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from datetime import timedelta
 from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
 from sqlalchemy import text
 
 from followups import binary_arrays
+from followups.channels import WINDOW
 from followups.event_loop import driver_rows
 from followups.halving import halve_within
 from followups.statements import Statement
 from followups.states import CANCEL_CODES, Status
 from followups.store import commit_checks
-from followups.store.fragments import OPEN, honest
+from followups.store.fragments import ENDS_AT, OPEN, honest
 from followups.store.leases import batch_of
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
-    from datetime import datetime, timedelta
+    from datetime import datetime
     from uuid import UUID
 
     from sqlalchemy import Connection
 
     from followups.store.leases import Lease
+
+
+ENDED_MARGIN = timedelta(milliseconds=200)
+"""How long after the end of its allowed lateness a follow-up is claimed again, so that begin finds it too late.
+
+Begin looks at a follow-up shortly before its due time.
+"""
 
 
 class Settlement(NamedTuple):
@@ -71,6 +80,16 @@ _CANCEL_REASON = f"""
 unchanged.
 """
 
+# A follow-up that cannot be sent any more must end on time, and must not keep later ones of its chat waiting.
+_NEXT_ATTEMPT = f"""
+    LEAST(now() + r.delay,
+          (SELECT GREATEST(last.ends + CAST(:margin AS interval), now())
+             FROM (SELECT {ENDS_AT} AS ends FROM chats c
+                    WHERE c.workspace_id = f.workspace_id AND c.id = f.chat_id) last
+            WHERE last.ends IS NOT NULL))
+"""  # noqa: S608 - no input, only the constant above
+"""SQL for the time of the next attempt: after the delay, or as soon as the follow-up can no longer be sent."""
+
 _IN_FLIGHT_ROWS = f"""
          CROSS JOIN LATERAL (
              SELECT f.ctid AS place FROM follow_ups f
@@ -98,7 +117,7 @@ _SETTLE = text(f"""
            finished_at = CASE WHEN {_IS_CANCELLED} OR r.status <> 'pending' THEN now() END,
            updated_at = CASE WHEN {_IS_CANCELLED} OR r.status <> 'pending' THEN now() ELSE f.updated_at END,
            next_attempt_at = CASE WHEN {_IS_CANCELLED} OR r.status <> 'pending' THEN f.next_attempt_at
-                                  ELSE now() + r.delay END,
+                                  ELSE {_NEXT_ATTEMPT} END,
            attempts = f.attempts - r.refunded::int,
            snoozes = f.snoozes + r.refunded::int,
            begun_at = NULL,
@@ -129,14 +148,20 @@ _SETTLE_SENT = Statement(f"""
 """)  # noqa: S608 - no input, only the constant above
 
 
-def settle_if_in_flight(connection: Connection, settlements: Sequence[Settlement]) -> list[SettledFollowUp]:
+def settle_if_in_flight(
+    connection: Connection, settlements: Sequence[Settlement], max_lateness: timedelta
+) -> list[SettledFollowUp]:
     """Record the outcomes of attempts in flight, and return the settled follow-ups.
 
-    A follow-up that is not returned is locked, was just updated, or is now leased by another worker.
+    No retry is later than the end of the allowed lateness, so that the follow-up then ends. A follow-up that is not
+    returned is locked, was just updated, or is now leased by another worker.
     """
     sent = [one for one in settlements if one.status is Status.SENT]
     others = [one for one in settlements if one.status is not Status.SENT]
-    return [*(_settle_sent(connection, sent) if sent else ()), *(_settle(connection, others) if others else ())]
+    return [
+        *(_settle_sent(connection, sent) if sent else ()),
+        *(_settle(connection, others, max_lateness) if others else ()),
+    ]
 
 
 def _settle_sent(connection: Connection, settlements: Sequence[Settlement]) -> list[SettledFollowUp]:
@@ -151,8 +176,13 @@ def _settle_sent(connection: Connection, settlements: Sequence[Settlement]) -> l
     return [SettledFollowUp(row_id, Status.SENT, None, lag, None) for row_id, lag, _ in rows]
 
 
-def _settle(connection: Connection, settlements: Sequence[Settlement]) -> list[SettledFollowUp]:
+def _settle(
+    connection: Connection, settlements: Sequence[Settlement], max_lateness: timedelta
+) -> list[SettledFollowUp]:
     parameters = {
+        "max_lateness": max_lateness,
+        "window": WINDOW,
+        "margin": ENDED_MARGIN,
         "statuses": [s.status.value for s in settlements],
         "reasons": [s.reason for s in settlements],
         "delays": [s.delay for s in settlements],
