@@ -11,6 +11,7 @@ import os
 import re
 from datetime import timedelta
 from functools import lru_cache
+from importlib.metadata import EntryPoint, entry_points
 from ipaddress import ip_network
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, TypeVar
@@ -20,7 +21,8 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from followups.errors import SettingsError
 from followups.retry_policy import RetryPolicy
-from followups.urls import HIGHEST_PORT, broker_url, database_url, port_of
+from followups.signing_secrets import keys_of
+from followups.urls import HIGHEST_PORT, broker_url, database_url, is_address, port_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -64,6 +66,12 @@ def _parsed(value: SecretStr, parse: Callable[[str], T]) -> T:
         message = f"should be a valid URL: {error}"
         raise ValueError(message) from None
 
+
+NO_ADDRESS = (
+    "FOLLOWUPS_TRANSPORT_URL should be an address such as https://chat.example/messages, with a host name in ASCII"
+    " (xn--...), and with every other special character percent-encoded"
+)
+NO_TOKEN = "FOLLOWUPS_TRANSPORT_SECRET should be the access token of the Matrix user that writes the messages"  # noqa: S105
 
 PUBLIC_URL = re.compile(r"https?://(?:[\w.-]+|\[[0-9A-Fa-f:.]+\])(?::\d{1,5})?(?:/[\w.~-]+)*", re.ASCII)
 HEADER = re.compile(r"[\w!#$%&'*+.^`|~-]{1,100}", re.ASCII)
@@ -292,11 +300,33 @@ class Settings(BaseSettings):
         # its queue.
         if self.transport_timeout + LEASE_MARGIN > self.lease:
             message = (
-                f"FOLLOWUPS_LEASE ({self.lease.total_seconds():g} s) should be at least "
-                f"{LEASE_MARGIN.total_seconds():g} s longer than FOLLOWUPS_TRANSPORT_TIMEOUT "
-                f"({self.transport_timeout.total_seconds():g} s)"
+                f"FOLLOWUPS_LEASE should be at least {LEASE_MARGIN.total_seconds():g} s longer than"
+                " FOLLOWUPS_TRANSPORT_TIMEOUT"
             )
             raise ValueError(message)
+        return self
+
+    @field_validator("transport")
+    @classmethod
+    def _is_installed(cls, value: str) -> str:
+        if value not in transports():
+            message = f"should be the name of an installed transport: {', '.join(sorted(transports()))}"
+            raise ValueError(message)
+        return value
+
+    @model_validator(mode="after")
+    def _fits_the_transport(self) -> Self:
+        # A plug-in may give these settings another meaning.
+        if self.transport not in {"http", "matrix"}:
+            return self
+        url = self.transport_url
+        if url is not None and not is_address(url):
+            raise ValueError(NO_ADDRESS)
+        secret = self.transport_secret and self.transport_secret.get_secret_value()
+        if secret and self.transport == "http":
+            keys_of(secret)
+        if secret and self.transport == "matrix" and not is_access_token(secret.strip()):
+            raise ValueError(NO_TOKEN)
         return self
 
     @model_validator(mode="after")
@@ -334,6 +364,19 @@ class Settings(BaseSettings):
     def shown(self) -> dict[str, str]:
         """Return every setting for display, keyed by its environment variable. Secrets and passwords are hidden."""
         return {environment_name(name): _hidden(name, value) for name, value in self}
+
+
+def transports() -> dict[str, EntryPoint]:
+    """Return the entry points of the installed transports by name (group ``followups.transports``).
+
+    A plug-in registers its transport as ``name = "package.module:Class"``.
+    """
+    return {entry_point.name: entry_point for entry_point in entry_points(group="followups.transports")}
+
+
+def is_access_token(secret: str) -> bool:
+    """Return whether a secret can be sent as an access token: visible ASCII characters only."""
+    return bool(secret) and secret.isascii() and secret.isprintable() and " " not in secret
 
 
 def networks_of(addresses: str | None) -> tuple[IPv4Network | IPv6Network, ...]:
@@ -413,7 +456,7 @@ def _read_files() -> dict[str, str]:
 def read_file_of(name: str) -> str | None:
     """Return the stripped content of the file named by ``NAME_FILE``, or None if the variable is not set.
 
-    Raises `SettingsError` if ``NAME`` is also set, or if the file cannot be read.
+    Raises `SettingsError` if ``NAME`` is also set, or if the file is empty or cannot be read.
     """
     if not (path := os.environ.get(f"{name}_FILE")):
         return None
@@ -421,11 +464,15 @@ def read_file_of(name: str) -> str | None:
         message = f"{name} and {name}_FILE are both set: unset one of them."
         raise SettingsError(message)
     try:
-        return Path(path).read_text().strip()
+        content = Path(path).read_text().strip()
     except (OSError, UnicodeDecodeError) as error:
         why = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
         message = f"{name}_FILE should name a readable file ({why})."
         raise SettingsError(message) from None
+    if not content:
+        message = f"{name}_FILE should name a file that is not empty."
+        raise SettingsError(message)
+    return content
 
 
 def _names(field: str) -> list[str]:

@@ -1,4 +1,4 @@
-"""Validation of database and broker URLs before a connection is opened. Each error states the reason.
+"""Validation of database, broker and endpoint URLs before a connection is opened. Each error states the reason.
 
 Error messages never quote the URL, because any part of it may belong to an unescaped password.
 """
@@ -232,3 +232,26 @@ def _check_readable(parameter: str, path: str) -> None:
     if not readable:
         message = f"its parameter {parameter} should name a readable file"
         raise ValueError(message)
+
+
+def is_address(url: str) -> bool:
+    """Return whether a URL has a host, and only characters that may appear unescaped."""
+    try:
+        parts = urlsplit(url)
+        host = (parts.hostname or "").encode("idna")
+        return (
+            bool(host)
+            and parts.port != 0
+            and parts.netloc.count("@") <= 1  # libcurl rejects a password with an unescaped @
+            and url.isascii()
+            and not any(c.isspace() or not c.isprintable() for c in url)
+            and _fits_basic_authentication(unquote(parts.username or ""), unquote(parts.password or ""))
+        )
+    except ValueError:  # for example an invalid port, an unbalanced bracket or an empty label
+        return False
+
+
+def _fits_basic_authentication(user: str, password: str) -> bool:
+    # In credentials, the first colon ends the user name (RFC 7617). Servers do not agree on how to encode characters
+    # beyond Latin-1.
+    return ":" not in user and max(user + password, default="") <= "\xff"

@@ -193,7 +193,7 @@ def test_the_system_page_shows_the_doctors_findings(path: str, person: Callable[
     page = person("operator").get(path)
     assert heading(page) == "System"
     said = words(page)
-    for name in ("migrations", "tick", "breaker", "queues", "transport"):
+    for name in ("migrations", "tick", "breaker", "queues"):
         assert name in said
     assert person("admin", own).get(path).status_code == 403
 

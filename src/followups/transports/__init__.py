@@ -6,6 +6,6 @@ process. `load_transport` creates the transport that the settings select.
 
 from __future__ import annotations
 
-from followups.transports.registry import available_transports, load_transport
+from followups.transports.registry import load_transport
 
-__all__ = ["available_transports", "load_transport"]
+__all__ = ["load_transport"]

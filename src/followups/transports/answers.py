@@ -69,6 +69,8 @@ class Dialect:
     """
     requested_delay: Callable[[Document], timedelta | None]
     """Return the delay that is requested by the body of a 429 without Retry-After."""
+    reported_error: Callable[[Document], str] = lambda _document: ""
+    """Return what is unusual about a 2xx answer that reports an error, or an empty string if it reports none."""
 
 
 def outcome_of(answer: Answer, dialect: Dialect, now: datetime | None = None) -> Outcome:
@@ -129,10 +131,13 @@ def _sent(answer: Answer, dialect: Dialect) -> Sent:
     # An accepted message counts as sent. If the body is invalid, only the message's id is unknown.
     if answer.flaw or not answer.body.strip():
         return Sent(None, answer.status, answer.flaw)
+    odd = ""
     try:
-        return Sent(dialect.message_id(_document(answer.body)), answer.status)
+        document = _document(answer.body)
+        odd = dialect.reported_error(document)
+        return Sent(dialect.message_id(document), answer.status, odd)
     except ValueError as error:
-        return Sent(None, answer.status, str(error))
+        return Sent(None, answer.status, odd or str(error))
 
 
 def _requested_delay(answer: Answer, dialect: Dialect) -> timedelta | None:

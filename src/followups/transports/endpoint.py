@@ -6,12 +6,11 @@ import os
 import ssl
 from datetime import timedelta
 from typing import TYPE_CHECKING
-from urllib.parse import unquote, urlsplit
 
 import pycurl
 
 from followups.errors import TransportConfigurationError
-from followups.settings import hide_password
+from followups.urls import is_address
 
 if TYPE_CHECKING:
     from followups.settings import Settings
@@ -21,44 +20,14 @@ _PROXY_SCHEMES = {"http", "https", "socks", "socks4", "socks4a", "socks5", "sock
 
 
 def required_url(settings: Settings, meaning: str) -> str:
-    """Return ``FOLLOWUPS_TRANSPORT_URL``; error messages use ``meaning`` to describe the expected URL.
+    """Return ``FOLLOWUPS_TRANSPORT_URL``; the error message uses ``meaning`` to describe the expected URL.
 
-    Raises `TransportConfigurationError` if the setting is missing, or is not a URL with a host.
+    Raises `TransportConfigurationError` if the setting is missing.
     """
-    url = settings.transport_url
-    if url is None:
+    if settings.transport_url is None:
         message = f"The transport {settings.transport} needs FOLLOWUPS_TRANSPORT_URL: set it to {meaning}."
         raise TransportConfigurationError(message)
-    if not _is_well_formed(url):
-        message = f"FOLLOWUPS_TRANSPORT_URL ({hide_password(url)}) is not a valid address: set it to {meaning}."
-        if not url.isascii():
-            message += (
-                " Write a non-ASCII host name in its xn-- form, and percent-encode non-ASCII characters elsewhere."
-            )
-        raise TransportConfigurationError(message)
-    return url
-
-
-def _is_well_formed(url: str) -> bool:
-    try:
-        parts = urlsplit(url)
-        host = (parts.hostname or "").encode("idna")
-        return (
-            bool(host)
-            and parts.port != 0
-            and parts.netloc.count("@") <= 1  # libcurl rejects a password with an unescaped @
-            and url.isascii()
-            and not any(c.isspace() or not c.isprintable() for c in url)
-            and _fits_basic_authentication(unquote(parts.username or ""), unquote(parts.password or ""))
-        )
-    except ValueError:  # for example an invalid port, an unbalanced bracket or an empty label
-        return False
-
-
-def _fits_basic_authentication(user: str, password: str) -> bool:
-    # In credentials, the first colon ends the user name (RFC 7617). Servers do not agree on how to encode characters
-    # beyond Latin-1.
-    return ":" not in user and max(user + password, default="") <= "\xff"
+    return settings.transport_url
 
 
 def connection_options(settings: Settings) -> dict[int, object]:
@@ -143,7 +112,7 @@ def _proxy() -> dict[int, object]:
     name, proxy = _variable("https_proxy")
     if proxy and not _is_proxy(proxy):
         message = (
-            f"{name} ({hide_password(proxy)}) is not the address of a proxy: set it to http://host:port. "
+            f"{name} should be the address of a proxy, such as http://host:port. "
             "The schemes https, socks4, socks4a, socks5 and socks5h are also supported."
         )
         raise TransportConfigurationError(message)
@@ -161,6 +130,6 @@ def _is_proxy(value: str) -> bool:
     scheme, _, rest = url.partition("://")
     return (
         scheme.lower() in _PROXY_SCHEMES
-        and _is_well_formed(url)
+        and is_address(url)
         and not rest.partition("/")[0].endswith(":")  # as in http:/proxy, which libcurl reads as the host http
     )

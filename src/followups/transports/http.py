@@ -90,9 +90,6 @@ def _utc_text(moment: datetime) -> str:
 def _chat_message_id(document: Document) -> UUID | None:
     value = document.get("chatMessageId")
     if value is None:
-        if document.get("ok") is False or document.get("success") is False or document.get("error"):
-            message = "the body of the answer reports an error, but its status does not"
-            raise ValueError(message)
         return None
     try:
         return UUID(value)  # type: ignore[arg-type]  # any JSON value; values that are not strings fail below
@@ -101,4 +98,10 @@ def _chat_message_id(document: Document) -> UUID | None:
         raise ValueError(message) from None
 
 
-DIALECT = Dialect(message_id=_chat_message_id, requested_delay=lambda _document: None)
+def _reported_error(document: Document) -> str:
+    if document.get("ok") is False or document.get("success") is False or document.get("error"):
+        return "the body of the answer reports an error, but its status does not"
+    return ""
+
+
+DIALECT = Dialect(_chat_message_id, requested_delay=lambda _document: None, reported_error=_reported_error)

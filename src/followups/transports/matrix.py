@@ -16,6 +16,7 @@ from uuid import NAMESPACE_URL, UUID, uuid5
 from followups.errors import TransportConfigurationError
 from followups.json_encoding import encode_json
 from followups.retry_policy import MAX_RETRY_AFTER
+from followups.settings import NO_TOKEN, is_access_token
 from followups.transports.answers import Dialect, Document
 from followups.transports.endpoint import required_url
 from followups.transports.http_client import HttpClient
@@ -84,8 +85,8 @@ class MatrixTransport:
 
 def _token(settings: Settings) -> str:
     token = settings.transport_secret.get_secret_value().strip() if settings.transport_secret else ""
-    if not token.isascii() or not token.isprintable() or not token or " " in token:
-        message = "FOLLOWUPS_TRANSPORT_SECRET should be the access token of the Matrix user that writes the messages."
+    if not is_access_token(token):
+        message = f"{NO_TOKEN}."
         raise TransportConfigurationError(message)
     return token
 
@@ -95,7 +96,11 @@ def _event(document: Document) -> UUID | None:
     if not isinstance(event_id, str) or not event_id:
         message = "the answer contains no event_id"
         raise ValueError(message)
-    return uuid5(EVENT_NAMESPACE, event_id)
+    try:
+        return uuid5(EVENT_NAMESPACE, event_id)
+    except UnicodeEncodeError:  # its message would quote the answer
+        message = "the event_id in the answer is not valid text"
+        raise ValueError(message) from None
 
 
 def _requested_delay(document: Document) -> timedelta | None:

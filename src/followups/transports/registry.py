@@ -1,43 +1,26 @@
-"""Finds the configured transport among the entry points of the group ``followups.transports``."""
+"""Creates the configured transport from its entry point."""
 
 from __future__ import annotations
 
-from importlib.metadata import EntryPoint, entry_points
 from typing import TYPE_CHECKING
 
 from followups.errors import FollowUpsError, TransportConfigurationError
+from followups.settings import transports
 from followups.transports.port import Transport
 
 if TYPE_CHECKING:
+    from importlib.metadata import EntryPoint
+
     from followups.settings import Settings
-
-GROUP = "followups.transports"
-"""The entry-point group in which a plug-in registers its transport as ``name = "package.module:Class"``."""
-
-
-def available_transports() -> list[str]:
-    """Return the values that ``FOLLOWUPS_TRANSPORT`` can have on this machine, sorted."""
-    return sorted(_registered())
 
 
 def load_transport(settings: Settings) -> Transport:
     """Create the transport that ``FOLLOWUPS_TRANSPORT`` selects, without opening it.
 
-    Raises `TransportConfigurationError`, with a one-sentence message, if the name is unknown, the plug-in is unusable,
-    or the transport rejects the settings.
+    Raises `TransportConfigurationError`, with a one-sentence message, if the plug-in is unusable, or if the transport
+    rejects the settings.
     """
-    entry_point = _registered().get(settings.transport)
-    if entry_point is None:
-        message = (
-            f"FOLLOWUPS_TRANSPORT names {settings.transport!r}, which is not installed; "
-            f"available: {', '.join(available_transports())}."
-        )
-        raise TransportConfigurationError(message)
-    return _made(entry_point, settings)
-
-
-def _registered() -> dict[str, EntryPoint]:
-    return {entry_point.name: entry_point for entry_point in entry_points(group=GROUP)}
+    return _made(transports()[settings.transport], settings)
 
 
 def _made(entry_point: EntryPoint, settings: Settings) -> Transport:

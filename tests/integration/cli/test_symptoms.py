@@ -13,7 +13,7 @@ from sqlalchemy import text
 
 from followups.database import make_engine
 from followups.flow_control.breaker import BreakerStore, OutcomeReport, WorkspaceOutcomes
-from followups.operations.doctor import broker_checks, database_checks
+from followups.operations.doctor import broker_checks, checks, database_checks
 from followups.operations.doctor.broker_checks import of_broker
 from followups.operations.doctor.database_checks import of_database, of_rooms
 from followups.store import pauses
@@ -76,6 +76,42 @@ def test_lost_and_unknown_attempts(settings: Settings, engine: Engine, world: Wo
     assert "2 without an answer" in attempts.detail
 
 
+@pytest.mark.parametrize(
+    ("statuses", "sent", "advice"),
+    [
+        ([401] * 5, False, True),
+        ([500, *[403] * 5], False, True),
+        ([401] * 5, True, False),
+        ([401] * 4, False, False),
+        ([*[401] * 5, 500], False, False),
+        ([], False, False),
+    ],
+)
+def test_every_message_is_refused(
+    settings: Settings, engine: Engine, world: World, statuses: list[int], *, sent: bool, advice: bool
+) -> None:
+    """If the endpoint has refused all recent messages, doctor advises to replace the secret."""
+    follow_up = world.follow_up(due=timedelta(hours=1))
+    for status in statuses:
+        world.sql(
+            "INSERT INTO failed_attempts (follow_up_id, number, outcome, detail, status_code)"
+            " VALUES (:id, 1, 'rejected', '', :status)",
+            id=follow_up,
+            status=status,
+        )
+    if sent:
+        world.sql("UPDATE follow_ups SET status = 'sent', finished_at = now()")
+    assert ("replace FOLLOWUPS_TRANSPORT_SECRET" in found(settings, engine)["attempts"].advice) is advice
+
+
+@pytest.mark.parametrize("asks", [True, False])
+def test_slow_checks(settings: Settings, engine: Engine, world: World, *, asks: bool) -> None:
+    """The endpoint and the workers are checked only on request, because these checks may take seconds."""
+    assert world
+    findings = checks.run(settings, engine, dict if asks else None, connects=False)
+    assert {"transport", "workers"} & {one.name for one in findings} == ({"transport", "workers"} if asks else set())
+
+
 def test_open_transaction(settings: Settings, engine: Engine, world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     """Doctor reports a transaction that stays open too long, and the command that ends it."""
     assert world
@@ -113,7 +149,7 @@ def test_queues(settings: Settings) -> None:
 
 def test_breaker(settings: Settings) -> None:
     """Doctor reports an open breaker with advice, and a recovering breaker without advice."""
-    assert of(settings, "breaker").detail == "closed: nothing is deferred"
+    assert of(settings, "breaker").detail == "closed: no workspace is deferred"
 
     async def told(*reports: tuple[int, bool]) -> None:
         store = BreakerStore(settings, settings.transport)

@@ -198,6 +198,11 @@ def test_any_body_is_accepted(dialect: Dialect, body: bytes) -> None:
         (b"<!doctype html><title>Sign in</title>", None, "the body of the answer is not JSON"),
         (b'{"ok": true}', None, ""),
         (b'{"ok": false}', None, "the body of the answer reports an error, but its status does not"),
+        (
+            b'{"ok": false, "chatMessageId": "6f1b1f0e-3a53-4f6e-9a5f-1d2b3c4d5e6f"}',
+            SOME_ID,
+            "the body of the answer reports an error, but its status does not",
+        ),
         (b'{"success": false}', None, "the body of the answer reports an error, but its status does not"),
         (b'{"error": "no such chat"}', None, "the body of the answer reports an error, but its status does not"),
         (b'{"error": null}', None, ""),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import re
 import shutil
 import socket
 import ssl
@@ -375,14 +376,14 @@ async def test_every_scheme_of_a_proxy_is_supported(
     ],
 )
 def test_an_invalid_proxy_stops_the_start(proxy: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A proxy that cannot be used is rejected at startup, and the error hides its password.
+    """A proxy that cannot be used is rejected at startup, and the error does not show it.
 
     An endpoint with plain HTTP uses no proxy, so an invalid one is ignored.
     """
     monkeypatch.setenv("HTTPS_PROXY", proxy)
-    with pytest.raises(TransportConfigurationError, match=r"(?s)^HTTPS_PROXY \(.*set it to http://host:port") as caught:
+    with pytest.raises(TransportConfigurationError, match=r"^HTTPS_PROXY should be the address of a proxy") as caught:
         HttpTransport(settings_for("https://host"))
-    assert "hunter2" not in str(caught.value)
+    assert not {"hunter2", "3128"} & set(re.split(r"\W", str(caught.value)))
     HttpTransport(settings_for("http://host"))
 
 

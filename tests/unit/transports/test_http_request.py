@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import base64
 import json
+import re
 from datetime import UTC, datetime, timedelta, timezone
 from uuid import UUID
 
 import pytest
 from standardwebhooks import Webhook, WebhookVerificationError
 
-from followups.errors import TransportConfigurationError
+from followups.errors import SettingsError, TransportConfigurationError
 from followups.transports.http import HttpTransport
 from followups.transports.port import Delivery, Rejected, Sent
 from unit.transports.doubles import (
@@ -217,21 +218,19 @@ def test_a_missing_url_names_the_setting() -> None:
 )
 def test_an_invalid_url_stops_the_start(url: str) -> None:
     """A URL without a host, with an invalid port, or with characters that must be encoded is rejected at startup."""
-    with pytest.raises(TransportConfigurationError, match=r"FOLLOWUPS_TRANSPORT_URL .* is not a valid address"):
-        HttpTransport(settings_for(url))
+    with pytest.raises(SettingsError, match=r"^FOLLOWUPS_TRANSPORT_URL should be an address such as https://"):
+        settings_for(url)
 
 
 @pytest.mark.parametrize("address", ["user:hunter2@host:port", "us%3Aer:hunter2@host", "user:hunter2%E2%82%AC@host"])
-def test_a_wrong_address_is_named_without_its_password(address: str) -> None:
-    """The error for a wrong URL does not contain its credentials.
+def test_a_wrong_address_is_not_shown(address: str) -> None:
+    """The error for a wrong URL does not contain any part of it.
 
     Startup fails if the credentials cannot be sent in a header.
     """
-    with pytest.raises(
-        TransportConfigurationError, match=r"FOLLOWUPS_TRANSPORT_URL .* is not a valid address"
-    ) as caught:
-        HttpTransport(settings_for(f"http://{address}/"))
-    assert "hunter2" not in str(caught.value)
+    with pytest.raises(SettingsError, match=r"^FOLLOWUPS_TRANSPORT_URL should be an address") as caught:
+        settings_for(f"http://{address}/token")
+    assert not {"us", "hunter2", "token"} & set(re.split(r"\W", str(caught.value)))
 
 
 WRONG = [
@@ -244,6 +243,6 @@ WRONG = [
 @pytest.mark.parametrize("secret", WRONG)
 def test_an_invalid_secret_is_refused(secret: str) -> None:
     """If a secret is invalid or ambiguous, startup fails without showing the secret."""
-    with pytest.raises(TransportConfigurationError, match="FOLLOWUPS_TRANSPORT_SECRET should be base64") as caught:
-        HttpTransport(settings_for("http://host", transport_secret=secret))
+    with pytest.raises(SettingsError, match="FOLLOWUPS_TRANSPORT_SECRET should be base64") as caught:
+        settings_for("http://host", transport_secret=secret)
     assert len(secret) < 7 or secret not in str(caught.value)

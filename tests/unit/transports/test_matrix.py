@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from followups.errors import TransportConfigurationError
+from followups.errors import SettingsError, TransportConfigurationError
 from followups.transports.matrix import NO_ROOM, MatrixTransport
 from followups.transports.port import Rejected, Sent
 from unit.transports.doubles import MESSAGE, TOKEN, a_delivery, answer, opened, scripted, settings_for
@@ -55,6 +55,20 @@ async def test_a_room_that_several_workspaces_share_is_rejected_without_a_call()
         assert server.requests == []
 
 
+@pytest.mark.parametrize("event_id", ["", "\ud800secret", 5, None])
+async def test_an_invalid_event_id(event_id: object) -> None:
+    """An accepted message counts as sent, even if its event id is invalid; the detail does not quote the event id."""
+    async with (
+        scripted(answer(200, json.dumps({"event_id": event_id}).encode())) as server,
+        opened(matrix(server.url)) as transport,
+    ):
+        outcome = await transport.send(a_delivery())
+    assert outcome in {
+        Sent(None, 200, "the answer contains no event_id"),
+        Sent(None, 200, "the event_id in the answer is not valid text"),
+    }
+
+
 async def test_a_wrong_token_is_a_rejection() -> None:
     """If the homeserver answers M_UNKNOWN_TOKEN, the call is rejected, and the rejection quotes it."""
     async with (
@@ -81,7 +95,7 @@ def test_a_url_with_credentials_query_or_fragment_is_refused(url: str) -> None:
 @pytest.mark.parametrize("secret", [None, "", " ", "two words", "line\nbreak", "t\u00f6ken"])
 def test_an_invalid_token_names_the_setting(secret: str | None) -> None:
     """If the access token is missing, or contains anything but visible ASCII characters, startup fails."""
-    with pytest.raises(TransportConfigurationError, match="FOLLOWUPS_TRANSPORT_SECRET should be the access token"):
+    with pytest.raises(SettingsError, match="FOLLOWUPS_TRANSPORT_SECRET should be the access token"):
         matrix("http://host", secret)
 
 

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 def show(visit: Visit) -> Response:
     """Show doctor's findings.
 
-    Workers are queried only on request, because waiting for their replies takes a second.
+    The endpoint and the workers are checked only on request, because waiting for their replies takes a second.
     """
     services = visit.services
     asks = "workers" in visit.query

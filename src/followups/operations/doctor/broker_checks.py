@@ -160,7 +160,7 @@ def of_broker(settings: Settings) -> Iterator[Finding]:
 def _breaker(settings: Settings, client: redis.Redis) -> Finding:
     shown = read(client, settings)
     if shown.state == CLOSED:
-        return Finding("breaker", "closed: nothing is deferred")
+        return Finding("breaker", "closed: no workspace is deferred")
     whom = f"{len(shown.tripped)} workspace{'' if len(shown.tripped) == 1 else 's'}"
     detail = f"{shown.state} for {span(timedelta(seconds=shown.seconds))}: the transport has failed for {whom}"
     if shown.state == "recovering":

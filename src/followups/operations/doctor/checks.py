@@ -20,8 +20,8 @@ def run(
 ) -> Iterator[Finding]:
     """Yield the findings of all checks.
 
-    Workers are checked only if ``ask_workers`` is given and the broker is reachable. ``connects`` adds the checks that
-    look at this process's own connections, including one to the endpoint.
+    The endpoint and the workers are checked only if ``ask_workers`` is given, because these checks may take seconds.
+    ``connects`` adds the checks of this process's own connections to the database and the broker.
     """
     yield connection_checks.timeouts(settings)
     yield from database_checks.databases(settings, engine)
@@ -39,10 +39,10 @@ def run(
         if connects:
             yield from connection_checks.of_broker(settings)
         yield from broker_checks.of_broker(settings)
-    if connects:
+    if ask_workers:
         yield connection_checks.transport(settings)
-    if ask_workers and reachable:
-        yield process_checks.workers(ask_workers)
-    elif ask_workers:
-        yield Finding("workers", "not asked", "Repair the broker first.")
+        if reachable:
+            yield process_checks.workers(ask_workers)
+        else:
+            yield Finding("workers", "not asked", "Repair the broker first.")
     yield process_checks.of_this_machine(settings)

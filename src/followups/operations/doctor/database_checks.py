@@ -50,6 +50,19 @@ _ATTEMPTS = text(f"""
      WHERE at > now() - interval '1 hour'
      GROUP BY outcome ORDER BY outcome
 """)  # noqa: S608 - no input, only the constant above
+REFUSALS = 5
+"""After this many refused attempts in a row, without a sent message in between, the endpoint refuses every message."""
+
+_REFUSES_ALL = text("""
+    WITH newest AS MATERIALIZED (SELECT status_code, at FROM failed_attempts ORDER BY id DESC LIMIT :refusals),
+         refused AS MATERIALIZED (
+             SELECT count(*) FILTER (WHERE status_code IN (401, 403)) AS number, min(at) AS since FROM newest
+              WHERE at > now() - interval '1 hour'
+         )
+    SELECT number = :refusals
+           AND NOT EXISTS (SELECT FROM follow_ups WHERE finished_at >= refused.since AND status = 'sent')
+      FROM refused
+""")
 _OLDEST_TRANSACTION = text("""
     SELECT pid, application_name, now() - xact_start AS age FROM pg_stat_activity
      WHERE datname = current_database() AND xact_start IS NOT NULL AND pid <> pg_backend_pid()
@@ -195,7 +208,14 @@ def _backlog(settings: Settings, found: counts.Backlog) -> Finding:
 def _attempts(connection: Connection) -> Finding:
     rows = connection.execute(_ATTEMPTS).all()
     told = ", ".join(f"{row.number} {EXPLAINED.get(row.outcome, row.outcome)}" for row in rows)
-    return Finding("attempts", f"failed in the last hour: {told or 'none'}")
+    detail = f"failed in the last hour: {told or 'none'}"
+    if not connection.scalar(_REFUSES_ALL, {"refusals": REFUSALS}):
+        return Finding("attempts", detail)
+    advice = (
+        "The chat server refuses every message with 401 or 403: replace FOLLOWUPS_TRANSPORT_SECRET or correct the chat"
+        " server's keys, and restart the workers; then run followups retry --failed --since 1d --reason rejected."
+    )
+    return Finding("attempts", detail, advice)
 
 
 def _held(connection: Connection) -> Finding:
