@@ -26,6 +26,9 @@ RESOLUTION = 0.001
 SLICE = 0.005
 """Seconds after which other callbacks of the event loop get their turn, even if more sockets are ready."""
 
+HELD_UP = 0.2
+"""Seconds after which a single call into libcurl counts as held up, since it normally takes milliseconds."""
+
 CLOSED = -1
 """The result code of transfers that `CurlLoop` itself ends; not one of libcurl's codes."""
 
@@ -40,12 +43,21 @@ _IN = select.EPOLLIN | select.EPOLLHUP
 class CurlLoop:
     """Runs HTTP transfers on an event loop, and keeps their connections for reuse."""
 
-    def __init__(self, options: Mapping[int, int], begin_action: Callable[[], None] = lambda: None) -> None:
+    def __init__(
+        self, options: Mapping[int, int], begin_action: Callable[[], None], release: Callable[[float], None]
+    ) -> None:
         """Register with the running event loop; ``options`` are libcurl's options for the multi handle.
 
-        ``begin_action`` is called before each call of libcurl that performs transfers.
+        ``begin_action`` is called before each call into libcurl that performs transfers. ``release`` is called in
+        another thread while a call into libcurl is held up, with the number of seconds so far. When libcurl closes a
+        connection, it reads what the receiver still sends, even if that never ends. ``release`` ends the call by
+        shutting sockets down.
         """
         self._begin_action = begin_action
+        self._release = release
+        self._entered = math.inf
+        """The `uptime` at which the current call into libcurl began, or infinity outside such a call."""
+        self._closed = threading.Event()
         self._loop = asyncio.get_running_loop()
         self._multi = pycurl.CurlMulti()
         self._multi.setopt(pycurl.M_SOCKETFUNCTION, self._watch)
@@ -65,6 +77,7 @@ class CurlLoop:
         self._running: dict[pycurl.Curl, asyncio.Future[int]] = {}
         self._looks_up = False  # whether libcurl may still be looking up the host name of an ended transfer
         self._loop.add_reader(self._sockets.fileno(), self._handle_ready_sockets)
+        threading.Thread(target=self._watch_calls, name="curl-watchdog", daemon=True).start()
 
     @property
     def is_idle(self) -> bool:
@@ -105,12 +118,23 @@ class CurlLoop:
         if self._looks_up:
             # When libcurl is closed, it waits for its threads that look up host names. If the name server does not
             # answer, a look-up may take up to half a minute.
-            threading.Thread(target=self._multi.close, name="curl-close", daemon=True).start()
+            threading.Thread(target=self._close_multi, name="curl-close", daemon=True).start()
         else:
-            self._multi.close()
+            self._close_multi()
         for timer in (self._kick, self._timer):
             if timer is not None:
                 timer.cancel()
+
+    def _close_multi(self) -> None:
+        self._entered = uptime()
+        self._multi.close()
+        self._closed.set()
+
+    def _watch_calls(self) -> None:
+        while not self._closed.wait(HELD_UP / 2):
+            seconds = uptime() - self._entered
+            if seconds > HELD_UP:
+                self._release(seconds)
 
     def _watch(self, what: int, socket: int, _multi: object, _data: object) -> None:
         wanted = _WANTED.get(what)
@@ -188,10 +212,13 @@ class CurlLoop:
         if self.is_broken:
             return
         self._begin_action()
+        self._entered = uptime()
         try:
             self._multi.socket_action(socket, ready)
         except pycurl.error:
             self._break()
+        finally:
+            self._entered = math.inf
 
     def _break(self) -> None:
         if self.is_broken or self._sockets.closed:
@@ -218,9 +245,12 @@ class CurlLoop:
             ended.set_result(code)
 
     def _remove(self, curl: pycurl.Curl, code: int) -> None:
+        self._entered = uptime()
         try:
             self._multi.remove_handle(curl)
         except pycurl.error:
             self._loop.call_soon(self._break)  # later, because the caller is ending transfers
+        finally:
+            self._entered = math.inf
         if code != pycurl.E_OK and not curl.getinfo(pycurl.NAMELOOKUP_TIME):
             self._looks_up = True

@@ -1,10 +1,9 @@
-"""A transport's endpoint: the address and the connection options (TLS, proxy, timeout)."""
+"""A transport's endpoint: the address and the connection options (TLS, proxy)."""
 
 from __future__ import annotations
 
 import os
 import ssl
-from datetime import timedelta
 from typing import TYPE_CHECKING
 
 import pycurl
@@ -31,13 +30,11 @@ def required_url(settings: Settings, meaning: str) -> str:
 
 
 def connection_options(settings: Settings) -> dict[int, object]:
-    """Return libcurl's options for every connection to the endpoint: timeout, protocols, TLS, proxy.
+    """Return libcurl's options for every connection to the endpoint: protocols, TLS, proxy.
 
     Raises `TransportConfigurationError` if a certificate cannot be read or used, or if the proxy is invalid.
     """
-    milliseconds = max(1, round(settings.transport_timeout / timedelta(milliseconds=1)))
     options: dict[int, object] = {
-        pycurl.TIMEOUT_MS: milliseconds,
         pycurl.NOSIGNAL: True,
         pycurl.FOLLOWLOCATION: False,  # a redirect is not followed, and the message counts as rejected
         # With HTTP/2, more outcomes are unknown, because a broken connection affects all its calls.

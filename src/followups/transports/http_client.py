@@ -172,7 +172,7 @@ class HttpClient:
         self._active.add(exchange)
         code = CLOSED
         try:
-            code = await self._perform(exchange, curls)
+            code = await self._perform(exchange, curls, until)
             if code == pycurl.E_OPERATION_TIMEDOUT and exchange.may_have_been_sent and not exchange.answered:
                 exchange.do_not_reuse()
             if exchange.flooded:
@@ -181,6 +181,7 @@ class HttpClient:
         finally:
             self._active.discard(exchange)
             exchange.end()
+            exchange.clear()
             if exchange.is_reusable:
                 self._spare.append(exchange)
             self._used = uptime()
@@ -189,7 +190,7 @@ class HttpClient:
             await wait(self._closed, until - uptime())
         return outcome
 
-    async def _perform(self, exchange: Exchange, curls: CurlLoop) -> int:
+    async def _perform(self, exchange: Exchange, curls: CurlLoop, until: float) -> int:
         """Perform the exchange on a usable connection, and return libcurl's result code."""
         refused = set()
         while True:
@@ -204,6 +205,7 @@ class HttpClient:
                 self._retire(curls)
             refused.add(exchange.stale_address)
             exchange.stale_address = None
+            exchange.set_timeout(until)
             curls = self._connections()
 
     async def check(self) -> str:
@@ -212,19 +214,20 @@ class HttpClient:
         Raises `FollowUpsError` if the connection fails. The error contains the address without its password.
         """
         shown = hide_password(self._endpoint)
-        curl, curls = pycurl.Curl(), CurlLoop({})
-        options = self._connection_options | {pycurl.URL: self._endpoint, pycurl.CONNECT_ONLY: True}
-        for option, value in options.items():
-            curl.setopt(option, value)
+        sockets = Sockets(uses_tls=self._sockets.uses_tls, counts_records=False)
+        exchange = Exchange(self._connection_options | {pycurl.CONNECT_ONLY: True}, sockets)
+        exchange.prepare(self._endpoint, [], b"", uptime() + self._timeout)
+        curls = CurlLoop({}, sockets.begin_action, sockets.release)
         try:
-            code = await curls.perform(curl)
+            code = await curls.perform(exchange.curl)
         finally:
             curls.close()
         if code == pycurl.E_OPERATION_TIMEDOUT:
             message = f"{shown} cannot be reached: no connection within {self._timeout:g} s."
             raise FollowUpsError(message)
         if code != pycurl.E_OK:
-            message = f"{shown} cannot be reached: {_reason(curl, code)}; start it, or correct FOLLOWUPS_TRANSPORT_URL."
+            reason = _reason(exchange, code)
+            message = f"{shown} cannot be reached: {reason}; start it, or correct FOLLOWUPS_TRANSPORT_URL."
             raise FollowUpsError(message)
         how = "over TLS" if shown.startswith("https:") else "over TCP"
         return f"{shown} accepts connections {how}; no message was sent."
@@ -233,14 +236,14 @@ class HttpClient:
         if not exchange.may_have_been_sent:
             if code == pycurl.E_OPERATION_TIMEDOUT or exchange.late:
                 return Retry(f"no connection within {self._timeout:g} s")
-            return Retry(f"no connection: {_reason(exchange.curl, code)}")
+            return Retry(f"no connection: {_reason(exchange, code)}")
         if exchange.has_status(code):
             return outcome_of(exchange.answer(code), dialect)
         if code == pycurl.E_OPERATION_TIMEDOUT:
             return Unknown(f"no answer within {self._timeout:g} s")
         if flaw := exchange.flaw or _INVALID_ANSWERS.get(code):
             return Unknown(f"no valid answer arrived ({flaw})")
-        return Unknown(f"the connection broke before an answer arrived ({_reason(exchange.curl, code)})")
+        return Unknown(f"the connection broke before an answer arrived ({_reason(exchange, code)})")
 
     # The following methods manage the connections. Connections are replaced after some seconds without a call. By
     # itself, libcurl closes an idle connection only at the next call. All connections are also replaced if libcurl
@@ -254,7 +257,7 @@ class HttpClient:
             self._retire(self._curls)
             self._spare.clear()  # a broken multi handle may keep transfers, and no other handle accepts these
         if self._curls is None:
-            self._curls = CurlLoop(self._multi_options, self._sockets.begin_action)
+            self._curls = CurlLoop(self._multi_options, self._sockets.begin_action, self._sockets.release)
         if self._sweeping is None:
             self._sweep_later()
         return self._curls
@@ -309,11 +312,14 @@ def _lines(headers: Mapping[str, str]) -> list[bytes]:
     return [f"{name}: {value}".encode() for name, value in headers.items()]
 
 
-def _reason(curl: pycurl.Curl, code: int) -> str:
+def _reason(exchange: Exchange, code: int) -> str:
     """Return a short reason why there was no connection or no answer.
 
     The reason contains no address and no part of an answer.
     """
+    curl = exchange.curl
+    if exchange.flaw:
+        return exchange.flaw
     if code in _REASONS:
         return _REASONS[code]
     if code in _TLS:

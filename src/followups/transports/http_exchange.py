@@ -11,6 +11,7 @@ outcome is unknown.
 
 from __future__ import annotations
 
+import math
 import re
 import zlib
 from http import HTTPStatus
@@ -20,13 +21,12 @@ import pycurl
 
 from followups.transports.answers import Answer
 from followups.transports.curl_loop import CLOSED
-from followups.transports.http_sockets import Descriptor
 from followups.uptime import uptime
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from followups.transports.http_sockets import Address, Sockets
+    from followups.transports.http_sockets import Address, Descriptor, Sockets
 
 BODY_LIMIT = 64 * 1024
 """Maximum number of bytes that are read from an answer body (deploy/ENDPOINT.md)."""
@@ -56,6 +56,7 @@ _STATUS_LINE = re.compile(rb"HTTP/[\d.]+ ([1-5]\d\d)\s(?!.*HTTP/)", re.IGNORECAS
 A line with a second status line is composed of parts of two answers.
 """
 _ACCEPTED = re.compile(rb"HTTP/[\d.]+ 2")
+"""The status line with which a proxy accepts a CONNECT request."""
 
 _CLOSING = b"shutting down connection"
 """What libcurl reports before it closes a TLS connection in an orderly way."""
@@ -66,8 +67,8 @@ _CONTINUE: int = pycurl.PREREQFUNC_OK
 _ABORT: int = pycurl.PREREQFUNC_ABORT
 _READ_HEADERS = {b"retry-after", b"date"}
 
-_COMPRESSED = {b"\x1f\x8b", b"x\x01", b"x\x9c", b"x\xda"}
-"""The first bytes of the formats gzip and deflate (with zlib's usual compression levels)."""
+_COMPRESSED = {b"\x1f\x8b", b"x\x01", b"x^", b"x\x9c", b"x\xda"}
+"""The first bytes of the formats gzip and deflate (with each of zlib's compression levels)."""
 _ANY_FORMAT = 32
 """Added to zlib's window size to accept gzip and zlib headers."""
 
@@ -99,10 +100,10 @@ class Exchange:
         "_began",
         "_body",
         "_bytes_left",
+        "_content",
         "_has_read_record",
         "_head",
         "_opened",
-        "_parts",
         "_read",
         "_refused",
         "_sockets",
@@ -130,7 +131,7 @@ class Exchange:
         self.is_reusable = True
         self._opened: list[Descriptor] = []
         self._head: list[bytes] = []
-        self._parts: list[bytes] = []
+        self._content = bytearray()
         self.curl = pycurl.Curl()
         callbacks = {
             pycurl.SOCKOPTFUNCTION: self._socket_opened,
@@ -146,6 +147,7 @@ class Exchange:
 
     def prepare(self, url: str, headers: Sequence[bytes], body: bytes, until: float) -> None:
         """Set the next request and its deadline ``until``, a time on the `uptime` clock."""
+        self.set_timeout(until)
         if url != self._url:
             self._url = url
             self.curl.setopt(pycurl.URL, url)
@@ -158,10 +160,12 @@ class Exchange:
         self.flaw = ""
         self.stale_address = None
         self._opened.clear()
-        self._head.clear()
-        self._parts.clear()
         self.curl.setopt(pycurl.HTTPHEADER, headers)
         self.curl.setopt(pycurl.POSTFIELDSIZE, len(body))
+
+    def set_timeout(self, until: float) -> None:
+        """Let libcurl end the next transfer at ``until``, a time on the `uptime` clock."""
+        self.curl.setopt(pycurl.TIMEOUT_MS, max(1, math.ceil(1000 * (until - uptime()))))
 
     @property
     def address(self) -> Address | None:
@@ -173,6 +177,13 @@ class Exchange:
         if self._began:
             self._sockets.end(self._address, answered=self.answered)
             self._began = False
+
+    def clear(self) -> None:
+        """Discard the request and the answer, so that an idle exchange keeps no memory for them."""
+        self._body = b""
+        self._head.clear()
+        self._content.clear()
+        self._opened.clear()
 
     def do_not_reuse(self) -> None:
         """Send no further request on this exchange's connection."""
@@ -192,7 +203,7 @@ class Exchange:
         """Return the answer once its status has arrived; ``code`` is libcurl's result for the rest."""
         headers = {} if self._status // 100 == 2 else _headers(self._head)  # noqa: PLR2004 - 2xx, of which none is read
         flaw = _flaw(code) if self.answered else _flaw_of_head(code)
-        body = b"".join(self._parts)
+        body = bytes(self._content)
         if body[:2] in _COMPRESSED:
             body, flaw = _decompressed(body, flaw)
         return Answer(self._status, headers, body, flaw)
@@ -200,9 +211,7 @@ class Exchange:
     # The following methods are callbacks, in the order in which libcurl calls them.
 
     def _socket_opened(self, socket: int, _purpose: int) -> int:
-        opened = Descriptor.of(socket)
-        opened.limit_buffer()
-        self._opened.append(opened)
+        self._opened.append(self._sockets.open(socket))
         return _CONTINUE
 
     def _connected(self, ip: str, own_ip: str, port: int, own_port: int) -> int:
@@ -246,14 +255,14 @@ class Exchange:
             self._read += len(data)
         elif kind == pycurl.INFOTYPE_TEXT and self._began and data.startswith(_CLOSING):
             # libcurl would read for up to two seconds until the receiver also closes the connection
-            self._sockets.finish(self._address)
+            self.flooded = self._sockets.finish(self._address) or self.flooded
 
     def _limit_tls(self, size: int) -> None:
         if self._began and self._action != self._sockets.action:
             self._action = self._sockets.action
             self._tls_size = 0
         self._tls_size += size + _TLS_MESSAGE
-        if self._tls_size <= TLS_LIMIT:
+        if self._tls_size <= TLS_LIMIT or self.flooded:
             return
         self.flooded = True
         if self._began:
@@ -310,13 +319,9 @@ class Exchange:
         return _STOP if status == _STATUS_SWITCHING else None
 
     def _receive_part(self, part: bytes) -> int | None:
-        if len(part) > self._bytes_left:
-            self._parts.append(part[: self._bytes_left])
-            self._bytes_left = 0
-            return _STOP
+        self._content += part[: self._bytes_left]
         self._bytes_left -= len(part)
-        self._parts.append(part)
-        return None
+        return _STOP if self._bytes_left < 0 else None
 
 
 def _is_record_header(data: bytes) -> bool:

@@ -15,11 +15,16 @@ follows:
 from __future__ import annotations
 
 import asyncio
+import fcntl
 import os
 import select
 import socket
 import struct
+import sys
+import termios
 from typing import TYPE_CHECKING, NamedTuple, Self, TypeVar
+
+from followups.transports.curl_loop import HELD_UP
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -32,6 +37,9 @@ ALLOWANCE = 256 * 1024
 The limit does not grow with time. Chunk extensions, frames and TLS records count here, but not towards the limits of a
 answer's head and body.
 """
+
+LAST_MESSAGES = 16 * 1024
+"""More unread bytes than this, when libcurl closes a connection, are more than a receiver's last messages."""
 
 BUFFER = 128 * 1024
 """Size of a socket's receive buffer in bytes. libcurl may have to read the whole buffer before it closes the socket."""
@@ -80,8 +88,12 @@ class Descriptor(NamedTuple):
         self.query(lambda opened: opened.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, BUFFER))
 
     def shut(self) -> None:
-        """Shut the socket down, so that libcurl reads nothing more from it."""
-        self.query(lambda opened: opened.shutdown(socket.SHUT_RDWR))
+        """Shut the socket down and discard what has arrived, so that libcurl reads nothing more from it."""
+        self.query(_shut)
+
+    def unread(self) -> int:
+        """Return how many bytes have arrived that libcurl has not read, or 0 if that is not known."""
+        return self.query(_unread) or 0
 
 
 class Sockets:
@@ -102,6 +114,8 @@ class Sockets:
         self._http2: set[Address] = set()
         self._known: dict[Address, select.poll] = {}
         self._descriptors: dict[Address, Descriptor] = {}
+        self._opened: dict[int, Descriptor] = {}
+        """The sockets that libcurl has opened, by file descriptor, including those that it has closed since."""
         self._addresses: dict[int, Address] = {}
         self._calls: dict[Address, int] = {}
         self._unanswered: dict[Address, int] = {}
@@ -110,6 +124,12 @@ class Sockets:
         """How many bytes each connection may have received at the next check for floods."""
         self._exceeding: set[Address] = set()
         """The connections that had received more than allowed at the last check for floods."""
+
+    def open(self, number: int) -> Descriptor:
+        """Register a new socket, limit its receive buffer, and return its descriptor."""
+        opened = self._opened[number] = Descriptor.of(number)
+        opened.limit_buffer()
+        return opened
 
     def begin_action(self) -> None:
         """Count another call into libcurl."""
@@ -218,15 +238,18 @@ class Sockets:
         if found := self._descriptors.get(address):
             found.shut()
 
-    def finish(self, address: Address) -> None:
-        """Shut this connection down soon, or immediately if it receives data.
+    def finish(self, address: Address) -> bool:
+        """Shut this connection down soon, or immediately if it receives data; return whether it receives too much.
 
         libcurl is about to send its last message (close_notify).
         """
+        found = self._descriptors.get(address)
+        unread = found.unread() if found else 0
         if self._has_unread(address):
             self.shut(address)
         else:
             asyncio.get_running_loop().call_soon(self.shut, address)
+        return unread > LAST_MESSAGES
 
     def shut_unread(self) -> None:
         """Shut down the idle TLS connections that have unread data.
@@ -236,6 +259,17 @@ class Sockets:
         for address in self._known if self.uses_tls else ():
             if address not in self._calls and self._has_unread(address):
                 self.shut(address)
+
+    def release(self, seconds: float) -> None:
+        """Shut down connections that may be holding up a call into libcurl, which has taken this many seconds.
+
+        This method runs in another thread. Idle connections are shut down first, because they cost nothing. After twice
+        and four times the time, all sockets with unread data and then all sockets follow.
+        """
+        idle = {each for address, each in tuple(self._descriptors.items()) if address not in self._calls}
+        for each in tuple(self._opened.values()):
+            if each in idle or seconds > 4 * HELD_UP or (seconds > 2 * HELD_UP and each.unread()):
+                each.shut()
 
     def _has_unread(self, address: Address) -> bool:
         return address in self._known and bool(self._known[address].poll(0))
@@ -267,6 +301,17 @@ class Sockets:
         found = self._descriptors.get(address)
         info = (found.query(_tcp_info) if found else None) or b""
         return int(_BYTES_RECEIVED.unpack(info)[0]) if len(info) == _BYTES_RECEIVED.size else 0
+
+
+def _shut(opened: socket.socket) -> None:
+    opened.shutdown(socket.SHUT_RDWR)
+    # Linux still returns what has arrived before. If more arrives, Linux resets the connection.
+    while opened.recv(BUFFER, socket.MSG_DONTWAIT | socket.MSG_TRUNC):
+        pass
+
+
+def _unread(opened: socket.socket) -> int:
+    return int.from_bytes(fcntl.ioctl(opened, termios.FIONREAD, bytes(4)), sys.byteorder)
 
 
 def _local_port(opened: socket.socket) -> int:

@@ -554,7 +554,7 @@ async def test_a_connection_closed_by_libcurl_does_not_stop_the_loop() -> None:
     loop.set_exception_handler(lambda _, context: errors.append(context))
     with socket.create_server(("127.0.0.1", 0)) as listening, contextlib.ExitStack() as peers:
         listening.setblocking(False)  # noqa: FBT003 - the parameter is positional-only
-        curls = CurlLoop({pycurl.M_MAXCONNECTS: 1})
+        curls = CurlLoop({pycurl.M_MAXCONNECTS: 1}, lambda: None, lambda _seconds: None)
 
         async def begin() -> tuple[asyncio.Task[int], socket.socket]:
             curl = pycurl.Curl()
