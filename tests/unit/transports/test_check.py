@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import socket
 
 import pytest
 
 from followups.errors import FollowUpsError
 from followups.transports.http import HttpTransport
-from unit.transports.doubles import answer, scripted, settings_for
+from unit.transports.doubles import answer, listening, scripted, settings_for
 
 
 async def test_check_finds_a_listening_host_and_sends_nothing() -> None:
@@ -47,3 +49,21 @@ async def test_check_reports_a_failed_tls_handshake(no_tls: str) -> None:
     """For an https URL, `check` also performs the TLS handshake and reports its failure."""
     with pytest.raises(FollowUpsError, match="TLS failed"):
         await HttpTransport(settings_for(no_tls)).check()
+
+
+async def test_check_reads_no_more_of_a_proxys_refusal_than_a_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    """If a proxy refuses the tunnel with an endless body, `check` names the proxy's status immediately."""
+
+    async def refuse(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.read(65_536)
+        writer.write(b"HTTP/1.1 407 No\r\ntransfer-encoding: chunked\r\n\r\n1;")
+        with contextlib.suppress(ConnectionError):
+            while not writer.is_closing():
+                writer.write(b"x" * 10_000)
+                await writer.drain()
+                await asyncio.sleep(0)  # because `drain` may return without yielding to the event loop
+
+    async with listening(refuse) as url, asyncio.timeout(3):
+        monkeypatch.setenv("HTTPS_PROXY", url)
+        with pytest.raises(FollowUpsError, match="the proxy answered HTTP 407"):
+            await HttpTransport(settings_for("https://127.0.0.1:9")).check()

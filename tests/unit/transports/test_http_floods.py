@@ -5,15 +5,21 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import socket
+import time
+from concurrent.futures import Future
+from threading import Thread
 from typing import TYPE_CHECKING
 
+import pycurl
 import pytest
 
 from followups.transports import http_client, http_sockets
+from followups.transports.curl_loop import HELD_UP, CurlLoop
 from followups.transports.http import HttpTransport
 from followups.transports.http_client import STREAMS
 from followups.transports.http_sockets import Descriptor, Sockets
 from followups.transports.port import Retry, Sent
+from followups.uptime import uptime
 from unit.transports.doubles import Request, a_delivery, answer, listening, opened, scripted, settings_for
 from unit.transports.http2 import Stream, serving_http2
 
@@ -212,10 +218,96 @@ async def test_data_behind_the_last_response_is_not_read(context: ssl.SSLContext
 
     unread = asyncio.Event()
     async with scripted(flood, context) as server:
-        settings = settings_for(server.url, transport_deduplicates=deduplicates)
+        settings = settings_for(server.url, transport_deduplicates=deduplicates, transport_timeout=1)
         async with opened(HttpTransport(settings)) as transport, asyncio.timeout(1.5):
-            assert await transport.send(a_delivery()) == OK
+            assert await transport.send(a_delivery()) in {OK, ENDLESS}
             await unread.wait()
+
+
+async def test_a_proxys_endless_header_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    """If a proxy continues a header line without end, its connection is shut down, and the event loop goes on.
+
+    libcurl reads such a line byte by byte without returning, and passes none of it on.
+    """
+
+    async def fold(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.read(65_536)
+        writer.write(b"HTTP/1.1 200 OK\r\nx: y\r\n")
+        await repeat(writer, b" " * 10_000)
+
+    def proxy(ready: Future[str]) -> None:
+        async def serve() -> None:
+            async with listening(fold) as url, asyncio.timeout(8):
+                ready.set_result(url)
+                await asyncio.Event().wait()
+
+        with contextlib.suppress(TimeoutError):
+            asyncio.run(serve())
+
+    url: Future[str] = Future()
+    Thread(target=proxy, args=[url], daemon=True).start()  # because the event loop of the test is held up
+    monkeypatch.setenv("HTTPS_PROXY", await asyncio.wrap_future(url))
+    async with opened(HttpTransport(settings_for("https://127.0.0.1:9"))) as transport:
+        started = uptime()
+        assert isinstance(await transport.send(a_delivery()), Retry)
+        assert uptime() - started < 4
+
+
+async def test_a_call_into_libcurl_that_is_held_up() -> None:
+    """A call into libcurl that lasts too long is reported from another thread, and a short one is not."""
+    held: list[float] = []
+
+    async def perform(seconds: float) -> None:
+        curl = pycurl.Curl()
+        curl.setopt(pycurl.URL, server.url)
+        curl.setopt(pycurl.WRITEFUNCTION, lambda _part: time.sleep(seconds))
+        assert await curls.perform(curl) == pycurl.E_OK
+
+    async with scripted(answer(200, b"x")) as server:
+        curls = CurlLoop({}, lambda: None, held.append)
+        await perform(0)
+        assert held == []
+        await perform(HELD_UP * 3)
+        assert held == sorted(held) != []
+        assert held[0] > HELD_UP
+        curls.close()
+
+
+def test_which_sockets_are_shut_down_first() -> None:
+    """Idle connections are shut down first, then those with unread data, and then all."""
+    sockets = Sockets(uses_tls=True, counts_records=False)
+    with contextlib.ExitStack() as every, socket.create_server(("127.0.0.1", 0)) as listener:
+        ends: dict[str, tuple[socket.socket, socket.socket]] = {}
+        for name in ("idle", "in a call", "unread", "connecting"):
+            one = every.enter_context(socket.create_connection(listener.getsockname()))
+            ends[name] = one, every.enter_context(listener.accept()[0])
+            address = ("127.0.0.1", "127.0.0.1", 1, one.getsockname()[1])
+            descriptor = sockets.open(one.fileno())
+            if name != "connecting":
+                assert sockets.may_send(address, [descriptor])
+            if name in {"in a call", "unread"}:
+                sockets.begin(address)
+        ends["unread"][1].sendall(b"x" * 1000)
+
+        def shut() -> list[str]:
+            for _, peer in ends.values():
+                peer.setblocking(False)  # noqa: FBT003 - the parameter is positional-only
+            return [name for name, (_, peer) in ends.items() if is_closed(peer)]
+
+        for factor, expected in ((1.1, ["idle"]), (2.1, ["idle", "unread"]), (4.1, list(ends))):
+            sockets.release(HELD_UP * factor)
+            assert shut() == expected
+        assert ends["unread"][0].recv(1) == b""  # what had arrived was discarded
+
+
+def is_closed(peer: socket.socket) -> bool:
+    """Return whether the other end was shut down."""
+    try:
+        return peer.recv(1) == b""
+    except BlockingIOError:
+        return False
+    except ConnectionError:
+        return True
 
 
 def test_a_file_descriptor_belongs_to_one_connection() -> None:
