@@ -8,6 +8,8 @@ follows:
 
 - `CurlLoop` stops calling libcurl after some milliseconds, and then begins with the sockets of short answers.
 - `Exchange` limits the head and the body, and the TLS records that libcurl processes before it returns.
+- `CurlLoop` has a watchdog, which calls `Sockets.release` while a call into libcurl is held up. libcurl reads from a
+  connection that it closes, and from a proxy, until nothing more arrives.
 - `Sockets.flooded` finds the connections that have received too much. `HttpClient` then stops reading from them, but
   the calls end only at their timeouts.
 """
