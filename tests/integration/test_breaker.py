@@ -381,6 +381,150 @@ async def test_attempts_in_flight_use_no_permits() -> None:
         assert door.tripped == {KEY}
 
 
+async def test_begun_follow_ups_use_up_permits() -> None:
+    """Each begun follow-up of a tripped workspace uses up one permit; those of other workspaces use up none."""
+    async with knowing(SharedState("probing", permits=3, tripped=frozenset({KEY}))) as door:
+        assert door.permits == 3
+        door.spend([KEY, OTHER, KEY])
+        assert door.permits == 1
+
+
+FAILED = Retry("no connection")
+
+
+async def test_a_worker_trips_workspaces_by_itself() -> None:
+    """Until the next report, a worker itself trips the workspaces of its last failures, if enough follow in a row."""
+    async with knowing(SharedState(CLOSED)) as door:
+        for _ in range(2):
+            for one in ids(FAILURES - 1):
+                door.record(one, KEY, FAILED)
+            assert door.tripped == frozenset()
+            door.record(*ids(1), OTHER, Sent())
+        for one in ids(FAILURES):
+            door.record(one, KEY, FAILED)
+        assert door.tripped == {KEY}
+
+
+@dataclass
+class Reporting:
+    """A worker's breaker that reports to Valkey."""
+
+    breaker: Breaker
+    reports: int = 0
+
+    def fail(self, key: int, count: int, each: int = 1) -> None:
+        """Record failed attempts of different follow-ups of one workspace; ``each`` of them fails so often."""
+        for one in ids(count) * each:
+            self.breaker.record(one, key, FAILED)
+
+    def succeed(self, key: int) -> None:
+        """Record a successful attempt of a workspace."""
+        self.breaker.record(*ids(1), key, Sent())
+
+    async def reported(self, times: int) -> None:
+        """Wait for the given number of further reports."""
+        until = self.reports + times
+        while self.reports < until:  # noqa: ASYNC110 - the number has no event
+            await asyncio.sleep(0.005)
+
+
+@asynccontextmanager
+async def reporting(own: Settings, wanted: int = 0) -> AsyncIterator[Reporting]:
+    """Run a worker's breaker, from its first report on; ``wanted`` follow-ups wait for the breaker."""
+    worker = Reporting(Breaker(BreakerStore(own, "http", QUICK), "http", FAILURES))
+
+    def count() -> None:
+        worker.reports += 1
+
+    running = asyncio.create_task(worker.breaker.run(lambda: wanted, count))
+    try:
+        async with asyncio.timeout(10):
+            await worker.reported(1)
+            yield worker
+    finally:
+        while not running.done():  # a query to Redis may ignore a cancellation, because Python 3.11's `wait_for` does
+            running.cancel()
+            await asyncio.wait([running], timeout=0.1)
+
+
+async def test_important_outcomes_are_reported_at_once(own: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Outcomes that may open the breaker are reported at once, as is every outcome while the breaker is not closed.
+
+    A metric counts how often the breaker has opened.
+    """
+    monkeypatch.setattr(breaker, "READ_INTERVAL", 60)
+    opened = metrics.BREAKER_OPENED.labels(transport="http")._value  # noqa: SLF001 - the client has no public access
+    before = opened.get()
+    async with reporting(own) as worker:
+        await asyncio.sleep(0.2)
+        assert worker.reports == 1
+        worker.fail(KEY, FAILURES)
+        await worker.reported(1)
+        assert read(client(own), own).state == "open"
+        worker.succeed(KEY)
+        await worker.reported(1)
+        assert read(client(own), own).state == "recovering"
+        await asyncio.sleep(0.1)
+        assert worker.reports == 3
+    assert opened.get() - before == 1
+
+
+async def test_each_failure_is_reported_once(own: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A failed follow-up counts once for its workspace, and no longer after another worker's success."""
+    monkeypatch.setattr(breaker, "READ_INTERVAL", 0.02)
+    other = BreakerStore(own, "http", QUICK)
+    async with reporting(own) as worker:
+        worker.fail(KEY, FAILURES - 2)
+        worker.fail(OTHER, 1, each=FAILURES)
+        await worker.reported(3)
+        await report(other, [], 0, succeeded=True, key=3)
+        await worker.reported(3)
+        assert (await report(other, ids(1), 0, succeeded=False, key=3)).state == CLOSED
+        assert (await report(other, ids(FAILURES - 1), 0, succeeded=False, key=3)).state == "open"
+        assert await tripped(other) == {OTHER, 3}
+    await other.close()
+
+
+async def test_failures_before_a_success_do_not_count(own: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    """If a worker had a success between failures, only the failures after the success count.
+
+    It makes no difference which of them are in the same report.
+    """
+    monkeypatch.setattr(breaker, "READ_INTERVAL", 0.05)
+    async with reporting(own) as worker:
+        worker.fail(OTHER, 1, each=FAILURES)
+        worker.fail(KEY, FAILURES - 1)
+        worker.succeed(KEY)
+        worker.fail(KEY, FAILURES - 1)
+        await worker.reported(2)
+        assert read(client(own), own).state == CLOSED
+        worker.succeed(KEY)
+        worker.fail(KEY, 1)
+        worker.fail(OTHER, FAILURES)
+        await worker.reported(2)
+        found = read(client(own), own)
+        assert (found.state, found.tripped) == ("open", {OTHER})
+
+
+async def test_a_worker_asks_for_no_more_permits_than_it_needs(own: Settings) -> None:
+    """While the breaker recovers, unused permits of a worker do not add up beyond its waiting follow-ups."""
+    async with reporting(own, wanted=2) as worker:
+        worker.fail(KEY, FAILURES)
+        await worker.reported(1)
+        worker.succeed(KEY)
+        await worker.reported(6)
+        assert worker.breaker.is_recovering
+        assert worker.breaker.permits == 2
+
+
+async def test_an_unreachable_redis_is_asked_seldom(own: Settings) -> None:
+    """After a failure, a worker does not query Redis for some seconds."""
+    nobody = type(own.broker_url)("redis://127.0.0.1:1/0")
+    async with reporting(own.model_copy(update={"broker_url": nobody})) as worker:
+        await asyncio.sleep(0.2)
+        assert worker.reports == 1
+
+
 REFUSED = Rejected("HTTP 401 unknown key", 401)
 REFUSED_DELAY = timedelta(seconds=0.3)
 DEFERRED = Snoozed("HTTP 401 unknown key", REFUSED_DELAY, 401)
@@ -681,15 +825,20 @@ def test_refused_chats_do_not_keep_others_waiting(
     wait_until(sent, every=0.1)
 
 
-def test_a_rejection_without_a_call_is_no_success(own: Settings) -> None:
-    """A message that the transport rejects without a call does not restart the count of failures."""
+@pytest.mark.parametrize(
+    "other",
+    [Rejected("the chat's external id is not a Matrix room id"), Snoozed("HTTP 429", timedelta(hours=1), 429)],
+    ids=["without a call", "rate limit"],
+)
+def test_a_rejection_without_a_call_or_a_rate_limit_is_no_success(own: Settings, other: Outcome) -> None:
+    """Neither a message that the transport rejects without a call, nor a 429, restarts the count of failures."""
 
     async def script() -> None:
         door = Breaker(BreakerStore(own, "http", QUICK), "http", FAILURES)
         refused = Rejected("HTTP 401", 401)
         for follow_up in ids(FAILURES - 1):
             assert door.record(follow_up, KEY, refused) is refused
-            door.record(uuid4(), OTHER, Rejected("the chat's external id is not a Matrix room id"))
+            assert door.record(uuid4(), OTHER, other) is other
         assert door.record(uuid4(), KEY, refused) == Snoozed("HTTP 401", REFUSED_DELAY, 401)
 
     asyncio.run(script())

@@ -10,7 +10,7 @@ import pytest
 
 from followups.errors import FollowUpsError
 from followups.transports.http import HttpTransport
-from unit.transports.doubles import answer, listening, scripted, settings_for
+from unit.transports.doubles import answer, listening, open_files, scripted, settings_for
 
 
 async def test_check_finds_a_listening_host_and_sends_nothing() -> None:
@@ -19,6 +19,17 @@ async def test_check_finds_a_listening_host_and_sends_nothing() -> None:
         said = await HttpTransport(settings_for(f"{server.url}/messages?token=secret")).check()
         assert said == f"{server.url}/messages accepts connections over TCP; no message was sent."
         assert server.requests == []
+
+
+async def test_check_leaves_no_file_open(free_port: int) -> None:
+    """`check` closes all files and sockets that it has opened, even if it fails."""
+    transport = HttpTransport(settings_for(f"http://127.0.0.1:{free_port}"))
+    open_now = []
+    for _ in range(3):
+        with pytest.raises(FollowUpsError):
+            await transport.check()
+        open_now.append(open_files())
+    assert open_now[0] == open_now[2]
 
 
 async def test_check_names_the_address_that_refuses(free_port: int) -> None:

@@ -10,16 +10,17 @@ import struct
 import threading
 import time
 from datetime import timedelta
-from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
+from uuid import UUID
 
 import pycurl
 import pytest
 import uvloop
 
-from followups.transports import http_client
+from followups.transports import http_client, http_sockets
 from followups.transports.curl_loop import CurlLoop
 from followups.transports.http import HttpTransport
+from followups.transports.http_client import KEEPALIVE
 from followups.transports.port import Outcome, Rejected, Retry, Sent, Unknown
 from followups.uptime import uptime
 from unit.transports.doubles import (
@@ -27,6 +28,8 @@ from unit.transports.doubles import (
     ScriptedServer,
     a_delivery,
     answer,
+    listening,
+    open_files,
     opened,
     scripted,
     settings_for,
@@ -39,7 +42,8 @@ if TYPE_CHECKING:
     from followups.transports.port import Transport
 
 MESSAGE_ID = "6f1b1f0e-3a53-4f6e-9a5f-1d2b3c4d5e6f"
-OTHER = answer(200, f'{{"chatMessageId": "{MESSAGE_ID}"}}'.encode())
+NAMED = f'{{"chatMessageId": "{MESSAGE_ID}"}}'.encode()
+OTHER = answer(200, NAMED)
 OK = answer(200)
 
 
@@ -152,6 +156,17 @@ async def test_a_second_response_under_tls(context: ssl.SSLContext, newest: ssl.
         await adding
 
 
+async def test_connections_are_kept_if_the_kernel_counts_no_bytes(
+    context: ssl.SSLContext, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """TLS connections are also kept if the kernel does not report how many bytes a connection has received."""
+    monkeypatch.setattr(http_sockets, "_tcp_info", lambda _: bytes(136))
+    async with scripted(OK, context) as server, opened(HttpTransport(settings_for(server.url))) as transport:
+        for _ in range(3):
+            assert await transport.send(a_delivery()) == Sent(None, 200)
+        assert server.connections == 1
+
+
 async def test_the_rest_of_a_record_is_not_read_as_a_response(context: ssl.SSLContext) -> None:
     """If the end of a response shares its TLS record with another response, the second one is never used.
 
@@ -218,6 +233,42 @@ async def test_the_receiver_decides_whether_a_connection_is_kept(reply: bytes, c
         assert server.connections == connections
 
 
+async def test_a_connection_that_is_used_once_is_closed_after_its_response() -> None:
+    """If the receiver does not deduplicate, each connection is closed at once, even if the receiver would keep it."""
+    ended = asyncio.Event()
+
+    async def listen(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"}")
+        writer.write(OK)
+        assert not await reader.read()
+        ended.set()
+
+    async with listening(listen) as url:
+        settings = settings_for(url, transport_deduplicates=False)
+        async with opened(HttpTransport(settings)) as transport:
+            assert await transport.send(a_delivery()) == Sent(None, 200)
+            await asyncio.wait_for(ended.wait(), KEEPALIVE / 2)
+
+
+async def test_the_end_of_a_tls_connection_is_announced(context: ssl.SSLContext) -> None:
+    """Before the client closes a TLS connection, it sends close_notify, so the receiver sees no broken connection."""
+
+    def listen() -> bytes:  # runs in a thread, because a stream of asyncio does not tell the two ends apart
+        connection, _ = listener.accept()
+        with context.wrap_socket(connection, server_side=True, suppress_ragged_eofs=False) as secure:
+            secure.recv(65_536)
+            secure.sendall(OK)
+            return secure.recv(65_536)
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        listener.settimeout(5)
+        served = asyncio.get_running_loop().run_in_executor(None, listen)
+        url = f"https://127.0.0.1:{listener.getsockname()[1]}"
+        async with opened(HttpTransport(settings_for(url, transport_deduplicates=False))) as transport:
+            assert await transport.send(a_delivery()) == Sent(None, 200)
+        assert await served == b""
+
+
 async def test_a_body_that_ends_with_the_connection_closes_it() -> None:
     """If the server ends a response by closing the connection, the next call opens a new connection."""
 
@@ -278,6 +329,25 @@ async def test_waiting_calls_share_open_connections() -> None:
             outcomes = await asyncio.gather(*[transport.send(a_delivery()) for _ in range(8)])
             assert outcomes == [Sent(None, 200)] * 8
         assert server.connections == 2
+
+
+async def test_an_old_connection_is_not_used_while_another_is_busy(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A connection that was idle for too long is not used, even if a call on another connection takes as long."""
+    monkeypatch.setattr(http_client, "KEEPALIVE", 1)
+
+    async def answer_late(writer: asyncio.StreamWriter, request: Request) -> None:
+        await asyncio.sleep(1.2 if b"slow" in request.body else 0)
+        writer.write(OK)
+        await asyncio.sleep(60)
+
+    async with scripted(answer_late) as server, opened(HttpTransport(settings_for(server.url))) as transport:
+        slow = asyncio.create_task(transport.send(a_delivery(message="slow")))
+        assert await transport.send(a_delivery()) == Sent(None, 200)
+        await asyncio.sleep(1.1)
+        assert not slow.done()
+        assert await transport.send(a_delivery()) == Sent(None, 200)
+        assert await slow == Sent(None, 200)
+        assert server.connections == 3
 
 
 async def test_waiting_for_a_connection_counts_towards_the_timeout() -> None:
@@ -347,11 +417,6 @@ def handles(monkeypatch: pytest.MonkeyPatch) -> list[BreakableMulti]:
     return BreakableMulti.handles
 
 
-def open_files() -> int:
-    """Return how many files and sockets this process has open."""
-    return len(list(Path("/proc/self/fd").iterdir()))
-
-
 CALLBACKS = [pycurl.M_TIMERFUNCTION, pycurl.M_SOCKETFUNCTION]
 
 
@@ -404,9 +469,70 @@ async def test_cancelling_a_call_of_a_broken_handle(
     assert len(handles) == 2
 
 
+async def test_an_answer_that_breaks_the_handle_counts(handles: list[BreakableMulti]) -> None:
+    """If a multi handle breaks when it has read a whole response, the response counts completely."""
+
+    async def answer_late(writer: asyncio.StreamWriter, _request: Request) -> None:
+        await broken.wait()
+        writer.write(answer(200, NAMED, connection="close"))
+
+    broken = asyncio.Event()
+    async with scripted(answer_late) as server, opened(HttpTransport(settings_for(server.url))) as transport:
+        (call,) = await calls_in_flight(transport, server, 1)
+        handles[0].break_in(pycurl.M_SOCKETFUNCTION)
+        broken.set()
+        assert await call == Sent(UUID(MESSAGE_ID), 200)
+
+
+async def test_a_replaced_handle_is_closed(
+    handles: list[BreakableMulti], silent: ScriptedServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """If a multi handle was replaced shortly before, closing the client closes both handles, and may be repeated."""
+    monkeypatch.setattr(http_client, "SWEEP_INTERVAL", 60)
+    before = open_files()
+    transport = HttpTransport(settings_for(silent.url))
+    await transport.open()
+    calls = await calls_in_flight(transport, silent, 3)
+    handles[0].break_in(pycurl.M_TIMERFUNCTION)
+    silent.answer = OK
+    calls.append(asyncio.create_task(transport.send(a_delivery())))
+    await asyncio.wait(calls)
+    assert await transport.send(a_delivery()) == Sent(None, 200)
+    for _ in range(2):
+        await transport.close()
+    assert len(handles) == 2
+    await asyncio.sleep(0.1)
+    assert open_files() - before <= 5  # the server's ends of the connections
+
+
+@pytest.mark.parametrize("steps", range(1, 8))
+@pytest.mark.parametrize("kept", [True, False], ids=["kept", "fresh"])
+async def test_closing_while_a_call_begins(threaded: ThreadedServer, steps: int, *, kept: bool) -> None:
+    """If the client is closed at any step of a call, the call ends with an outcome and leaves nothing behind.
+
+    The call may just have found out that the receiver has closed a kept connection.
+    """
+    loop, errors = asyncio.get_running_loop(), []
+    loop.set_exception_handler(lambda _, context: errors.append(context))
+    async with opened(HttpTransport(settings_for(threaded.url))) as transport:
+        if kept:
+            assert await transport.send(a_delivery()) == Sent(None, 200)
+            threaded.connections[0].shutdown(socket.SHUT_WR)
+        call = asyncio.create_task(transport.send(a_delivery()))
+        for _ in range(steps):  # iterations of the event loop
+            await asyncio.sleep(0)
+        await transport.close()
+        async with asyncio.timeout(1):
+            assert isinstance(await call, Retry | Unknown | Sent)
+    await asyncio.sleep(0.01)
+    assert not errors
+
+
 @pytest.mark.parametrize("callback", CALLBACKS, ids=["timer", "socket"])
 async def test_closing_a_broken_handle(callback: int, handles: list[BreakableMulti], silent: ScriptedServer) -> None:
     """A client whose multi handle breaks while closing closes all connections, and may be closed again."""
+    loop, errors = asyncio.get_running_loop(), []
+    loop.set_exception_handler(lambda _, context: errors.append(context))
     before = open_files()
     transport = HttpTransport(settings_for(silent.url))
     await transport.open()
@@ -418,6 +544,7 @@ async def test_closing_a_broken_handle(callback: int, handles: list[BreakableMul
         assert {type(each) for each in await asyncio.gather(*calls)} == {Unknown}
     await asyncio.sleep(0.1)
     assert open_files() - before <= 3  # the server's ends of the connections
+    assert not errors
 
 
 async def test_an_idle_connection_is_closed_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -535,6 +662,34 @@ def test_an_ended_event_loop_closes_its_connections(
             connection.settimeout(5)
             assert connection.recv(65_536)
             assert not connection.recv(65_536)
+
+
+async def test_unread_data_on_an_idle_connection_costs_nothing(threaded: ThreadedServer) -> None:
+    """Until an idle connection with unread data is closed, the event loop ignores the connection."""
+    async with opened(HttpTransport(settings_for(threaded.url))) as transport:
+        assert await transport.send(a_delivery()) == Sent(None, 200)
+        threaded.connections[0].sendall(OTHER)
+        await asyncio.sleep(0.05)
+        before = time.thread_time()
+        await asyncio.sleep(0.3)
+        assert time.thread_time() - before < 0.15
+
+
+async def test_a_call_that_is_cancelled_when_its_response_arrives(threaded: ThreadedServer) -> None:
+    """If a call is cancelled in the moment in which its response is read, the call is cancelled without an error."""
+    loop, errors = asyncio.get_running_loop(), []
+    loop.set_exception_handler(lambda _, context: errors.append(context))
+    async with opened(HttpTransport(settings_for(threaded.url))) as transport:
+        for steps in range(8):
+            call = asyncio.create_task(transport.send(a_delivery()))
+            for _ in range(steps):  # iterations of the event loop
+                await asyncio.sleep(0)
+            time.sleep(0.02)  # noqa: ASYNC251 - until the response has arrived
+            await asyncio.sleep(0)
+            call.cancel()
+            await asyncio.wait([call])
+        assert await transport.send(a_delivery()) == Sent(None, 200)
+    assert not errors
 
 
 async def test_calls_in_flight_are_answered_before_closing() -> None:

@@ -20,10 +20,12 @@ import pytest
 from followups.errors import FollowUpsError, TransportConfigurationError
 from followups.transports import http_client
 from followups.transports.http import HttpTransport
+from followups.transports.http_client import READ_SIZE
 from followups.transports.port import Outcome, Retry, Sent, Unknown
 from unit.transports.doubles import (
     MESSAGE,
     SIGNING_SECRET,
+    Request,
     a_delivery,
     answer,
     certified,
@@ -40,6 +42,7 @@ if TYPE_CHECKING:
     import trustme
 
 OK = answer(200)
+OTHER = answer(200, b'{"chatMessageId": "6f1b1f0e-3a53-4f6e-9a5f-1d2b3c4d5e6f"}')
 
 needs_openssl = pytest.mark.skipif(not shutil.which("openssl"), reason="openssl creates the hashed file names")
 
@@ -110,6 +113,27 @@ def test_missing_authorities_stop_the_start(name: str, monkeypatch: pytest.Monke
     with pytest.raises(TransportConfigurationError, match=f"{name} does not name a (file|directory)"):
         HttpTransport(settings_for("https://host"))
     HttpTransport(settings_for("http://host"))
+
+
+@pytest.mark.usefixtures("trusted")
+@pytest.mark.parametrize("at_the_proxy", [False, True])
+async def test_no_key_exchange_with_numbers_of_any_size_is_offered(
+    authority: trustme.CA, monkeypatch: pytest.MonkeyPatch, *, at_the_proxy: bool
+) -> None:
+    """No cipher with DHE is offered to the endpoint or to an https proxy, only ECDHE."""
+    offered: set[str] = set()
+
+    async def note(_reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        offered.update(name for name, _, _ in writer.get_extra_info("ssl_object").shared_ciphers())
+
+    secure = certified(authority)
+    secure.set_ciphers("ALL")
+    async with listening(note, secure) as url:
+        if at_the_proxy:
+            monkeypatch.setenv("HTTPS_PROXY", url)
+        await outcome_at("https://127.0.0.1:9" if at_the_proxy else url)
+    assert any(name.startswith("ECDHE-") for name in offered)
+    assert not any(name.startswith("DHE-") for name in offered)
 
 
 # Tests of client certificates.
@@ -280,6 +304,43 @@ async def test_https_is_tunnelled_through_the_proxy(
 
 
 @pytest.mark.usefixtures("trusted")
+async def test_a_second_response_through_a_proxy(authority: trustme.CA, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An unsolicited response that comes through an http proxy is not read as the answer to the next call."""
+
+    async def answer_twice(writer: asyncio.StreamWriter, _request: Request) -> None:
+        writer.write(OK)
+        writer.write(OTHER)
+        await asyncio.sleep(60)
+
+    async with proxy_that() as proxy, scripted(answer_twice, certified(authority)) as server:
+        monkeypatch.setenv("HTTPS_PROXY", proxy.url)
+        async with opened(HttpTransport(settings_for(server.url))) as transport:
+            for _ in range(3):
+                assert await transport.send(a_delivery()) == Sent(None, 200)
+                await asyncio.sleep(0.01)
+        assert server.connections == 3
+
+
+async def test_the_rest_of_a_record_through_a_proxy_over_tls(
+    trusted: None,  # noqa: ARG001 - clients trust the certificate
+    authority: trustme.CA,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Through an https proxy, an unsolicited response in the TLS record of another response closes the connection."""
+    first = answer(200, b" " * (READ_SIZE - len(answer(200, b" " * 900)) + 900))
+    assert len(first) == READ_SIZE  # so that reads of this size would end at the end of the response
+    async with (
+        proxy_that(secure=certified(authority)) as proxy,
+        scripted(first + OTHER, certified(authority)) as server,
+    ):
+        monkeypatch.setenv("HTTPS_PROXY", proxy.url)
+        async with opened(HttpTransport(settings_for(server.url))) as transport:
+            for _ in range(3):
+                assert await transport.send(a_delivery()) == Sent(None, 200)
+        assert server.connections == 3
+
+
+@pytest.mark.usefixtures("trusted")
 async def test_the_proxy_receives_no_header_of_the_request(
     authority: trustme.CA, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -328,7 +389,7 @@ async def test_a_proxy_over_tls_is_trusted_like_the_endpoint(
             for _ in range(2):
                 assert await transport.send(a_delivery()) == Sent(None, 200)
             assert "accepts connections over TLS" in await transport.check()
-        assert set(proxy.certificates) == {None}
+        assert proxy.certificates == [None, None]  # the connection of both calls, and that of `check`
 
 
 async def test_a_proxy_of_an_unknown_authority_is_not_trusted(

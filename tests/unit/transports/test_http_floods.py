@@ -5,20 +5,21 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import socket
+import threading
 import time
+from collections import Counter
 from concurrent.futures import Future
-from threading import Thread
 from typing import TYPE_CHECKING
 
 import pycurl
 import pytest
 
-from followups.transports import http_client, http_sockets
-from followups.transports.curl_loop import HELD_UP, CurlLoop
+from followups.transports import curl_loop, http_client, http_sockets
+from followups.transports.curl_loop import CLOSED, HELD_UP, CurlLoop
 from followups.transports.http import HttpTransport
 from followups.transports.http_client import STREAMS
 from followups.transports.http_sockets import Descriptor, Sockets
-from followups.transports.port import Retry, Sent
+from followups.transports.port import Retry, Sent, Unknown
 from followups.uptime import uptime
 from unit.transports.doubles import Request, a_delivery, answer, listening, opened, scripted, settings_for
 from unit.transports.http2 import Stream, serving_http2
@@ -76,6 +77,23 @@ async def test_an_endless_chunk_extension_costs_its_call_the_timeout(context: ss
             assert outcome == ENDLESS
 
 
+async def test_a_slow_flood(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The limit does not grow with time, so an endless response is also detected if it arrives slowly."""
+    monkeypatch.setattr(http_client, "SWEEP_INTERVAL", 0.005)
+
+    async def drip(writer: asyncio.StreamWriter, _request: Request) -> None:
+        writer.write(CHUNKED + b"1;")
+        while True:
+            writer.write(b"x" * 4_000)
+            await asyncio.sleep(0.02)
+
+    async with (
+        scripted(drip) as server,
+        opened(HttpTransport(settings_for(server.url, transport_timeout=0.8))) as transport,
+    ):
+        assert await transport.send(a_delivery()) == ENDLESS
+
+
 async def test_a_long_answer_is_no_flood(monkeypatch: pytest.MonkeyPatch) -> None:
     """The limit applies to each call: a connection may receive any number of bytes in total."""
     monkeypatch.setattr(http_client, "SWEEP_INTERVAL", 0.001)
@@ -129,6 +147,58 @@ async def test_endless_frames_cost_their_calls_the_timeout(
         assert len(server.connections) == 2
 
 
+async def test_many_answers_beside_a_slow_one_are_no_flood(context: ssl.SSLContext) -> None:
+    """Each call on an HTTP/2 connection raises the limit, so the connection may have a slow call all the time."""
+    late = asyncio.Event()
+
+    async def serve(stream: Stream) -> None:
+        if b"slow" in stream.body:
+            await late.wait()
+        stream.answer(200, b" " * 6_000)
+
+    async with (
+        serving_http2(serve, context) as server,
+        opened(HttpTransport(settings_for(server.url))) as transport,
+    ):
+        slow = asyncio.create_task(transport.send(a_delivery(message="slow")))
+        await server.requested.wait()
+        for _ in range(10):
+            assert await transport.send(a_delivery()) == OK
+            await asyncio.sleep(0.03)
+        late.set()
+        assert await slow == OK
+        assert len(server.connections) == 1
+
+
+async def test_a_flood_on_a_replaced_connection(context: ssl.SSLContext) -> None:
+    """A flood is also detected on a connection that gets no new calls, but has a call in flight."""
+
+    async def serve(stream: Stream) -> None:
+        if b"flood" in stream.body:
+            await replaced.wait()
+            stream.answer(200, ends=False)
+            await repeat(stream.connection.writer, pong(stream) * 1_000)
+        elif b"silent" not in stream.body:
+            stream.answer(200)
+
+    loop, errors, replaced = asyncio.get_running_loop(), [], asyncio.Event()
+    loop.set_exception_handler(lambda _, context: errors.append(context))
+    async with (
+        serving_http2(serve, context) as server,
+        opened(HttpTransport(settings_for(server.url, transport_timeout=0.8))) as transport,
+    ):
+        assert await transport.send(a_delivery()) == OK
+        silent = asyncio.create_task(transport.send(a_delivery(message="silent")))
+        await asyncio.sleep(0.4)
+        flood = asyncio.create_task(transport.send(a_delivery(message="flood")))
+        assert await silent == Unknown("no answer within 0.8 s")
+        assert await transport.send(a_delivery()) == OK
+        assert len(server.connections) == 2
+        replaced.set()
+        assert await flood == ENDLESS
+    assert not errors
+
+
 @pytest.mark.parametrize("idle", [0, 0.2])
 async def test_floods_are_detected_again(monkeypatch: pytest.MonkeyPatch, idle: float) -> None:
     """Floods are also detected after earlier ones, and after all connections have been closed."""
@@ -164,6 +234,7 @@ async def test_closing_ends_the_wait() -> None:
     async with scripted(flood) as server, opened(HttpTransport(settings_for(server.url))) as transport:
         call = asyncio.create_task(transport.send(a_delivery()))
         await unread.wait()
+        await transport.open()  # has no effect
         await transport.close()
         async with asyncio.timeout(2):
             assert await call == ENDLESS
@@ -245,7 +316,7 @@ async def test_a_proxys_endless_header_line(monkeypatch: pytest.MonkeyPatch) -> 
             asyncio.run(serve())
 
     url: Future[str] = Future()
-    Thread(target=proxy, args=[url], daemon=True).start()  # because the event loop of the test is held up
+    threading.Thread(target=proxy, args=[url], daemon=True).start()  # because the event loop of the test is held up
     monkeypatch.setenv("HTTPS_PROXY", await asyncio.wrap_future(url))
     async with opened(HttpTransport(settings_for("https://127.0.0.1:9"))) as transport:
         started = uptime()
@@ -310,6 +381,112 @@ def is_closed(peer: socket.socket) -> bool:
         return True
 
 
+@pytest.mark.parametrize("deduplicates", [True, False])
+async def test_a_receiver_that_ignores_the_end(context: ssl.SSLContext, *, deduplicates: bool) -> None:
+    """If a receiver goes on sending after the client has closed the TLS connection, nothing of it is read."""
+
+    def listen() -> float:  # runs in a thread, because a stream of asyncio closes the connection when the client does
+        connection, _ = listener.accept()
+        with context.wrap_socket(connection, server_side=True) as secure:
+            secure.recv(65_536)
+            secure.sendall(answer(200, connection="close"))
+            began = time.monotonic()
+            with contextlib.suppress(OSError):
+                while True:
+                    secure.sendall(b"x" * 10_000)
+            return time.monotonic() - began
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        listener.settimeout(5)
+        served = asyncio.get_running_loop().run_in_executor(None, listen)
+        url = f"https://127.0.0.1:{listener.getsockname()[1]}"
+        settings = settings_for(url, transport_deduplicates=deduplicates, transport_timeout=1)
+        async with opened(HttpTransport(settings)) as transport:
+            assert await transport.send(a_delivery()) in {OK, ENDLESS}
+            assert await served < 1.5  # libcurl itself would read for 2 s
+
+
+async def test_a_long_answer_after_a_pause_of_the_event_loop(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An answer that arrives while the event loop is stopped is read, even if it is longer than the limit."""
+    monkeypatch.setattr(http_client, "SWEEP_INTERVAL", 0.05)
+
+    def listen() -> None:  # runs in a thread that is not stopped
+        connection, _ = listener.accept()
+        with connection:
+            connection.recv(65_536)
+            assert stopped.wait(5)
+            connection.sendall(answer(200, b" " * 60_000))
+            connection.recv(65_536)
+
+    stopped, loop = threading.Event(), asyncio.get_running_loop()
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        listener.settimeout(5)
+        served = loop.run_in_executor(None, listen)
+        url = f"http://127.0.0.1:{listener.getsockname()[1]}"
+        async with opened(HttpTransport(settings_for(url))) as transport:
+            call = asyncio.create_task(transport.send(a_delivery()))
+            await asyncio.sleep(0.2)  # several checks for floods
+            stopped.set()
+            time.sleep(0.1)  # noqa: ASYNC251 - the test stops the event loop
+            assert await call == OK
+        await served
+
+
+async def test_short_answers_come_before_endless_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Even if one socket uses up the whole time slice of the event loop, endless answers do not delay short ones."""
+    monkeypatch.setattr(http_client, "SWEEP_INTERVAL", 60)  # floods are not ended
+    monkeypatch.setattr(curl_loop, "SLICE", 0)
+
+    async def answer_some(writer: asyncio.StreamWriter, request: Request) -> None:
+        if b"flood" in request.body:
+            writer.write(CHUNKED + b"1;")
+            await repeat(writer, b"x" * 100_000)
+        writer.write(answer(200))
+
+    async with (
+        scripted(answer_some) as server,
+        opened(HttpTransport(settings_for(server.url, transport_timeout=1))) as transport,
+    ):
+        flooded = [asyncio.create_task(transport.send(a_delivery(message="flood"))) for _ in range(3)]
+        await asyncio.sleep(0.1)
+        for _ in range(10):
+            assert await transport.send(a_delivery()) == OK
+        assert not any(each.done() for each in flooded)
+
+
+async def test_other_callbacks_get_their_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """After its time slice, a `CurlLoop` lets other callbacks run, even if more sockets are ready."""
+    monkeypatch.setattr(curl_loop, "SLICE", 0)
+    turn = 0
+    actions: list[int] = []
+
+    async def count() -> None:
+        nonlocal turn
+        while True:
+            await asyncio.sleep(0)
+            turn += 1
+
+    async def flood(writer: asyncio.StreamWriter, _request: Request) -> None:
+        writer.write(CHUNKED + b"1;")
+        await repeat(writer, b"x" * 100_000)
+
+    async with scripted(flood) as server:
+        counting = asyncio.create_task(count())
+        curls = CurlLoop({}, lambda: actions.append(turn), lambda _seconds: None)
+        calls = []
+        for _ in range(5):
+            curl = pycurl.Curl()
+            curl.setopt(pycurl.URL, server.url)
+            calls.append(asyncio.create_task(curls.perform(curl)))
+        await asyncio.sleep(0.2)
+        curls.close()
+        assert await asyncio.gather(*calls) == [CLOSED] * 5
+        counting.cancel()
+    latest = Counter(actions[len(actions) // 2 :])
+    assert len(latest) > 10
+    assert max(latest.values()) <= 2
+
+
 def test_a_file_descriptor_belongs_to_one_connection() -> None:
     """If a new connection gets the file descriptor of a closed one, the closed connection is removed."""
     sockets = Sockets(uses_tls=False, counts_records=False)
@@ -321,3 +498,29 @@ def test_a_file_descriptor_belongs_to_one_connection() -> None:
         assert sockets.may_send(new, [found])
         assert not sockets.may_send(old, [])
         assert sockets.may_send(new, [])
+
+
+def test_a_file_descriptor_of_a_closed_socket() -> None:
+    """If another socket has got the number of a closed socket, the other socket is left alone."""
+    with socket.create_server(("127.0.0.1", 0)) as listener, socket.create_connection(listener.getsockname()) as one:
+        number, found = one.fileno(), Descriptor.of(one.fileno())
+        assert found.query(socket.socket.fileno) == number
+        one.close()
+        with socket.create_connection(listener.getsockname()) as other:
+            assert other.fileno() == number
+            assert found.query(socket.socket.fileno) is None
+            found.shut()
+            assert other.getpeername() == listener.getsockname()
+
+
+def test_the_socket_of_a_connection_is_recognised_by_its_port() -> None:
+    """Of several sockets that were opened for a connection, only the one with the connection's port is watched."""
+    sockets = Sockets(uses_tls=False, counts_records=False)
+    with socket.create_server(("127.0.0.1", 0)) as listener, contextlib.ExitStack() as clients:
+        one, other = (clients.enter_context(socket.create_connection(listener.getsockname())) for _ in range(2))
+        peers = [clients.enter_context(listener.accept()[0]) for _ in range(2)]
+        address = ("127.0.0.1", "127.0.0.1", 1, one.getsockname()[1])
+        peers[1].close()
+        assert sockets.may_send(address, [Descriptor.of(each.fileno()) for each in (one, other)])
+        peers[0].close()
+        assert not sockets.may_send(address, [])

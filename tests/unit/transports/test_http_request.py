@@ -99,6 +99,12 @@ async def test_the_request_is_json_posted_to_the_url() -> None:
     assert request.headers["content-length"] == str(len(request.body))
 
 
+async def test_dot_segments_of_the_path_are_kept() -> None:
+    """The path is sent as it is configured, even if it contains dot segments."""
+    request = await requested(a_delivery(), path="/in/./box/../messages/")
+    assert request.target == "/in/./box/../messages/"
+
+
 async def test_credentials_in_the_url_become_basic_authentication() -> None:
     """A user and password in the endpoint's URL are sent as basic authentication."""
     async with scripted(OK) as server:
@@ -195,6 +201,7 @@ async def test_no_connection_is_used_twice_where_the_receiver_does_not_deduplica
         for _ in range(5):
             await transport.send(a_delivery())
         assert (server.connections, len(server.requests)) == (5, 5)
+        assert {request.headers["connection"] for request in server.requests} == {"close"}
 
 
 async def test_sending_before_opening_raises() -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import socket
+import ssl
 from typing import TYPE_CHECKING
 
 import pytest
@@ -11,11 +13,10 @@ from h2.errors import ErrorCodes
 from followups.transports.http import HttpTransport
 from followups.transports.http_client import STREAMS
 from followups.transports.port import Rejected, Retry, Sent, Unknown
-from unit.transports.doubles import a_delivery, answer, opened, scripted, settings_for
+from unit.transports.doubles import a_delivery, answer, listening, opened, scripted, settings_for
 from unit.transports.http2 import Http2Server, Stream, serving_http2
 
 if TYPE_CHECKING:
-    import ssl
     from collections.abc import AsyncIterator, Awaitable, Callable
 
     from followups.transports.port import Outcome, Transport
@@ -296,6 +297,21 @@ async def test_a_silent_stream_affects_only_its_call(server: Http2Server) -> Non
         assert len(server.connections) == 2
 
 
+async def test_a_slow_body_affects_only_its_call(server: Http2Server) -> None:
+    """If the body of a response does not arrive in time, the next call uses the same connection."""
+
+    async def begin_to_answer(stream: Stream) -> None:
+        stream.answer(200, b"{", ends=False)
+
+    async with opened(HttpTransport(settings_for(server.url, transport_timeout=0.5))) as transport:
+        assert await transport.send(a_delivery()) == OK
+        server.serve = begin_to_answer
+        assert await transport.send(a_delivery()) == Sent(None, 200, "the body of the answer did not arrive in time")
+        server.serve = accept
+        assert await transport.send(a_delivery()) == OK
+        assert len(server.connections) == 1
+
+
 async def test_a_call_that_is_cancelled_harms_no_other(server: Http2Server, transport: Transport) -> None:
     """Cancelling a call resets only its own stream."""
     assert await transport.send(a_delivery()) == OK
@@ -332,6 +348,69 @@ async def test_unread_frames_on_an_idle_connection_end_it(server: Http2Server, t
     await asyncio.sleep(0.05)
     assert await transport.send(a_delivery()) == OK
     assert len(server.connections) == 2
+
+
+async def test_unread_frames_after_a_cancelled_call(server: Http2Server, transport: Transport) -> None:
+    """If the only call on a connection was cancelled, unread frames end the connection as if it had never been used."""
+    server.serve = stay_silent
+    call = asyncio.create_task(transport.send(a_delivery()))
+    await server.requested.wait()
+    call.cancel()
+    await asyncio.wait([call])
+    server.serve = accept
+    server.connections[0].h2.close_connection()
+    server.connections[0].flush()
+    await asyncio.sleep(0.05)
+    assert await transport.send(a_delivery()) == OK
+    assert len(server.connections) == 2
+
+
+async def test_no_call_joins_another_on_a_closed_connection(server: Http2Server, transport: Transport) -> None:
+    """If the receiver has closed a connection that has a call in flight, further calls use another connection.
+
+    This holds even before the event loop notices that the connection was closed.
+    """
+    assert await transport.send(a_delivery()) == OK
+    server.serve = stay_silent
+    call = asyncio.create_task(transport.send(a_delivery()))
+    server.requested.clear()
+    await server.requested.wait()
+    server.serve = accept
+    number = server.connections[0].writer.get_extra_info("socket").fileno()
+    with socket.fromfd(number, socket.AF_INET, socket.SOCK_STREAM) as end:
+        end.shutdown(socket.SHUT_WR)
+    assert await transport.send(a_delivery()) == OK
+    assert isinstance(await call, Unknown)
+
+
+async def test_calls_that_replace_a_connection_together(server: Http2Server, transport: Transport) -> None:
+    """If several calls find the same connection unusable, closing the client ends all of them."""
+    assert await transport.send(a_delivery()) == OK
+    server.serve = stay_silent
+    server.connections[0].h2.close_connection()
+    server.connections[0].flush()
+    await asyncio.sleep(0.05)
+    calls = [asyncio.create_task(transport.send(a_delivery())) for _ in range(3)]
+    while len(server.requests) < 1 + len(calls):  # noqa: ASYNC110 - the server's list has no event for a number
+        await asyncio.sleep(0.01)
+    await transport.close()
+    async with asyncio.timeout(1):
+        assert {type(each) for each in await asyncio.gather(*calls)} == {Unknown}
+
+
+async def test_a_server_may_send_before_the_first_request(context: ssl.SSLContext) -> None:
+    """A request is sent on a new connection even if unread frames have arrived right behind the TLS handshake."""
+    context.maximum_version = ssl.TLSVersion.TLSv1_2
+    context.set_alpn_protocols(["h2"])
+    settings, unknown = bytes.fromhex("000000 04 00 00000000"), bytes.fromhex("001000 fb 00 00000000") + bytes(0x1000)
+
+    async def send_first(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(settings + unknown * 20)
+        await server.run(reader, writer)
+
+    server = Http2Server(accept)
+    async with listening(send_first, context) as url, opened(HttpTransport(settings_for(url))) as transport:
+        assert await transport.send(a_delivery()) == OK
 
 
 async def test_pings_during_calls_keep_the_connection(server: Http2Server, transport: Transport) -> None:
