@@ -151,14 +151,14 @@ def test_created_outside_a_trace(traced: Stack, received: Received) -> None:
 def test_a_refusal_that_is_not_final(traced: Stack, received: Received) -> None:
     """If the breaker defers a refused follow-up, the attempt's span has the outcome ``snoozed``."""
     received.status = 401
-    traced.options["FOLLOWUPS_BREAKER_FAILURES"] = "1"
-    follow_up = traced.world.follow_up()
+    traced.options["FOLLOWUPS_BREAKER_FAILURES"] = "2"
+    follow_ups = [traced.world.follow_up() for _ in range(2)]
     traced.beat()
     traced.worker()
-    attempt, *_ = wait_until(lambda: received.named("attempt"))
-    assert attributes(attempt)["followups.outcome"] == "snoozed"
-    wait_until(lambda: traced.world.row(follow_up).snoozes)
-    assert traced.world.row(follow_up).status == "pending"
+    attempts = wait_until(lambda: len(found := received.named("attempt")) > 1 and found)
+    assert sorted(str(attributes(each)["followups.outcome"]) for each in attempts[:2]) == ["rejected", "snoozed"]
+    wait_until(lambda: sum(traced.world.row(each).snoozes for each in follow_ups))
+    assert {row.status for row in traced.world.rows(*follow_ups)} == {"failed", "pending"}
 
 
 def test_tracing_is_off_by_default(stack: Stack, received: Received) -> None:
