@@ -155,6 +155,11 @@ class World:
         with self.engine.connect() as connection:
             return connection.execute(text(query)).scalar_one()
 
+    def waiting_for_locks(self) -> int:
+        """Return how many connections to the database wait for a lock."""
+        of_database = "datname = current_database() AND wait_event_type = 'Lock'"
+        return int(self.scalar(f"SELECT count(*) FROM pg_stat_activity WHERE {of_database}"))  # noqa: S608 - a constant
+
     def sql(self, statement: str, **parameters: Any) -> None:
         """Execute a statement and commit."""
         with self.engine.begin() as connection:

@@ -11,6 +11,7 @@ import pytest
 from sqlalchemy import text
 
 from console.person import heading, words
+from stack import wait_until
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -57,7 +58,11 @@ def test_a_form_that_is_submitted_twice_schedules_one(person: Callable[..., Pers
     page = one.get("/follow-ups/new")
     fields = {"chat": str(own.chat()), "message": "Once", "due": "2100-01-31T09:00", "do": "schedule"}
     with ThreadPoolExecutor(2) as pool:
-        answers = list(pool.map(lambda _: one.submit(page, "/follow-ups/new", **fields), range(2)))
+        with own.engine.begin() as connection:
+            connection.execute(text("SELECT 1 FROM chats WHERE id = :id FOR UPDATE"), {"id": fields["chat"]})
+            submitted = [pool.submit(one.submit, page, "/follow-ups/new", **fields) for _ in range(2)]
+            wait_until(lambda: own.waiting_for_locks() == 2)
+        answers = [each.result() for each in submitted]
     assert {answer.status_code for answer in answers} == {303}
     assert len({answer.headers["location"] for answer in answers}) == 1
     again = one.submit(page, "/follow-ups/new", **fields | {"message": "Twice"})

@@ -13,7 +13,6 @@ from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 
-from sqlalchemy import text
 from sqlalchemy.orm import Session
 
 import followups
@@ -480,15 +479,11 @@ def created_twice_by_a_key(scene: Scene) -> None:
 @contextmanager
 def beside(work: Callable[[], object], scene: Scene) -> Iterator[None]:
     """Run ``work`` in a thread, and the ``with`` block once ``work`` has ended or is waiting for a lock."""
-    waiting = text(
-        "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND wait_event_type = 'Lock'"
-    )
     thread = threading.Thread(target=work)
     thread.start()
 
     def settled() -> bool:
-        with scene.engine.connect() as connection:
-            return not thread.is_alive() or bool(connection.scalar(waiting))
+        return not thread.is_alive() or bool(scene.world.waiting_for_locks())
 
     wait_until(settled)
     try:

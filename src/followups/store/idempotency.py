@@ -1,8 +1,8 @@
 """Stored responses, one for each Idempotency-Key, kept for a day.
 
 The changes and the stored response are committed together, so after a crash, either both are stored or neither is.
-While a request is running, its transaction holds an advisory lock on the idempotency key. A second request with the
-same key is refused instead of waiting for the lock.
+While a request is running, its transaction holds an advisory lock on the idempotency key. A second request to the API
+with the same key is refused instead of waiting for the lock. A second submission of a console form waits.
 """
 
 from __future__ import annotations
@@ -42,6 +42,7 @@ def hash_of(request: bytes) -> bytes:
 
 
 _TRY_LOCK = Statement("SELECT pg_try_advisory_xact_lock(:number) AS locked")
+_LOCK = Statement("SELECT true AS locked FROM pg_advisory_xact_lock(:number)")
 _KNOWN = Statement("""
     SELECT request_hash, status, location, body FROM idempotency_keys
      WHERE workspace_id = :workspace_id AND key = :key AND created_at > now() - CAST(:lifetime AS interval)
@@ -49,13 +50,14 @@ _KNOWN = Statement("""
 
 
 @Rule
-def recall(workspace_id: UUID, key: str, request_hash: bytes) -> Steps[StoredResponse | None]:
+def recall(workspace_id: UUID, key: str, request_hash: bytes, *, wait: bool = False) -> Steps[StoredResponse | None]:
     """Lock the idempotency key until the transaction ends, and return its stored response, or None.
 
-    Raises `IdempotencyKeyInUseError` while another request with the key is running. Raises `IdempotencyKeyReusedError`
-    if the stored response belongs to a different request.
+    While another request with the key is running, waits for it if ``wait`` is true, or else raises
+    `IdempotencyKeyInUseError`. Raises `IdempotencyKeyReusedError` if the stored response belongs to a different
+    request.
     """
-    (row,) = yield _TRY_LOCK(number=_lock_number(workspace_id, key))
+    (row,) = yield (_LOCK if wait else _TRY_LOCK)(number=_lock_number(workspace_id, key))
     if not row.locked:
         raise IdempotencyKeyInUseError
     found = yield _KNOWN(workspace_id=workspace_id, key=key, lifetime=LIFETIME)

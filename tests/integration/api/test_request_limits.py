@@ -28,7 +28,6 @@ if TYPE_CHECKING:
 
     from followups.settings import Settings
 
-WAITING = "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND wait_event_type = 'Lock'"
 CLIENTS = 20
 PAGE = 1_490
 
@@ -49,9 +48,9 @@ def test_a_workspace_has_a_share_of_the_connections(two_workspaces: tuple[Api, A
     with ThreadPoolExecutor(12) as pool, one.world.engine.connect() as connection:
         connection.execute(text("SELECT FROM chats WHERE id = :id FOR UPDATE"), {"id": chat_id})
         answers = [pool.submit(one.message, chat_id, "agent") for _ in range(12)]
-        wait_until(lambda: one.world.scalar(WAITING) == request_limits.SHARE)
+        wait_until(lambda: one.world.waiting_for_locks() == request_limits.SHARE)
         assert other.get(FOLLOW_UPS).status_code == 200
-        assert one.world.scalar(WAITING) == request_limits.SHARE
+        assert one.world.waiting_for_locks() == request_limits.SHARE
         connection.rollback()
         assert {answer.result().status_code for answer in answers} == {201}
 
@@ -64,7 +63,7 @@ def test_too_many_requests_of_a_workspace(two_workspaces: tuple[Api, Api], monke
     with ThreadPoolExecutor(1) as pool, one.world.engine.connect() as connection:
         connection.execute(text("SELECT FROM chats WHERE id = :id FOR UPDATE"), {"id": chat_id})
         answer = pool.submit(one.message, chat_id, "agent")
-        wait_until(lambda: one.world.scalar(WAITING))
+        wait_until(one.world.waiting_for_locks)
         refused = one.get(FOLLOW_UPS)
         is_problem(refused, 429, "too-many-requests")
         assert refused.headers["retry-after"] == "1"

@@ -15,7 +15,7 @@ from followups.console.visit import uuid_or_none
 from followups.console.zones import AmbiguousTimeError, Zone
 from followups.errors import ChatNotFoundError, ConflictError, InvalidRequestError, WorkspaceNotFoundError
 from followups.models import MAX_MESSAGE_LENGTH, Chat
-from followups.store import chats, idempotency, workspaces
+from followups.store import idempotency, workspaces
 from followups.store.audit import Action
 from followups.store.idempotency import StoredResponse
 
@@ -93,11 +93,9 @@ def schedule(visit: Visit) -> Response:
 
 def _schedule_once(visit: Visit, session: Session, chat: Chat, typed: ScheduleForm, due: datetime) -> UUID:
     """Schedule the follow-up and return its id. Submitting the form twice schedules only one follow-up."""
-    # a second submission of the same form waits for this lock
-    chats.lock_chat(session, chat.workspace_id, chat.id)
     submitted = idempotency.hash_of(repr((chat.id, typed.message, due)).encode(errors="surrogatepass"))
     key = f"console form {typed.token} {submitted.hex()}"
-    if known := idempotency.recall(session, chat.workspace_id, key, submitted):
+    if known := idempotency.recall(session, chat.workspace_id, key, submitted, wait=True):
         return UUID(known.location)
     new = scheduling.schedule(
         session, workspace_id=chat.workspace_id, chat_id=chat.id, message=typed.message, due_date=due
