@@ -24,7 +24,7 @@ def encode_json(document: Mapping[str, object]) -> bytes:
     """
     try:
         # Non-ASCII characters are not written as \u escapes, because most alphabets would then take three times the
-        # space. Receivers limit the size of a body.
+        # space. Endpoints limit the size of a body.
         return to_json(document, fallback=str)
     except PydanticSerializationError:
         text = json.dumps(document, default=str, ensure_ascii=False, separators=(",", ":"))

@@ -19,7 +19,7 @@ MIN_LENGTH, MAX_LENGTH = 24, 64
 def keys_of(secrets: str) -> list[bytes]:
     """Return the keys of secrets that are separated by white space; padding and ``whsec_`` are optional.
 
-    Raises `ValueError`, which does not quote the secrets. A secret that is not base64 is rejected, because receivers'
+    Raises `ValueError`, which does not quote the secrets. A secret that is not base64 is rejected, because endpoints'
     libraries decode such a secret differently. If it were used as raw bytes, some libraries would reject every
     signature.
     """

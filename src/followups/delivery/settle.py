@@ -48,7 +48,7 @@ The wait delays only the next follow-up of each chat. If the worker is killed, t
 messages are sent again under the same keys.
 """
 SHORT_GATHER = timedelta(milliseconds=5)
-"""How long results are gathered before they are recorded, if the receiver cannot deduplicate. If the process is killed,
+"""How long results are gathered before they are recorded, if the endpoint cannot deduplicate. If the process is killed,
 all unrecorded outcomes become unknown.
 """
 SETTLE_RETRY_DELAY = timedelta(milliseconds=50)

@@ -57,9 +57,9 @@ OPEN = "open"
 RECOVERING = "recovering"
 
 CALLER_REFUSED = {401, 403}
-"""Status codes with which a receiver may reject the caller rather than the message.
+"""Status codes with which an endpoint may reject the caller rather than the message.
 
-After a secret has expired, for example, the receiver rejects every message with such a code. If the receiver accepts
+After a secret has expired, for example, the endpoint rejects every message with such a code. If the endpoint accepts
 other messages, the code concerns one message, whose follow-up fails.
 """
 

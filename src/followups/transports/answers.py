@@ -3,7 +3,7 @@
 ============================================ =========================================================
 answer                                       outcome
 ============================================ =========================================================
-2xx                                          `Sent`, with the receiver's id of the message if it gave one
+2xx                                          `Sent`, with the endpoint's id of the message if it gave one
 429; 503 with a valid Retry-After            `Snoozed`: uses up no attempt
 408, 425, other 5xx                          `Retry`, not before Retry-After
 anything else                                `Rejected`, with the first 200 characters of the body
@@ -60,7 +60,7 @@ class Answer(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Dialect:
-    """The format of the JSON object in a receiver's answers."""
+    """The format of the JSON object in an endpoint's answers."""
 
     message_id: Callable[[Document], UUID | None]
     """Return the message's id from a 2xx answer.

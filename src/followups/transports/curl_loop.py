@@ -50,7 +50,7 @@ class CurlLoop:
 
         ``begin_action`` is called before each call into libcurl that performs transfers. ``release`` is called in
         another thread while a call into libcurl is held up, with the number of seconds so far. When libcurl closes a
-        connection, it reads what the receiver still sends, even if that never ends. ``release`` ends the call by
+        connection, it reads what the endpoint still sends, even if that never ends. ``release`` ends the call by
         shutting sockets down.
         """
         self._begin_action = begin_action

@@ -1,6 +1,6 @@
 """The transport ``http``: a POST of one JSON object, signed according to Standard Webhooks.
 
-The contract with the receiver is in deploy/ENDPOINT.md.
+The contract with the endpoint is in deploy/ENDPOINT.md.
 """
 
 from __future__ import annotations

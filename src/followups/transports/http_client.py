@@ -65,7 +65,7 @@ HEADERS = {
 }
 """Headers of every request, besides User-Agent, which is an option of the connection. The empty Expect header keeps
 libcurl from adding one of its own. With libcurl's own Expect header, a body of more than 1 MiB would wait for the
-receiver's permission.
+endpoint's permission.
 """
 
 _INVALID_ANSWERS = {
@@ -76,8 +76,8 @@ _INVALID_ANSWERS = {
 _REASONS = {
     CLOSED: "it was closed here",
     pycurl.E_OK: "it ended within the header",
-    FLOODED: "the receiver sends data without end",
-    pycurl.E_ABORTED_BY_CALLBACK: "it ended, or the receiver sent data, before the request",
+    FLOODED: "the endpoint sends data without end",
+    pycurl.E_ABORTED_BY_CALLBACK: "it ended, or the endpoint sent data, before the request",
     pycurl.E_COULDNT_RESOLVE_HOST: "the host name was not found (DNS)",
     pycurl.E_COULDNT_RESOLVE_PROXY: "the proxy's host name was not found (DNS)",
     pycurl.E_GOT_NOTHING: "it ended without an answer",
@@ -107,9 +107,9 @@ class HttpClient:
         """
         self._timeout = settings.transport_timeout.total_seconds()
         self._endpoint = settings.transport_url or ""
-        # A connection to a receiver that cannot deduplicate is used only once. A connection that is kept open may break
-        # just after a request was sent. With a reused connection, a follow-up could therefore fail needlessly as
-        # outcome_unknown.
+        # If the endpoint cannot deduplicate, each connection is used only once. A connection that is kept open may
+        # break just after a request was sent. With a reused connection, a follow-up could therefore fail needlessly
+        # as outcome_unknown.
         reuses = settings.transport_deduplicates
         every = HEADERS | dict(headers or {}) | ({} if reuses else {"connection": "close"})
         self._headers = _lines(every)
@@ -159,11 +159,11 @@ class HttpClient:
         return self._closed is not None and not self._closed.is_set()
 
     async def deliver(self, url: str, headers: Sequence[bytes], body: bytes, dialect: Dialect) -> Outcome:
-        """Make one request to the receiver and return its outcome.
+        """Make one request to the endpoint and return its outcome.
 
         ``url`` is absolute, ``headers`` are this request's header lines, and ``body`` is JSON in UTF-8.
 
-        Raises `RuntimeError` if the client is not open. Whatever the receiver does, no exception is raised.
+        Raises `RuntimeError` if the client is not open. Whatever the endpoint does, no exception is raised.
         """
         curls = self._connections()  # first, because this discards the spare exchanges of a broken multi handle
         exchange = self._spare.pop() if self._spare else Exchange(self._options, self._sockets)

@@ -254,7 +254,7 @@ class Exchange:
         elif kind == pycurl.INFOTYPE_HEADER_IN and not self._began:
             self._read += len(data)
         elif kind == pycurl.INFOTYPE_TEXT and self._began and data.startswith(_CLOSING):
-            # libcurl would read for up to two seconds until the receiver also closes the connection
+            # libcurl would read for up to two seconds until the endpoint also closes the connection
             self.flooded = self._sockets.finish(self._address) or self.flooded
 
     def _limit_tls(self, size: int) -> None:

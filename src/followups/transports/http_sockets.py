@@ -41,7 +41,7 @@ answer's head and body.
 """
 
 LAST_MESSAGES = 16 * 1024
-"""More unread bytes than this, when libcurl closes a connection, are more than a receiver's last messages."""
+"""More unread bytes than this, when libcurl closes a connection, are more than an endpoint's last messages."""
 
 BUFFER = 128 * 1024
 """Size of a socket's receive buffer in bytes. libcurl may have to read the whole buffer before it closes the socket."""
@@ -104,7 +104,7 @@ class Sockets:
     def __init__(self, *, uses_tls: bool, counts_records: bool) -> None:
         """Start without sockets.
 
-        ``uses_tls`` means that the receiver may send data before the first request, as with TLS. ``counts_records``
+        ``uses_tls`` means that the endpoint may send data before the first request, as with TLS. ``counts_records``
         means that `add_consumed` is called for everything that libcurl reads from a connection.
         """
         self.uses_tls = uses_tls

@@ -1,7 +1,7 @@
 """The port: the interface that a transport must implement, and the five possible outcomes of a call.
 
-A transport delivers one message into one chat. A transport raises no error, whatever the receiver does. Every call ends
-in one of the five outcomes. Third parties register their own transports as entry points in the group
+A transport delivers one message into one chat. A transport raises no error, whatever the chat server does. Every call
+ends in one of the five outcomes. Third parties register their own transports as entry points in the group
 ``followups.transports``. Every transport must pass the test suite in ``tests/unit/transports``.
 """
 
@@ -34,7 +34,7 @@ class Delivery:
     made_at: datetime | None = None
     """Time at which the transport was called, by the database's clock.
 
-    Receivers compare the time of the call with their own clocks. The worker's clock may be wrong, so the time comes
+    Chat servers compare the time of the call with their own clocks. The worker's clock may be wrong, so the time comes
     from the database.
     """
     external_chat_id_is_shared: bool = False
@@ -117,12 +117,12 @@ class Transport(Protocol):
         """Open long-lived resources, such as a session, in the event loop that uses them."""
 
     async def send(self, delivery: Delivery) -> Outcome:
-        """Deliver the message once, within the transport timeout. Raises no error, whatever the receiver does."""
+        """Deliver the message once, within the transport timeout. Raises no error, whatever the chat server does."""
 
     async def check(self) -> str:
-        """Return one sentence saying that the receiver can be reached.
+        """Return one sentence saying that the chat server can be reached.
 
-        Raises `FollowUpsError` if the receiver cannot be reached.
+        Raises `FollowUpsError` if the chat server cannot be reached.
         """
 
     async def close(self) -> None:

@@ -257,7 +257,7 @@ async def test_an_endless_tls_handshake(trusted: None) -> None:  # noqa: ARG001 
         call = asyncio.create_task(transport.send(a_delivery()))
         await unread.wait()
         assert not call.done()
-        assert await call == Retry("no connection: the receiver sends data without end")
+        assert await call == Retry("no connection: the endpoint sends data without end")
 
 
 @pytest.mark.parametrize("start", [b"content-length: 99999999999\r\n\r\n", b"transfer-encoding: chunked\r\n\r\n1;"])

@@ -15,7 +15,7 @@ KEEP_RECORDS = 200_000
 """Number of requests kept by default. The counts include requests that are no longer kept."""
 KEEP_KEYS = 1_000_000
 """Number of idempotency keys that are kept. When the limit is reached, the oldest key is removed, as in a real
-receiver.
+chat server.
 """
 
 QUANTILES = {"p50": 0.50, "p95": 0.95, "p99": 0.99, "max": 1.0}

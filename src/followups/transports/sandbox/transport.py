@@ -46,7 +46,7 @@ class SandboxTransport:
         return outcome_of(Answer(reply.status, reply.headers, reply.body.encode()), DIALECT)
 
     async def check(self) -> str:
-        """Report that there is no receiver to connect to."""
+        """Report that there is no chat server to connect to."""
         return "The sandbox runs in this process; it accepts every message and delivers none."
 
     async def close(self) -> None:
