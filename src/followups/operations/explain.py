@@ -98,7 +98,7 @@ def explain(follow_up: FollowUp, settings: Settings, now: datetime, around: Circ
     if follow_up.status == Status.SENT:
         return _sent(follow_up)
     if follow_up.status == Status.PENDING:
-        return _pending(follow_up, now, around)
+        return _pending(follow_up, settings.max_lateness, now, around)
     code = code_of(follow_up.reason)
     if code in ENDINGS:
         limits = {"max_attempts": settings.max_attempts, "max_lateness": settings.max_lateness}
@@ -143,7 +143,7 @@ def _sent(follow_up: FollowUp) -> Sentence:
     return Sentence("{accepted}, at the first attempt.", accepted=accepted)
 
 
-def _pending(follow_up: FollowUp, now: datetime, around: Circumstances) -> Sentence:
+def _pending(follow_up: FollowUp, max_lateness: timedelta, now: datetime, around: Circumstances) -> Sentence:
     if follow_up.begun_at is not None:
         return _in_flight(follow_up, now)
     moment = follow_up.next_attempt_at or follow_up.due_date
@@ -152,6 +152,13 @@ def _pending(follow_up: FollowUp, now: datetime, around: Circumstances) -> Sente
     elif follow_up.waits_for is not None:
         said = Sentence(
             "The follow-up waits for the earlier follow-up of its chat, {id}, to end.", id=follow_up.waits_for
+        )
+    elif moment > now and max_lateness and moment - _sendable_from(follow_up) >= max_lateness:
+        said = Sentence(
+            "The follow-up fails in {wait}: by then, it will be too late to send it (FOLLOWUPS_MAX_LATENESS,"
+            " {max_lateness}).",
+            wait=moment - now,
+            max_lateness=max_lateness,
         )
     elif moment > now:
         said = _later(follow_up, moment, now, around)
@@ -165,6 +172,12 @@ def _pending(follow_up: FollowUp, now: datetime, around: Circumstances) -> Sente
     if around.first is not None:
         said += around.first
     return said + window if (window := _window(follow_up, max(moment, now), now, around)) else said
+
+
+def _sendable_from(follow_up: FollowUp) -> datetime:
+    """Return the time from which lateness is measured, as `followups.store.fragments.LATENESS_FROM` does."""
+    moments = (follow_up.due_date, follow_up.scheduled_at, follow_up.held_until)
+    return follow_up.sendable_from or max(moment for moment in moments if moment)
 
 
 def _window(follow_up: FollowUp, moment: datetime, now: datetime, around: Circumstances) -> Sentence | None:

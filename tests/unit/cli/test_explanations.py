@@ -23,6 +23,7 @@ EARLIER = UUID("0b0b6e34-0d0f-4d3c-9d5e-3f5a0c6f5a51")
 SETTINGS = load_settings(database_url="postgresql://h/d", broker_url="redis://h", max_attempts=3)
 
 
+SECOND, HOUR, DAY = timedelta(seconds=1), timedelta(hours=1), timedelta(days=1)
 TICKING = Circumstances(tick_age=timedelta(seconds=1))
 BERLIN = SendingHours("Europe/Berlin", time(12), time(20))
 """Sending hours in Berlin, where the local time at ``NOW`` is 10:00."""
@@ -76,6 +77,14 @@ def test_a_callers_reason_is_shown_unchanged() -> None:
         (
             {"due": timedelta(0), "attempts": 1, "next_attempt_at": NOW + timedelta(seconds=4)},
             "The follow-up is tried again in 4 s; the failed attempts are below.",
+        ),
+        (
+            {"due": 4 * SECOND - DAY, "attempts": 1, "next_attempt_at": NOW + 4 * SECOND},
+            "fails in 4 s: by then, it will be too late to send it (FOLLOWUPS_MAX_LATENESS, 1 d).",
+        ),
+        (
+            {"due": -DAY, "sendable_from": NOW - HOUR, "attempts": 1, "next_attempt_at": NOW + 4 * SECOND},
+            "The follow-up is tried again in 4 s",
         ),
         ({"waits_for": EARLIER}, f"The follow-up waits for the earlier follow-up of its chat, {EARLIER}, to end"),
         ({"lease_until": NOW + timedelta(seconds=9)}, "The follow-up is due, and a tick has claimed it"),
@@ -131,7 +140,6 @@ def test_a_sent_follow_up_is_explained(columns: dict[str, Any], said: str) -> No
 
 
 ACME = ActivePause(EARLIER, "acme", None, NOW, 3)
-HOUR = timedelta(hours=1)
 WORKSPACE = UUID(int=7)
 HELD = frozenset({7})
 LIMITS = (
