@@ -67,6 +67,7 @@ def _parsed(value: SecretStr, parse: Callable[[str], T]) -> T:
         raise ValueError(message) from None
 
 
+NOT_HTTP = "FOLLOWUPS_TRANSPORT_URL should start with http:// or https://"
 NO_ADDRESS = (
     "FOLLOWUPS_TRANSPORT_URL should be an address such as https://chat.example/messages, with a host name in ASCII"
     " (xn--...), and with every other special character percent-encoded"
@@ -220,14 +221,6 @@ class Settings(BaseSettings):
             raise ValueError(message)
         return SecretStr(_parsed(value, broker_url))
 
-    @field_validator("transport_url")
-    @classmethod
-    def _is_http(cls, value: str | None) -> str | None:
-        if value and not value.startswith(("http://", "https://")):
-            message = "should start with http:// or https://"
-            raise ValueError(message)
-        return value or None
-
     @field_validator("public_url")
     @classmethod
     def _is_an_address(cls, value: str | None) -> str | None:
@@ -260,9 +253,9 @@ class Settings(BaseSettings):
     def _empty_is_no_role(cls, value: object) -> object:
         return value or None
 
-    @field_validator("transport_client_cert", "transport_client_key")
+    @field_validator("transport_url", "transport_client_cert", "transport_client_key")
     @classmethod
-    def _empty_is_no_file(cls, value: str | None) -> str | None:
+    def _empty_is_not_set(cls, value: str | None) -> str | None:
         return value or None
 
     @field_validator("runtime_dir")
@@ -320,6 +313,8 @@ class Settings(BaseSettings):
         if self.transport not in {"http", "matrix"}:
             return self
         url = self.transport_url
+        if url is not None and not url.startswith(("http://", "https://")):
+            raise ValueError(NOT_HTTP)
         if url is not None and not is_address(url):
             raise ValueError(NO_ADDRESS)
         secret = self.transport_secret and self.transport_secret.get_secret_value()
@@ -449,7 +444,10 @@ def _read_files() -> dict[str, str]:
         for name in _names(field):
             value = read_file_of(name)
             if value is not None:
-                found.setdefault(field, value)
+                found[field] = value
+            # as without files, a name with the prefix FOLLOWUPS_ takes precedence
+            if value is not None or os.environ.get(name):
+                break
     return found
 
 

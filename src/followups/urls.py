@@ -24,6 +24,11 @@ _LIBPQS_HOSTS = re.compile(
 This is either several hosts (``host1:5432,host2:5432``) or a socket path (``%2Frun``).
 """
 
+_HTTP_HOST = re.compile(
+    r"(?:[A-Za-z0-9._-]*[A-Za-z0-9][A-Za-z0-9._-]*|\[[0-9A-Fa-f:.]+(?:%25[A-Za-z0-9._~-]+)?\])(?::[0-9]*)?"
+)
+"""Host and port of an HTTP URL that libcurl accepts."""
+
 _HOST = re.compile(r"(?P<name>\[[^]]*\]|[^:]*)(?::(?P<port>.*))?", re.DOTALL)
 
 _CHOICES = {
@@ -238,9 +243,9 @@ def is_address(url: str) -> bool:
     """Return whether a URL has a host, and only characters that may appear unescaped."""
     try:
         parts = urlsplit(url)
-        host = (parts.hostname or "").encode("idna")
+        (parts.hostname or "").encode("idna")  # this checks the length of each label
         return (
-            bool(host)
+            _HTTP_HOST.fullmatch(parts.netloc.rpartition("@")[2]) is not None
             and parts.port != 0
             and parts.netloc.count("@") <= 1  # libcurl rejects a password with an unescaped @
             and url.isascii()
@@ -252,6 +257,6 @@ def is_address(url: str) -> bool:
 
 
 def _fits_basic_authentication(user: str, password: str) -> bool:
-    # In credentials, the first colon ends the user name (RFC 7617). Servers do not agree on how to encode characters
-    # beyond Latin-1.
-    return ":" not in user and max(user + password, default="") <= "\xff"
+    # In credentials, the first colon ends the user name, and control characters are forbidden (RFC 7617). Servers do
+    # not agree on how to encode characters beyond Latin-1.
+    return ":" not in user and not any(c < " " or c == "\x7f" or c > "\xff" for c in user + password)

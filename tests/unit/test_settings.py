@@ -225,6 +225,21 @@ def test_all_wrong_values_are_named_together(monkeypatch: pytest.MonkeyPatch) ->
         load_settings()
 
 
+@pytest.mark.parametrize("from_file", [True, False])
+def test_the_prefix_takes_precedence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *, from_file: bool) -> None:
+    """DATABASE_URL_FILE is ignored if FOLLOWUPS_DATABASE_URL is set, with or without a file."""
+    other, own = tmp_path / "other", tmp_path / "own"
+    other.write_text("postgresql://other/other")
+    own.write_text(DATABASE_URL)
+    monkeypatch.setenv("DATABASE_URL_FILE", str(other))
+    if from_file:
+        monkeypatch.delenv("FOLLOWUPS_DATABASE_URL")
+        monkeypatch.setenv("FOLLOWUPS_DATABASE_URL_FILE", str(own))
+    else:
+        monkeypatch.setenv("FOLLOWUPS_DATABASE_URL", DATABASE_URL)
+    assert load_settings().database_url.get_secret_value() == DATABASE_URL
+
+
 @pytest.mark.parametrize("content", ["", " \n"])
 def test_an_empty_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: str) -> None:
     """A file without a value is an error: with an empty secret, deliveries would not be signed."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from traceback import extract_tb
 from typing import TYPE_CHECKING
 
 from followups.errors import FollowUpsError, TransportConfigurationError
@@ -26,12 +27,19 @@ def load_transport(settings: Settings) -> Transport:
 def _made(entry_point: EntryPoint, settings: Settings) -> Transport:
     where = f"The transport {entry_point.name!r} ({entry_point.value})"
     try:
-        transport = entry_point.load()(settings)
-    except FollowUpsError:
-        raise  # the transport's own error is more specific than ours
+        create = entry_point.load()
     except Exception as error:
         message = f"{where} cannot be loaded: {type(error).__name__}: {error}."
         raise TransportConfigurationError(message) from error
+    try:
+        transport = create(settings)
+    except FollowUpsError:
+        raise  # the transport's own error is more specific than ours
+    except Exception as error:  # noqa: BLE001 - whatever a plug-in raises
+        # the error's text may quote a secret from the settings
+        last = extract_tb(error.__traceback__)[-1]
+        message = f"{where} cannot be created: {type(error).__name__} in {last.filename}, line {last.lineno}."
+        raise TransportConfigurationError(message) from None
     if not isinstance(transport, Transport):
         message = (
             f"{where} is not a transport: it lacks {', '.join(_missing(transport))} (see followups.transports.port)."

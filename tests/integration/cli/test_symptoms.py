@@ -105,11 +105,13 @@ def test_every_message_is_refused(
 
 
 @pytest.mark.parametrize("asks", [True, False])
-def test_slow_checks(settings: Settings, engine: Engine, world: World, *, asks: bool) -> None:
-    """The endpoint and the workers are checked only on request, because these checks may take seconds."""
+@pytest.mark.parametrize("connects", [True, False])
+def test_slow_checks(settings: Settings, engine: Engine, world: World, *, asks: bool, connects: bool) -> None:
+    """The workers are checked only on request, and the endpoint only in a process that may connect to it."""
     assert world
-    findings = checks.run(settings, engine, dict if asks else None, connects=False)
-    assert {"transport", "workers"} & {one.name for one in findings} == ({"transport", "workers"} if asks else set())
+    findings = checks.run(settings, engine, dict if asks else None, connects=connects)
+    expected = {name for name, checked in (("workers", asks), ("transport", connects)) if checked}
+    assert {"transport", "workers"} & {one.name for one in findings} == expected
 
 
 def test_open_transaction(settings: Settings, engine: Engine, world: World, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -221,12 +221,29 @@ def test_a_missing_url_names_the_setting() -> None:
     [
         *("http://", "https:///path", "http://host:port/", "http://[::1/", "http://host:0/", "http://a..b/"),
         *("http://a b/", "http://b\u00fccher.example/", "http://host/b\u00fccher", "http://user:p@ss@host/"),
+        *("http://chat,example/", "http://chat%20host/", "http://[::1]x/", "http://[v1.a]/", "http://u%00:p@host/"),
+        *("http://user:p%0A@host/", "http://.../"),
     ],
 )
 def test_an_invalid_url_stops_the_start(url: str) -> None:
     """A URL without a host, with an invalid port, or with characters that must be encoded is rejected at startup."""
     with pytest.raises(SettingsError, match=r"^FOLLOWUPS_TRANSPORT_URL should be an address such as https://"):
         settings_for(url)
+
+
+@pytest.mark.parametrize(
+    "host", ["chat_server", "xn--bcher-kva.example.", "[fe80::1%25eth0]:80", "[::ffff:1.2.3.4]", "h:"]
+)
+def test_a_host_that_libcurl_accepts(host: str) -> None:
+    """The setting accepts host names, IPv6 addresses, and ports."""
+    assert settings_for(f"http://us%2Fer:p%C3%A4ss@{host}/path").transport_url
+
+
+def test_a_plug_ins_url_has_any_scheme() -> None:
+    """Only the transports http and matrix need an HTTP URL."""
+    assert settings_for("amqp://host", transport="sandbox").transport_url == "amqp://host"
+    with pytest.raises(SettingsError, match=r"^FOLLOWUPS_TRANSPORT_URL should start with http:// or https://"):
+        settings_for("amqp://host")
 
 
 @pytest.mark.parametrize("address", ["user:hunter2@host:port", "us%3Aer:hunter2@host", "user:hunter2%E2%82%AC@host"])

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import traceback
 from importlib.metadata import EntryPoint
+from typing import TYPE_CHECKING
 
 import pytest
 
@@ -13,6 +15,9 @@ from followups.transports.http import HttpTransport
 from followups.transports.matrix import MatrixTransport
 from followups.transports.sandbox.transport import SandboxTransport
 from unit.transports.doubles import TOKEN, settings_for
+
+if TYPE_CHECKING:
+    from followups.settings import Settings
 
 
 class NoTransport:
@@ -71,8 +76,27 @@ def test_a_plug_in_is_found_by_its_name() -> None:
 @pytest.mark.usefixtures("plug_in")
 def test_a_plug_in_that_does_not_load_is_named() -> None:
     """If a plug-in cannot be imported, the error names the plug-in and the cause."""
-    with pytest.raises(TransportConfigurationError, match=r"The transport 'extra' \(.*\) cannot be loaded: \w+Error: "):
+    with pytest.raises(
+        TransportConfigurationError, match=r"The transport 'extra' \(.*\) cannot be (?:loaded|created): \w+Error"
+    ):
         load_transport(settings_for(transport="extra"))
+
+
+def raise_with_secret(settings: Settings) -> None:
+    """Raise an error that contains the secret, as ``int(secret)`` does."""
+    assert settings.transport_secret
+    raise ValueError(settings.transport_secret.get_secret_value())
+
+
+@pytest.mark.parametrize("plug_in", [f"{__name__}:raise_with_secret"], indirect=True)
+@pytest.mark.usefixtures("plug_in")
+def test_a_plug_ins_error_does_not_show_the_secret(monkeypatch: pytest.MonkeyPatch) -> None:
+    """If creating a transport fails, the error names the exception and its place, but not its text."""
+    monkeypatch.setattr(EntryPoint, "load", lambda _self: raise_with_secret)
+    found = r"'extra' \(.*\) cannot be created: ValueError in .*test_registry.py, line \d+\.$"
+    with pytest.raises(TransportConfigurationError, match=found) as caught:
+        load_transport(settings_for(transport="extra", transport_secret=TOKEN))
+    assert TOKEN not in "".join(traceback.format_exception(caught.value))
 
 
 @pytest.mark.parametrize("plug_in", [f"{__name__}:NoTransport"], indirect=True)

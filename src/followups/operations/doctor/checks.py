@@ -20,8 +20,9 @@ def run(
 ) -> Iterator[Finding]:
     """Yield the findings of all checks.
 
-    The endpoint and the workers are checked only if ``ask_workers`` is given, because these checks may take seconds.
-    ``connects`` adds the checks of this process's own connections to the database and the broker.
+    The workers are checked only if ``ask_workers`` is given, because their replies may take seconds. ``connects`` adds
+    the checks of this process's own connections to the database, the broker and the endpoint. In web, such a check
+    would say nothing about the workers, and a silent endpoint would block a thread.
     """
     yield connection_checks.timeouts(settings)
     yield from database_checks.databases(settings, engine)
@@ -39,10 +40,10 @@ def run(
         if connects:
             yield from connection_checks.of_broker(settings)
         yield from broker_checks.of_broker(settings)
-    if ask_workers:
+    if connects:
         yield connection_checks.transport(settings)
-        if reachable:
-            yield process_checks.workers(ask_workers)
-        else:
-            yield Finding("workers", "not asked", "Repair the broker first.")
+    if ask_workers and reachable:
+        yield process_checks.workers(ask_workers)
+    elif ask_workers:
+        yield Finding("workers", "not asked", "Repair the broker first.")
     yield process_checks.of_this_machine(settings)
