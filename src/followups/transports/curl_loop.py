@@ -15,19 +15,19 @@ from typing import TYPE_CHECKING
 
 import pycurl
 
+from followups.transports.watchdog import Watchdog
 from followups.uptime import uptime
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Iterable, Mapping
+
+    from followups.transports.descriptors import Descriptor
 
 RESOLUTION = 0.001
 """Seconds by which a timer may call libcurl too early. libcurl then sets the timer again."""
 
 SLICE = 0.005
 """Seconds after which other callbacks of the event loop get their turn, even if more sockets are ready."""
-
-HELD_UP = 0.2
-"""Seconds after which a single call into libcurl counts as held up, since it normally takes milliseconds."""
 
 CLOSED = -1
 """The result code of transfers that `CurlLoop` itself ends; not one of libcurl's codes."""
@@ -43,28 +43,20 @@ _IN = select.EPOLLIN | select.EPOLLHUP
 class CurlLoop:
     """Runs HTTP transfers on an event loop, and keeps their connections for reuse."""
 
-    def __init__(
-        self, options: Mapping[int, int], begin_action: Callable[[], None], release: Callable[[float], None]
-    ) -> None:
+    def __init__(self, options: Mapping[int, int], begin_action: Callable[[], None]) -> None:
         """Register with the running event loop; ``options`` are libcurl's options for the multi handle.
 
-        ``begin_action`` is called before each call into libcurl that performs transfers. ``release`` is called in
-        another thread while a call into libcurl is held up, with the number of seconds so far. When libcurl closes a
-        connection, it reads what the endpoint still sends, even if that never ends. ``release`` ends the call by
-        shutting sockets down.
+        ``begin_action`` is called before each call into libcurl that performs transfers. Raises `OSError` or
+        `pycurl.error` if the process may open no more files.
         """
         self._begin_action = begin_action
-        self._release = release
-        self._entered = math.inf
-        """The `uptime` at which the current call into libcurl began, or infinity outside such a call."""
-        self._closed = threading.Event()
+        self._sockets = select.epoll()
         self._loop = asyncio.get_running_loop()
         self._multi = pycurl.CurlMulti()
         self._multi.setopt(pycurl.M_SOCKETFUNCTION, self._watch)
         self._multi.setopt(pycurl.M_TIMERFUNCTION, self._set_timer)
         for option, value in options.items():
             self._multi.setopt(option, value)
-        self._sockets = select.epoll()
         self._turns: dict[int, int] = {}
         """How often each watched socket was ready since it last had no transfer."""
         self._overran = False
@@ -75,9 +67,8 @@ class CurlLoop:
         self.is_broken = False
         """Whether libcurl has reported that this multi handle can no longer perform transfers."""
         self._running: dict[pycurl.Curl, asyncio.Future[int]] = {}
-        self._looks_up = False  # whether libcurl may still be looking up the host name of an ended transfer
+        self._watchdog = Watchdog()
         self._loop.add_reader(self._sockets.fileno(), self._handle_ready_sockets)
-        threading.Thread(target=self._watch_calls, name="curl-watchdog", daemon=True).start()
 
     @property
     def is_idle(self) -> bool:
@@ -100,41 +91,41 @@ class CurlLoop:
             return await ended
         finally:
             if self._running.pop(curl, None):
-                self._remove(curl, CLOSED)
+                self._remove(curl)
 
     def end(self, curl: pycurl.Curl, code: int) -> None:
         """End a transfer with the given result code, and close its connection unless other transfers use it."""
         if curl in self._running:
             self._end(curl, code)
 
+    def has_shut(self, descriptors: Iterable[Descriptor]) -> bool:
+        """Return whether the watchdog has shut down one of these sockets."""
+        return not self._watchdog.shut.isdisjoint(descriptors)
+
     def close(self) -> None:
-        """End every transfer and close every connection."""
+        """End every transfer, and close every connection in another thread.
+
+        libcurl waits for its threads that look up host names. If a name server does not answer, a look-up may take half
+        a minute. libcurl looks up IPv4 and IPv6 addresses in two threads, of which one may run after the transfer.
+        """
         for curl in tuple(self._running):
             self._end(curl, CLOSED)
         self._loop.remove_reader(self._sockets.fileno())
         self._sockets.close()
         for callback in (pycurl.M_SOCKETFUNCTION, pycurl.M_TIMERFUNCTION):
             self._multi.setopt(callback, None)
-        if self._looks_up:
-            # When libcurl is closed, it waits for its threads that look up host names. If the name server does not
-            # answer, a look-up may take up to half a minute.
-            threading.Thread(target=self._close_multi, name="curl-close", daemon=True).start()
-        else:
-            self._close_multi()
+        threading.Thread(target=self._close_multi, name="curl-close", daemon=True).start()
         for timer in (self._kick, self._timer):
             if timer is not None:
                 timer.cancel()
 
     def _close_multi(self) -> None:
-        self._entered = uptime()
-        self._multi.close()
-        self._closed.set()
-
-    def _watch_calls(self) -> None:
-        while not self._closed.wait(HELD_UP / 2):
-            seconds = uptime() - self._entered
-            if seconds > HELD_UP:
-                self._release(seconds)
+        self._watchdog.watch_this_thread()
+        self._watchdog.calls += 1
+        try:
+            self._multi.close()
+        finally:
+            self._watchdog.stop()
 
     def _watch(self, what: int, socket: int, _multi: object, _data: object) -> None:
         wanted = _WANTED.get(what)
@@ -147,6 +138,7 @@ class CurlLoop:
             self._sockets.modify(socket, wanted)
         except FileNotFoundError:  # a new socket can have the number of a closed socket
             self._sockets.register(socket, wanted)
+            self._watchdog.add(socket)
 
     def _handle_ready_sockets(self) -> None:
         # An endless answer makes its socket ready in every iteration of the event loop. Many such sockets can use up
@@ -212,13 +204,13 @@ class CurlLoop:
         if self.is_broken:
             return
         self._begin_action()
-        self._entered = uptime()
+        self._watchdog.calls += 1
         try:
             self._multi.socket_action(socket, ready)
         except pycurl.error:
             self._break()
         finally:
-            self._entered = math.inf
+            self._watchdog.calls += 1
 
     def _break(self) -> None:
         if self.is_broken or self._sockets.closed:
@@ -240,17 +232,15 @@ class CurlLoop:
 
     def _end(self, curl: pycurl.Curl, code: int) -> None:
         ended = self._running.pop(curl)
-        self._remove(curl, code)
+        self._remove(curl)
         if not ended.done():
             ended.set_result(code)
 
-    def _remove(self, curl: pycurl.Curl, code: int) -> None:
-        self._entered = uptime()
+    def _remove(self, curl: pycurl.Curl) -> None:
+        self._watchdog.calls += 1
         try:
             self._multi.remove_handle(curl)
         except pycurl.error:
             self._loop.call_soon(self._break)  # later, because the caller is ending transfers
         finally:
-            self._entered = math.inf
-        if code != pycurl.E_OK and not curl.getinfo(pycurl.NAMELOOKUP_TIME):
-            self._looks_up = True
+            self._watchdog.calls += 1

@@ -165,7 +165,10 @@ class HttpClient:
 
         Raises `RuntimeError` if the client is not open. Whatever the endpoint does, no exception is raised.
         """
-        curls = self._connections()  # first, because this discards the spare exchanges of a broken multi handle
+        try:
+            curls = self._connections()  # first, because this discards the spare exchanges of a broken multi handle
+        except (OSError, pycurl.error):
+            return Retry("no connection: the process may open no more files")
         exchange = self._spare.pop() if self._spare else Exchange(self._options, self._sockets)
         until = uptime() + self._timeout
         exchange.prepare(url, [*self._headers, *headers], body, until)
@@ -198,6 +201,8 @@ class HttpClient:
                 code = await curls.perform(exchange.curl)
             finally:
                 exchange.is_reusable = not curls.is_broken
+            if curls.has_shut(exchange.descriptors):
+                exchange.flooded = True
             if exchange.stale_address is None or not self._is_open:
                 return code
             if exchange.stale_address in refused and self._curls is curls:
@@ -217,7 +222,7 @@ class HttpClient:
         sockets = Sockets(uses_tls=self._sockets.uses_tls, counts_records=False)
         exchange = Exchange(self._connection_options | {pycurl.CONNECT_ONLY: True}, sockets)
         exchange.prepare(self._endpoint, [], b"", uptime() + self._timeout)
-        curls = CurlLoop({}, sockets.begin_action, sockets.release)
+        curls = CurlLoop({}, sockets.begin_action)
         try:
             code = await curls.perform(exchange.curl)
         finally:
@@ -257,7 +262,7 @@ class HttpClient:
             self._retire(self._curls)
             self._spare.clear()  # a broken multi handle may keep transfers, and no other handle accepts these
         if self._curls is None:
-            self._curls = CurlLoop(self._multi_options, self._sockets.begin_action, self._sockets.release)
+            self._curls = CurlLoop(self._multi_options, self._sockets.begin_action)
         if self._sweeping is None:
             self._sweep_later()
         return self._curls

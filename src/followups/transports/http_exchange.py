@@ -21,12 +21,13 @@ import pycurl
 
 from followups.transports.answers import Answer
 from followups.transports.curl_loop import CLOSED
+from followups.transports.descriptors import Descriptor
 from followups.uptime import uptime
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from followups.transports.http_sockets import Address, Descriptor, Sockets
+    from followups.transports.http_sockets import Address, Sockets
 
 BODY_LIMIT = 64 * 1024
 """Maximum number of bytes that are read from an answer body (deploy/ENDPOINT.md)."""
@@ -168,6 +169,11 @@ class Exchange:
         self.curl.setopt(pycurl.TIMEOUT_MS, max(1, math.ceil(1000 * (until - uptime()))))
 
     @property
+    def descriptors(self) -> Sequence[Descriptor]:
+        """The sockets that were opened for this exchange, or the socket of its kept connection."""
+        return self._opened or self._sockets.descriptors_of(self._address)
+
+    @property
     def address(self) -> Address | None:
         """The connection that this exchange uses or last used, or None after `end`."""
         return self._address if self._began else None
@@ -211,10 +217,16 @@ class Exchange:
     # The following methods are callbacks, in the order in which libcurl calls them.
 
     def _socket_opened(self, socket: int, _purpose: int) -> int:
-        self._opened.append(self._sockets.open(socket))
+        opened = Descriptor.of(socket)
+        opened.limit_buffer()
+        self._opened.append(opened)
         return _CONTINUE
 
     def _connected(self, ip: str, own_ip: str, port: int, own_port: int) -> int:
+        if self.may_have_been_sent:
+            # if a server refuses HTTP/2 for this request (HTTP_1_1_REQUIRED), libcurl repeats the request by itself
+            self.flaw = "the server asked for the request to be repeated over HTTP/1.1"
+            return _ABORT
         # A process that freezes while it connects may wake after the request's time limit. By then, the follow-up may
         # have been cancelled, or sent by another process. These checks also detect a closed connection, on which a
         # request would have an unknown outcome.

@@ -8,8 +8,7 @@ follows:
 
 - `CurlLoop` stops calling libcurl after some milliseconds, and then begins with the sockets of short answers.
 - `Exchange` limits the head and the body, and the TLS records that libcurl processes before it returns.
-- `CurlLoop` has a watchdog, which calls `Sockets.release` while a call into libcurl is held up. libcurl reads from a
-  connection that it closes, and from a proxy, until nothing more arrives.
+- A `Watchdog` shuts a socket down if libcurl reads from it without end in a single call.
 - `Sockets.flooded` finds the connections that have received too much. `HttpClient` then stops reading from them, but
   the calls end only at their timeouts.
 """
@@ -17,21 +16,13 @@ follows:
 from __future__ import annotations
 
 import asyncio
-import fcntl
-import os
 import select
-import socket
-import struct
-import sys
-import termios
-from typing import TYPE_CHECKING, NamedTuple, Self, TypeVar
-
-from followups.transports.curl_loop import HELD_UP
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Sequence
 
-T = TypeVar("T")
+    from followups.transports.descriptors import Descriptor
 
 ALLOWANCE = 256 * 1024
 """How many bytes a connection may receive per call, counted from the first check for floods during the call.
@@ -43,59 +34,8 @@ answer's head and body.
 LAST_MESSAGES = 16 * 1024
 """More unread bytes than this, when libcurl closes a connection, are more than an endpoint's last messages."""
 
-BUFFER = 128 * 1024
-"""Size of a socket's receive buffer in bytes. libcurl may have to read the whole buffer before it closes the socket."""
-
-_BYTES_RECEIVED = struct.Struct("=128xQ")
-"""The number of bytes that a connection has received, in Linux's ``struct tcp_info`` (since Linux 4.1)."""
-
 Address = tuple[str, str, int, int]
 """A connection: the remote and the local IP address, the remote and the local port."""
-
-
-class Descriptor(NamedTuple):
-    """The file descriptor of one of libcurl's sockets.
-
-    The device and the inode distinguish the socket from a later socket with the same number.
-    """
-
-    number: int
-    device: int
-    inode: int
-
-    @classmethod
-    def of(cls, number: int) -> Self:
-        """Return the descriptor of an open socket."""
-        found = os.fstat(number)
-        return cls(number, found.st_dev, found.st_ino)
-
-    def query(self, read_from: Callable[[socket.socket], T]) -> T | None:
-        """Return what ``read_from`` returns for the socket, or None if libcurl has closed the socket."""
-        try:
-            if Descriptor.of(self.number) != self:
-                return None
-            # The family is not looked up, because `read_from` does not depend on it.
-            opened = socket.socket(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP, self.number)
-        except OSError:
-            return None
-        try:
-            return read_from(opened)
-        except OSError:  # for example if the connection was reset
-            return None
-        finally:
-            opened.detach()
-
-    def limit_buffer(self) -> None:
-        """Limit how much a new socket receives before it is read."""
-        self.query(lambda opened: opened.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, BUFFER))
-
-    def shut(self) -> None:
-        """Shut the socket down and discard what has arrived, so that libcurl reads nothing more from it."""
-        self.query(_shut)
-
-    def unread(self) -> int:
-        """Return how many bytes have arrived that libcurl has not read, or 0 if that is not known."""
-        return self.query(_unread) or 0
 
 
 class Sockets:
@@ -116,8 +56,6 @@ class Sockets:
         self._http2: set[Address] = set()
         self._known: dict[Address, select.poll] = {}
         self._descriptors: dict[Address, Descriptor] = {}
-        self._opened: dict[int, Descriptor] = {}
-        """The sockets that libcurl has opened, by file descriptor, including those that it has closed since."""
         self._addresses: dict[int, Address] = {}
         self._calls: dict[Address, int] = {}
         self._unanswered: dict[Address, int] = {}
@@ -126,12 +64,6 @@ class Sockets:
         """How many bytes each connection may have received at the next check for floods."""
         self._exceeding: set[Address] = set()
         """The connections that had received more than allowed at the last check for floods."""
-
-    def open(self, number: int) -> Descriptor:
-        """Register a new socket, limit its receive buffer, and return its descriptor."""
-        opened = self._opened[number] = Descriptor.of(number)
-        opened.limit_buffer()
-        return opened
 
     def begin_action(self) -> None:
         """Count another call into libcurl."""
@@ -192,9 +124,11 @@ class Sockets:
         connection.
         """
         for each in opened:
-            if each.query(_local_port) == address[3]:
+            if each.local_port() == address[3]:
                 # libcurl has closed the connection that had this file descriptor before
-                self._forget(self._addresses.get(each.number, address))
+                closed = self._addresses.get(each.number, address)
+                if self._descriptors.get(closed, each).number == each.number:
+                    self._forget(closed)
                 self._descriptors[address] = each
                 self._addresses[each.number] = address
                 self._known[address] = poll = select.poll()
@@ -235,6 +169,11 @@ class Sockets:
         consumed = self._consumed.get(address)
         return consumed is not None and self._received(address) != consumed
 
+    def descriptors_of(self, address: Address) -> Sequence[Descriptor]:
+        """Return the socket of a connection, or nothing if libcurl has closed it."""
+        found = self._descriptors.get(address)
+        return [found] if found else []
+
     def shut(self, address: Address) -> None:
         """Shut this connection down, so that libcurl reads nothing more from it."""
         if found := self._descriptors.get(address):
@@ -261,17 +200,6 @@ class Sockets:
         for address in self._known if self.uses_tls else ():
             if address not in self._calls and self._has_unread(address):
                 self.shut(address)
-
-    def release(self, seconds: float) -> None:
-        """Shut down connections that may be holding up a call into libcurl, which has taken this many seconds.
-
-        This method runs in another thread. Idle connections are shut down first, because they cost nothing. After twice
-        and four times the time, all sockets with unread data and then all sockets follow.
-        """
-        idle = {each for address, each in tuple(self._descriptors.items()) if address not in self._calls}
-        for each in tuple(self._opened.values()):
-            if each in idle or seconds > 4 * HELD_UP or (seconds > 2 * HELD_UP and each.unread()):
-                each.shut()
 
     def _has_unread(self, address: Address) -> bool:
         return address in self._known and bool(self._known[address].poll(0))
@@ -301,24 +229,4 @@ class Sockets:
     def _received(self, address: Address) -> int:
         """Return how many bytes an open connection has received, or 0 if that is not known."""
         found = self._descriptors.get(address)
-        info = (found.query(_tcp_info) if found else None) or b""
-        return int(_BYTES_RECEIVED.unpack(info)[0]) if len(info) == _BYTES_RECEIVED.size else 0
-
-
-def _shut(opened: socket.socket) -> None:
-    opened.shutdown(socket.SHUT_RDWR)
-    # Linux still returns what has arrived before. If more arrives, Linux resets the connection.
-    while opened.recv(BUFFER, socket.MSG_DONTWAIT | socket.MSG_TRUNC):
-        pass
-
-
-def _unread(opened: socket.socket) -> int:
-    return int.from_bytes(fcntl.ioctl(opened, termios.FIONREAD, bytes(4)), sys.byteorder)
-
-
-def _local_port(opened: socket.socket) -> int:
-    return int(opened.getsockname()[1])
-
-
-def _tcp_info(opened: socket.socket) -> bytes:
-    return opened.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _BYTES_RECEIVED.size)
+        return found.received() if found else 0

@@ -17,7 +17,7 @@ import pycurl
 import pytest
 import uvloop
 
-from followups.transports import http_client, http_sockets
+from followups.transports import descriptors, http_client
 from followups.transports.curl_loop import CurlLoop
 from followups.transports.http import HttpTransport
 from followups.transports.http_client import KEEPALIVE
@@ -160,7 +160,7 @@ async def test_connections_are_kept_if_the_kernel_counts_no_bytes(
     context: ssl.SSLContext, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """TLS connections are also kept if the kernel does not report how many bytes a connection has received."""
-    monkeypatch.setattr(http_sockets, "_tcp_info", lambda _: bytes(136))
+    monkeypatch.setattr(descriptors, "_received", lambda _: 0)
     async with scripted(OK, context) as server, opened(HttpTransport(settings_for(server.url))) as transport:
         for _ in range(3):
             assert await transport.send(a_delivery()) == Sent(None, 200)
@@ -710,7 +710,7 @@ async def test_a_connection_closed_by_libcurl_does_not_stop_the_loop() -> None:
     loop.set_exception_handler(lambda _, context: errors.append(context))
     with socket.create_server(("127.0.0.1", 0)) as listening, contextlib.ExitStack() as peers:
         listening.setblocking(False)  # noqa: FBT003 - the parameter is positional-only
-        curls = CurlLoop({pycurl.M_MAXCONNECTS: 1}, lambda: None, lambda _seconds: None)
+        curls = CurlLoop({pycurl.M_MAXCONNECTS: 1}, lambda: None)
 
         async def begin() -> tuple[asyncio.Task[int], socket.socket]:
             curl = pycurl.Curl()

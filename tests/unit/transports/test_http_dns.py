@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 SCRIPT = """
-import asyncio, fcntl, socket, struct, time
+import asyncio, fcntl, socket, struct, threading, time
 import uvloop
 from followups.settings import load_settings
 from followups.transports.http import DIALECT
@@ -23,8 +23,22 @@ from followups.transports.http_client import HttpClient
 UP = struct.pack("16sh14s", b"lo", 0x1 | 0x8 | 0x40, b"")
 with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as any_socket:
     fcntl.ioctl(any_socket, 0x8914, UP)  # SIOCSIFFLAGS: the loopback of this network
-silent = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
-silent.bind(("127.0.0.1", 53))
+names = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+names.bind(("127.0.0.1", 53))
+
+def serve_names():  # answers only queries for the IPv4 address of half.example
+    while True:
+        query, peer = names.recvfrom(4096)
+        end = 12 + query[12:].index(0) + 5
+        if query[12:].startswith(b"\\4half") and query[end - 3] == 1:
+            answer = b"\\xc0\\x0c\\0\\1\\0\\1\\0\\0\\0\\x3c\\0\\4\\x7f\\0\\0\\1"
+            names.sendto(query[:2] + b"\\x81\\x80\\0\\1\\0\\1\\0\\0\\0\\0" + query[12:end] + answer, peer)
+
+threading.Thread(target=serve_names, daemon=True).start()
+
+async def serve(reader, writer):
+    await reader.readuntil(b"{}")
+    writer.write(b"HTTP/1.1 200 OK\\r\\ncontent-length: 0\\r\\n\\r\\n")
 
 async def main():
     gaps = [time.monotonic()]
@@ -49,8 +63,14 @@ async def main():
     await asyncio.sleep(0.1)
     ended = await asyncio.gather(*calls, return_exceptions=True)
     print(*[type(outcome).__name__ for outcome in ended])
+    server = await asyncio.start_server(serve, "127.0.0.1", 0)
+    url = f"http://half.example:{server.sockets[0].getsockname()[1]}/"
+    await client.open()
+    print(type(await client.deliver(url, [], b"{}", DIALECT)).__name__)
+    await client.close()
+    await asyncio.sleep(0.1)
     turning.cancel()
-    print(max(later - sooner for sooner, later in zip(gaps, gaps[1:])) < 10)
+    print(max(later - sooner for sooner, later in zip(gaps, gaps[1:])) < 2)
 
 uvloop.run(main())
 """
@@ -60,7 +80,8 @@ uvloop.run(main())
 def test_a_silent_name_server_costs_only_the_timeout(tmp_path: Path) -> None:
     """With an unresponsive name server, calls time out without sending anything.
 
-    An unresponsive name server delays neither the event loop nor the closing of the client.
+    An unresponsive name server delays neither the event loop nor the closing of the client, even if it has answered the
+    query for IPv4 addresses and only leaves the one for IPv6 addresses open.
     """
     resolver = tmp_path / "resolv.conf"
     resolver.write_text("nameserver 127.0.0.1\noptions timeout:30 attempts:2\n")
@@ -75,4 +96,4 @@ def test_a_silent_name_server_costs_only_the_timeout(tmp_path: Path) -> None:
     )
     if "Operation not permitted" in ran.stderr:
         pytest.skip("no namespaces here")
-    assert ran.stdout.splitlines() == ["Retry Retry Retry", "CancelledError Retry Retry", "True"], ran.stderr
+    assert ran.stdout.splitlines() == ["Retry Retry Retry", "CancelledError Retry Retry", "Sent", "True"], ran.stderr

@@ -8,7 +8,10 @@ import ssl
 from typing import TYPE_CHECKING
 
 import pytest
+from h2.config import H2Configuration
+from h2.connection import H2Connection
 from h2.errors import ErrorCodes
+from h2.events import RequestReceived
 
 from followups.transports.http import HttpTransport
 from followups.transports.http_client import STREAMS
@@ -68,6 +71,34 @@ async def test_calls_share_a_connection(server: Http2Server, transport: Transpor
     assert outcomes == [Sent(each.follow_up_id, 200) for each in deliveries]
     assert (len(server.connections), len(server.requests)) == (1, STREAMS + 1)
     assert server.requests[0].body.startswith(b'{"followUpId":')
+
+
+@pytest.mark.parametrize("size", [10, 200_000])
+async def test_http_1_1_is_required(context: ssl.SSLContext, size: int) -> None:
+    """If a server refuses HTTP/2 for a request that has left, the request is not repeated over HTTP/1.1."""
+    received: list[bytes] = []
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        if writer.get_extra_info("ssl_object").selected_alpn_protocol() != "h2":
+            received.append(await reader.read())
+            return
+        h2 = H2Connection(H2Configuration(client_side=False))
+        h2.initiate_connection()
+        writer.write(h2.data_to_send())
+        while data := await reader.read(65_536):
+            for event in h2.receive_data(data):
+                if isinstance(event, RequestReceived) and event.stream_id:
+                    h2.reset_stream(event.stream_id, ErrorCodes.HTTP_1_1_REQUIRED)
+            writer.write(h2.data_to_send())
+
+    context.set_alpn_protocols(["h2", "http/1.1"])
+    async with (
+        listening(serve, context) as url,
+        opened(HttpTransport(settings_for(url, transport_timeout=2))) as transport,
+    ):
+        outcome = await transport.send(a_delivery(message="x" * size))
+    assert outcome == Unknown("no valid answer arrived (the server asked for the request to be repeated over HTTP/1.1)")
+    assert not any(received)
 
 
 async def test_responses_may_overtake_each_other(server: Http2Server, transport: Transport) -> None:
