@@ -580,6 +580,39 @@ async def test_refusals_in_a_row_of_one_workspace_and_of_all() -> None:
         assert settled == [REFUSED] * (FAILURES - 1) + [DEFERRED]
 
 
+async def test_other_failures_say_nothing_about_the_secret() -> None:
+    """Outages of one workspace's chats neither defer another workspace's refused follow-ups, nor hide refusals."""
+    outage = Retry("HTTP 500", status_code=500)
+    async with knowing(SharedState("open", tripped=frozenset({OTHER}))) as door:
+        for one in ids(2 * FAILURES):
+            door.record(one, OTHER, outage)
+        assert door.record(*ids(1), KEY, REFUSED) == REFUSED
+    async with knowing(SharedState(CLOSED)) as door:
+        refused = []
+        for one in ids(FAILURES):
+            door.record(*ids(1), KEY, outage)
+            refused.append(door.record(one, KEY, REFUSED))
+        assert refused == [REFUSED] * (FAILURES - 1) + [DEFERRED]
+
+
+async def test_slow_reads_are_rare(monkeypatch: pytest.MonkeyPatch) -> None:
+    """If reading the shared state takes long, for example with many tripped workspaces, it is read less often."""
+    monkeypatch.setattr(breaker, "READ_INTERVAL", 0.01)
+
+    class SlowStore(FixedStore):
+        reads = 0
+
+        async def report(self, *given: Any) -> SharedState:
+            self.reads += 1
+            await asyncio.sleep(0.05)
+            return await super().report(*given)
+
+    store = SlowStore(SharedState(CLOSED))
+    async with reading(store):
+        await asyncio.sleep(1)
+    assert store.reads <= 3
+
+
 async def test_a_refusal_is_final_once_its_workspace_is_accepted_again() -> None:
     """During the recovery, a workspace's refused messages fail, if others of the workspace were accepted.
 

@@ -20,6 +20,7 @@ from followups.scheduling import amend
 from followups.sending_hours import EVERY_DAY, SendingHours, opens_at
 from followups.store import chat_order, holds, leases, obstacles, sending_hours
 from followups.store.holds import SPREAD
+from followups.store.settlement import ENDED_MARGIN
 from world import begun, claim_and_begin
 
 if TYPE_CHECKING:
@@ -264,15 +265,19 @@ class TestLateness:
         assert world.row(snoozed).sendable_from == was
 
     def test_held_repeatedly(self, world: World, engine: Engine, settings: Settings) -> None:
-        """Lateness counts from the first time at which a follow-up could have been sent, even after holds."""
+        """Lateness counts from the first time at which a follow-up could have been sent, even after holds.
+
+        A hold ends when the allowed lateness ends, even if the sending hours begin later.
+        """
         brief = settings.model_copy(update={"max_lateness": 3 * HOUR})
         put(world, hours_from(-2 * HOUR, HOUR))
         due = {"due": -90 * MINUTE, "scheduled_at": text("now() - interval '2 h'")}
         mine, often = world.follow_up(**due), world.follow_up(**due, sendable_from=text("now() - interval '95 min'"))
         was = {one: world.row(one) for one in (mine, often)}
         claim_and_begin(engine, brief)
-        opening = opening_of(world, hours_from(-2 * HOUR, HOUR))
-        assert [world.row(one).held_until for one in (mine, often)] == [opening, opening]
+        ends = [was[mine].due_date + 3 * HOUR, was[often].sendable_from + 3 * HOUR]
+        assert [world.row(one).held_until for one in (mine, often)] == ends
+        assert [world.row(one).next_attempt_at for one in (mine, often)] == [end + ENDED_MARGIN for end in ends]
         assert world.row(mine).sendable_from == was[mine].due_date
         assert world.row(often).sendable_from == was[often].sendable_from
         world.sql("UPDATE follow_ups SET next_attempt_at = now(), sendable_from = sendable_from - interval '2 h'")

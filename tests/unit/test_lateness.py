@@ -12,9 +12,10 @@ from hypothesis import strategies as st
 
 from followups.delivery.hold import UNREADABLE, closed_until, hold_or_end, sendable_from
 from followups.sending_hours import SendingHours, opens_at, span_of
-from followups.store.holds import Hold, WorkspaceHours
+from followups.store.holds import SPREAD, Hold, WorkspaceHours
 from followups.store.leases import Lease
 from followups.store.obstacles import Obstacle
+from followups.store.settlement import ENDED_MARGIN
 
 MINUTE = timedelta(minutes=1)
 HOUR = timedelta(hours=1)
@@ -108,6 +109,18 @@ def test_a_time_zone_unknown_to_this_machine(known: datetime | None) -> None:
     obstacle = replace(found(None, NOON, NOON, known), hours=hours)
     assert sendable_from(obstacle) == known
     assert closed_until(obstacle) == NOON + UNREADABLE
+
+
+@pytest.mark.parametrize(("lateness", "until"), [(HOUR, HOUR), (20 * HOUR, 20 * HOUR), (21 * HOUR, 20 * HOUR)])
+def test_a_hold_ends_with_the_allowed_lateness(lateness: timedelta, until: timedelta) -> None:
+    """A follow-up that fell due within the sending hours fails on time, even if they begin again only later."""
+    obstacle = found(MORNING, NOON - HOUR, NOON, NOON)
+    held = hold_or_end(blocked(obstacle, lateness), lateness)
+    assert isinstance(held, Hold)
+    assert held.until == NOON + until
+    assert NOON + until <= held.next_attempt_at <= NOON + until + SPREAD
+    ended = found(MORNING, NOON - HOUR, NOON + HOUR + ENDED_MARGIN, NOON)
+    assert hold_or_end(blocked(ended, HOUR), HOUR) is None
 
 
 def test_sending_hours_take_precedence_over_a_pause() -> None:

@@ -9,6 +9,7 @@ from followups.sending_hours import opens_at, span_of
 from followups.states import Final, ReasonCode, Status, finish
 from followups.store import holds
 from followups.store.holds import NEVER, Hold, back_at
+from followups.store.settlement import ENDED_MARGIN
 from followups.telemetry.logs import get_logger
 
 if TYPE_CHECKING:
@@ -72,7 +73,11 @@ def hold_or_end(obstacle: Obstacle, max_lateness: timedelta) -> Hold | Final | N
             ReasonCode.WINDOW_CLOSED,
             "the messaging window ends before the workspace's sending hours open",
         )
-    return Hold(obstacle.lease, until, back_at(until, obstacle.due_date), since, hours=obstacle.hours.hours)
+    again = back_at(until, obstacle.due_date)
+    if max_lateness and since is not None and until >= since + max_lateness:
+        # the follow-up fails on time, and not only when the sending hours begin
+        until, again = since + max_lateness, since + max_lateness + ENDED_MARGIN
+    return Hold(obstacle.lease, until, again, since, hours=obstacle.hours.hours)
 
 
 def closed_until(obstacle: Obstacle) -> datetime | None:

@@ -41,6 +41,7 @@ from followups.flow_control.limiter import LONGEST_DEFERRAL
 from followups.telemetry import metrics
 from followups.telemetry.logs import get_logger
 from followups.transports.port import Rejected, Retry, Snoozed, Unknown
+from followups.uptime import uptime
 from followups.waits import wait
 
 if TYPE_CHECKING:
@@ -77,6 +78,10 @@ noticed within this time.
 """
 READ_INTERVAL_WHILE_OPEN = 0.1
 """Seconds between two reads of the shared breaker state while follow-ups wait for the breaker."""
+READ_SHARE = 0.1
+"""The largest share of time that reads of the shared state may take. A read takes longer if many workspaces are
+tripped.
+"""
 STATE_LIFETIME = 3600
 """Seconds without use after which the breaker's state is deleted."""
 REDIS_PAUSE = 5.0
@@ -221,11 +226,14 @@ class Breaker:
         This set is cleared after each report while the breaker is closed or Redis is unreachable.
         """
         self._too_many = max(2, failures)
-        """After this many failures in a row, a 401 or 403 no longer concerns one message. It takes at least two."""
-        self._failures_in_a_row = 0
-        """Number of this worker's consecutive failed attempts up to and including the latest, in all workspaces."""
-        self._failures_of: dict[int, int] = {}
-        """The same number for each workspace whose latest attempt failed."""
+        """After this many 401 or 403 in a row, another one no longer concerns one message. It takes at least two."""
+        self._refusals = 0
+        """How many attempts of this worker were refused with 401 or 403 since the last one that did not fail.
+
+        Other failures do not count, because they say nothing about the secret.
+        """
+        self._refusals_of: dict[int, int] = {}
+        """The same number for each workspace."""
         self._accepted: set[int] = set()
         """Tripped workspaces of which an attempt has succeeded since the breaker last opened.
 
@@ -277,8 +285,9 @@ class Breaker:
         if self._store is None or isinstance(outcome, Snoozed) or _is_without_call(outcome):
             return outcome
         failed = _failed(outcome)
-        self._count_in_a_row(key, failed=failed)
-        if failed and isinstance(outcome, Rejected) and key in self._accepted:
+        refused = failed and isinstance(outcome, Rejected)
+        self._count_refusals(key, failed=failed, refused=refused)
+        if refused and key in self._accepted:
             return outcome
         if failed:
             run = self._runs.get(key, WorkspaceOutcomes(key, 0, after_success=False))
@@ -295,29 +304,29 @@ class Breaker:
             self._unreported.clear()
         if self._shared.state != CLOSED or len(self._failed) == self._failures:
             self._report_due.set()
-        if failed and isinstance(outcome, Rejected) and self._fails_as_a_whole(key):
+        if isinstance(outcome, Rejected) and refused and self._refuses_all(key):
             return Snoozed(outcome.detail, REFUSED_DELAY, outcome.status_code)
         return outcome
 
-    def _count_in_a_row(self, key: int, *, failed: bool) -> None:
+    def _count_refusals(self, key: int, *, failed: bool, refused: bool) -> None:
         if not failed:
-            self._failures_in_a_row = 0
-            self._failures_of.pop(key, None)
+            self._refusals = 0
+            self._refusals_of.pop(key, None)
             self._accepted |= {key} & self._shared.tripped
-            return
-        self._failures_in_a_row += 1
-        self._failures_of[key] = self._failures_of.get(key, 0) + 1
-        if self._failures_of[key] >= self._too_many:
-            self._accepted.discard(key)
+        elif refused:
+            self._refusals += 1
+            self._refusals_of[key] = self._refusals_of.get(key, 0) + 1
+            if self._refusals_of[key] >= self._too_many:
+                self._accepted.discard(key)
 
-    def _fails_as_a_whole(self, key: int) -> bool:
-        """Return whether the transport fails as a whole, or at least for the workspace with this key.
+    def _refuses_all(self, key: int) -> bool:
+        """Return whether the endpoint seems to refuse every message, or at least those of the workspace with this key.
 
-        The worker's own failures count too, because it reads the shared state up to a second late, and not at all while
+        The worker's own refusals count too, because it reads the shared state up to a second late, and not at all while
         Redis is unreachable. Moreover, the breaker stays closed if no workspace has enough failures in a row to be
         tripped.
         """
-        in_a_row = max(self._failures_in_a_row, self._failures_of.get(key, 0))
+        in_a_row = max(self._refusals, self._refusals_of.get(key, 0))
         return in_a_row >= self._too_many or key in self._shared.tripped
 
     async def run(self, wanted: Callable[[], int], changed: Callable[[], None]) -> None:
@@ -335,6 +344,7 @@ class Breaker:
 
     async def _inform(self, store: BreakerStore, wanted: int, changed: Callable[[], None]) -> None:
         self._report_due.clear()
+        started = uptime()
         try:
             reading = await store.report(self._next_report(), max(0, wanted - self.permits))
         except Exception as error:  # noqa: BLE001 - whatever the store's client raises
@@ -349,7 +359,7 @@ class Breaker:
         self._take(reading)
         changed()
         pause = READ_INTERVAL_WHILE_OPEN if self.tripped and wanted else READ_INTERVAL
-        await wait(self._report_due, pause)
+        await wait(self._report_due, max(pause, (uptime() - started) / READ_SHARE))
 
     def _log_change(self, state: str) -> None:
         if state == OPEN:
