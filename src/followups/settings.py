@@ -255,7 +255,7 @@ class Settings(BaseSettings):
 
     @field_validator("transport_url", "transport_client_cert", "transport_client_key")
     @classmethod
-    def _empty_is_not_set(cls, value: str | None) -> str | None:
+    def _empty_means_unset(cls, value: str | None) -> str | None:
         return value or None
 
     @field_validator("runtime_dir")
@@ -445,7 +445,7 @@ def _read_files() -> dict[str, str]:
             value = read_file_of(name)
             if value is not None:
                 found[field] = value
-            # as without files, a name with the prefix FOLLOWUPS_ takes precedence
+            # FOLLOWUPS_ names take precedence, as they do for plain variables
             if value is not None or os.environ.get(name):
                 break
     return found

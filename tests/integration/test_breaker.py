@@ -581,7 +581,7 @@ async def test_refusals_in_a_row_of_one_workspace_and_of_all() -> None:
 
 
 async def test_other_failures_say_nothing_about_the_secret() -> None:
-    """Outages of one workspace's chats neither defer another workspace's refused follow-ups, nor hide refusals."""
+    """A workspace's outage neither defers refused follow-ups of another, nor resets the count of refusals."""
     outage = Retry("HTTP 500", status_code=500)
     async with knowing(SharedState("open", tripped=frozenset({OTHER}))) as door:
         for one in ids(2 * FAILURES):
@@ -596,7 +596,7 @@ async def test_other_failures_say_nothing_about_the_secret() -> None:
 
 
 async def test_slow_reads_are_rare(monkeypatch: pytest.MonkeyPatch) -> None:
-    """If reading the shared state takes long, for example with many tripped workspaces, it is read less often."""
+    """If reading the shared state takes long, as with many tripped workspaces, the state is read less often."""
     monkeypatch.setattr(breaker, "READ_INTERVAL", 0.01)
 
     class SlowStore(FixedStore):

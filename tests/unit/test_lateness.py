@@ -113,7 +113,7 @@ def test_a_time_zone_unknown_to_this_machine(known: datetime | None) -> None:
 
 @pytest.mark.parametrize(("lateness", "until"), [(HOUR, HOUR), (20 * HOUR, 20 * HOUR), (21 * HOUR, 20 * HOUR)])
 def test_a_hold_ends_with_the_allowed_lateness(lateness: timedelta, until: timedelta) -> None:
-    """A follow-up that fell due within the sending hours fails on time, even if they begin again only later."""
+    """A follow-up that fell due within sending hours fails at the lateness limit, even if they begin again later."""
     obstacle = found(MORNING, NOON - HOUR, NOON, NOON)
     held = hold_or_end(blocked(obstacle, lateness), lateness)
     assert isinstance(held, Hold)

@@ -227,7 +227,7 @@ def test_all_wrong_values_are_named_together(monkeypatch: pytest.MonkeyPatch) ->
 
 @pytest.mark.parametrize("from_file", [True, False])
 def test_the_prefix_takes_precedence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *, from_file: bool) -> None:
-    """DATABASE_URL_FILE is ignored if FOLLOWUPS_DATABASE_URL is set, with or without a file."""
+    """DATABASE_URL_FILE is ignored if FOLLOWUPS_DATABASE_URL is set, directly or through a file."""
     other, own = tmp_path / "other", tmp_path / "own"
     other.write_text("postgresql://other/other")
     own.write_text(DATABASE_URL)

@@ -73,11 +73,11 @@ def hold_or_end(obstacle: Obstacle, max_lateness: timedelta) -> Hold | Final | N
             ReasonCode.WINDOW_CLOSED,
             "the messaging window ends before the workspace's sending hours open",
         )
-    again = back_at(until, obstacle.due_date)
+    next_attempt_at = back_at(until, obstacle.due_date)
     if max_lateness and since is not None and until >= since + max_lateness:
-        # the follow-up fails on time, and not only when the sending hours begin
-        until, again = since + max_lateness, since + max_lateness + ENDED_MARGIN
-    return Hold(obstacle.lease, until, again, since, hours=obstacle.hours.hours)
+        # wake at the lateness limit, so that the follow-up does not wait for the sending hours before it fails
+        until, next_attempt_at = since + max_lateness, since + max_lateness + ENDED_MARGIN
+    return Hold(obstacle.lease, until, next_attempt_at, since, hours=obstacle.hours.hours)
 
 
 def closed_until(obstacle: Obstacle) -> datetime | None:

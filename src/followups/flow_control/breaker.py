@@ -23,7 +23,8 @@ stays tripped until the breaker closes. If the breaker opens again instead, work
 are no longer tripped. Follow-ups of all other workspaces begin without restriction. A workspace with thousands of
 failing chats therefore does not delay a workspace with few failures.
 
-While the transport fails as a whole, the breaker turns a 401 or 403 into `Snoozed`, so the follow-up does not end.
+While the endpoint seems to refuse every message of a workspace, the breaker turns a 401 or 403 into `Snoozed`, so the
+follow-up does not end.
 Otherwise, every probe would end as rejected until an expired secret is replaced.
 
 (Nygard, "Release It!", 2nd edition, 2018, chapter 5; the slow start is nginx's and Envoy's.)
@@ -74,14 +75,12 @@ sent.
 
 READ_INTERVAL = 1.0
 """While the breaker is closed, its shared state is read at this interval, in seconds. A change to the shared state is
-noticed within this time.
+noticed within this time, or later if reads are slow (`READ_SHARE`).
 """
 READ_INTERVAL_WHILE_OPEN = 0.1
 """Seconds between two reads of the shared breaker state while follow-ups wait for the breaker."""
 READ_SHARE = 0.1
-"""The largest share of time that reads of the shared state may take. A read takes longer if many workspaces are
-tripped.
-"""
+"""Maximum fraction of time spent reading the shared state. A read takes longer if many workspaces are tripped."""
 STATE_LIFETIME = 3600
 """Seconds without use after which the breaker's state is deleted."""
 REDIS_PAUSE = 5.0
@@ -226,9 +225,11 @@ class Breaker:
         This set is cleared after each report while the breaker is closed or Redis is unreachable.
         """
         self._too_many = max(2, failures)
-        """After this many 401 or 403 in a row, another one no longer concerns one message. It takes at least two."""
+        """From this many 401 or 403 answers in a row, including the current one, the endpoint is assumed to refuse
+        every message. At least 2.
+        """
         self._refusals = 0
-        """How many attempts of this worker were refused with 401 or 403 since the last one that did not fail.
+        """How many attempts of this worker were refused with 401 or 403 since its last attempt without a failure.
 
         Other failures do not count, because they say nothing about the secret.
         """
@@ -280,7 +281,8 @@ class Breaker:
 
         `Snoozed` is neither a failure nor a success, because the endpoint is reachable but busy. The same applies to a
         message that the transport rejects without a call, and to a 401 or 403 of a workspace whose messages have been
-        accepted since the breaker opened. While the transport fails as a whole, a 401 or 403 becomes `Snoozed`.
+        accepted since the breaker opened. While the endpoint seems to refuse every message of a workspace, a 401 or
+        403 becomes `Snoozed`.
         """
         if self._store is None or isinstance(outcome, Snoozed) or _is_without_call(outcome):
             return outcome
@@ -304,7 +306,7 @@ class Breaker:
             self._unreported.clear()
         if self._shared.state != CLOSED or len(self._failed) == self._failures:
             self._report_due.set()
-        if isinstance(outcome, Rejected) and refused and self._refuses_all(key):
+        if isinstance(outcome, Rejected) and refused and self._endpoint_refuses_all(key):
             return Snoozed(outcome.detail, REFUSED_DELAY, outcome.status_code)
         return outcome
 
@@ -319,12 +321,12 @@ class Breaker:
             if self._refusals_of[key] >= self._too_many:
                 self._accepted.discard(key)
 
-    def _refuses_all(self, key: int) -> bool:
+    def _endpoint_refuses_all(self, key: int) -> bool:
         """Return whether the endpoint seems to refuse every message, or at least those of the workspace with this key.
 
-        The worker's own refusals count too, because it reads the shared state up to a second late, and not at all while
-        Redis is unreachable. Moreover, the breaker stays closed if no workspace has enough failures in a row to be
-        tripped.
+        The worker's own refusals count too, because it reads the shared state up to a second late, or later if reads
+        are slow, and not at all while Redis is unreachable. Moreover, the breaker stays closed if no workspace has
+        enough failures in a row to be tripped.
         """
         in_a_row = max(self._refusals, self._refusals_of.get(key, 0))
         return in_a_row >= self._too_many or key in self._shared.tripped

@@ -155,7 +155,7 @@ def _pending(follow_up: FollowUp, max_lateness: timedelta, now: datetime, around
         )
     elif moment > now and max_lateness and moment - _sendable_from(follow_up) >= max_lateness:
         said = Sentence(
-            "The follow-up fails in {wait}: by then, it will be too late to send it (FOLLOWUPS_MAX_LATENESS,"
+            "The follow-up will fail in {wait}: by then, it will be too late to send it (FOLLOWUPS_MAX_LATENESS,"
             " {max_lateness}).",
             wait=moment - now,
             max_lateness=max_lateness,

@@ -53,7 +53,7 @@ _KNOWN = Statement("""
 def recall(workspace_id: UUID, key: str, request_hash: bytes, *, wait: bool = False) -> Steps[StoredResponse | None]:
     """Lock the idempotency key until the transaction ends, and return its stored response, or None.
 
-    While another request with the key is running, waits for it if ``wait`` is true, or else raises
+    If another request with the key is running, wait for it if ``wait`` is true; otherwise raise
     `IdempotencyKeyInUseError`. Raises `IdempotencyKeyReusedError` if the stored response belongs to a different
     request.
     """

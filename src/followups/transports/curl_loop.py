@@ -1,4 +1,4 @@
-"""Drives libcurl's multi handle from an event loop, without threads or polling.
+"""Drives libcurl's multi handle from an event loop. Only closing, and the watchdog, use a thread each.
 
 pycurl has its own driver for event loops, `AsyncCurlMulti`. `AsyncCurlMulti` adds and removes a watcher for every call,
 so a call takes 40 us of processor time. With one epoll for all sockets, a call takes 24 us of processor time.
@@ -47,7 +47,7 @@ class CurlLoop:
         """Register with the running event loop; ``options`` are libcurl's options for the multi handle.
 
         ``begin_action`` is called before each call into libcurl that performs transfers. Raises `OSError` or
-        `pycurl.error` if the process may open no more files.
+        `pycurl.error` if the limit of open files is reached.
         """
         self._begin_action = begin_action
         self._sockets = select.epoll()
@@ -105,8 +105,8 @@ class CurlLoop:
     def close(self) -> None:
         """End every transfer, and close every connection in another thread.
 
-        libcurl waits for its threads that look up host names. If a name server does not answer, a look-up may take half
-        a minute. libcurl looks up IPv4 and IPv6 addresses in two threads, of which one may run after the transfer.
+        Closing can block: libcurl waits for its look-up threads, up to half a minute if a name server does not answer.
+        One of the two threads (IPv4, IPv6) may still be running after the transfer has ended.
         """
         for curl in tuple(self._running):
             self._end(curl, CLOSED)

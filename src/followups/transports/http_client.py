@@ -3,6 +3,8 @@
 A failed call's outcome depends on what may have been sent, which `http_exchange` records. If a call fails before any
 part of the request was sent, its outcome is `Retry`. If a call fails later, and no final status has arrived, its
 outcome is `Unknown`.
+
+This module also decides when connections are reused, replaced and closed. `http_exchange` limits the size of an answer.
 """
 
 from __future__ import annotations
@@ -168,7 +170,7 @@ class HttpClient:
         try:
             curls = self._connections()  # first, because this discards the spare exchanges of a broken multi handle
         except (OSError, pycurl.error):
-            return Retry("no connection: the process may open no more files")
+            return Retry("no connection: the limit of open files is reached")
         exchange = self._spare.pop() if self._spare else Exchange(self._options, self._sockets)
         until = uptime() + self._timeout
         exchange.prepare(url, [*self._headers, *headers], body, until)

@@ -5,8 +5,9 @@ sends the first byte. Until libcurl asks for the body, nothing has been sent.
 
 If a kept connection ends without an answer, or if the server refuses an HTTP/2 stream, libcurl would repeat the request
 on another connection. This module gives libcurl no way to rewind the body, so libcurl gives up
-(CURLE_SEND_FAIL_REWIND). For libcurl, a refused stream (REFUSED_STREAM, GOAWAY) looks like a lost one, so the request's
-outcome is unknown.
+(CURLE_SEND_FAIL_REWIND). If the server demands HTTP/1.1 for a request (HTTP_1_1_REQUIRED), libcurl opens another
+connection, and this module does not let it send. For libcurl, a refused stream (REFUSED_STREAM, GOAWAY) looks like a
+lost one, so the request's outcome is unknown.
 """
 
 from __future__ import annotations
@@ -170,7 +171,7 @@ class Exchange:
 
     @property
     def descriptors(self) -> Sequence[Descriptor]:
-        """The sockets that were opened for this exchange, or the socket of its kept connection."""
+        """The sockets that were opened for this exchange, or the socket of the reused connection."""
         return self._opened or self._sockets.descriptors_of(self._address)
 
     @property
@@ -224,7 +225,7 @@ class Exchange:
 
     def _connected(self, ip: str, own_ip: str, port: int, own_port: int) -> int:
         if self.may_have_been_sent:
-            # if a server refuses HTTP/2 for this request (HTTP_1_1_REQUIRED), libcurl repeats the request by itself
+            # libcurl would repeat the request by itself
             self.flaw = "the server asked for the request to be repeated over HTTP/1.1"
             return _ABORT
         # A process that freezes while it connects may wake after the request's time limit. By then, the follow-up may

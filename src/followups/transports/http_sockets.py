@@ -27,12 +27,12 @@ if TYPE_CHECKING:
 ALLOWANCE = 256 * 1024
 """How many bytes a connection may receive per call, counted from the first check for floods during the call.
 
-The limit does not grow with time. Chunk extensions, frames and TLS records count here, but not towards the limits of a
+The limit does not grow with time. Chunk extensions, frames and TLS records count here, but not towards the limits of an
 answer's head and body.
 """
 
 LAST_MESSAGES = 16 * 1024
-"""More unread bytes than this, when libcurl closes a connection, are more than an endpoint's last messages."""
+"""If more unread bytes than this are left when libcurl closes a connection, the endpoint is flooding."""
 
 Address = tuple[str, str, int, int]
 """A connection: the remote and the local IP address, the remote and the local port."""
@@ -125,7 +125,7 @@ class Sockets:
         """
         for each in opened:
             if each.local_port() == address[3]:
-                # libcurl has closed the connection that had this file descriptor before
+                # libcurl has closed the connection that had this number; its address may have another socket by now
                 closed = self._addresses.get(each.number, address)
                 if self._descriptors.get(closed, each).number == each.number:
                     self._forget(closed)
@@ -170,7 +170,7 @@ class Sockets:
         return consumed is not None and self._received(address) != consumed
 
     def descriptors_of(self, address: Address) -> Sequence[Descriptor]:
-        """Return the socket of a connection, or nothing if libcurl has closed it."""
+        """Return the known socket of a connection in a list, or an empty list. libcurl may have closed it."""
         found = self._descriptors.get(address)
         return [found] if found else []
 

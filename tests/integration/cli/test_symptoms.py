@@ -106,7 +106,7 @@ def test_every_message_is_refused(
 
 @pytest.mark.parametrize("asks", [True, False])
 @pytest.mark.parametrize("connects", [True, False])
-def test_slow_checks(settings: Settings, engine: Engine, world: World, *, asks: bool, connects: bool) -> None:
+def test_checks_on_request(settings: Settings, engine: Engine, world: World, *, asks: bool, connects: bool) -> None:
     """The workers are checked only on request, and the endpoint only in a process that may connect to it."""
     assert world
     findings = checks.run(settings, engine, dict if asks else None, connects=connects)

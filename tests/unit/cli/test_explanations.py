@@ -80,7 +80,7 @@ def test_a_callers_reason_is_shown_unchanged() -> None:
         ),
         (
             {"due": 4 * SECOND - DAY, "attempts": 1, "next_attempt_at": NOW + 4 * SECOND},
-            "fails in 4 s: by then, it will be too late to send it (FOLLOWUPS_MAX_LATENESS, 1 d).",
+            "will fail in 4 s: by then, it will be too late to send it (FOLLOWUPS_MAX_LATENESS, 1 d).",
         ),
         (
             {"due": -DAY, "sendable_from": NOW - HOUR, "attempts": 1, "next_attempt_at": NOW + 4 * SECOND},

@@ -80,8 +80,8 @@ uvloop.run(main())
 def test_a_silent_name_server_costs_only_the_timeout(tmp_path: Path) -> None:
     """With an unresponsive name server, calls time out without sending anything.
 
-    An unresponsive name server delays neither the event loop nor the closing of the client, even if it has answered the
-    query for IPv4 addresses and only leaves the one for IPv6 addresses open.
+    An unresponsive name server delays neither the event loop nor the closing of the client, even if it answers the
+    query for IPv4 addresses, but not the one for IPv6 addresses.
     """
     resolver = tmp_path / "resolv.conf"
     resolver.write_text("nameserver 127.0.0.1\noptions timeout:30 attempts:2\n")

@@ -75,7 +75,7 @@ async def test_calls_share_a_connection(server: Http2Server, transport: Transpor
 
 @pytest.mark.parametrize("size", [10, 200_000])
 async def test_http_1_1_is_required(context: ssl.SSLContext, size: int) -> None:
-    """If a server refuses HTTP/2 for a request that has left, the request is not repeated over HTTP/1.1."""
+    """If a server refuses HTTP/2 for a request that was already sent, the request is not repeated over HTTP/1.1."""
     received: list[bytes] = []
 
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:

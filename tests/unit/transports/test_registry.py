@@ -91,7 +91,7 @@ def raise_with_secret(settings: Settings) -> None:
 @pytest.mark.parametrize("plug_in", [f"{__name__}:raise_with_secret"], indirect=True)
 @pytest.mark.usefixtures("plug_in")
 def test_a_plug_ins_error_does_not_show_the_secret(monkeypatch: pytest.MonkeyPatch) -> None:
-    """If creating a transport fails, the error names the exception and its place, but not its text."""
+    """If creating a transport fails, the error names the exception's type and location, but not its message."""
     monkeypatch.setattr(EntryPoint, "load", lambda _self: raise_with_secret)
     found = r"'extra' \(.*\) cannot be created: ValueError in .*test_registry.py, line \d+\.$"
     with pytest.raises(TransportConfigurationError, match=found) as caught:

@@ -70,7 +70,7 @@ def flood(pair: Pair) -> threading.Thread:
 
 
 def run_call(watching: Watchdog, work: Callable[[], object], seconds: float) -> float:
-    """Do some work again and again in a single call, until it returns nothing; return the seconds it took."""
+    """Repeat some work in a single call, until it returns nothing or the time is over; return the seconds."""
     watching.calls += 1
     started = time.monotonic()
     while time.monotonic() < started + seconds and work():
@@ -97,7 +97,7 @@ def test_the_socket_that_is_read_without_end_is_shut(pairs: Callable[[], Pair]) 
 
 
 def wait_a_little(pair: Pair) -> object:
-    """Wait and read a little, as a thread does that is suspended or starved."""
+    """Wait and read a little, like a suspended or starved thread."""
     time.sleep(0.02)
     return pair.near.recv(1000)
 
@@ -106,7 +106,7 @@ def wait_a_little(pair: Pair) -> object:
     "work", [wait_a_little, lambda _pair: True], ids=["waits", "computes"]
 )  # fmt: skip
 def test_a_long_call_that_does_not_read_without_end(pairs: Callable[[], Pair], work: Callable[[Pair], object]) -> None:
-    """A call that takes long for another reason costs no connection."""
+    """A call that takes long for another reason shuts down no connection."""
     watching, pair = Watchdog(), pairs()
     watching.add(pair.near.fileno())
     pair.far.sendall(b"x" * 100_000)
@@ -188,7 +188,7 @@ async def test_other_sockets_are_not_watched(pairs: Callable[[], Pair]) -> None:
 
 @pytest.mark.parametrize("error", [OSError(24, "Too many open files"), pycurl.error()])
 async def test_no_more_files(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
-    """If the process may open no more files, calls end as retries until it may."""
+    """If the limit of open files is reached, calls end as retries."""
 
     def fail() -> None:
         raise error
@@ -197,7 +197,7 @@ async def test_no_more_files(error: Exception, monkeypatch: pytest.MonkeyPatch) 
         with monkeypatch.context() as patch:
             patch.setattr("select.epoll" if isinstance(error, OSError) else "pycurl.CurlMulti", fail)
             outcome = await transport.send(a_delivery())
-            assert outcome == Retry("no connection: the process may open no more files")
+            assert outcome == Retry("no connection: the limit of open files is reached")
         assert await transport.send(a_delivery()) == Sent(None, 200)
 
 

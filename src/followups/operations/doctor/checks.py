@@ -21,8 +21,9 @@ def run(
     """Yield the findings of all checks.
 
     The workers are checked only if ``ask_workers`` is given, because their replies may take seconds. ``connects`` adds
-    the checks of this process's own connections to the database, the broker and the endpoint. In web, such a check
-    would say nothing about the workers, and a silent endpoint would block a thread.
+    the checks of this process's own connections to the database, the broker and the endpoint. The web process
+    skips them: its connections prove nothing about those of the workers, and a silent endpoint would block one of its
+    threads.
     """
     yield connection_checks.timeouts(settings)
     yield from database_checks.databases(settings, engine)

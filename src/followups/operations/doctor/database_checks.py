@@ -51,7 +51,7 @@ _ATTEMPTS = text(f"""
      GROUP BY outcome ORDER BY outcome
 """)  # noqa: S608 - no input, only the constant above
 REFUSALS = 5
-"""After this many refused attempts in a row, without a sent message in between, the secret may have expired."""
+"""After this many refused attempts without a sent message in between, the secret may have expired."""
 
 _REFUSES_ALL = text("""
     WITH newest AS MATERIALIZED (SELECT status_code, at FROM failed_attempts ORDER BY id DESC LIMIT :refusals),
@@ -212,9 +212,9 @@ def _attempts(connection: Connection) -> Finding:
     if not connection.scalar(_REFUSES_ALL, {"refusals": REFUSALS}):
         return Finding("attempts", detail)
     advice = (
-        f"The chat server has refused the last {REFUSALS} messages with 401 or 403, and nothing was sent since. If its"
-        " log names the key or the signature, replace FOLLOWUPS_TRANSPORT_SECRET or correct the chat server's keys,"
-        " restart the workers, and run followups retry --failed --since 1d --reason rejected."
+        f"The chat server has refused the last {REFUSALS} messages with 401 or 403, and no message has been sent since."
+        " If its log mentions the key or the signature, replace FOLLOWUPS_TRANSPORT_SECRET or correct the chat server's"
+        " keys, restart the workers, and run followups retry --failed --since 1d --reason rejected."
     )
     return Finding("attempts", detail, advice)
 
