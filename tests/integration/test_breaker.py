@@ -611,6 +611,11 @@ async def test_slow_reads_are_rare(monkeypatch: pytest.MonkeyPatch) -> None:
     async with reading(store):
         await asyncio.sleep(1)
     assert store.reads <= 3
+    monkeypatch.setattr(breaker, "LONGEST_READ_PAUSE", 0.05)
+    store = SlowStore(SharedState(CLOSED))
+    async with reading(store):
+        await asyncio.sleep(1)
+    assert store.reads > 3
 
 
 async def test_a_refusal_is_final_once_its_workspace_is_accepted_again() -> None:

@@ -81,6 +81,8 @@ READ_INTERVAL_WHILE_OPEN = 0.1
 """Seconds between two reads of the shared breaker state while follow-ups wait for the breaker."""
 READ_SHARE = 0.1
 """Maximum fraction of time spent reading the shared state. A read takes longer if many workspaces are tripped."""
+LONGEST_READ_PAUSE = 1.0
+"""Maximum number of seconds for which slow reads delay the next one."""
 STATE_LIFETIME = 3600
 """Seconds without use after which the breaker's state is deleted."""
 REDIS_PAUSE = 5.0
@@ -361,7 +363,7 @@ class Breaker:
         self._take(reading)
         changed()
         pause = READ_INTERVAL_WHILE_OPEN if self.tripped and wanted else READ_INTERVAL
-        await wait(self._report_due, max(pause, (uptime() - started) / READ_SHARE))
+        await wait(self._report_due, max(pause, min((uptime() - started) / READ_SHARE, LONGEST_READ_PAUSE)))
 
     def _log_change(self, state: str) -> None:
         if state == OPEN:

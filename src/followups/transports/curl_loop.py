@@ -47,9 +47,10 @@ class CurlLoop:
         """Register with the running event loop; ``options`` are libcurl's options for the multi handle.
 
         ``begin_action`` is called before each call into libcurl that performs transfers. Raises `OSError` or
-        `pycurl.error` if the limit of open files is reached.
+        `pycurl.error` if the limit of open files is reached, and `RuntimeError` if that of threads is.
         """
         self._begin_action = begin_action
+        self._watchdog = Watchdog()
         self._sockets = select.epoll()
         self._loop = asyncio.get_running_loop()
         self._multi = pycurl.CurlMulti()
@@ -67,7 +68,6 @@ class CurlLoop:
         self.is_broken = False
         """Whether libcurl has reported that this multi handle can no longer perform transfers."""
         self._running: dict[pycurl.Curl, asyncio.Future[int]] = {}
-        self._watchdog = Watchdog()
         self._loop.add_reader(self._sockets.fileno(), self._handle_ready_sockets)
 
     @property
@@ -100,7 +100,7 @@ class CurlLoop:
 
     def has_shut(self, descriptors: Iterable[Descriptor]) -> bool:
         """Return whether the watchdog has shut down one of these sockets."""
-        return not self._watchdog.shut.isdisjoint(descriptors)
+        return not self._watchdog.shut_sockets.isdisjoint(descriptors)
 
     def close(self) -> None:
         """End every transfer, and close every connection in another thread.
@@ -114,14 +114,17 @@ class CurlLoop:
         self._sockets.close()
         for callback in (pycurl.M_SOCKETFUNCTION, pycurl.M_TIMERFUNCTION):
             self._multi.setopt(callback, None)
-        threading.Thread(target=self._close_multi, name="curl-close", daemon=True).start()
+        try:
+            threading.Thread(target=self._close_multi, name="curl-close", daemon=True).start()
+        except RuntimeError:  # the process can start no more threads
+            self._close_multi()
         for timer in (self._kick, self._timer):
             if timer is not None:
                 timer.cancel()
 
     def _close_multi(self) -> None:
         self._watchdog.watch_this_thread()
-        self._watchdog.calls += 1
+        self._watchdog.transitions += 1
         try:
             self._multi.close()
         finally:
@@ -204,13 +207,13 @@ class CurlLoop:
         if self.is_broken:
             return
         self._begin_action()
-        self._watchdog.calls += 1
+        self._watchdog.transitions += 1
         try:
             self._multi.socket_action(socket, ready)
         except pycurl.error:
             self._break()
         finally:
-            self._watchdog.calls += 1
+            self._watchdog.transitions += 1
 
     def _break(self) -> None:
         if self.is_broken or self._sockets.closed:
@@ -237,10 +240,10 @@ class CurlLoop:
             ended.set_result(code)
 
     def _remove(self, curl: pycurl.Curl) -> None:
-        self._watchdog.calls += 1
+        self._watchdog.transitions += 1
         try:
             self._multi.remove_handle(curl)
         except pycurl.error:
             self._loop.call_soon(self._break)  # later, because the caller is ending transfers
         finally:
-            self._watchdog.calls += 1
+            self._watchdog.transitions += 1

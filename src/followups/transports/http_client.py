@@ -70,6 +70,10 @@ libcurl from adding one of its own. With libcurl's own Expect header, a body of 
 endpoint's permission.
 """
 
+NO_RESOURCES = "the limit of open files or threads is reached"
+_OUT_OF_RESOURCES = (OSError, RuntimeError, pycurl.error)
+"""The exceptions of `CurlLoop` if the process may open no more files or start no more threads."""
+
 _INVALID_ANSWERS = {
     FLOODED: "it is endless",
     TOO_LARGE: LONG_HEAD,
@@ -167,10 +171,13 @@ class HttpClient:
 
         Raises `RuntimeError` if the client is not open. Whatever the endpoint does, no exception is raised.
         """
+        if not self._is_open:
+            message = "The transport is not open: await open() first."
+            raise RuntimeError(message)
         try:
             curls = self._connections()  # first, because this discards the spare exchanges of a broken multi handle
-        except (OSError, pycurl.error):
-            return Retry("no connection: the limit of open files is reached")
+        except _OUT_OF_RESOURCES:
+            return Retry(f"no connection: {NO_RESOURCES}")
         exchange = self._spare.pop() if self._spare else Exchange(self._options, self._sockets)
         until = uptime() + self._timeout
         exchange.prepare(url, [*self._headers, *headers], body, until)
@@ -213,7 +220,11 @@ class HttpClient:
             refused.add(exchange.stale_address)
             exchange.stale_address = None
             exchange.set_timeout(until)
-            curls = self._connections()
+            try:
+                curls = self._connections()
+            except _OUT_OF_RESOURCES:
+                exchange.flaw = NO_RESOURCES
+                return CLOSED
 
     async def check(self) -> str:
         """Connect as for a call, send nothing, and return a sentence that reports success.
@@ -257,9 +268,6 @@ class HttpClient:
     # repeatedly selects an unusable one. A replaced connection finishes its calls in flight and gets no new ones.
 
     def _connections(self) -> CurlLoop:
-        if not self._is_open:
-            message = "The transport is not open: await open() first."
-            raise RuntimeError(message)
         if self._curls is not None and self._curls.is_broken:
             self._retire(self._curls)
             self._spare.clear()  # a broken multi handle may keep transfers, and no other handle accepts these
@@ -300,8 +308,9 @@ class HttpClient:
         self._end_floods()
         if self._curls is not None and not self._active and uptime() > self._used + KEEPALIVE:
             self._retire(self._curls)
-        self._close([each for each in self._retired if each.is_idle])
+        idle = [each for each in self._retired if each.is_idle]
         self._retired = [each for each in self._retired if not each.is_idle]
+        self._close(idle)
         if not self._loops:
             self._close_connections()
 

@@ -74,6 +74,8 @@ _COMPRESSED = {b"\x1f\x8b", b"x\x01", b"x^", b"x\x9c", b"x\xda"}
 _ANY_FORMAT = 32
 """Added to zlib's window size to accept gzip and zlib headers."""
 
+_NO_ADDRESS = ("", "", 0, 0)
+
 # These are plain numbers, because reading a member of an enum takes 0.3 us in Python 3.11.
 _STATUS_OK = int(HTTPStatus.OK)
 _STATUS_SWITCHING = int(HTTPStatus.SWITCHING_PROTOCOLS)
@@ -127,7 +129,7 @@ class Exchange:
         """Set the handle's options; ``sockets`` are the sockets of the multi handle."""
         self._sockets = sockets
         self._url = ""
-        self._address: Address = ("", "", 0, 0)
+        self._address: Address = _NO_ADDRESS
         self._began = False
         self.stale_address: Address | None = None
         self.is_reusable = True
@@ -156,6 +158,7 @@ class Exchange:
         self._body, self._at, self._until = body, 0, until
         self._read = self._action = self._tls_size = 0
         self._has_read_record = False
+        self._address = _NO_ADDRESS
         self._refused: bool | None = None
         self._bytes_left = HEAD_LIMIT
         self.may_have_been_sent = self.answered = self.late = self.flooded = False

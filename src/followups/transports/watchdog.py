@@ -1,11 +1,12 @@
-"""Ends calls into libcurl that an endpoint holds up.
+"""Interrupts libcurl when an endpoint keeps it reading without end.
 
-When libcurl closes a connection, and when it reads a proxy's answer, it reads until nothing more arrives, even if that
-never ends. Meanwhile the thread can do nothing else, and no callback is called. The watchdog is another thread, which
-then shuts down the socket that libcurl is reading.
+libcurl reads until no more data arrives, both when it closes a connection and when it reads a proxy's answer. If data
+keeps arriving, this never ends. Meanwhile the thread can do nothing else, and no callback is called. The watchdog runs
+in another thread and shuts down the socket that libcurl is reading. `http_sockets` lists the other limits on endless
+answers.
 
-A call counts as held up by the processor time of its thread, not by the time on the clock. If the process was suspended
-or had to wait for the processor, and if libcurl waits for a name server, no connection is shut down.
+Processor time decides whether libcurl is held up, not elapsed time. No connection is shut down while the process is
+suspended, waits for a processor, or waits for a name server.
 """
 
 from __future__ import annotations
@@ -18,19 +19,23 @@ from contextlib import suppress
 from followups.transports.descriptors import Descriptor
 
 INTERVAL = 0.1
-"""Seconds between two looks at the current call."""
+"""Seconds between two checks."""
 
 HELD_UP = 0.15
-"""A call that has used this much processor time, in seconds, is held up. Normally it takes milliseconds."""
+"""Processor time in seconds, from the first check of a call into libcurl, after which the socket that it reads may be
+shut down. A normal call takes milliseconds.
+"""
 
 READ = 16 * 1024
-"""If libcurl reads more bytes than this from a socket between two looks, within a single call, this socket holds up the
-call. Otherwise, libcurl reads at most 10 KiB before it returns (`http_client.READ_SIZE`).
+"""Number of bytes. A socket holds up a call into libcurl if the call reads more than this from it between two checks.
+
+A normal call reads at most ten buffers (`http_client.READ_SIZE`). The two checks may be far apart, because a throttled
+process reads little in an interval.
 """
 
 LAST_RESORT = 2.0
-"""After this much processor time, in seconds, all sockets are shut down. Some container sandboxes do not report how
-much a connection has received.
+"""After this much processor time, in seconds, all sockets of the thread are shut down. This is needed where the kernel
+does not report how much a connection has received, as in some container sandboxes.
 """
 
 
@@ -38,17 +43,18 @@ class Watchdog:
     """Watches one thread's calls into libcurl, in a thread of its own that ends after `stop`."""
 
     def __init__(self) -> None:
-        """Watch the current thread."""
-        self.calls = 0
-        """How often libcurl was entered and left: an odd number while a call is running."""
-        self.shut: set[Descriptor] = set()
+        """Watch the current thread. Raises `RuntimeError` if the process can start no more threads."""
+        self.transitions = 0
+        """Incremented on every entry into libcurl and every exit; odd while libcurl is running."""
+        self.shut_sockets: set[Descriptor] = set()
         """The sockets that the watchdog has shut down."""
         self._sockets: dict[int, Descriptor] = {}
-        """The sockets that belong to the watched thread, by file descriptor, including those closed since."""
+        """Every descriptor that was passed to `add`, by number. Some may be closed by now."""
         self._stopped = threading.Event()
-        self._seen = 0
-        self._spent_before = 0.0
+        self._checked = 0
+        self._used_before = 0.0
         self._consumed: dict[Descriptor, int] = {}
+        """How much libcurl had read from each socket when it was first checked during the current call."""
         self.watch_this_thread()
         threading.Thread(target=_run, args=[weakref.ref(self)], name="curl-watchdog", daemon=True).start()
 
@@ -57,43 +63,42 @@ class Watchdog:
         self._clock = time.pthread_getcpuclockid(threading.get_ident())
 
     def add(self, number: int) -> None:
-        """Add a socket that the watched thread has opened, or another file descriptor, which is never shut down."""
+        """Add a socket of the watched thread. Descriptors that are not sockets are accepted and ignored."""
         with suppress(OSError):  # libcurl has closed it already
             self._sockets[number] = Descriptor.of(number)
 
     def stop(self) -> None:
-        """End the thread."""
+        """Stop watching; the watchdog's own thread ends."""
         self._stopped.set()
 
     def wait(self) -> bool:
         """Wait for an interval; return False once the watchdog has stopped."""
         return not self._stopped.wait(INTERVAL)
 
-    def look(self) -> None:
+    def check(self) -> None:
         """Shut down the sockets from which the current call has been reading for too long."""
-        call = self.calls
+        call = self.transitions
         try:
-            spent = time.clock_gettime(self._clock)
+            now = time.clock_gettime(self._clock)
         except OSError:  # the thread has ended
             return
-        if call % 2 == 0 or call != self._seen:
-            self._seen, self._spent_before = call, spent
+        if call % 2 == 0 or call != self._checked:
+            self._checked, self._used_before = call, now
             self._consumed.clear()
             return
-        held_up = spent - self._spent_before
-        if held_up < INTERVAL / 2:  # the thread is waiting
+        used = now - self._used_before
+        if used < INTERVAL / 2:  # the thread was mostly waiting
             return
-        consumed = {each: each.consumed() for each in tuple(self._sockets.values())}
-        before, self._consumed = self._consumed, consumed
-        for each, number in consumed.items():
-            reads = held_up > HELD_UP and number - before.get(each, number) > READ
-            if (reads or held_up > LAST_RESORT) and self.calls == call:
-                self.shut.add(each)
+        for each in tuple(self._sockets.values()):
+            consumed = each.consumed()
+            read = consumed - self._consumed.setdefault(each, consumed)
+            if ((used > HELD_UP and read > READ) or used > LAST_RESORT) and self.transitions == call:
+                self.shut_sockets.add(each)
                 each.shut()
 
 
 def _run(watchdog: weakref.ref[Watchdog]) -> None:
     # Without `stop`, the thread ends as soon as nothing else refers to the watchdog.
     while (found := watchdog()) and found.wait():
-        found.look()
+        found.check()
         del found

@@ -65,6 +65,9 @@ async def main():
     print(*[type(outcome).__name__ for outcome in ended])
     server = await asyncio.start_server(serve, "127.0.0.1", 0)
     url = f"http://half.example:{server.sockets[0].getsockname()[1]}/"
+    client = HttpClient(
+        load_settings(database_url="postgresql://x/y", broker_url="redis://x", transport_url=url, transport_timeout=8)
+    )
     await client.open()
     print(type(await client.deliver(url, [], b"{}", DIALECT)).__name__)
     await client.close()

@@ -8,7 +8,7 @@ import gc
 import socket
 import threading
 import time
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pycurl
 import pytest
@@ -16,10 +16,11 @@ import pytest
 from followups.transports import descriptors, watchdog
 from followups.transports.curl_loop import CurlLoop
 from followups.transports.descriptors import Descriptor
-from followups.transports.http import HttpTransport
+from followups.transports.http import DIALECT, HttpTransport
+from followups.transports.http_client import NO_RESOURCES, HttpClient
 from followups.transports.http_sockets import Sockets
 from followups.transports.port import Retry, Sent
-from followups.transports.watchdog import HELD_UP, INTERVAL, Watchdog
+from followups.transports.watchdog import HELD_UP, INTERVAL, READ, Watchdog
 from stack import wait_until
 from unit.transports.doubles import a_delivery, answer, opened, scripted, settings_for
 
@@ -71,11 +72,11 @@ def flood(pair: Pair) -> threading.Thread:
 
 def run_call(watching: Watchdog, work: Callable[[], object], seconds: float) -> float:
     """Repeat some work in a single call, until it returns nothing or the time is over; return the seconds."""
-    watching.calls += 1
+    watching.transitions += 1
     started = time.monotonic()
     while time.monotonic() < started + seconds and work():
         pass
-    watching.calls += 1
+    watching.transitions += 1
     return time.monotonic() - started
 
 
@@ -93,7 +94,7 @@ def test_the_socket_that_is_read_without_end_is_shut(pairs: Callable[[], Pair]) 
     assert not idle.is_shut
     assert not unread.is_shut
     assert unread.near.recv(1000) == b"x" * 1000
-    assert watching.shut == {Descriptor.of(flooded.near.fileno())}
+    assert watching.shut_sockets == {Descriptor.of(flooded.near.fileno())}
 
 
 def wait_a_little(pair: Pair) -> object:
@@ -113,7 +114,7 @@ def test_a_long_call_that_does_not_read_without_end(pairs: Callable[[], Pair], w
     run_call(watching, lambda: work(pair), HELD_UP + 6 * INTERVAL)
     watching.stop()
     assert not pair.is_shut
-    assert not watching.shut
+    assert not watching.shut_sockets
 
 
 def test_short_calls_may_read_much(pairs: Callable[[], Pair]) -> None:
@@ -125,7 +126,7 @@ def test_short_calls_may_read_much(pairs: Callable[[], Pair]) -> None:
     while time.monotonic() < until:
         run_call(watching, lambda: pair.near.recv(1000) and None, 1)
     watching.stop()
-    assert not watching.shut
+    assert not watching.shut_sockets
     pair.near.close()
     thread.join(5)
 
@@ -144,9 +145,9 @@ def test_the_last_resort(pairs: Callable[[], Pair], monkeypatch: pytest.MonkeyPa
     assert idle.is_shut
 
 
-def watchdogs() -> int:
-    """Return the number of watchdog threads."""
-    return sum(thread.name == "curl-watchdog" for thread in threading.enumerate())
+def watchdogs() -> set[threading.Thread]:
+    """Return the threads of all watchdogs. Those of earlier tests may still be ending."""
+    return {thread for thread in threading.enumerate() if thread.name == "curl-watchdog"}
 
 
 async def test_the_threads_end() -> None:
@@ -155,20 +156,127 @@ async def test_the_threads_end() -> None:
     async with scripted(answer(200)) as server:
         async with opened(HttpTransport(settings_for(server.url))) as transport:
             assert await transport.send(a_delivery()) == Sent(None, 200)
-            assert watchdogs() == before + 1
-        await asyncio.to_thread(wait_until, lambda: watchdogs() == before)
+            (thread,) = watchdogs() - before
+        await asyncio.to_thread(thread.join, 5)
+        assert not thread.is_alive()
 
-        def run_without_closing() -> None:
-            async def send() -> None:
+        def run_without_closing() -> threading.Thread:
+            async def send() -> threading.Thread:
+                before = watchdogs()
                 transport = HttpTransport(settings_for(server.url))
                 await transport.open()
                 await transport.send(a_delivery())
+                (thread,) = watchdogs() - before
+                return thread
 
-            asyncio.run(send())
+            thread = asyncio.run(send())
             gc.collect()
-            wait_until(lambda: watchdogs() == before)
+            thread.join(5)
+            return thread
 
-        await asyncio.to_thread(run_without_closing)
+        assert not (await asyncio.to_thread(run_without_closing)).is_alive()
+
+
+class Clock:
+    """The processor time of the watched thread, and how much it has read from the only socket."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.used, self.read = 0.0, 0
+        self.watching = Watchdog()
+        self.watching.stop()  # the test itself calls `check`
+        monkeypatch.setattr(Descriptor, "consumed", lambda _: self.read)
+        monkeypatch.setattr(watchdog.time, "clock_gettime", lambda _: self.used)
+
+    def check(self, used: float, read: int) -> int:
+        """Let the call use processor time and read; return how many sockets have been shut down."""
+        self.used += used
+        self.read += read
+        self.watching.check()
+        return len(self.watching.shut_sockets)
+
+
+def test_when_a_call_is_held_up(pairs: Callable[[], Pair], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A call must have used processor time, and must have read much, but not within any particular time."""
+    clock, pair = Clock(monkeypatch), pairs()
+    clock.watching.add(pair.near.fileno())
+    clock.watching.transitions = 1
+    assert clock.check(9, 9 * READ) == 0  # the first check of a call
+    assert clock.check(INTERVAL, 9 * READ) == 0  # the first bytes that count
+    assert clock.check(HELD_UP - INTERVAL - 0.01, 2 * READ) == 0
+    clock.watching.transitions = 3
+    for _ in range(9):  # a throttled process uses and reads little between two checks
+        assert clock.check(HELD_UP / 8, READ // 7) == 0
+    assert clock.check(HELD_UP, READ) == 1
+    assert pair.is_shut
+
+
+def test_other_calls_are_left_alone(pairs: Callable[[], Pair], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither many short calls, nor time outside of calls, count as one long call."""
+    clock, pair = Clock(monkeypatch), pairs()
+    clock.watching.add(pair.near.fileno())
+    for transitions in (1, 3, 5, 6, 6, 6, 7):
+        clock.watching.transitions = transitions
+        assert clock.check(9 * HELD_UP, 9 * READ) == 0
+    assert clock.check(HELD_UP / 9, 9 * READ) == 0
+    assert not pair.is_shut
+
+
+async def test_closing_is_watched(pairs: Callable[[], Pair]) -> None:
+    """If an endpoint floods a connection while libcurl closes it, the connection is shut down."""
+    pair = pairs()
+    curls = CurlLoop({}, lambda: None)
+    watching, multi = curls._watchdog, curls._multi  # noqa: SLF001 - not public
+
+    class Closing:
+        """A multi handle whose closing reads without end."""
+
+        def setopt(self, *given: Any) -> None:
+            multi.setopt(*given)
+
+        def close(self) -> None:
+            while pair.near.recv(100):
+                pass
+            multi.close()
+
+    curls._multi = Closing()  # noqa: SLF001 - not public
+    watching.add(pair.near.fileno())
+    thread = flood(pair)
+    curls.close()
+    await asyncio.to_thread(thread.join, 8)
+    assert watching.shut_sockets == {Descriptor.of(pair.near.fileno())}
+
+
+async def test_no_more_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """If no thread can be started, calls end as retries, and connections are closed without a thread."""
+
+    def fail(_thread: threading.Thread) -> None:
+        message = "can't start new thread"
+        raise RuntimeError(message)
+
+    async with scripted(answer(200)) as server, opened(HttpTransport(settings_for(server.url))) as transport:
+        with monkeypatch.context() as patch:
+            patch.setattr(threading.Thread, "start", fail)
+            assert await transport.send(a_delivery()) == Retry(f"no connection: {NO_RESOURCES}")
+        assert await transport.send(a_delivery()) == Sent(None, 200)
+        with monkeypatch.context() as patch:
+            patch.setattr(threading.Thread, "start", fail)
+            await transport.close()
+        await transport.open()
+        assert await transport.send(a_delivery()) == Sent(None, 200)
+
+
+async def test_a_spare_exchange_forgets_its_connection() -> None:
+    """A call that opens no connection does not count as flooded because the previous one was."""
+    async with scripted(answer(200)) as server:
+        client = HttpClient(settings_for(server.url))
+        await client.open()
+        assert await client.deliver(server.url, [], b"{}", DIALECT) == Sent(None, 200)
+        (spare,), curls = client._spare, client._curls  # noqa: SLF001 - not public
+        assert curls
+        curls._watchdog.shut_sockets.update(spare.descriptors)  # noqa: SLF001 - not public
+        outcome = await client.deliver("http://no-such-host.invalid/", [], b"{}", DIALECT)
+        assert outcome == Retry("no connection: the host name was not found (DNS)")
+        await client.close()
 
 
 async def test_other_sockets_are_not_watched(pairs: Callable[[], Pair]) -> None:
@@ -197,7 +305,7 @@ async def test_no_more_files(error: Exception, monkeypatch: pytest.MonkeyPatch) 
         with monkeypatch.context() as patch:
             patch.setattr("select.epoll" if isinstance(error, OSError) else "pycurl.CurlMulti", fail)
             outcome = await transport.send(a_delivery())
-            assert outcome == Retry("no connection: the limit of open files is reached")
+            assert outcome == Retry(f"no connection: {NO_RESOURCES}")
         assert await transport.send(a_delivery()) == Sent(None, 200)
 
 
