@@ -24,8 +24,7 @@ are no longer tripped. Follow-ups of all other workspaces begin without restrict
 failing chats therefore does not delay a workspace with few failures.
 
 While the endpoint seems to refuse every message of a workspace, the breaker turns a 401 or 403 into `Snoozed`, so the
-follow-up does not end.
-Otherwise, every probe would end as rejected until an expired secret is replaced.
+follow-up does not end. Otherwise, every probe would end as rejected until an expired secret is replaced.
 
 (Nygard, "Release It!", 2nd edition, 2018, chapter 5; the slow start is nginx's and Envoy's.)
 """
