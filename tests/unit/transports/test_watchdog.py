@@ -20,7 +20,7 @@ from followups.transports.http import DIALECT, HttpTransport
 from followups.transports.http_client import NO_RESOURCES, HttpClient
 from followups.transports.http_sockets import Sockets
 from followups.transports.port import Retry, Sent
-from followups.transports.watchdog import HELD_UP, INTERVAL, READ, Watchdog
+from followups.transports.watchdog import HELD_UP, INTERVAL, LAST_RESORT, READ, Watchdog
 from stack import wait_until
 from unit.transports.doubles import a_delivery, answer, opened, scripted, settings_for
 
@@ -132,17 +132,16 @@ def test_short_calls_may_read_much(pairs: Callable[[], Pair]) -> None:
 
 
 def test_the_last_resort(pairs: Callable[[], Pair], monkeypatch: pytest.MonkeyPatch) -> None:
-    """If the kernel does not count what a connection has received, all sockets are shut down in the end."""
+    """If the kernel does not count what a connection has received, the connection is shut down in the end."""
     monkeypatch.setattr(descriptors, "_received", lambda _: 0)
     monkeypatch.setattr(watchdog, "LAST_RESORT", 2 * HELD_UP)
-    watching, flooded, idle = Watchdog(), pairs(), pairs()
-    for each in (flooded, idle):
-        watching.add(each.near.fileno())
+    watching, flooded = Watchdog(), pairs()
+    watching.add(flooded.near.fileno())
     thread = flood(flooded)
     assert run_call(watching, lambda: flooded.near.recv(100), 10) < 8
     watching.stop()
     thread.join(5)
-    assert idle.is_shut
+    assert flooded.is_shut
 
 
 def watchdogs() -> set[threading.Thread]:
@@ -208,6 +207,18 @@ def test_when_a_call_is_held_up(pairs: Callable[[], Pair], monkeypatch: pytest.M
         assert clock.check(HELD_UP / 8, READ // 7) == 0
     assert clock.check(HELD_UP, READ) == 1
     assert pair.is_shut
+
+
+def test_all_sockets_are_shut_down_in_the_end(pairs: Callable[[], Pair], monkeypatch: pytest.MonkeyPatch) -> None:
+    """If no socket was read much, but the call does not end, all of its sockets are shut down."""
+    clock, every = Clock(monkeypatch), [pairs(), pairs()]
+    for each in every:
+        clock.watching.add(each.near.fileno())
+    clock.watching.transitions = 1
+    assert clock.check(9, 0) == 0
+    assert clock.check(LAST_RESORT, 0) == 0
+    assert clock.check(INTERVAL, 0) == 2
+    assert all(each.is_shut for each in every)
 
 
 def test_other_calls_are_left_alone(pairs: Callable[[], Pair], monkeypatch: pytest.MonkeyPatch) -> None:
