@@ -247,6 +247,17 @@ def test_the_timeline_shows_each_event(person: Callable[..., Person], own: World
     assert "Ended: sent" in said
 
 
+@pytest.mark.parametrize(("status", "shown"), [("failed", False), ("sent", True)])
+def test_a_hold_that_ended_without_opening(
+    person: Callable[..., Person], own: World, status: str, *, shown: bool
+) -> None:
+    """The timeline does not claim that the sending hours opened if the follow-up was too late before that."""
+    reason = "too_late" if status == "failed" else None
+    one_id = own.follow_up(due=-HOUR, status=status, reason=reason, finished_at=NOW, held_until=NOW)
+    page = words(person("viewer", own).get(f"/follow-ups/{one_id}"))
+    assert ("Held until the sending hours opened" in page) is shown
+
+
 def test_each_row_shows_position_and_messaging_window(person: Callable[..., Person], own: World) -> None:
     """A row shows a follow-up's position in its chat and whether the messaging window closes too early."""
     chat_id = own.chat(channel="whatsapp", last_user_message_at=text("now() - interval '20 hours'"))

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import datetime, timedelta
 from typing import TYPE_CHECKING
 
+from followups.states import Status
 from followups.store.audit import Action
 from followups.wording import Sentence
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-    from datetime import timedelta
 
     from followups.models import AuditEvent, FollowUp
     from followups.operations.circumstances import Explained
+
+AT_ONCE = timedelta(seconds=1)
+"""A follow-up that fails within this time after its hold was not held until the sending hours opened."""
 
 ACTIONS = {
     Action.FOLLOW_UP_CHANGED: "Changed",
@@ -89,7 +92,9 @@ def _change(event: AuditEvent) -> Sentence:
 
 
 def _milestones(one: FollowUp) -> Iterator[TimelineEntry]:
-    if one.held_until:
+    # a hold also ends when it is too late to send the follow-up, or when the follow-up is cancelled
+    unsent = one.finished_at if one.status != Status.SENT else None
+    if one.held_until and (unsent is None or unsent - one.held_until >= AT_ONCE):
         yield TimelineEntry(one.held_until, Sentence("Held until the sending hours opened"))
     if one.in_flight and one.begun_at:
         yield TimelineEntry(one.begun_at, Sentence("Attempt {number} began", number=one.attempts))

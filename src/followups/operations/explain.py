@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 from functools import reduce
 from typing import TYPE_CHECKING
@@ -46,8 +46,8 @@ ENDINGS = {
     ),
     ReasonCode.TOO_LATE: (
         "The follow-up could not be sent within FOLLOWUPS_MAX_LATENESS ({max_lateness}) of its due date."
-        " Check whether beat, workers, database and transport were running all that time; followups retry"
-        " creates a new follow-up."
+        " Check whether beat, workers, database and transport were running all that time, and whether the sending"
+        " hours ended in the meantime; followups retry creates a new follow-up."
     ),
     ReasonCode.OUTCOME_UNKNOWN: (
         "An attempt was made, but it is unknown whether the message arrived, and the transport does not"
@@ -153,7 +153,8 @@ def _pending(follow_up: FollowUp, max_lateness: timedelta, now: datetime, around
         said = Sentence(
             "The follow-up waits for the earlier follow-up of its chat, {id}, to end.", id=follow_up.waits_for
         )
-    elif moment > now and max_lateness and moment - _sendable_from(follow_up) >= max_lateness:
+    elif moment > now and (ends := _too_late_from(follow_up, max_lateness)) and moment >= ends:
+        around = replace(around, window_closes_at=None)  # the window matters no more
         said = Sentence(
             "The follow-up will fail in {wait}: by then, it will be too late to send it (FOLLOWUPS_MAX_LATENESS,"
             " {max_lateness}).",
@@ -161,7 +162,7 @@ def _pending(follow_up: FollowUp, max_lateness: timedelta, now: datetime, around
             max_lateness=max_lateness,
         )
     elif moment > now:
-        said = _later(follow_up, moment, now, around)
+        said = _later(follow_up, moment, now, around, ends)
     else:
         said = _due(follow_up, moment, now, around)
     if around.place > 1:
@@ -174,10 +175,15 @@ def _pending(follow_up: FollowUp, max_lateness: timedelta, now: datetime, around
     return said + window if (window := _window(follow_up, max(moment, now), now, around)) else said
 
 
-def _sendable_from(follow_up: FollowUp) -> datetime:
-    """Return the time from which lateness is measured, as `followups.store.fragments.LATENESS_FROM` does."""
+def _too_late_from(follow_up: FollowUp, max_lateness: timedelta) -> datetime | None:
+    """Return when it is too late to send the follow-up, or None if it is never too late.
+
+    Lateness is measured as in `followups.store.fragments.LATENESS_FROM`.
+    """
+    if not max_lateness:
+        return None
     moments = (follow_up.due_date, follow_up.scheduled_at, follow_up.held_until)
-    return follow_up.sendable_from or max(moment for moment in moments if moment)
+    return (follow_up.sendable_from or max(moment for moment in moments if moment)) + max_lateness
 
 
 def _window(follow_up: FollowUp, moment: datetime, now: datetime, around: Circumstances) -> Sentence | None:
@@ -268,7 +274,9 @@ def going_on(pause: ActivePause) -> str:
     return "followups resume " + " ".join(f"{name} {shlex.quote(value)}" for name, value in options.items() if value)
 
 
-def _later(follow_up: FollowUp, moment: datetime, now: datetime, around: Circumstances) -> Sentence:
+def _later(
+    follow_up: FollowUp, moment: datetime, now: datetime, around: Circumstances, ends: datetime | None
+) -> Sentence:
     wait = moment - now
     if follow_up.held_until is not None and follow_up.held_until > now:
         return Sentence(
@@ -288,7 +296,7 @@ def _later(follow_up: FollowUp, moment: datetime, now: datetime, around: Circums
         said = Sentence("The follow-up will be sent in {wait}, unless something cancels it first.", wait=wait)
     else:
         said = Sentence("The follow-up is tried again in {wait}; the failed attempts are below.", wait=wait)
-    return said + held if (held := _will_be_held(moment, around)) else said
+    return said + held if (held := _will_be_held(follow_up, moment, around, ends)) else said
 
 
 def _limits(limits: Sequence[Limit]) -> Sentence:
@@ -325,7 +333,9 @@ def _of(part: Sentence, whole: Sentence) -> Sentence:
     return Sentence("{part} of {whole}", part=part, whole=whole)
 
 
-def _will_be_held(moment: datetime, around: Circumstances) -> Sentence | None:
+def _will_be_held(
+    follow_up: FollowUp, moment: datetime, around: Circumstances, ends: datetime | None
+) -> Sentence | None:
     if around.pause is not None:
         return Sentence(
             "But {paused}: unless the pause has ended by then, the follow-up will be held.",
@@ -333,6 +343,15 @@ def _will_be_held(moment: datetime, around: Circumstances) -> Sentence | None:
         )
     opening = _opening(around.hours, moment)
     if opening is not None and around.hours is not None:
+        # lateness does not count before the first moment within the sending hours
+        counts = follow_up.sendable_from or not _opening(around.hours, follow_up.due_date)
+        if ends and opening >= ends and counts:
+            return Sentence(
+                "But that is outside the sending hours ({hours}), which begin too late for it, so the follow-up will"
+                " fail at {ends}.",
+                hours=around.hours.in_words,
+                ends=ends,
+            )
         return Sentence(
             "But that is outside the sending hours ({hours}), so the follow-up will be held until {opening}.",
             hours=around.hours.in_words,

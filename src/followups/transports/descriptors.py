@@ -26,7 +26,7 @@ class Descriptor(NamedTuple):
     """The file descriptor of one of libcurl's sockets.
 
     The device and the inode distinguish the socket from a later socket with the same number. Methods may be called from
-    any thread.
+    any thread, unless they say otherwise.
     """
 
     number: int
@@ -69,8 +69,22 @@ class Descriptor(NamedTuple):
         self.query(_shut)
 
     def local_port(self) -> int | None:
-        """Return the socket's local port, or None if libcurl has closed the socket."""
-        return self.query(_local_port)
+        """Return the socket's local port, or None if libcurl has closed the socket.
+
+        Call this method only in the thread that uses libcurl. It needs no further file descriptor.
+        """
+        try:
+            if Descriptor.of(self.number) != self:
+                return None
+            opened = socket.socket(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP, self.number)
+        except OSError:
+            return None
+        try:
+            return int(opened.getsockname()[1])
+        except OSError:
+            return None
+        finally:
+            opened.detach()
 
     def unread(self) -> int:
         """Return how many bytes have arrived that libcurl has not read, or 0 if that is not known."""
@@ -95,10 +109,6 @@ def _shut(opened: socket.socket) -> None:
 
 def _unread(opened: socket.socket) -> int:
     return int.from_bytes(fcntl.ioctl(opened, termios.FIONREAD, bytes(4)), sys.byteorder)
-
-
-def _local_port(opened: socket.socket) -> int:
-    return int(opened.getsockname()[1])
 
 
 def _received(opened: socket.socket) -> int:

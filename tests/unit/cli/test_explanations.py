@@ -23,7 +23,7 @@ EARLIER = UUID("0b0b6e34-0d0f-4d3c-9d5e-3f5a0c6f5a51")
 SETTINGS = load_settings(database_url="postgresql://h/d", broker_url="redis://h", max_attempts=3)
 
 
-SECOND, HOUR, DAY = timedelta(seconds=1), timedelta(hours=1), timedelta(days=1)
+SECOND, MINUTE, HOUR, DAY = (timedelta(**{unit: 1}) for unit in ("seconds", "minutes", "hours", "days"))
 TICKING = Circumstances(tick_age=timedelta(seconds=1))
 BERLIN = SendingHours("Europe/Berlin", time(12), time(20))
 """Sending hours in Berlin, where the local time at ``NOW`` is 10:00."""
@@ -250,6 +250,24 @@ LIMITED = {"due": -HOUR, "next_attempt_at": NOW + HOUR, "limited_until": NOW + H
             Circumstances(place=3),
             {"due": HOUR},
             "unless something cancels it first. It is number 3 in its chat; the earlier ones are sent first.",
+        ),
+        (
+            Circumstances(hours=BERLIN),
+            {"due": -DAY, "sendable_from": NOW - DAY + 2 * HOUR, "next_attempt_at": NOW + HOUR},
+            (
+                "But that is outside the sending hours (12:00 to 20:00, Europe/Berlin), which begin too late for it, so"
+                " the follow-up will fail at 2030-01-31 11:00:00Z."
+            ),
+        ),
+        (
+            Circumstances(hours=BERLIN),
+            {"due": -DAY + HOUR, "next_attempt_at": NOW + MINUTE},
+            "so the follow-up will be held until 2030-01-31 11:00:00Z.",
+        ),
+        (
+            Circumstances(window_closes_at=NOW + 4 * HOUR, hours=BERLIN),
+            {"due": HOUR - DAY, "sendable_from": HOUR - DAY + NOW, "next_attempt_at": NOW + HOUR},
+            "it will be too late to send it (FOLLOWUPS_MAX_LATENESS, 1 d).",
         ),
         (Circumstances(place=100), {"waits_for": EARLIER}, "to end. It is number 100+ in its chat"),
         (

@@ -323,9 +323,9 @@ async def test_a_proxys_endless_header_line(monkeypatch: pytest.MonkeyPatch) -> 
         while not call.done():
             at = uptime()
             await asyncio.sleep(0.01)
-            assert uptime() - at < 2
+            assert uptime() - at < 5
         assert await call == Retry("no connection: the endpoint sends data without end")
-        assert 2.9 < uptime() - started < 5
+        assert 2.9 < uptime() - started < 7
 
 
 @pytest.mark.parametrize("deduplicates", [True, False])
