@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from console.person import Person
+from followups.console import access
 from followups.database import make_engine
 from web import served, settings_on_database
 from world import World
@@ -39,6 +40,12 @@ def console_engine(console_settings: Settings) -> Iterator[Engine]:
     engine = make_engine(console_settings.database_url.get_secret_value())
     yield engine
     engine.dispose()
+
+
+@pytest.fixture(autouse=True)
+def many_failed_sign_ins(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Allow many failed sign-ins, because all tests sign in from one address within a minute."""
+    monkeypatch.setattr(access, "MAX_BY_CLIENT", 10_000)
 
 
 @pytest.fixture
