@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 from dataclasses import dataclass, replace
-from datetime import datetime, timedelta
+from datetime import UTC, datetime, timedelta
 from functools import reduce
 from typing import TYPE_CHECKING
 
@@ -86,6 +86,8 @@ class Circumstances:
 
 ALONE = Circumstances()
 
+_LATEST = datetime.max.replace(tzinfo=UTC)
+
 STALE_TICK = timedelta(seconds=30)
 """If the last tick is older than this age, ticks count as stopped.
 
@@ -147,13 +149,14 @@ def _pending(follow_up: FollowUp, max_lateness: timedelta, now: datetime, around
     if follow_up.begun_at is not None:
         return _in_flight(follow_up, now)
     moment = follow_up.next_attempt_at or follow_up.due_date
+    ends = _too_late_from(follow_up, max_lateness)
     if follow_up.pause_id is not None:
         said = _paused(follow_up, now, around)
     elif follow_up.waits_for is not None:
         said = Sentence(
             "The follow-up waits for the earlier follow-up of its chat, {id}, to end.", id=follow_up.waits_for
         )
-    elif moment > now and (ends := _too_late_from(follow_up, max_lateness)) and moment >= ends:
+    elif ends and moment > now and moment >= ends:
         around = replace(around, window_closes_at=None)  # the window matters no more
         said = Sentence(
             "The follow-up will fail in {wait}: by then, it will be too late to send it (FOLLOWUPS_MAX_LATENESS,"
@@ -183,7 +186,9 @@ def _too_late_from(follow_up: FollowUp, max_lateness: timedelta) -> datetime | N
     if not max_lateness:
         return None
     moments = (follow_up.due_date, follow_up.scheduled_at, follow_up.held_until)
-    return (follow_up.sendable_from or max(moment for moment in moments if moment)) + max_lateness
+    counted_from = follow_up.sendable_from or max(moment for moment in moments if moment)
+    # Python has no dates beyond the year 9999
+    return counted_from + max_lateness if max_lateness <= _LATEST - counted_from else None
 
 
 def _window(follow_up: FollowUp, moment: datetime, now: datetime, around: Circumstances) -> Sentence | None:

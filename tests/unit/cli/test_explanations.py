@@ -63,6 +63,14 @@ def test_limits_are_named() -> None:
     assert "FOLLOWUPS_MAX_LATENESS (1 d)" in explained(Status.FAILED, reason="too_late")
 
 
+def test_a_due_date_in_the_last_year() -> None:
+    """The lateness limit may be beyond the last date that Python can represent."""
+    due = datetime(9998, 12, 31, tzinfo=UTC)
+    follow_up = FollowUp(workspace_id=WORKSPACE, status=Status.PENDING, due_date=due, scheduled_at=NOW, attempts=0)
+    patient = SETTINGS.model_copy(update={"max_lateness": 36_500 * DAY})
+    assert str(explain(follow_up, patient, NOW, TICKING)).startswith("The follow-up will be sent in")
+
+
 def test_a_callers_reason_is_shown_unchanged() -> None:
     """A caller's own reason is displayed unchanged."""
     assert explained(Status.CANCELLED, reason="the customer called") == (
