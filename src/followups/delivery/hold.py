@@ -74,9 +74,10 @@ def hold_or_end(obstacle: Obstacle, max_lateness: timedelta) -> Hold | Final | N
             "the messaging window ends before the workspace's sending hours open",
         )
     next_attempt_at = back_at(until, obstacle.due_date)
-    if max_lateness and since is not None and until >= since + max_lateness:
+    ends = since + max_lateness if since and max_lateness else None
+    if ends and until >= ends:
         # wake at the lateness limit, so that the follow-up does not wait for the sending hours before it fails
-        until, next_attempt_at = since + max_lateness, since + max_lateness + ENDED_MARGIN
+        until, next_attempt_at = ends, ends + ENDED_MARGIN
     return Hold(obstacle.lease, until, next_attempt_at, since, hours=obstacle.hours.hours)
 
 

@@ -288,10 +288,10 @@ class Breaker:
         if self._store is None or isinstance(outcome, Snoozed) or _is_without_call(outcome):
             return outcome
         failed = _failed(outcome)
-        refused = failed and isinstance(outcome, Rejected)
-        self._count_refusals(key, failed=failed, refused=refused)
-        if refused and key in self._accepted:
-            return outcome
+        refusal = outcome if failed and isinstance(outcome, Rejected) else None
+        self._count_refusals(key, failed=failed, refused=refusal is not None)
+        if refusal and key in self._accepted:
+            return refusal
         if failed:
             run = self._runs.get(key, WorkspaceOutcomes(key, 0, after_success=False))
             self._runs[key] = WorkspaceOutcomes(key, run.failures + 1, run.after_success)
@@ -307,8 +307,8 @@ class Breaker:
             self._unreported.clear()
         if self._shared.state != CLOSED or len(self._failed) == self._failures:
             self._report_due.set()
-        if isinstance(outcome, Rejected) and refused and self._endpoint_refuses_all(key):
-            return Snoozed(outcome.detail, REFUSED_DELAY, outcome.status_code)
+        if refusal and self._endpoint_refuses_all(key):
+            return Snoozed(refusal.detail, REFUSED_DELAY, refusal.status_code)
         return outcome
 
     def _count_refusals(self, key: int, *, failed: bool, refused: bool) -> None:

@@ -46,18 +46,9 @@ class Descriptor(NamedTuple):
             copy = os.dup(self.number)
         except OSError:
             return None
-        opened = None
         try:
-            if Descriptor.of(copy)[1:] != self[1:]:
-                return None
-            # The family is not looked up, because `read_from` does not depend on it.
-            opened = socket.socket(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP, copy)
-            return read_from(opened)
-        except OSError:  # for example if the connection was reset, or if this is not a socket
-            return None
+            return self._read(copy, read_from)
         finally:
-            if opened is not None:
-                opened.detach()
             os.close(copy)
 
     def limit_buffer(self) -> None:
@@ -73,18 +64,7 @@ class Descriptor(NamedTuple):
 
         Call this method only in the thread that uses libcurl. It needs no further file descriptor.
         """
-        try:
-            if Descriptor.of(self.number) != self:
-                return None
-            opened = socket.socket(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP, self.number)
-        except OSError:
-            return None
-        try:
-            return int(opened.getsockname()[1])
-        except OSError:
-            return None
-        finally:
-            opened.detach()
+        return self._read(self.number, _local_port)
 
     def unread(self) -> int:
         """Return how many bytes have arrived that libcurl has not read, or 0 if that is not known."""
@@ -99,12 +79,31 @@ class Descriptor(NamedTuple):
         received = self.received()
         return received and received - self.unread()
 
+    def _read(self, number: int, read_from: Callable[[socket.socket], T]) -> T | None:
+        try:
+            if Descriptor.of(number)[1:] != self[1:]:
+                return None
+            # The family is not looked up, because `read_from` does not depend on it.
+            opened = socket.socket(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP, number)
+        except OSError:  # for example if this is not a socket
+            return None
+        try:
+            return read_from(opened)
+        except OSError:  # for example if the connection was reset
+            return None
+        finally:
+            opened.detach()
+
 
 def _shut(opened: socket.socket) -> None:
     opened.shutdown(socket.SHUT_RDWR)
     # Linux still returns what has arrived before. If more arrives, Linux resets the connection.
     while opened.recv(BUFFER, socket.MSG_DONTWAIT | socket.MSG_TRUNC):
         pass
+
+
+def _local_port(opened: socket.socket) -> int:
+    return int(opened.getsockname()[1])
 
 
 def _unread(opened: socket.socket) -> int:

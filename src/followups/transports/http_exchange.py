@@ -129,7 +129,6 @@ class Exchange:
         """Set the handle's options; ``sockets`` are the sockets of the multi handle."""
         self._sockets = sockets
         self._url = ""
-        self._address: Address = _NO_ADDRESS
         self._began = False
         self.stale_address: Address | None = None
         self.is_reusable = True
@@ -158,7 +157,7 @@ class Exchange:
         self._body, self._at, self._until = body, 0, until
         self._read = self._action = self._tls_size = 0
         self._has_read_record = False
-        self._address = _NO_ADDRESS
+        self._address: Address = _NO_ADDRESS
         self._refused: bool | None = None
         self._bytes_left = HEAD_LIMIT
         self.may_have_been_sent = self.answered = self.late = self.flooded = False
@@ -169,7 +168,7 @@ class Exchange:
         self.curl.setopt(pycurl.POSTFIELDSIZE, len(body))
 
     def set_timeout(self, until: float) -> None:
-        """Let libcurl end the next transfer at ``until``, a time on the `uptime` clock."""
+        """Set the deadline of the next transfer; ``until`` is a time on the `uptime` clock."""
         self.curl.setopt(pycurl.TIMEOUT_MS, max(1, math.ceil(1000 * (until - uptime()))))
 
     @property
