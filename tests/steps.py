@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING
 from uuid import uuid4
 
@@ -19,6 +18,7 @@ from followups.uptime import uptime
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+    from datetime import datetime
     from uuid import UUID
 
     from sqlalchemy import Engine
@@ -63,7 +63,7 @@ class Steps:
 
 def attempt(begun: Begun, outcome: Outcome) -> Attempt:
     """Return an attempt as the transport would return it."""
-    return Attempt(begun, checked(outcome), timedelta(milliseconds=1), uptime(), datetime.now(UTC))
+    return Attempt(begun, checked(outcome), 0.001, uptime(), 0.0)
 
 
 def reply(world: World, chat_id: UUID, role: chats.Role = chats.Role.USER) -> tuple[UUID, ...]:

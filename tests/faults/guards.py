@@ -94,7 +94,7 @@ class Scene:
 
     def settle(self, begun: Begun, outcome: Outcome) -> None:
         """Settle an attempt."""
-        attempt = Attempt(begun, outcome, timedelta(0), uptime(), datetime.now(UTC))
+        attempt = Attempt(begun, outcome, 0.0, uptime(), 0.0)
         settle(self.engine, self.settings, [attempt])
 
     def cancel(self, follow_up_id: UUID) -> None:

@@ -137,7 +137,7 @@ class DrivenStore:
 
     def _settle(self, job: Job) -> None:
         begun = self.begun[job.row, job.token]
-        attempt = Attempt(begun, OUTCOMES[job.outcome], timedelta(0), uptime(), datetime.now(UTC))
+        attempt = Attempt(begun, OUTCOMES[job.outcome], 0.0, uptime(), 0.0)
         settle(self.world.engine, self.settings, [attempt])
         if self.model.rows[job.row].pending and not self.model.rows[job.row].leased:
             self.world.sql(LATER, id=self.ids[job.row])

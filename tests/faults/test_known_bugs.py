@@ -18,7 +18,7 @@
 from __future__ import annotations
 
 import time
-from datetime import UTC, datetime, timedelta
+from datetime import timedelta
 from typing import TYPE_CHECKING
 from uuid import uuid4
 
@@ -52,7 +52,7 @@ if TYPE_CHECKING:
 def deliver(engine: Engine, settings: Settings, outcome: Outcome) -> None:
     """Claim, begin and settle the due follow-up."""
     (begun,) = begin(engine, settings, claim(engine, settings).leases).begun
-    settle(engine, settings, [Attempt(begun, outcome, timedelta(0), time.monotonic(), datetime.now(UTC))])
+    settle(engine, settings, [Attempt(begun, outcome, 0.0, time.monotonic(), 0.0)])
 
 
 def test_stale_row_is_saved(world: World, engine: Engine, settings: Settings) -> None:
@@ -86,7 +86,7 @@ def test_taken_over_while_leased(world: World, engine: Engine, settings: Setting
     leased, tried = world.follow_up(chat), world.follow_up(world.chat())
     hints = claim(engine, settings).leases
     (begun,) = begin(engine, settings, [one for one in hints if one.id == tried]).begun
-    settle(engine, settings, [Attempt(begun, Retry("HTTP 500"), timedelta(0), time.monotonic(), datetime.now(UTC))])
+    settle(engine, settings, [Attempt(begun, Retry("HTTP 500"), 0.0, time.monotonic(), 0.0)])
     for chat_id in (chat, world.row(tried).chat_id):
         reply(world, chat_id, chats.Role.OPERATOR)
     assert not begin(engine, settings, hints).begun

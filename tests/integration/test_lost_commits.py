@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from datetime import UTC, datetime, timedelta
+from datetime import timedelta
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -58,7 +58,7 @@ class DeliverySteps:
         """Claim and begin the follow-ups; return the attempts, each with the given outcome."""
         beginning = claim_and_begin(self.world.engine, self.settings)
         assert begun(beginning) == self.ids
-        return [Attempt(one, outcome, timedelta(0), time.monotonic(), datetime.now(UTC)) for one in beginning.begun]
+        return [Attempt(one, outcome, 0.0, time.monotonic(), 0.0) for one in beginning.begun]
 
     def rows(self) -> dict[UUID, tuple[Any, ...]]:
         """Return the rows of the follow-ups in the database, by id."""

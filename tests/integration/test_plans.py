@@ -9,7 +9,7 @@ import re
 import threading
 from contextlib import contextmanager
 from dataclasses import dataclass
-from datetime import UTC, datetime, timedelta
+from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -159,10 +159,7 @@ class StepValues:
 
     def settle(self) -> None:
         outcomes = [Sent(None), Retry("HTTP 500"), Rejected("HTTP 403")]
-        attempts = [
-            Attempt(begun, outcomes[number % 3], timedelta(0), uptime(), datetime.now(UTC))
-            for number, begun in enumerate(self.begun)
-        ]
+        attempts = [Attempt(begun, outcomes[number % 3], 0.0, uptime(), 0.0) for number, begun in enumerate(self.begun)]
         settle(self.engine, self.settings, attempts)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING
 
 import pytest
@@ -37,7 +36,7 @@ def attempted(world: World, settings: Settings, outcome: Outcome, follow_up_id: 
     past = "UPDATE follow_ups SET next_attempt_at = now() WHERE id = :id AND next_attempt_at IS NOT NULL"
     world.sql(past, id=follow_up_id)
     (begun,) = begin(world.engine, settings, claim(world.engine, settings).leases).begun
-    settle(world.engine, settings, [Attempt(begun, outcome, timedelta(0), uptime(), datetime.now(UTC))])
+    settle(world.engine, settings, [Attempt(begun, outcome, 0.0, uptime(), 0.0)])
 
 
 @pytest.fixture
@@ -117,7 +116,7 @@ def test_cancel_while_in_flight(world: World, settings: Settings, words: str | N
     (begun,) = begin(world.engine, settings, claim(world.engine, settings).leases).begun
     assert cancel_chat(world, chat_id, words).in_flight == 1
     outcome = Unknown("the connection broke")
-    settle(world.engine, settings, [Attempt(begun, outcome, timedelta(0), uptime(), datetime.now(UTC))])
+    settle(world.engine, settings, [Attempt(begun, outcome, 0.0, uptime(), 0.0)])
     assert (world.row(follow_up).status, world.row(follow_up).reason) == ("cancelled", reason)
 
 

@@ -166,7 +166,7 @@ async def test_calls_share_one_timer() -> None:
         transport: Transport = Plugin(does)  # type: ignore[assignment]  # as much of one as a call needs
         made = await send(transport, BEGUN, clock, timeout, uptime() + 60, NO_BREAKER)
         assert made is not None
-        return made.outcome, made.duration.total_seconds()
+        return made.outcome, made.seconds
 
     async def answer() -> Outcome:
         await asyncio.sleep(0.02)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
-    from datetime import datetime, timedelta
+    from datetime import timedelta
     from uuid import UUID
 
     from followups.states import Final
@@ -29,10 +29,11 @@ class Attempt(NamedTuple):
 
     begun: Begun
     outcome: Outcome
-    duration: timedelta
+    seconds: float
+    """Duration of the call, in seconds."""
     answered: float
-    answered_at: datetime
-    """The start of the call on the database's clock, plus the call's duration."""
+    lag: float
+    """Seconds from the due date to the answer, by the database's clock."""
 
 
 @dataclass(frozen=True, slots=True)

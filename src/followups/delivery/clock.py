@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
 from sqlalchemy import text
@@ -20,7 +20,6 @@ SAMPLES = 12
 millisecond.
 """
 
-_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _NOW = text("SELECT clock_timestamp()")
 
 
@@ -43,7 +42,7 @@ class DatabaseClock:
 
     def observe(self, read: datetime, asked: float, answered: float) -> None:
         """Record a sample: the database's time, and the uptime before and after the query."""
-        seconds = (read - _EPOCH).total_seconds()
+        seconds = read.timestamp()
         lowest, highest = seconds - answered, seconds - asked
         if self._offset is not None and self._offset > highest:
             self._samples.clear()  # the database's clock was set back
@@ -65,11 +64,11 @@ class DatabaseClock:
 
     def now(self) -> datetime:
         """Return the database's time. Raises RuntimeError if no sample has been recorded yet."""
-        return _EPOCH + timedelta(seconds=self._seconds() + self._known_offset())
+        return datetime.fromtimestamp(self._seconds() + self._known_offset(), UTC)
 
     def until(self, moment: datetime) -> float:
         """Return the seconds until ``moment``; the result is negative if ``moment`` has passed."""
-        return (moment - _EPOCH).total_seconds() - (self._seconds() + self._known_offset())
+        return moment.timestamp() - (self._seconds() + self._known_offset())
 
     def _known_offset(self) -> float:
         if self._offset is None:

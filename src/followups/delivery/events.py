@@ -171,7 +171,7 @@ def flush(ends: Iterable[tuple[UUID, str, str | None]] = ()) -> None:
 def _flush(ends: Iterable[tuple[UUID, str, str | None]]) -> None:
     batch: dict[str, Iterable[Line]] = {}
     if attempts := list(_collected()):
-        metrics.ATTEMPT_DURATION.observe(*[one.duration.total_seconds() for _, one, _ in attempts])
+        metrics.ATTEMPT_DURATION.observe(*[one.seconds for _, one, _ in attempts])
         _count(metrics.ATTEMPTS, [(transport, OUTCOME_NAMES[type(one.outcome)]) for _, one, transport in attempts])
         batch["attempt"] = ((at, _fields(attempt)) for at, attempt, _ in attempts)
     # A status is converted to text, because an enum member takes 1.3 us longer to encode.
@@ -212,8 +212,8 @@ def _fields(attempt: Attempt) -> dict[str, object]:
         "attempt": delivery.attempt,
         "outcome": OUTCOME_NAMES[type(outcome)],
         "status_code": outcome.status_code,
-        "duration_ms": round(attempt.duration.total_seconds() * 1000, 2),
-        "lag_ms": round((attempt.answered_at - delivery.due_date).total_seconds() * 1000, 2),
+        "duration_ms": round(attempt.seconds * 1000, 2),
+        "lag_ms": round(attempt.lag * 1000, 2),
         "task_id": attempt.begun.lease.task_id,
         **odd,
     }

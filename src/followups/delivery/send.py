@@ -80,8 +80,8 @@ async def send(
         answered = uptime()
         outcome = breaker.record(begun.lease.id, key_of(begun.delivery.workspace_id), outcome)
         note({"followups.outcome": OUTCOME_NAMES[type(outcome)]}, failed=not isinstance(outcome, Sent))
-    duration = timedelta(seconds=answered - started)
-    return Attempt(begun, outcome, duration, answered, made_at + duration)
+    seconds = answered - started
+    return Attempt(begun, outcome, seconds, answered, (made_at - begun.delivery.due_date).total_seconds() + seconds)
 
 
 async def _call(transport: Transport, delivery: Delivery, limit: CallTimeout) -> Outcome:

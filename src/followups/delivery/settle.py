@@ -232,7 +232,7 @@ def settlement_of(attempt: Attempt, policy: RetryPolicy, *, deduplicates: bool) 
                 Status.SENT,
                 chat_message_id=chat_message_id,
                 accepted_ago=uptime() - attempt.answered,
-                seconds=attempt.duration.total_seconds(),
+                seconds=attempt.seconds,
                 cancel_takes_precedence=False,
             )
         case Rejected(detail):
@@ -272,5 +272,5 @@ def failure_of(attempt: Attempt) -> Failure | None:
         OUTCOME_NAMES[type(outcome)],
         outcome.detail,
         outcome.status_code,
-        attempt.duration,
+        timedelta(seconds=attempt.seconds),
     )

@@ -40,7 +40,7 @@ from followups.flow_control import connect, script
 from followups.flow_control.limiter import LONGEST_DEFERRAL
 from followups.telemetry import metrics
 from followups.telemetry.logs import get_logger
-from followups.transports.port import Rejected, Retry, Snoozed, Unknown
+from followups.transports.port import Rejected, Retry, Sent, Snoozed, Unknown
 from followups.uptime import uptime
 from followups.waits import wait
 
@@ -246,6 +246,10 @@ class Breaker:
         self._runs: dict[int, WorkspaceOutcomes] = {}
         """The outcomes not yet reported, for each workspace."""
         self._succeeded = False
+        self._healthy: set[int] = set()
+        """Workspaces with a success since the last report, the last reading and the last failure, while the breaker is
+        closed. Their further successes change nothing, so `record` skips them.
+        """
         self._report_due = asyncio.Event()
 
     @property
@@ -285,6 +289,8 @@ class Breaker:
         accepted since the breaker opened. While the endpoint seems to refuse every message of a workspace, a 401 or
         403 becomes `Snoozed`.
         """
+        if isinstance(outcome, Sent) and key in self._healthy:
+            return outcome
         if self._store is None or isinstance(outcome, Snoozed) or _is_without_call(outcome):
             return outcome
         failed = _failed(outcome)
@@ -293,10 +299,13 @@ class Breaker:
         if refusal and key in self._accepted:
             return refusal
         if failed:
+            self._healthy.clear()
             run = self._runs.get(key, WorkspaceOutcomes(key, 0, after_success=False))
             self._runs[key] = WorkspaceOutcomes(key, run.failures + 1, run.after_success)
         else:
             self._runs[key] = WorkspaceOutcomes(key, 0, after_success=True)
+            if self._shared.state == CLOSED:
+                self._healthy.add(key)
         counts = self._shared.state == CLOSED or key in self._shared.tripped
         if counts and failed:
             self._failed[follow_up_id] = key
@@ -376,6 +385,7 @@ class Breaker:
         self._runs.clear()
         self._unreported.clear()
         self._succeeded = False
+        self._healthy.clear()
         return outcomes
 
     def _take(self, reading: SharedState) -> None:
@@ -384,6 +394,7 @@ class Breaker:
             self._accepted.clear()
         self._accepted &= reading.tripped
         self._shared = reading
+        self._healthy.clear()
         if reading.state == CLOSED:
             self._failed.clear()
 

@@ -41,7 +41,7 @@ OUTCOMES: dict[str, Outcome] = {
 def settlement(outcome: str, attempt: int, most_attempts: int, *, deduplicates: bool) -> Settlement:
     """Return the settlement that `followups.delivery.settle.settlement_of` derives from an attempt's outcome."""
     begun = Begun(LEASE, Delivery(ID, ID, ID, "api", None, ID, "Still there?", NOW, attempt), 0)
-    made = Attempt(begun, OUTCOMES[outcome], timedelta(0), time.monotonic(), NOW)
+    made = Attempt(begun, OUTCOMES[outcome], 0.0, time.monotonic(), 0.0)
     second = timedelta(seconds=1)
     policy = RetryPolicy(max_attempts=most_attempts, base=second, factor=2, cap=second)
     return settlement_of(made, policy, deduplicates=deduplicates)
