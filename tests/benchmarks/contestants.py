@@ -77,7 +77,9 @@ class Ours(Contestant):
     table: str = "follow_ups"
     workers: int = CORES
     concurrency: int = 100
-    """The number of simultaneous calls of one worker process; the setting's default is 100."""
+    """The number of simultaneous calls of one worker process. Like the next two values, it is the setting's default."""
+    batch_size: int = 100
+    max_in_flight: int = 5000
     started: tuple[Child, ...] = ()
     nudge: Callable[[], None] = lambda: None
     """Request a tick, as `followups.schedule` does for follow-ups that are due now."""
@@ -107,7 +109,11 @@ class Ours(Contestant):
     def start_processes(self) -> None:
         """Start beat and the workers, without loading the Celery application in this process."""
         self.arena.spawn("beat", PROCFILE["beat"])
-        settings = {"FOLLOWUPS_CONCURRENCY": str(self.concurrency)}
+        settings = {
+            "FOLLOWUPS_CONCURRENCY": str(self.concurrency),
+            "FOLLOWUPS_BATCH_SIZE": str(self.batch_size),
+            "FOLLOWUPS_MAX_IN_FLIGHT": str(self.max_in_flight),
+        }
         names = [f"worker{number}" for number in range(self.workers)]
         self.started = tuple(
             self.arena.spawn(name, PROCFILE["worker"], "ready.", settings | {"HONCHO_PROCESS_NAME": name})
@@ -121,6 +127,16 @@ class OneWorker(Ours):
 
     name: str = "followups, one worker process"
     workers: int = 1
+
+
+@dataclass
+class LargeBatches(Ours):
+    """The service with the settings that deploy/SCALING.md recommends for throughput."""
+
+    name: str = "followups, large batches"
+    concurrency: int = 400
+    batch_size: int = 1000
+    max_in_flight: int = 10_000
 
 
 @dataclass
@@ -208,6 +224,7 @@ class ClientLoop(Contestant):
 LIMIT = AsyncioLoop.name
 EVERYBODY: dict[str, type[Contestant]] = {
     "ours": Ours,
+    "large": LargeBatches,
     "one": OneWorker,
     "loop": AsyncioLoop,
     "client": ClientLoop,
