@@ -36,7 +36,7 @@ from followups.store.counter_totals import CounterTotals
 from followups.telemetry import traces
 from followups.telemetry.logs import get_logger
 from followups.transports.registry import load_transport
-from followups.worker import broker, celery_logs, liveness
+from followups.worker import broker, celery_logs, liveness, open_files
 from followups.worker.broker import CONSUMER, App
 from followups.worker.schedule import beat_schedule
 
@@ -361,6 +361,7 @@ def _warm_up(sender: Any = None, **_: object) -> None:  # noqa: ANN401 - the wor
     pool = getattr(sender, "pool", None)
     if type(pool).__module__ == "celery.concurrency.prefork":
         return
+    open_files.raise_limit(settings.concurrency)
     try:
         process = current_process()
     except Exception as error:

@@ -1,0 +1,41 @@
+"""The limit of open files of a worker process.
+
+Without a free file descriptor, a worker cannot connect, and its calls fail as if the chat server were unreachable. Many
+systems allow 1,024 open files by default, but let a process raise this limit by itself.
+"""
+
+from __future__ import annotations
+
+import resource
+from contextlib import suppress
+
+from followups.telemetry.logs import get_logger
+
+FILES_OF_A_CALL = 2
+"""A call's connection, and an idle connection that is being closed meanwhile."""
+OTHER_FILES = 300
+"""Connections to the database and the broker, modules that are being imported, and log files."""
+
+log = get_logger(__name__)
+
+
+def raise_limit(concurrency: int) -> None:
+    """Raise this process's limit of open files as far as ``concurrency`` simultaneous calls need.
+
+    If the system does not allow this, log a warning.
+    """
+    needed = FILES_OF_A_CALL * concurrency + OTHER_FILES
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if _reaches(soft, needed):
+        return
+    limit = needed if _reaches(hard, needed) else hard
+    with suppress(OSError, ValueError):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
+        soft = limit
+    if soft < needed:
+        advice = "raise the limit (LimitNOFILE, ulimit -n), or lower CONCURRENCY"
+        log.warning("too_few_open_files", limit=soft, needed=needed, advice=advice)
+
+
+def _reaches(limit: int, needed: int) -> bool:
+    return limit == resource.RLIM_INFINITY or limit >= needed
