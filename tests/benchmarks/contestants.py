@@ -77,7 +77,7 @@ class Ours(Contestant):
     table: str = "follow_ups"
     workers: int = CORES
     concurrency: int = 100
-    """The number of simultaneous calls of one worker process. Like the next two values, it is the setting's default."""
+    """Simultaneous calls of one worker process. The values of these three settings are their defaults."""
     batch_size: int = 100
     max_in_flight: int = 5000
     started: tuple[Child, ...] = ()
@@ -130,10 +130,10 @@ class OneWorker(Ours):
 
 
 @dataclass
-class LargeBatches(Ours):
-    """The service with the settings that deploy/SCALING.md recommends for throughput."""
+class Tuned(Ours):
+    """The service with the settings for throughput (deploy/SCALING.md)."""
 
-    name: str = "followups, large batches"
+    name: str = "followups, settings for throughput"
     concurrency: int = 400
     batch_size: int = 1000
     max_in_flight: int = 10_000
@@ -224,7 +224,7 @@ class ClientLoop(Contestant):
 LIMIT = AsyncioLoop.name
 EVERYBODY: dict[str, type[Contestant]] = {
     "ours": Ours,
-    "large": LargeBatches,
+    "tuned": Tuned,
     "one": OneWorker,
     "loop": AsyncioLoop,
     "client": ClientLoop,

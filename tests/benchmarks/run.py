@@ -92,7 +92,7 @@ def taken(turns: dict[str, Callable[[], measures.Figures]], rounds: int) -> dict
 
 def throughput(arena: Arena, options: argparse.Namespace) -> Results:
     """Return the rate, in follow-ups per second, at which a backlog is sent."""
-    names = contestants(options, ("ours", "large", "one", "loop", "client", "celery", "dramatiq", "procrastinate"))
+    names = contestants(options, ("ours", "tuned", "one", "loop", "client", "celery", "dramatiq", "procrastinate"))
     control = f"delay={options.delay}&slow={options.slow}"
     kind = f"answers after {options.delay:g} s" if options.delay else "answers at once"
     kind += f", {options.slow:.0%} after 5 s" if options.slow else ""

@@ -1,4 +1,4 @@
-"""The limit of open files of a worker process."""
+"""The limit on a worker's open files."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ print(json.dumps(resource.getrlimit(resource.RLIMIT_NOFILE)))
 
 
 def raised(soft: int, hard: int, concurrency: int) -> tuple[list[int], str]:
-    """Return the limits of a process that had other limits before, and the process's log."""
+    """Call `raise_limit` in a process with these limits; return its limits afterwards, and its log."""
     argv = [sys.executable, "-c", RAISED, str(soft), str(hard), str(concurrency)]
     done = subprocess.run(argv, check=True, capture_output=True, text=True)
     return json.loads(done.stdout), done.stderr
@@ -38,7 +38,7 @@ def test_the_limit_is_raised_as_far_as_needed(soft: int, concurrency: int, after
 
 
 def test_a_limit_that_is_too_low_is_logged() -> None:
-    """If the process may not raise the limit far enough, it raises the limit as far as it may, and logs a warning."""
+    """A process that may not raise its limit far enough raises it as far as allowed, and logs a warning."""
     limits, log = raised(256, 512, 400)
     assert limits == [512, 512]
     (line,) = map(json.loads, log.splitlines())

@@ -33,7 +33,7 @@ class Attempt(NamedTuple):
     """Duration of the call, in seconds."""
     answered: float
     lag: float
-    """Seconds from the due date to the answer, by the database's clock."""
+    """Seconds from the due date to the answer: the start of the call on the database's clock, plus its duration."""
 
 
 @dataclass(frozen=True, slots=True)

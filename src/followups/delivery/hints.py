@@ -36,11 +36,12 @@ _MICROSECOND = timedelta(microseconds=1)
 MOST = 10_000
 """The maximum number of follow-ups in a hint, and the largest value allowed for `BATCH_SIZE`."""
 
+# pydantic reads an entry in 0.3 us and writes an id in 0.2 us. With Python's UUID class, this took 1.3 and 0.6 us.
 _Number = Annotated[int, Field(strict=True, ge=0, lt=2**63)]
+# id, token, due in microseconds since 1970, lost leases
 _Entry = tuple[UUID, _Number, Annotated[int, Field(strict=True)], _Number]
 _ENTRIES = TypeAdapter(Annotated[list[_Entry], Field(max_length=MOST, fail_fast=True)])
 _IDS = TypeAdapter(list[UUID])
-"""pydantic reads and writes ids four times as fast as Python's UUID class."""
 
 
 class Hint(NamedTuple):

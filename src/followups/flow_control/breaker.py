@@ -247,8 +247,9 @@ class Breaker:
         """The outcomes not yet reported, for each workspace."""
         self._succeeded = False
         self._healthy: set[int] = set()
-        """Workspaces with a success since the last report, the last reading and the last failure, while the breaker is
-        closed. Their further successes change nothing, so `record` skips them.
+        """Workspaces with a success that is already noted, so that `record` can skip further successes.
+
+        Empty unless the breaker is closed. Cleared by every report, every reading and every failure of any workspace.
         """
         self._report_due = asyncio.Event()
 

@@ -1,7 +1,7 @@
-"""The limit of open files of a worker process.
+"""The limit on a worker's open files.
 
 Without a free file descriptor, a worker cannot connect, and its calls fail as if the chat server were unreachable. Many
-systems allow 1,024 open files by default, but let a process raise this limit by itself.
+systems allow 1,024 open files by default, but let a process raise its own limit.
 """
 
 from __future__ import annotations
@@ -12,17 +12,19 @@ from contextlib import suppress
 from followups.telemetry.logs import get_logger
 
 FILES_OF_A_CALL = 2
-"""A call's connection, and an idle connection that is being closed meanwhile."""
+"""A call's connection, and an old connection that may still be closing."""
 OTHER_FILES = 300
-"""Connections to the database and the broker, modules that are being imported, and log files."""
+"""Ample for the connections to the database and the broker, and all other files. A worker without calls has about 35
+open files.
+"""
 
 log = get_logger(__name__)
 
 
 def raise_limit(concurrency: int) -> None:
-    """Raise this process's limit of open files as far as ``concurrency`` simultaneous calls need.
+    """Raise this process's limit on open files to what ``concurrency`` simultaneous calls need.
 
-    If the system does not allow this, log a warning.
+    Log a warning if the system does not allow this.
     """
     needed = FILES_OF_A_CALL * concurrency + OTHER_FILES
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -33,7 +35,7 @@ def raise_limit(concurrency: int) -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
         soft = limit
     if soft < needed:
-        advice = "raise the limit (LimitNOFILE, ulimit -n), or lower CONCURRENCY"
+        advice = "raise the hard limit (LimitNOFILE, ulimit -Hn), or lower CONCURRENCY"
         log.warning("too_few_open_files", limit=soft, needed=needed, advice=advice)
 
 
