@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -17,6 +18,7 @@ import pytest
 import web
 from followups.embedded import EmbeddedValkey, Processes, free_port
 from followups.settings import load_settings
+from followups.worker.open_files import FILES_OF_A_CALL, OTHER_FILES
 from stack import CELERY, Stack, kill, wait_until
 
 if TYPE_CHECKING:
@@ -128,6 +130,17 @@ def test_an_idle_worker_is_healthy(own_runtime: Stack) -> None:
     says(own_runtime, "worker", 0, "1 worker", "idle@")
     time.sleep(11)  # longer than the consumer may stay silent
     says(own_runtime, "worker", 0, "1 worker", "idle@")
+
+
+def test_a_worker_raises_its_limit_on_open_files(own_runtime: Stack) -> None:
+    """A worker that starts with a low limit on open files raises it to what its concurrent calls need."""
+    shell = ["sh", "-c", 'ulimit -Sn 256; exec "$@"', "sh"]
+    worker = own_runtime.processes.spawn(
+        "limited", [*shell, *CELERY, "worker", "-n", "limited@%h"], environment=own_runtime.environment()
+    )
+    needed = FILES_OF_A_CALL * own_runtime.settings.concurrency + OTHER_FILES
+    assert needed > 256
+    wait_until(lambda: resource.prlimit(worker.pid, resource.RLIMIT_NOFILE)[0] == needed, within=60)
 
 
 @pytest.mark.parametrize("frozen", [False, True])

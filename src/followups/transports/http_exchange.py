@@ -107,11 +107,9 @@ class Exchange:
         "_content",
         "_has_read_record",
         "_head",
-        "_milliseconds",
         "_opened",
         "_read",
         "_refused",
-        "_size",
         "_sockets",
         "_status",
         "_tls_size",
@@ -131,7 +129,6 @@ class Exchange:
         """Set the handle's options; ``sockets`` are the sockets of the multi handle."""
         self._sockets = sockets
         self._url = ""
-        self._size = self._milliseconds = -1
         self._began = False
         self.stale_address: Address | None = None
         self.is_reusable = True
@@ -168,16 +165,11 @@ class Exchange:
         self.stale_address = None
         self._opened.clear()
         self.curl.setopt(pycurl.HTTPHEADER, headers)
-        if len(body) != self._size:
-            self._size = len(body)
-            self.curl.setopt(pycurl.POSTFIELDSIZE, self._size)
+        self.curl.setopt(pycurl.POSTFIELDSIZE, len(body))
 
     def set_timeout(self, until: float) -> None:
         """Set the deadline of the next transfer; ``until`` is a time on the `uptime` clock."""
-        milliseconds = max(1, math.ceil(1000 * (until - uptime())))
-        if milliseconds != self._milliseconds:
-            self._milliseconds = milliseconds
-            self.curl.setopt(pycurl.TIMEOUT_MS, milliseconds)
+        self.curl.setopt(pycurl.TIMEOUT_MS, max(1, math.ceil(1000 * (until - uptime()))))
 
     @property
     def descriptors(self) -> Sequence[Descriptor]:
