@@ -1,8 +1,8 @@
 """HTTP calls through libcurl and their outcomes, shared by the transports that use HTTP.
 
 A failed call's outcome depends on what may have been sent, which `http_exchange` records. If a call fails before any
-part of the request was sent, its outcome is `Retry`. If a call fails later, and no final status has arrived, its
-outcome is `Unknown`.
+part of the request was sent, its outcome is `Retry`, or `Snoozed` if the worker can open no more files. If a call
+fails later, and no final status has arrived, its outcome is `Unknown`.
 
 This module also decides when connections are reused, replaced and closed. `http_exchange` limits the size of an answer.
 """
@@ -23,7 +23,7 @@ from followups.transports.curl_loop import CLOSED, CurlLoop
 from followups.transports.endpoint import connection_options
 from followups.transports.http_exchange import FLOODED, LONG_HEAD, TOO_LARGE, Exchange
 from followups.transports.http_sockets import Sockets
-from followups.transports.port import Outcome, Retry, Unknown
+from followups.transports.port import Outcome, Retry, Snoozed, Unknown
 from followups.uptime import uptime
 from followups.waits import wait
 
@@ -70,8 +70,16 @@ libcurl from adding one of its own. With libcurl's own Expect header, a body of 
 endpoint's permission.
 """
 
-NO_RESOURCES = "the limit of open files or threads is reached"
-_OUT_OF_RESOURCES = (OSError, RuntimeError, pycurl.error)
+NO_RESOURCES = "no connection: the worker has reached its limit of open files or threads"
+"""The detail of a call that failed because of the worker. It uses up no attempt, and does not count as a failure of the
+endpoint.
+"""
+FILES_PER_CONNECTION = 4
+"""How many files a call may have to open: its socket, a copy of its file descriptor, and two for looking up the host.
+"""
+OUT_OF_RESOURCES = -3
+"""The result code of calls for which `CurlLoop` could not be created; not one of libcurl's codes."""
+_RESOURCE_ERRORS = (OSError, RuntimeError, pycurl.error)
 """The exceptions of `CurlLoop` if the process may open no more files or start no more threads."""
 
 _INVALID_ANSWERS = {
@@ -176,8 +184,8 @@ class HttpClient:
             raise RuntimeError(message)
         try:
             curls = self._connections()  # first, because this discards the spare exchanges of a broken multi handle
-        except _OUT_OF_RESOURCES:
-            return Retry(f"no connection: {NO_RESOURCES}")
+        except _RESOURCE_ERRORS:
+            return Snoozed(NO_RESOURCES)
         exchange = self._spare.pop() if self._spare else Exchange(self._options, self._sockets)
         until = uptime() + self._timeout
         exchange.prepare(url, [*self._headers, *headers], body, until)
@@ -222,9 +230,8 @@ class HttpClient:
             exchange.set_timeout(until)
             try:
                 curls = self._connections()
-            except _OUT_OF_RESOURCES:
-                exchange.flaw = NO_RESOURCES
-                return CLOSED
+            except _RESOURCE_ERRORS:
+                return OUT_OF_RESOURCES
 
     async def check(self) -> str:
         """Connect as for a call, send nothing, and return a sentence that reports success.
@@ -252,9 +259,7 @@ class HttpClient:
 
     def _outcome(self, exchange: Exchange, code: int, dialect: Dialect) -> Outcome:
         if not exchange.may_have_been_sent:
-            if code == pycurl.E_OPERATION_TIMEDOUT or exchange.late:
-                return Retry(f"no connection within {self._timeout:g} s")
-            return Retry(f"no connection: {_reason(exchange, code)}")
+            return self._outcome_of_unsent(exchange, code)
         if exchange.has_status(code):
             return outcome_of(exchange.answer(code), dialect)
         if code == pycurl.E_OPERATION_TIMEDOUT:
@@ -262,6 +267,13 @@ class HttpClient:
         if flaw := exchange.flaw or _INVALID_ANSWERS.get(code):
             return Unknown(f"no valid answer arrived ({flaw})")
         return Unknown(f"the connection broke before an answer arrived ({_reason(exchange, code)})")
+
+    def _outcome_of_unsent(self, exchange: Exchange, code: int) -> Outcome:
+        if code == pycurl.E_OPERATION_TIMEDOUT or exchange.late:
+            return Retry(f"no connection within {self._timeout:g} s")
+        if code == OUT_OF_RESOURCES or not _can_open_files():
+            return Snoozed(NO_RESOURCES)
+        return Retry(f"no connection: {_reason(exchange, code)}")
 
     # The following methods manage the connections. Connections are replaced after some seconds without a call. By
     # itself, libcurl closes an idle connection only at the next call. All connections are also replaced if libcurl
@@ -322,6 +334,19 @@ class HttpClient:
                 each.end(exchange.curl, FLOODED)
         for address in flooded:
             self._sockets.shut(address)
+
+
+def _can_open_files() -> bool:
+    """Return whether the process may open as many files as a connection needs. libcurl does not report this."""
+    opened: list[int] = []
+    try:
+        opened.extend(os.open(os.devnull, os.O_RDONLY) for _ in range(FILES_PER_CONNECTION))
+    except OSError:
+        return False
+    finally:
+        for each in opened:
+            os.close(each)
+    return True
 
 
 def _lines(headers: Mapping[str, str]) -> list[bytes]:

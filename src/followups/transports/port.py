@@ -73,7 +73,8 @@ class Retry:
 class Snoozed:
     """The transport requested a later retry (rate limiting). An attempt with the outcome `Snoozed` is not counted.
 
-    While the transport fails as a whole, the breaker also turns a 401 or 403 into `Snoozed`.
+    A transport also returns `Snoozed` if it could not make the call because of the worker's own limits. While the
+    transport fails as a whole, the breaker turns a 401 or 403 into `Snoozed`.
     """
 
     detail: str

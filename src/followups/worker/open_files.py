@@ -1,6 +1,6 @@
 """The limit on a worker's open files.
 
-Without a free file descriptor, a worker cannot connect, and its calls fail as if the chat server were unreachable. Many
+Without a free file descriptor, a worker cannot connect, and its follow-ups have to wait for a later attempt. Many
 systems allow 1,024 open files by default, but let a process raise its own limit.
 """
 

@@ -17,7 +17,7 @@ from followups.transports import descriptors, watchdog
 from followups.transports.curl_loop import CurlLoop
 from followups.transports.descriptors import Descriptor
 from followups.transports.http import DIALECT, HttpTransport
-from followups.transports.http_client import NO_RESOURCES, HttpClient
+from followups.transports.http_client import HttpClient
 from followups.transports.http_sockets import Sockets
 from followups.transports.port import Retry, Sent
 from followups.transports.watchdog import HELD_UP, INTERVAL, LAST_RESORT, READ, Watchdog
@@ -257,25 +257,6 @@ async def test_closing_is_watched(pairs: Callable[[], Pair]) -> None:
     assert watching.shut_sockets == {Descriptor.of(pair.near.fileno())}
 
 
-async def test_no_more_threads(monkeypatch: pytest.MonkeyPatch) -> None:
-    """If no thread can be started, calls end as retries, and connections are closed without a thread."""
-
-    def fail(_thread: threading.Thread) -> None:
-        message = "can't start new thread"
-        raise RuntimeError(message)
-
-    async with scripted(answer(200)) as server, opened(HttpTransport(settings_for(server.url))) as transport:
-        with monkeypatch.context() as patch:
-            patch.setattr(threading.Thread, "start", fail)
-            assert await transport.send(a_delivery()) == Retry(f"no connection: {NO_RESOURCES}")
-        assert await transport.send(a_delivery()) == Sent(None, 200)
-        with monkeypatch.context() as patch:
-            patch.setattr(threading.Thread, "start", fail)
-            await transport.close()
-        await transport.open()
-        assert await transport.send(a_delivery()) == Sent(None, 200)
-
-
 async def test_a_spare_exchange_forgets_its_connection() -> None:
     """A call that opens no connection does not count as flooded because the previous one was."""
     async with scripted(answer(200)) as server:
@@ -303,21 +284,6 @@ async def test_other_sockets_are_not_watched(pairs: Callable[[], Pair]) -> None:
         await asyncio.to_thread(wait_until, lambda: not watching.wait())
     assert Descriptor.of(pair.near.fileno()) not in watching._sockets.values()  # noqa: SLF001 - not public
     assert watching._sockets  # noqa: SLF001 - not public
-
-
-@pytest.mark.parametrize("error", [OSError(24, "Too many open files"), pycurl.error()])
-async def test_no_more_files(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
-    """If the limit of open files is reached, calls end as retries."""
-
-    def fail() -> None:
-        raise error
-
-    async with scripted(answer(200)) as server, opened(HttpTransport(settings_for(server.url))) as transport:
-        with monkeypatch.context() as patch:
-            patch.setattr("select.epoll" if isinstance(error, OSError) else "pycurl.CurlMulti", fail)
-            outcome = await transport.send(a_delivery())
-            assert outcome == Retry(f"no connection: {NO_RESOURCES}")
-        assert await transport.send(a_delivery()) == Sent(None, 200)
 
 
 def test_a_file_descriptor_belongs_to_one_connection() -> None:
