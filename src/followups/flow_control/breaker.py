@@ -285,11 +285,10 @@ class Breaker:
     def record(self, follow_up_id: UUID, key: int, outcome: Outcome) -> Outcome:
         """Record the outcome of an attempt, and return the outcome to settle.
 
-        `Snoozed` is neither a failure nor a success, because the endpoint is only busy, or was not called because of
-        this worker's own limits. The same applies to a
-        message that the transport rejects without a call, and to a 401 or 403 of a workspace whose messages have been
-        accepted since the breaker opened. While the endpoint seems to refuse every message of a workspace, a 401 or
-        403 becomes `Snoozed`.
+        `Snoozed` is neither a failure nor a success: either the endpoint is busy, or this worker's own limits prevented
+        the call. The same applies to a message that the transport rejects without a call, and to a 401 or 403 of a
+        workspace whose messages have been accepted since the breaker opened. While the endpoint seems to refuse every
+        message of a workspace, a 401 or 403 becomes `Snoozed`.
         """
         if isinstance(outcome, Sent) and key in self._healthy:
             return outcome

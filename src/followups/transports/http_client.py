@@ -1,8 +1,8 @@
 """HTTP calls through libcurl and their outcomes, shared by the transports that use HTTP.
 
 A failed call's outcome depends on what may have been sent, which `http_exchange` records. If a call fails before any
-part of the request was sent, its outcome is `Retry`, or `Snoozed` if the worker can open no more files. If a call
-fails later, and no final status has arrived, its outcome is `Unknown`.
+part of the request was sent, its outcome is `Retry`, or `Snoozed` if the worker can open no more files or start no more
+threads. If a call fails later, and no final status has arrived, its outcome is `Unknown`.
 
 This module also decides when connections are reused, replaced and closed. `http_exchange` limits the size of an answer.
 """
@@ -70,15 +70,16 @@ libcurl from adding one of its own. With libcurl's own Expect header, a body of 
 endpoint's permission.
 """
 
-NO_RESOURCES = "no connection: the worker has reached its limit of open files or threads"
-"""The detail of a call that failed because of the worker. It uses up no attempt, and does not count as a failure of the
-endpoint.
+NO_RESOURCES = "no connection: the worker has reached its limit on open files or threads"
+"""The detail of `Snoozed` if the worker's own limits prevented a call. Such a call uses up no attempt, and is no
+failure of the endpoint.
 """
 FILES_PER_CONNECTION = 4
-"""How many files a call may have to open: its socket, a copy of its file descriptor, and two for looking up the host.
+"""The number of files that a new connection may need: its socket, a copy of the file descriptor, and two for looking up
+the host.
 """
-OUT_OF_RESOURCES = -3
-"""The result code of calls for which `CurlLoop` could not be created; not one of libcurl's codes."""
+NO_RESOURCES_CODE = -3
+"""The result code of calls for which `CurlLoop` could not be created. It is not one of libcurl's codes."""
 _RESOURCE_ERRORS = (OSError, RuntimeError, pycurl.error)
 """The exceptions of `CurlLoop` if the process may open no more files or start no more threads."""
 
@@ -231,7 +232,7 @@ class HttpClient:
             try:
                 curls = self._connections()
             except _RESOURCE_ERRORS:
-                return OUT_OF_RESOURCES
+                return NO_RESOURCES_CODE
 
     async def check(self) -> str:
         """Connect as for a call, send nothing, and return a sentence that reports success.
@@ -271,7 +272,7 @@ class HttpClient:
     def _outcome_of_unsent(self, exchange: Exchange, code: int) -> Outcome:
         if code == pycurl.E_OPERATION_TIMEDOUT or exchange.late:
             return Retry(f"no connection within {self._timeout:g} s")
-        if code == OUT_OF_RESOURCES or not _can_open_files():
+        if code == NO_RESOURCES_CODE or not _can_open_files():
             return Snoozed(NO_RESOURCES)
         return Retry(f"no connection: {_reason(exchange, code)}")
 
@@ -337,7 +338,10 @@ class HttpClient:
 
 
 def _can_open_files() -> bool:
-    """Return whether the process may open as many files as a connection needs. libcurl does not report this."""
+    """Return whether the process can open as many files as a new connection needs.
+
+    libcurl does not report that a connection failed for lack of them.
+    """
     opened: list[int] = []
     try:
         opened.extend(os.open(os.devnull, os.O_RDONLY) for _ in range(FILES_PER_CONNECTION))

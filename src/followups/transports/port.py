@@ -71,7 +71,7 @@ class Retry:
 
 @dataclass(frozen=True, slots=True)
 class Snoozed:
-    """The transport requested a later retry (rate limiting). An attempt with the outcome `Snoozed` is not counted.
+    """The endpoint requested a later retry (rate limiting). An attempt with the outcome `Snoozed` is not counted.
 
     A transport also returns `Snoozed` if it could not make the call because of the worker's own limits. While the
     transport fails as a whole, the breaker turns a 401 or 403 into `Snoozed`.

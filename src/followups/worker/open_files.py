@@ -1,7 +1,7 @@
 """The limit on a worker's open files.
 
-Without a free file descriptor, a worker cannot connect, and its follow-ups have to wait for a later attempt. Many
-systems allow 1,024 open files by default, but let a process raise its own limit.
+Without a free file descriptor, a worker cannot open connections, and the calls that need one are snoozed. Many systems
+allow 1,024 open files by default, but let a process raise its own limit.
 """
 
 from __future__ import annotations

@@ -58,7 +58,7 @@ async def test_no_more_threads(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("error", [OSError(24, "Too many open files"), pycurl.error()])
 async def test_no_file_for_libcurl(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
-    """If the limit of open files is reached before libcurl is set up, calls are snoozed."""
+    """If the limit on open files is reached before libcurl is set up, calls are snoozed."""
 
     def fail() -> None:
         raise error
@@ -72,7 +72,7 @@ async def test_no_file_for_libcurl(error: Exception, monkeypatch: pytest.MonkeyP
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "no-such-host.invalid"])
 async def test_no_file_for_a_connection(host: str) -> None:
-    """If no connection can be opened because of the limit of open files, the call is snoozed."""
+    """If no connection can be opened because of the limit on open files, the call is snoozed."""
     async with scripted(answer(200)) as server:
         url = server.url.replace("127.0.0.1", host)
         async with opened(HttpTransport(settings_for(url))) as transport:
