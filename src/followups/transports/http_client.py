@@ -1,8 +1,9 @@
 """HTTP calls through libcurl and their outcomes, shared by the transports that use HTTP.
 
 A failed call's outcome depends on what may have been sent, which `http_exchange` records. If a call fails before any
-part of the request was sent, its outcome is `Retry`, or `Snoozed` if the worker can open no more files or start no more
-threads. If a call fails later, and no final status has arrived, its outcome is `Unknown`.
+part of the request was sent, its outcome is `Retry`. If the worker has reached, or almost reached, its limit on open
+files or threads, the outcome is `Snoozed` instead. If a call fails later, and no final status has arrived, its outcome
+is `Unknown`.
 
 This module also decides when connections are reused, replaced and closed. `http_exchange` limits the size of an answer.
 """
@@ -12,6 +13,7 @@ from __future__ import annotations
 import asyncio
 import os
 import re
+import threading
 from typing import TYPE_CHECKING
 
 import pycurl
@@ -80,6 +82,8 @@ the host.
 """
 NO_RESOURCES_CODE = -3
 """The result code of calls for which `CurlLoop` could not be created. It is not one of libcurl's codes."""
+_LOOK_UP_FAILURES = {pycurl.E_OPERATION_TIMEDOUT, pycurl.E_COULDNT_RESOLVE_HOST, pycurl.E_COULDNT_RESOLVE_PROXY}
+"""The result codes of calls that may have failed because libcurl could start no thread to look up the host."""
 _RESOURCE_ERRORS = (OSError, RuntimeError, pycurl.error)
 """The exceptions of `CurlLoop` if the process may open no more files or start no more threads."""
 
@@ -270,10 +274,11 @@ class HttpClient:
         return Unknown(f"the connection broke before an answer arrived ({_reason(exchange, code)})")
 
     def _outcome_of_unsent(self, exchange: Exchange, code: int) -> Outcome:
+        looked_up_in_vain = code in _LOOK_UP_FAILURES
+        if code == NO_RESOURCES_CODE or not _can_open_files() or (looked_up_in_vain and not _can_start_threads()):
+            return Snoozed(NO_RESOURCES)
         if code == pycurl.E_OPERATION_TIMEDOUT or exchange.late:
             return Retry(f"no connection within {self._timeout:g} s")
-        if code == NO_RESOURCES_CODE or not _can_open_files():
-            return Snoozed(NO_RESOURCES)
         return Retry(f"no connection: {_reason(exchange, code)}")
 
     # The following methods manage the connections. Connections are replaced after some seconds without a call. By
@@ -350,6 +355,14 @@ def _can_open_files() -> bool:
     finally:
         for each in opened:
             os.close(each)
+    return True
+
+
+def _can_start_threads() -> bool:
+    try:
+        threading.Thread(target=bool, name="thread-limit", daemon=True).start()
+    except RuntimeError:
+        return False
     return True
 
 

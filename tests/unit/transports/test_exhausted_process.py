@@ -37,13 +37,14 @@ def no_more_files() -> Iterator[None]:
             os.close(each)
 
 
+def fail(_thread: threading.Thread) -> None:
+    """Fail as `threading.Thread.start` does if the limit on threads is reached."""
+    message = "can't start new thread"
+    raise RuntimeError(message)
+
+
 async def test_no_more_threads(monkeypatch: pytest.MonkeyPatch) -> None:
     """If no thread can be started, calls are snoozed, and connections are closed without a thread."""
-
-    def fail(_thread: threading.Thread) -> None:
-        message = "can't start new thread"
-        raise RuntimeError(message)
-
     async with scripted(answer(200)) as server, opened(HttpTransport(settings_for(server.url))) as transport:
         with monkeypatch.context() as patch:
             patch.setattr(threading.Thread, "start", fail)
@@ -54,6 +55,17 @@ async def test_no_more_threads(monkeypatch: pytest.MonkeyPatch) -> None:
             await transport.close()
         await transport.open()
         assert await transport.send(a_delivery()) == Sent(None, 200)
+
+
+async def test_no_thread_for_a_look_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """If no host was found, and no thread can be started, the call is snoozed."""
+    async with opened(HttpTransport(settings_for("http://no-such-host.invalid/"))) as transport:
+        not_found = Retry("no connection: the host name was not found (DNS)")
+        assert await transport.send(a_delivery()) == not_found
+        with monkeypatch.context() as patch:
+            patch.setattr(threading.Thread, "start", fail)
+            assert await transport.send(a_delivery()) == Snoozed(NO_RESOURCES)
+        assert await transport.send(a_delivery()) == not_found
 
 
 @pytest.mark.parametrize("error", [OSError(24, "Too many open files"), pycurl.error()])
@@ -70,7 +82,7 @@ async def test_no_file_for_libcurl(error: Exception, monkeypatch: pytest.MonkeyP
         assert await transport.send(a_delivery()) == Sent(None, 200)
 
 
-@pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "no-such-host.invalid"])
+@pytest.mark.parametrize("host", ["127.0.0.1", "no-such-host.invalid"])
 async def test_no_file_for_a_connection(host: str) -> None:
     """If no connection can be opened because of the limit on open files, the call is snoozed."""
     async with scripted(answer(200)) as server:
