@@ -101,7 +101,12 @@ def _client_certificate(settings: Settings) -> dict[int, object]:
             f"and its key without a password, readable for this user ({type(error).__name__})."
         )
         raise TransportConfigurationError(message) from None
-    return {pycurl.SSLCERT: os.fsencode(certificate), pycurl.SSLKEY: os.fsencode(key)}
+    return {
+        pycurl.SSLCERT: os.fsencode(certificate),
+        pycurl.SSLKEY: os.fsencode(key),
+        # An endpoint that resumes a TLS session knows only the certificate with which the session began.
+        pycurl.SSL_SESSIONID_CACHE: False,
+    }
 
 
 def _proxy() -> dict[int, object]:

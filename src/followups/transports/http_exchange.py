@@ -214,7 +214,12 @@ class Exchange:
         flaw = _flaw(code) if self.answered else _flaw_of_head(code)
         body = bytes(self._content)
         if body[:2] in _COMPRESSED:
-            body, flaw = _decompressed(body, flaw)
+            decompressed = _decompressed(body, flaw)
+            # an uncompressed text may begin with the same two bytes
+            if decompressed is not None:
+                body, flaw = decompressed
+            elif any(line.lower().startswith(b"content-encoding:") for line in self._head):
+                body, flaw = b"", flaw or "the body of the answer cannot be decompressed"
         return Answer(self._status, headers, body, flaw)
 
     # The following methods are callbacks, in the order in which libcurl calls them.
@@ -356,13 +361,13 @@ def _flaw_of_head(code: int) -> str:
     return "a header of the answer is invalid" if code in _BAD_HEADER else LONG_HEAD
 
 
-def _decompressed(body: bytes, flaw: str) -> tuple[bytes, str]:
+def _decompressed(body: bytes, flaw: str) -> tuple[bytes, str] | None:
     # libcurl would decompress several layers, and could spend its whole time on a few bytes
     decompressor = zlib.decompressobj(zlib.MAX_WBITS | _ANY_FORMAT)
     try:
         found = decompressor.decompress(body, BODY_LIMIT)
     except zlib.error:
-        return b"", flaw or "the body of the answer cannot be decompressed"
+        return None
     if decompressor.unconsumed_tail:
         flaw = LONG
     return found, flaw or ("" if decompressor.eof else "the body of the answer cannot be decompressed")

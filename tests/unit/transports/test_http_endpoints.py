@@ -172,6 +172,49 @@ async def test_a_client_certificate_is_shown(
 
 
 @pytest.mark.usefixtures("trusted")
+@pytest.mark.parametrize("version", [ssl.TLSVersion.TLSv1_2, ssl.TLSVersion.TLSv1_3])
+@pytest.mark.parametrize("deduplicates", [True, False])
+async def test_a_renewed_client_certificate_is_shown(
+    authority: trustme.CA, tmp_path: Path, version: ssl.TLSVersion, *, deduplicates: bool
+) -> None:
+    """After the certificate's file was replaced, the next connection shows the new certificate."""
+    seen = []
+
+    async def note_certificate(writer: asyncio.StreamWriter, _request: Request) -> None:
+        seen.append(writer.get_extra_info("peercert")["serialNumber"])
+        writer.write(answer(200, connection="close"))
+
+    file = tmp_path / "both.pem"
+    settings = {"transport_client_cert": str(file), "transport_deduplicates": deduplicates}
+    authority.issue_cert("old.example").private_key_and_cert_chain_pem.write_to_path(file)
+    async with (
+        scripted(note_certificate, asking(authority, version)) as server,
+        opened(HttpTransport(settings_for(server.url, **settings))) as transport,
+    ):
+        for _ in range(2):
+            assert await transport.send(a_delivery()) == Sent(None, 200)
+        authority.issue_cert("new.example").private_key_and_cert_chain_pem.write_to_path(file)
+        assert await transport.send(a_delivery()) == Sent(None, 200)
+    assert seen[0] == seen[1] != seen[2]
+
+
+@pytest.mark.usefixtures("trusted")
+async def test_an_unreadable_certificate_is_retried(authority: trustme.CA, tmp_path: Path) -> None:
+    """If the certificate's file has become unreadable, nothing is sent, and the call is retried."""
+    file = tmp_path / "both.pem"
+    authority.issue_cert("worker.example").private_key_and_cert_chain_pem.write_to_path(file)
+    async with (
+        scripted(OK, asking(authority, ssl.TLSVersion.TLSv1_3)) as server,
+        opened(HttpTransport(settings_for(server.url, transport_client_cert=str(file)))) as transport,
+    ):
+        file.unlink()
+        outcome = await transport.send(a_delivery())
+        assert isinstance(outcome, Retry)
+        assert outcome.detail.startswith("no connection: TLS failed (")
+        assert server.requests == []
+
+
+@pytest.mark.usefixtures("trusted")
 @pytest.mark.parametrize(
     ("version", "outcome"),
     [
@@ -457,6 +500,32 @@ async def test_no_proxy_exempts_hosts(authority: trustme.CA, exempt: str, monkey
         monkeypatch.setenv("NO_PROXY", exempt)
         assert await outcome_at(server.url) == Sent(None, 200)
         assert proxy.targets == []
+
+
+@pytest.mark.usefixtures("trusted")
+@pytest.mark.parametrize("exempt", ["example.org", "127.0.0", "1", "127.0.0.1:9"])
+async def test_no_proxy_exempts_no_other_hosts(
+    authority: trustme.CA, exempt: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A host that NO_PROXY does not list is called through the proxy."""
+    async with proxy_that() as proxy, scripted(OK, certified(authority)) as server:
+        monkeypatch.setenv("HTTPS_PROXY", proxy.url)
+        monkeypatch.setenv("no_proxy", exempt)
+        assert await outcome_at(server.url) == Sent(None, 200)
+        assert proxy.targets == [server.url.removeprefix("https://")]
+
+
+@pytest.mark.usefixtures("trusted")
+async def test_a_tunnel_that_ends_after_the_request(authority: trustme.CA, monkeypatch: pytest.MonkeyPatch) -> None:
+    """If the connection through a proxy breaks after the request was sent, the outcome is unknown; it was sent once."""
+
+    async def break_off(writer: asyncio.StreamWriter, _request: Request) -> None:
+        writer.transport.abort()
+
+    async with proxy_that() as proxy, scripted(break_off, certified(authority)) as server:
+        monkeypatch.setenv("HTTPS_PROXY", proxy.url)
+        assert isinstance(await outcome_at(server.url), Unknown)
+        assert len(server.requests) == 1
 
 
 async def test_the_proxy_is_for_https_alone(monkeypatch: pytest.MonkeyPatch) -> None:

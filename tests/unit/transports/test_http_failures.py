@@ -118,6 +118,44 @@ async def test_no_answer_in_time_is_unknown() -> None:
         assert 0.19 < time.monotonic() - began < 5
 
 
+async def test_no_answer_on_a_kept_connection_is_unknown() -> None:
+    """If a kept connection stays silent until the timeout, the outcome is unknown and nothing is sent again."""
+    async with (
+        scripted(answer(200)) as server,
+        opened(HttpTransport(settings_for(server.url, transport_timeout=0.4))) as transport,
+    ):
+        assert await transport.send(a_delivery()) == Sent(None, 200)
+        server.answer = stay_silent
+        assert await transport.send(a_delivery()) == Unknown("no answer within 0.4 s")
+        assert (server.connections, len(server.requests)) == (1, 2)
+
+
+@pytest.mark.parametrize(
+    ("start", "piece", "outcome"),
+    [
+        (b"", b"HTTP/1.1 102 Processing\r\n\r\n", Unknown("no answer within 0.4 s")),
+        (b"HTTP/1.1 200 OK\r\nx-slow: ", b"x", Unknown("no answer within 0.4 s")),
+        (b"HTTP/1.1 200 OK\r\n\r\n", b" ", Sent(None, 200, "the body of the answer did not arrive in time")),
+    ],
+    ids=["informational", "header", "body"],
+)
+async def test_an_answer_in_slow_drips_ends_at_the_timeout(start: bytes, piece: bytes, outcome: Outcome) -> None:
+    """An endpoint that answers a few bytes at a time costs its call the timeout; a complete head counts."""
+
+    async def drip(writer: asyncio.StreamWriter, _request: Request) -> None:
+        writer.write(start)
+        while True:
+            writer.write(piece)
+            await writer.drain()
+            await asyncio.sleep(0.02)
+
+    async with scripted(drip) as server:
+        began = time.monotonic()
+        assert await outcome_at(server.url, transport_timeout=0.4) == outcome
+        assert 0.39 < time.monotonic() - began < 5
+        assert len(server.requests) == 1
+
+
 @pytest.mark.parametrize(
     "fragment",
     [b"", b"HTTP/1.1 20", b"HTTP/1.1 200 OK\r\ncontent-", b"\x16\x03\x01 no HTTP at all\r\n\r\n", b"\x00" * 100_000],
@@ -304,6 +342,25 @@ async def test_an_invalid_compressed_answer_is_sent(body: bytes) -> None:
     """If a 2xx response cannot be decompressed, the message still counts as sent."""
     async with scripted(answer(200, body, content_encoding="gzip")) as server:
         assert await outcome_at(server.url) == Sent(None, 200, "the body of the answer cannot be decompressed")
+
+
+@pytest.mark.parametrize("chunked", [True, False])
+async def test_a_compressed_reason_is_understood(*, chunked: bool) -> None:
+    """The reason of a rejection is read from a compressed body, too."""
+    body = gzip.compress(b"blocked by the recipient")
+    headers = b"HTTP/1.1 403 No\r\ncontent-encoding: gzip\r\n"
+    if chunked:
+        reply = headers + b"transfer-encoding: chunked\r\n\r\n%x\r\n%b\r\n0\r\n\r\n" % (len(body), body)
+    else:
+        reply = headers + b"content-length: %d\r\n\r\n%b" % (len(body), body)
+    async with scripted(reply) as server:
+        assert await outcome_at(server.url) == Rejected("HTTP 403 blocked by the recipient", 403)
+
+
+async def test_an_uncompressed_body_may_look_compressed() -> None:
+    """A text that only begins like a compressed body is read as it is."""
+    async with scripted(answer(403, b"x^2 is not allowed")) as server:
+        assert await outcome_at(server.url) == Rejected("HTTP 403 x^2 is not allowed", 403)
 
 
 @pytest.mark.parametrize("encoding", ["br", "zstd", "unknown"])

@@ -38,14 +38,16 @@ async def requested(delivery: Delivery, path: str = "/messages", **settings: obj
         return server.requests[0]
 
 
-async def test_the_body_has_exactly_the_fields_of_the_contract() -> None:
+@pytest.mark.parametrize("channel", ["api", "whatsapp"])
+async def test_the_body_has_exactly_the_fields_of_the_contract(channel: str) -> None:
     """The body is a JSON object of nine camelCase fields; the time is in UTC."""
-    delivery = a_delivery(due_date=datetime(2026, 3, 1, 12, 30, 0, 5, timezone(timedelta(hours=2))), attempt=3)
+    due_date = datetime(2026, 3, 1, 12, 30, 0, 5, timezone(timedelta(hours=2)))
+    delivery = a_delivery(due_date=due_date, attempt=3, channel=channel)
     request = await requested(delivery)
     assert json.loads(request.body) == {
         "followUpId": str(delivery.follow_up_id),
         "workspaceId": str(delivery.workspace_id),
-        "channel": "api",
+        "channel": channel,
         "chatId": str(delivery.chat_id),
         "externalChatId": delivery.external_chat_id,
         "triggerChatMessageId": str(delivery.trigger_chat_message_id),

@@ -193,6 +193,27 @@ async def test_a_date_is_compared_with_the_receivers_clock() -> None:
     assert await outcome_of(answer(503, **headers)) == Snoozed("HTTP 503", timedelta(seconds=10), 503)
 
 
+@pytest.mark.parametrize("status", [408, 429, 500, 503])
+@pytest.mark.parametrize(
+    ("value", "after"),
+    [
+        ("7", timedelta(seconds=7)),
+        ("Sun, 01 Mar 2026 11:00:00 GMT", timedelta(seconds=1)),
+        ("Sun, 01 Mar 2026 12:00:50 GMT", timedelta(seconds=30)),
+        ("9" * 30, timedelta(hours=24)),
+        ("Wed, 01 Mar 2028 12:00:00 GMT", timedelta(hours=24)),
+        ("soon", None),
+        ("-5", None),
+    ],
+    ids=["seconds", "past", "future", "huge number", "huge date", "malformed", "negative"],
+)
+async def test_retry_after_in_each_form(status: int, value: str, after: timedelta | None) -> None:
+    """Retry-After counts with each status that allows a retry; an invalid value is ignored."""
+    outcome = await outcome_of(answer(status, retry_after=value, date="Sun, 01 Mar 2026 12:00:20 GMT"))
+    snoozed = status == 429 or (status == 503 and after is not None)
+    assert outcome == (Snoozed if snoozed else Retry)(f"HTTP {status}", after, status)
+
+
 async def test_a_long_head_is_read() -> None:
     """A response head of up to 64 KiB is read, however long the body is."""
     reply = answer(200, NAMED.ljust(65_536), x_long="x" * (HEAD_LIMIT - 100))
