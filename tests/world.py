@@ -42,11 +42,16 @@ class World:
 
     def chat(self, **columns: Any) -> UUID:
         """Insert a chat in which an agent wrote the last message."""
-        chat_id = uuid4()
-        values = {"last_message_id": uuid4(), "last_message_role": "agent", "last_message_at": text("now()")} | columns
+        values = {
+            "id": uuid4(),
+            "last_message_id": uuid4(),
+            "last_message_role": "agent",
+            "last_message_at": text("now()"),
+        } | columns
         with self.engine.begin() as connection:
-            connection.execute(insert(Chat).values(workspace_id=self.workspace_id, id=chat_id, **values))
-        return chat_id
+            return connection.execute(
+                insert(Chat).values(workspace_id=self.workspace_id, **values).returning(Chat.id)
+            ).scalar_one()
 
     def follow_up(self, chat_id: UUID | None = None, due: timedelta = timedelta(0), **columns: Any) -> UUID:
         """Insert a pending follow-up whose due date is ``due`` after the database's current time.

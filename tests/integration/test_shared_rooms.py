@@ -1,11 +1,13 @@
-"""Under the transport ``matrix``, nothing is sent into a room that chats of several workspaces share.
+"""Each message reaches only its own workspace's chat, although several workspaces may use the same ids.
 
-While another transport is selected, several workspaces may register the same room.
+Under the transport ``matrix``, nothing is sent into a room that chats of several workspaces share. While another
+transport is selected, several workspaces may register the same room.
 """
 
 from __future__ import annotations
 
 import asyncio
+import json
 from datetime import timedelta
 from typing import TYPE_CHECKING
 from uuid import uuid4
@@ -19,18 +21,22 @@ from followups.database import make_async_engine
 from followups.delivery.claim import claim
 from followups.delivery.pipeline import Pipeline
 from followups.session_settings import ONCE_PLANNED
+from followups.transports.http import HttpTransport
 from followups.transports.matrix import MatrixTransport
 from stack import wait_until
 from unit.transports.doubles import TOKEN, answer, scripted
 from world import World
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from uuid import UUID
 
     from sqlalchemy import Engine
 
     from followups.settings import Settings
+    from followups.transports.port import Transport
     from steps import Steps
+    from unit.transports.doubles import Request
 
 OTHERS = """
     INSERT INTO chats (workspace_id, id, external_id)
@@ -62,8 +68,22 @@ def marked(steps: Steps, settings: Settings) -> dict[UUID, bool]:
     return {one.lease.id: one.delivery.external_chat_id_is_shared for one in begun}
 
 
+async def delivered(
+    world: World, settings: Settings, make: Callable[[Settings], Transport], database_url: str, reply: bytes
+) -> list[Request]:
+    """Deliver the due follow-ups to a server that responds with ``reply``; return the requests."""
+    async with scripted(reply) as server:
+        settings = settings.model_copy(update={"transport_url": server.url})
+        pipeline = Pipeline(settings, make_async_engine(database_url, options=ONCE_PLANNED), make(settings))
+        pipeline.start()
+        pipeline.submit(claim(world.engine, settings).leases)
+        await asyncio.to_thread(wait_until, lambda: not any(row.status == "pending" for row in world.rows()))
+        assert await asyncio.to_thread(pipeline.drain, timedelta(seconds=10)) == 0
+        return server.requests
+
+
 async def test_nothing_is_sent_into_a_shared_room(
-    world: World, other: World, matrix: Settings, engine: Engine, database_url: str, room: str
+    world: World, other: World, matrix: Settings, database_url: str, room: str
 ) -> None:
     """After the change to ``matrix``, follow-ups for a room are rejected if workspaces share it.
 
@@ -71,21 +91,29 @@ async def test_nothing_is_sent_into_a_shared_room(
     """
     shared = [each.follow_up(each.chat(external_id=room)) for each in (world, other)]
     own = world.follow_up(world.chat(external_id="!own:example.org"))
-    async with scripted(answer(200, b'{"event_id": "$1"}')) as server:
-        settings = matrix.model_copy(update={"transport_url": server.url})
-        pipelined = make_async_engine(database_url, options=ONCE_PLANNED)
-        pipeline = Pipeline(settings, pipelined, MatrixTransport(settings))
-        pipeline.start()
-        pipeline.submit(claim(engine, settings).leases)
-        await asyncio.to_thread(wait_until, lambda: not any(row.status == "pending" for row in world.rows()))
-        assert await asyncio.to_thread(pipeline.drain, timedelta(seconds=10)) == 0
-        (request,) = server.requests
+    (request,) = await delivered(world, matrix, MatrixTransport, database_url, answer(200, b'{"event_id": "$1"}'))
     assert request.target.endswith(str(own))
     assert world.row(own).status == "sent"
     for follow_up in shared:
         row = world.row(follow_up)
         said = "rejected: another workspace has a chat with the same Matrix room"
         assert (row.status, row.reason) == ("failed", said)
+
+
+async def test_the_same_chat_id_in_two_workspaces(
+    world: World, other: World, settings: Settings, database_url: str
+) -> None:
+    """The body of each request has the workspace, the channel and the external id of the follow-up's own chat."""
+    chat_id = uuid4()
+    expected = set()
+    for each, channel, external_id in ((world, "whatsapp", "+1"), (other, "instagram", "@2")):
+        each.chat(id=chat_id, channel=channel, external_id=external_id, last_user_message_at=text("now()"))
+        follow_up = each.follow_up(chat_id)
+        expected.add((str(follow_up), str(each.workspace_id), channel, str(chat_id), external_id))
+    requests = await delivered(world, settings, HttpTransport, database_url, answer(200))
+    bodies = [json.loads(request.body) for request in requests]
+    names = ("followUpId", "workspaceId", "channel", "chatId", "externalChatId")
+    assert sorted(tuple(body[name] for name in names) for body in bodies) == sorted(expected)
 
 
 def test_a_room_of_one_workspace(world: World, other: World, matrix: Settings, steps: Steps, room: str) -> None:
