@@ -506,6 +506,70 @@ async def test_a_replaced_handle_is_closed(
     await asyncio.to_thread(wait_until, lambda: open_files() - before <= 5)
 
 
+@pytest.mark.parametrize("steps", range(1, 8))
+@pytest.mark.parametrize("kept", [True, False], ids=["kept", "fresh"])
+async def test_closing_while_a_call_begins(threaded: ThreadedServer, steps: int, *, kept: bool) -> None:
+    """If the client is closed at any step of a call, the call ends with an outcome and leaves nothing behind.
+
+    The call may just have found out that the receiver has closed a kept connection.
+    """
+    loop, errors = asyncio.get_running_loop(), []
+    loop.set_exception_handler(lambda _, context: errors.append(context))
+    async with opened(HttpTransport(settings_for(threaded.url))) as transport:
+        if kept:
+            assert await transport.send(a_delivery()) == Sent(None, 200)
+            threaded.connections[0].shutdown(socket.SHUT_WR)
+        call = asyncio.create_task(transport.send(a_delivery()))
+        for _ in range(steps):  # iterations of the event loop
+            await asyncio.sleep(0)
+        await transport.close()
+        async with asyncio.timeout(1):
+            assert isinstance(await call, Retry | Unknown | Sent)
+    await asyncio.sleep(0.01)
+    assert not errors
+
+
+@pytest.mark.parametrize("callback", CALLBACKS, ids=["timer", "socket"])
+async def test_closing_a_broken_handle(callback: int, handles: list[BreakableMulti], silent: ScriptedServer) -> None:
+    """A client whose multi handle breaks while closing closes all connections, and may be closed again."""
+    loop, errors = asyncio.get_running_loop(), []
+    loop.set_exception_handler(lambda _, context: errors.append(context))
+    before = open_files()
+    transport = HttpTransport(settings_for(silent.url))
+    await transport.open()
+    calls = await calls_in_flight(transport, silent, 3)
+    handles[0].break_in(callback)
+    for _ in range(2):
+        await transport.close()
+    async with asyncio.timeout(2):
+        assert {type(each) for each in await asyncio.gather(*calls)} == {Unknown}
+    # connections are closed in another thread; the server's ends stay open
+    await asyncio.to_thread(wait_until, lambda: open_files() - before <= 3)
+    assert not errors
+
+
+async def test_an_idle_connection_is_closed_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An idle connection is closed after its time limit, even if no other call is made."""
+    monkeypatch.setattr(http_client, "KEEPALIVE", 1)
+    ends: asyncio.Queue[float] = asyncio.Queue()
+
+    async def listen(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        while await reader.read(65_536):
+            writer.write(OK)
+        writer.close()
+        ends.put_nowait(time.monotonic())
+
+    async with await asyncio.start_server(listen, "127.0.0.1", 0) as server:
+        url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+        async with opened(HttpTransport(settings_for(url))) as transport:
+            for _ in range(2):
+                assert await transport.send(a_delivery()) == Sent(None, 200)
+                used = time.monotonic()
+                assert await asyncio.wait_for(ends.get(), 10) - used > 0.5
+            await transport.send(a_delivery())
+        await asyncio.wait_for(ends.get(), 10)
+
+
 @pytest.mark.parametrize("reset", [True, False], ids=["reset", "end"])
 async def test_a_connection_closed_before_any_data_is_retried(*, reset: bool) -> None:
     """If the receiver closes a new connection before it receives any data, the call is retried.
