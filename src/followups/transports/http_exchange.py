@@ -39,6 +39,7 @@ HEAD_LIMIT = 64 * 1024
 LONG = "the body of the answer is longer than 64 KiB"
 LONG_HEAD = "the header of the answer is longer than 64 KiB"
 LATE = "the body of the answer did not arrive in time"
+NOT_DECOMPRESSED = "the body of the answer cannot be decompressed"
 
 TOO_LARGE = 100
 """libcurl's error code for an answer with too long a line (CURLE_TOO_LARGE)."""
@@ -67,7 +68,7 @@ _STOP = -1
 """Value that a callback returns to end the transfer and its connection."""
 _CONTINUE: int = pycurl.PREREQFUNC_OK
 _ABORT: int = pycurl.PREREQFUNC_ABORT
-_READ_HEADERS = {b"retry-after", b"date"}
+_READ_HEADERS = {b"retry-after", b"date", b"content-encoding"}
 
 _COMPRESSED = {b"\x1f\x8b", b"x\x01", b"x^", b"x\x9c", b"x\xda"}
 """The first bytes of the formats gzip and deflate (with each of zlib's compression levels)."""
@@ -218,8 +219,8 @@ class Exchange:
             # an uncompressed text may begin with the same two bytes
             if decompressed is not None:
                 body, flaw = decompressed
-            elif any(line.lower().startswith(b"content-encoding:") for line in self._head):
-                body, flaw = b"", flaw or "the body of the answer cannot be decompressed"
+            elif "content-encoding" in _headers(self._head):
+                body, flaw = b"", flaw or NOT_DECOMPRESSED
         return Answer(self._status, headers, body, flaw)
 
     # The following methods are callbacks, in the order in which libcurl calls them.
@@ -370,7 +371,7 @@ def _decompressed(body: bytes, flaw: str) -> tuple[bytes, str] | None:
         return None
     if decompressor.unconsumed_tail:
         flaw = LONG
-    return found, flaw or ("" if decompressor.eof else "the body of the answer cannot be decompressed")
+    return found, flaw or ("" if decompressor.eof else NOT_DECOMPRESSED)
 
 
 def _flaw(code: int) -> str:

@@ -37,7 +37,7 @@ def no_more_files() -> Iterator[None]:
             os.close(each)
 
 
-def fail(_thread: threading.Thread) -> None:
+def cannot_start(_thread: threading.Thread) -> None:
     """Fail as `threading.Thread.start` does if the limit on threads is reached."""
     message = "can't start new thread"
     raise RuntimeError(message)
@@ -47,11 +47,11 @@ async def test_no_more_threads(monkeypatch: pytest.MonkeyPatch) -> None:
     """If no thread can be started, calls are snoozed, and connections are closed without a thread."""
     async with scripted(answer(200)) as server, opened(HttpTransport(settings_for(server.url))) as transport:
         with monkeypatch.context() as patch:
-            patch.setattr(threading.Thread, "start", fail)
+            patch.setattr(threading.Thread, "start", cannot_start)
             assert await transport.send(a_delivery()) == Snoozed(NO_RESOURCES)
         assert await transport.send(a_delivery()) == Sent(None, 200)
         with monkeypatch.context() as patch:
-            patch.setattr(threading.Thread, "start", fail)
+            patch.setattr(threading.Thread, "start", cannot_start)
             await transport.close()
         await transport.open()
         assert await transport.send(a_delivery()) == Sent(None, 200)
@@ -63,7 +63,7 @@ async def test_no_thread_for_a_look_up(monkeypatch: pytest.MonkeyPatch) -> None:
         not_found = Retry("no connection: the host name was not found (DNS)")
         assert await transport.send(a_delivery()) == not_found
         with monkeypatch.context() as patch:
-            patch.setattr(threading.Thread, "start", fail)
+            patch.setattr(threading.Thread, "start", cannot_start)
             assert await transport.send(a_delivery()) == Snoozed(NO_RESOURCES)
         assert await transport.send(a_delivery()) == not_found
 
